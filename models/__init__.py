@@ -1,0 +1,1 @@
+"""What there is: manifests, the catalogue, the store and the ways a model gets into it. Imports nothing of ours."""

@@ -1,0 +1,120 @@
+"""`model.toml`: what a model folder says about itself. Read and written here, and nowhere else."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import BadManifest
+
+MANIFEST_FILE = "model.toml"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Base(_Part):
+    """The weights a model was made from."""
+
+    name: str
+    source: str = ""
+    revision: str = ""
+    sha256: Sha256
+
+
+class Adapter(_Part):
+    """The LoRA adapter that was merged. `path` is relative to the manifest while the model is not built yet."""
+
+    path: str
+    sha256: Sha256 | None = None
+    rank: int | None = None
+
+
+class Prompt(_Part):
+    """How the model was trained to be asked. `template` holds `{text}` once: the user's message is put there."""
+
+    template: str = "{text}"
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Prompt":
+        if self.template.count("{text}") != 1:
+            raise ValueError(f"prompt.template must hold {{text}} exactly once, got {self.template!r}")
+        return self
+
+
+class Artefact(_Part):
+    """A GGUF file of the model."""
+
+    file: str
+    quantization: str
+    size_bytes: Annotated[int, Field(gt=0)]
+    sha256: Sha256
+
+    @model_validator(mode="after")
+    def _plain_name(self) -> "Artefact":
+        if Path(self.file).name != self.file or self.file in {"", ".", ".."}:
+            raise ValueError(f"artefact file must be a plain file name, got {self.file!r}")
+        return self
+
+
+class Quality(_Part):
+    """One measured accuracy: what was measured, on which examples, with its 95 % interval (Wilson)."""
+
+    what: str
+    split: str
+    correct: int
+    total: Annotated[int, Field(gt=0)]
+    interval_low: float
+    interval_high: float
+
+
+class Manifest(_Part):
+    """A model: its name, what it is for, where it comes from and which files it has.
+
+    A built model has at least one artefact; a recipe (base plus adapter, not built yet) has none.
+    """
+
+    schema_version: Literal[1] = 1
+    name: Name
+    description: str = ""
+    task: Literal["classify", "write", "general"] = "general"
+    licence: str
+    licence_notice: str = ""
+    base: Base | None = None
+    adapter: Adapter | None = None
+    prompt: Prompt = Prompt()
+    labels: tuple[str, ...] = ()
+    artefacts: tuple[Artefact, ...] = ()
+    quality: tuple[Quality, ...] = ()
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> "Manifest":
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels must differ, got {list(self.labels)!r}")
+        if self.task == "classify" and not self.labels:
+            raise ValueError("task 'classify' needs labels")
+        return self
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read `model.toml` (the file, or the folder that holds it). Raises BadManifest naming the file and the field."""
+    file = path / MANIFEST_FILE if path.is_dir() else path
+    try:
+        return Manifest.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadManifest(f"{str(file)!r} cannot be read: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise BadManifest(f"{str(file)!r}: {field}: {first['msg']}") from error
+
+
+def dump_manifest(manifest: Manifest) -> str:
+    """The manifest as TOML; reading it back gives an equal manifest."""
+    return tomli_w.dumps(manifest.model_dump(mode="json", exclude_none=True))

@@ -1,0 +1,1 @@
+"""How a model answers: the engine, the server in front of it, and offline batches."""

@@ -1,0 +1,95 @@
+"""The errors of `runtime`: what a client did wrong, and what the engine could not do.
+
+    RequestError                 the client can mend it; carries `param` and `code` for the wire
+    ├── InvalidRequest           a field is malformed, out of range or not supported
+    ├── ModelUnknown             no model of that name is served
+    ├── ContextTooLong           prompt + max_tokens exceed the context
+    ├── BodyTooLarge             the request body exceeds the limit
+    ├── Overloaded               the queue is full; carries `retry_after_s`
+    └── Cancelled                the client went away or cancelled
+    EngineError                  the engine's own; the request is not to blame
+    ├── LoadFailed               the model cannot be loaded
+    ├── NoKvSlot                 llama_decode 1: no room in the KV cache for this batch (state restored)
+    ├── DecodeAborted            llama_decode 2: the abort callback fired
+    ├── BatchInvalid             llama_decode -1: the batch is malformed
+    ├── DecodeFailed             llama_decode < -1: fatal
+    ├── TokenizeFailed           the tokenizer refused the text
+    ├── TemplateFailed           the chat template raised or is missing
+    └── ShuttingDown             the server stops before the request could be answered
+"""
+
+
+class RequestError(Exception):
+    """A fault the client can mend.
+
+    `param` names the offending field (or None), `code` is OpenAI's machine-readable code (or None).
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class InvalidRequest(RequestError):
+    """A field is malformed, out of range or not supported."""
+
+
+class ModelUnknown(RequestError):
+    """No model of that name is served."""
+
+
+class ContextTooLong(RequestError):
+    """Prompt and answer together exceed the context."""
+
+
+class BodyTooLarge(RequestError):
+    """The request body exceeds the limit in bytes."""
+
+
+class Overloaded(RequestError):
+    """The queue is full; try again after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message, code="queue_full")
+        self.retry_after_s = retry_after_s
+
+
+class Cancelled(RequestError):
+    """The client went away or cancelled; nobody reads the answer."""
+
+
+class EngineError(Exception):
+    """The engine could not do it; the request is not to blame."""
+
+
+class LoadFailed(EngineError):
+    """The model cannot be loaded."""
+
+
+class NoKvSlot(EngineError):
+    """llama_decode returned 1: no room in the KV cache for this batch. The state is restored; retry with less."""
+
+
+class DecodeAborted(EngineError):
+    """llama_decode returned 2: the abort callback fired."""
+
+
+class BatchInvalid(EngineError):
+    """llama_decode returned -1: the batch is malformed."""
+
+
+class DecodeFailed(EngineError):
+    """llama_decode returned less than -1: fatal for the context."""
+
+
+class TokenizeFailed(EngineError):
+    """The tokenizer refused the text."""
+
+
+class TemplateFailed(EngineError):
+    """The chat template raised, or the model has none."""
+
+
+class ShuttingDown(EngineError):
+    """The server stops before the request could be answered."""

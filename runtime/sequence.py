@@ -1,0 +1,179 @@
+"""The nouns of the runtime, all in one place and none with another's behaviour.
+
+A request is written down once, valid and tokenised; the engine keeps a `Sequence` for it while it lives; a `Plan`
+says what one `llama_decode` computes; events carry the answer back. Every accepted request ends in exactly one
+terminal event: `Finished` or `Failed`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one answer are drawn.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 are off. `logprobs` is None for none, else how
+    many alternatives to report for each token (0: only the chosen one's). `logit_bias` adds to raw logits by token id.
+    `seed` is always set: one is drawn at the edge when the client gave none, so that a request can be repeated.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One answer to be written: valid, tokenised, and known to fit the context.
+
+    `id` is unique among live requests. A wire request with `n` choices becomes n of these, which share the prompt.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request while the engine works on it.
+
+    `tokens` is the prompt followed by what was generated. The first `n_computed` of them are in the KV cache under
+    `seq_id` (None while waiting or pre-empted). `n_cached` of the prompt's tokens were found there already.
+    """
+
+    request: Request
+    tokens: list[int]
+    seq_id: int | None = None
+    n_computed: int = 0
+    n_cached: int = 0
+
+    @property
+    def n_generated(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start … start+count` of `sequence` to be computed in this step; `samples` asks for the last row's logits."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Share the first `length` cells of `source` with `target` (both sequence ids) before the decode."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one step does: free these sequence ids, share these prefixes, then compute these chunks in one decode."""
+
+    removals: tuple[int, ...]
+    copies: tuple[Copy, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the decode."""
+        return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The arrays of one `llama_decode`, all of shape (n_tokens,): token ids, positions, sequence ids, logits wanted."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    seq_ids: np.ndarray
+    wants_logits: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural-log probability, with `top`: (token id, bytes, log-probability) of the likeliest, best first."""
+
+    token: int
+    token_bytes: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one answer. `cached_tokens` of the prompt were not computed again."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More text of an answer. `text` may be empty while bytes or a possible stop string are held back.
+
+    `logprobs` belong to the tokens of this delta and are empty unless asked for.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Terminal: the answer is whole."""
+
+    request_id: str
+    reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Terminal: the answer will not come, and why."""
+
+    request_id: str
+    error: Exception
+
+
+Event = TextDelta | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine holds right now."""
+
+    running: int
+    waiting: int
+    kv_cells_used: int
+    kv_cells_total: int
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    generated_tokens_total: int
+    steps_total: int
+    preemptions_total: int
