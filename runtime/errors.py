@@ -1,21 +1,23 @@
 """The errors of `runtime`: what a client did wrong, and what the engine could not do.
 
-    RequestError                 the client can mend it; carries `param` and `code` for the wire
-    ├── InvalidRequest           a field is malformed, out of range or not supported
-    ├── ModelUnknown             no model of that name is served
-    ├── ContextTooLong           prompt + max_tokens exceed the context
-    ├── BodyTooLarge             the request body exceeds the limit
-    ├── Overloaded               the queue is full; carries `retry_after_s`
-    └── Cancelled                the client went away or cancelled
-    EngineError                  the engine's own; the request is not to blame
-    ├── LoadFailed               the model cannot be loaded
-    ├── NoKvSlot                 llama_decode 1: no room in the KV cache for this batch (state restored)
-    ├── DecodeAborted            llama_decode 2: the abort callback fired
-    ├── BatchInvalid             llama_decode -1: the batch is malformed
-    ├── DecodeFailed             llama_decode < -1: fatal
-    ├── TokenizeFailed           the tokenizer refused the text
-    ├── TemplateFailed           the chat template raised or is missing
-    └── ShuttingDown             the server stops before the request could be answered
+RequestError                 the client can mend it; carries `param` and `code` for the wire
+├── InvalidRequest           a field is malformed, out of range or not supported
+├── Unauthorized             the API key is missing or wrong
+├── ModelUnknown             no model of that name is served
+├── ContextTooLong           prompt + max_tokens exceed the context
+├── BodyTooLarge             the request body exceeds the limit
+├── Overloaded               the queue is full; carries `retry_after_s`
+└── Cancelled                the client went away or cancelled
+EngineError                  the engine's own; the request is not to blame
+├── LoadFailed               the model cannot be loaded
+├── NoKvSlot                 llama_decode 1: no room in the KV cache for this batch (state restored)
+├── DecodeAborted            llama_decode 2: the abort callback fired
+├── BatchInvalid             llama_decode -1: the batch is malformed
+├── DecodeFailed             llama_decode < -1: fatal
+├── TokenizeFailed           the tokenizer refused the text
+├── TemplateFailed           the chat template raised or is missing
+├── EngineDown               the engine stopped after a fatal error and takes no more requests
+└── ShuttingDown             the server stops before the request could be answered
 """
 
 
@@ -33,6 +35,10 @@ class RequestError(Exception):
 
 class InvalidRequest(RequestError):
     """A field is malformed, out of range or not supported."""
+
+
+class Unauthorized(RequestError):
+    """The API key is missing or wrong."""
 
 
 class ModelUnknown(RequestError):
@@ -89,6 +95,10 @@ class TokenizeFailed(EngineError):
 
 class TemplateFailed(EngineError):
     """The chat template raised, or the model has none."""
+
+
+class EngineDown(EngineError):
+    """The engine stopped after a fatal error and takes no more requests."""
 
 
 class ShuttingDown(EngineError):

@@ -23,10 +23,11 @@ LEVELS = (
     ("llama", "prompt", "sampling", "constrain", "detokenize", "prefix", "scheduler", "openai", "metrics"),
     ("engine",),
     ("worker",),
+    ("intake", "served"),
     ("server", "serve", "batch", "chat", "doctor"),
     ("cli",),
 )
-SAME_LEVEL = {("scheduler", "prefix"), ("prompt", "llama"), ("serve", "server")}
+SAME_LEVEL = {("scheduler", "prefix"), ("prompt", "llama"), ("serve", "server"), ("served", "intake")}
 ONLY_NOUNS = {"openai": {"sequence", "errors"}, "scheduler": {"sequence", "prefix"}, "prefix": {"sequence"}}
 # foreign library -> the only modules that may import it
 DOORS = {
