@@ -103,3 +103,7 @@ class EngineDown(EngineError):
 
 class ShuttingDown(EngineError):
     """The server stops before the request could be answered."""
+
+
+class BatchRefused(Exception):
+    """The batch's files cannot be used together: busy, foreign, or of another input or model."""
