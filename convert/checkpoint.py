@@ -1,0 +1,62 @@
+"""A checkpoint to convert: its header, and its weights read as float32 a slab of rows at a time.
+
+A slab, not a tensor, is what is in memory: the embedding of a 270M model alone is 670 MB in float32.
+"""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from gguf.quants import dequantize
+
+from .errors import SourceInvalid
+from .gguf_header import Header, TensorInfo, read_header
+
+SLAB_ELEMENTS = 1 << 22
+
+class Checkpoint:
+    """A GGUF file opened for reading; close it, or use it as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file and read its header. Raises SourceInvalid (also for one part of a split GGUF)."""
+        self.header = read_header(path)
+        parts = self.header.fields.get("split.count")
+        if parts is not None and parts.value not in {0, 1}:
+            raise SourceInvalid(f"{str(path)!r} is one of {parts.value} parts; join them with llama-gguf-split --merge")
+        with path.open("rb") as file:
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._data.close()
+
+    def slabs(self, tensor: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, float32 array of shape (rows, n_in)) until the tensor is read; 3-d tensors are flattened.
+
+        Raises SourceInvalid when the tensor's type cannot be widened.
+        """
+        width = tensor.shape[-1]
+        n_rows = tensor.n_elements // width
+        row_bytes = tensor.n_bytes // n_rows
+        step = max(1, SLAB_ELEMENTS // width)
+        for start in range(0, n_rows, step):
+            rows = min(step, n_rows - start)
+            # bytes are copied out of the map, so that no array outlives it
+            raw = self._data[tensor.offset + start * row_bytes : tensor.offset + (start + rows) * row_bytes]
+            yield start, self._widen(tensor, np.frombuffer(raw, dtype=np.uint8)).reshape(rows, width)
+
+    def _widen(self, tensor: TensorInfo, raw: np.ndarray) -> np.ndarray:
+        try:
+            # one long row: the library works in groups of 16 rows, and blocks do not care
+            widened = dequantize(raw.reshape(1, -1), tensor.kind)
+        except NotImplementedError:
+            raise SourceInvalid(
+                f"{str(self.header.path)!r}: tensor {tensor.name!r} is {tensor.kind.name}, which cannot be dequantized"
+            ) from None
+        return np.asarray(widened, dtype=np.float32)
