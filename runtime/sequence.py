@@ -53,11 +53,13 @@ class Request:
 class Sequence:
     """A request while the engine works on it.
 
-    `tokens` is the prompt followed by what was generated. The first `n_computed` of them are in the KV cache under
-    `seq_id` (None while waiting or pre-empted). `n_cached` of the prompt's tokens were found there already.
+    `arrival` numbers requests in the order they came: the lower goes first. `tokens` is the prompt followed by what was
+    generated. The first `n_computed` of them are in the KV cache under `seq_id` (None while waiting or pre-empted).
+    `n_cached` of the prompt's tokens were found there already.
     """
 
     request: Request
+    arrival: int
     tokens: list[int]
     seq_id: int | None = None
     n_computed: int = 0
@@ -71,7 +73,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start … start+count` of `sequence` to be computed in this step; `samples` asks for the last row's logits."""
+    """Tokens `start … start+count-1` of `sequence`, to be computed; `samples` asks for the last one's logits."""
 
     sequence: Sequence
     start: int
@@ -81,7 +83,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Share the first `length` cells of `source` with `target` (both sequence ids) before the decode."""
+    """Share the first `length` cells of `source` with `target` (both sequence ids)."""
 
     source: int
     target: int
@@ -89,11 +91,21 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What one step does: free these sequence ids, share these prefixes, then compute these chunks in one decode."""
+class Remove:
+    """Take `seq_id` out of the cells at positions `start` and up; cells nobody is left in become free."""
 
-    removals: tuple[int, ...]
-    copies: tuple[Copy, ...]
+    seq_id: int
+    start: int = 0
+
+
+Edit = Copy | Remove
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one step does: edit the KV cache, in this order, then compute these chunks in one decode."""
+
+    edits: tuple[Edit, ...]
     chunks: tuple[Chunk, ...]
 
     @property
@@ -114,7 +126,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's natural-log probability, with `top`: (token id, bytes, log-probability) of the likeliest, best first."""
+    """A token's natural-log probability; `top` holds (token id, bytes, log-probability) of the likeliest, best first."""
 
     token: int
     token_bytes: bytes
@@ -124,7 +136,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one answer. `cached_tokens` of the prompt were not computed again."""
+    """Token counts of one answer. `cached_tokens` of the prompt were never computed for it.
+
+    `completion_tokens` counts every token that was drawn, an end-of-turn token included.
+    """
 
     prompt_tokens: int
     cached_tokens: int

@@ -1,0 +1,110 @@
+"""The seam of the model: what the engine needs from llama.cpp, as protocols.
+
+`runtime/llama.py` stands behind it with the real library, `tests/fakes.py` with a toy whose answers can be foretold.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from .sequence import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is loaded and how. Sizes in tokens unless the name says otherwise.
+
+    `n_ctx` counts the cells of the unified KV cache: all sequences together hold no more tokens than that.
+    `n_seq_max` bounds sequence ids (0 … n_seq_max-1), `n_batch` the tokens of one decode. `gpu_layers` -1 is all.
+    """
+
+    n_vocab: int
+    n_ctx: int
+    n_ctx_train: int
+    n_seq_max: int
+    n_batch: int
+    n_params: int
+    size_bytes: int
+    description: str
+    architecture: str
+    backend: str
+    n_threads: int
+    gpu_layers: int
+    chat_template: str | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class TokenizerLike(Protocol):
+    """Text ↔ token ids. Reads an immutable vocabulary: any thread may use it."""
+
+    @property
+    def n_vocab(self) -> int:
+        """How many token ids there are."""
+
+    @property
+    def bos(self) -> int | None:
+        """The token that begins a text, if the model has one."""
+
+    @property
+    def eos(self) -> int | None:
+        """The token that ends a text, if the model has one."""
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the model wants `bos` in front of every text."""
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Every token that ends an answer (end of text, end of turn …), ascending."""
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts that `encode(parse_special=True)` reads as control tokens."""
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text`. `add_special` adds BOS as the model wants it; `parse_special` reads control tokens.
+
+        Raises TokenizeFailed.
+        """
+
+    def token_bytes(self, token: int, *, special: bool = False) -> bytes:
+        """The token's bytes: maybe half a character. Control tokens are empty unless `special`."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, control tokens left out, invalid UTF-8 as U+FFFD."""
+
+    def is_end(self, token: int) -> bool:
+        """Whether `token` ends an answer."""
+
+
+class LlamaLike(Protocol):
+    """One loaded model with one KV cache. Not thread-safe: one thread owns it."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is loaded and how."""
+
+    @property
+    def tokenizer(self) -> TokenizerLike:
+        """The model's tokenizer."""
+
+    def decode(self, batch: Batch) -> np.ndarray:
+        """Compute `batch`; the logits, float32 of shape (rows that want logits, n_vocab), valid until the next decode.
+
+        Raises NoKvSlot and BatchInvalid (nothing was changed), DecodeAborted and DecodeFailed (part of the batch may
+        lie in the cache).
+        """
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Let `target`, an empty sequence, share the first `length` cells of `source`. Moves no data."""
+
+    def remove(self, seq_id: int, start: int = 0, end: int = -1) -> None:
+        """Take `seq_id` out of its cells at positions start … end-1 (-1: to the end)."""
+
+    def clear(self) -> None:
+        """Empty the KV cache."""
+
+    def close(self) -> None:
+        """Free the model. Closing twice is harmless; nothing else may be called afterwards."""
