@@ -1,0 +1,1 @@
+"""Prepared mail and the code that prepared it."""
