@@ -68,16 +68,25 @@ class Quality(_Part):
 
     what: str
     split: str
-    correct: int
+    correct: Annotated[int, Field(ge=0)]
     total: Annotated[int, Field(gt=0)]
-    interval_low: float
-    interval_high: float
+    interval_low: Annotated[float, Field(ge=0, le=1)]
+    interval_high: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Quality":
+        if self.correct > self.total:
+            raise ValueError(f"correct must be at most total, got {self.correct} of {self.total}")
+        if self.interval_low > self.interval_high:
+            raise ValueError(f"interval_low must be at most interval_high, got {self.interval_low}")
+        return self
 
 
 class Manifest(_Part):
     """A model: its name, what it is for, where it comes from and which files it has.
 
-    A built model has at least one artefact; a recipe (base plus adapter, not built yet) has none.
+    A built model has at least one artefact; a recipe (base plus adapter, not built yet) has none. `source` is where
+    the artefacts were fetched from; it is empty when they were made here.
     """
 
     schema_version: Literal[1] = 1
@@ -86,6 +95,7 @@ class Manifest(_Part):
     task: Literal["classify", "write", "general"] = "general"
     licence: str
     licence_notice: str = ""
+    source: str = ""
     base: Base | None = None
     adapter: Adapter | None = None
     prompt: Prompt = Prompt()

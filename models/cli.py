@@ -1,0 +1,178 @@
+"""`deskside models …` and `deskside pull`: data on stdout, progress on stderr. Errors are left to the front door."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import ModelError
+
+if TYPE_CHECKING:
+    from .files import Progress
+    from .pull import Build
+    from .store import Store, StoredModel
+
+_NameArgument = Annotated[str, typer.Argument(help="An installed model.", metavar="NAME")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def create_app() -> typer.Typer:
+    """The verbs of `deskside models`."""
+    app = typer.Typer(name="models", help="The models on this machine.", no_args_is_help=True)
+    app.command("list")(list_command)
+    app.command("show")(show_command)
+    app.command("verify")(verify_command)
+    app.command("remove")(remove_command)
+    return app
+
+
+def list_command(as_json: _Json = False) -> None:
+    """List the installed models, and those that `deskside pull` knows by name."""
+    from .catalog import load_catalog
+    from .store import Store
+
+    store = Store()
+    rows = [_row(store, name) for name in store.names()]
+    catalog = load_catalog()
+    known = [catalog.get(name) for name in catalog.names() if name not in store.names()]
+    rows += [_blank_row(entry.name, "not installed", entry.description) for entry in known]
+    (_print_json if as_json else _print_rows)(rows)
+
+
+def show_command(name: _NameArgument, as_json: _Json = False) -> None:
+    """Show a model's card: what it is, how to ask it, licence, files and measured quality."""
+    from .card import render_card
+    from .store import Store
+
+    stored = Store().resolve(name)
+    if as_json:
+        _print_json(_described(stored))
+    elif stored.manifest is None:
+        typer.echo(f"{stored.gguf}: a GGUF file without a manifest, {stored.gguf.stat().st_size} bytes")
+    else:
+        card = stored.folder / "README.md"
+        _print_markdown(card.read_text(encoding="utf-8") if card.is_file() else render_card(stored.manifest))
+
+
+def verify_command(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Models; all of them if none is named.", metavar="[NAME]…")
+    ] = None,
+) -> None:
+    """Read models again and compare every file with its sha256."""
+    from .errors import HashMismatch
+    from .store import Store
+
+    store = Store()
+    failures: list[str] = []
+    for name in names or store.names():
+        try:
+            with _progress(f"verify {name}") as progress:
+                store.verify(name, progress)
+        except ModelError as error:
+            failures.append(str(error))
+        else:
+            typer.echo(f"{name}: ok")
+    if failures:
+        raise HashMismatch("\n".join(failures))
+
+
+def remove_command(name: _NameArgument) -> None:
+    """Delete an installed model."""
+    from .store import Store
+
+    Store().remove(name)
+    typer.echo(f"{name}: removed", err=True)
+
+
+def pull_command(
+    model: str,
+    *,
+    name: str | None = None,
+    as_json: bool = False,
+    build: "Build | None" = None,
+) -> None:
+    """Install a model by its catalogue name or hf:// address; `build` makes those that are recipes.
+
+    The front door declares the options and gives `build`, since models converts nothing.
+    """
+    from .pull import pull
+    from .store import Store
+
+    with _progress(f"pull {model}") as progress:
+        stored = pull(model, Store(), progress=progress, name=name, build=build)
+    if as_json:
+        _print_json(_described(stored))
+    else:
+        typer.echo(f"{stored.name}: {stored.gguf}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator["Progress"]:
+    """A bar on stderr, which is drawn when there is something to wait for; nothing where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bars(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what, total=None, visible=False)
+        yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
+
+
+def _row(store: "Store", name: str) -> dict[str, Any]:
+    try:
+        manifest = store.get(name).manifest
+    except ModelError as error:
+        return _blank_row(name, "damaged", str(error))
+    if manifest is None:
+        return _blank_row(name, "installed", "")
+    return {
+        "name": name,
+        "state": "installed",
+        "quantization": manifest.artefacts[0].quantization,
+        "size_bytes": sum(artefact.size_bytes for artefact in manifest.artefacts),
+        "description": manifest.description,
+    }
+
+
+def _blank_row(name: str, state: str, description: str) -> dict[str, Any]:
+    return {"name": name, "state": state, "quantization": None, "size_bytes": None, "description": description}
+
+
+def _described(stored: "StoredModel") -> dict[str, Any]:
+    manifest = stored.manifest.model_dump(mode="json") if stored.manifest is not None else None
+    return {"name": stored.name, "folder": str(stored.folder), "gguf": str(stored.gguf), "manifest": manifest}
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("Name", "State", "Quantization", "Size"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("Description", overflow="fold")
+    for row in rows:
+        size = f"{row['size_bytes'] / (1 << 20):.0f} MiB" if row["size_bytes"] is not None else ""
+        table.add_row(row["name"], row["state"], row["quantization"] or "", size, row["description"])
+    # Descriptions are other people's text: square brackets in them are no markup.
+    Console(markup=False).print(table)
+
+
+def _print_markdown(text: str) -> None:
+    if not sys.stdout.isatty():
+        typer.echo(text, nl=False)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
