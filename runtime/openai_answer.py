@@ -1,0 +1,192 @@
+"""OpenAI's wire answers: engine events become stream chunks, and the whole answer is a fold over the same events."""
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .openai_fields import Kind
+from .sequence import Event, Finished, FinishReason, Request, TextDelta, TokenLogprob, Usage
+
+# JSON has no infinity; OpenAI writes this for a token that cannot come.
+LEAST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A wire request that became `requests`: `choices_per_prompt` for each prompt, in order of choice index."""
+
+    id: str
+    kind: Kind
+    model: str
+    created_s: int
+    fingerprint: str
+    requests: tuple[Request, ...]
+    choices_per_prompt: int
+    stream: bool
+    include_usage: bool
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether log-probabilities were asked for."""
+        return self.requests[0].params.logprobs is not None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice as far as it has come."""
+
+    index: int
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class Answer:
+    """What has been answered to a call: feed it every event, and send the chunks it returns or ask for the response."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.choices = [Choice(index) for index in range(len(call.requests))]
+        self._by_id = {request.id: choice for request, choice in zip(call.requests, self.choices, strict=True)}
+        self._offsets = [TextOffsets() for _ in self.choices]
+
+    def feed(self, event: Event) -> dict[str, Any] | None:
+        """Take in an event; the chunk that tells it, or None if it shows nothing. Raises the error of a `Failed`."""
+        choice = self._by_id[event.request_id]
+        if isinstance(event, Finished):
+            choice.finish_reason, choice.usage = event.reason, event.usage
+            return to_chunk(self.call, choice.index, finish_reason=event.reason)
+        if not isinstance(event, TextDelta):
+            raise event.error
+        if not self.call.stream:
+            choice.text.append(event.text)
+            choice.logprobs.extend(event.logprobs)
+            return None
+        if not event.text and not event.logprobs:
+            return None
+        logprobs = to_logprobs(self.call, event.logprobs, self._offsets[choice.index])
+        return to_chunk(self.call, choice.index, event.text, logprobs)
+
+    def first_chunks(self) -> Iterator[dict[str, Any]]:
+        """What is sent before the first token: for a chat, who speaks."""
+        if self.call.kind == "chat":
+            for choice in self.choices:
+                yield to_chunk(self.call, choice.index, "", role="assistant")
+
+    def last_chunks(self) -> Iterator[dict[str, Any]]:
+        """What is sent after the last choice has finished: the token counts, if asked for."""
+        if self.call.include_usage:
+            yield _envelope(self.call, chunk=True) | {"choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """The token counts of all choices so far; see `to_usage`."""
+        return to_usage([choice.usage for choice in self.choices if choice.usage], self.call.choices_per_prompt)
+
+    def response(self) -> dict[str, Any]:
+        """The whole answer, once every choice has finished."""
+        choices = [to_choice(self.call, choice) for choice in self.choices]
+        return _envelope(self.call, chunk=False) | {"choices": choices, "usage": self.usage()}
+
+
+class TextOffsets:
+    """Counts characters token by token, for the `text_offset` of a completion's log-probabilities."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def take(self, token: bytes) -> int:
+        """Where `token` begins; half a character counts once it is whole."""
+        start = self._characters
+        self._characters += len(self._decoder.decode(token))
+        return start
+
+
+def _envelope(call: Call, *, chunk: bool) -> dict[str, Any]:
+    kind = "text_completion" if call.kind == "completion" else "chat.completion.chunk" if chunk else "chat.completion"
+    envelope: dict[str, Any] = {"id": call.id, "object": kind, "created": call.created_s, "model": call.model}
+    return envelope | {"system_fingerprint": call.fingerprint}
+
+
+def to_chunk(
+    call: Call,
+    index: int,
+    text: str | None = None,
+    logprobs: dict[str, Any] | None = None,
+    *,
+    finish_reason: FinishReason | None = None,
+    role: str | None = None,
+) -> dict[str, Any]:
+    """One chunk of a streamed choice."""
+    choice: dict[str, Any] = {"index": index}
+    if call.kind == "completion":
+        choice["text"] = text or ""
+    else:
+        choice["delta"] = ({"role": role} if role else {}) | ({} if text is None else {"content": text})
+    choice |= {"logprobs": logprobs, "finish_reason": finish_reason}
+    chunk = _envelope(call, chunk=True) | {"choices": [choice]}
+    return chunk | {"usage": None} if call.include_usage else chunk
+
+
+def to_choice(call: Call, choice: Choice) -> dict[str, Any]:
+    """One whole choice of a response."""
+    text = "".join(choice.text)
+    said = {"text": text} if call.kind == "completion" else {"message": {"role": "assistant", "content": text}}
+    logprobs = to_logprobs(call, choice.logprobs, TextOffsets())
+    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+
+def to_usage(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]:
+    """OpenAI's token counts. A prompt counts once, however many choices share it.
+
+    Of its tokens, those count as cached that no choice had to compute: the least that any of them found.
+    """
+    prompt, cached = 0, 0
+    for start in range(0, len(usages), choices_per_prompt):
+        shared = usages[start : start + choices_per_prompt]
+        prompt += shared[0].prompt_tokens
+        cached += min(usage.cached_tokens for usage in shared)
+    completion = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def to_logprobs(call: Call, tokens: Sequence[TokenLogprob], offsets: TextOffsets) -> dict[str, Any] | None:
+    """The log-probabilities of some tokens in the call's form, None if they were not asked for."""
+    if not call.logprobs:
+        return None
+    if call.kind == "chat":
+        return {"content": [_chat_token(token) for token in tokens], "refusal": None}
+    wants_top = bool(call.requests[0].params.logprobs)
+    return {
+        "tokens": [_name(token.token_bytes) for token in tokens],
+        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "top_logprobs": [{_name(raw): _finite(p) for _, raw, p in t.top} for t in tokens] if wants_top else None,
+        "text_offset": [offsets.take(token.token_bytes) for token in tokens],
+    }
+
+
+def _chat_token(token: TokenLogprob) -> dict[str, Any]:
+    return _token(token.token_bytes, token.logprob) | {"top_logprobs": [_token(raw, p) for _, raw, p in token.top]}
+
+
+def _token(raw: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _name(raw: bytes) -> str:
+    """A token as a dictionary key; half a character is written out in bytes, so that two halves stay apart."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _finite(logprob: float) -> float:
+    return max(float(logprob), LEAST_LOGPROB)
