@@ -1,0 +1,98 @@
+"""From a wire body to engine requests, and from events to the wire answer: what server and batch do alike."""
+
+import asyncio
+import secrets
+import time
+from typing import Protocol
+
+from .errors import InvalidRequest, ModelUnknown
+from .llama_protocol import TokenizerLike
+from .openai import Body, ChatBody, parse, to_requests, token_limit
+from .openai_answer import Answer, Call
+from .openai_fields import Kind
+from .prompt import Prompter
+from .worker import Stream
+
+_ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
+
+
+class Serving(Protocol):
+    """What preparing a request needs of a served model."""
+
+    @property
+    def name(self) -> str:
+        """The name clients call it by."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What answers with the same seed can be compared under."""
+
+    @property
+    def prompter(self) -> Prompter:
+        """Renders and tokenises."""
+
+    @property
+    def tokenizer(self) -> TokenizerLike:
+        """Its tokenizer."""
+
+
+def prepare(kind: Kind, payload: object, served: Serving) -> Call:
+    """A parsed JSON body as a call whose requests are valid, tokenised and known to fit the context.
+
+    Raises InvalidRequest, ModelUnknown, ContextTooLong, TokenizeFailed or TemplateFailed.
+    """
+    body = parse(kind, payload)
+    require_model(body.model, served.name)
+    prompts = _prompts(body, served)
+    _check_ids(body, prompts, served.tokenizer.n_vocab)
+    wanted, param = token_limit(body)
+    limits = [served.prompter.limit(prompt, wanted, param=param) for prompt in prompts]
+    drawn = [secrets.randbits(64) for _ in range(len(prompts) * body.n)]
+    call_id = _ID_PREFIX[kind] + secrets.token_hex(12)
+    return Call(
+        id=call_id,
+        kind=kind,
+        model=served.name,
+        created_s=int(time.time()),
+        fingerprint=served.fingerprint,
+        requests=to_requests(body, call_id, prompts, limits, drawn),
+        choices_per_prompt=body.n,
+        stream=body.stream,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+    )
+
+
+def require_model(asked: str | None, served: str) -> None:
+    """Raise ModelUnknown unless the client asks for the served model, or names none."""
+    if asked is not None and asked != served:
+        raise ModelUnknown(f"model {asked[:200]!r} is not served here; this server has {served!r}", param="model")
+
+
+def _prompts(body: Body, served: Serving) -> list[tuple[int, ...]]:
+    if isinstance(body, ChatBody):
+        return [served.prompter.chat([message.model_dump() for message in body.messages])]
+    prompts = [served.prompter.text(item) if isinstance(item, str) else item for item in body.prompt]
+    if not all(prompts):
+        raise InvalidRequest("prompt must not be empty: this model has no token that begins a text", param="prompt")
+    return prompts
+
+
+def _check_ids(body: Body, prompts: list[tuple[int, ...]], n_vocab: int) -> None:
+    for prompt in prompts:
+        if max(prompt) >= n_vocab:
+            raise InvalidRequest(f"prompt holds token id {max(prompt)}, the vocabulary has {n_vocab}", param="prompt")
+    if body.logit_bias and max(body.logit_bias) >= n_vocab:
+        message = f"logit_bias names token id {max(body.logit_bias)}, the vocabulary has {n_vocab}"
+        raise InvalidRequest(message, param="logit_bias")
+
+
+async def fold(call: Call, stream: Stream) -> dict[str, object]:
+    """The whole answer of a call. Raises the error of the first choice that failed, and cancels the others."""
+    answer = Answer(call)
+    try:
+        async for event in stream:
+            answer.feed(event)
+    except (Exception, asyncio.CancelledError):
+        stream.cancel()
+        raise
+    return answer.response()
