@@ -35,9 +35,9 @@ _HEADER_LINE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _ATTRIBUTION = re.compile(
-    r"^(?!$)(?:[^\n]*\n)?[^\n]*(?:\b(?:wrote|writes|said|says|typed|spake|scribbled|uttered|posted)\b[^\n:]{0,60}:"
+    r"^(?!$)(?:[^\n]*\n)?[^\n]*(?:\b(?:wrote|writes|said|says|typed|spake|scribbled|uttered|posted|mentioned|stated|claiming|signs)\b[^\n:]{0,60}:"
     r"|^quoting [^\n]*:"
-    r"|\.\.\. ?and then [^\n]* said)[ \t-]*$",
+    r"|^[^\n]*(?:\w@\w|\b(?:19|20)\d\d\b|\d:\d\d)[^\n]*:)[ \t-]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _LIST_URL = re.compile(

@@ -89,16 +89,18 @@ def without_duplicates(examples: Iterable[Example]) -> list[Example]:
     for example in examples:
         by_body.setdefault(example.digest, []).append(example)
     kept: list[Example] = []
-    owner: dict[tuple[str, ...], int] = {}
+    sizes: list[int] = []
+    owners: dict[tuple[str, ...], list[int]] = {}
     for same in by_body.values():
         if len({example.label for example in same}) > 1:
             continue
         shingles = _shingles(same[0])
-        common = Counter(owner[shingle] for shingle in shingles if shingle in owner)
-        if common and common.most_common(1)[0][1] * 2 > len(shingles):
+        common = Counter(index for shingle in shingles for index in owners.get(shingle, ()))
+        if any(2 * shared > min(len(shingles), sizes[index]) for index, shared in common.items()):
             continue
         for shingle in shingles:
-            owner.setdefault(shingle, len(kept))
+            owners.setdefault(shingle, []).append(len(kept))
+        sizes.append(len(shingles))
         kept.append(same[0])
     return kept
 
