@@ -82,10 +82,11 @@ def level(name: str) -> int:
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_folders_import_only_what_the_design_allows(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
-    own_clis = {f"{other}.cli" for other in FOLDERS} if module_name(path) == "runtime.cli" else set()
+    composed = {f"{other}.{part}" for other in FOLDERS for part in ("cli", "errors")}
+    own = composed if module_name(path) == "runtime.cli" else set()
     for imported in imports(path):
         if imported.split(".")[0] in set(FOLDERS) - {folder}:
-            assert within(imported, BETWEEN[folder] | own_clis), f"{module_name(path)} imports {imported}"
+            assert within(imported, BETWEEN[folder] | own), f"{module_name(path)} imports {imported}"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent == ROOT / "runtime"], ids=module_name)
