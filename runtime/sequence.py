@@ -82,6 +82,14 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Match:
+    """The longest known prefix of a prompt: `length` tokens, held by sequence id `source` (None: nobody)."""
+
+    source: int | None
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
     """Share the first `length` cells of `source` with `target` (both sequence ids)."""
 
@@ -126,7 +134,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's natural-log probability; `top` holds (token id, bytes, log-probability) of the likeliest, best first."""
+    """A token's natural-log probability; `top` holds (id, bytes, log-probability) of the likeliest, best first."""
 
     token: int
     token_bytes: bytes

@@ -1,0 +1,178 @@
+"""Who runs in the next step, and with how many tokens. Pure policy: no binding, no clock, no thread, no wire type.
+
+Rows that decode come first, so that an answer being written never waits for a prompt; then prompts are prefilled in
+chunks, first come first served, with what the step has left; then waiting requests join. When cells run out the step
+does less; when nothing at all fits, the newest sequence is pre-empted and its tokens are computed again later. The
+oldest always gets on, so everyone does.
+"""
+
+from bisect import insort
+from collections import deque
+
+import numpy as np
+
+from .prefix import PrefixCache, common_prefix
+from .sequence import Chunk, Match, Plan, Sequence
+
+# A waiting request holds back while an older one computes at least so many tokens that both begin with. Fewer are
+# sooner computed twice than waited for.
+HOLD_BACK_TOKENS = 32
+# Held-back requests that others may overtake in one step: bounds the prompt comparisons.
+LOOK_PAST = 8
+# Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
+HEADROOM_TOKENS = 16
+
+
+class Scheduler:
+    """Plans steps of at most `step_tokens` tokens for at most `max_running` sequences at a time."""
+
+    def __init__(self, ledger: PrefixCache, *, step_tokens: int, max_running: int) -> None:
+        self._ledger = ledger
+        self._step_tokens = step_tokens
+        self._max_running = max_running
+        self._limit = step_tokens
+        self._tokens: dict[int, np.ndarray] = {}
+        self._suspects: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.n_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence waits for its turn."""
+        self._tokens[sequence.arrival] = np.asarray(sequence.tokens, np.int32)
+        insort(self.waiting, sequence, key=_arrival)
+
+    def plan(self) -> Plan | None:
+        """The next step, or None when there is nothing to do. Follow it with `commit`, `shrink` or `isolate`."""
+        chunks = self._alone() or self._chunks(join=True)
+        while not chunks and self.running:
+            self._preempt(self.running[-1])
+            chunks = self._chunks(join=not self.running)
+        return Plan(self._ledger.take_edits(), tuple(chunks)) if chunks else None
+
+    def commit(self, plan: Plan) -> None:
+        """The plan was computed."""
+        self._limit = min(self._step_tokens, self._limit * 2)
+        for chunk in plan.chunks:
+            assert chunk.sequence.seq_id is not None
+            self._ledger.extend(chunk.sequence.seq_id, chunk.count)
+            chunk.sequence.n_computed += chunk.count
+
+    def shrink(self, plan: Plan) -> bool:
+        """The plan found no room in the real cache: do less next time. False when nothing less can be done."""
+        if self._ledger.evict_idle():
+            return True
+        if plan.n_tokens > 1:
+            self._limit = plan.n_tokens // 2
+            return True
+        if len(self.running) > 1:
+            self._preempt(self.running[-1])
+            return True
+        return False
+
+    def isolate(self, plan: Plan) -> bool:
+        """The plan failed: next run its sequences one by one, to find the guilty one. False when there was only one."""
+        if len(plan.chunks) == 1:
+            return False
+        self._suspects = deque(chunk.sequence for chunk in plan.chunks)
+        return True
+
+    def finish(self, sequence: Sequence) -> None:
+        """The answer is whole; what was computed stays in the cache for others to share."""
+        assert sequence.seq_id is not None
+        self._ledger.retire(sequence.seq_id, np.asarray(sequence.tokens[: sequence.n_computed], np.int32))
+        self._forget(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """The sequence failed or was cancelled, wherever it is; its cells are free with the next edits."""
+        if sequence.seq_id is not None:
+            self._ledger.release(sequence.seq_id)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
+        sequence.seq_id = None
+        del self._tokens[sequence.arrival]
+
+    def _alone(self) -> list[Chunk]:
+        while self._suspects:
+            suspect = self._suspects.popleft()
+            chunk = self._chunk(suspect, 0) if suspect.seq_id is not None else None
+            if chunk is not None:
+                return [chunk]
+        return []
+
+    def _chunks(self, *, join: bool) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        planned = n_held_back = 0
+        for sequence in sorted(self.running, key=_is_prefilling):
+            if chunk := self._chunk(sequence, planned):
+                chunks.append(chunk)
+                planned += chunk.count
+        for sequence in self.waiting[:] if join else ():
+            if planned >= self._limit or len(self.running) >= self._max_running or n_held_back >= LOOK_PAST:
+                break
+            match = self._match(sequence)
+            if match is None:
+                n_held_back += 1
+            elif chunk := self._join(sequence, match, planned):
+                chunks.append(chunk)
+                planned += chunk.count
+            else:
+                break
+        return chunks
+
+    def _chunk(self, sequence: Sequence, planned: int) -> Chunk | None:
+        """As much of `sequence` as the step and the cells allow beside `planned` tokens."""
+        start = sequence.n_computed
+        wanted = min(len(sequence.tokens) - start, self._limit - planned)
+        count = self._ledger.make_room(planned + wanted) - planned
+        return Chunk(sequence, start, count, start + count == len(sequence.tokens)) if count > 0 else None
+
+    def _match(self, sequence: Sequence) -> Match | None:
+        """The prefix `sequence` would start from; None if an older one is just computing a much longer one."""
+        tokens = self._tokens[sequence.arrival]
+        match = self._ledger.match(tokens)
+        for other in self.running:
+            if _is_prefilling(other) and other.arrival < sequence.arrival:
+                coming = common_prefix(tokens[:-1], self._tokens[other.arrival])
+                if coming - match.length >= HOLD_BACK_TOKENS:
+                    return None
+        return match
+
+    def _join(self, sequence: Sequence, match: Match, planned: int) -> Chunk | None:
+        """Let `sequence` run if there is an id for it and, unless it would be alone, room for all of its tokens."""
+        needed = len(sequence.tokens) - match.length + sum(map(_outstanding, self.running))
+        if self.running and not self._ledger.can_hold(needed, match):
+            return None
+        seq_id = self._ledger.admit(self._tokens[sequence.arrival], match)
+        if seq_id is None:
+            return None
+        found = min(match.length, len(sequence.request.prompt))
+        sequence.n_cached = found if sequence.n_generated == 0 else min(found, sequence.n_cached)
+        sequence.seq_id, sequence.n_computed = seq_id, match.length
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_arrival)
+        return self._chunk(sequence, planned)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence.seq_id is not None
+        self._ledger.release(sequence.seq_id)
+        self.running.remove(sequence)
+        sequence.seq_id, sequence.n_computed = None, 0
+        self.n_preemptions += 1
+        self.add(sequence)
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+def _is_prefilling(sequence: Sequence) -> bool:
+    return len(sequence.tokens) - sequence.n_computed > 1
+
+
+def _outstanding(sequence: Sequence) -> int:
+    """Cells a running sequence will soon need: the rest of its prompt and a bit of its answer."""
+    answer = sequence.request.params.max_tokens - sequence.n_generated
+    return len(sequence.tokens) - sequence.n_computed + min(answer, HEADROOM_TOKENS)
