@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import ModelError
+from .errors import BadManifest, HashMismatch, ModelError
 
 if TYPE_CHECKING:
     from .files import Progress
@@ -63,21 +63,20 @@ def verify_command(
     ] = None,
 ) -> None:
     """Read models again and compare every file with its sha256."""
-    from .errors import HashMismatch
     from .store import Store
 
     store = Store()
-    failures: list[str] = []
+    failures: list[ModelError] = []
     for name in names or store.names():
         try:
             with _progress(f"verify {name}") as progress:
                 store.verify(name, progress)
-        except ModelError as error:
-            failures.append(str(error))
+        except (HashMismatch, BadManifest) as error:
+            failures.append(error)
         else:
             typer.echo(f"{name}: ok")
     if failures:
-        raise HashMismatch("\n".join(failures))
+        raise type(failures[0])("\n".join(map(str, failures)))
 
 
 def remove_command(name: _NameArgument) -> None:

@@ -91,6 +91,8 @@ def _from_hub(source: HubFile, folder: Path, sha256: str | None, progress: Progr
                 source.path,
                 revision=source.revision,
                 local_dir=folder,
+                # Its own cache is looked at above, where a damaged file is not taken for the right one.
+                cache_dir=folder / "cache",
                 endpoint=os.environ.get("HF_ENDPOINT"),
                 tqdm_class=_reporter(progress),
             )

@@ -1,0 +1,105 @@
+"""`deskside models …`: data on stdout, JSON for scripts, our own exceptions for the front door."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from models.cli import create_app, pull_command
+from models.errors import HashMismatch, ModelNotFound
+from models.store import Store
+from tests.models.build import CONTENT, artefact, fill
+from tests.models.hub import FILE, REPO, Hub
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("DESKSIDE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    store = Store()
+    with store.staging("tiny") as folder:
+        fill(folder)
+    return store
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(create_app(), words)
+
+
+def run_json(*words: str) -> Any:
+    return json.loads(run(*words, "--json").stdout)
+
+
+def test_list_shows_what_is_installed_and_what_is_known() -> None:
+    rows = {row["name"]: row for row in run_json("list")}
+    assert set(rows) == {"tiny", "gemma-3-270m", "email-triage"}
+    assert rows["tiny"]["state"] == "installed"
+    assert rows["tiny"]["size_bytes"] == len(CONTENT)
+    assert rows["email-triage"]["state"] == "not installed"
+    table = run("list").stdout
+    assert "tiny" in table
+    assert "A tiny model" in table
+
+
+def test_one_damaged_model_does_not_hide_the_others(home: Store) -> None:
+    with home.staging("torn") as folder:
+        fill(folder, "torn")
+    home.get("torn").gguf.unlink()
+    rows = {row["name"]: row for row in run_json("list")}
+    assert rows["torn"]["state"] == "damaged"
+    assert "tiny.gguf" in rows["torn"]["description"]
+    assert rows["tiny"]["state"] == "installed"
+
+
+def test_show_prints_the_card_or_the_manifest(home: Store, tmp_path: Path) -> None:
+    assert "# tiny" in run("show", "tiny").stdout
+    shown = run_json("show", "tiny")
+    assert shown["gguf"] == str(home.get("tiny").gguf)
+    assert shown["manifest"]["artefacts"][0]["sha256"] == artefact().sha256
+    (home.get("tiny").folder / "README.md").write_text("# the card that came with it\n")
+    assert run("show", "tiny").stdout == "# the card that came with it\n"
+    bare = tmp_path / "bare.gguf"
+    bare.write_bytes(CONTENT)
+    assert f"{len(CONTENT)} bytes" in run("show", str(bare)).stdout
+
+
+def test_verify_reads_all_and_names_every_file_that_changed(home: Store) -> None:
+    with home.staging("other") as folder:
+        fill(folder, "other")
+    ran = run("verify")
+    assert (ran.exit_code, ran.stdout) == (0, "other: ok\ntiny: ok\n")
+    for name in ("other", "tiny"):
+        home.get(name).gguf.write_bytes(CONTENT[:-1] + b"!")
+    ran = run("verify")
+    assert isinstance(ran.exception, HashMismatch)
+    assert len(str(ran.exception).splitlines()) == 2
+    assert isinstance(run("verify", "gone").exception, ModelNotFound)
+
+
+def test_remove_deletes(home: Store) -> None:
+    ran = run("remove", "tiny")
+    assert (ran.stdout, ran.stderr) == ("", "tiny: removed\n")
+    assert home.names() == []
+    assert isinstance(run("remove", "tiny").exception, ModelNotFound)
+
+
+def test_pull_prints_the_path_and_no_progress_without_a_terminal(
+    hub: Hub, home: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pull_command(f"hf://{REPO}/{FILE}", name="mine")
+    captured = capsys.readouterr()
+    assert captured.out == f"mine: {home.get('mine').gguf}\n"
+    assert captured.err == ""
+    pull_command("mine", as_json=True)
+    assert json.loads(capsys.readouterr().out)["name"] == "mine"
+
+
+def test_the_command_line_loads_nothing_heavy() -> None:
+    script = "import sys, models.cli; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["huggingface_hub", "pydantic", "rich.table", "httpx", "numpy", "platformdirs"]
+    ran = subprocess.run([sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
