@@ -1,0 +1,136 @@
+"""The figures of the default model's card, in one command: `python -m benchmarks.card_figures`.
+
+Measured on the test split: the majority class, the base with a zero-shot and with a few-shot prompt, the fine-tune
+before conversion (its predictions are written by the training recipe), and the converted model as served. Every set of
+predictions is kept in `models/email_triage/results/`; what is there already is not asked again.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from models.files import write_atomic
+from models.store import Store
+
+from .arms import base_arm, fine_tune_arm
+from .evaluate import (
+    Evaluation,
+    Prediction,
+    Progress,
+    Task,
+    evaluate,
+    load_evaluation,
+    predictions_of,
+    score_evaluation,
+)
+from .plan import recipe_file
+from .plot import confusion_picture
+from .record import save_json
+from .scoring import Score, compare
+from .stats import Interval
+from .workload import Prompt, labels_of, read_examples, read_prompt
+
+TEST, TRAIN = recipe_file("data", "test.jsonl.gz"), recipe_file("data", "train.jsonl.gz")
+CONCURRENCY = 8
+NAMES: Mapping[str, str] = {
+    "majority": "majority class",
+    "base_zero_shot": "base, zero-shot prompt",
+    "base_few_shot": "base, few-shot prompt (2 examples a class)",
+    "finetune_torch": "fine-tune before conversion",
+    "as_served": "fine-tune as served",
+}
+
+
+def majority() -> Evaluation:
+    """Always the commonest label of the training split."""
+    train, test = read_examples(TRAIN), read_examples(TEST)
+    label = Counter(example.label for example in train).most_common(1)[0][0]
+    return Evaluation(
+        labels=labels_of(test),
+        predictions=tuple(Prediction(id=e.id, label=e.label, prediction=label) for e in test),
+        note=f"always {label!r}, the commonest label of the training split",
+    )
+
+
+def measure(results: Path, store: Store, progress: Progress) -> dict[str, Evaluation]:
+    """Every set of predictions there can be; `finetune_torch` only if the recipe has written it."""
+    base = store.resolve("gemma-3-270m")
+    zero, few = (read_prompt(recipe_file("prompts", f"{name}.txt"), name) for name in ("zero_shot", "few_shot"))
+    arms = {
+        "base_zero_shot": base_arm(base, zero, None),
+        "base_few_shot": base_arm(base, few, None),
+        "as_served": fine_tune_arm(store.resolve("email-triage"), Prompt("short"), None),
+    }
+    found = {"majority": majority()}
+    save_json(results / "majority.json", found["majority"].model_dump(mode="json"))
+    for name, arm in arms.items():
+        found[name] = evaluate(Task(arm, TEST, CONCURRENCY, results / f"{name}.json"), progress)
+    if (torch := results / "finetune_torch.json").exists():
+        found["finetune_torch"] = load_evaluation(torch)
+    return {name: found[name] for name in NAMES if name in found}
+
+
+def markdown(found: Mapping[str, Evaluation]) -> Iterator[str]:
+    """The card's quality section, line by line."""
+    scores = {name: score_evaluation(evaluation) for name, evaluation in found.items()}
+    total = next(iter(scores.values())).total
+    yield f"Test split, {total} mails, exact answers only; 95 % intervals (accuracy: Wilson, macro-F1: bootstrap)."
+    yield ""
+    yield "| what | accuracy | right | macro-F1 |"
+    yield "|---|---|---|---|"
+    for name, score in scores.items():
+        right = f"{score.correct} of {score.total}"
+        yield f"| {NAMES[name]} | {_interval(score.accuracy)} | {right} | {_interval(score.macro_f1)} |"
+    yield ""
+    yield from _comparisons(found)
+    yield ""
+    yield "| label, as served | mails | precision | recall | F1 |"
+    yield "|---|---|---|---|---|"
+    for row in scores["as_served"].classes:
+        yield f"| {row.label} | {row.support} | {row.precision:.3f} | {row.recall:.3f} | {row.f1:.3f} |"
+
+
+def _interval(value: Interval) -> str:
+    return f"{value.estimate:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _comparisons(found: Mapping[str, Evaluation]) -> Iterator[str]:
+    served = predictions_of(found["as_served"])
+    for other in ("base_few_shot", "finetune_torch"):
+        if other in found:
+            earlier = predictions_of(found[other])
+            paired = compare(served, earlier)
+            flips = sum(served[item][1] != earlier[item][1] for item in served.keys() & earlier.keys())
+            yield (
+                f"As served minus {NAMES[other]}: {_interval(paired.difference)} (paired, Newcombe; exact McNemar "
+                f"p = {paired.p_value:.2g}); {flips} answers differ."
+            )
+
+
+def figures(scores: Mapping[str, Score]) -> dict[str, object]:
+    """All scores as plain values, for a file."""
+    return {name: {"what": NAMES[name], **asdict(score)} for name, score in scores.items()}
+
+
+def main() -> None:
+    """Measure what is missing, write the figures and the picture, print the card's table."""
+    results = recipe_file("results")
+
+    def progress(what: str, done: int, total: int) -> None:
+        print(f"{what}: {done} of {total}", file=sys.stderr)
+
+    found = measure(results, Store(), progress)
+    scores = {name: score_evaluation(evaluation) for name, evaluation in found.items()}
+    save_json(results / "figures.json", figures(scores))
+    served = scores["as_served"]
+    title = f"email-triage as served: {served.correct} of {served.total} test mails right"
+    confusion_picture(served, title, results / "confusion.png")
+    text = "\n".join(markdown(found)) + "\n"
+    write_atomic(results / "figures.md", text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

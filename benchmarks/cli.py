@@ -1,0 +1,146 @@
+"""`deskside bench`, `deskside bench report` and `deskside eval`: data on stdout, progress on stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cost import Assumptions
+from .evaluation_settings import EvalSettings
+from .options import with_options
+from .plan import Settings
+
+if TYPE_CHECKING:
+    from .record import Run
+
+SOME_FAILED = 3
+Progress = Callable[[str, int, int], None]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+_Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the latency distributions to this PNG.")]
+
+
+def create_app() -> typer.Typer:
+    """The verb `deskside bench`, with `report` below it."""
+    app = typer.Typer(name="bench", help="Measure speed and cost against a hosted prompt.", add_completion=False)
+    app.callback(invoke_without_command=True)(bench_command)
+    app.command("report")(report_command)
+    return app
+
+
+@with_options(settings=Settings, assumptions=Assumptions)
+def bench_command(
+    context: typer.Context,
+    settings: Settings,
+    assumptions: Assumptions,
+    as_json: _Json = False,
+    plot: _Plot = None,
+) -> None:
+    """Measure the local fine-tune, the local base with a few-shot prompt, and a hosted prompt (or its replay)."""
+    if context.invoked_subcommand is not None:
+        return
+    from models.store import Store
+
+    from .cost import check
+    from .plan import make_plan
+    from .run import run
+
+    check(assumptions)
+    plan = make_plan(settings, Store())
+    with _progress() as progress:
+        finished = run(plan, progress)
+    _show(finished, assumptions, as_json=as_json, plot=plot, save_to=plan.out)
+    print(f"raw samples and statistics: {plan.out}", file=sys.stderr)
+    if any(sample.error for arm in finished.arms for level in arm.levels for sample in level.samples):
+        raise typer.Exit(SOME_FAILED)
+
+
+@with_options(assumptions=Assumptions)
+def report_command(
+    file: Annotated[Path, typer.Argument(help="A file that `deskside bench` wrote.", metavar="FILE")],
+    assumptions: Assumptions,
+    as_json: _Json = False,
+    plot: _Plot = None,
+) -> None:
+    """Show a run again from its raw samples; assumptions that are given replace those of the run."""
+    from .record import load_run
+
+    run = load_run(file)
+    stored = Assumptions.model_validate(run.cost["assumptions"]) if run.cost else Assumptions()
+    given = assumptions.model_dump(include=assumptions.model_fields_set)
+    _show(run, stored.model_copy(update=given), as_json=as_json, plot=plot, save_to=None)
+
+
+def _show(run: "Run", assumptions: Assumptions, *, as_json: bool, plot: Path | None, save_to: Path | None) -> None:
+    from rich.console import Console
+
+    from .cost import check
+    from .derive import derive
+    from .plot import latency_picture
+    from .record import save_run
+    from .report import render
+
+    check(assumptions)
+    derived, statistics, bill = derive(run, assumptions)
+    if save_to is not None:
+        save_run(save_to, derived)
+    if plot is not None:
+        latency_picture(derived, plot)
+    if as_json:
+        print(json.dumps(derived.model_dump(mode="json", exclude={"arms"}), ensure_ascii=False, indent=2))
+        return
+    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=190, soft_wrap=True)
+    render(derived, statistics, bill, console)
+
+
+@with_options(settings=EvalSettings)
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A model of the store, or a path.", metavar="MODEL")],
+    settings: EvalSettings,
+    as_json: _Json = False,
+) -> None:
+    """Measure a model's accuracy on labelled examples, each answer kept."""
+    from models.store import Store
+
+    from .evaluate import evaluate, score_evaluation
+    from .evaluation_settings import make_task
+    from .report_score import render_score
+
+    with _progress() as progress:
+        evaluation = evaluate(make_task(model, settings, Store()), progress)
+    score = score_evaluation(evaluation)
+    if as_json:
+        predictions = [item.model_dump() for item in evaluation.predictions]
+        print(json.dumps({**asdict(score), "predictions": predictions}, ensure_ascii=False, indent=2))
+    else:
+        render_score(model, score)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on stderr when it is a terminal, else one line for each thing that is done."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _print_whole
+        return
+    with Bars(console=console) as bars:
+        tasks = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield show
+
+
+def _print_whole(what: str, done: int, total: int) -> None:
+    if done in (0, total):
+        print(what if done == 0 else f"{what}: {done} of {total}", file=sys.stderr)

@@ -1,0 +1,149 @@
+"""What a thousand answers cost, hosted and local, and after how many requests a fine-tune has paid for itself.
+
+Everything about the local side that was not measured is an assumption with a default that can be overridden, and the
+report prints all of them. Where the long prompt stays cheaper for ever, the answer is "never".
+"""
+
+from collections.abc import Sequence
+from datetime import date
+
+from pydantic import Field
+
+from .errors import BadAssumption
+from .prices import VARIANTS, Price, Tokens, current, library_cost, load_prices, table_cost
+from .record import Noun
+
+SECONDS_PER_YEAR = 365.25 * 24 * 3600
+JOULES_PER_KWH = 3.6e6
+DISAGREEMENT = 0.01
+
+
+class Assumptions(Noun):
+    """What was assumed about the local side, in US dollars, watts and hours.
+
+    Only busy seconds are charged, for energy and for the machine: it is a machine that is there anyway. The fine-tune
+    costs money and the hours it takes *more* than writing a prompt.
+    """
+
+    power_watts: float = Field(default=45.0, description="Assumed: power of the whole machine under load, W.")
+    price_kwh: float = Field(default=0.30, description="Assumed: electricity, $ per kWh.")
+    machine_price: float = Field(default=800.0, description="Assumed: price of the machine, $.")
+    machine_years: float = Field(default=4.0, description="Assumed: years over which the machine is written off.")
+    finetune_price: float = Field(default=25.0, description="Assumed: what the fine-tune costs in money, once, $.")
+    finetune_hours: float = Field(
+        default=4.0, description="Assumed: hours of work it takes more than writing a prompt."
+    )
+    hour_price: float = Field(default=50.0, description="Assumed: an hour of work, $.")
+    monthly_requests: float = Field(default=10_000.0, description="Assumed: requests a month.")
+
+    @property
+    def finetune_total(self) -> float:
+        """Dollars once: the fine-tune and the hours."""
+        return self.finetune_price + self.finetune_hours * self.hour_price
+
+
+def check(assumptions: Assumptions) -> None:
+    """Raise BadAssumption naming the first one that makes no sense."""
+    for name, value in assumptions.model_dump().items():
+        if not 0 <= value < float("inf"):
+            raise BadAssumption(f"{name} must be a number of 0 or more, got {value!r}")
+    if assumptions.machine_years == 0 or assumptions.monthly_requests == 0:
+        raise BadAssumption("machine_years and monthly_requests must be more than 0")
+
+
+class Offer(Noun):
+    """One way of buying the answers: a hosted model at one price variant. Costs are dollars per 1,000 requests."""
+
+    provider: str
+    model: str
+    variant: str
+    source: str
+    cost_per_1000: float
+    table_cost_per_1000: float
+    break_even_requests: float | None
+    break_even_months: float | None
+
+
+class Bill(Noun):
+    """Local against every offer, cheapest model first, and what was assumed."""
+
+    priced_on: str
+    tokens: Tokens
+    tokens_from: str
+    local_seconds_per_request: float
+    local_cost_per_1000: float
+    assumptions: Assumptions
+    offers: tuple[Offer, ...]
+    disagreements: tuple[str, ...]
+
+
+def local_cost(assumptions: Assumptions, seconds_per_request: float) -> float:
+    """Dollars for one local request that keeps the machine busy for `seconds_per_request` (1 / requests per second)."""
+    energy = assumptions.power_watts * assumptions.price_kwh / JOULES_PER_KWH
+    machine = assumptions.machine_price / (assumptions.machine_years * SECONDS_PER_YEAR)
+    return seconds_per_request * (energy + machine)
+
+
+def break_even(once: float, hosted: float, local: float) -> float | None:
+    """Requests after which `once` dollars are earned back, at these dollars per request; None means never."""
+    saved = hosted - local
+    return once / saved if saved > 0 else None
+
+
+def make_bill(
+    tokens: Tokens,
+    tokens_from: str,
+    seconds_per_request: float,
+    assumptions: Assumptions,
+    on: date,
+    prices: Sequence[Price] | None = None,
+) -> Bill:
+    """Price one request of `tokens` at every current model and variant, and hold the local cost against it."""
+    check(assumptions)
+    local = local_cost(assumptions, seconds_per_request)
+    rows = current(load_prices() if prices is None else prices, on)
+    offers = [offer for row in rows for offer in _offers(row, tokens, local, assumptions, on)]
+    standard = {offer.model: offer.cost_per_1000 for offer in offers if offer.variant == "standard"}
+    return Bill(
+        priced_on=on.isoformat(),
+        tokens=tokens,
+        tokens_from=tokens_from,
+        local_seconds_per_request=seconds_per_request,
+        local_cost_per_1000=1000 * local,
+        assumptions=assumptions,
+        offers=tuple(sorted(offers, key=lambda offer: standard[offer.model])),
+        disagreements=tuple(_disagreement(offer) for offer in offers if _differs(offer)),
+    )
+
+
+def _offers(price: Price, tokens: Tokens, local: float, assumptions: Assumptions, on: date) -> list[Offer]:
+    offers = []
+    for variant in VARIANTS:
+        table = table_cost(price, tokens, variant)
+        library = library_cost(price, tokens, variant, on)
+        hosted = table if library is None else library
+        requests = break_even(assumptions.finetune_total, hosted, local)
+        offers.append(
+            Offer(
+                provider=price.provider,
+                model=price.model,
+                variant=variant,
+                source=f"table read {price.read}" if library is None else "genai-prices",
+                cost_per_1000=1000 * hosted,
+                table_cost_per_1000=1000 * table,
+                break_even_requests=requests,
+                break_even_months=None if requests is None else requests / assumptions.monthly_requests,
+            )
+        )
+    return offers
+
+
+def _differs(offer: Offer) -> bool:
+    return abs(offer.cost_per_1000 - offer.table_cost_per_1000) > DISAGREEMENT * offer.table_cost_per_1000
+
+
+def _disagreement(offer: Offer) -> str:
+    return (
+        f"{offer.model} {offer.variant}: genai-prices says ${offer.cost_per_1000:.4f} per 1,000 requests, "
+        f"our table ${offer.table_cost_per_1000:.4f}"
+    )

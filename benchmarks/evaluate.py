@@ -1,0 +1,157 @@
+"""How often a model is right on labelled examples: every example asked once over HTTP, every answer kept.
+
+Resumable: the answers so far are on disk, and a second run asks only what is missing, if the model, the prompt and the
+examples are the same. Greedy decoding, so that a repetition gives the same answers (up to floating-point ties).
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from models.files import sha256_file
+
+from .arms import ArmPlan
+from .client import OpenAiClient
+from .errors import BadRecord, ServerFailed
+from .load import closed_loop
+from .machine import describe
+from .record import Machine, Noun, Sample, save_json
+from .scoring import Predictions, Score, score
+from .workload import Example, labels_of, read_examples
+
+GROUP = 32
+Progress = Callable[[str, int, int], None]
+
+
+class Prediction(Noun):
+    """One example's right label and the answer that was given, as it was given (stripped)."""
+
+    id: str
+    label: str
+    prediction: str
+
+
+class Source(Noun):
+    """Exactly what was asked of what; answers of another source are not mixed in."""
+
+    model: str
+    model_sha256: str | None
+    quantization: str | None
+    prompt: str
+    prompt_sha256: str
+    endpoint: str
+    examples: str
+    examples_sha256: str
+
+
+class Evaluation(Noun):
+    """A set of predictions and where they come from. Files made elsewhere need `labels` and `predictions` only."""
+
+    labels: tuple[str, ...]
+    predictions: tuple[Prediction, ...]
+    source: Source | None = None
+    machine: Machine | None = None
+    note: str = ""
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Read a predictions file. Raises BadRecord naming the file and the first field that is wrong."""
+    try:
+        return Evaluation.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadRecord(f"{str(path)!r} cannot be read: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "file"
+        raise BadRecord(f"{str(path)!r} holds no predictions: {field}: {first['msg']}") from error
+
+
+def predictions_of(evaluation: Evaluation) -> Predictions:
+    """`{id: (label, prediction)}`."""
+    return {item.id: (item.label, item.prediction) for item in evaluation.predictions}
+
+
+def score_evaluation(evaluation: Evaluation) -> Score:
+    """Accuracy, per-class figures and the confusion matrix of a set of predictions."""
+    return score(predictions_of(evaluation), evaluation.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One evaluation to be made: how to ask, on which examples, how many at a time, and where the answers go."""
+
+    arm: ArmPlan
+    examples: Path
+    concurrency: int
+    out: Path | None
+
+
+def evaluate(task: Task, progress: Progress) -> Evaluation:
+    """Ask what has not been answered yet. Raises ServerFailed when a request fails: a gap would look like an error."""
+    examples = read_examples(task.examples)
+    source = _source(task)
+    known = _resume(task.out, source)
+    missing = [example for example in examples if example.id not in known]
+    what = f"{source.model} ({source.prompt})"
+
+    def build() -> Evaluation:
+        made = tuple(known[example.id] for example in examples if example.id in known)
+        return Evaluation(labels=labels_of(examples), predictions=made, source=source, machine=describe())
+
+    if missing:
+        with task.arm.start() as server:
+            for start in range(0, len(missing), GROUP):
+                group = missing[start : start + GROUP]
+                for sample in asyncio.run(_ask(task, server.base_url, group)):
+                    known[sample.id] = Prediction(id=sample.id, label=sample.label, prediction=sample.text.strip())
+                if task.out is not None:
+                    save_json(task.out, build().model_dump(mode="json"))
+                progress(what, start + len(group), len(missing))
+    return build()
+
+
+def _source(task: Task) -> Source:
+    facts, prompt = task.arm.facts, task.arm.prompt
+    return Source(
+        model=facts.model,
+        model_sha256=facts.sha256,
+        quantization=facts.quantization,
+        prompt=prompt.name,
+        prompt_sha256=hashlib.sha256(prompt.render("{mail}").encode()).hexdigest(),
+        endpoint=facts.endpoint,
+        examples=task.examples.name,
+        examples_sha256=sha256_file(task.examples),
+    )
+
+
+def _resume(out: Path | None, source: Source) -> dict[str, Prediction]:
+    if out is None or not out.exists():
+        return {}
+    earlier = load_evaluation(out)
+    if earlier.source != source:
+        return {}
+    return {item.id: item for item in earlier.predictions}
+
+
+async def _ask(task: Task, base_url: str, examples: Sequence[Example]) -> tuple[Sample, ...]:
+    plan = task.arm
+    client = OpenAiClient(base_url, plan.facts.model, key=plan.key, body=plan.body, clock=time.perf_counter)
+    send = client.chat if plan.chat else client.complete
+
+    async def ask(example: Example, scheduled: float) -> Sample:
+        sample = await send(example, plan.prompt.render(example.text), scheduled, **plan.fields)
+        if sample.error:
+            raise ServerFailed(f"{plan.facts.model!r} could not answer {example.id!r}: {sample.error}")
+        return sample
+
+    try:
+        return await closed_loop(examples, task.concurrency, ask, time.perf_counter)
+    except* ServerFailed as failures:
+        raise failures.exceptions[0] from None
+    finally:
+        await client.close()

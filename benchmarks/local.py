@@ -1,0 +1,93 @@
+"""A server of our own for the time of a benchmark: started as a person would start it, stopped by its process id."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from .errors import ServerFailed
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 15.0
+POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that answers: its OpenAI base URL (`…/v1`) and the seconds from start to ready."""
+
+    base_url: str
+    start_s: float
+
+
+def serve_command(model: str, port: int, flags: Sequence[str] = ()) -> list[str]:
+    """The command line that serves `model`: the `deskside` beside this interpreter, else the one on the path."""
+    beside = Path(sys.executable).with_name("deskside")
+    found = str(beside) if beside.exists() else shutil.which("deskside")
+    if found is None:
+        raise ServerFailed("the command 'deskside' is not installed: run `make setup`, or give --url")
+    return [found, "serve", model, "--host", "127.0.0.1", "--port", str(port), *flags]
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(command: Sequence[str], port: int, *, timeout_s: float = START_TIMEOUT_S) -> Iterator[Running]:
+    """Run `command` until the block ends; yields once `/health` on `port` says ready.
+
+    Raises ServerFailed with the end of the server's own output when it stops or is not ready in `timeout_s`.
+    """
+    with tempfile.TemporaryFile() as log:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            try:
+                _wait_ready(process, port, began + timeout_s)
+            except ServerFailed as error:
+                raise ServerFailed(f"{error}\n{_tail(log.fileno())}") from None
+            yield Running(f"http://127.0.0.1:{port}/v1", time.perf_counter() - began)
+        finally:
+            _stop(process)
+
+
+def _wait_ready(process: subprocess.Popen[bytes], port: int, deadline: float) -> None:
+    with httpx.Client(trust_env=False, timeout=5.0) as http:
+        while time.perf_counter() < deadline:
+            if (code := process.poll()) is not None:
+                raise ServerFailed(f"the server stopped with exit code {code} before it was ready")
+            try:
+                if http.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(POLL_S)
+    raise ServerFailed(f"the server was not ready on port {port} in time")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _tail(descriptor: int, limit: int = 2000) -> str:
+    size = os.fstat(descriptor).st_size
+    return os.pread(descriptor, limit, max(0, size - limit)).decode("utf-8", "replace").strip()

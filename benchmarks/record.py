@@ -1,0 +1,137 @@
+"""The nouns of a benchmark, and the one JSON file that holds them.
+
+A run is written to disk before anything is computed from it: raw arrival times first, statistics after, so that every
+figure can be computed again from the file. All times in a `Sample` are seconds since its level began, read from one
+monotonic clock; statistics are in milliseconds.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from models.files import write_atomic
+
+from .errors import BadRecord
+
+Kind = Literal["measured", "replayed"]
+
+
+class Noun(BaseModel):
+    """Base of the record's parts: immutable, and strict about what a file may hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sample(Noun):
+    """One request, as the client saw it.
+
+    `scheduled_s` is when it should have gone out, `sent_s` when it did; `deltas_s` are the arrivals of every chunk
+    that carried text, `finished_s` the arrival of the finish reason (or of the last byte). `error` is None when the
+    answer came whole; a failed sample keeps whatever had arrived.
+    """
+
+    id: str
+    label: str
+    scheduled_s: float
+    sent_s: float
+    deltas_s: tuple[float, ...] = ()
+    finished_s: float
+    text: str = ""
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    error: str | None = None
+
+
+class Level(Noun):
+    """All requests of one arm at one concurrency, closed loop. `load_before` is the 1-minute load average."""
+
+    concurrency: int
+    load_before: float | None = None
+    samples: tuple[Sample, ...]
+
+
+class Arm(Noun):
+    """One way of answering the workload.
+
+    `streams` is False when arrival times within an answer mean nothing. `shared_share` is the part of a prompt, in
+    characters, that is the same in every request.
+    """
+
+    name: str
+    kind: Kind
+    model: str
+    prompt: str
+    endpoint: str
+    quantization: str | None = None
+    size_bytes: int | None = None
+    sha256: str | None = None
+    source: str = ""
+    shared_share: float = 0.0
+    streams: bool = True
+    measures_accuracy: bool = True
+    start_s: float | None = None
+    warmup: tuple[Sample, ...] = ()
+    levels: tuple[Level, ...] = ()
+
+
+class Workload(Noun):
+    """What was asked: which examples, drawn how."""
+
+    examples: str
+    sha256: str
+    available: int
+    requests_per_level: int
+    concurrency: tuple[int, ...]
+    seed: int
+    labels: tuple[str, ...]
+
+
+class Machine(Noun):
+    """Where it ran."""
+
+    system: str
+    cpu: str
+    logical_cores: int
+    memory_bytes: int | None
+    python: str
+    packages: dict[str, str]
+
+
+class Run(Noun):
+    """One benchmark run. `statistics` and `cost` are derived and absent from a run that was interrupted."""
+
+    schema_version: Literal[1] = 1
+    started_at: str
+    finished_at: str | None = None
+    machine: Machine
+    workload: Workload
+    arms: tuple[Arm, ...] = ()
+    statistics: dict[str, Any] | None = None
+    cost: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON: whole or not at all, and on the disk when this returns. NaN is refused (ValueError)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def save_run(path: Path, run: Run) -> None:
+    """Write the run's file, whole or not at all."""
+    save_json(path, run.model_dump(mode="json"))
+
+
+def load_run(path: Path) -> Run:
+    """Read a run's file. Raises BadRecord naming the file and the first field that is wrong."""
+    try:
+        return Run.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadRecord(f"{str(path)!r} cannot be read: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "file"
+        raise BadRecord(f"{str(path)!r} is not a benchmark run: {field}: {first['msg']}") from error

@@ -1,0 +1,98 @@
+"""What a set of predictions is worth: accuracy, per-class precision, recall and F1, macro-F1, the confusion matrix.
+
+An answer counts only if, stripped, it is exactly the label. Whatever is not a label is counted as its own column,
+`(other)`: a classifier that babbles is wrong, and it should be seen how often.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .stats import Interval, Paired, compare_paired, wilson
+
+OTHER = "(other)"
+Predictions = Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """One label: how many items have it, and how well they were found. 0/0 counts as 0."""
+
+    label: str
+    support: int
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """`confusion[i][j]`: items of `labels[i]` answered with `labels[j]`; the last column is everything else."""
+
+    labels: tuple[str, ...]
+    total: int
+    correct: int
+    accuracy: Interval
+    macro_f1: Interval
+    classes: tuple[ClassScore, ...]
+    confusion: tuple[tuple[int, ...], ...]
+
+
+def confusion_matrix(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> np.ndarray:
+    """Counts of shape (labels, labels + 1) from (label, prediction) pairs; the last column is no label at all."""
+    index = {label: i for i, label in enumerate(labels)}
+    codes = [index[label] * (len(labels) + 1) + index.get(answer.strip(), len(labels)) for label, answer in pairs]
+    counts = np.bincount(np.array(codes, dtype=np.int64), minlength=len(labels) * (len(labels) + 1))
+    return counts.reshape(len(labels), len(labels) + 1)
+
+
+def _f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1 per class, from counts of shape (..., labels, labels + 1)."""
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
+    predicted = confusion[..., :-1].sum(axis=-2)
+    actual = confusion.sum(axis=-1)
+    precision = hits / np.maximum(predicted, 1)
+    recall = hits / np.maximum(actual, 1)
+    return precision, recall, 2 * hits / np.maximum(predicted + actual, 1)
+
+
+def macro_f1_interval(confusion: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Macro-F1 with a percentile bootstrap over the items (resampling the cells is the same as resampling items)."""
+    total = int(confusion.sum())
+    draws = np.random.default_rng(seed).multinomial(total, confusion.ravel() / total, size=resamples)
+    _, _, f1 = _f1(draws.reshape(resamples, *confusion.shape))
+    low, high = np.quantile(f1.mean(axis=-1), [0.025, 0.975])
+    return Interval(float(_f1(confusion)[2].mean()), float(low), float(high))
+
+
+def score(predictions: Predictions, labels: Sequence[str]) -> Score:
+    """Score `{id: (label, prediction)}`. `labels` are all that may occur; ValueError when an item has another."""
+    if unknown := {label for label, _ in predictions.values()} - set(labels):
+        raise ValueError(f"items carry labels {sorted(unknown)} that are not among {sorted(labels)}")
+    matrix = confusion_matrix(list(predictions.values()), labels)
+    precision, recall, f1 = _f1(matrix)
+    correct = int(np.trace(matrix[:, :-1]))
+    total = int(matrix.sum())
+    return Score(
+        labels=tuple(labels),
+        total=total,
+        correct=correct,
+        accuracy=wilson(correct, total),
+        macro_f1=macro_f1_interval(matrix),
+        classes=tuple(
+            ClassScore(label, int(matrix[i].sum()), float(precision[i]), float(recall[i]), float(f1[i]))
+            for i, label in enumerate(labels)
+        ),
+        confusion=tuple(tuple(int(n) for n in row) for row in matrix),
+    )
+
+
+def compare(first: Predictions, second: Predictions) -> Paired:
+    """Paired comparison of two sets of predictions on the items they share."""
+    shared = sorted(first.keys() & second.keys())
+
+    def right(predictions: Predictions) -> list[bool]:
+        return [predictions[item][0] == predictions[item][1].strip() for item in shared]
+
+    return compare_paired(right(first), right(second))
