@@ -27,13 +27,13 @@ _DENSE: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture as `general.architecture` spells it. `permutes_qk`: q and k rows are reordered for its rotary."""
+    """One architecture as `general.architecture` spells it. `permutes_qk`: its q and k rows are reordered."""
 
     architecture: str
     permutes_qk: bool = False
 
     def tensor_name(self, module: str) -> str | None:
-        """The GGUF tensor a module such as `model.layers.0.self_attn.q_proj` became; None when it is not a known one."""
+        """The GGUF tensor a module such as `model.layers.0.self_attn.q_proj` became; None if it is not known."""
         if module == "lm_head":
             return "output.weight"
         match = _LAYER.fullmatch(module)

@@ -12,9 +12,10 @@ import numpy as np
 from gguf.quants import dequantize
 
 from .errors import SourceInvalid
-from .gguf_header import Header, TensorInfo, read_header
+from .gguf_header import TensorInfo, read_header
 
 SLAB_ELEMENTS = 1 << 22
+
 
 class Checkpoint:
     """A GGUF file opened for reading; close it, or use it as a context manager."""

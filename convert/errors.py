@@ -1,15 +1,14 @@
 """The errors of `convert`. Each message names the file or tensor, the value found and the one that was needed.
 
-    ConvertError
-    ├── SourceInvalid        the source GGUF is truncated, malformed, split, or of a type that cannot be read
-    ├── ArchitectureUnknown  an adapter cannot be merged into this model family
-    ├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
-    ├── TemplateInvalid      the chat template beside the adapter cannot be used
-    ├── QuantizationUnknown  no quantization of that name
-    ├── QuantizeFailed       llama.cpp could not quantize
-    ├── NotEnoughDisk        the conversion would not fit
-    ├── VerifyFailed         what was written is not what was meant, or does not run
-    └── RequestInvalid       the options contradict each other or lack a name
+ConvertError
+├── SourceInvalid        the source GGUF is truncated, malformed, split, or of a type that cannot be read
+├── ArchitectureUnknown  an adapter cannot be merged into this model family
+├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
+├── TemplateInvalid      the chat template beside the adapter cannot be used
+├── QuantizeFailed       llama.cpp could not quantize
+├── VerifyFailed         what was written is not what was meant, or does not run
+└── RequestInvalid       the options contradict each other or lack a name
+    └── QuantizationUnknown  no quantization of that name
 """
 
 
@@ -33,16 +32,8 @@ class TemplateInvalid(ConvertError):
     """The chat template beside the adapter cannot be used."""
 
 
-class QuantizationUnknown(ConvertError):
-    """No quantization of that name."""
-
-
 class QuantizeFailed(ConvertError):
     """llama.cpp could not quantize the file."""
-
-
-class NotEnoughDisk(ConvertError):
-    """The conversion would not fit on the disk."""
 
 
 class VerifyFailed(ConvertError):
@@ -51,3 +42,7 @@ class VerifyFailed(ConvertError):
 
 class RequestInvalid(ConvertError):
     """The options contradict each other or lack a name."""
+
+
+class QuantizationUnknown(RequestInvalid):
+    """No quantization of that name."""

@@ -61,7 +61,7 @@ class Field:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in the file. `shape` is numpy's order, rows first: (…, n_out, n_in); `offset` counts from the file's start."""
+    """A tensor in the file, `offset` bytes from its start. `shape` is numpy's order, rows first: (…, n_out, n_in)."""
 
     name: str
     shape: tuple[int, ...]

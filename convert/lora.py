@@ -8,9 +8,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
-import safetensors
+from safetensors import SafetensorError, deserialize
 
 from .architectures import Family
 from .errors import AdapterInvalid
@@ -62,10 +63,10 @@ def read_adapter(folder: Path) -> Adapter:
         raise AdapterInvalid(f"{str(folder)!r} has no {WEIGHTS_FILE!r}{hint}")
     try:
         data = file.read_bytes()
-        tensors = safetensors.deserialize(data)
+        tensors = cast(Any, deserialize)(data)  # its stub has no types
     except OSError as error:
         raise AdapterInvalid(f"{str(file)!r} cannot be read: {error.strerror or error}") from error
-    except safetensors.SafetensorError as error:
+    except SafetensorError as error:
         raise AdapterInvalid(f"{str(file)!r} is truncated or no safetensors file: {error}") from error
     arrays = {name: _widen(name, spec["dtype"], spec["shape"], spec["data"]) for name, spec in tensors}
     if not arrays:
@@ -111,7 +112,9 @@ def _widen(name: str, dtype: str, shape: list[int], data: bytes) -> np.ndarray:
     else:
         raise AdapterInvalid(f"adapter tensor {name!r} has type {dtype}; known are BF16, F16 and F32")
     if not np.isfinite(array).all():
-        raise AdapterInvalid(f"adapter tensor {name!r} has {int((~np.isfinite(array)).sum())} values that are not finite")
+        raise AdapterInvalid(
+            f"adapter tensor {name!r} has {int((~np.isfinite(array)).sum())} values that are not finite"
+        )
     return array.reshape(shape)
 
 

@@ -53,7 +53,9 @@ class LoraConfig(BaseModel):
     def scale_of(self, module: str) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (https://arxiv.org/abs/2312.03732)."""
         rank = self.rank_of(module)
-        return float(_match(self.alpha_pattern, module, self.lora_alpha)) / (math.sqrt(rank) if self.use_rslora else rank)
+        return float(_match(self.alpha_pattern, module, self.lora_alpha)) / (
+            math.sqrt(rank) if self.use_rslora else rank
+        )
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -97,7 +99,9 @@ def _check_patterns(file: Path, config: LoraConfig) -> None:
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         try:
             if len(pattern) > MAX_PATTERN_LENGTH:
-                raise AdapterInvalid(f"{str(file)!r}: a pattern of {len(pattern)} characters; limit {MAX_PATTERN_LENGTH}")
+                raise AdapterInvalid(
+                    f"{str(file)!r}: a pattern of {len(pattern)} characters; limit {MAX_PATTERN_LENGTH}"
+                )
             re.compile(_anchored(pattern))
         except re.error as error:
             raise AdapterInvalid(f"{str(file)!r}: pattern {pattern!r} is no regular expression: {error}") from error

@@ -1,0 +1,65 @@
+"""`deskside convert`: a checkpoint and an adapter become an installed model. Errors are left to the front door."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from models.catalog import CatalogEntry
+    from models.store import Store, StoredModel
+
+    from .inputs import ConvertRequest
+
+
+def convert_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A recipe of the catalogue (email-triage), an installed or known model, hf://owner/name/file.gguf, "
+            "or a .gguf file.",
+        ),
+    ],
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="PEFT LoRA adapter to merge.")] = None,
+    quant: Annotated[
+        str, typer.Option(metavar="TYPE", help="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0 or IQ4_NL.")
+    ] = "Q8_0",
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="What to call it; a recipe has a name.")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="model.toml with description, task, labels, prompt, licence.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an installed model of that name.")] = False,
+    keep_f16: Annotated[bool, typer.Option("--keep-f16", help="Keep the unquantized file as well.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Make a model: merge an adapter into a checkpoint, quantize it, check that it runs, and install it."""
+    from models.store import Store
+
+    from .inputs import ConvertRequest
+
+    stored = _run(ConvertRequest(source, name, adapter, quant, manifest, replace, keep_f16), Store())
+    if as_json:
+        shown = stored.manifest.model_dump(mode="json", exclude_none=True) if stored.manifest is not None else {}
+        typer.echo(json.dumps({"name": stored.name, "gguf": str(stored.gguf), "manifest": shown}))
+    else:
+        typer.echo(f"{stored.name}\t{stored.gguf}")
+
+
+def build_recipe(entry: "CatalogEntry", store: "Store") -> "StoredModel":
+    """Build a catalogue entry that is a recipe, with its own settings: what `deskside pull` does for such a name."""
+    from .inputs import ConvertRequest
+
+    return _run(ConvertRequest(entry.name), store)
+
+
+def _run(request: "ConvertRequest", store: "Store") -> "StoredModel":
+    from .pipeline import convert
+    from .progress import reporter
+
+    report = reporter()
+    try:
+        return convert(request, store, report)
+    finally:
+        report.close()

@@ -1,0 +1,136 @@
+"""Writing a GGUF file: streamed to a name of its own, read back and compared by sha256 per tensor, then renamed."""
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from .errors import SourceInvalid, VerifyFailed
+from .gguf_header import MAGIC, Field, TensorInfo, padded, read_header
+
+_VERSION = 3
+_CHUNK_BYTES = 1 << 20
+
+Rows = Callable[[str], Iterator[np.ndarray]]
+"""Tensor name -> its data in order, in pieces."""
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor to be written; `shape` in numpy's order."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size in the file, without padding."""
+        block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        return prod(self.shape) // int(block) * int(block_bytes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A GGUF file without its weights: metadata in order, tensors in order, alignment in bytes."""
+
+    fields: Mapping[str, Field]
+    tensors: Sequence[OutTensor]
+    alignment: int
+
+    @property
+    def data_bytes(self) -> int:
+        """The size of all tensors with padding."""
+        return sum(padded(tensor.n_bytes, self.alignment) for tensor in self.tensors)
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the whole file."""
+        return len(self.head()) + self.data_bytes
+
+    def head(self) -> bytes:
+        """Everything before the first tensor, padded."""
+        head = bytearray(MAGIC + struct.pack("<IQQ", _VERSION, len(self.tensors), len(self.fields)))
+        for key, field in self.fields.items():
+            head += _text(key) + field.raw
+        offset = 0
+        for tensor in self.tensors:
+            head += _text(tensor.name) + struct.pack("<I", len(tensor.shape))
+            head += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
+            head += struct.pack("<IQ", tensor.kind, offset)
+            offset += padded(tensor.n_bytes, self.alignment)
+        return bytes(head.ljust(padded(len(head), self.alignment), b"\0"))
+
+
+def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int], None]) -> dict[str, str]:
+    """Write `target` and return tensor name -> sha256 of its bytes. `advance` is told each piece's bytes.
+
+    The same input gives the same bytes. On an error nothing is left. Raises VerifyFailed when the disk holds
+    something else than was written, and whatever `rows` raises.
+    """
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(layout.head())
+            hashes = {tensor.name: _write_tensor(file, tensor, layout, rows, advance) for tensor in layout.tensors}
+            file.flush()
+            os.fsync(file.fileno())
+        _check(partial, hashes)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return hashes
+
+
+def hash_tensors(path: Path) -> dict[str, str]:
+    """Tensor name -> sha256 of its bytes in the file. Raises SourceInvalid when the file is malformed."""
+    tensors = read_header(path).tensors
+    with path.open("rb") as file:
+        return {name: _hash_range(file, tensor) for name, tensor in tensors.items()}
+
+
+def _write_tensor(file: BinaryIO, tensor: OutTensor, layout: Layout, rows: Rows, advance: Callable[[int], None]) -> str:
+    digest, written = hashlib.sha256(), 0
+    for piece in rows(tensor.name):
+        data = np.ascontiguousarray(piece).data.cast("B")
+        digest.update(data)
+        file.write(data)
+        written += len(data)
+        advance(len(data))
+    if written != tensor.n_bytes:
+        raise VerifyFailed(
+            f"tensor {tensor.name!r} has {written} bytes, its shape {tensor.shape} needs {tensor.n_bytes}"
+        )
+    file.write(bytes(padded(written, layout.alignment) - written))
+    return digest.hexdigest()
+
+
+def _check(path: Path, hashes: Mapping[str, str]) -> None:
+    try:
+        found = hash_tensors(path)
+    except SourceInvalid as error:
+        raise VerifyFailed(f"what was written cannot be read back: {error}") from error
+    for name, expected in hashes.items():
+        if found.get(name) != expected:
+            raise VerifyFailed(f"tensor {name!r} was written with sha256 {expected}, the disk has {found.get(name)}")
+
+
+def _hash_range(file: BinaryIO, tensor: TensorInfo) -> str:
+    digest, left = hashlib.sha256(), tensor.n_bytes
+    file.seek(tensor.offset)
+    while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+        digest.update(chunk)
+        left -= len(chunk)
+    return digest.hexdigest()
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return struct.pack("<Q", len(encoded)) + encoded

@@ -1,0 +1,155 @@
+"""The order of a conversion, and nothing else: gather, plan, merge and write, quantize, verify, install.
+
+Everything that can be wrong with the inputs is found before the first byte is written; everything that is written lies
+in the store's staging folder until it is whole.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from models.card import render_card
+from models.files import check_free, sha256_file, write_atomic
+from models.manifest import MANIFEST_FILE, Artefact, dump_manifest
+from models.store import Store, StoredModel
+
+from .architectures import family_of
+from .checkpoint import Checkpoint
+from .gguf_file import Layout, OutTensor, write_gguf
+from .gguf_header import Field, Header, read_header
+from .inputs import ConvertRequest, Inputs, gather
+from .lora import Lora, fit
+from .merge import half_precision_kind, merged_rows
+from .progress import Reporter
+from .quantize import HALF_PRECISION, QUANTIZATIONS, estimate_bytes, quantize
+from .template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat, choose_format
+from .verify import verify_runs
+
+# Kinds whose steps are so fine that a fine-tune survives being rounded to its base's grid (measured: Q8_0).
+_FINE_KINDS = {"F32", "F16", "BF16", "Q8_0"}
+_DROPPED_PREFIXES = ("split.", "quantize.imatrix.")
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """A conversion that was found possible: what the half-precision file will hold, and the changes by tensor name."""
+
+    layout: Layout
+    loras: Mapping[str, Lora]
+    chat: ChatFormat
+
+
+def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredModel:
+    """Make the model the request describes and install it.
+
+    Raises ConvertError for what is wrong with the request, the source or the adapter, ModelError for the store. An
+    error or an interrupt at any time leaves the store as it was.
+    """
+    inputs = gather(request, store, report)
+    with (
+        Checkpoint(inputs.gguf) as checkpoint,
+        store.staging(inputs.manifest.name, replace=request.replace) as folder,
+    ):
+        plan = plan_conversion(checkpoint.header, inputs)
+        _warn(plan, inputs, report)
+        size_bytes = plan.layout.file_bytes
+        check_free(folder, size_bytes + estimate_bytes(size_bytes, inputs.quantization))
+        half = _write_half_precision(checkpoint, plan, folder / _file_name(inputs, HALF_PRECISION), report)
+        final = _quantize(half, folder, inputs, report)
+        _warn_same_grid(checkpoint.header, plan, final, report)
+        report.stage("verify")
+        verify_runs(final, plan.chat)
+        kept = [final, half] if request.keep_f16 and half != final else [final]
+        if half not in kept:
+            half.unlink()
+        _describe(folder, kept, inputs)
+    report.close()
+    return store.get(inputs.manifest.name)
+
+
+def plan_conversion(header: Header, inputs: Inputs) -> ConversionPlan:
+    """Check that the adapter fits and the chat format is usable. Raises ConvertError; writes nothing."""
+    adapter = inputs.adapter
+    loras = fit(adapter, header, family_of(header)) if adapter is not None else {}
+    chat = choose_format(header, adapter.folder if adapter is not None else None)
+    tensors = [OutTensor(info.name, info.shape, half_precision_kind(info)) for info in header.tensors.values()]
+    return ConversionPlan(Layout(_fields(header, inputs, chat), tensors, header.alignment), loras, chat)
+
+
+def _fields(header: Header, inputs: Inputs, chat: ChatFormat) -> dict[str, Field]:
+    fields = {key: field for key, field in header.fields.items() if not key.startswith(_DROPPED_PREFIXES)}
+    fields["general.name"] = Field.string(inputs.manifest.name)
+    fields["general.file_type"] = Field.uint32(QUANTIZATIONS[HALF_PRECISION])
+    if chat.template is not None:
+        fields[TEMPLATE_FIELD] = Field.string(chat.template)
+    if chat.end_of_turn is not None:
+        fields[END_OF_TURN_FIELD] = Field.uint32(chat.end_of_turn)
+    return fields
+
+
+def _write_half_precision(checkpoint: Checkpoint, plan: ConversionPlan, target: Path, report: Reporter) -> Path:
+    total = plan.layout.data_bytes
+    report.stage(f"merge {len(plan.loras)} matrices, write {HALF_PRECISION}" if plan.loras else "write F16", total)
+    done = 0
+
+    def advance(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        report.advance(done, total)
+
+    def rows(name: str) -> Iterator[np.ndarray]:
+        return merged_rows(checkpoint, checkpoint.header.tensors[name], plan.loras.get(name))
+
+    write_gguf(target, plan.layout, rows, advance)
+    return target
+
+
+def _quantize(half: Path, folder: Path, inputs: Inputs, report: Reporter) -> Path:
+    if inputs.quantization == HALF_PRECISION:
+        return half
+    report.stage(f"quantize to {inputs.quantization}")
+    final = folder / _file_name(inputs, inputs.quantization)
+    quantize(half, final, inputs.quantization, report.advance)
+    return final
+
+
+def _file_name(inputs: Inputs, quantization: str) -> str:
+    return f"{inputs.manifest.name}-{quantization}.gguf"
+
+
+def _warn(plan: ConversionPlan, inputs: Inputs, report: Reporter) -> None:
+    for warning in plan.chat.warnings:
+        report.warn(warning)
+    if inputs.adapter is not None and inputs.adapter.is_zero:
+        report.warn(f"the adapter {str(inputs.adapter.folder)!r} is all zero: it was never trained and changes nothing")
+
+
+def _warn_same_grid(source: Header, plan: ConversionPlan, final: Path, report: Reporter) -> None:
+    """A base that was quantized lies on a grid; rounding the merged weights to the same grid can undo the fine-tune."""
+    written = read_header(final).tensors
+    same = [name for name in plan.loras if written[name].kind == source.tensors[name].kind]
+    kinds = Counter(written[name].kind.name for name in same if written[name].kind.name not in _FINE_KINDS)
+    if kinds:
+        report.warn(
+            f"{kinds.total()} of {len(plan.loras)} fine-tuned matrices are quantized to the grid their base lay on "
+            f"already ({', '.join(sorted(kinds))}). A LoRA's change is smaller than a step of it, so THE FINE-TUNE MAY "
+            "BE ROUNDED AWAY. Use --quant Q8_0 or F16, or a base in full precision, and measure on your own examples"
+        )
+
+
+def _describe(folder: Path, files: list[Path], inputs: Inputs) -> None:
+    artefacts = tuple(
+        Artefact(
+            file=file.name,
+            quantization=inputs.quantization if index == 0 else HALF_PRECISION,
+            size_bytes=file.stat().st_size,
+            sha256=sha256_file(file),
+        )
+        for index, file in enumerate(files)
+    )
+    manifest = inputs.manifest.model_copy(update={"artefacts": artefacts})
+    write_atomic(folder / MANIFEST_FILE, dump_manifest(manifest))
+    write_atomic(folder / "README.md", render_card(manifest))
