@@ -11,7 +11,8 @@ from .openai import MAX_CHOICES
 from .openai_answer import Call
 from .openai_error import to_error
 from .openai_fields import Kind
-from .worker import Stream, Worker
+from .worker import Worker
+from .worker_stream import Stream
 
 KINDS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from dataclasses import replace
 from typing import Protocol
 
 from .errors import InvalidRequest, ModelUnknown
@@ -11,7 +12,7 @@ from .openai import Body, ChatBody, parse, to_requests, token_limit
 from .openai_answer import Answer, Call
 from .openai_fields import Kind
 from .prompt import Prompter
-from .worker import Stream
+from .worker_stream import Stream
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 
@@ -88,7 +89,7 @@ def _check_ids(body: Body, prompts: list[tuple[int, ...]], n_vocab: int) -> None
 
 async def fold(call: Call, stream: Stream) -> dict[str, object]:
     """The whole answer of a call. Raises the error of the first choice that failed, and cancels the others."""
-    answer = Answer(call)
+    answer = Answer(replace(call, stream=False))
     try:
         async for event in stream:
             answer.feed(event)

@@ -155,7 +155,7 @@ def parse(kind: Kind, payload: object) -> Body:
     try:
         body = ChatBody.model_validate(used) if kind == "chat" else CompletionBody.model_validate(used)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid_request(error) from None
     _check_together(body)
     return body
 
@@ -177,7 +177,8 @@ def _check_together(body: Body) -> None:
         raise InvalidRequest(message, param="max_completion_tokens")
 
 
-def _invalid(error: ValidationError) -> InvalidRequest:
+def invalid_request(error: ValidationError) -> InvalidRequest:
+    """The first fault that pydantic found, with the field's path as `param` and the value given."""
     first = error.errors()[0]
     param = ""
     for part in first["loc"]:

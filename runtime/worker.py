@@ -1,8 +1,7 @@
 """The one thread that owns the engine. Everyone else sends it messages; events come back to their own event loops.
 
 Every accepted request ends in exactly one terminal event: the engine's, or the worker's own when the engine is gone.
-What waits is bounded: at most `slots + queue` requests are live, and a stream holds at most `max_tokens + 1` events,
-so a reader that stalls costs neither the engine time nor the server memory without end.
+What waits is bounded: at most `slots + queue` requests are live.
 """
 
 import asyncio
@@ -12,12 +11,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 from .errors import Cancelled, EngineDown, EngineError, InvalidRequest, Overloaded, ShuttingDown
 from .sequence import EngineStats, Event, Failed, Request, TextDelta
+from .worker_stream import Stream, put_all
 
 State = Literal["starting", "ready", "draining", "stopped", "failed"]
 
@@ -35,6 +34,10 @@ class EngineLike(Protocol):
     def has_work(self) -> bool:
         """Whether a step would do anything."""
 
+    @property
+    def failure(self) -> Exception | None:
+        """The fatal error that ended the engine, if one did."""
+
     def add(self, request: Request) -> None:
         """Take a request in."""
 
@@ -49,35 +52,6 @@ class EngineLike(Protocol):
 
     def close(self) -> None:
         """Free the model."""
-
-
-class Stream:
-    """The events of the requests of one call, merged. An async iterator that ends after the last terminal event."""
-
-    def __init__(self, worker: "Worker", request_ids: Iterable[str]) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._worker = worker
-        self._open = set(request_ids)
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Event:
-        if not self._open:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        if not isinstance(event, TextDelta):
-            self._open.discard(event.request_id)
-        return event
-
-    def put(self, event: Event) -> None:
-        """Hand in an event; on the stream's own loop only."""
-        self._events.put_nowait(event)
-
-    def cancel(self) -> None:
-        """Ask for an early end. Each request that is still live fails with Cancelled; calling twice is harmless."""
-        self._worker.cancel(tuple(self._open))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +119,7 @@ class Worker:
 
         Raises Overloaded, ShuttingDown or EngineDown; InvalidRequest if so many can never be accepted.
         """
-        stream = Stream(self, (request.id for request in requests))
+        stream = Stream((request.id for request in requests), self.cancel)
         with self._changed:
             self.require_room(len(requests))
             if not self._live:
@@ -207,6 +181,8 @@ class Worker:
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
                 self._stats = self._engine.stats()
+                if self._engine.failure is not None:
+                    raise self._engine.failure
             self._fail_all(ShuttingDown("the server stopped before the answer was finished"))
         except Exception as error:  # noqa: BLE001 - whatever broke the engine, nobody may be left waiting
             self._break_down(error)
@@ -264,13 +240,13 @@ class Worker:
             emptied, self._emptied = (self._emptied, []) if not self._live else ([], self._emptied)
         for loop, handed in by_loop.items():
             self._call(loop, handed)
-        for loop, event in emptied:
+        for loop, empty in emptied:
             with contextlib.suppress(RuntimeError):  # closed: nobody waits any more
-                loop.call_soon_threadsafe(event.set)
+                loop.call_soon_threadsafe(empty.set)
 
     def _call(self, loop: asyncio.AbstractEventLoop, handed: list[tuple[Stream, Event]]) -> None:
         try:
-            loop.call_soon_threadsafe(_put_all, handed)
+            loop.call_soon_threadsafe(put_all, handed)
         except RuntimeError:  # the loop is closed: nobody reads these answers any more
             self.cancel(tuple({event.request_id for _, event in handed}))
 
@@ -283,8 +259,3 @@ class Worker:
     def _retry_after_s(self) -> int:
         """Until a tenth of the live requests have finished, at the pace of late."""
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._pace_s * self.live / 10)))
-
-
-def _put_all(handed: list[tuple[Stream, Event]]) -> None:
-    for stream, event in handed:
-        stream.put(event)

@@ -1,0 +1,128 @@
+"""`deskside serve`: load a model, say what was loaded, answer until told to stop, and stop without dropping answers."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+
+from models.store import Store
+
+from .config import RuntimeConfig
+from .errors import EngineDown, LoadFailed
+from .served import ServedModel, load_model
+from .server import create_app
+from .worker import Worker
+
+INTERRUPTED = 130
+# After draining, for the last bytes to leave; connections that take longer are cut.
+FLUSH_SECONDS = 5
+
+
+class DrainingServer(uvicorn.Server):
+    """Drains at the first signal, with the port still open so that clients are told 503; the second signal ends it."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float, greeting: str) -> None:
+        super().__init__(config)
+        self._worker = worker
+        self._drain_seconds = drain_seconds
+        self._greeting = greeting
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say so."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        _say(self._greeting)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Stop by itself when the engine is gone: whoever started the process can start it again."""
+        if self._worker.state == "failed":
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called in the main thread, between any two instructions: it only leaves word for the loop."""
+        self._signals += 1
+        if self._signals > 1 or self._loop is None:
+            os._exit(INTERRUPTED)
+        self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
+
+    def _begin_drain(self, name: str) -> None:
+        _say(f"{name}: {self._worker.live} answers are being finished, for {self._drain_seconds:g} s at most")
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await self._worker.drain(self._drain_seconds)
+        self.should_exit = True
+
+
+def serve(config: RuntimeConfig, name_or_path: str, store: Store | None = None) -> None:
+    """Serve a model until SIGTERM or SIGINT. Returns once it has drained.
+
+    Raises ModelNotFound or BadManifest, LoadFailed (the address is taken included), EngineDown if the engine broke.
+    """
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stored = (store or Store()).resolve(name_or_path)
+    with listen(config.host, config.port) as listener:
+        started_s = time.monotonic()
+        served = load_model(stored, config)
+        greeting = describe(served, config, url_of(listener), time.monotonic() - started_s)
+        settings = uvicorn.Config(
+            create_app(served, config),
+            log_config=None,
+            access_log=config.log_level == "debug",
+            lifespan="on",
+            http="h11",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=FLUSH_SECONDS,
+        )
+        logging.getLogger("uvicorn.error").setLevel(logging.DEBUG if config.log_level == "debug" else logging.WARNING)
+        DrainingServer(settings, served.worker, config.drain_seconds, greeting).run(sockets=[listener])
+    if served.worker.state == "failed":
+        raise EngineDown("the engine broke and the server stopped; the log above says why")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound before the model is loaded, so that a taken port is told at once. Raises LoadFailed."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise LoadFailed(f"cannot listen on host {host!r}: {error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise LoadFailed(f"cannot listen on {host}:{port}: {error.strerror}; try another --port") from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where clients reach a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def describe(served: ServedModel, config: RuntimeConfig, url: str, load_seconds: float) -> str:
+    """The start-up line: what was loaded, where it runs, what it can hold, and where it answers."""
+    info = served.info
+    gpu = f", GPU layers {'all' if info.gpu_layers < 0 else info.gpu_layers}" if info.gpu_layers else ""
+    return (
+        f"{served.name} ({served.quantization}, {info.size_bytes / 2**20:.0f} MiB) on {info.backend}{gpu}, "
+        f"{info.n_threads} threads, {config.slots} slots, context {info.n_ctx}, loaded in {load_seconds:.1f} s: "
+        f"{url}/v1"
+    )
+
+
+def _say(line: str) -> None:
+    print(f"deskside: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,70 @@
+"""A model, loaded and ready to answer: what server, batch and chat hold in their hands."""
+
+from dataclasses import dataclass
+
+from models.manifest import Manifest
+from models.store import Store, StoredModel
+
+from .config import RuntimeConfig, physical_cores
+from .engine import Engine, EngineOptions
+from .llama import LoadOptions, load
+from .llama_protocol import ModelInfo, TokenizerLike
+from .prompt import Prompter
+from .worker import Worker
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model under one name. Its worker is not started yet."""
+
+    name: str
+    manifest: Manifest | None
+    worker: Worker
+    prompter: Prompter
+    tokenizer: TokenizerLike
+    info: ModelInfo
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights and the backend: a seed repeats its answer only under the same one."""
+        artefact = self.manifest.artefacts[0].sha256[:12] if self.manifest and self.manifest.artefacts else self.name
+        return f"deskside-{artefact}-{self.info.backend.split(' ', maxsplit=1)[0].lower()}"
+
+    @property
+    def quantization(self) -> str:
+        """Of the weights, as the manifest says; else what the file says of itself."""
+        if self.manifest and self.manifest.artefacts:
+            return self.manifest.artefacts[0].quantization
+        return self.info.description
+
+
+def open_model(name_or_path: str, config: RuntimeConfig, store: Store | None = None) -> ServedModel:
+    """Find a model in the store (or at a path) and load it. The caller starts and stops its worker.
+
+    Raises ModelNotFound, BadManifest or LoadFailed.
+    """
+    return load_model((store or Store()).resolve(name_or_path), config)
+
+
+def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
+    """Load a model that was found. Raises LoadFailed."""
+    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots)
+    llama = load(
+        stored.gguf,
+        LoadOptions(
+            n_ctx=config.context,
+            n_batch=config.step_tokens,
+            n_seq_max=options.n_seq_max,
+            n_threads=config.threads or physical_cores(),
+            gpu_layers=config.gpu_layers,
+        ),
+    )
+    engine = Engine(llama, options)
+    return ServedModel(
+        name=stored.name,
+        manifest=stored.manifest,
+        worker=Worker(engine, queue=config.queue, slots=config.slots),
+        prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
+        tokenizer=llama.tokenizer,
+        info=llama.info,
+    )

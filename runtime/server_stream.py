@@ -1,0 +1,104 @@
+"""Answers over HTTP while the client may leave at any moment: server-sent events, and the wait for a whole answer."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .errors import Cancelled
+from .intake import fold
+from .openai_answer import Answer, Call
+from .openai_error import to_error
+from .worker_stream import Stream
+
+_log = logging.getLogger("deskside.server")
+
+DONE = b"data: [DONE]\n\n"
+
+
+def encode(value: Mapping[str, Any]) -> bytes:
+    """Compact JSON in UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+
+
+class JsonBytes(Response):
+    """A JSON answer."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return encode(content)
+
+
+@contextlib.asynccontextmanager
+async def cancelled_on_disconnect(receive: Receive, stream: Stream) -> AsyncIterator[None]:
+    """Within it, a client that leaves cancels its requests; at its end, so does whatever is still live."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        stream.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        stream.cancel()
+        watcher.cancel()
+        await asyncio.wait([watcher])
+
+
+async def whole_answer(request: Request, call: Call, stream: Stream) -> Response:
+    """The folded answer. If the client leaves, the requests are cancelled and Cancelled is raised."""
+    async with cancelled_on_disconnect(request.receive, stream):
+        return JsonBytes(await fold(call, stream))
+
+
+class EventStream(Response):
+    """Streams an answer as server-sent events. A fault after the first byte is an error event, then the end."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, call: Call, stream: Stream) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._call = call
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with cancelled_on_disconnect(receive, self._stream):
+            async for data in self._events():
+                # uvicorn waits here while the client does not read; the engine does not.
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        answer = Answer(self._call)
+        try:
+            for chunk in answer.first_chunks():
+                yield _event(chunk)
+            async for event in self._stream:
+                if told := answer.feed(event):
+                    yield _event(told)
+        except Cancelled:
+            return
+        except Exception as error:  # noqa: BLE001 - the status line is out; the stream must say what broke
+            status, body = to_error(error)
+            if status >= 500:
+                _log.error("call %s failed while streaming: %s", self._call.id, error, exc_info=error)
+            yield _event(body)
+            return
+        for chunk in answer.last_chunks():
+            yield _event(chunk)
+        yield DONE
+
+
+def _event(value: Mapping[str, Any]) -> bytes:
+    return b"data: " + encode(value) + b"\n\n"
