@@ -72,7 +72,12 @@ class Store:
         folder = self._models / check_name(name)
         if not (folder / MANIFEST_FILE).is_file():
             raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}; try: deskside pull {name}")
-        return _open_folder(folder)
+        stored = _open_folder(folder)
+        if stored.name != name:
+            raise BadManifest(
+                f"{str(folder / MANIFEST_FILE)!r} names the model {stored.name!r}; rename the folder back"
+            )
+        return stored
 
     def resolve(self, name_or_path: str | Path) -> StoredModel:
         """An installed model's name, a model's folder, or a .gguf file. Hashes are not read; sizes are checked.

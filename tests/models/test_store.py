@@ -198,6 +198,13 @@ def test_removing_a_link_leaves_what_it_points_to(store: Store, tmp_path: Path) 
     assert (elsewhere / "tiny.gguf").read_bytes() == CONTENT
 
 
+def test_a_folder_renamed_by_hand_is_refused(store: Store) -> None:
+    install(store)
+    (store.home / "models" / "tiny").rename(store.home / "models" / "renamed")
+    with pytest.raises(BadManifest, match=r"'tiny'; rename"):
+        store.get("renamed")
+
+
 def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="DESKSIDE_HOME"), Store(tmp_path / "file").staging("tiny"):
