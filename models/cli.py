@@ -21,7 +21,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 def create_app() -> typer.Typer:
     """The verbs of `deskside models`."""
-    app = typer.Typer(name="models", help="The models on this machine.", no_args_is_help=True)
+    app = typer.Typer(name="models", help="The models on this machine.", no_args_is_help=True, add_completion=False)
     app.command("list")(list_command)
     app.command("show")(show_command)
     app.command("verify")(verify_command)
