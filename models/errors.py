@@ -1,12 +1,12 @@
 """The errors of `models`. Each message names the thing, the value found and, where there is one, the fix.
 
-    ModelError
-    ├── ModelNotFound      no model of that name or path
-    ├── BadManifest        model.toml is missing, malformed or contradicts the files beside it
-    ├── BadCatalog         catalog.toml is malformed
-    ├── HashMismatch       a file's sha256 is not the one that was promised
-    ├── DownloadFailed     no source could deliver the file
-    └── StoreError         the store cannot be written, or the name is taken or not allowed
+ModelError
+├── ModelNotFound      no model of that name or path
+├── BadManifest        model.toml is missing, malformed or contradicts the files beside it
+├── BadCatalog         catalog.toml is malformed
+├── HashMismatch       a file's sha256 is not the one that was promised
+├── DownloadFailed     no source could deliver the file
+└── StoreError         the store cannot be written, or the name is taken or not allowed
 """
 
 
