@@ -25,7 +25,7 @@ def merged_rows(checkpoint: Checkpoint, tensor: TensorInfo, lora: Lora | None) -
     dtype = np.float16 if half_precision_kind(tensor) == GGMLQuantizationType.F16 else np.float32
     for start, rows in checkpoint.slabs(tensor):
         if lora is not None:
-            rows += lora.delta(start, len(rows))
+            rows = rows + lora.delta(start, len(rows))  # a new array: rows of a float32 source are the file's
         with np.errstate(over="ignore"):
             out = rows.astype(dtype)
         if not np.isfinite(out).all():

@@ -24,7 +24,7 @@ from .inputs import ConvertRequest, Inputs, gather
 from .lora import Lora, fit
 from .merge import half_precision_kind, merged_rows
 from .progress import Reporter
-from .quantize import HALF_PRECISION, QUANTIZATIONS, estimate_bytes, quantize
+from .quantize import HALF_PRECISION, QUANTIZATIONS, disk_need, quantize
 from .template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat, choose_format
 from .verify import verify_runs
 
@@ -55,8 +55,7 @@ def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredMo
     ):
         plan = plan_conversion(checkpoint.header, inputs)
         _warn(plan, inputs, report)
-        size_bytes = plan.layout.file_bytes
-        check_free(folder, size_bytes + estimate_bytes(size_bytes, inputs.quantization))
+        check_free(folder, disk_need(plan.layout.file_bytes, plan.layout.matrix_bytes, inputs.quantization))
         half = _write_half_precision(checkpoint, plan, folder / _file_name(inputs, HALF_PRECISION), report)
         final = _quantize(half, folder, inputs, report)
         _warn_same_grid(checkpoint.header, plan, final, report)

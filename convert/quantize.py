@@ -42,9 +42,9 @@ def check_quantization(name: str) -> str:
     return name.upper()
 
 
-def estimate_bytes(half_precision_bytes: int, quantization: str) -> int:
-    """How many bytes the quantized file needs at most beside the half-precision one."""
-    return 0 if quantization == HALF_PRECISION else int(half_precision_bytes * _MOST_BITS / 16)
+def disk_need(file_bytes: int, matrix_bytes: int, quantization: str) -> int:
+    """Bytes for the half-precision file, `matrix_bytes` of it F16 matrices, and for the quantized one at its largest."""
+    return file_bytes if quantization == HALF_PRECISION else 2 * file_bytes - int(matrix_bytes * (1 - _MOST_BITS / 16))
 
 
 def quantize(source: Path, target: Path, quantization: str, progress: Callable[[int, int], None]) -> None:
@@ -71,7 +71,7 @@ def quantize(source: Path, target: Path, quantization: str, progress: Callable[[
     if code != 0 or not target.is_file():
         target.unlink(missing_ok=True)
         raise QuantizeFailed(
-            f"{str(source)!r} could not be quantized to {quantization} (exit code {code}): {complaint}"
+            f"{source.name!r} could not be quantized to {quantization} (exit code {code}): {complaint}"
         )
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from convert.checkpoint import Checkpoint
 from convert.errors import SourceInvalid
 from convert.gguf_header import Field, read_header
-
 from tests.convert.tiny import END, TOKENS, write_model
 
 

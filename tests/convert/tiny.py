@@ -8,17 +8,17 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from gguf.quants import quantize
 
-N_EMBD, N_FF, N_LAYERS, N_HEADS, HEAD_DIM = 64, 96, 2, 2, 32
-TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
+N_EMBD, N_FF, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM = 64, 96, 2, 2, 1, 32
 SHAPES = {
     "attn_q": (N_HEADS * HEAD_DIM, N_EMBD),
-    "attn_k": (HEAD_DIM * N_HEADS, N_EMBD),
-    "attn_v": (HEAD_DIM * N_HEADS, N_EMBD),
+    "attn_k": (N_KV_HEADS * HEAD_DIM, N_EMBD),
+    "attn_v": (N_KV_HEADS * HEAD_DIM, N_EMBD),
     "attn_output": (N_EMBD, N_HEADS * HEAD_DIM),
     "ffn_gate": (N_FF, N_EMBD),
     "ffn_up": (N_FF, N_EMBD),
@@ -51,7 +51,7 @@ def grid(shape: tuple[int, ...], seed: int, span: int = 16, unit: int = 64) -> n
 
 def weights(architecture: str = "gemma3") -> dict[str, np.ndarray]:
     """GGUF tensor name -> float32 weights."""
-    norms = ("attn_norm", "ffn_norm")
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
     if architecture == "gemma3":
         norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
     made = {"token_embd.weight": grid((len(TOKENS), N_EMBD), 1), "output_norm.weight": np.ones(N_EMBD, np.float32)}
@@ -81,7 +81,7 @@ def write_model(
     writer.add_embedding_length(N_EMBD)
     writer.add_feed_forward_length(N_FF)
     writer.add_head_count(N_HEADS)
-    writer.add_head_count_kv(N_HEADS)
+    writer.add_head_count_kv(N_KV_HEADS)
     writer.add_key_length(HEAD_DIM)
     writer.add_value_length(HEAD_DIM)
     writer.add_layer_norm_rms_eps(1e-6)
@@ -141,7 +141,7 @@ def write_adapter(
     *,
     dtype: str = "F32",
     rank: int = 4,
-    **config: object,
+    **config: Any,
 ) -> Path:
     """Write a PEFT folder; `config` overrides settings of adapter_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
