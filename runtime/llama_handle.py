@@ -1,0 +1,66 @@
+"""A model file in memory: opened, described, and freed when the last user of its weights or vocabulary is gone."""
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp
+
+from .errors import LoadFailed
+from .llama_log import last_errors
+
+_GGUF_MAGIC = b"GGUF"
+
+
+class ModelHandle:
+    """llama.cpp's `llama_model`. Freed with the last reference, so that nobody reads a vocabulary that is gone."""
+
+    def __init__(self, path: Path, *, gpu_layers: int = 0, use_mmap: bool = True, vocab_only: bool = False) -> None:
+        """Open a GGUF file. Raises LoadFailed with llama.cpp's reason."""
+        _check_file(path)
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
+        params.vocab_only = vocab_only
+        with last_errors() as errors:
+            llama_cpp.llama_backend_init()
+            self.pointer: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self.pointer:
+            raise LoadFailed(f"{str(path)!r} cannot be loaded: {'; '.join(errors) or 'llama.cpp gives no reason'}")
+        # Not at interpreter exit: a thread may still be decoding then, and the process gives the memory back anyway.
+        weakref.finalize(self, llama_cpp.llama_model_free, self.pointer).atexit = False
+
+    def metadata(self) -> dict[str, str]:
+        """The file's scalar metadata as text."""
+        count = llama_cpp.llama_model_meta_count(self.pointer)
+        keys = (_text(llama_cpp.llama_model_meta_key_by_index, self.pointer, i) for i in range(count))
+        values = (_text(llama_cpp.llama_model_meta_val_str_by_index, self.pointer, i) for i in range(count))
+        return dict(zip(keys, values, strict=True))
+
+    def description(self) -> str:
+        """llama.cpp's own words: family, size, quantization."""
+        return _text(llama_cpp.llama_model_desc, self.pointer)
+
+
+def _check_file(path: Path) -> None:
+    """What llama.cpp would say less clearly."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_GGUF_MAGIC))
+    except OSError as error:
+        raise LoadFailed(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    if magic != _GGUF_MAGIC:
+        raise LoadFailed(f"{str(path)!r} is not a GGUF file: it begins with {magic!r}, expected {_GGUF_MAGIC!r}")
+
+
+def _text(function: Callable[..., int], *arguments: object) -> str:
+    """Call a C function that fills a buffer as snprintf does: it tells how long the text is."""
+    room = 256
+    while True:
+        buffer = ctypes.create_string_buffer(room)
+        length = function(*arguments, buffer, room)
+        if length < room:
+            return buffer.value.decode(errors="replace")
+        room = length + 1
