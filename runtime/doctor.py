@@ -150,9 +150,9 @@ def _existing(path: Path) -> Path:
 def llama_cpp_state() -> tuple[str, bool, str]:
     """(backend, can offload to a GPU, what is wrong)."""
     try:
-        from .llama import backend_name, supports_gpu
+        from .llama_build import describe_build
 
-        return backend_name(), supports_gpu(), ""
+        return *describe_build(), ""
     except (ImportError, OSError, RuntimeError) as error:
         return "unknown", False, f"llama-cpp-python cannot be loaded: {error}"
 

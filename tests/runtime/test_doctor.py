@@ -79,6 +79,12 @@ def test_a_llama_cpp_that_cannot_be_loaded_is_told(home: Path, monkeypatch: pyte
     assert "llama.cpp" in failed(report)
 
 
+def test_the_installed_llama_cpp_can_be_asked() -> None:
+    backend, _, trouble = doctor.llama_cpp_state()
+    assert "CPU" in backend
+    assert trouble == ""
+
+
 def test_a_small_disk_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "DISK_NEEDED_BYTES", 1 << 62)
     assert "DESKSIDE_HOME" in failed(examine(Store(home)))["store"]
