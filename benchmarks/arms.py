@@ -74,7 +74,7 @@ def replayed_arm(prompt: Prompt, seed: int) -> ArmPlan:
     facts = Arm(
         name=f"{HOSTED} (replayed)",
         kind="replayed",
-        model=f"replayed:{recording.model}",
+        model=recording.model,
         prompt=prompt.name,
         endpoint="/v1/chat/completions",
         source=(

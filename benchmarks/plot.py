@@ -50,7 +50,11 @@ def latency_picture(run: Run, path: Path) -> None:
             shares = [(i + 1) / len(values) for i in range(len(values))]
             style = "--" if arm.kind == "replayed" else "-"
             axes.step(values, shares, style, where="post", label=f"{arm.name}: {arm.model} ({arm.kind})")
+    ticker = import_module("matplotlib.ticker")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel(f"end to end, ms ({users} at a time)")
     axes.set_ylabel("share of requests")
     axes.set_title(f"{run.machine.cpu}, {sum(len(samples_of(arm)) for arm in run.arms)} requests", fontsize=10)

@@ -1,0 +1,88 @@
+"""An OpenAI-compatible server for tests: streams an answer for each prompt, or the fault that the prompt names."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class StandIn:
+    """Answers every prompt with `answer(prompt)`, one chunk a character; keeps the bodies it was sent.
+
+    A prompt that holds one of these words gets that fault: `HTTP500`, `DROP` (the connection breaks mid-stream),
+    `ERROREVENT`, `NOFINISH`, `GARBAGE`.
+    """
+
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        self.answer = answer
+        self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        self.headers: list[dict[bytes, bytes]] = []
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Send) -> None:
+        """Answer one request."""
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        request = json.loads(body)
+        self.bodies.append(request)
+        self.paths.append(scope["path"])
+        self.headers.append(dict(scope["headers"]))
+        chat = scope["path"].endswith("/chat/completions")
+        prompt = request["messages"][0]["content"] if chat else request["prompt"]
+        if "HTTP500" in prompt:
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": b'{"error": {"message": "broken"}}'})
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for event in self._events(prompt, chat=chat):
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        if "DROP" in prompt:
+            raise ConnectionAbortedError("the stand-in drops the connection")
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    def _events(self, prompt: str, *, chat: bool) -> Iterator[bytes]:
+        text = self.answer(prompt)
+        for character in text:
+            yield _event({"choices": [{"delta": {"content": character}} if chat else {"text": character}]})
+        if "ERROREVENT" in prompt:
+            yield _event({"error": {"message": "the engine died"}})
+        elif "GARBAGE" in prompt:
+            yield b"data: {not json\n\n"
+        elif "NOFINISH" not in prompt and "DROP" not in prompt:
+            yield _event({"choices": [{"delta": {}, "text": "", "finish_reason": "stop"}]})
+            usage = {"prompt_tokens": len(prompt), "completion_tokens": len(text) + 1}
+            yield _event({"choices": [], "usage": {**usage, "prompt_tokens_details": {"cached_tokens": 3}}})
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+@contextmanager
+def running(app: StandIn) -> Iterator[str]:
+    """Run the stand-in on a free local port; yields its base URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 20
+        while not server.started:
+            assert time.monotonic() < deadline, "the stand-in did not start"
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        finally:
+            server.should_exit = True
+            thread.join(20)
