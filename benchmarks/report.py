@@ -159,6 +159,7 @@ def cost_lines(bill: Bill) -> Iterator[str]:
         "'batch' answers within hours, not at once, and is priced without cache hits."
     )
     yield f"prices of {bill.priced_on} from {' and '.join(sorted({offer.source for offer in bill.offers}))}"
+    yield "a prompt without examples costs less still; how right a hosted model is with either is not known from prices"
     yield from _verdict(bill)
     for line in bill.disagreements:
         yield f"prices disagree: {line}"

@@ -12,22 +12,27 @@ SHORT_PROMPT_TOKENS = 600
 
 def warnings(run: Run) -> tuple[str, ...]:
     """Reasons to doubt the run: errors, too few requests, a busy machine, prompts the server had seen before."""
-    return tuple(warning for arm in run.arms for warning in _arm(arm, run.machine.logical_cores))
+    return (*_busy(run), *(warning for arm in run.arms for warning in _arm(arm)))
 
 
-def _arm(arm: Arm, cores: int) -> Iterator[str]:
-    for position, level in enumerate(arm.levels):
+def _busy(run: Run) -> Iterator[str]:
+    """Only the very first level tells: later ones see the load average of the benchmark itself."""
+    levels = [level for arm in run.arms for level in arm.levels]
+    cores = run.machine.logical_cores
+    if levels and levels[0].load_before is not None and levels[0].load_before > LOAD_PER_CORE * cores:
+        yield (
+            f"the machine was busy before the run (load average {levels[0].load_before:.1f} on {cores} cores): "
+            "times are too long, read ratios"
+        )
+
+
+def _arm(arm: Arm) -> Iterator[str]:
+    for level in arm.levels:
         where = f"{arm.name} at {level.concurrency}"
         if failed := [sample.error for sample in level.samples if sample.error]:
             yield f"{where}: {len(failed)} of {len(level.samples)} requests failed, the first with: {failed[0]}"
         if len(level.samples) < NEEDED[90]:
             yield f"{where}: {len(level.samples)} requests are too few for a p90 (needs {NEEDED[90]})"
-        # Later levels see the load average of the benchmark's own earlier ones.
-        if position == 0 and level.load_before is not None and level.load_before > LOAD_PER_CORE * cores:
-            yield (
-                f"{where}: the machine was busy before (load average {level.load_before:.1f} on {cores} cores): "
-                "times are too long, read ratios"
-            )
         if _seen_before(arm, level):
             yield f"{where}: the server knew most of each prompt already; was it asked the same mails before?"
 
