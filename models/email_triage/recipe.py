@@ -29,6 +29,7 @@ from .gemma import Example, Mail, Verdict, completion_loss, encode, judge, load_
 HOME = Path(__file__).parent
 SANITY_TEXT = "The capital of France is Paris, and the capital of Italy is Rome. Water freezes at zero degrees Celsius."
 SANITY_PERPLEXITY = 60.0
+CHECKPOINT_STEPS = 40
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -36,13 +37,13 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Hyperparameters:
     """Chosen on the validation split. `crop`: the share of train mails whose body is cut to a random span."""
 
-    epochs: int = 5
+    epochs: int = 4
     batch: int = 8
     learning_rate: float = 3e-4
     warmup: float = 0.06
     rank: int = 16
     alpha: int = 32
-    dropout: float = 0.05
+    dropout: float = 0.0
     crop: float = 0.5
     seed: int = 7
 
@@ -104,7 +105,9 @@ class Trainer:
             if self.step % 10 == 0:
                 speed = tokens / (time.monotonic() - since)
                 self._progress(sum(losses[-10:]) / len(losses[-10:]), speed, tokens / len(losses))
-            if self.step % 40 == 0 and self.step % self.steps_per_epoch:  # an epoch's end is saved once it is judged
+            if (
+                self.step % CHECKPOINT_STEPS == 0 and self.step % self.steps_per_epoch
+            ):  # an epoch's end is saved once it is judged
                 self._save_checkpoint()
 
     def _update(self, batch: Sequence[Mail]) -> float:
