@@ -24,6 +24,7 @@ class ModelHandle:
         params.n_gpu_layers = gpu_layers
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         params.vocab_only = vocab_only
+        params.use_extra_bufts = not _has_amx()
         with last_errors() as errors:
             llama_cpp.llama_backend_init()
             self.pointer: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
@@ -42,6 +43,13 @@ class ModelHandle:
     def description(self) -> str:
         """llama.cpp's own words: family, size, quantization."""
         return _text(llama_cpp.llama_model_desc, self.pointer)
+
+
+def _has_amx() -> bool:
+    """Whether this llama.cpp repacks weights for AMX tiles. Built by GCC before 12.4 / 13.3, that crashes: the compiler
+    drops most of the tile configuration (https://gcc.gnu.org/PR114098). Which compiler it was cannot be asked.
+    """
+    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 
 
 def _check_file(path: Path) -> None:
