@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.errors import BatchInvalid, DecodeAborted, DecodeFailed, EngineError, NoKvSlot
+from runtime.errors import BatchInvalid, DecodeAborted, DecodeFailed, EngineError, InvalidRequest, NoKvSlot
 from runtime.llama_protocol import ModelInfo
 from runtime.sequence import Batch
 
@@ -38,6 +38,8 @@ class FakeTokenizer:
     special_texts = tuple(SPECIALS)
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InvalidRequest("half a surrogate pair")
         tokens = [BOS] if add_special else []
         pattern = "|".join(map(re.escape, SPECIALS)) if parse_special else "(?!)"
         for part in re.split(f"({pattern})", text):
