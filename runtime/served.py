@@ -55,7 +55,6 @@ def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
             n_ctx=config.context,
             n_batch=config.step_tokens,
             n_seq_max=options.n_seq_max,
-            n_outputs=config.slots,
             n_threads=config.threads or physical_cores(),
             gpu_layers=config.gpu_layers,
         ),
