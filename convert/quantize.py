@@ -43,7 +43,7 @@ def check_quantization(name: str) -> str:
 
 
 def disk_need(file_bytes: int, matrix_bytes: int, quantization: str) -> int:
-    """Bytes for the half-precision file, `matrix_bytes` of it F16 matrices, and for the quantized one at its largest."""
+    """Bytes for the half-precision file, `matrix_bytes` of it F16 matrices, and the largest quantized one."""
     return file_bytes if quantization == HALF_PRECISION else 2 * file_bytes - int(matrix_bytes * (1 - _MOST_BITS / 16))
 
 

@@ -39,8 +39,8 @@ def message(role: str, content: object = "hi") -> dict[str, object]:
 
 
 def test_gemmas_turns_are_the_training_format(header: Header) -> None:
-    mail = "Subject: x\n\n  two spaces, a {{ brace }} and an end  "
-    asked = render(header, [message("user", mail)])
+    mail = "Subject: x\n\n  two spaces, a {{ brace }} and an end"
+    asked = render(header, [message("user", f"\n{mail}  \n")])
     assert asked == f"<bos><start_of_turn>user\n{mail}<end_of_turn>\n<start_of_turn>model\n"
     trained = render(header, [message("user", mail), message("assistant", "fork")], prompt=False)
     assert trained == asked + "fork<end_of_turn>\n"

@@ -1,0 +1,330 @@
+"""Whole conversions of a tiny model through the real llama.cpp: what is installed, and that nothing half-made is."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from convert.errors import (
+    AdapterInvalid,
+    ArchitectureUnknown,
+    ConvertError,
+    QuantizationUnknown,
+    RequestInvalid,
+    SourceInvalid,
+    VerifyFailed,
+)
+from convert.inputs import ConvertRequest
+from convert.pipeline import convert
+from models.catalog import CatalogEntry
+from models.errors import HashMismatch, ModelError, ModelNotFound, StoreError
+from models.files import sha256_file
+from models.manifest import MANIFEST_FILE, Base, Manifest, dump_manifest
+from models.manifest import Adapter as AdapterRecord
+from models.store import Store
+from tests.convert.tiny import END, adapter_tensors, write_adapter, write_model
+
+
+class Notes:
+    """A reporter that remembers, and can be told to fail when a stage begins."""
+
+    def __init__(self, fail_at: str = "", error: BaseException | None = None) -> None:
+        self.stages: list[str] = []
+        self.warnings: list[str] = []
+        self.steps: list[tuple[int, int | None]] = []
+        self._fail_at, self._error = fail_at, error
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.stages.append(name)
+        if self._error is not None and name.startswith(self._fail_at):
+            raise self._error
+
+    def advance(self, done: int, total: int | None = None) -> None:
+        self.steps.append((done, total))
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+@pytest.fixture
+def request_for_tiny(tmp_path: Path) -> ConvertRequest:
+    base, adapter = write_model(tmp_path / "base.gguf"), write_adapter(tmp_path / "adapter")
+    return ConvertRequest(str(base), "tiny", adapter)
+
+
+def files_under(store: Store) -> list[str]:
+    """Every file of the store but the locks that it keeps."""
+    paths = (path for path in store.home.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    return sorted(str(path.relative_to(store.home)) for path in paths)
+
+
+def test_a_model_is_merged_quantized_and_installed(store: Store, request_for_tiny: ConvertRequest) -> None:
+    notes = Notes()
+    stored = convert(request_for_tiny, store, notes)
+    assert files_under(store) == [f"models/tiny/{name}" for name in ("README.md", "model.toml", "tiny-Q8_0.gguf")]
+    store.verify("tiny")
+    manifest = stored.manifest
+    assert manifest is not None
+    assert [artefact.quantization for artefact in manifest.artefacts] == ["Q8_0"]
+    assert manifest.base == Base(name="base", sha256=sha256_file(Path(request_for_tiny.source)))
+    assert request_for_tiny.adapter is not None
+    weights = request_for_tiny.adapter / "adapter_model.safetensors"
+    assert manifest.adapter == AdapterRecord(path="adapter", sha256=sha256_file(weights), rank=4)
+    assert manifest.licence == "tiny-licence"
+    assert manifest.artefacts[0].sha256 in (stored.folder / "README.md").read_text()
+    assert [stage.split()[0] for stage in notes.stages] == ["check", "merge", "quantize", "verify"]
+    assert notes.warnings == []
+    assert notes.steps
+
+
+def test_template_and_end_of_turn_are_in_the_file(store: Store, request_for_tiny: ConvertRequest) -> None:
+    fields = gguf.GGUFReader(convert(request_for_tiny, store, Notes()).gguf).fields
+    assert "<start_of_turn>" in fields["tokenizer.chat_template"].contents()
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == END
+    assert fields["general.name"].contents() == "tiny"
+
+
+def test_the_unquantized_file_is_kept_when_asked(store: Store, request_for_tiny: ConvertRequest) -> None:
+    stored = convert(dataclasses.replace(request_for_tiny, keep_f16=True), store, Notes())
+    assert stored.manifest is not None
+    assert [a.quantization for a in stored.manifest.artefacts] == ["Q8_0", "F16"]
+    assert stored.gguf.name == "tiny-Q8_0.gguf"
+    store.verify("tiny")
+
+
+def test_without_an_adapter_the_weights_stay(store: Store, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base.gguf", "llama", kind=gguf.GGMLQuantizationType.F16, template="{{ messages }}")
+    stored = convert(ConvertRequest(str(base), "same", quantization="f16"), store, Notes())
+    before, after = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (base, stored.gguf))
+    assert set(before) == set(after)
+    assert all(np.array_equal(before[name].data, after[name].data) for name in before)
+
+
+def test_a_converted_model_keeps_its_task_when_it_is_converted_again(
+    store: Store, tmp_path: Path, request_for_tiny: ConvertRequest
+) -> None:
+    given = Manifest(name="any", task="classify", labels=("a", "b"), licence="L", licence_notice="N", description="D")
+    (tmp_path / "mine.toml").write_text(dump_manifest(given))
+    first = dataclasses.replace(request_for_tiny, manifest=tmp_path / "mine.toml", quantization="F16")
+    convert(first, store, Notes())
+    stored = convert(ConvertRequest("tiny", "again", quantization="Q4_0"), store, Notes())
+    assert stored.manifest is not None
+    assert (stored.manifest.labels, stored.manifest.licence_notice) == (("a", "b"), "N")
+    assert stored.manifest.base is not None
+    assert stored.manifest.base.name == "tiny"
+    tuned = convert(ConvertRequest("tiny", "tuned", request_for_tiny.adapter), store, Notes()).manifest
+    assert tuned is not None
+    assert (tuned.task, tuned.labels, tuned.licence_notice) == ("general", (), "N")
+
+
+def test_the_same_conversion_gives_the_same_file(store: Store, request_for_tiny: ConvertRequest) -> None:
+    first = convert(request_for_tiny, store, Notes()).gguf.read_bytes()
+    second = convert(dataclasses.replace(request_for_tiny, replace=True), store, Notes()).gguf.read_bytes()
+    assert first == second
+
+
+def test_merging_onto_a_grid_and_back_onto_it_is_warned_about(store: Store, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q4_0)
+    adapter, notes = write_adapter(tmp_path / "adapter"), Notes()
+    convert(ConvertRequest(str(base), "lost", adapter, "Q4_0"), store, notes)
+    assert "14 of 14 fine-tuned matrices" in notes.warnings[0]
+    assert "(Q4_0)" in notes.warnings[0]
+    notes = Notes()
+    convert(ConvertRequest(str(base), "kept", adapter, "Q8_0"), store, notes)
+    assert notes.warnings == []
+
+
+def test_an_untrained_adapter_is_warned_about(store: Store, tmp_path: Path, request_for_tiny: ConvertRequest) -> None:
+    zero = write_adapter(tmp_path / "zero", {name: 0 * array for name, array in adapter_tensors().items()})
+    notes = Notes()
+    convert(dataclasses.replace(request_for_tiny, adapter=zero, quantization="F16"), store, notes)
+    assert "never trained" in notes.warnings[0]
+
+
+def wrong_shape(tmp_path: Path) -> ConvertRequest:
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": np.ones((4, 640)), f"{stem}.lora_B.weight": np.ones((1024, 4))}
+    return ConvertRequest(str(write_model(tmp_path / "b.gguf")), "x", write_adapter(tmp_path / "a", tensors))
+
+
+def unknown_family(tmp_path: Path) -> ConvertRequest:
+    source = write_model(tmp_path / "b.gguf", "llama")
+    source.write_bytes(source.read_bytes().replace(b"llama", b"lemma", 1))
+    return ConvertRequest(str(source), "x", write_adapter(tmp_path / "a"))
+
+
+def truncated(tmp_path: Path) -> ConvertRequest:
+    source = write_model(tmp_path / "b.gguf")
+    source.write_bytes(source.read_bytes()[:-100])
+    return ConvertRequest(str(source), "x")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], ConvertRequest], type[Exception], str]] = {
+    "no name": (lambda t: ConvertRequest(str(write_model(t / "b.gguf"))), RequestInvalid, "--name is missing"),
+    "bad name": (
+        lambda t: ConvertRequest(str(write_model(t / "b.gguf")), "../x"),
+        StoreError,
+        "'../x' is not a model name",
+    ),
+    "no source": (lambda t: ConvertRequest("nowhere", "x"), ModelNotFound, "'nowhere'"),
+    "quantization": (lambda t: ConvertRequest("b", "x", None, "Q9"), QuantizationUnknown, "'Q9'"),
+    "no adapter": (lambda t: ConvertRequest(str(write_model(t / "b.gguf")), "x", t / "no"), AdapterInvalid, "no PEFT"),
+    "wrong shape": (wrong_shape, AdapterInvalid, "'model.layers.0.self_attn.q_proj'"),
+    "family": (unknown_family, ArchitectureUnknown, "'lemma'"),
+    "truncated": (truncated, SourceInvalid, "is truncated"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_wrong_is_refused_before_anything_is_written(store: Store, tmp_path: Path, name: str) -> None:
+    make, kind, reason = REFUSED[name]
+    notes = Notes()
+    with pytest.raises(kind, match=re.escape(reason)):
+        convert(make(tmp_path), store, notes)
+    assert files_under(store) == []
+    assert not [stage for stage in notes.stages if not stage.startswith("check")]
+
+
+@pytest.mark.parametrize("stage", ["check", "merge", "quantize", "verify"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["ctrl-c", "full"])
+def test_a_failure_at_any_stage_leaves_the_store_as_it_was(
+    store: Store, request_for_tiny: ConvertRequest, stage: str, error: BaseException
+) -> None:
+    convert(dataclasses.replace(request_for_tiny, quantization="F16"), store, Notes())
+    before = {name: (store.home / name).read_bytes() for name in files_under(store)}
+    again = dataclasses.replace(request_for_tiny, quantization="Q4_0", replace=True)
+    with pytest.raises(type(error)):
+        convert(again, store, Notes(stage, error))
+    assert {name: (store.home / name).read_bytes() for name in files_under(store)} == before
+    assert not [path for path in (store.home / "staging").iterdir() if path.is_dir()]
+
+
+def test_a_taken_name_is_refused_before_the_work(store: Store, request_for_tiny: ConvertRequest) -> None:
+    convert(dataclasses.replace(request_for_tiny, quantization="F16"), store, Notes())
+    notes = Notes()
+    with pytest.raises(StoreError, match="is installed already"):
+        convert(request_for_tiny, store, notes)
+    assert notes.stages == ["check base.gguf"]
+
+
+def test_too_little_disk_is_noticed_first(
+    store: Store, request_for_tiny: ConvertRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, needed_bytes: int) -> None:
+        raise StoreError(f"{needed_bytes} bytes are needed")
+
+    monkeypatch.setattr("convert.pipeline.check_free", full)
+    notes = Notes()
+    with pytest.raises(StoreError, match=r"\d{6} bytes are needed"):
+        convert(request_for_tiny, store, notes)
+    assert notes.stages == ["check base.gguf"]
+    assert files_under(store) == []
+
+
+def test_a_model_whose_logits_are_not_finite_is_not_installed(store: Store, tmp_path: Path) -> None:
+    """Weights that are finite but overflow in use: only running the file shows it."""
+    huge = {
+        "output_norm.weight": np.full(64, 3e38, np.float32),
+        "token_embd.weight": np.full((267, 64), 6e4, np.float32),
+    }
+    source = write_model(tmp_path / "b.gguf", changes=huge)
+    with pytest.raises(VerifyFailed, match=r"logits are (not finite|.*say nothing)|all \d+ logits"):
+        convert(ConvertRequest(str(source), "x", quantization="F16"), store, Notes())
+    assert files_under(store) == []
+
+
+def test_every_error_is_one_of_ours() -> None:
+    kinds = {kind for _, kind, _ in REFUSED.values()}
+    assert all(issubclass(kind, ConvertError | ModelError) for kind in kinds)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe folder in the place of email-triage's, on a base that is installed."""
+    convert(ConvertRequest(str(write_model(tmp_path / "b.gguf")), "tiny-base", quantization="F16"), store, Notes())
+    folder = tmp_path / "recipe"
+    write_adapter(folder / "adapter")
+    manifest = {
+        "name": "email-triage",
+        "licence": "L",
+        "task": "classify",
+        "labels": ["a", "b"],
+        "base": {"name": "tiny-base", "sha256": sha256_file(store.get("tiny-base").gguf)},
+        "adapter": {"path": "adapter"},
+        "quality": [
+            {"what": "as served", "split": "test", "correct": 1, "total": 2, "interval_low": 0.1, "interval_high": 0.9}
+        ],
+    }
+    (folder / MANIFEST_FILE).write_text(dump_manifest(Manifest.model_validate(manifest)))
+    monkeypatch.setattr(CatalogEntry, "recipe_folder", lambda entry: folder)
+    return folder
+
+
+def test_a_recipe_brings_everything_along(store: Store, recipe: Path) -> None:
+    stored = convert(ConvertRequest("email-triage"), store, Notes())
+    assert stored.name == "email-triage"
+    assert stored.manifest is not None
+    assert stored.manifest.labels == ("a", "b")
+    assert stored.manifest.quality[0].what == "as served"
+    assert "| as served | test | 1 of 2 | 0.500 |" in (stored.folder / "README.md").read_text()
+
+
+def test_a_recipes_figures_are_not_claimed_for_another_quantization(store: Store, recipe: Path) -> None:
+    stored = convert(ConvertRequest("email-triage", "triage-f16", quantization="F16"), store, Notes())
+    assert stored.manifest is not None
+    assert (stored.name, stored.manifest.quality, stored.manifest.labels) == ("triage-f16", (), ("a", "b"))
+
+
+def test_a_recipe_is_not_built_on_another_base(store: Store, recipe: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "o.gguf", changes={"output_norm.weight": np.full(64, 2, np.float32)})
+    convert(ConvertRequest(str(other), "tiny-base", quantization="F16", replace=True), store, Notes())
+    with pytest.raises(HashMismatch, match="the recipe was made on"):
+        convert(ConvertRequest("email-triage"), store, Notes())
+    assert store.names() == ["tiny-base"]
+
+
+def test_a_recipe_whose_adapter_was_changed_is_refused(store: Store, recipe: Path) -> None:
+    text = (recipe / MANIFEST_FILE).read_text()
+    (recipe / MANIFEST_FILE).write_text(text.replace('path = "adapter"', f'path = "adapter"\nsha256 = "{"0" * 64}"'))
+    with pytest.raises(AdapterInvalid, match="the recipe expects 0000"):
+        convert(ConvertRequest("email-triage"), store, Notes())
+
+
+def test_a_damaged_base_in_the_store_is_noticed(store: Store, recipe: Path) -> None:
+    gguf_file = store.get("tiny-base").gguf
+    data = bytearray(gguf_file.read_bytes())
+    data[-1] ^= 1
+    gguf_file.write_bytes(data)
+    with pytest.raises(HashMismatch, match=r"its model\.toml says"):
+        convert(ConvertRequest("email-triage"), store, Notes())
+
+
+def test_the_adapter_config_that_peft_writes_is_understood(tmp_path: Path, store: Store) -> None:
+    """All fields of PEFT 0.18's LoraConfig at their defaults, as save_pretrained writes them."""
+    written: dict[str, object] = {
+        "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
+        "base_model_name_or_path": None, "bias": "none", "corda_config": None, "ensure_weight_tying": False,
+        "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "layer_replication": None, "layers_pattern": None, "layers_to_transform": None,
+        "loftq_config": {}, "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.05, "megatron_config": None,
+        "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "peft_version": "0.18.0",
+        "qalora_group_size": 16, "r": 4, "rank_pattern": {}, "revision": None, "target_modules": ["q_proj"],
+        "target_parameters": None, "task_type": "CAUSAL_LM", "trainable_token_indices": None, "use_dora": False,
+        "use_qalora": False, "use_rslora": False,
+    }  # fmt: skip
+    adapter = write_adapter(tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text(json.dumps(written))
+    assert convert(ConvertRequest(str(write_model(tmp_path / "b.gguf")), "x", adapter), store, Notes()).name == "x"
