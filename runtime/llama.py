@@ -30,7 +30,7 @@ class LoadOptions:
     """How to load a model.
 
     `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
-    most `n_outputs` rows of logits (None: one for each sequence), for which memory is reserved. `n_threads` None is the
+    most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is the
     physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
     """
 
@@ -48,7 +48,8 @@ class Llama:
 
     def __init__(self, model: ModelHandle, path: Path, options: LoadOptions, gpu_layers: int) -> None:
         """Make a context. Use `load`, which also opens the model. Raises LoadFailed."""
-        n_outputs = min(options.n_outputs or options.n_seq_max, options.n_batch)
+        # llama.cpp aborts the process if it may not give each sequence a row.
+        n_outputs = max(options.n_outputs or 0, options.n_seq_max)
         self._context = _new_context(model, path, options, n_outputs)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._finalizer = weakref.finalize(self, llama_cpp.llama_free, self._context)
