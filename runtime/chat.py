@@ -7,7 +7,8 @@ answer a line, so that it can stand in a shell script.
 import asyncio
 import secrets
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
 from models.manifest import Manifest
@@ -93,7 +94,7 @@ class Chat:
         self._prompter = prompter
         self.conversation = conversation
 
-    async def answer(self, text: str) -> AsyncIterator[str]:
+    async def answer(self, text: str) -> AsyncGenerator[str, None]:
         """The answer to `text`, piece by piece; remembered once it is whole. Closed early, it is cancelled.
 
         Raises RequestError or EngineError. Old exchanges are forgotten while the context is too small.
@@ -112,14 +113,16 @@ class Chat:
         self.conversation.remember(text, "".join(pieces))
 
     def _request(self, text: str) -> Request:
+        turns = list(self.conversation.turns)
         while True:
             prompt = self._prompter.chat(self.conversation.messages(text))
             try:
                 limit = self._prompter.limit(prompt, self.conversation.wanted_tokens, param="--max-tokens")
             except ContextTooLong:
-                if not self.conversation.forget_oldest():
-                    raise
-                continue
+                if self.conversation.forget_oldest():
+                    continue
+                self.conversation.turns = turns  # the text alone is too long: nothing said before is to blame
+                raise
             params = self.conversation.sampling(limit)
             return Request(f"chat-{self.conversation.asked}", prompt, params)
 
@@ -131,6 +134,8 @@ def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
         served.worker.start()
         conversation = Conversation(served.manifest, options)
         if sys.stdin.isatty():
+            with suppress(ImportError):
+                import readline  # noqa: F401  (gives `input` line editing)
             print(greeting(served.name, conversation), file=sys.stderr)
         with asyncio.Runner() as runner:
             talk(Chat(served.worker, served.prompter, conversation), runner)
@@ -175,8 +180,9 @@ def _say(chat: Chat, text: str, runner: asyncio.Runner, interactive: bool) -> No
 
 
 async def _write_answer(chat: Chat, text: str) -> None:
-    async for piece in chat.answer(text):
-        print(piece, end="", flush=True)
+    async with aclosing(chat.answer(text)) as pieces:
+        async for piece in pieces:
+            print(piece, end="", flush=True)
     print(flush=True)
 
 
