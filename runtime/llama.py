@@ -30,8 +30,8 @@ class LoadOptions:
     """How to load a model.
 
     `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
-    most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is the
-    physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
+    most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is
+    the physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
     """
 
     n_ctx: int = 8192
