@@ -55,18 +55,18 @@ def majority() -> Evaluation:
 
 
 def measure(results: Path, store: Store, progress: Progress) -> dict[str, Evaluation]:
-    """Every set of predictions there can be; `finetune_torch` only if the recipe has written it."""
-    base = store.resolve("gemma-3-270m")
-    zero, few = (read_prompt(recipe_file("prompts", f"{name}.txt"), name) for name in ("zero_shot", "few_shot"))
-    arms = {
-        "base_zero_shot": base_arm(base, zero, None),
-        "base_few_shot": base_arm(base, few, None),
-        "as_served": fine_tune_arm(store.resolve("email-triage"), Prompt("short"), None),
-    }
+    """Every set of predictions there can be; `finetune_torch` only if the recipe has written it.
+
+    Raises ModelNotFound when one of the two models is not installed; what was measured before is kept.
+    """
     found = {"majority": majority()}
     save_json(results / "majority.json", found["majority"].model_dump(mode="json"))
-    for name, arm in arms.items():
+    for name in ("base_zero_shot", "base_few_shot"):
+        prompt = read_prompt(recipe_file("prompts", f"{name.removeprefix('base_')}.txt"))
+        arm = base_arm(store.resolve("gemma-3-270m"), prompt, None)
         found[name] = evaluate(Task(arm, TEST, CONCURRENCY, results / f"{name}.json"), progress)
+    served = fine_tune_arm(store.resolve("email-triage"), Prompt("short"), None)
+    found["as_served"] = evaluate(Task(served, TEST, CONCURRENCY, results / "as_served.json"), progress)
     if (torch := results / "finetune_torch.json").exists():
         found["finetune_torch"] = load_evaluation(torch)
     return {name: found[name] for name in NAMES if name in found}
