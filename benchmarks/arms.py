@@ -98,8 +98,8 @@ def _local(stored: StoredModel, url: str | None) -> Callable[[], AbstractContext
         if url is not None:
             return nullcontext(Running(url, 0.0))
         port = free_port()
-        # A bare .gguf is not in the store: the server is given its path.
-        model = stored.name if stored.manifest else str(stored.gguf)
+        # By path: a folder outside the store may have the name of a model inside it.
+        model = str(stored.folder if stored.manifest else stored.gguf)
         return serving(serve_command(model, port), port)
 
     return start

@@ -46,7 +46,7 @@ def _heading(run: Run) -> Iterator[str]:
 def speed_table(run: Run, statistics: Statistics) -> Table:
     """One row for each arm and concurrency; p50 with its 95 % interval, p90 where there are requests enough."""
     table = Table(title="Latency and throughput", title_justify="left")
-    table.add_column("arm")
+    table.add_column("arm", min_width=16, overflow="fold")
     for name in (
         "users",
         "n",
@@ -80,6 +80,7 @@ def _cells(level: LevelFigures) -> Iterable[str]:
         _p50(level.ttft),
         _p90(level.ttft),
         _p50(level.tpot),
+        _p90(level.tpot),
         _p50(level.e2e),
         _p90(level.e2e),
         f"{level.requests_per_s:.2f}",
@@ -185,7 +186,10 @@ def _verdict(bill: Bill) -> Iterator[str]:
 
 
 def _months(offer: Offer) -> str:
-    return NEVER if offer.break_even_months is None else f"{offer.break_even_months:,.0f} months"
+    months = offer.break_even_months
+    if months is None:
+        return NEVER
+    return f"{months:,.1f} months" if months < 24 else f"{months / 12:,.0f} years"
 
 
 def notes(run: Run, statistics: Statistics) -> Iterator[str]:
