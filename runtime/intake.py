@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from .errors import InvalidRequest, ModelUnknown
-from .llama_protocol import TokenizerLike
+from .llama_protocol import ModelInfo, TokenizerLike
 from .openai import Body, ChatBody, parse, to_requests, token_limit
 from .openai_answer import Answer, Call
 from .openai_fields import Kind
@@ -35,6 +35,10 @@ class Serving(Protocol):
     @property
     def tokenizer(self) -> TokenizerLike:
         """Its tokenizer."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is loaded."""
 
 
 def prepare(kind: Kind, payload: object, served: Serving) -> Call:
@@ -69,8 +73,16 @@ def require_model(asked: str | None, served: str) -> None:
         raise ModelUnknown(f"model {asked[:200]!r} is not served here; this server has {served!r}", param="model")
 
 
+def require_chat(served: Serving) -> None:
+    """Raise InvalidRequest if the model cannot be talked to: a base model has no chat template."""
+    if served.info.chat_template is None:
+        message = f"model {served.name!r} has no chat template; send a text to /v1/completions instead"
+        raise InvalidRequest(message, param="messages", code="not_a_chat_model")
+
+
 def _prompts(body: Body, served: Serving) -> list[tuple[int, ...]]:
     if isinstance(body, ChatBody):
+        require_chat(served)
         return [served.prompter.chat([message.model_dump() for message in body.messages])]
     prompts = [served.prompter.text(item) if isinstance(item, str) else item for item in body.prompt]
     if not all(prompts):

@@ -56,7 +56,7 @@ class DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
 
     def _begin_drain(self, name: str) -> None:
-        _say(f"{name}: {self._worker.live} answers are being finished, for {self._drain_seconds:g} s at most")
+        _say(f"{name}: finishing what was accepted ({self._worker.live}), for {self._drain_seconds:g} s at most")
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
@@ -69,7 +69,7 @@ def serve(config: RuntimeConfig, name_or_path: str, store: Store | None = None) 
 
     Raises ModelNotFound or BadManifest, LoadFailed (the address is taken included), EngineDown if the engine broke.
     """
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _set_up_logging(config.log_level)
     stored = (store or Store()).resolve(name_or_path)
     with listen(config.host, config.port) as listener:
         started_s = time.monotonic()
@@ -85,10 +85,16 @@ def serve(config: RuntimeConfig, name_or_path: str, store: Store | None = None) 
             server_header=False,
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )
-        logging.getLogger("uvicorn.error").setLevel(logging.DEBUG if config.log_level == "debug" else logging.WARNING)
         DrainingServer(settings, served.worker, config.drain_seconds, greeting).run(sockets=[listener])
     if served.worker.state == "failed":
         raise EngineDown("the engine broke and the server stopped; the log above says why")
+
+
+def _set_up_logging(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if level == "info":  # what these two say at that level is not for the user of a served model
+        for talkative in ("uvicorn.error", "deskside.llama"):
+            logging.getLogger(talkative).setLevel(logging.WARNING)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -31,7 +31,7 @@ def error_response(error: Exception) -> Response:
 async def _ours(request: Request, error: Exception) -> Response:
     response = error_response(error)
     if response.status_code >= 500:
-        _log.error("%s %s failed: %s", request.method, request.url.path, error, exc_info=error)
+        _log.error("%s %s failed: %s: %s", request.method, request.url.path, type(error).__name__, error)
     return response
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import InvalidRequest
-from .intake import Serving, require_model
+from .intake import Serving, require_chat, require_model
 from .openai import MAX_MESSAGES, Message, invalid_request
 
 
@@ -62,6 +62,7 @@ def detokenize(payload: object, served: Serving) -> dict[str, Any]:
 def apply_template(payload: object, served: Serving) -> dict[str, Any]:
     """{messages} -> {prompt}: the text that a chat completion would be asked with."""
     body = _parse(TemplateBody, payload, served)
+    require_chat(served)
     return {"prompt": served.prompter.render([message.model_dump() for message in body.messages])}
 
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import Cancelled
+from .errors import Cancelled, EngineError
 from .intake import fold
 from .openai_answer import Answer, Call
 from .openai_error import to_error
@@ -92,7 +92,8 @@ class EventStream(Response):
         except Exception as error:  # noqa: BLE001 - the status line is out; the stream must say what broke
             status, body = to_error(error)
             if status >= 500:
-                _log.error("call %s failed while streaming: %s", self._call.id, error, exc_info=error)
+                trace = None if isinstance(error, EngineError) else error
+                _log.error("call %s failed while streaming: %s", self._call.id, error, exc_info=trace)
             yield _event(body)
             return
         for chunk in answer.last_chunks():

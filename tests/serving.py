@@ -17,7 +17,7 @@ from runtime.serve import DrainingServer, listen, url_of
 from runtime.served import ServedModel
 from runtime.server import create_app
 from runtime.worker import Worker
-from tests.fakes import FAKE_TEMPLATE, FakeLlama
+from tests.fakes import FakeLlama
 
 PATIENCE_S = 20.0
 
@@ -73,7 +73,7 @@ def serving(llama: FakeLlama | None = None, config: RuntimeConfig | None = None)
         name="toy",
         manifest=None,
         worker=Worker(engine, queue=config.queue, slots=config.slots),
-        prompter=Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx),
+        prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
         tokenizer=llama.tokenizer,
         info=llama.info,
     )

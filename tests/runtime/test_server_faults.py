@@ -6,7 +6,9 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import openai
@@ -21,6 +23,8 @@ from tests.serving import Gate, Running, serving, wait_until
 CHAT = "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
 LONG = "hello " * 50
+# Valid JSON, but no object.
+PLAIN_JSON = (b"[]", b"null", b'"text"')
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +59,12 @@ def error_of(response: httpx.Response, status: int, code: str | None) -> dict[st
         b"\xff\xfe{}",
         '{"prompt": "x"}'.encode("utf-16"),
         b'{"prompt": "\\ud800", "content": "\\ud800"}',
-        b"[]",
-        b"null",
-        b'"text"',
+        *PLAIN_JSON,
     ],
     ids=lambda value: repr(value[:24]),
 )
 def test_a_body_that_is_no_good_json_object_is_a_400(toy: Running, path: str, body: bytes) -> None:
-    error = error_of(toy.http.post(path, content=body), 400, None) if body not in (b"[]", b"null", b'"text"') else None
-    if error is None:
-        assert toy.http.post(path, content=body).status_code == 400
+    error_of(toy.http.post(path, content=body), 400, None if body not in PLAIN_JSON else ANY)
 
 
 def test_a_pair_of_surrogates_is_a_character(toy: Running) -> None:
@@ -141,6 +141,17 @@ def test_unknown_routes_and_methods_have_openais_shape_too(toy: Running) -> None
     response = toy.http.get(CHAT)
     error_of(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
+
+
+def test_a_base_model_says_that_it_cannot_be_talked_to() -> None:
+    llama = FakeLlama(script="hello")
+    llama.info = replace(llama.info, chat_template=None)
+    with serving(llama) as running:
+        for path in (CHAT, "/apply-template"):
+            error = error_of(running.http.post(path, json={"messages": MESSAGES}), 400, "not_a_chat_model")
+            assert "/v1/completions" in error["message"]
+        answer = running.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 5})
+        assert answer.json()["choices"][0]["text"] == "hello"
 
 
 def test_large_bodies_are_prepared_off_the_event_loop(toy: Running, monkeypatch: pytest.MonkeyPatch) -> None:
