@@ -2,15 +2,18 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import httpx
 
@@ -51,7 +54,7 @@ def serving(command: Sequence[str], port: int, *, timeout_s: float = START_TIMEO
 
     Raises ServerFailed with the end of the server's own output when it stops or is not ready in `timeout_s`.
     """
-    with tempfile.TemporaryFile() as log:
+    with _exit_on_sigterm(), tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
@@ -62,6 +65,23 @@ def serving(command: Sequence[str], port: int, *, timeout_s: float = START_TIMEO
             yield Running(f"http://127.0.0.1:{port}/v1", time.perf_counter() - began)
         finally:
             _stop(process)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let a polite kill leave the block as an exception, so that the server is not left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], port: int, deadline: float) -> None:

@@ -1,7 +1,9 @@
 """A server started for a benchmark is waited for, reported when it fails, and stopped by its process id."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from benchmarks.errors import ServerFailed
 from benchmarks.local import free_port, serve_command, serving
 
+ROOT = Path(__file__).parents[2]
 HEALTHY = """
 import http.server, os, sys
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -43,6 +46,22 @@ def test_a_server_that_never_gets_ready_is_stopped() -> None:
     command = [sys.executable, "-c", script]
     with pytest.raises(ServerFailed, match="not ready"), serving(command, free_port(), timeout_s=0.3):
         raise AssertionError("unreachable")
+
+
+def test_a_terminated_benchmark_leaves_no_server_behind() -> None:
+    port = free_port()
+    script = (
+        "import sys, time; from benchmarks.local import serving\n"
+        f"with serving([sys.executable, '-c', {HEALTHY!r}, '{port}'], {port}): print('up', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
+        pid = int(httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).text)
+        child.terminate()
+        assert child.wait(20) == 128 + 15
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_the_command_is_the_one_beside_this_python() -> None:
