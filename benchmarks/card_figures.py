@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import tomli_w
+
 from models.files import write_atomic
+from models.manifest import Quality
 from models.store import Store
 
 from .arms import base_arm, fine_tune_arm
@@ -114,6 +117,22 @@ def figures(scores: Mapping[str, Score]) -> dict[str, object]:
     return {name: {"what": NAMES[name], **asdict(score)} for name, score in scores.items()}
 
 
+def quality(scores: Mapping[str, Score]) -> str:
+    """The same accuracies as the `[[quality]]` entries of a model.toml."""
+    entries = [
+        Quality(
+            what=NAMES[name],
+            split="test",
+            correct=score.correct,
+            total=score.total,
+            interval_low=round(score.accuracy.low, 4),
+            interval_high=round(score.accuracy.high, 4),
+        )
+        for name, score in scores.items()
+    ]
+    return tomli_w.dumps({"quality": [entry.model_dump() for entry in entries]})
+
+
 def main() -> None:
     """Measure what is missing, write the figures and the picture, print the card's table."""
     results = recipe_file("results")
@@ -129,7 +148,9 @@ def main() -> None:
     confusion_picture(served, title, results / "confusion.png")
     text = "\n".join(markdown(found)) + "\n"
     write_atomic(results / "figures.md", text)
+    write_atomic(results / "quality.toml", quality(scores))
     print(text, end="")
+    print(f"figures, picture and the entries for model.toml are in {results}", file=sys.stderr)
 
 
 if __name__ == "__main__":

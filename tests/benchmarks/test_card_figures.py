@@ -1,14 +1,16 @@
 """The card's table and picture from made-up predictions."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from benchmarks.card_figures import NAMES, majority, markdown
+from benchmarks.card_figures import NAMES, majority, markdown, quality
 from benchmarks.errors import BadRecord
 from benchmarks.evaluate import Evaluation, Prediction, load_evaluation, score_evaluation
 from benchmarks.plot import confusion_picture, latency_picture
 from benchmarks.record import save_json
+from models.manifest import Quality
 from tests.benchmarks.examples import arm, run_of, sample
 
 LABELS = ("fork", "ilug", "spam")
@@ -33,6 +35,13 @@ def test_the_table_has_every_row_and_the_paired_difference() -> None:
     assert "As served minus base, few-shot prompt (2 examples a class): 0.650 [" in text
     assert "As served minus fine-tune before conversion: -0.017 [" in text
     assert "; 1 answers differ." in text
+
+
+def test_the_entries_for_the_manifest_are_valid_and_say_the_same() -> None:
+    scores = {"as_served": score_evaluation(made(54))}
+    (entry,) = (Quality.model_validate(entry) for entry in tomllib.loads(quality(scores))["quality"])
+    assert (entry.what, entry.correct, entry.total) == ("fine-tune as served", 54, 60)
+    assert entry.interval_low == pytest.approx(0.7985, abs=1e-3)
 
 
 def test_the_majority_class_is_the_training_splits() -> None:
