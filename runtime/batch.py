@@ -5,6 +5,7 @@ The input is read once, in order, with a bounded window of requests in flight; a
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,11 @@ from typing import Any, Protocol
 
 from .batch_input import BadLine, BatchLine, read_lines
 from .batch_output import ErrorsFile, JsonlFile, answer_record, error_record, errors_path, require_same_input, resume
-from .errors import BatchRefused, InvalidRequest
+from .errors import BatchRefused, EngineError, InvalidRequest, RequestError
 
 MAX_LINE_BYTES = 4 << 20
+
+_log = logging.getLogger("deskside.batch")
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class BatchRun:
             body = await self._answerer.answer(line)
         except Exception as error:  # noqa: BLE001  (whatever one line brings about, the others go on)
             self._answerer.require_alive()
+            if not isinstance(error, RequestError | EngineError):
+                _log.error("line %d failed unexpectedly", line.number, exc_info=error)
             self._fail(line.number, line.custom_id, error)
         else:
             self._files.answers.append(answer_record(line, body))

@@ -133,6 +133,7 @@ def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
     try:
         served.worker.start()
         conversation = Conversation(served.manifest, options)
+        served.prompter.chat(conversation.messages("?"))  # a model without a template says so before anyone types
         if sys.stdin.isatty():
             with suppress(ImportError):
                 import readline  # noqa: F401  (gives `input` line editing)

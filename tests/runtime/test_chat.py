@@ -7,16 +7,18 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 
 import pytest
 
 from models.manifest import Manifest
 from runtime import chat as chat_module
-from runtime.chat import Chat, ChatOptions, Conversation, greeting, talk
+from runtime.chat import Chat, ChatOptions, Conversation, chat_with, greeting, talk
+from runtime.config import RuntimeConfig
 from runtime.engine import Engine, EngineOptions
-from runtime.errors import ContextTooLong
+from runtime.errors import ContextTooLong, TemplateFailed
 from runtime.prompt import Prompter
+from runtime.served import ServedModel
 from runtime.worker import Worker
 from tests.fakes import FAKE_TEMPLATE, FakeLlama
 
@@ -162,6 +164,23 @@ def test_at_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "Ctrl-D leaves" in err
     assert "/reset" in err
     assert "error: " in err
+
+
+@pytest.mark.parametrize("template", [FAKE_TEMPLATE, None])
+def test_the_command_opens_and_closes_the_model(
+    template: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama = FakeLlama(script="ham")
+    worker = Worker(Engine(llama, EngineOptions()), queue=8, slots=4)
+    prompter = Prompter(llama.tokenizer, template, llama.info.n_ctx)
+    served = ServedModel("sorter", SORTER, worker, prompter, llama.tokenizer, llama.info)
+    monkeypatch.setattr(chat_module, "open_model", lambda name, config: served)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a mail\n"))
+    with nullcontext() if template else pytest.raises(TemplateFailed):
+        chat_with("sorter", RuntimeConfig(), ChatOptions())
+    assert capsys.readouterr().out == ("ham\n" if template else "")
+    assert worker.state == "stopped"
+    assert llama.closed
 
 
 def test_reset_forgets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,113 @@
+"""`deskside batch` from the command line to the exit code, on the toy model."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.store import StoredModel
+from runtime import batch_command
+from runtime.cli import main
+from runtime.config import RuntimeConfig
+from runtime.engine import Engine, EngineOptions
+from runtime.errors import DecodeFailed
+from runtime.prompt import Prompter
+from runtime.served import ServedModel
+from runtime.worker import Worker
+from tests.fakes import FAKE_TEMPLATE, FakeLlama
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """How the toy model is to be made by the next command: FakeLlama's arguments."""
+    arguments: dict[str, Any] = {}
+
+    def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
+        llama = FakeLlama(**arguments)
+        worker = Worker(Engine(llama, EngineOptions()), queue=config.queue, slots=config.slots)
+        prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
+        return ServedModel(stored.name, None, worker, prompter, llama.tokenizer, llama.info)
+
+    monkeypatch.setattr(batch_command, "load_model", load_model)
+    return arguments
+
+
+@pytest.fixture
+def batch(tmp_path: Path, toy: dict[str, Any]) -> Run:
+    """Run `deskside batch in.jsonl out.jsonl …` and return the exit code."""
+    (tmp_path / "toy.gguf").write_bytes(b"GGUF")
+
+    def run(*options: str, lines: int = 20, bad: str = "") -> int:
+        body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        request = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+        records = [json.dumps(request | {"custom_id": f"r{n}"}) for n in range(lines)]
+        (tmp_path / "in.jsonl").write_text("\n".join([*records, bad]))
+        files = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
+        with pytest.raises(SystemExit) as leaving:
+            main(["batch", *files, "--model", str(tmp_path / "toy.gguf"), *options])
+        assert isinstance(leaving.value.code, int)
+        return leaving.value.code
+
+    return run
+
+
+def test_done_is_0_and_the_summary_is_on_stdout(batch: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert batch("--json") == 0
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert (summary["model"], summary["answered"], summary["failed"]) == ("toy", 20, 0)
+    assert err.startswith("20 answered, 0 failed")
+    assert batch("--json") == 0
+    assert json.loads(capsys.readouterr().out)["answered_before"] == 20
+
+
+def test_without_json_stdout_is_empty(batch: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert batch() == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_failed_line_is_3(batch: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert batch(bad="{") == 3
+    assert "20 answered, 1 failed (see " in capsys.readouterr().err
+    assert json.loads((tmp_path / "out.errors.jsonl").read_text())["line"] == 21
+
+
+def test_files_that_cannot_be_used_are_1(batch: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.jsonl").write_text("my notes\n")
+    assert batch() == 1
+    assert capsys.readouterr().err.startswith("error: '")
+
+
+def test_an_engine_that_breaks_is_1(batch: Run, toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    toy["fail_at"] = {3: DecodeFailed("fatal")}
+    assert batch() == 1
+    assert "error: the engine stopped: fatal\n" in capsys.readouterr().err
+    toy.clear()
+    assert batch() == 0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_130_and_the_next_run_goes_on(
+    batch: Run, toy: dict[str, Any], sent: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def send(number: int, _: object) -> None:
+        if number == 8:
+            os.kill(os.getpid(), sent)
+
+    toy["on_decode"] = send
+    assert batch("--json", "--slots", "2", lines=200) == 130
+    out, err = capsys.readouterr()
+    first = json.loads(out)
+    assert first["interrupted"]
+    assert first["answered"] < 200
+    assert "the same command goes on from here" in err
+    toy.clear()
+    assert batch("--json", lines=200) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["answered_before"], summary["answered"]) == (first["answered"], 200 - first["answered"])
