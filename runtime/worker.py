@@ -179,7 +179,10 @@ class Worker:
             while self._state in ("ready", "draining"):
                 self._deliver(self._take_messages())
                 if self._engine.has_work:
-                    self._deliver(self._engine.step())
+                    events = self._engine.step()
+                    if self._engine.failure is not None:
+                        self._mark_failed(self._engine.failure)
+                    self._deliver(events)
                 self._stats = self._engine.stats()
                 if self._engine.failure is not None:
                     raise self._engine.failure
@@ -189,9 +192,13 @@ class Worker:
 
     def _break_down(self, error: Exception) -> None:
         _log.critical("the engine stopped: %s", error, exc_info=error)
+        self._mark_failed(error)
+        self._fail_all(error if isinstance(error, EngineError) else EngineDown(f"the engine stopped: {error!r}"))
+
+    def _mark_failed(self, error: BaseException) -> None:
+        """Before any request hears of it: who gets an engine's last events can tell that there will be no more."""
         with self._changed:
             self._state, self._fatal = "failed", error
-        self._fail_all(error if isinstance(error, EngineError) else EngineDown(f"the engine stopped: {error!r}"))
 
     def _take_messages(self) -> list[Event]:
         """Handle the inbox, after waiting for it if the engine has nothing to do; the events that come of it."""
