@@ -25,7 +25,7 @@ KEY_VARIABLE = "DESKSIDE_HOSTED_KEY"
 
 
 class Settings(Noun):
-    """What `deskside bench` can be told. `quick` replaces the two numbers that make a run long."""
+    """What `deskside bench` can be told. `quick` changes the defaults that make a run long."""
 
     model: str = Field(default="email-triage", description="The fine-tune: a model of the store, or a path.")
     base: str = Field(default="gemma-3-270m", description="The base model that gets the few-shot prompt.")
@@ -61,7 +61,8 @@ def make_plan(settings: Settings, store: Store) -> RunPlan:
     Raises BadWorkload, ModelNotFound and BadManifest.
     """
     if settings.quick:
-        settings = settings.model_copy(update=QUICK)
+        given = settings.model_fields_set
+        settings = settings.model_copy(update={name: value for name, value in QUICK.items() if name not in given})
     path = settings.examples or recipe_file("data", "test.jsonl.gz")
     examples = read_examples(path)
     levels = _integers(settings.concurrency)

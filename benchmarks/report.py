@@ -14,6 +14,10 @@ from .record import Arm, Run
 from .summary import Accuracy, ArmFigures, LevelFigures, Spread, Statistics
 
 NEVER = "never"
+SPEED_COLUMNS = (
+    *("users", "n", "errors", "TTFT p50 ms", "p90", "TPOT p50 ms", "p90", "E2E p50 ms", "p90"),
+    *("req/s", "tok/s out"),
+)
 
 
 def render(run: Run, statistics: Statistics, bill: Bill | None, console: Console) -> None:
@@ -47,18 +51,7 @@ def speed_table(run: Run, statistics: Statistics) -> Table:
     """One row for each arm and concurrency; p50 with its 95 % interval, p90 where there are requests enough."""
     table = Table(title="Latency and throughput", title_justify="left")
     table.add_column("arm", min_width=16, overflow="fold")
-    for name in (
-        "users",
-        "n",
-        "errors",
-        "TTFT p50 ms",
-        "p90",
-        "TPOT p50 ms",
-        "E2E p50 ms",
-        "p90",
-        "req/s",
-        "tok/s out",
-    ):
+    for name in SPEED_COLUMNS:
         table.add_column(name, justify="right")
     for arm, figures in zip(run.arms, statistics.arms, strict=True):
         for level in figures.levels:

@@ -10,7 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.cli import create_app, eval_command
+from benchmarks.plan import Settings, make_plan
 from benchmarks.record import load_run
+from models.store import Store
 from tests.benchmarks.stand_in import StandIn, running
 
 RUNNER = CliRunner()
@@ -76,6 +78,14 @@ def test_a_run_measures_both_local_arms_and_asks_no_mail_twice(bench: Invoke, ap
     assert run.statistics is not None
     assert run.statistics["arms"][0]["accuracy"]["share"] == 1.0
     assert run.cost is not None
+
+
+def test_quick_changes_only_what_was_not_given(bench: Invoke, folder: Path) -> None:
+    assert bench("--arms", "fine-tune", "--quick").exit_code == 0
+    work = load_run(folder / "run.json").workload
+    assert (work.requests_per_level, work.concurrency) == (12, (1, 4))
+    defaults = make_plan(Settings(quick=True, arms="hosted", requests=3), Store(folder)).workload
+    assert (defaults.requests_per_level, defaults.concurrency) == (3, (1, 4))
 
 
 def test_base_prompts_stop_at_the_line_and_everything_is_greedy(bench: Invoke, app: StandIn) -> None:

@@ -9,7 +9,7 @@ from benchmarks.cost import Assumptions
 from benchmarks.derive import derive
 from benchmarks.errors import BadRecord
 from benchmarks.record import Run, Sample, load_run, save_json, save_run
-from benchmarks.report import render
+from benchmarks.report import SPEED_COLUMNS, render, speed_table
 from benchmarks.sanity import warnings
 from benchmarks.summary import summarise, tpot_ms
 from tests.benchmarks.examples import arm, run_of, sample
@@ -95,6 +95,16 @@ def test_the_report_says_when_the_prompt_wins() -> None:
     cheap = Assumptions(finetune_price=0, finetune_hours=0)
     assert "on cost alone, take the prompt" not in shown(replayed(), cheap)
     assert "never" in shown(replayed(), Assumptions(power_watts=1e9))
+
+
+def test_every_cell_of_the_speed_table_has_a_header() -> None:
+    run = replayed()
+    table = speed_table(run, summarise(run))
+    assert [str(column.header) for column in table.columns] == ["arm", *SPEED_COLUMNS]
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["users"] == ["1", "1", "1"]
+    assert cells["E2E p50 ms"][0] == "300 [300, 300]"
+    assert cells["tok/s out"][0] == "3.0"
 
 
 def test_few_requests_show_no_p90() -> None:
