@@ -48,10 +48,14 @@ def convert_command(
 
 
 def build_recipe(entry: "CatalogEntry", store: "Store") -> "StoredModel":
-    """Build a catalogue entry that is a recipe, with its own settings: what `deskside pull` does for such a name."""
+    """Build a catalogue entry that is a recipe, with its own settings: what `deskside pull` does for such a name.
+
+    A second process that wants the same waits for the first and takes what it made.
+    """
     from .inputs import ConvertRequest
 
-    return _run(ConvertRequest(entry.name), store)
+    with store.exclusive(entry.name):
+        return store.get(entry.name) if entry.name in store.names() else _run(ConvertRequest(entry.name), store)
 
 
 def _run(request: "ConvertRequest", store: "Store") -> "StoredModel":

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from runtime.llama import Llama, LoadOptions, load
 
 from runtime.errors import EngineError
+from runtime.llama import Llama, LoadOptions, load
 from runtime.llama_prefill import last_logits
 
 from .errors import VerifyFailed
@@ -17,7 +17,7 @@ _PROBE = "Hello"
 def verify_runs(path: Path, chat: ChatFormat) -> None:
     """Load the GGUF at `path` and decode one token after a short text. Raises VerifyFailed saying what is wrong."""
     try:
-        llama = load(path, LoadOptions(n_ctx=256, n_batch=64, n_seq_max=1, gpu_layers=0))
+        llama = load(path, LoadOptions(n_ctx=256, n_batch=64, n_seq_max=1, n_threads=1, gpu_layers=0))
     except EngineError as error:
         raise VerifyFailed(f"the converted file cannot be loaded: {error}") from error
     try:

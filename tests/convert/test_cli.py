@@ -1,0 +1,91 @@
+"""`deskside convert` through the front door: data on stdout, stages on stderr, exit codes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from convert.cli import build_recipe
+from convert.progress import BarReporter, LineReporter, reporter
+from models.catalog import load_catalog
+from models.store import Store
+from runtime.cli import main
+from tests.convert.tiny import write_adapter, write_model
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DESKSIDE_HOME", str(tmp_path / "home"))
+    write_adapter(tmp_path / "adapter")
+    return write_model(tmp_path / "base.gguf")
+
+
+def run(*arguments: object) -> int | str | None:
+    with pytest.raises(SystemExit) as left:
+        main(["convert", *map(str, arguments)])
+    return left.value.code
+
+
+def test_json_names_the_model_and_its_manifest(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--adapter", model.parent / "adapter", "--name", "tiny", "--quant", "f16", "--keep-f16", "--json")
+    assert run(model, *options) in {0, None}
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out)
+    assert answer["name"] == "tiny"
+    assert Path(answer["gguf"]).is_file()
+    assert [artefact["quantization"] for artefact in answer["manifest"]["artefacts"]] == ["F16"]
+    assert printed.err.splitlines() == ["check base.gguf …", "merge 14 matrices, write F16 …", "verify …"]
+
+
+def test_a_person_gets_the_name_and_the_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--name", "tiny", "--quant", "F16") in {0, None}
+    assert capsys.readouterr().out == f"tiny\t{model.parent}/home/models/tiny/tiny-F16.gguf\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ((), 2, "--name is missing"),
+        (("--name", "x", "--quant", "Q9"), 2, "unknown quantization 'Q9'"),
+        (("--name", "x", "--adapter", "no/such"), 1, "'no/such' is no PEFT adapter folder"),
+    ],
+)
+def test_faults_are_one_line_and_an_exit_code(
+    model: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], code: int, message: str
+) -> None:
+    assert run(model, *options) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err.splitlines()[-1]
+
+
+def test_a_recipe_that_is_installed_is_not_built_again(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(model, "--name", "email-triage", "--quant", "F16")
+    capsys.readouterr()
+    stored = build_recipe(load_catalog().get("email-triage"), Store())
+    assert stored.gguf.name == "email-triage-F16.gguf"
+    assert capsys.readouterr().err == ""
+
+
+def test_the_reporter_suits_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(reporter(), LineReporter)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    bars = reporter()
+    assert isinstance(bars, BarReporter)
+    bars.close()
+
+
+def test_bars_show_stages_and_warnings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    bars = BarReporter()
+    bars.stage("merge", 10)
+    bars.advance(5, 10)
+    bars.warn("the [base] is odd")
+    bars.stage("quantize")
+    bars.advance(3, 7)
+    bars.close()
+    bars.close()
+    shown = capsys.readouterr().err
+    assert "warning: the [base] is odd" in shown
+    assert "merge" in shown
+    assert "quantize" in shown
