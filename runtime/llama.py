@@ -74,7 +74,7 @@ class Llama:
             raise BatchInvalid(f"a batch with {n_rows} rows of logits, limit {self._n_outputs}")
         code = llama_cpp.llama_decode(self._context, self._arrays.fill(batch))
         if code != 0:
-            raise _decode_error(code, n_tokens)
+            raise decode_error(code, n_tokens)
         if n_rows == 0:
             return np.empty((0, self.info.n_vocab), np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (n_rows, self.info.n_vocab))
@@ -204,7 +204,8 @@ def backend_name(system_info: str, *, offloads: bool) -> str:
     return " + ".join([*gpus, f"CPU ({features})" if features else "CPU"])
 
 
-def _decode_error(code: int, n_tokens: int) -> EngineError:
+def decode_error(code: int, n_tokens: int) -> EngineError:
+    """The error for a code of `llama_decode` that is not 0."""
     kinds = {1: NoKvSlot, 2: DecodeAborted, -1: BatchInvalid}
     return kinds.get(code, DecodeFailed)(f"llama_decode gave {code} for a batch of {n_tokens} tokens")
 

@@ -105,12 +105,16 @@ class PrefixCache:
         self._n_running_cells += count
 
     def retire(self, seq_id: int, tokens: np.ndarray) -> None:
-        """The sequence is finished: it stays as an idle resident that holds `tokens`, within the bound."""
+        """The sequence is finished: what it holds, `tokens`, stays as an idle resident, as far as the bound allows."""
         resident = self._rest(seq_id)
         resident.tokens = tokens
         self._idle[seq_id] = resident
-        while self._idle and self.used_cells - self._n_running_cells > self._idle_cells:
-            self._evict(next(iter(self._idle)))
+        while (excess := self.used_cells - self._n_running_cells - self._idle_cells) > 0:
+            oldest = next(iter(self._idle))
+            if oldest == seq_id and excess < len(resident.cells):
+                self._shorten(seq_id, resident, len(resident.cells) - excess)
+            else:
+                self._evict(oldest)
 
     def release(self, seq_id: int) -> None:
         """Forget a running sequence; the cells that it holds alone are free at once."""
@@ -143,10 +147,15 @@ class PrefixCache:
 
     def _take_over(self, seq_id: int, tokens: np.ndarray, length: int) -> int:
         resident = self._idle.pop(seq_id)
-        self._let_go(resident.cells[length:])
-        self._edits.append(Remove(seq_id, length))
-        self._run(seq_id, _Resident(tokens, resident.cells[:length]))
+        self._shorten(seq_id, resident, length)
+        resident.tokens = tokens
+        self._run(seq_id, resident)
         return seq_id
+
+    def _shorten(self, seq_id: int, resident: _Resident, length: int) -> None:
+        self._let_go(resident.cells[length:])
+        del resident.cells[length:]
+        self._edits.append(Remove(seq_id, length))
 
     def _evict(self, seq_id: int) -> None:
         self._drop(seq_id, self._idle.pop(seq_id))

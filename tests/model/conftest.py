@@ -1,0 +1,47 @@
+"""The real models, as `make setup` installs them. A test that needs one fails without it: skipping would hide it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from models.errors import ModelError
+from models.store import Store, StoredModel
+from runtime.llama import Llama, LoadOptions, load
+
+
+def installed(name: str) -> StoredModel:
+    try:
+        return Store().get(name)
+    except ModelError as error:
+        pytest.fail(f"the tests need the model {name!r}, which `make setup` installs: {error}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def base_gguf() -> Path:
+    """The base model's file: Gemma 3 270M, not fine-tuned."""
+    return installed("gemma-3-270m").gguf
+
+
+@pytest.fixture(scope="session")
+def email_triage() -> StoredModel:
+    """The default fine-tuned model."""
+    return installed("email-triage")
+
+
+@pytest.fixture(scope="session")
+def loaded_base(base_gguf: Path) -> Iterator[Llama]:
+    """The base model with few cells, loaded once. Use `base`, which empties it.
+
+    On one thread: two that wait for each other at every layer crawl when a machine is busy.
+    """
+    llama = load(base_gguf, LoadOptions(n_ctx=256, n_batch=128, n_seq_max=8, n_threads=1))
+    yield llama
+    llama.close()
+
+
+@pytest.fixture
+def base(loaded_base: Llama) -> Llama:
+    """The base model with an empty cache: 256 cells, 8 sequence ids, 128 tokens a batch."""
+    loaded_base.clear()
+    return loaded_base
