@@ -30,6 +30,14 @@ _REFUSED: Mapping[str, str] = {
     "arrow_config": "Arrow routes between adapters and cannot be merged",
     "megatron_config": "Megatron's parallel layers are split",
 }
+# Settings that say how the adapter was trained or made, not what it means. Any other that is set is refused.
+_HARMLESS = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "task_type",
+    "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "megatron_core",
+    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+    "ensure_weight_tying",
+}  # fmt: skip
 # These initialisations subtract from the base's own weights, so the adapter fits only the changed base.
 _BASE_CHANGING_INIT = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -85,6 +93,11 @@ def _refuse_variants(file: Path, raw: Mapping[str, Any]) -> None:
     for setting, reason in _REFUSED.items():
         if raw.get(setting):
             raise AdapterInvalid(f"{str(file)!r}: {setting} = {raw[setting]!r} is not supported: {reason}")
+    for setting in sorted(raw.keys() - _HARMLESS - _REFUSED.keys()):
+        if raw[setting]:
+            raise AdapterInvalid(
+                f"{str(file)!r}: {setting} = {raw[setting]!r} is not known here and may change what the adapter means"
+            )
     if raw.get("bias", "none") != "none":
         raise AdapterInvalid(f"{str(file)!r}: bias = {raw['bias']!r} is not supported: train with bias 'none'")
     init = raw.get("init_lora_weights")

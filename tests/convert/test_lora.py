@@ -90,6 +90,7 @@ def test_an_untrained_adapter_is_recognised(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base's weights"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"trainable_token_indices": [5]}, "trainable_token_indices"),
+        ({"use_bdlora": True}, "use_bdlora = True is not known here"),
         ({"r": 0}, "r: Input should be greater"),
         ({"r": "many"}, "r: Input should be a valid integer"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),

@@ -313,17 +313,18 @@ def test_a_damaged_base_in_the_store_is_noticed(store: Store, recipe: Path) -> N
 
 
 def test_the_adapter_config_that_peft_writes_is_understood(tmp_path: Path, store: Store) -> None:
-    """All fields of PEFT 0.18's LoraConfig at their defaults, as save_pretrained writes them."""
+    """All fields of PEFT 0.21's LoraConfig at their defaults, as save_pretrained writes them."""
     written: dict[str, object] = {
         "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
         "base_model_name_or_path": None, "bias": "none", "corda_config": None, "ensure_weight_tying": False,
         "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
+        "kasa_config": None, "lora_ga_config": None, "monteclora_config": None,
         "init_lora_weights": True, "layer_replication": None, "layers_pattern": None, "layers_to_transform": None,
         "loftq_config": {}, "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.05, "megatron_config": None,
-        "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "peft_version": "0.18.0",
+        "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "peft_version": "0.21.2",
         "qalora_group_size": 16, "r": 4, "rank_pattern": {}, "revision": None, "target_modules": ["q_proj"],
         "target_parameters": None, "task_type": "CAUSAL_LM", "trainable_token_indices": None, "use_dora": False,
-        "use_qalora": False, "use_rslora": False,
+        "use_qalora": False, "use_rslora": False, "use_bdlora": None, "velora_config": None,
     }  # fmt: skip
     adapter = write_adapter(tmp_path / "adapter")
     (adapter / "adapter_config.json").write_text(json.dumps(written))
