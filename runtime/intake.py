@@ -8,7 +8,7 @@ from typing import Protocol
 
 from .errors import InvalidRequest, ModelUnknown
 from .llama_protocol import ModelInfo, TokenizerLike
-from .openai import Body, ChatBody, parse, to_requests, token_limit
+from .openai import Body, ChatBody, CompletionBody, parse, to_requests, token_limit
 from .openai_answer import Answer, Call
 from .openai_fields import Kind
 from .prompt import Prompter
@@ -50,8 +50,7 @@ def prepare(kind: Kind, payload: object, served: Serving) -> Call:
     require_model(body.model, served.name)
     prompts = _prompts(body, served)
     _check_ids(body, prompts, served.tokenizer.n_vocab)
-    wanted, param = token_limit(body)
-    limits = [served.prompter.limit(prompt, wanted, param=param) for prompt in prompts]
+    limits = [_limit(body, prompt, served) for prompt in prompts]
     drawn = [secrets.randbits(64) for _ in range(len(prompts) * body.n)]
     call_id = _ID_PREFIX[kind] + secrets.token_hex(12)
     return Call(
@@ -65,6 +64,13 @@ def prepare(kind: Kind, payload: object, served: Serving) -> Call:
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
+
+
+def _limit(body: Body, prompt: tuple[int, ...], served: Serving) -> int:
+    if isinstance(body, CompletionBody):
+        served.prompter.limit(prompt, None, param="prompt")  # a prompt too long by itself is its own fault
+    wanted, param = token_limit(body)
+    return served.prompter.limit(prompt, wanted, param=param)
 
 
 def require_model(asked: str | None, served: str) -> None:

@@ -5,6 +5,8 @@ import random
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -246,6 +248,29 @@ def test_a_refusal_names_limit_value_and_near_misses() -> None:
 def test_a_body_that_is_no_object_is_refused(payload: object) -> None:
     with pytest.raises(InvalidRequest, match="must be a JSON object"):
         parse("chat", payload)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(kind=st.sampled_from(["chat", "completion"]), data=st.data())
+def test_any_json_is_a_body_or_a_refusal_and_nothing_else(kind: Kind, data: st.DataObject) -> None:
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(rules(kind))), JSON, max_size=3))
+    outcome: object
+    try:
+        outcome = parse(kind, MINIMAL[kind] | changes)
+    except InvalidRequest as refused:
+        outcome = refused
+    if isinstance(outcome, InvalidRequest):
+        assert outcome.param is None or outcome.param.split(".")[0].split("[")[0] in rules(kind)
+        assert len(str(outcome)) < 600
+    else:
+        assert isinstance(outcome, ChatBody | CompletionBody)
 
 
 @pytest.mark.parametrize("name", MESSAGE_FIELDS_REFUSED)

@@ -124,6 +124,10 @@ def test_what_does_not_fit_the_context_is_a_400_before_any_byte(toy: Running, st
     error = error_of(toy.http.post(CHAT, json=body), 400, "context_length_exceeded")
     assert "511" in error["message"]
     assert "512" in error["message"]
+    assert error["param"] == "max_tokens"
+    for prompt in ("x" * 600, [65] * 600, ["x", "x" * 600]):
+        answer = toy.http.post("/v1/completions", json={"prompt": prompt, "stream": stream})
+        assert error_of(answer, 400, "context_length_exceeded")["param"] == "prompt"
 
 
 def test_a_body_over_the_limit_is_a_413_by_its_length_and_while_it_comes(toy: Running) -> None:
@@ -222,14 +226,18 @@ def test_a_client_that_leaves_frees_its_slots(stream: bool, n: int) -> None:
 def test_a_client_that_does_not_read_holds_nobody_up() -> None:
     llama = FakeLlama(script=LONG * 5, n_ctx=4096)
     with serving(llama, RuntimeConfig(slots=2, queue=4)) as running:
-        fields = {"messages": MESSAGES, "max_tokens": 1500, "stream": True, "logprobs": True, "top_logprobs": 20}
-        with socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1]))) as stalled:
+        running.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        fields = {"messages": MESSAGES, "max_tokens": 250, "stream": True, "logprobs": True, "top_logprobs": 20}
+        with socket.socket() as stalled:
             stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.connect(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
             body = json.dumps(fields).encode()
             stalled.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
             wait_until(lambda: running.worker.stats().generated_tokens_total > 10)
             assert running.http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 5}).status_code == 200
             wait_until(lambda: running.worker.live == 0)
+            ended = f'deskside_http_requests_total{{route="{CHAT}",status="200"}} 1.0'
+            assert ended in running.http.get("/metrics").text, "the stalled stream should still be waiting to be read"
 
 
 def test_an_engine_that_breaks_ends_a_stream_in_an_error_event() -> None:
