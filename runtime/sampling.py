@@ -58,7 +58,7 @@ class Sampler:
         if not np.isfinite(row[likeliest]):
             raise EngineError(f"the model's logits are not numbers (the highest is {row[likeliest]})")
         params = self.params
-        token = likeliest if params.temperature < GREEDY_BELOW else _draw(row, params, self._uniform())
+        token = likeliest if params.temperature < GREEDY_BELOW else _draw(row, row[likeliest], params, self._uniform())
         self._drawn[token] += 1
         self._n_drawn += 1
         if params.logprobs is None:
@@ -80,17 +80,19 @@ class Sampler:
         return float(np.random.Generator(generator).random())
 
 
-def _draw(row: np.ndarray, params: SamplingParams, uniform: float) -> int:
+def _draw(row: np.ndarray, highest: np.float32, params: SamplingParams, uniform: float) -> int:
     ids = None
     if 0 < params.top_k < len(row):
         ids = _likeliest(row, params.top_k)
         row = row[ids]
-    weights = np.exp((row - row.max()) / np.float32(params.temperature))
+    weights = row - highest  # one new array of the vocabulary's size, then in place: fresh memory costs most here
+    weights /= np.float32(params.temperature)
+    np.exp(weights, out=weights)
     if params.top_p < 1:
         kept = _nucleus(weights, params.top_p)
         weights, ids = weights[kept], kept if ids is None else ids[kept]
     if params.min_p > 0:
-        weights = np.where(weights >= params.min_p, weights, 0)
+        weights[weights < params.min_p] = 0
     place = _pick(weights, uniform)
     return place if ids is None else int(ids[place])
 
@@ -117,8 +119,9 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
 
 def _pick(weights: np.ndarray, uniform: float) -> int:
     """The place at `uniform` (0 … 1) of the cumulated weights; a weight of 0 is never picked."""
-    starts = np.arange(0, len(weights), BLOCK)
-    blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    n_whole = len(weights) // BLOCK * BLOCK
+    sums = weights[:n_whole].reshape(-1, BLOCK).sum(axis=1)
+    blocks = np.cumsum([*sums, weights[n_whole:].sum()], dtype=np.float64)
     target = min(uniform * blocks[-1], np.nextafter(blocks[-1], 0))
     block = int(np.searchsorted(blocks, target, side="right"))
     start = block * BLOCK
@@ -129,6 +132,8 @@ def _pick(weights: np.ndarray, uniform: float) -> int:
 
 def _with_logprobs(logits: np.ndarray, token: int, n_top: int) -> Draw:
     highest = logits.max()
-    norm = float(highest) + float(np.log(np.exp(logits - highest).sum(dtype=np.float64)))
+    weights = logits - highest
+    np.exp(weights, out=weights)
+    norm = float(highest) + float(np.log(weights.sum(dtype=np.float64)))
     top = _likeliest(logits, n_top) if n_top else ()
     return Draw(token, float(logits[token]) - norm, tuple((int(i), float(logits[i]) - norm) for i in top))
