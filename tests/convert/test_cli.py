@@ -7,6 +7,7 @@ import pytest
 
 from convert.cli import build_recipe
 from convert.progress import BarReporter, LineReporter, reporter
+from convert.quantize import DEFAULT_QUANTIZATION, QUANTIZATIONS
 from models.catalog import load_catalog
 from models.store import Store
 from runtime.cli import main
@@ -89,3 +90,11 @@ def test_bars_show_stages_and_warnings(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "warning: the [base] is odd" in shown
     assert "merge" in shown
     assert "quantize" in shown
+
+
+def test_the_help_names_every_quantization(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("--help") in {0, None}
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in QUANTIZATIONS)
+    assert f"[default: {DEFAULT_QUANTIZATION}]" in shown

@@ -57,13 +57,13 @@ def test_a_killed_conversion_installs_nothing_and_the_next_one_works(
         assert child.stdout is not None
         assert child.stdout.readline().startswith(stage)
         child.send_signal(sent)
-        child.wait(timeout=60)
+        child.wait(timeout=600)
     assert child.returncode == -sent
     assert store.names() == []
     left = [path for path in (tmp_path / "home" / "staging").iterdir() if path.is_dir()]
     assert len(left) == (1 if sent == signal.SIGKILL else 0)
     with start(tmp_path, "no stage") as again:
-        output, errors = again.communicate(timeout=120)
+        output, errors = again.communicate(timeout=600)
     assert again.returncode == 0, errors
     assert output.strip().endswith("tiny-Q8_0.gguf")
     assert store.names() == ["tiny"]
