@@ -35,7 +35,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Chosen on the validation split. `crop`: the share of train mails whose body is cut to a random span."""
+    """Set once, not searched; validation chooses the epoch. `crop`: share of train mails cut to a random span."""
 
     epochs: int = 4
     batch: int = 8
