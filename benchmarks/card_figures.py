@@ -1,8 +1,9 @@
 """The figures of the default model's card, in one command: `python -m benchmarks.card_figures`.
 
-Measured on the test split: the majority class, the base with a zero-shot and with a few-shot prompt, the fine-tune
-before conversion (its predictions are written by the training recipe), and the converted model as served. Every set of
-predictions is kept in `models/email_triage/results/`; what is there already is not asked again.
+Measured on the test split: the majority class, a linear classifier and the fine-tune before conversion (`baseline.py` and
+`recipe.py` there write their predictions), the base with a zero-shot and with a few-shot prompt, and the
+converted model as served. Every set of predictions is kept in `models/email_triage/results/`; what is there already is
+not asked again.
 """
 
 import sys
@@ -39,11 +40,13 @@ TEST, TRAIN = recipe_file("data", "test.jsonl.gz"), recipe_file("data", "train.j
 CONCURRENCY = 8
 NAMES: Mapping[str, str] = {
     "majority": "majority class",
+    "tfidf_logistic": "TF-IDF and logistic regression, no language model",
     "base_zero_shot": "base, zero-shot prompt",
     "base_few_shot": "base, few-shot prompt (2 examples a class)",
     "finetune_torch": "fine-tune before conversion",
     "as_served": "fine-tune as served",
 }
+MADE_ELSEWHERE = ("tfidf_logistic", "finetune_torch")
 
 
 def majority() -> Evaluation:
@@ -58,7 +61,7 @@ def majority() -> Evaluation:
 
 
 def measure(results: Path, store: Store, progress: Progress) -> dict[str, Evaluation]:
-    """Every set of predictions there can be; `finetune_torch` only if the recipe has written it.
+    """Every set of predictions there can be; those of MADE_ELSEWHERE only if the recipe's folder has them.
 
     Raises ModelNotFound when one of the two models is not installed; what was measured before is kept.
     """
@@ -70,8 +73,9 @@ def measure(results: Path, store: Store, progress: Progress) -> dict[str, Evalua
         found[name] = evaluate(Task(arm, TEST, CONCURRENCY, results / f"{name}.json"), progress)
     served = fine_tune_arm(store.resolve("email-triage"), Prompt("short"), None)
     found["as_served"] = evaluate(Task(served, TEST, CONCURRENCY, results / "as_served.json"), progress)
-    if (torch := results / "finetune_torch.json").exists():
-        found["finetune_torch"] = load_evaluation(torch)
+    for name in MADE_ELSEWHERE:
+        if (file := results / f"{name}.json").exists():
+            found[name] = load_evaluation(file)
     return {name: found[name] for name in NAMES if name in found}
 
 
@@ -101,7 +105,7 @@ def _interval(value: Interval) -> str:
 
 def _comparisons(found: Mapping[str, Evaluation]) -> Iterator[str]:
     served = predictions_of(found["as_served"])
-    for other in ("base_few_shot", "finetune_torch"):
+    for other in ("tfidf_logistic", "base_few_shot", "finetune_torch"):
         if other in found:
             earlier = predictions_of(found[other])
             paired = compare(served, earlier)
