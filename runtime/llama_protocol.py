@@ -66,7 +66,7 @@ class TokenizerLike(Protocol):
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of `text`. `add_special` adds BOS as the model wants it; `parse_special` reads control tokens.
 
-        Raises TokenizeFailed.
+        Raises InvalidRequest if the text is not valid Unicode, TokenizeFailed if it cannot be tokenised.
         """
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
