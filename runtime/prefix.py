@@ -109,16 +109,12 @@ class PrefixCache:
         resident = self._rest(seq_id)
         resident.tokens = tokens
         self._idle[seq_id] = resident
-        while (excess := self.used_cells - self._n_running_cells - self._idle_cells) > 0:
-            oldest = next(iter(self._idle))
-            if oldest == seq_id and excess < len(resident.cells):
-                self._shorten(seq_id, resident, len(resident.cells) - excess)
-            else:
-                self._evict(oldest)
+        self._bound_idle()
 
     def release(self, seq_id: int) -> None:
         """Forget a running sequence; the cells that it holds alone are free at once."""
         self._drop(seq_id, self._rest(seq_id))
+        self._bound_idle()
 
     def evict_idle(self) -> bool:
         """Evict every idle resident; whether there was one."""
@@ -151,6 +147,14 @@ class PrefixCache:
         resident.tokens = tokens
         self._run(seq_id, resident)
         return seq_id
+
+    def _bound_idle(self) -> None:
+        while (excess := self.used_cells - self._n_running_cells - self._idle_cells) > 0:
+            oldest, resident = next(iter(self._idle.items()))
+            if len(self._idle) == 1 and excess < len(resident.cells):
+                self._shorten(oldest, resident, len(resident.cells) - excess)
+            else:
+                self._evict(oldest)
 
     def _shorten(self, seq_id: int, resident: _Resident, length: int) -> None:
         self._let_go(resident.cells[length:])
