@@ -1,8 +1,8 @@
 """The figures of the default model's card, in one command: `python -m benchmarks.card_figures`.
 
 Measured on the test split: the majority class, a linear classifier and the fine-tune before conversion (written by
-`baseline.py` and `recipe.py` there), the base with a zero-shot and with a few-shot prompt, and the converted model as served. Every set of predictions is kept in `models/email_triage/results/`; what is there already is
-not asked again.
+`baseline.py` and `recipe.py` there), the base with a zero-shot and with a few-shot prompt, and the converted model as
+served. Every set of predictions is kept in `models/email_triage/results/`; what is there already is not asked again.
 """
 
 import sys
