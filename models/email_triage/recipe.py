@@ -241,7 +241,8 @@ def evaluate(base: Path, adapter: Path, split: str, out: Path | None) -> None:
     print(f"{split}: {len(verdicts)} mails, accuracy {share_correct(verdicts):.4f}, greedy {greedy:.4f}")
     if out:
         how = f"float32, torch {torch.__version__}, adapter merged, whole labels scored"
-        report = {"labels": LABELS, "split": split, "how": how, "predictions": [asdict(v) for v in verdicts]}
+        predictions = [{"id": v.id, "label": v.label, "prediction": v.prediction} for v in verdicts]
+        report = {"labels": LABELS, "predictions": predictions, "note": f"{split} split; {how}"}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
