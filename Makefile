@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DESKSIDE := $(BIN)/deskside
 PORT ?= 8080
+# See runtime/cli.py: llama.cpp's threads give a busy core back instead of spinning on it.
+export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model serve chat convert batch bench test check fix lock clean
