@@ -1,20 +1,15 @@
 """A model's README.md: everything its manifest knows, for people. Pure; says "not measured" where nothing was."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from .manifest import Artefact, Manifest, Quality
 
 _MIB = 1 << 20
 
 
-def render_card(manifest: Manifest, quality: Mapping[str, Any] | None = None) -> str:
-    """The model card as Markdown.
-
-    `quality` adds what the manifest's accuracies do not hold: `method` (one paragraph: how, where and on what it was
-    measured), `per_class` ({label: {precision, recall, f1, support}}) and `notes` (sentences). Each is optional.
-    """
+def render_card(manifest: Manifest) -> str:
+    """The model card as Markdown."""
     sections = [
         f"# {manifest.name}\n\n{manifest.description or 'No description was given.'}",
         _run(manifest),
@@ -22,7 +17,7 @@ def render_card(manifest: Manifest, quality: Mapping[str, Any] | None = None) ->
         _origin(manifest),
         _licence(manifest),
         "## Files\n\n" + _files(manifest.artefacts),
-        "## Quality\n\n" + _quality(manifest.quality, quality or {}),
+        "## Quality\n\n" + _quality(manifest.quality),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -40,9 +35,9 @@ def _prompt(manifest: Manifest) -> str:
     lines = []
     if manifest.prompt.template != "{text}":
         lines.append("Ask it as it was trained, with your text in place of `{text}`:\n")
-        lines.append(_fenced(manifest.prompt.template))
+        lines.append(_fenced(manifest.prompt.template) + "\n")
     if manifest.labels:
-        lines.append("\nIt answers with one of: " + ", ".join(f"`{label}`" for label in manifest.labels) + ".")
+        lines.append("It answers with one of: " + ", ".join(f"`{label}`" for label in manifest.labels) + ".")
     return "\n".join(["## How to ask", "", *lines]) if lines else ""
 
 
@@ -50,7 +45,7 @@ def _origin(manifest: Manifest) -> str:
     lines = []
     if manifest.base is not None:
         base = manifest.base
-        where = f", from `{base.source}`" if base.source else ""
+        where = f", from {_sources(base.source)}" if base.source else ""
         revision = f", revision `{base.revision}`" if base.revision else ""
         lines.append(f"- Base model: {base.name}{where}{revision}, sha256 `{base.sha256}`")
     if manifest.adapter is not None:
@@ -58,8 +53,12 @@ def _origin(manifest: Manifest) -> str:
         digest = f", sha256 `{manifest.adapter.sha256}`" if manifest.adapter.sha256 is not None else ""
         lines.append(f"- Adapter: {rank}, merged into the base{digest}")
     if manifest.source:
-        lines.append("- Fetched from: " + ", ".join(f"`{part}`" for part in manifest.source.split()))
+        lines.append(f"- Fetched from: {_sources(manifest.source)}")
     return "\n".join(["## Where it comes from", "", *lines]) if lines else ""
+
+
+def _sources(source: str) -> str:
+    return ", ".join(f"`{part}`" for part in source.split())
 
 
 def _licence(manifest: Manifest) -> str:
@@ -79,15 +78,8 @@ def _files(artefacts: Sequence[Artefact]) -> str:
     )
 
 
-def _quality(measured: Sequence[Quality], report: Mapping[str, Any]) -> str:
-    parts = [_accuracies(measured) if measured else "Not measured. Try it on your own examples before you rely on it."]
-    if "method" in report:
-        parts.append(str(report["method"]))
-    if "per_class" in report:
-        parts.append(_per_class(report["per_class"]))
-    if "notes" in report:
-        parts.append("\n".join(f"- {note}" for note in report["notes"]))
-    return "\n\n".join(parts)
+def _quality(measured: Sequence[Quality]) -> str:
+    return _accuracies(measured) if measured else "Not measured. Try it on your own examples before you rely on it."
 
 
 def _accuracies(measured: Sequence[Quality]) -> str:
@@ -102,16 +94,6 @@ def _accuracies(measured: Sequence[Quality]) -> str:
                 f"{one.interval_low:.3f} to {one.interval_high:.3f}",
             )
             for one in measured
-        ),
-    )
-
-
-def _per_class(classes: Mapping[str, Mapping[str, float]]) -> str:
-    return _table(
-        ("Class", "Precision", "Recall", "F1", "Examples"),
-        (
-            (f"`{label}`", *(f"{found[key]:.3f}" for key in ("precision", "recall", "f1")), f"{found['support']:.0f}")
-            for label, found in classes.items()
         ),
     )
 

@@ -49,14 +49,6 @@ def test_what_was_not_measured_is_not_claimed() -> None:
     assert "How to ask" not in card
 
 
-def test_a_report_adds_method_classes_and_notes() -> None:
-    spam = {"precision": 0.9, "recall": 0.8, "f1": 0.847, "support": 50}
-    card = render_card(FULL, {"method": "On two cores.", "per_class": {"spam": spam}, "notes": ["Old mail."]})
-    assert "On two cores." in card
-    assert "| `spam` | 0.900 | 0.800 | 0.847 | 50 |" in card
-    assert "- Old mail." in card
-
-
 def test_a_prompt_with_fences_stays_inside_its_own() -> None:
     assert "````\nWhich list?\n```\n{text}\n```\n````" in render_card(FULL)
 
