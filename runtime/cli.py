@@ -129,8 +129,8 @@ def exit_code(error: BaseException) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `deskside`. Always ends in SystemExit."""
-    # Before llama.cpp is loaded: its OpenMP threads spin for milliseconds at each barrier, so that beside any other busy
-    # program a step takes up to ten times as long. On an idle machine the shorter spin costs nothing measurable.
+    # Before llama.cpp is loaded: its OpenMP threads spin for milliseconds at each barrier, so that beside any other
+    # busy program a step takes up to ten times as long. On an idle machine the shorter spin costs nothing measurable.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     flags = Flags()
     try:
