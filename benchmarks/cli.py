@@ -114,7 +114,7 @@ def eval_command(
         evaluation = evaluate(make_task(model, settings, Store()), progress)
     score = score_evaluation(evaluation)
     if as_json:
-        predictions = [item.model_dump() for item in evaluation.predictions]
+        predictions = [item.model_dump(exclude_defaults=True) for item in evaluation.predictions]
         print(json.dumps({**asdict(score), "predictions": predictions}, ensure_ascii=False, indent=2))
     else:
         render_score(model, score)

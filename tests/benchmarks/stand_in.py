@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Any, Send], Awaitable[None]]
 
 
 class StandIn:
@@ -28,13 +29,7 @@ class StandIn:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Send) -> None:
         """Answer one request."""
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        request = json.loads(body)
+        request = await read_json(receive)
         self.bodies.append(request)
         self.paths.append(scope["path"])
         self.headers.append(dict(scope["headers"]))
@@ -65,12 +60,22 @@ class StandIn:
             yield _event({"choices": [], "usage": {**usage, "prompt_tokens_details": {"cached_tokens": 3}}})
 
 
+async def read_json(receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> dict[str, Any]:
+    """The JSON object that a request's body holds."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            return dict(json.loads(body))
+
+
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
 
 
 @contextmanager
-def running(app: StandIn) -> Iterator[str]:
+def running(app: App) -> Iterator[str]:
     """Run the stand-in on a free local port; yields its base URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -27,12 +27,14 @@ def made(right: int) -> Evaluation:
 
 
 def test_the_table_has_every_row_and_the_paired_difference() -> None:
-    found = {name: made(right) for name, right in zip(NAMES, (20, 10, 15, 55, 54), strict=True)}
+    found = {name: made(right) for name, right in zip(NAMES, (20, 53, 0, 5, 10, 15, 55, 54), strict=True)}
     text = "\n".join(markdown(found))
     for name in NAMES.values():
         assert name in text
     assert "| fine-tune as served | 0.900 [0.799, 0.953] | 54 of 60 |" in text
-    assert "As served minus base, few-shot prompt (2 examples a class): 0.650 [" in text
+    few_shot = "base, few-shot prompt (2 examples a class)"
+    assert f"As served minus {few_shot}, greedy text: 0.733 [" in text
+    assert f"As served minus {few_shot}, labels scored: 0.650 [" in text
     assert "As served minus fine-tune before conversion: -0.017 [" in text
     assert "; 1 answers differ." in text
 
