@@ -1,6 +1,7 @@
 """`deskside convert`: a checkpoint and an adapter become an installed model. Errors are left to the front door."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from models.catalog import CatalogEntry
+    from models.manifest import Manifest
     from models.store import Store, StoredModel
 
     from .inputs import ConvertRequest
@@ -50,12 +52,31 @@ def convert_command(
 def build_recipe(entry: "CatalogEntry", store: "Store") -> "StoredModel":
     """Build a catalogue entry that is a recipe, with its own settings: what `deskside pull` does for such a name.
 
-    A second process that wants the same waits for the first and takes what it made.
+    A second process that wants the same waits for the first and takes what it made. A model of that name that was made
+    from something else stays: it may be the user's own.
     """
     from .inputs import ConvertRequest
 
     with store.exclusive(entry.name):
-        return store.get(entry.name) if entry.name in store.names() else _run(ConvertRequest(entry.name), store)
+        if entry.name not in store.names():
+            return _run(ConvertRequest(entry.name), store)
+        stored = store.get(entry.name)
+    if _is_outdated(stored, entry):
+        fix = f"`deskside convert {entry.name} --replace` builds the recipe's"
+        message = f"{entry.name!r} is installed, but from another adapter or base than the recipe's; {fix}"
+        print(f"warning: {message}", file=sys.stderr)
+    return stored
+
+
+def _is_outdated(stored: "StoredModel", entry: "CatalogEntry") -> bool:
+    from models.manifest import read_manifest
+
+    return _weights(read_manifest(entry.recipe_folder())) != _weights(stored.manifest)
+
+
+def _weights(manifest: "Manifest | None") -> tuple[str | None, str | None]:
+    base, adapter = (manifest.base, manifest.adapter) if manifest is not None else (None, None)
+    return base.sha256 if base is not None else None, adapter.sha256 if adapter is not None else None
 
 
 def _run(request: "ConvertRequest", store: "Store") -> "StoredModel":

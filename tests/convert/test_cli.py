@@ -60,12 +60,12 @@ def test_faults_are_one_line_and_an_exit_code(
     assert message in printed.err.splitlines()[-1]
 
 
-def test_a_recipe_that_is_installed_is_not_built_again(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_installed_model_of_a_recipes_name_stays_and_is_told_apart(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(model, "--name", "email-triage", "--quant", "F16")
     capsys.readouterr()
     stored = build_recipe(load_catalog().get("email-triage"), Store())
     assert stored.gguf.name == "email-triage-F16.gguf"
-    assert capsys.readouterr().err == ""
+    assert "warning: 'email-triage' is installed, but from another adapter or base" in capsys.readouterr().err
 
 
 def test_the_reporter_suits_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
