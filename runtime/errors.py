@@ -6,6 +6,7 @@ RequestError                 the client can mend it; carries `param` and `code` 
 ├── ModelUnknown             no model of that name is served
 ├── ContextTooLong           prompt + max_tokens exceed the context
 ├── BodyTooLarge             the request body exceeds the limit
+├── BodyTooSlow              the request body was not whole in time
 ├── Overloaded               the queue is full; carries `retry_after_s`
 └── Cancelled                the client went away or cancelled
 EngineError                  the engine's own; the request is not to blame
@@ -51,6 +52,10 @@ class ContextTooLong(RequestError):
 
 class BodyTooLarge(RequestError):
     """The request body exceeds the limit in bytes."""
+
+
+class BodyTooSlow(RequestError):
+    """The request body was not whole within the limit in seconds."""
 
 
 class Overloaded(RequestError):

@@ -6,6 +6,7 @@ from typing import Any
 from .errors import (
     BatchInvalid,
     BodyTooLarge,
+    BodyTooSlow,
     Cancelled,
     ContextTooLong,
     DecodeAborted,
@@ -41,6 +42,7 @@ HTTP_ERRORS: dict[type[Exception], WireError] = {
     ModelUnknown: WireError(404, "invalid_request_error", "model_not_found"),
     ContextTooLong: WireError(400, "invalid_request_error", "context_length_exceeded"),
     BodyTooLarge: WireError(413, "invalid_request_error", "body_too_large"),
+    BodyTooSlow: WireError(408, "invalid_request_error", "body_too_slow"),
     Overloaded: WireError(429, "rate_limit_error", "queue_full"),
     Cancelled: WireError(499, "request_cancelled", "cancelled"),
     EngineError: WireError(500, "server_error", "engine_error"),

@@ -16,8 +16,10 @@ from .errors import ContextTooLong, InvalidRequest, TemplateFailed
 from .llama_protocol import TokenizerLike
 from .prompt_template import ChatTemplate
 
-# A text of more characters per cell of the context is tokenised in part first, as it is most likely too long.
-PROBED_CHARS_PER_TOKEN = 16
+# Tokenising a text can take time with the square of its length. So one that has more characters per cell of the context
+# than usual text is counted slice by slice first, which stops where it is clearly too long.
+USUAL_CHARS_PER_TOKEN = 4
+SLICE_CHARS = 4096
 
 
 class Prompter:
@@ -89,16 +91,22 @@ class Prompter:
         return self._template.render(variables)
 
     def _tokens(self, pieces: Sequence[tuple[str, bool]], *, param: str) -> tuple[int, ...]:
-        n_probed = self._n_ctx * PROBED_CHARS_PER_TOKEN
-        if sum(len(text) for text, _ in pieces) > 2 * n_probed:
-            n_tokens = len(self._encode([(text[:n_probed], special) for text, special in pieces[:n_probed]]))
-            if n_tokens > 2 * self._n_ctx:
-                self._too_long(f"the prompt has more than {n_tokens} tokens", param=param)
+        if sum(len(text) for text, _ in pieces) > USUAL_CHARS_PER_TOKEN * self._n_ctx:
+            self._refuse_far_too_long(pieces, param=param)
         tokens = self._encode(pieces)
         bos = self._tokenizer.bos
         if bos is not None and self._tokenizer.adds_bos and tokens[:1] != [bos]:
             tokens.insert(0, bos)
         return tuple(tokens)
+
+    def _refuse_far_too_long(self, pieces: Sequence[tuple[str, bool]], *, param: str) -> None:
+        n_tokens = 0
+        for text, special in pieces:
+            for start in range(0, len(text), SLICE_CHARS):
+                n_tokens += len(self._encode([(text[start : start + SLICE_CHARS], special)]))
+                # Twice, since a cut makes tokens of its own.
+                if n_tokens > 2 * self._n_ctx:
+                    self._too_long(f"the prompt has more than {n_tokens} tokens", param=param)
 
     def _encode(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
         encode = self._tokenizer.encode

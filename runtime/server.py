@@ -70,7 +70,7 @@ class Api:
         """The handler of one of llama-server's own routes."""
 
         async def handle(request: Request) -> Response:
-            return JsonBytes(await self._prepared(request, lambda payload: answer(payload, self._served)))
+            return await self._prepared(request, lambda payload: JsonBytes(answer(payload, self._served)))
 
         return handle
 

@@ -7,25 +7,34 @@ from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from .errors import BodyTooLarge, Cancelled, InvalidRequest
+from .errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest
 
 # Bodies above this are parsed, rendered and tokenised in a thread, so that the event loop goes on meanwhile.
 INLINE_BYTES = 8 << 10
+MAX_OBJECT_FIELDS = 4096
+# Only so many bodies may be read at once, so that a client which never ends its own would keep the others out.
+READ_SECONDS = 60.0
 
 T = TypeVar("T")
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge as soon as it is known to exceed the limit, Cancelled if the client left."""
+    """The whole body.
+
+    Raises BodyTooLarge as soon as it is known to exceed the limit, BodyTooSlow, or Cancelled if the client left.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:
         raise BodyTooLarge(f"the body has {declared} bytes, limit {limit_bytes}")
     body = bytearray()
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit_bytes:
-                raise BodyTooLarge(f"the body has more than {limit_bytes} bytes, the limit")
+        async with asyncio.timeout(READ_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit_bytes:
+                    raise BodyTooLarge(f"the body has more than {limit_bytes} bytes, the limit")
+    except TimeoutError:
+        raise BodyTooSlow(f"{len(body)} bytes of the body came in {READ_SECONDS:g} s, the limit") from None
     except ClientDisconnect:
         raise Cancelled("the client left before its request was whole") from None
     return bytes(body)
@@ -35,7 +44,7 @@ def parse_json(body: bytes) -> Any:
     """The body as JSON. Raises InvalidRequest for what is not strict JSON in UTF-8: NaN and lone surrogates too."""
     try:
         text = body.decode("utf-8")
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_bounded_object)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -47,6 +56,13 @@ def parse_json(body: bytes) -> Any:
     except ValueError as error:  # malformed, or a number of more digits than Python reads
         raise InvalidRequest(f"the body is not valid JSON: {str(error)[:200]}") from None
     return value
+
+
+def _bounded_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Each field too many would get an error of its own from the validation: slow, and large.
+    if len(pairs) > MAX_OBJECT_FIELDS:
+        raise InvalidRequest(f"the body holds an object of {len(pairs)} fields, limit {MAX_OBJECT_FIELDS}")
+    return dict(pairs)
 
 
 def _no_constant(name: str) -> NoReturn:

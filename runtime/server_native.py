@@ -2,11 +2,14 @@
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from .errors import InvalidRequest
 from .intake import Serving, require_chat, require_model
 from .openai import MAX_MESSAGES, Message, invalid_request
+
+# Tokenising can take time with the square of the text's length: texts and lists far beyond any prompt are refused.
+MOST_PER_CELL = 16
 
 
 class _Native(BaseModel):
@@ -30,7 +33,7 @@ class TokenizeBody(_Native):
 class DetokenizeBody(_Native):
     """What `/detokenize` takes."""
 
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
 
 
 class TemplateBody(_Native):
@@ -42,6 +45,7 @@ class TemplateBody(_Native):
 def tokenize(payload: object, served: Serving) -> dict[str, Any]:
     """{content} -> {tokens}: ids, or with `with_pieces` {id, piece}, where a piece that is no text is a byte list."""
     body = _parse(TokenizeBody, payload, served)
+    _check_size("content", "characters", len(body.content), served)
     tokens = served.tokenizer.encode(body.content, add_special=body.add_special, parse_special=body.parse_special)
     if not body.with_pieces:
         return {"tokens": tokens}
@@ -51,6 +55,7 @@ def tokenize(payload: object, served: Serving) -> dict[str, Any]:
 def detokenize(payload: object, served: Serving) -> dict[str, Any]:
     """{tokens} -> {content}, control tokens written out, bytes that are no text as U+FFFD."""
     body = _parse(DetokenizeBody, payload, served)
+    _check_size("tokens", "ids", len(body.tokens), served)
     largest = max(body.tokens, default=0)
     if largest >= served.tokenizer.n_vocab:
         message = f"tokens holds id {largest}, the vocabulary has {served.tokenizer.n_vocab}"
@@ -73,6 +78,13 @@ def _parse(kind: type[B], payload: object, served: Serving) -> B:
         raise invalid_request(error) from None
     require_model(body.model, served.name)
     return body
+
+
+def _check_size(field: str, unit: str, size: int, served: Serving) -> None:
+    limit = MOST_PER_CELL * served.info.n_ctx
+    if size > limit:
+        message = f"{field} has {size} {unit}, limit {limit} ({MOST_PER_CELL} for each token of the context)"
+        raise InvalidRequest(message, param=field)
 
 
 def _piece(served: Serving, token: int) -> str | list[int]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import ContextTooLong, InvalidRequest, TemplateFailed
-from runtime.prompt import Prompter
+from runtime.prompt import SLICE_CHARS, Prompter
 from runtime.prompt_template import MAX_RENDERED_CHARS, ChatTemplate
 from tests.fakes import BOS, END_OF_TURN, FAKE_TEMPLATE, SPECIALS, START_OF_TURN, FakeTokenizer
 
@@ -167,13 +167,23 @@ def test_an_empty_prompt_is_refused() -> None:
 
 def test_a_text_far_too_long_is_refused_after_its_beginning() -> None:
     class Counting(FakeTokenizer):
-        longest = 0
+        longest = n_chars = 0
 
         def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
             self.longest = max(self.longest, len(text))
+            self.n_chars += len(text)
             return super().encode(text, add_special=add_special, parse_special=parse_special)
 
     tokenizer = Counting()
     with pytest.raises(ContextTooLong, match="more than"):
-        Prompter(tokenizer, FAKE_TEMPLATE, 32).text("x" * 100_000)
-    assert tokenizer.longest < 1000
+        Prompter(tokenizer, FAKE_TEMPLATE, 8192).text("x" * 1_000_000)
+    assert tokenizer.longest <= SLICE_CHARS
+    assert tokenizer.n_chars <= 2 * 8192 + SLICE_CHARS
+
+
+def test_a_text_of_long_tokens_is_counted_in_slices_and_let_pass() -> None:
+    class Wide(FakeTokenizer):
+        def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+            return super().encode(text[::100], add_special=add_special, parse_special=parse_special)
+
+    assert len(Prompter(Wide(), FAKE_TEMPLATE, 512).text("x" * 50_000)) == 501

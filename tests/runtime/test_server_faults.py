@@ -13,10 +13,13 @@ from unittest.mock import ANY
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
+from runtime import server_body
 from runtime.config import RuntimeConfig
 from runtime.errors import DecodeFailed, LoadFailed
 from runtime.serve import listen
+from runtime.server_native import DetokenizeBody
 from tests.fakes import FakeLlama
 from tests.serving import Gate, Running, serving, wait_until
 
@@ -170,8 +173,47 @@ def test_large_bodies_are_prepared_off_the_event_loop(toy: Running, monkeypatch:
     toy.http.post("/tokenize", json={"content": "x"})
     on_the_loop = set(threads)
     threads.clear()
-    toy.http.post("/tokenize", json={"content": "x" * 100_000})
+    assert toy.http.post("/tokenize", json={"content": "ü" * 8000}).status_code == 200
+    assert threads
     assert not threads & on_the_loop
+
+
+def test_texts_and_lists_far_beyond_any_prompt_are_not_tokenised(toy: Running) -> None:
+    limit = 16 * toy.llama.info.n_ctx
+    for path, body in (("/tokenize", {"content": "x" * (limit + 1)}), ("/detokenize", {"tokens": [65] * (limit + 1)})):
+        error = error_of(toy.http.post(path, json=body), 400, None)
+        assert str(limit) in error["message"]
+        assert str(limit + 1) in error["message"]
+    assert len(toy.http.post("/tokenize", json={"content": "x" * limit}).json()["tokens"]) == limit
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {f"field {n}": 1 for n in range(4097)},
+        {"messages": [{"role": "user", "content": "x"} | {f"field {n}": 1 for n in range(4097)}]},
+    ],
+    ids=["outside", "inside"],
+)
+def test_an_object_of_very_many_fields_is_refused_before_each_is_judged(toy: Running, body: dict[str, Any]) -> None:
+    assert "limit 4096" in error_of(toy.http.post(CHAT, json=body), 400, None)["message"]
+
+
+def test_only_the_first_of_many_bad_ids_is_judged() -> None:
+    with pytest.raises(ValidationError) as caught:
+        DetokenizeBody.model_validate({"tokens": ["x"] * 1000})
+    assert caught.value.error_count() == 1
+
+
+def test_a_body_that_never_ends_is_a_408(toy: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_body, "READ_SECONDS", 0.05)
+    with socket.create_connection(("127.0.0.1", int(toy.url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{{".encode())
+        answer = b""
+        while part := connection.recv(10_000):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"body_too_slow" in answer
 
 
 def background(pool: ThreadPoolExecutor, running: Running, **fields: Any) -> Future[httpx.Response]:
