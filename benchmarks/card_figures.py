@@ -39,6 +39,7 @@ from .workload import Prompt, labels_of, read_examples, read_prompt
 
 TEST, TRAIN = recipe_file("data", "test.jsonl.gz"), recipe_file("data", "train.jsonl.gz")
 CONCURRENCY = 8
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 # Each of these asks for all labels' tokens at once, so few mails already fill the server.
 CONCURRENCY_SCORED = 4
 NAMES: Mapping[str, str] = {
@@ -120,7 +121,7 @@ def _comparisons(found: Mapping[str, Evaluation]) -> Iterator[str]:
             paired = compare(served, earlier)
             flips = sum(served[item][1] != earlier[item][1] for item in served.keys() & earlier.keys())
             yield (
-                f"As served minus {NAMES[other]}: {_interval(paired.difference)} (paired, Newcombe; exact McNemar "
+                f"- As served minus {NAMES[other]}: {_interval(paired.difference)} (paired, Newcombe; exact McNemar "
                 f"p = {paired.p_value:.2g}); {flips} answers differ."
             )
 
@@ -146,6 +147,13 @@ def quality(scores: Mapping[str, Score]) -> str:
     return tomli_w.dumps({"quality": [entry.model_dump() for entry in entries]})
 
 
+def with_figures(card: str, text: str) -> str:
+    """The card with its figures replaced: they stand between two marks."""
+    before, _, rest = card.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{text}{END}{after}"
+
+
 def main() -> None:
     """Measure what is missing, write the figures and the picture, print the card's table."""
     results = recipe_file("results")
@@ -162,6 +170,8 @@ def main() -> None:
     text = "\n".join(markdown(found)) + "\n"
     write_atomic(results / "figures.md", text)
     write_atomic(results / "quality.toml", quality(scores))
+    card = recipe_file("README.md")
+    write_atomic(card, with_figures(card.read_text(encoding="utf-8"), text))
     print(text, end="")
     print(f"figures, picture and the entries for model.toml are in {results}", file=sys.stderr)
 

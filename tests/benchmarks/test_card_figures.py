@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.card_figures import NAMES, majority, markdown, quality
+from benchmarks.card_figures import NAMES, majority, markdown, quality, with_figures
 from benchmarks.errors import BadRecord
 from benchmarks.evaluate import Evaluation, Prediction, load_evaluation, score_evaluation
 from benchmarks.plot import confusion_picture, latency_picture
@@ -71,3 +71,8 @@ def test_predictions_made_elsewhere_can_be_read(tmp_path: Path) -> None:
     save_json(path, {"labels": ["a"], "predictions": [{"id": "1", "label": "a"}]})
     with pytest.raises(BadRecord, match=r"predictions\.0\.prediction"):
         load_evaluation(path)
+
+
+def test_only_what_stands_between_the_marks_of_the_card_is_replaced() -> None:
+    card = "before\n<!-- figures -->\nold\n<!-- /figures -->\nafter\n"
+    assert with_figures(card, "new\n") == "before\n<!-- figures -->\nnew\n<!-- /figures -->\nafter\n"

@@ -60,7 +60,9 @@ def test_faults_are_one_line_and_an_exit_code(
     assert message in printed.err.splitlines()[-1]
 
 
-def test_an_installed_model_of_a_recipes_name_stays_and_is_told_apart(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_installed_model_of_a_recipes_name_stays_and_is_told_apart(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(model, "--name", "email-triage", "--quant", "F16")
     capsys.readouterr()
     stored = build_recipe(load_catalog().get("email-triage"), Store())
