@@ -64,7 +64,10 @@ def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
         name=stored.name,
         manifest=stored.manifest,
         worker=Worker(engine, queue=config.queue, slots=config.slots),
-        prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
+        # Beyond the length it was trained on a model writes nonsense, however many cells the cache has.
+        prompter=Prompter(
+            llama.tokenizer, llama.info.chat_template, min(llama.info.n_ctx, llama.info.n_ctx_train or llama.info.n_ctx)
+        ),
         tokenizer=llama.tokenizer,
         info=llama.info,
     )
