@@ -48,10 +48,18 @@ class JsonlFile:
             raise BatchRefused(f"{str(path)!r} is being written by another process; wait for it to end") from None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line. A kill leaves either none of it, or a torn tail that the next run cuts off."""
+        """Write one line. A kill leaves either none of it, or a torn tail that the next run cuts off.
+
+        A full disk leaves none of it: another line may still come to stand after this one.
+        """
         rest = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        while rest:
-            rest = rest[os.write(self._fd, rest) :]
+        whole = os.fstat(self._fd).st_size
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError:
+            self.cut(whole)
+            raise
 
     def cut(self, size: int) -> None:
         """Drop everything after the first `size` bytes."""

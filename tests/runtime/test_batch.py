@@ -1,7 +1,9 @@
 """Offline batches without an engine: every line ends in exactly one place, whatever stops the run and how often."""
 
 import asyncio
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,6 +240,26 @@ def test_a_file_cut_at_any_byte_is_resumed(tmp_path_factory: pytest.TempPathFact
     output.write_bytes(whole[: cut % (len(whole) + 1)])
     run(source, output)
     assert sorted(output.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines_only(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+
+    def half(fd: int, data: memoryview) -> int:
+        monkeypatch.setattr(os, "write", full)
+        return write(fd, data[:10])
+
+    def full(fd: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with JsonlFile(output) as file:
+        file.append({"id": 1})
+        monkeypatch.setattr(os, "write", half)
+        with pytest.raises(OSError, match="No space"):
+            file.append({"id": "lost"})
+        monkeypatch.setattr(os, "write", write)
+        file.append({"id": 2})
+    assert read(output) == [{"id": 1}, {"id": 2}]
 
 
 def test_two_runs_on_one_output(source: Path, output: Path) -> None:
