@@ -3,15 +3,21 @@
 One thread owns an engine. Every request that `add` accepts ends in exactly one terminal event, from `step` or `cancel`.
 A decode that fails is never a reason to fail a neighbour: no room in the cache means doing less, a malformed batch is
 taken apart to find the guilty sequence. Only a fatal code ends them all, and the engine with them.
+
+What a grammar allows depends on the tokens before, not on the logits, so it is worked out while llama.cpp decodes.
 """
 
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
+from .constrain_protocol import Constrainer
 from .detokenize import TextStream
+from .engine_answer import Answer
+from .engine_guide import begin
 from .errors import (
     BatchInvalid,
     Cancelled,
@@ -34,7 +40,6 @@ from .sequence import (
     Event,
     Failed,
     Finished,
-    FinishReason,
     Plan,
     Request,
     Sequence,
@@ -63,17 +68,12 @@ class EngineOptions:
         return min(2 * self.max_running, 256)
 
 
-@dataclass(eq=False, slots=True)
-class _Answer:
-    sequence: Sequence
-    sampler: Sampler
-    text: TextStream
-
-
 class Engine:
-    """Continuous batching over one `LlamaLike`."""
+    """Continuous batching over one `LlamaLike`; without a `constrainer` it takes no request with a grammar."""
 
-    def __init__(self, llama: LlamaLike, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self, llama: LlamaLike, options: EngineOptions | None = None, constrainer: Constrainer | None = None
+    ) -> None:
         options = options or EngineOptions()
         info = llama.info
         idle_cells = info.n_ctx // 4 if options.idle_cells is None else options.idle_cells
@@ -85,7 +85,9 @@ class Engine:
             step_tokens=min(options.step_tokens, info.n_batch),
             max_running=min(options.max_running, info.n_seq_max),
         )
-        self._answers: dict[str, _Answer] = {}
+        self._constrainer = constrainer
+        self._guides = ThreadPoolExecutor(1, "deskside-guides")
+        self._answers: dict[str, Answer] = {}
         self._failure: DecodeFailed | None = None
         self._n_arrivals = 0
         self._n_steps = 0
@@ -110,13 +112,10 @@ class Engine:
         """
         self._raise_if_dead()
         self._check(request)
-        sequence = Sequence(request, self._n_arrivals, list(request.prompt))
-        sampler = Sampler(request.params, self._tokenizer.end_tokens)
-        self._answers[request.id] = _Answer(
-            sequence, sampler, TextStream(self._tokenizer.token_bytes, request.params.stop)
-        )
+        answer = self._open(request)
+        self._answers[request.id] = answer
         self._n_arrivals += 1
-        self._scheduler.add(sequence)
+        self._scheduler.add(answer.sequence)
 
     def cancel(self, request_id: str, error: Exception | None = None) -> list[Event]:
         """End a request with `error` (None: Cancelled) and free its cells at once. No event if it is not live."""
@@ -157,9 +156,29 @@ class Engine:
 
     def close(self) -> None:
         """Free the model. Cancel what is live first: closing emits nothing."""
+        self._guides.shutdown()
         self._llama.close()
 
+    def _open(self, request: Request) -> Answer:
+        params = request.params
+        answer = Answer(
+            Sequence(request, self._n_arrivals, list(request.prompt)),
+            Sampler(params, self._tokenizer.end_tokens),
+            TextStream(self._tokenizer.token_bytes, params.stop),
+        )
+        if params.grammar is not None:
+            if self._constrainer is None:
+                raise InvalidRequest("this engine takes no grammars", param=params.grammar.param)
+            answer.guide, forced = begin(self._constrainer, params.grammar, params, self._tokenizer.token_bytes)
+            answer.sequence.tokens += forced
+            answer.unsent = forced
+            for token in forced:
+                answer.sampler.note(token)
+        return answer
+
     def _compute(self, plan: Plan) -> list[Event]:
+        sampled = [self._answers[chunk.sequence.request.id] for chunk in plan.chunks if chunk.samples]
+        allowed = [None if answer.guide is None else self._guides.submit(answer.guide.allowed) for answer in sampled]
         try:
             logits = self._llama.decode(_batch(plan))
         except NoKvSlot as error:
@@ -168,38 +187,33 @@ class Engine:
             for chunk in plan.chunks:
                 self._llama.remove(_seq_id(chunk), chunk.start)
             return [] if self._scheduler.isolate(plan) else self._fail(plan.chunks[0].sequence, error)
+        finally:
+            for pending in filter(None, allowed):
+                pending.exception()  # only waits: a grammar has one reader at a time
         self._n_steps += 1
         self._scheduler.commit(plan)
-        sampled = (self._answers[chunk.sequence.request.id] for chunk in plan.chunks if chunk.samples)
-        return [event for answer, row in zip(sampled, logits, strict=True) for event in self._advance(answer, row)]
+        rows = zip(sampled, logits, allowed, strict=True)
+        return [event for answer, row, pending in rows for event in self._advance(answer, row, pending)]
 
-    def _advance(self, answer: _Answer, logits: np.ndarray) -> list[Event]:
+    def _advance(self, answer: Answer, logits: np.ndarray, allowed: Future[np.ndarray] | None) -> list[Event]:
         try:
-            draw = answer.sampler.draw(logits)
-            answer.sequence.tokens.append(draw.token)
-            return self._emit(answer, draw)
+            mask = None if allowed is None else allowed.result()
+            return self._emit(answer, answer.sampler.draw(logits, mask))
         except Exception as error:  # noqa: BLE001 - one answer's fault must not be its neighbours'
             return self._fail(answer.sequence, error)
 
-    def _emit(self, answer: _Answer, draw: Draw) -> list[Event]:
+    def _emit(self, answer: Answer, draw: Draw) -> list[Event]:
         sequence, request = answer.sequence, answer.sequence.request
         ends = self._tokenizer.is_end(draw.token)
-        text = "" if ends else answer.text.push(draw.token)
-        reason: FinishReason | None = None
-        if ends or answer.text.stopped:
-            reason = "stop"
-        elif sequence.n_generated >= request.params.max_tokens:
-            reason = "length"
-        if reason is not None:
-            text += answer.text.finish()
+        written = answer.write(draw.token, ends=ends)
         events: list[Event] = []
-        if text or not ends:
-            token_ids = () if ends else (draw.token,)
-            events.append(TextDelta(request.id, text, token_ids, () if ends else self._logprobs(draw)))
-        self._count(sequence)
-        if reason is not None:
-            usage = Usage(len(request.prompt), sequence.n_cached, sequence.n_generated)
-            events.append(Finished(request.id, reason, usage))
+        if written.text or written.tokens:
+            logprobs = () if ends else self._logprobs(draw)
+            events.append(TextDelta(request.id, written.text, written.tokens, logprobs))
+        self._count(answer)
+        if written.reason is not None:
+            usage = Usage(len(request.prompt), sequence.n_cached or 0, sequence.n_generated)
+            events.append(Finished(request.id, written.reason, usage))
             self._scheduler.finish(sequence)
             del self._answers[request.id]
         return events
@@ -211,11 +225,13 @@ class Engine:
         top = tuple((token, name(token, special=True), logprob) for token, logprob in draw.top)
         return (TokenLogprob(draw.token, name(draw.token, special=True), draw.logprob, top),)
 
-    def _count(self, sequence: Sequence) -> None:
-        self._n_generated += 1
-        if sequence.n_generated == 1:
+    def _count(self, answer: Answer) -> None:
+        sequence = answer.sequence
+        if answer.n_counted == 0:
             self._n_prompt += len(sequence.request.prompt)
-            self._n_cached += sequence.n_cached
+            self._n_cached += sequence.n_cached or 0
+        self._n_generated += sequence.n_generated - answer.n_counted
+        answer.n_counted = sequence.n_generated
 
     def _check(self, request: Request) -> None:
         params, info = request.params, self._llama.info

@@ -15,6 +15,7 @@ EngineError                  the engine's own; the request is not to blame
 ├── DecodeAborted            llama_decode 2: the abort callback fired
 ├── BatchInvalid             llama_decode -1: the batch is malformed
 ├── DecodeFailed             llama_decode < -1: fatal
+├── GrammarFailed            the grammar of an answer broke off while it was written
 ├── TokenizeFailed           the tokenizer refused the text
 ├── TemplateFailed           the chat template raised or is missing
 ├── EngineDown               the engine stopped after a fatal error and takes no more requests
@@ -92,6 +93,10 @@ class BatchInvalid(EngineError):
 
 class DecodeFailed(EngineError):
     """llama_decode returned less than -1: fatal for the context."""
+
+
+class GrammarFailed(EngineError):
+    """The grammar of an answer met a limit, or a dead end, while the answer was written."""
 
 
 class TokenizeFailed(EngineError):

@@ -6,9 +6,10 @@ import time
 from dataclasses import replace
 from typing import Protocol
 
+from .constrain_protocol import Constrainer
 from .errors import InvalidRequest, ModelUnknown
 from .llama_protocol import ModelInfo, TokenizerLike
-from .openai import Body, ChatBody, CompletionBody, parse, to_requests, token_limit
+from .openai import Body, ChatBody, CompletionBody, grammar_of, parse, to_requests, token_limit
 from .openai_answer import Answer, Call
 from .openai_fields import Kind
 from .prompt import Prompter
@@ -37,6 +38,10 @@ class Serving(Protocol):
         """Its tokenizer."""
 
     @property
+    def constrainer(self) -> Constrainer:
+        """Its grammars."""
+
+    @property
     def info(self) -> ModelInfo:
         """What is loaded."""
 
@@ -51,6 +56,8 @@ def prepare(kind: Kind, payload: object, served: Serving) -> Call:
     prompts = _prompts(body, served)
     _check_ids(body, prompts, served.tokenizer.n_vocab)
     limits = [_limit(body, prompt, served) for prompt in prompts]
+    if (grammar := grammar_of(body)) is not None:
+        served.constrainer.check(grammar)
     drawn = [secrets.randbits(64) for _ in range(len(prompts) * body.n)]
     call_id = _ID_PREFIX[kind] + secrets.token_hex(12)
     return Call(

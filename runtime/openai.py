@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
+from . import openai_grammar
 from .errors import InvalidRequest
 from .openai_fields import MESSAGE_FIELDS_REFUSED, Kind, used_fields
-from .sequence import Request, SamplingParams
+from .sequence import Grammar, Request, SamplingParams
 
 MAX_CHOICES = 128
 MAX_MESSAGES = 4096
@@ -126,6 +127,9 @@ class _Body(_Wire):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias)] = Field(default_factory=dict)
     ignore_eos: bool = False
+    grammar: Annotated[Grammar | None, PlainValidator(openai_grammar.lark)] = None
+    regex: Annotated[Grammar | None, PlainValidator(openai_grammar.regex)] = None
+    choice: Annotated[Grammar | None, PlainValidator(openai_grammar.choice)] = None
 
 
 class ChatBody(_Body):
@@ -133,6 +137,7 @@ class ChatBody(_Body):
 
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES, strict=False)
     max_completion_tokens: int | None = Field(None, ge=1)
+    response_format: Annotated[Grammar | None, PlainValidator(openai_grammar.response_format)] = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -164,6 +169,12 @@ def _check_together(body: Body) -> None:
     """What one field allows or forbids another."""
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream true", param="stream_options")
+    grammars = _grammars(body)
+    if len(grammars) > 1:
+        names = " and ".join(grammar.param for grammar in grammars)
+        raise InvalidRequest(f"{names} cannot be combined; give one of them", param=grammars[-1].param)
+    if grammars and body.ignore_eos:
+        raise InvalidRequest(f"ignore_eos cannot be combined with {grammars[0].param}", param="ignore_eos")
     if isinstance(body, CompletionBody):
         if body.n * len(body.prompt) > MAX_CHOICES:
             got = f"{len(body.prompt)} prompts with n {body.n}"
@@ -175,6 +186,16 @@ def _check_together(body: Body) -> None:
     if None not in both and both[0] != both[1]:
         message = f"max_tokens ({both[0]}) and max_completion_tokens ({both[1]}) differ; give one of them"
         raise InvalidRequest(message, param="max_completion_tokens")
+
+
+def _grammars(body: Body) -> list[Grammar]:
+    formatted = body.response_format if isinstance(body, ChatBody) else None
+    return [grammar for grammar in (formatted, body.grammar, body.regex, body.choice) if grammar is not None]
+
+
+def grammar_of(body: Body) -> Grammar | None:
+    """What the answers must look like, if the body says."""
+    return next(iter(_grammars(body)), None)
 
 
 def invalid_request(error: ValidationError) -> InvalidRequest:
@@ -220,6 +241,7 @@ def to_request(body: Body, request_id: str, prompt: tuple[int, ...], max_tokens:
         logit_bias=body.logit_bias,
         logprobs=_alternatives(body),
         ignore_eos=body.ignore_eos,
+        grammar=grammar_of(body),
     )
     return Request(request_id, prompt, params)
 

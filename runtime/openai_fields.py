@@ -32,13 +32,16 @@ FIELDS: tuple[FieldRule, ...] = (
     *(FieldRule(name, "used") for name in ("model", "stream", "stream_options", "max_tokens", "temperature", "top_p")),
     *(FieldRule(name, "used") for name in ("top_k", "min_p", "seed", "stop", "n", "logprobs", "logit_bias")),
     *(FieldRule(name, "used") for name in ("presence_penalty", "frequency_penalty", "ignore_eos")),
-    *(FieldRule(name, "used", ("chat",)) for name in ("messages", "max_completion_tokens", "top_logprobs")),
+    *(FieldRule(name, "used") for name in ("grammar", "regex", "choice")),
+    *(
+        FieldRule(name, "used", ("chat",))
+        for name in ("messages", "max_completion_tokens", "top_logprobs", "response_format")
+    ),
     FieldRule("prompt", "used", ("completion",)),
     # These say who asks, what to keep or how to bill; no answer depends on them.
     *(FieldRule(name, "ignored") for name in ("user", "metadata", "store", "service_tier", "safety_identifier")),
     *(FieldRule(name, "ignored") for name in ("prompt_cache_key", "prompt_cache_retention")),
     FieldRule("parallel_tool_calls", "ignored", ("chat",)),
-    FieldRule("response_format", "refused", ("chat",), ({"type": "text"},)),
     FieldRule("tools", "refused", ("chat",), ([],)),
     FieldRule("tool_choice", "refused", ("chat",), ("none", "auto")),
     FieldRule("functions", "refused", ("chat",), ([],)),

@@ -2,8 +2,9 @@
 
 What happens to a row, in this order:
 
-1. `ignore_eos` takes the end tokens out; logit bias and penalties are added to the raw logits. The penalties look at
-   the generated text only: presence once, frequency for every time a token was drawn.
+1. What a grammar does not allow is taken out. `ignore_eos` takes the end tokens out; logit bias and penalties are added
+   to the raw logits. The penalties look at the generated text only: presence once, frequency for every time a token
+   was drawn or forced.
 2. Temperature 0 (below 1e-5): the likeliest token, of equals the lowest id. Otherwise:
 3. top-k leaves the k likeliest; temperature divides their logits; softmax makes them probabilities.
 4. min-p leaves tokens at least `min_p` times as likely as the likeliest, top-p the smallest set of the likeliest that
@@ -48,22 +49,29 @@ class Sampler:
         self._drawn: Counter[int] = Counter()
         self._n_drawn = 0
 
-    def draw(self, logits: np.ndarray) -> Draw:
+    def draw(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> Draw:
         """The next token of the answer, from one row of logits, float32 of shape (n_vocab,), which is left as it is.
 
-        Raises EngineError if the row has no finite maximum.
+        `allowed`, bool of the same shape, says which tokens may come (None: all). Raises EngineError if no allowed
+        token's logit is finite.
         """
         row = self._edited(logits) if self._edits_rows else logits
+        if allowed is not None:
+            row = np.where(allowed, row, np.float32(-np.inf))
         likeliest = int(row.argmax())
         if not np.isfinite(row[likeliest]):
             raise EngineError(f"the model's logits are not numbers (the highest is {row[likeliest]})")
         params = self.params
         token = likeliest if params.temperature < GREEDY_BELOW else _draw(row, row[likeliest], params, self._uniform())
-        self._drawn[token] += 1
-        self._n_drawn += 1
+        self.note(token)
         if params.logprobs is None:
             return Draw(token)
         return _with_logprobs(logits, token, params.logprobs)
+
+    def note(self, token: int) -> None:
+        """`token` is the next of the answer: one that was drawn, or that needed no draw."""
+        self._drawn[token] += 1
+        self._n_drawn += 1
 
     def _edited(self, logits: np.ndarray) -> np.ndarray:
         row = logits.copy()

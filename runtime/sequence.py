@@ -12,6 +12,19 @@ from typing import Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+GrammarKind = Literal["json_schema", "lark", "regex", "choice"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like, as the client said it in the wire field `param`.
+
+    `source` is a JSON schema, a Lark grammar, a regular expression, or a JSON list of texts of which the answer is one.
+    """
+
+    kind: GrammarKind
+    source: str
+    param: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +33,7 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 are off. `logprobs` is None for none, else how
     many alternatives to report for each token (0: only the chosen one's). `logit_bias` adds to raw logits by token id.
+    `grammar` allows only tokens that lead to an answer it describes.
     `seed` is always set: one is drawn at the edge when the client gave none, so that a request can be repeated.
     """
 
@@ -35,6 +49,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     ignore_eos: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +70,8 @@ class Sequence:
 
     `arrival` numbers requests in the order they came: the lower goes first. `tokens` is the prompt followed by what was
     generated. The first `n_computed` of them are in the KV cache under `seq_id` (None while waiting or pre-empted).
-    `n_cached` of the prompt's tokens were found there already.
+    `n_cached` of the prompt's tokens were found there already (None until it first runs). What a grammar forces before
+    anything is drawn counts as generated.
     """
 
     request: Request
@@ -63,7 +79,7 @@ class Sequence:
     tokens: list[int]
     seq_id: int | None = None
     n_computed: int = 0
-    n_cached: int = 0
+    n_cached: int | None = None
 
     @property
     def n_generated(self) -> int:

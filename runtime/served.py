@@ -6,6 +6,8 @@ from models.manifest import Manifest
 from models.store import Store, StoredModel
 
 from .config import RuntimeConfig, physical_cores
+from .constrain import LlGuidance
+from .constrain_protocol import Constrainer
 from .engine import Engine, EngineOptions
 from .llama import LoadOptions, load
 from .llama_protocol import ModelInfo, TokenizerLike
@@ -23,6 +25,7 @@ class ServedModel:
     prompter: Prompter
     tokenizer: TokenizerLike
     info: ModelInfo
+    constrainer: Constrainer
 
     @property
     def fingerprint(self) -> str:
@@ -59,7 +62,8 @@ def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
             gpu_layers=config.gpu_layers,
         ),
     )
-    engine = Engine(llama, options)
+    constrainer = LlGuidance(llama.tokenizer)
+    engine = Engine(llama, options, constrainer)
     return ServedModel(
         name=stored.name,
         manifest=stored.manifest,
@@ -69,5 +73,6 @@ def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
             llama.tokenizer, llama.info.chat_template, min(llama.info.n_ctx, llama.info.n_ctx_train or llama.info.n_ctx)
         ),
         tokenizer=llama.tokenizer,
+        constrainer=constrainer,
         info=llama.info,
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -14,6 +15,8 @@ INLINE_BYTES = 8 << 10
 MAX_OBJECT_FIELDS = 4096
 # Only so many bodies may be read at once, so that a client which never ends its own would keep the others out.
 READ_SECONDS = 60.0
+# So are bodies with a grammar, which is compiled; the first one waits for the tokenizer's other form.
+NAMES_GRAMMAR = re.compile(rb'"(response_format|grammar|regex|choice)"')
 
 T = TypeVar("T")
 
@@ -70,9 +73,10 @@ def _no_constant(name: str) -> NoReturn:
 
 
 async def with_json(body: bytes, handle: Callable[[Any], T]) -> T:
-    """`handle(parsed body)`, in a thread when the body is large."""
+    """`handle(parsed body)`, in a thread when the body is large or names a grammar."""
 
     def work() -> T:
         return handle(parse_json(body))
 
-    return work() if len(body) <= INLINE_BYTES else await asyncio.to_thread(work)
+    takes_long = len(body) > INLINE_BYTES or NAMES_GRAMMAR.search(body)
+    return await asyncio.to_thread(work) if takes_long else work()

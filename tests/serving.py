@@ -11,6 +11,7 @@ import openai
 import uvicorn
 
 from runtime.config import RuntimeConfig
+from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
 from runtime.prompt import Prompter
 from runtime.serve import DrainingServer, listen, url_of
@@ -69,13 +70,15 @@ class Running:
 def serving(llama: FakeLlama | None = None, config: RuntimeConfig | None = None) -> Iterator[Running]:
     """Serve `llama` under the name `toy` until the block ends."""
     llama, config = llama or FakeLlama(script="hello"), config or RuntimeConfig(slots=4, queue=8)
-    engine = Engine(llama, EngineOptions(max_running=config.slots))
+    constrainer = LlGuidance(llama.tokenizer)
+    engine = Engine(llama, EngineOptions(max_running=config.slots), constrainer)
     served = ServedModel(
         name="toy",
         manifest=None,
         worker=Worker(engine, queue=config.queue, slots=config.slots),
         prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
         tokenizer=llama.tokenizer,
+        constrainer=constrainer,
         info=llama.info,
     )
     listener = listen("127.0.0.1", 0)

@@ -27,11 +27,18 @@ LEVELS = (
     ("server", "serve", "batch", "chat", "doctor"),
     ("cli",),
 )
-SAME_LEVEL = {("scheduler", "prefix"), ("prompt", "llama"), ("serve", "server"), ("served", "intake")}
+SAME_LEVEL = {
+    ("scheduler", "prefix"),
+    ("prompt", "llama"),
+    ("constrain", "llama"),
+    ("serve", "server"),
+    ("served", "intake"),
+}
 ONLY_NOUNS = {"openai": {"sequence", "errors"}, "scheduler": {"sequence", "prefix"}, "prefix": {"sequence"}}
 # foreign library -> the only modules that may import it
 DOORS = {
     "llama_cpp": {"runtime.llama", "convert.quantize"},
+    "llguidance": {"runtime.constrain"},
     "fastapi": {"runtime.server"},
     "starlette": {"runtime.server"},
     "huggingface_hub": {"models.download"},

@@ -11,6 +11,7 @@ import pytest
 
 from runtime.batch import BatchCounts, BatchJob, BatchRun, open_files
 from runtime.batch_answerer import EngineAnswerer, queue_for
+from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import DecodeFailed, EngineDown
 from runtime.prompt import Prompter
@@ -37,7 +38,7 @@ def serving(llama: FakeLlama, *, queue: int = queue_for(WINDOW)) -> Iterator[Ser
     prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
     worker.start()
     try:
-        yield ServedModel("toy", None, worker, prompter, llama.tokenizer, llama.info)
+        yield ServedModel("toy", None, worker, prompter, llama.tokenizer, llama.info, LlGuidance(llama.tokenizer))
     finally:
         worker.stop()
 

@@ -13,6 +13,7 @@ from models.store import StoredModel
 from runtime import batch_command
 from runtime.cli import main
 from runtime.config import RuntimeConfig
+from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import DecodeFailed
 from runtime.prompt import Prompter
@@ -32,7 +33,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         llama = FakeLlama(**arguments)
         worker = Worker(Engine(llama, EngineOptions()), queue=config.queue, slots=config.slots)
         prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
-        return ServedModel(stored.name, None, worker, prompter, llama.tokenizer, llama.info)
+        constrainer = LlGuidance(llama.tokenizer)
+        return ServedModel(stored.name, None, worker, prompter, llama.tokenizer, llama.info, constrainer)
 
     monkeypatch.setattr(batch_command, "load_model", load_model)
     return arguments

@@ -15,6 +15,7 @@ from models.manifest import Manifest
 from runtime import chat as chat_module
 from runtime.chat import Chat, ChatOptions, Conversation, chat_with, greeting, talk
 from runtime.config import RuntimeConfig
+from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import ContextTooLong, TemplateFailed
 from runtime.prompt import Prompter
@@ -173,7 +174,8 @@ def test_the_command_opens_and_closes_the_model(
     llama = FakeLlama(script="ham")
     worker = Worker(Engine(llama, EngineOptions()), queue=8, slots=4)
     prompter = Prompter(llama.tokenizer, template, llama.info.n_ctx)
-    served = ServedModel("sorter", SORTER, worker, prompter, llama.tokenizer, llama.info)
+    constrainer = LlGuidance(llama.tokenizer)
+    served = ServedModel("sorter", SORTER, worker, prompter, llama.tokenizer, llama.info, constrainer)
     monkeypatch.setattr(chat_module, "open_model", lambda name, config: served)
     monkeypatch.setattr(sys, "stdin", io.StringIO("a mail\n"))
     with nullcontext() if template else pytest.raises(TemplateFailed):

@@ -78,7 +78,7 @@ def test_a_pair_of_surrogates_is_a_character(toy: Running) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {"messages": MESSAGES, "response_format": {"type": "xml"}}, "response_format"),
         (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
         (CHAT, {"messages": MESSAGES, "typo": 1}, "typo"),
         (CHAT, {"messages": MESSAGES, "logit_bias": {"260": 1}}, "logit_bias"),
