@@ -135,6 +135,7 @@ def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
     try:
         matcher = LLMatcher(tokenizer, _translated(grammar), log_level=0, limits=limits)
+        matcher.compute_bitmask()  # the most work comes with the first: here it delays no step of the engine
     except ValueError as error:
         raise InvalidRequest(f"{grammar.param}: {str(error)[:_REASON_CHARS]}", param=grammar.param) from None
     if matcher.is_error():
