@@ -79,7 +79,7 @@ def fits(schema: dict[str, Any], value: Any) -> bool:
         return fine and schema["minItems"] <= len(value) <= schema["maxItems"]
     if isinstance(value, str):
         return len(value) <= schema["maxLength"]
-    return isinstance(value, bool) or value in range(schema["minimum"], schema["maximum"] + 1)
+    return isinstance(value, bool) or bool(schema["minimum"] <= value <= schema["maximum"])
 
 
 @settings(max_examples=60, deadline=None)
