@@ -86,7 +86,7 @@ class Engine:
             max_running=min(options.max_running, info.n_seq_max),
         )
         self._constrainer = constrainer
-        self._guides = ThreadPoolExecutor(1, "deskside-guides")
+        self._guides = ThreadPoolExecutor(1, "deskside-guides")  # one: a grammar has one reader at a time
         self._answers: dict[str, Answer] = {}
         self._failure: DecodeFailed | None = None
         self._n_arrivals = 0
@@ -187,9 +187,6 @@ class Engine:
             for chunk in plan.chunks:
                 self._llama.remove(_seq_id(chunk), chunk.start)
             return [] if self._scheduler.isolate(plan) else self._fail(plan.chunks[0].sequence, error)
-        finally:
-            for pending in filter(None, allowed):
-                pending.exception()  # only waits: a grammar has one reader at a time
         self._n_steps += 1
         self._scheduler.commit(plan)
         rows = zip(sampled, logits, allowed, strict=True)

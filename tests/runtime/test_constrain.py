@@ -76,9 +76,9 @@ def fits(schema: dict[str, Any], value: Any) -> bool:
         return set(value) == set(schema["required"]) and all(fits(schema["properties"][k], v) for k, v in value.items())
     if isinstance(value, list):
         fine = all(fits(schema["items"], item) for item in value)
-        return fine and schema["minItems"] <= len(value) <= schema["maxItems"]
+        return fine and len(value) in range(schema["minItems"], schema["maxItems"] + 1)
     if isinstance(value, str):
-        return len(value) <= schema["maxLength"]
+        return len(value) in range(schema["maxLength"] + 1)
     return isinstance(value, bool) or bool(schema["minimum"] <= value <= schema["maximum"])
 
 

@@ -127,15 +127,24 @@ def test_max_tokens_cuts_forced_tokens_too(limit: int) -> None:
     assert end.usage.completion_tokens == min(limit, 10)
 
 
-@pytest.mark.parametrize(("stop", "text"), [("mh", "ex"), ("h-u", "exm"), ("ers", "exmh-us"), ("exmh-users", "")])
-def test_a_stop_string_ends_the_answer_inside_forced_tokens(stop: str, text: str) -> None:
-    params = SamplingParams(50, 0, stop=(stop,), grammar=LISTS)
-    assert said(run(FakeLlama(script="users"), asked("stop", params)), "stop") == (text, "stop")
+@pytest.mark.parametrize(
+    ("stop", "text", "n_tokens"), [("mh", "ex", 4), ("h-u", "exm", 6), ("ser", "exmh-u", 9), ("exmh-users", "", 10)]
+)
+def test_a_stop_string_ends_the_answer_inside_forced_tokens(stop: str, text: str, n_tokens: int) -> None:
+    events = run(FakeLlama(script="users"), asked("stop", SamplingParams(50, 0, stop=(stop,), grammar=LISTS)))
+    assert said(events, "stop") == (text, "stop")
+    end = events[-1]
+    assert isinstance(end, Finished)
+    assert end.usage.completion_tokens == n_tokens
 
 
 def test_an_answer_with_only_one_possibility_is_that() -> None:
     only = Grammar("choice", '["spam"]', "choice")
-    assert said(run(FakeLlama(), asked("a", SamplingParams(50, 0, grammar=only))), "a") == ("spam", "stop")
+    events = run(FakeLlama(), asked("a", SamplingParams(50, 0, grammar=only)))
+    assert said(events, "a") == ("spam", "stop")
+    end = events[-1]
+    assert isinstance(end, Finished)
+    assert end.usage.completion_tokens == 4
 
 
 def test_the_model_may_end_where_the_grammar_lets_it() -> None:
