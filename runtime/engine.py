@@ -8,7 +8,7 @@ What a grammar allows depends on the tokens before, not on the logits, so it is 
 """
 
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
@@ -177,8 +177,7 @@ class Engine:
         return answer
 
     def _compute(self, plan: Plan) -> list[Event]:
-        sampled = [self._answers[chunk.sequence.request.id] for chunk in plan.chunks if chunk.samples]
-        allowed = [None if answer.guide is None else self._guides.submit(answer.guide.allowed) for answer in sampled]
+        self._ask_guides(plan)
         try:
             logits = self._llama.decode(_batch(plan))
         except NoKvSlot as error:
@@ -189,13 +188,19 @@ class Engine:
             return [] if self._scheduler.isolate(plan) else self._fail(plan.chunks[0].sequence, error)
         self._n_steps += 1
         self._scheduler.commit(plan)
-        rows = zip(sampled, logits, allowed, strict=True)
-        return [event for answer, row, pending in rows for event in self._advance(answer, row, pending)]
+        sampled = (self._answers[chunk.sequence.request.id] for chunk in plan.chunks if chunk.samples)
+        return [event for answer, row in zip(sampled, logits, strict=True) for event in self._advance(answer, row)]
 
-    def _advance(self, answer: Answer, logits: np.ndarray, allowed: Future[np.ndarray] | None) -> list[Event]:
+    def _ask_guides(self, plan: Plan) -> None:
+        for chunk in plan.chunks:
+            answer = self._answers.get(chunk.sequence.request.id)
+            if chunk.samples and answer is not None and answer.guide is not None:
+                answer.allowed = self._guides.submit(answer.guide.allowed)
+
+    def _advance(self, answer: Answer, logits: np.ndarray) -> list[Event]:
         try:
-            mask = None if allowed is None else allowed.result()
-            return self._emit(answer, answer.sampler.draw(logits, mask))
+            allowed = None if answer.allowed is None else answer.allowed.result()
+            return self._emit(answer, answer.sampler.draw(logits, allowed))
         except Exception as error:  # noqa: BLE001 - one answer's fault must not be its neighbours'
             return self._fail(answer.sequence, error)
 

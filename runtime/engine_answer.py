@@ -1,6 +1,9 @@
 """An answer as the engine writes it: its tokens, its sampler, its text and its grammar, moved on together."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from .detokenize import TextStream
 from .engine_guide import Guide
@@ -19,12 +22,17 @@ class Written:
 
 @dataclass(eq=False, slots=True)
 class Answer:
-    """A live answer. `unsent` tokens stand in the sequence already, but their text was not given out yet."""
+    """A live answer.
+
+    `allowed` is the guide's word for the next draw, bool of shape (n_vocab,), being worked out. `unsent` tokens stand in
+    the sequence already, but their text was not given out yet.
+    """
 
     sequence: Sequence
     sampler: Sampler
     text: TextStream
     guide: Guide | None = None
+    allowed: Future[np.ndarray] | None = None
     unsent: list[int] = field(default_factory=list)
     n_counted: int = 0
 
