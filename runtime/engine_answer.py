@@ -24,8 +24,8 @@ class Written:
 class Answer:
     """A live answer.
 
-    `allowed` is the guide's word for the next draw, bool of shape (n_vocab,), being worked out. `unsent` tokens stand in
-    the sequence already, but their text was not given out yet.
+    `allowed` is what the guide lets be drawn next, bool of shape (n_vocab,), while it is worked out. `unsent` tokens
+    stand in the sequence already, but their text was not given out yet.
     """
 
     sequence: Sequence
