@@ -171,6 +171,7 @@ class Engine:
                 raise InvalidRequest("this engine takes no grammars", param=params.grammar.param)
             answer.guide, forced = begin(self._constrainer, params.grammar, params, self._tokenizer.token_bytes)
             answer.sequence.tokens += forced
+            answer.sequence.n_ahead = len(forced)
             answer.unsent = forced
             for token in forced:
                 answer.sampler.note(token)
@@ -214,7 +215,7 @@ class Engine:
             events.append(TextDelta(request.id, written.text, written.tokens, logprobs))
         self._count(answer)
         if written.reason is not None:
-            usage = Usage(len(request.prompt), sequence.n_cached or 0, sequence.n_generated)
+            usage = Usage(len(request.prompt), sequence.n_cached, sequence.n_generated)
             events.append(Finished(request.id, written.reason, usage))
             self._scheduler.finish(sequence)
             del self._answers[request.id]
@@ -231,7 +232,7 @@ class Engine:
         sequence = answer.sequence
         if answer.n_counted == 0:
             self._n_prompt += len(sequence.request.prompt)
-            self._n_cached += sequence.n_cached or 0
+            self._n_cached += sequence.n_cached
         self._n_generated += sequence.n_generated - answer.n_counted
         answer.n_counted = sequence.n_generated
 

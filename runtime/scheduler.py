@@ -149,7 +149,7 @@ class Scheduler:
         if seq_id is None:
             return None
         found = min(match.length, len(sequence.request.prompt))
-        sequence.n_cached = found if sequence.n_cached is None else min(found, sequence.n_cached)
+        sequence.n_cached = found if sequence.n_generated == sequence.n_ahead else min(found, sequence.n_cached)
         sequence.seq_id, sequence.n_computed = seq_id, match.length
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_arrival)

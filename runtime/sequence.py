@@ -70,8 +70,8 @@ class Sequence:
 
     `arrival` numbers requests in the order they came: the lower goes first. `tokens` is the prompt followed by what was
     generated. The first `n_computed` of them are in the KV cache under `seq_id` (None while waiting or pre-empted).
-    `n_cached` of the prompt's tokens were found there already (None until it first runs). What a grammar forces before
-    anything is drawn counts as generated.
+    `n_cached` of the prompt's tokens were found there already. `n_ahead` of the generated tokens were forced by a grammar
+    before anything was drawn.
     """
 
     request: Request
@@ -79,7 +79,8 @@ class Sequence:
     tokens: list[int]
     seq_id: int | None = None
     n_computed: int = 0
-    n_cached: int | None = None
+    n_cached: int = 0
+    n_ahead: int = 0
 
     @property
     def n_generated(self) -> int:
