@@ -70,8 +70,8 @@ class Sequence:
 
     `arrival` numbers requests in the order they came: the lower goes first. `tokens` is the prompt followed by what was
     generated. The first `n_computed` of them are in the KV cache under `seq_id` (None while waiting or pre-empted).
-    `n_cached` of the prompt's tokens were found there already. `n_ahead` of the generated tokens were forced by a grammar
-    before anything was drawn.
+    `n_cached` of the prompt's tokens were found there already. `n_ahead` of the generated tokens were forced by a
+    grammar before anything was drawn.
     """
 
     request: Request
