@@ -4,8 +4,10 @@ P(choice) is the product over its tokens, and over what ends it, of the model's 
 and the tokens before it. Choices that begin alike share those nodes of the tree. A node's logits answer for all of its
 children, so the prompt's own last row is the root's, and every further node costs one token.
 
-What is known of a choice so far bounds it from above, since a longer text is never likelier than its beginning. So the
-likeliest are computed first; what is then bounded below `NEGLIGIBLE` of the best one is not computed at all.
+What is known of a choice so far bounds it from above, since a longer text is never likelier than its beginning. A
+choice that is bounded below `NEGLIGIBLE` of the best one is not computed. While no choice is whole, the highest bound
+stands for the best one: whatever it lets pass would be needed for every possible best. So there are two waves at most,
+and a second one only if the best choice turns out much less likely than its beginning.
 """
 
 import math
@@ -18,9 +20,6 @@ from .errors import EngineError
 from .sequence import Question
 
 NEGLIGIBLE = 1e-4
-# The first wave takes whatever begins at least so likely as the likeliest beginning: it would mostly be needed anyway,
-# and one decode more costs more than a few tokens.
-PROMISING = 1e-2
 
 Path = tuple[int, ...]
 
@@ -50,13 +49,13 @@ class Ballot:
 
     def read(self, path: Path, logits: np.ndarray) -> None:
         """Take in the logits after `path`, float32 of shape (n_vocab,). Raises EngineError if they are not numbers."""
-        highest = float(logits.max())
+        highest = logits.max()
         if not math.isfinite(highest):
             raise EngineError(f"the model's logits are not numbers (the highest is {highest})")
-        weights = logits - logits.max()
+        weights = logits - highest
         np.exp(weights, out=weights)
         total = float(weights.sum(dtype=np.float64))
-        norm = highest + math.log(total)
+        norm = float(highest) + math.log(total)
         for token in self._children.get(path, ()):
             self._token[(*path, token)] = float(logits[token]) - norm
         if path in self._choices:
@@ -67,8 +66,7 @@ class Ballot:
         """What to compute next, after the prompt's own row has been read; empty when the answer is known."""
         bounds = {choice: self._bound(choice) for choice in self._choices}
         settled = [bound for choice, bound in bounds.items() if choice in self._end]
-        best, share = (max(settled), NEGLIGIBLE) if settled else (max(bounds.values()), PROMISING)
-        floor = best + math.log(share)
+        floor = max(settled or bounds.values()) + math.log(NEGLIGIBLE)
         return self._branches(choice for choice in self._choices if choice not in self._end and bounds[choice] >= floor)
 
     def logprobs(self) -> tuple[float, ...]:
