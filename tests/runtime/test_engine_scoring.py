@@ -164,9 +164,8 @@ def test_a_second_wave_computes_what_the_first_could_not_exclude() -> None:
     ballot.read((), row(ord("a"), ord("b")))
     assert [branch.path for branch in ballot.next_wave()] == [(ord("a"),)]
     ballot.read((ord("a"),), row(ord("x"), ord("x")))
-    assert {branch.path for branch in ballot.next_wave()} == {(ord("b"),), (ord("c"),)}
-    for letter in b"bc":
-        ballot.read((letter,), row(EOS, END_OF_TURN))
+    assert [branch.path for branch in ballot.next_wave()] == [(ord("b"),)], "c stays negligible"
+    ballot.read((ord("b"),), row(EOS, END_OF_TURN))
     assert not ballot.next_wave()
     assert ballot.logprobs()[1] == pytest.approx(math.log(5e-5), abs=1e-3)
 
