@@ -83,7 +83,7 @@ def _weighed(body: DecisionBody, place: int, served: Deciding) -> Weighed:
     param = f"questions[{place}]"
     if len(set(choices)) < len(choices):
         raise InvalidRequest(f"{param}: two of the choices are the same tokens to this model", param=param)
-    longest, n_ctx = max(map(len, choices)), served.info.n_ctx
+    longest, n_ctx = max(map(len, choices)), served.prompter.n_ctx
     if len(prompt) + longest > n_ctx:
         message = f"{param}: the prompt has {len(prompt)} tokens and the longest choice {longest}"
         message += f"; the context holds {n_ctx} tokens"

@@ -32,6 +32,11 @@ class Prompter:
         self._template = None if template is None else ChatTemplate(template)
         self._control_texts = re.compile(_any_of(tokenizer.special_texts) or "(?!)")
 
+    @property
+    def n_ctx(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return self._n_ctx
+
     def render(
         self,
         messages: Sequence[Mapping[str, object]],
