@@ -18,6 +18,7 @@ from .constrain_protocol import Constrainer
 from .detokenize import TextStream
 from .engine_answer import Answer
 from .engine_guide import begin
+from .engine_scoring import ARRIVALS, Scorer, check_scoring
 from .errors import (
     BatchInvalid,
     Cancelled,
@@ -42,10 +43,12 @@ from .sequence import (
     Finished,
     Plan,
     Request,
+    Scoring,
     Sequence,
     TextDelta,
     TokenLogprob,
     Usage,
+    Work,
 )
 
 
@@ -84,9 +87,11 @@ class Engine:
             self._ledger,
             step_tokens=min(options.step_tokens, info.n_batch),
             max_running=min(options.max_running, info.n_seq_max),
+            max_rows=info.n_seq_max,  # a model gives no fewer in one decode
         )
         self._constrainer = constrainer
         self._guides = ThreadPoolExecutor(1, "deskside-guides")  # one: a grammar has one reader at a time
+        self._scorer = Scorer(self._scheduler, self._next_arrival, max(1, options.max_running // 2))
         self._answers: dict[str, Answer] = {}
         self._failure: DecodeFailed | None = None
         self._n_arrivals = 0
@@ -98,31 +103,35 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._answers)
+        return bool(self._answers or self._scorer.live)
 
     @property
     def failure(self) -> DecodeFailed | None:
         """The fatal error that ended this engine, if one did. Its requests were failed by the step that met it."""
         return self._failure
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Work) -> None:
         """Accept a request. Raises ContextTooLong or InvalidRequest for what the edge should have refused.
 
         Raises the fatal DecodeFailed if there was one.
         """
         self._raise_if_dead()
+        if self._is_live(request.id):
+            raise InvalidRequest(f"request id {request.id!r} is already live", param="id")
+        if isinstance(request, Scoring):
+            check_scoring(request, self._llama.info.n_vocab, self._llama.info.n_ctx)
+            self._scorer.add(request)
+            return
         self._check(request)
         answer = self._open(request)
         self._answers[request.id] = answer
-        self._n_arrivals += 1
         self._scheduler.add(answer.sequence)
 
     def cancel(self, request_id: str, error: Exception | None = None) -> list[Event]:
         """End a request with `error` (None: Cancelled) and free its cells at once. No event if it is not live."""
-        answer = self._answers.get(request_id)
-        if answer is None:
+        if not self._is_live(request_id):
             return []
-        events = self._fail(answer.sequence, error or Cancelled(f"request {request_id!r} was cancelled"))
+        events = self._fail(request_id, error or Cancelled(f"request {request_id!r} was cancelled"))
         self._edit(self._ledger.take_edits())
         return events
 
@@ -147,8 +156,8 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             kv_cells_used=self._ledger.used_cells,
             kv_cells_total=self._ledger.n_cells,
-            prompt_tokens_total=self._n_prompt,
-            cached_tokens_total=self._n_cached,
+            prompt_tokens_total=self._n_prompt + self._scorer.n_prompt,
+            cached_tokens_total=self._n_cached + self._scorer.n_cached,
             generated_tokens_total=self._n_generated,
             steps_total=self._n_steps,
             preemptions_total=self._scheduler.n_preemptions,
@@ -162,7 +171,7 @@ class Engine:
     def _open(self, request: Request) -> Answer:
         params = request.params
         answer = Answer(
-            Sequence(request, self._n_arrivals, list(request.prompt)),
+            Sequence(request, self._next_arrival(), list(request.prompt)),
             Sampler(params, self._tokenizer.end_tokens),
             TextStream(self._tokenizer.token_bytes, params.stop),
         )
@@ -182,15 +191,20 @@ class Engine:
         try:
             logits = self._llama.decode(_batch(plan))
         except NoKvSlot as error:
-            return [] if self._scheduler.shrink(plan) else self._fail(plan.chunks[0].sequence, error)
+            return [] if self._scheduler.shrink(plan) else self._fail(plan.chunks[0].sequence.request.id, error)
         except (BatchInvalid, DecodeAborted) as error:
             for chunk in plan.chunks:
                 self._llama.remove(_seq_id(chunk), chunk.start)
-            return [] if self._scheduler.isolate(plan) else self._fail(plan.chunks[0].sequence, error)
+            return [] if self._scheduler.isolate(plan) else self._fail(plan.chunks[0].sequence.request.id, error)
         self._n_steps += 1
         self._scheduler.commit(plan)
-        sampled = (self._answers[chunk.sequence.request.id] for chunk in plan.chunks if chunk.samples)
-        return [event for answer, row in zip(sampled, logits, strict=True) for event in self._advance(answer, row)]
+        events: list[Event] = []
+        n_read = 0
+        for chunk in plan.chunks:
+            if chunk.samples:
+                events += self._advance(chunk.sequence, logits[n_read : n_read + chunk.n_rows])
+                n_read += chunk.n_rows
+        return events
 
     def _ask_guides(self, plan: Plan) -> None:
         for chunk in plan.chunks:
@@ -198,12 +212,15 @@ class Engine:
             if chunk.samples and answer is not None and answer.guide is not None:
                 answer.allowed = self._guides.submit(answer.guide.allowed)
 
-    def _advance(self, answer: Answer, logits: np.ndarray) -> list[Event]:
+    def _advance(self, sequence: Sequence, rows: np.ndarray) -> list[Event]:
+        answer = self._answers.get(sequence.request.id)
         try:
+            if answer is None:
+                return self._scorer.advance(sequence, rows)
             allowed = None if answer.allowed is None else answer.allowed.result()
-            return self._emit(answer, answer.sampler.draw(logits, allowed))
+            return self._emit(answer, answer.sampler.draw(rows[-1], allowed))
         except Exception as error:  # noqa: BLE001 - one answer's fault must not be its neighbours'
-            return self._fail(answer.sequence, error)
+            return self._fail(sequence.request.id, error)
 
     def _emit(self, answer: Answer, draw: Draw) -> list[Event]:
         sequence, request = answer.sequence, answer.sequence.request
@@ -238,8 +255,6 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         params, info = request.params, self._llama.info
-        if request.id in self._answers:
-            raise InvalidRequest(f"request id {request.id!r} is already live", param="id")
         if not request.prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         if params.max_tokens < 1:
@@ -260,10 +275,20 @@ class Engine:
             else:
                 self._llama.remove(edit.seq_id, edit.start)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> list[Event]:
-        del self._answers[sequence.request.id]
-        self._scheduler.drop(sequence)
-        return [Failed(sequence.request.id, error)]
+    def _fail(self, request_id: str, error: Exception) -> list[Event]:
+        answer = self._answers.pop(request_id, None)
+        if answer is None:
+            self._scorer.drop(request_id)
+        else:
+            self._scheduler.drop(answer.sequence)
+        return [Failed(request_id, error)]
+
+    def _is_live(self, request_id: str) -> bool:
+        return request_id in self._answers or request_id in self._scorer.live
+
+    def _next_arrival(self) -> int:
+        arrival, self._n_arrivals = self._n_arrivals, self._n_arrivals + ARRIVALS
+        return arrival
 
     def _die(self, error: Exception) -> list[Event]:
         if not isinstance(error, DecodeFailed):
@@ -272,7 +297,8 @@ class Engine:
         else:
             fatal = error
         self._failure = fatal
-        failed, self._answers = list(self._answers), {}
+        failed, self._answers = [*self._answers, *self._scorer.live], {}
+        self._scorer.clear()
         return [Failed(request_id, fatal) for request_id in failed]
 
     def _raise_if_dead(self) -> None:
@@ -286,7 +312,8 @@ def _batch(plan: Plan) -> Batch:
     tokens = [chunk.sequence.tokens[chunk.start : chunk.start + chunk.count] for chunk in plan.chunks]
     ends = np.cumsum(counts)
     wants_logits = np.zeros(ends[-1], np.int8)
-    wants_logits[ends - 1] = [chunk.samples for chunk in plan.chunks]
+    for end, chunk in zip(ends, plan.chunks, strict=True):
+        wants_logits[end - chunk.n_rows : end] = 1
     starts = np.repeat([chunk.start for chunk in plan.chunks] - (ends - counts), counts)
     return Batch(
         tokens=np.fromiter(chain.from_iterable(tokens), np.int32, ends[-1]),

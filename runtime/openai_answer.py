@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .openai_fields import Kind
-from .sequence import Event, Finished, FinishReason, Request, TextDelta, TokenLogprob, Usage
+from .sequence import Event, Failed, Finished, FinishReason, Request, TextDelta, TokenLogprob, Usage
 
 # JSON has no infinity; OpenAI writes this for a token that cannot come.
 LEAST_LOGPROB = -9999.0
@@ -58,8 +58,9 @@ class Answer:
         if isinstance(event, Finished):
             choice.finish_reason, choice.usage = event.reason, event.usage
             return to_chunk(self.call, choice.index, finish_reason=event.reason)
-        if not isinstance(event, TextDelta):
+        if isinstance(event, Failed):
             raise event.error
+        assert isinstance(event, TextDelta), "a call for text has been given scores"
         if not self.call.stream:
             choice.text.append(event.text)
             choice.logprobs.extend(event.logprobs)

@@ -32,6 +32,11 @@ class Prompter:
         self._template = None if template is None else ChatTemplate(template)
         self._control_texts = re.compile(_any_of(tokenizer.special_texts) or "(?!)")
 
+    @property
+    def n_ctx(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return self._n_ctx
+
     def render(
         self,
         messages: Sequence[Mapping[str, object]],
@@ -47,15 +52,19 @@ class Prompter:
         text = self._render(messages, guard, add_generation_prompt=add_generation_prompt, extra=extra or {})
         return "".join(piece for piece, _ in guard.split(text))
 
-    def chat(self, messages: Sequence[Mapping[str, object]]) -> tuple[int, ...]:
+    def chat(self, messages: Sequence[Mapping[str, object]], *, param: str = "messages") -> tuple[int, ...]:
         """The token ids of a conversation up to where the model answers. Raises as `render`, or ContextTooLong."""
         guard = _Guard(self._control_texts)
         pieces = guard.split(self._render(messages, guard, add_generation_prompt=True, extra={}))
-        return self._tokens(pieces, param="messages")
+        return self._tokens(pieces, param=param)
 
     def text(self, text: str) -> tuple[int, ...]:
         """The token ids of a bare text; control tokens written in it are control tokens. Raises ContextTooLong."""
         return self._tokens([(text, True)], param="prompt")
+
+    def literal(self, text: str, *, param: str) -> tuple[int, ...]:
+        """The token ids of a bare text in which control tokens are mere text. Raises ContextTooLong."""
+        return self._tokens([(text, False)], param=param)
 
     def limit(self, prompt: Sequence[int], max_tokens: int | None, *, param: str) -> int:
         """How many tokens may be written after `prompt`: `max_tokens`, or what the context leaves if None.

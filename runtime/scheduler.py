@@ -24,12 +24,16 @@ HEADROOM_TOKENS = 16
 
 
 class Scheduler:
-    """Plans steps of at most `step_tokens` tokens for at most `max_running` sequences at a time."""
+    """Plans steps of at most `step_tokens` tokens for at most `max_running` sequences at a time.
 
-    def __init__(self, ledger: PrefixCache, *, step_tokens: int, max_running: int) -> None:
+    A step gives at most `max_rows` rows of logits (None: as many as it has tokens); no fewer than `max_running`.
+    """
+
+    def __init__(self, ledger: PrefixCache, *, step_tokens: int, max_running: int, max_rows: int | None = None) -> None:
         self._ledger = ledger
         self._step_tokens = step_tokens
         self._max_running = max_running
+        self._max_rows = step_tokens if max_rows is None else max_rows
         self._limit = step_tokens
         self._tokens: dict[int, np.ndarray] = {}
         self._suspects: deque[Sequence] = deque()
@@ -97,41 +101,41 @@ class Scheduler:
     def _alone(self) -> list[Chunk]:
         while self._suspects:
             suspect = self._suspects.popleft()
-            chunk = self._chunk(suspect, 0) if suspect.seq_id is not None else None
+            chunk = self._chunk(suspect, []) if suspect.seq_id is not None else None
             if chunk is not None:
                 return [chunk]
         return []
 
     def _chunks(self, *, join: bool) -> list[Chunk]:
         chunks: list[Chunk] = []
-        planned = n_held_back = 0
+        n_held_back = 0
         for sequence in sorted(self.running, key=_is_prefilling):
-            if chunk := self._chunk(sequence, planned):
+            if chunk := self._chunk(sequence, chunks):
                 chunks.append(chunk)
-                planned += chunk.count
         for sequence in self.waiting[:] if join else ():
-            if planned >= self._limit or len(self.running) >= self._max_running or n_held_back >= LOOK_PAST:
+            if _planned(chunks) >= self._limit or len(self.running) >= self._max_running or n_held_back >= LOOK_PAST:
                 break
             match = self._match(sequence)
             if match is None:
                 n_held_back += 1
-            elif chunk := self._join(sequence, match, planned):
+            elif chunk := self._join(sequence, match, chunks):
                 chunks.append(chunk)
-                planned += chunk.count
             else:
                 break
         return chunks
 
-    def _chunk(self, sequence: Sequence, planned: int) -> Chunk | None:
-        """As much of `sequence` as the step and the cells allow beside `planned` tokens."""
-        start = sequence.n_computed
-        wanted = min(len(sequence.tokens) - start, self._limit - planned)
+    def _chunk(self, sequence: Sequence, others: list[Chunk]) -> Chunk | None:
+        """As much of `sequence` as the step, its rows and the cells allow beside the `others`."""
+        start, planned = sequence.n_computed, _planned(others)
+        without_rows = max(_first_row(sequence) - start, 0)
+        rows_left = self._max_rows - sum(chunk.n_rows for chunk in others)
+        wanted = min(len(sequence.tokens) - start, self._limit - planned, without_rows + rows_left)
         count = self._ledger.make_room(planned + wanted) - planned
-        return Chunk(sequence, start, count, start + count == len(sequence.tokens)) if count > 0 else None
+        return Chunk(sequence, start, count, max(count - without_rows, 0)) if count > 0 else None
 
     def _match(self, sequence: Sequence) -> Match | None:
         """The prefix `sequence` would start from; None if an older one is just computing a much longer one."""
-        tokens = self._tokens[sequence.arrival]
+        tokens = self._tokens[sequence.arrival][: _first_row(sequence) + 1]
         match = self._ledger.match(tokens)
         for other in self.running:
             if _is_prefilling(other) and other.arrival < sequence.arrival:
@@ -140,7 +144,7 @@ class Scheduler:
                     return None
         return match
 
-    def _join(self, sequence: Sequence, match: Match, planned: int) -> Chunk | None:
+    def _join(self, sequence: Sequence, match: Match, others: list[Chunk]) -> Chunk | None:
         """Let `sequence` run if there is an id for it and, unless it would be alone, room for all of its tokens."""
         needed = len(sequence.tokens) - match.length + sum(map(_outstanding, self.running))
         if self.running and not self._ledger.can_hold(needed, match):
@@ -153,7 +157,7 @@ class Scheduler:
         sequence.seq_id, sequence.n_computed = seq_id, match.length
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_arrival)
-        return self._chunk(sequence, planned)
+        return self._chunk(sequence, others)
 
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.seq_id is not None
@@ -166,6 +170,15 @@ class Scheduler:
 
 def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
+
+
+def _first_row(sequence: Sequence) -> int:
+    """The first token whose logits are wanted. What is computed already gives none, so a match must end before it."""
+    return len(sequence.tokens) - 1 if sequence.first_row is None else sequence.first_row
+
+
+def _planned(chunks: list[Chunk]) -> int:
+    return sum(chunk.count for chunk in chunks)
 
 
 def _is_prefilling(sequence: Sequence) -> bool:

@@ -2,7 +2,7 @@
 
 A request is written down once, valid and tokenised; the engine keeps a `Sequence` for it while it lives; a `Plan`
 says what one `llama_decode` computes; events carry the answer back. Every accepted request ends in exactly one
-terminal event: `Finished` or `Failed`.
+terminal event: `Finished`, `Scored` or `Failed`.
 """
 
 from collections.abc import Mapping
@@ -64,6 +64,29 @@ class Request:
     params: SamplingParams
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Which of `choices` follows `prompt`, all as token ids: none empty, no two choices alike.
+
+    A choice has been said once one of the tokens `ends` follows it.
+    """
+
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Choices to be weighed rather than an answer to be written: valid, tokenised, and known to fit the context."""
+
+    id: str
+    questions: tuple[Question, ...]
+
+
+Work = Request | Scoring
+
+
 @dataclass(slots=True)
 class Sequence:
     """A request while the engine works on it.
@@ -71,7 +94,9 @@ class Sequence:
     `arrival` numbers requests in the order they came: the lower goes first. `tokens` is the prompt followed by what was
     generated. The first `n_computed` of them are in the KV cache under `seq_id` (None while waiting or pre-empted).
     `n_cached` of the prompt's tokens were found there already. `n_ahead` of the generated tokens were forced by a
-    grammar before anything was drawn.
+    grammar before anything was drawn. The logits after token `first_row`
+    and every later one are wanted (None: those after the last one only, which is what an answer that is being written
+    needs).
     """
 
     request: Request
@@ -81,6 +106,7 @@ class Sequence:
     n_computed: int = 0
     n_cached: int = 0
     n_ahead: int = 0
+    first_row: int | None = None
 
     @property
     def n_generated(self) -> int:
@@ -90,12 +116,17 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start … start+count-1` of `sequence`, to be computed; `samples` asks for the last one's logits."""
+    """Tokens `start … start+count-1` of `sequence`, to be computed, with the logits of the last `n_rows` of them."""
 
     sequence: Sequence
     start: int
     count: int
-    samples: bool
+    n_rows: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether logits come of it."""
+        return self.n_rows > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +225,19 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """Terminal: every question is answered. For each its choices' natural-log probabilities, in order.
+
+    They are the model's own, not normalised among the choices. Of a choice that cannot matter it is an upper bound.
+    `completion_tokens` counts the choices' tokens that were computed.
+    """
+
+    request_id: str
+    logprobs: tuple[tuple[float, ...], ...]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Terminal: the answer will not come, and why."""
 
@@ -201,7 +245,7 @@ class Failed:
     error: Exception
 
 
-Event = TextDelta | Finished | Failed
+Event = TextDelta | Finished | Scored | Failed
 
 
 @dataclass(frozen=True, slots=True)

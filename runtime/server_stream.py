@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from .errors import Cancelled, EngineError
 from .intake import fold
+from .intake_decisions import DecisionCall, fold_decision
 from .openai_answer import Answer, Call
 from .openai_error import to_error
 from .worker_stream import Stream
@@ -58,6 +59,12 @@ async def whole_answer(request: Request, call: Call, stream: Stream) -> Response
     """The folded answer. If the client leaves, the requests are cancelled and Cancelled is raised."""
     async with cancelled_on_disconnect(request.receive, stream):
         return JsonBytes(await fold(call, stream))
+
+
+async def decided(request: Request, call: DecisionCall, stream: Stream) -> Response:
+    """The answers to a call's questions. If the client leaves, it is cancelled and Cancelled is raised."""
+    async with cancelled_on_disconnect(request.receive, stream):
+        return JsonBytes(await fold_decision(call, stream))
 
 
 class EventStream(Response):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from .errors import Cancelled, EngineDown, EngineError, InvalidRequest, Overloaded, ShuttingDown
-from .sequence import EngineStats, Event, Failed, Request, TextDelta
+from .sequence import EngineStats, Event, Failed, TextDelta, Work
 from .worker_stream import Stream, put_all
 
 State = Literal["starting", "ready", "draining", "stopped", "failed"]
@@ -38,7 +38,7 @@ class EngineLike(Protocol):
     def failure(self) -> Exception | None:
         """The fatal error that ended the engine, if one did."""
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Work) -> None:
         """Take a request in."""
 
     def cancel(self, request_id: str) -> list[Event]:
@@ -56,7 +56,7 @@ class EngineLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Add:
-    request: Request
+    request: Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Worker:
             message = f"the queue is full: {self.live} answers are running or waiting, limit {self.capacity}"
             raise Overloaded(message, retry_after_s=self._retry_after_s())
 
-    def submit(self, *requests: Request) -> Stream:
+    def submit(self, *requests: Work) -> Stream:
         """Accept all of `requests`, or none. Call it on the event loop that is to read the stream.
 
         Raises Overloaded, ShuttingDown or EngineDown; InvalidRequest if so many can never be accepted.
@@ -212,7 +212,7 @@ class Worker:
             events += self._add(message.request) if isinstance(message, _Add) else self._cancel(message)
         return events
 
-    def _add(self, request: Request) -> list[Event]:
+    def _add(self, request: Work) -> list[Event]:
         try:
             self._engine.add(request)
         except Exception as error:  # noqa: BLE001 - a request the engine cannot take harms no other

@@ -10,6 +10,7 @@ import httpx
 import openai
 import uvicorn
 
+from models.manifest import Manifest
 from runtime.config import RuntimeConfig
 from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
@@ -67,14 +68,16 @@ class Running:
 
 
 @contextmanager
-def serving(llama: FakeLlama | None = None, config: RuntimeConfig | None = None) -> Iterator[Running]:
+def serving(
+    llama: FakeLlama | None = None, config: RuntimeConfig | None = None, manifest: Manifest | None = None
+) -> Iterator[Running]:
     """Serve `llama` under the name `toy` until the block ends."""
     llama, config = llama or FakeLlama(script="hello"), config or RuntimeConfig(slots=4, queue=8)
     constrainer = LlGuidance(llama.tokenizer)
     engine = Engine(llama, EngineOptions(max_running=config.slots), constrainer)
     served = ServedModel(
         name="toy",
-        manifest=None,
+        manifest=manifest,
         worker=Worker(engine, queue=config.queue, slots=config.slots),
         prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
         tokenizer=llama.tokenizer,

@@ -9,7 +9,7 @@ import pytest
 
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import Cancelled, DecodeFailed, EngineDown, InvalidRequest, Overloaded, ShuttingDown
-from runtime.sequence import Event, Failed, Finished, Request, SamplingParams, TextDelta
+from runtime.sequence import Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta, Work
 from runtime.worker import Worker
 from runtime.worker_stream import Stream
 from tests.fakes import FakeLlama
@@ -58,8 +58,8 @@ async def collect(stream: Stream) -> list[Event]:
     return [event async for event in stream]
 
 
-def terminals(events: list[Event]) -> Mapping[str, list[Finished | Failed]]:
-    found: dict[str, list[Finished | Failed]] = {}
+def terminals(events: list[Event]) -> Mapping[str, list[Finished | Scored | Failed]]:
+    found: dict[str, list[Finished | Scored | Failed]] = {}
     for event in events:
         if not isinstance(event, TextDelta):
             found.setdefault(event.request_id, []).append(event)
@@ -213,7 +213,7 @@ def test_a_bug_in_the_engine_leaves_nobody_waiting() -> None:
 class PickyEngine(Engine):
     """Refuses one request."""
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Work) -> None:
         if request.id == "bad":
             raise InvalidRequest("not this one")
         super().add(request)
