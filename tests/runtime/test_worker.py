@@ -1,7 +1,6 @@
 """The worker over the real engine and a toy model: one terminal event for each request, whatever breaks."""
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,24 +12,7 @@ from runtime.sequence import Event, Failed, Finished, Request, SamplingParams, S
 from runtime.worker import Worker
 from runtime.worker_stream import Stream
 from tests.fakes import FakeLlama
-
-# Bounds a hang; no verdict depends on it.
-PATIENCE_S = 120
-
-
-class Gate:
-    """Holds the engine before each decode until `open` lets so many pass."""
-
-    def __init__(self) -> None:
-        self._passes = threading.Semaphore(0)
-        self.arrived = threading.Semaphore(0)
-
-    def __call__(self, *_: object) -> None:
-        self.arrived.release()
-        assert self._passes.acquire(timeout=PATIENCE_S)
-
-    def open(self, times: int = 100_000) -> None:
-        self._passes.release(times)
+from tests.serving import PATIENCE_S, Gate
 
 
 def request(name: str, max_tokens: int = 5, prompt: str = "abc", **params: object) -> Request:
