@@ -46,8 +46,10 @@ class ModelHandle:
 
 
 def _has_amx() -> bool:
-    """Whether this llama.cpp repacks weights for AMX tiles. Built by GCC before 12.4 / 13.3, that crashes: the compiler
-    drops most of the tile configuration (https://gcc.gnu.org/PR114098). Which compiler it was cannot be asked.
+    """Whether this llama.cpp repacks weights for AMX tiles.
+
+    Built by Debian's GCC 12.2, that crashes or answers garbage: its `_tile_loadconfig` tells the compiler that 8 of the
+    64 bytes are read, and the stores to the others are dropped. Which compiler built the library cannot be asked.
     """
     return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 

@@ -1,6 +1,7 @@
 """The door to llama.cpp without a model: every return code has its error, every unusable file its reason."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +62,21 @@ def test_options_are_checked_before_the_file(tmp_path: Path) -> None:
 )
 def test_the_backend_has_a_short_name(line: str, offloads: bool, name: str) -> None:
     assert backend_name(line, offloads=offloads) == name
+
+
+@pytest.mark.parametrize(("system_info", "repacks"), [(b"AVX2 = 1 | AMX_INT8 = 1", False), (b"AVX2 = 1", True)])
+def test_weights_are_not_repacked_for_amx_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system_info: bytes, repacks: bool
+) -> None:
+    seen: list[bool] = []
+
+    def refuse(path: bytes, params: Any) -> None:
+        seen.append(params.use_extra_bufts)
+
+    monkeypatch.setattr("runtime.llama_handle.llama_cpp.llama_print_system_info", lambda: system_info)
+    monkeypatch.setattr("runtime.llama_handle.llama_cpp.llama_model_load_from_file", refuse)
+    path = tmp_path / "some.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(LoadFailed):
+        load(path)
+    assert seen == [repacks]
