@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import ValidationError
-
 from models.files import sha256_file
 
 from .arms import ArmPlan
 from .client import OpenAiClient
-from .errors import BadRecord, ServerFailed
+from .errors import ServerFailed
 from .label_scoring import LabelScorer
 from .load import closed_loop
 from .machine import describe
-from .record import Machine, Noun, save_json
+from .record import Machine, Noun, load_noun, save_json
 from .scoring import Predictions, Score, score
 from .workload import Example, labels_of, read_examples
 
@@ -72,14 +70,7 @@ class Evaluation(Noun):
 
 def load_evaluation(path: Path) -> Evaluation:
     """Read a predictions file. Raises BadRecord naming the file and the first field that is wrong."""
-    try:
-        return Evaluation.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise BadRecord(f"{str(path)!r} cannot be read: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "file"
-        raise BadRecord(f"{str(path)!r} holds no predictions: {field}: {first['msg']}") from error
+    return load_noun(path, Evaluation, "holds no predictions")
 
 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:

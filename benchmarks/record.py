@@ -7,7 +7,7 @@ monotonic clock; statistics are in milliseconds.
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,6 +22,9 @@ class Noun(BaseModel):
     """Base of the record's parts: immutable, and strict about what a file may hold."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+AnyNoun = TypeVar("AnyNoun", bound=Noun)
 
 
 class Sample(Noun):
@@ -127,11 +130,16 @@ def save_run(path: Path, run: Run) -> None:
 
 def load_run(path: Path) -> Run:
     """Read a run's file. Raises BadRecord naming the file and the first field that is wrong."""
+    return load_noun(path, Run, "is not a benchmark run")
+
+
+def load_noun(path: Path, kind: type[AnyNoun], otherwise: str) -> AnyNoun:
+    """Read a file that holds a `kind`. Raises BadRecord: the file, `otherwise`, and the first field that is wrong."""
     try:
-        return Run.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except OSError as error:
         raise BadRecord(f"{str(path)!r} cannot be read: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "file"
-        raise BadRecord(f"{str(path)!r} is not a benchmark run: {field}: {first['msg']}") from error
+        raise BadRecord(f"{str(path)!r} {otherwise}: {field}: {first['msg']}") from error
