@@ -57,11 +57,13 @@ class Request:
     """One answer to be written: valid, tokenised, and known to fit the context.
 
     `id` is unique among live requests. A wire request with `n` choices becomes n of these, which share the prompt.
+    `adapter` names the LoRA adapter that is applied (None: the bare model).
     """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +80,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """Choices to be weighed rather than an answer to be written: valid, tokenised, and known to fit the context."""
+    """Choices to be weighed rather than an answer to be written: valid, tokenised, and known to fit the context.
+
+    `adapter` is as in `Request`.
+    """
 
     id: str
     questions: tuple[Question, ...]
+    adapter: str | None = None
 
 
 Work = Request | Scoring
