@@ -32,9 +32,9 @@ setup: $(READY) ## Make .venv, install from the lock file, build the default mod
 	@$(DESKSIDE) pull email-triage >/dev/null
 
 model: $(READY)
-	@case $(MODEL) in */*) ;; *) $(DESKSIDE) pull $(MODEL) >/dev/null ;; esac
+	@for name in $(MODEL); do case $$name in */*) ;; *) $(DESKSIDE) pull $${name%%:*} >/dev/null || exit ;; esac; done
 
-serve: model ## Serve MODEL (email-triage) on 127.0.0.1:PORT (8080)
+serve: model ## Serve MODEL (email-triage; or several, "a b") on 127.0.0.1:PORT (8080)
 	@exec $(DESKSIDE) serve $(MODEL) --port $(PORT)
 
 chat: model ## Talk to MODEL in the terminal

@@ -23,10 +23,12 @@ def render_card(manifest: Manifest) -> str:
 
 
 def _run(manifest: Manifest) -> str:
+    base = manifest.base.name if manifest.kind == "adapter" and manifest.base is not None else ""
+    name = f"{base}:{manifest.name}" if base else manifest.name
     return "## Run it\n\n" + _fenced(
-        f"deskside serve {manifest.name}     # an OpenAI-compatible server on 127.0.0.1:8080\n"
-        f"deskside chat {manifest.name}      # in the terminal\n"
-        f"deskside batch in.jsonl out.jsonl --model {manifest.name}",
+        f"deskside serve {name}     # an OpenAI-compatible server on 127.0.0.1:8080\n"
+        f"deskside chat {name}      # in the terminal\n"
+        f"deskside batch in.jsonl out.jsonl --model {name}",
         "sh",
     )
 
@@ -51,7 +53,8 @@ def _origin(manifest: Manifest) -> str:
     if manifest.adapter is not None:
         rank = f"LoRA of rank {manifest.adapter.rank}" if manifest.adapter.rank is not None else "LoRA"
         digest = f", sha256 `{manifest.adapter.sha256}`" if manifest.adapter.sha256 is not None else ""
-        lines.append(f"- Adapter: {rank}, merged into the base{digest}")
+        how = "applied while the base is served" if manifest.kind == "adapter" else "merged into the base"
+        lines.append(f"- Adapter: {rank}, {how}{digest}")
     if manifest.source:
         lines.append(f"- Fetched from: {_sources(manifest.source)}")
     return "\n".join(["## Where it comes from", "", *lines]) if lines else ""

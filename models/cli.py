@@ -133,6 +133,7 @@ def _row(store: "Store", name: str) -> dict[str, Any]:
     return {
         "name": name,
         "state": "installed",
+        "kind": manifest.kind,
         "quantization": manifest.artefacts[0].quantization,
         "size_bytes": sum(artefact.size_bytes for artefact in manifest.artefacts),
         "description": manifest.description,
@@ -140,7 +141,8 @@ def _row(store: "Store", name: str) -> dict[str, Any]:
 
 
 def _blank_row(name: str, state: str, description: str) -> dict[str, Any]:
-    return {"name": name, "state": state, "quantization": None, "size_bytes": None, "description": description}
+    blank = {"name": name, "state": state, "kind": None, "quantization": None, "size_bytes": None}
+    return blank | {"description": description}
 
 
 def _described(stored: "StoredModel") -> dict[str, Any]:
@@ -153,12 +155,12 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("Name", "State", "Quantization", "Size"):
+    for column in ("Name", "State", "Kind", "Quantization", "Size"):
         table.add_column(column, no_wrap=True)
     table.add_column("Description", overflow="fold")
     for row in rows:
         size = f"{row['size_bytes'] / (1 << 20):.0f} MiB" if row["size_bytes"] is not None else ""
-        table.add_row(row["name"], row["state"], row["quantization"] or "", size, row["description"])
+        table.add_row(row["name"], row["state"], row["kind"] or "", row["quantization"] or "", size, row["description"])
     # Descriptions are other people's text: square brackets in them are no markup.
     Console(markup=False).print(table)
 

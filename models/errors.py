@@ -3,6 +3,7 @@
 ModelError
 ├── ModelNotFound      no model of that name or path
 ├── BadManifest        model.toml is missing, malformed or contradicts the files beside it
+├── BadGguf            a file is not GGUF, or its head is damaged
 ├── BadCatalog         catalog.toml is malformed
 ├── HashMismatch       a file's sha256 is not the one that was promised
 ├── DownloadFailed     no source could deliver the file
@@ -20,6 +21,10 @@ class ModelNotFound(ModelError):
 
 class BadManifest(ModelError):
     """`model.toml` is missing, malformed or contradicts the files beside it."""
+
+
+class BadGguf(ModelError):
+    """A file is not GGUF, or its head is damaged."""
 
 
 class BadCatalog(ModelError):

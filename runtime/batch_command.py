@@ -14,7 +14,8 @@ from .batch_answerer import EngineAnswerer, queue_for
 from .batch_input import count_lines
 from .batch_progress import closing_line, progress_bar, summarise
 from .config import RuntimeConfig
-from .served import ServedModel, load_model
+from .served import ServedModel, load_model, under_name
+from .served_names import find
 
 LINES_PER_SLOT = 4
 
@@ -24,11 +25,12 @@ def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> 
 
     Raises BatchRefused (before anything is loaded), ModelNotFound, LoadFailed, EngineError, OSError.
     """
-    stored = Store().resolve(model)
+    wanted = find(model, Store())
     window = config.slots * LINES_PER_SLOT
-    job = BatchJob(source, output, stored.name, window)
+    job = BatchJob(source, output, wanted.id, window)
     with open_files(job) as files:
-        served = load_model(stored, replace(config, queue=queue_for(window)))
+        loaded = load_model(wanted.base, replace(config, queue=queue_for(window)), wanted.adapters)
+        served = under_name(wanted, loaded)
         try:
             served.worker.start()
             counts, interrupted = _run(job, files, served)

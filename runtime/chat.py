@@ -89,9 +89,12 @@ class Conversation:
 class Chat:
     """One conversation with one model."""
 
-    def __init__(self, worker: Worker, prompter: Prompter, conversation: Conversation) -> None:
+    def __init__(
+        self, worker: Worker, prompter: Prompter, conversation: Conversation, adapter: str | None = None
+    ) -> None:
         self._worker = worker
         self._prompter = prompter
+        self._adapter = adapter
         self.conversation = conversation
 
     async def answer(self, text: str) -> AsyncGenerator[str, None]:
@@ -124,7 +127,7 @@ class Chat:
                 self.conversation.turns = turns  # the text alone is too long: nothing said before is to blame
                 raise
             params = self.conversation.sampling(limit)
-            return Request(f"chat-{self.conversation.asked}", prompt, params)
+            return Request(f"chat-{self.conversation.asked}", prompt, params, self._adapter)
 
 
 def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
@@ -139,7 +142,7 @@ def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
                 import readline  # noqa: F401  (gives `input` line editing)
             print(greeting(served.name, conversation), file=sys.stderr)
         with asyncio.Runner() as runner:
-            talk(Chat(served.worker, served.prompter, conversation), runner)
+            talk(Chat(served.worker, served.prompter, conversation, served.adapter), runner)
     finally:
         served.worker.stop()
 

@@ -4,6 +4,7 @@ Everything heavy is imported inside a command, so that its help text costs nothi
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,17 +14,23 @@ from .config import RuntimeConfig
 from .config_flags import with_config
 
 SOME_FAILED = 3
+DEFAULT_MODEL = "email-triage"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="An installed model, or a path to a GGUF file.")]
+MODEL_HELP = "An installed model, a path to a GGUF file, or BASE:ADAPTER."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelsArgument = Annotated[Sequence[str], typer.Argument(metavar="MODEL…", help=MODEL_HELP)]
 
 
 @with_config("engine", "server")
-def serve_command(config: RuntimeConfig, model: ModelArgument = "email-triage") -> None:
-    """Serve a model to any OpenAI client, until SIGINT or SIGTERM; running answers are finished first."""
+def serve_command(config: RuntimeConfig, models: ModelsArgument = (DEFAULT_MODEL,)) -> None:
+    """Serve models to any OpenAI client, until SIGINT or SIGTERM; running answers are finished first.
+
+    A request chooses by its field `model`; one that names none goes to the first.
+    """
     from .serve import serve
 
-    serve(config, model)
+    serve(config, models)
 
 
 @with_config("engine")
@@ -31,7 +38,7 @@ def batch_command(
     config: RuntimeConfig,
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="OpenAI batch lines: custom_id, url, body.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, in the order they are finished.")],
-    model: Annotated[str, typer.Option(metavar="MODEL", help="An installed model, or a path to a GGUF file.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)],
     as_json: Json = False,
 ) -> None:
     """Answer a file of requests. Run again after a kill, it goes on. Failed lines go to OUT.errors.jsonl (exit 3)."""
@@ -48,7 +55,7 @@ def batch_command(
 @with_config("engine")
 def chat_command(
     config: RuntimeConfig,
-    model: ModelArgument = "email-triage",
+    model: ModelArgument = DEFAULT_MODEL,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0: always the likeliest token.")] = None,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw among the likeliest that make up this much.")] = 1,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,

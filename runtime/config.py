@@ -34,6 +34,10 @@ def _auto_or_int(text: str) -> int | None:
     return None if text.strip().lower() == "auto" else int(text)
 
 
+def _auto_or_float(text: str) -> float | None:
+    return None if text.strip().lower() == "auto" else float(text)
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
@@ -49,7 +53,7 @@ def _server(default: Any, setting: Setting) -> Any:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How to load, run and serve a model. `threads` and `gpu_layers` None mean: found out from the machine.
+    """How to load, run and serve models. `threads`, `gpu_layers` and `memory_budget` None: found out from the machine.
 
     Raises ValueError, naming the flag, its limits and the value, when a field is out of range.
     """
@@ -77,6 +81,15 @@ class RuntimeConfig:
     )
     drain_seconds: float = _server(
         30.0, Setting("Time for running answers to finish at SIGTERM.", float, "SECONDS", "server", 0, 86400)
+    )
+    idle_minutes: float = _server(
+        0.0, Setting("Unload a model unused for so long; 0: never.", float, "MINUTES", "server", 0, 1 << 20)
+    )
+    memory_budget: float | None = _server(
+        None,
+        Setting(
+            "Memory for models, in GiB; auto: 9/10 of what is free.", _auto_or_float, "auto|GIB", "server", 0, 1 << 20
+        ),
     )
     api_key: str = _server("", Setting("Key clients must send as bearer token; empty: none.", str, "KEY", "server"))
     cors_origins: tuple[str, ...] = _server(

@@ -11,6 +11,7 @@ RequestError                 the client can mend it; carries `param` and `code` 
 └── Cancelled                the client went away or cancelled
 EngineError                  the engine's own; the request is not to blame
 ├── LoadFailed               the model cannot be loaded
+├── NoRoom                   no memory for the model while others answer; carries `retry_after_s`
 ├── NoKvSlot                 llama_decode 1: no room in the KV cache for this batch (state restored)
 ├── DecodeAborted            llama_decode 2: the abort callback fired
 ├── BatchInvalid             llama_decode -1: the batch is malformed
@@ -77,6 +78,12 @@ class EngineError(Exception):
 
 class LoadFailed(EngineError):
     """The model cannot be loaded."""
+
+
+class NoRoom(EngineError):
+    """The memory budget leaves no room for the model while others answer; try again after `retry_after_s` seconds."""
+
+    retry_after_s = 1
 
 
 class NoKvSlot(EngineError):

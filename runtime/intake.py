@@ -26,6 +26,10 @@ class Serving(Protocol):
         """The name clients call it by."""
 
     @property
+    def adapter(self) -> str | None:
+        """The LoRA adapter its requests are answered with, if one is."""
+
+    @property
     def fingerprint(self) -> str:
         """What answers with the same seed can be compared under."""
 
@@ -66,7 +70,7 @@ def prepare(kind: Kind, payload: object, served: Serving) -> Call:
         model=served.name,
         created_s=int(time.time()),
         fingerprint=served.fingerprint,
-        requests=to_requests(body, call_id, prompts, limits, drawn),
+        requests=to_requests(body, call_id, prompts, limits, drawn, served.adapter),
         choices_per_prompt=body.n,
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,

@@ -56,7 +56,7 @@ def prepare_decision(payload: object, served: Deciding) -> DecisionCall:
         if n_tokens > MAX_PROMPT_TOKENS:
             message = f"the first {place + 1} questions have {n_tokens} prompt tokens, limit {MAX_PROMPT_TOKENS} a call"
             raise ContextTooLong(f"{message}; ask fewer at once", param="questions", code="context_length_exceeded")
-    scoring = Scoring(f"decision-{secrets.token_hex(12)}", tuple(weighed))
+    scoring = Scoring(f"decision-{secrets.token_hex(12)}", tuple(weighed), served.adapter)
     return DecisionCall(served.name, body.questions, scoring)
 
 

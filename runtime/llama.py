@@ -7,7 +7,8 @@ the process when the cache is not unified), and sliding-window layers keep every
 
 import ctypes
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ class LoadOptions:
     `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
     most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is
     the physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
+    `adapters` maps the names that requests call LoRA adapters by to their GGUF files.
     """
 
     n_ctx: int = 8192
@@ -41,6 +43,7 @@ class LoadOptions:
     n_threads: int | None = None
     gpu_layers: int | None = None
     use_mmap: bool = True
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Llama:

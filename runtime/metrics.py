@@ -1,6 +1,7 @@
 """Prometheus metrics of one app, in a registry of its own, so that two apps in one process do not mix."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -26,28 +27,68 @@ _COUNTERS = {
 }
 
 
-class _EngineCollector(Collector):
-    """Reads the engine's own counts at the moment of a scrape."""
+_MODEL_COUNTERS = {
+    "loads": "Times the model was loaded",
+    "load_failures": "Times the model could not be loaded, or its engine stopped",
+    "unloads": "Times the model was unloaded",
+}
 
-    def __init__(self, stats: Callable[[], EngineStats], live: Callable[[], int]) -> None:
-        self._stats = stats
-        self._live = live
+
+@dataclass(frozen=True, slots=True)
+class ModelSample:
+    """A model at the moment of a scrape. `stats` is None while it is not loaded; its engine then counts from 0 again.
+
+    `live` counts accepted answers that have not ended.
+    """
+
+    model: str
+    live: int
+    stats: EngineStats | None
+    loads: int = 1
+    load_failures: int = 0
+    unloads: int = 0
+
+
+class _EngineCollector(Collector):
+    """Reads the engines' own counts at the moment of a scrape, one time series for each model."""
+
+    def __init__(self, models: Callable[[], Iterable[ModelSample]]) -> None:
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        yield GaugeMetricFamily("deskside_live", "Accepted answers that have not ended", value=self._live())
+        models = list(self._models())
+        yield _gauge("live", "Accepted answers that have not ended", {m.model: m.live for m in models})
+        yield _gauge("model_loaded", "Whether the model is in memory", {m.model: m.stats is not None for m in models})
+        for name, text in _MODEL_COUNTERS.items():
+            yield _counter(f"model_{name}", text, {m.model: getattr(m, name) for m in models})
+        engines = {m.model: m.stats for m in models if m.stats is not None}
         for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"deskside_{name}", text, value=getattr(stats, name))
+            yield _gauge(name, text, {model: getattr(stats, name) for model, stats in engines.items()})
         for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"deskside_{name.removesuffix('_total')}", text, value=getattr(stats, name))
+            values = {model: getattr(stats, name) for model, stats in engines.items()}
+            yield _counter(name.removesuffix("_total"), text, values)
+
+
+def _gauge(name: str, text: str, values: dict[str, int]) -> Metric:
+    family = GaugeMetricFamily(f"deskside_{name}", text, labels=["model"])
+    for model, value in values.items():
+        family.add_metric([model], value)
+    return family
+
+
+def _counter(name: str, text: str, values: dict[str, int]) -> Metric:
+    family = CounterMetricFamily(f"deskside_{name}", text, labels=["model"])
+    for model, value in values.items():
+        family.add_metric([model], value)
+    return family
 
 
 class Metrics:
-    """What the server counts, and the engine's counts beside it. All names begin with `deskside_`."""
+    """What the server counts, and each model's counts beside it. All names begin with `deskside_`."""
 
-    def __init__(self, stats: Callable[[], EngineStats], live: Callable[[], int]) -> None:
+    def __init__(self, models: Callable[[], Iterable[ModelSample]]) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_EngineCollector(stats, live))
+        self._registry.register(_EngineCollector(models))
         self._requests = Counter(
             "deskside_http_requests", "HTTP requests answered", ["route", "status"], registry=self._registry
         )

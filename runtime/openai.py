@@ -226,7 +226,9 @@ def _alternatives(body: Body) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def to_request(body: Body, request_id: str, prompt: tuple[int, ...], max_tokens: int, seed: int) -> Request:
+def to_request(
+    body: Body, request_id: str, prompt: tuple[int, ...], max_tokens: int, seed: int, adapter: str | None = None
+) -> Request:
     """One choice as the engine takes it. `seed` may be negative, as OpenAI's are; it is folded into 64 bits."""
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -243,11 +245,16 @@ def to_request(body: Body, request_id: str, prompt: tuple[int, ...], max_tokens:
         ignore_eos=body.ignore_eos,
         grammar=grammar_of(body),
     )
-    return Request(request_id, prompt, params)
+    return Request(request_id, prompt, params, adapter)
 
 
 def to_requests(
-    body: Body, call_id: str, prompts: Sequence[tuple[int, ...]], limits: Sequence[int], drawn_seeds: Sequence[int]
+    body: Body,
+    call_id: str,
+    prompts: Sequence[tuple[int, ...]],
+    limits: Sequence[int],
+    drawn_seeds: Sequence[int],
+    adapter: str | None = None,
 ) -> tuple[Request, ...]:
     """All choices of a call, in order of index: prompt by prompt, `n` of each.
 
@@ -258,5 +265,5 @@ def to_requests(
     for prompt, limit in zip(prompts, limits, strict=True):
         for choice in range(body.n):
             seed = drawn_seeds[len(requests)] if body.seed is None else body.seed + choice
-            requests.append(to_request(body, f"{call_id}-{len(requests)}", prompt, limit, seed))
+            requests.append(to_request(body, f"{call_id}-{len(requests)}", prompt, limit, seed, adapter))
     return tuple(requests)

@@ -1,4 +1,4 @@
-"""`deskside serve`: load a model, say what was loaded, answer until told to stop, and stop without dropping answers."""
+"""`deskside serve`: load models, say what was loaded, answer until told to stop, and stop without dropping answers."""
 
 import asyncio
 import logging
@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-import time
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
@@ -15,9 +15,12 @@ from models.store import Store
 
 from .config import RuntimeConfig
 from .errors import EngineDown, LoadFailed
-from .served import ServedModel, load_model
+from .fleet import Fleet
+from .fleet_model import Host, Loaded
+from .fleet_open import open_fleet
+from .memory import mebibytes
+from .served_names import Wanted
 from .server import create_app
-from .worker import Worker
 
 INTERRUPTED = 130
 # After draining, for the last bytes to leave; connections that take longer are cut.
@@ -27,9 +30,10 @@ FLUSH_SECONDS = 5
 class DrainingServer(uvicorn.Server):
     """Drains at the first signal, with the port still open so that clients are told 503; the second signal ends it."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float, greeting: str) -> None:
+    def __init__(self, config: uvicorn.Config, fleet: Fleet, drain_seconds: float, greeting: str) -> None:
         super().__init__(config)
-        self._worker = worker
+        self._fleet = fleet
+        self.broke = False
         self._drain_seconds = drain_seconds
         self._greeting = greeting
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -43,9 +47,9 @@ class DrainingServer(uvicorn.Server):
         _say(self._greeting)
 
     async def on_tick(self, counter: int) -> bool:
-        """Stop by itself when the engine is gone: whoever started the process can start it again."""
-        if self._worker.state == "failed":
-            self.should_exit = True
+        """Stop by itself when every engine is gone: whoever started the process can start it again."""
+        if self._fleet.broken:
+            self.broke = self.should_exit = True
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -56,27 +60,25 @@ class DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
 
     def _begin_drain(self, name: str) -> None:
-        _say(f"{name}: finishing what was accepted ({self._worker.live}), for {self._drain_seconds:g} s at most")
+        _say(f"{name}: finishing what was accepted ({self._fleet.live}), for {self._drain_seconds:g} s at most")
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        await self._worker.drain(self._drain_seconds)
+        await self._fleet.drain(self._drain_seconds)
         self.should_exit = True
 
 
-def serve(config: RuntimeConfig, name_or_path: str, store: Store | None = None) -> None:
-    """Serve a model until SIGTERM or SIGINT. Returns once it has drained.
+def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = None) -> None:
+    """Serve models until SIGTERM or SIGINT; the first answers requests that name none. Returns once it has drained.
 
-    Raises ModelNotFound or BadManifest, LoadFailed (the address is taken included), EngineDown if the engine broke.
+    Raises what `open_fleet` raises, LoadFailed (the address is taken included), EngineDown if the engines broke.
     """
     _set_up_logging(config.log_level)
-    stored = (store or Store()).resolve(name_or_path)
+    fleet = open_fleet(names, config, store or Store())
     with listen(config.host, config.port) as listener:
-        started_s = time.monotonic()
-        served = load_model(stored, config)
-        greeting = describe(served, config, url_of(listener), time.monotonic() - started_s)
+        fleet.load_at_start()
         settings = uvicorn.Config(
-            create_app(served, config),
+            create_app(fleet, config),
             log_config=None,
             access_log=config.log_level == "debug",
             lifespan="on",
@@ -85,8 +87,12 @@ def serve(config: RuntimeConfig, name_or_path: str, store: Store | None = None) 
             server_header=False,
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )
-        DrainingServer(settings, served.worker, config.drain_seconds, greeting).run(sockets=[listener])
-    if served.worker.state == "failed":
+        server = DrainingServer(settings, fleet, config.drain_seconds, describe(fleet, config, url_of(listener)))
+        try:
+            server.run(sockets=[listener])
+        finally:
+            fleet.close()
+    if server.broke:
         raise EngineDown("the engine broke and the server stopped; the log above says why")
 
 
@@ -119,16 +125,30 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def describe(served: ServedModel, config: RuntimeConfig, url: str, load_seconds: float) -> str:
-    """The start-up line: what was loaded, where it runs, what it can hold, and where it answers."""
-    info = served.info
+def describe(fleet: Fleet, config: RuntimeConfig, url: str) -> str:
+    """The start-up lines, one for each name: what was loaded, where it runs, what it can hold, where it answers."""
+    return "\n".join(_describe(host, wanted, config, url) for host, wanted in fleet.served.values())
+
+
+def _describe(host: Host, wanted: Wanted, config: RuntimeConfig, url: str) -> str:
+    if host.loaded is None:
+        return f"{wanted.id} is loaded when it is asked for (needs about {mebibytes(host.need.total)}): {url}/v1"
+    if wanted.adapter is not None:
+        size = mebibytes(wanted.adapter.gguf.stat().st_size)
+        return f"{wanted.id} (LoRA adapter, {size}) on {host.name}: {url}/v1"
+    return _describe_loaded(host.loaded, config, url)
+
+
+def _describe_loaded(loaded: Loaded, config: RuntimeConfig, url: str) -> str:
+    served, info = loaded.base, loaded.base.info
     gpu = f", GPU layers {'all' if info.gpu_layers < 0 else info.gpu_layers}" if info.gpu_layers else ""
     return (
         f"{served.name} ({served.quantization}, {info.size_bytes / 2**20:.0f} MiB) on {info.backend}{gpu}, "
-        f"{info.n_threads} threads, {config.slots} slots, context {info.n_ctx}, loaded in {load_seconds:.1f} s: "
+        f"{info.n_threads} threads, {config.slots} slots, context {info.n_ctx}, loaded in {loaded.load_seconds:.1f} s: "
         f"{url}/v1"
     )
 
 
-def _say(line: str) -> None:
-    print(f"deskside: {line}", file=sys.stderr, flush=True)
+def _say(text: str) -> None:
+    for part in text.splitlines():
+        print(f"deskside: {part}", file=sys.stderr, flush=True)

@@ -1,6 +1,8 @@
 """A model, loaded and ready to answer: what server, batch and chat hold in their hands."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from models.manifest import Manifest
 from models.store import Store, StoredModel
@@ -12,12 +14,17 @@ from .engine import Engine, EngineOptions
 from .llama import LoadOptions, load
 from .llama_protocol import ModelInfo, TokenizerLike
 from .prompt import Prompter
+from .served_names import Wanted, find, require_weights
 from .worker import Worker
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model under one name. Its worker is not started yet."""
+    """One model under one name. Its worker is not started yet.
+
+    With an adapter, `adapter` is the name its requests carry, `manifest` is the adapter's own and `base` that of the
+    weights; worker, tokenizer and grammars are shared with whatever else is served from the same base.
+    """
 
     name: str
     manifest: Manifest | None
@@ -26,31 +33,55 @@ class ServedModel:
     tokenizer: TokenizerLike
     info: ModelInfo
     constrainer: Constrainer
+    adapter: str | None = None
+    base: Manifest | None = None
 
     @property
     def fingerprint(self) -> str:
         """Changes with the weights and the backend: a seed repeats its answer only under the same one."""
-        artefact = self.manifest.artefacts[0].sha256[:12] if self.manifest and self.manifest.artefacts else self.name
-        return f"deskside-{artefact}-{self.info.backend.split(' ', maxsplit=1)[0].lower()}"
+        weights = [made.artefacts[0].sha256[:12] for made in (self.base, self.manifest) if made and made.artefacts]
+        return "-".join(["deskside", *(weights or [self.name]), self.info.backend.split(" ", maxsplit=1)[0].lower()])
 
     @property
     def quantization(self) -> str:
         """Of the weights, as the manifest says; else what the file says of itself."""
-        if self.manifest and self.manifest.artefacts:
-            return self.manifest.artefacts[0].quantization
+        weights = self.manifest if self.adapter is None else self.base
+        if weights and weights.artefacts:
+            return weights.artefacts[0].quantization
         return self.info.description
 
 
 def open_model(name_or_path: str, config: RuntimeConfig, store: Store | None = None) -> ServedModel:
-    """Find a model in the store (or at a path) and load it. The caller starts and stops its worker.
+    """Find a model in the store, at a path, or as BASE:ADAPTER, and load it. The caller starts and stops its worker.
 
-    Raises ModelNotFound, BadManifest or LoadFailed.
+    Raises what `find` raises, or LoadFailed.
     """
-    return load_model((store or Store()).resolve(name_or_path), config)
+    wanted = find(name_or_path, store or Store())
+    return under_name(wanted, load_model(wanted.base, config, wanted.adapters))
 
 
-def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
-    """Load a model that was found. Raises LoadFailed."""
+def under_name(wanted: Wanted, loaded: ServedModel) -> ServedModel:
+    """`loaded`, which is the base, as what was wanted. Raises TemplateFailed if the adapter's does not parse."""
+    if wanted.adapter is None:
+        return loaded
+    prompter, info = loaded.prompter, loaded.info
+    if wanted.template is not None:
+        info = replace(info, chat_template=wanted.template)
+        prompter = Prompter(loaded.tokenizer, wanted.template, prompter.n_ctx)
+    return replace(
+        loaded,
+        name=wanted.id,
+        manifest=wanted.adapter.manifest,
+        prompter=prompter,
+        info=info,
+        adapter=wanted.adapter.name,
+        base=loaded.manifest,
+    )
+
+
+def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path] | None = None) -> ServedModel:
+    """Load a model that was found, and with it LoRA adapters (name -> GGUF file). Blocks. Raises LoadFailed."""
+    require_weights(stored)
     options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots)
     llama = load(
         stored.gguf,
@@ -60,6 +91,7 @@ def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
             n_seq_max=options.n_seq_max,
             n_threads=config.threads or physical_cores(),
             gpu_layers=config.gpu_layers,
+            adapters=adapters or {},
         ),
     )
     constrainer = LlGuidance(llama.tokenizer)

@@ -1,8 +1,8 @@
-"""The HTTP server: OpenAI's routes and llama-server's small ones over one served model."""
+"""The HTTP server: OpenAI's routes and llama-server's small ones over a fleet of models."""
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -12,14 +12,16 @@ from starlette.responses import Response
 
 from .config import RuntimeConfig
 from .errors import Overloaded
-from .intake import Serving, prepare, require_model
+from .fleet import Fleet
+from .intake import Serving, prepare
 from .intake_decisions import prepare_decision
 from .metrics import CONTENT_TYPE, Metrics
 from .openai_answer import Call
 from .openai_fields import Kind
 from .served import ServedModel
-from .server_body import read_body, with_json
-from .server_edge import Counted, add_error_table, key_check
+from .server_body import off_loop, parse_json, read_body
+from .server_edge import Counted, Holding, add_error_table, held_by, key_check
+from .server_models import asked_model, health, list_models, samples, show_model
 from .server_native import apply_template, detokenize, tokenize
 from .server_stream import EventStream, JsonBytes, decided, whole_answer
 
@@ -28,14 +30,14 @@ T = TypeVar("T")
 
 
 class Api:
-    """The handlers of one app, over one model."""
+    """The handlers of one app, over the models of one fleet."""
 
-    def __init__(self, served: ServedModel, config: RuntimeConfig) -> None:
-        self.metrics = Metrics(served.worker.stats, lambda: served.worker.live)
-        self._served = served
+    def __init__(self, fleet: Fleet, config: RuntimeConfig) -> None:
+        self.metrics = Metrics(lambda: samples(fleet))
+        self._fleet = fleet
         self._config = config
         self._started_s = int(time.time())
-        self._preparing = 0
+        self._at_work = 0
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
@@ -46,101 +48,92 @@ class Api:
         return await self._complete("completion", request)
 
     async def _complete(self, kind: Kind, request: Request) -> Response:
-        self._served.worker.require_room()
+        def work(payload: object, served: ServedModel) -> Call:
+            return prepare(kind, payload, served)
 
-        def work(payload: object) -> Call:
-            return prepare(kind, payload, self._served)
-
-        call = await self._prepared(request, work)
-        stream = self._served.worker.submit(*call.requests)
+        call, served = await self._prepared(request, work)
+        stream = served.worker.submit(*call.requests)
         stream.on_first_token = self.metrics.first_token
         return EventStream(call, stream) if call.stream else await whole_answer(request, call, stream)
 
     async def decide(self, request: Request) -> Response:
         """POST /v1/decisions"""
-        self._served.worker.require_room()
-        call = await self._prepared(request, lambda payload: prepare_decision(payload, self._served))
-        return await decided(request, call, self._served.worker.submit(call.scoring))
+        call, served = await self._prepared(request, prepare_decision)
+        return await decided(request, call, served.worker.submit(call.scoring))
 
-    async def _prepared(self, request: Request, work: Callable[[object], T]) -> T:
-        """The body, read, parsed and worked on. As many may be at it at once as the queue is long."""
-        if self._preparing >= self._served.worker.capacity:
-            message = f"{self._preparing} requests are being read, limit {self._served.worker.capacity}"
-            raise Overloaded(message, retry_after_s=1)
-        self._preparing += 1
+    async def _prepared(
+        self, request: Request, work: Callable[[object, ServedModel], T], *, needs_room: bool = True
+    ) -> tuple[T, ServedModel]:
+        """The body, read, parsed and worked on, and the model it asks for, which is held until the answer is out.
+
+        `needs_room`: refuse at once, before any work, what its engine would not accept.
+        """
+        self._fleet.require_open()
+        with self._one_at_work():
+            body = await read_body(request, self._config.max_body_bytes)
+            payload = await off_loop(body, lambda: parse_json(body))
+        served = await held_by(request).enter_async_context(self._fleet.lease(asked_model(payload)))
+        if needs_room:
+            served.worker.require_room()
+        with self._one_at_work():
+            return await off_loop(body, lambda: work(payload, served)), served
+
+    @contextmanager
+    def _one_at_work(self) -> Iterator[None]:
+        """As many requests may be read or prepared at once as a queue is long; loads are waited for outside."""
+        limit = self._fleet.options.capacity
+        if self._at_work >= limit:
+            raise Overloaded(f"{self._at_work} requests are being read, limit {limit}", retry_after_s=1)
+        self._at_work += 1
         try:
-            return await with_json(await read_body(request, self._config.max_body_bytes), work)
+            yield
         finally:
-            self._preparing -= 1
+            self._at_work -= 1
 
     def native(self, answer: Callable[[object, Serving], dict[str, Any]]) -> Handler:
         """The handler of one of llama-server's own routes."""
 
         async def handle(request: Request) -> Response:
-            return await self._prepared(request, lambda payload: JsonBytes(answer(payload, self._served)))
+            response, _ = await self._prepared(request, lambda *asked: JsonBytes(answer(*asked)), needs_room=False)
+            return response
 
         return handle
 
     async def models(self) -> Response:
         """GET /v1/models"""
-        return JsonBytes({"object": "list", "data": [self._model()]})
+        return JsonBytes(list_models(self._fleet, self._started_s))
 
     async def model(self, name: str) -> Response:
         """GET /v1/models/{name}"""
-        require_model(name, self._served.name)
-        return JsonBytes(self._model())
-
-    def _model(self) -> dict[str, Any]:
-        info, manifest = self._served.info, self._served.manifest
-        meta = {
-            "description": manifest.description if manifest else info.description,
-            "task": manifest.task if manifest else "general",
-            "labels": list(manifest.labels) if manifest else [],
-            "quantization": self._served.quantization,
-            "n_vocab": info.n_vocab,
-            "n_ctx": info.n_ctx,
-            "n_ctx_train": info.n_ctx_train,
-            "n_params": info.n_params,
-            "size": info.size_bytes,
-        }
-        model = {"id": self._served.name, "object": "model", "created": self._started_s, "owned_by": "deskside"}
-        return model | {"meta": meta}
+        return JsonBytes(show_model(self._fleet, name, self._started_s))
 
     async def health(self) -> Response:
         """GET /health and /health/ready: 200 while requests are taken, else 503."""
-        return self._health("ready")
+        body = health(self._fleet)
+        return JsonBytes(body, 200 if body["ready"] else 503)
 
     async def alive(self) -> Response:
-        """GET /health/live: 503 once the engine has stopped for good."""
-        return self._health("live")
-
-    def _health(self, question: str) -> Response:
-        worker = self._served.worker
-        answers = {"live": worker.state != "failed", "ready": worker.state == "ready"}
-        stats = worker.stats()
-        body: dict[str, Any] = {"status": "ok" if answers["ready"] else worker.state} | answers
-        body |= {"model": self._served.name, "running": stats.running, "accepted": worker.live}
-        return JsonBytes(body, 200 if answers[question] else 503)
+        """GET /health/live: 503 once the engines have stopped for good."""
+        body = health(self._fleet)
+        return JsonBytes(body, 200 if body["live"] else 503)
 
     async def scrape(self) -> Response:
         """GET /metrics"""
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
 
-def create_app(served: ServedModel, config: RuntimeConfig) -> FastAPI:
-    """The app over `served`. Its lifespan starts and stops the worker."""
-    api = Api(served, config)
+def create_app(fleet: Fleet, config: RuntimeConfig) -> FastAPI:
+    """The app over `fleet`. Its lifespan is that of the fleet's engines."""
+    api = Api(fleet, config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        served.worker.start()
-        try:
+        async with fleet.running():
             yield
-        finally:
-            served.worker.stop()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     add_error_table(app)
+    app.add_middleware(Holding)
     app.add_middleware(Counted, metrics=api.metrics)
     if config.cors_origins:
         app.add_middleware(

@@ -72,11 +72,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-async def with_json(body: bytes, handle: Callable[[Any], T]) -> T:
-    """`handle(parsed body)`, in a thread when the body is large or names a grammar."""
-
-    def work() -> T:
-        return handle(parse_json(body))
-
+async def off_loop(body: bytes, work: Callable[[], T]) -> T:
+    """`work()`, whose time depends on `body`: in a thread when that is large or names a grammar."""
     takes_long = len(body) > INLINE_BYTES or NAMES_GRAMMAR.search(body)
     return await asyncio.to_thread(work) if takes_long else work()

@@ -1,9 +1,10 @@
-"""What every HTTP exchange passes: the error table, the API key, and the count of requests."""
+"""What every HTTP exchange passes: the error table, the API key, the count of requests, and what is held meanwhile."""
 
 import hmac
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -11,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import EngineError, Overloaded, RequestError, Unauthorized
+from .errors import EngineError, NoRoom, Overloaded, RequestError, Unauthorized
 from .metrics import Metrics
 from .openai_error import error_body, to_error
 from .server_stream import JsonBytes
@@ -22,7 +23,7 @@ _log = logging.getLogger("deskside.server")
 def error_response(error: Exception) -> Response:
     """An error as the table says, with Retry-After where waiting helps."""
     status, body = to_error(error)
-    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, Overloaded) else {}
+    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, Overloaded | NoRoom) else {}
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     return JsonBytes(body, status, headers)
@@ -95,3 +96,24 @@ class Counted:
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             self._metrics.request_ended(route, status, time.monotonic() - started_s)
+
+
+EXCHANGE = "deskside.exchange"
+
+
+class Holding:
+    """Gives each exchange a stack of what it holds; all of it is let go once the answer is out, however it ended."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with AsyncExitStack() as held:
+            scope[EXCHANGE] = held
+            await self._app(scope, receive, send)
+
+
+def held_by(request: Request) -> AsyncExitStack:
+    """The stack of the exchange that `request` is part of."""
+    stack: AsyncExitStack = request.scope[EXCHANGE]
+    return stack

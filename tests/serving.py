@@ -1,24 +1,33 @@
-"""A real server on a free port of 127.0.0.1 over the toy model: the way every HTTP test reaches the code."""
+"""A real server on a free port of 127.0.0.1 over toy models: the way every HTTP test reaches the code."""
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import uvicorn
 
 from models.manifest import Manifest
+from models.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
+from runtime.fleet import Fleet, FleetOptions
+from runtime.fleet_model import Host
+from runtime.memory import Need
 from runtime.prompt import Prompter
+from runtime.sequence import Work
 from runtime.serve import DrainingServer, listen, url_of
 from runtime.served import ServedModel
+from runtime.served_names import Wanted
 from runtime.server import create_app
 from runtime.worker import Worker
+from runtime.worker_stream import Stream
 from tests.fakes import FakeLlama
 
 # Bounds a hang; no verdict depends on it.
@@ -46,9 +55,10 @@ class Gate:
 
 @dataclass
 class Running:
-    """A server that runs in a thread of this process."""
+    """A server that runs in a thread of this process. `served` and `llama` are its first model."""
 
     url: str
+    fleet: Fleet
     served: ServedModel
     server: DrainingServer
     llama: FakeLlama
@@ -67,31 +77,94 @@ class Running:
         return self.served.worker
 
 
+class Toys:
+    """Toy models by name, loaded as often as a fleet asks for them.
+
+    `make` gives each its model; `made` holds those that were loaded, in order, and `submitted` all requests.
+    `on_load` is called before each load with the name, in the thread that loads, and may block or raise.
+    """
+
+    def __init__(
+        self,
+        make: Mapping[str, Callable[[], FakeLlama]],
+        config: RuntimeConfig | None = None,
+        on_load: Callable[[str], None] = lambda _: None,
+        manifests: Mapping[str, Manifest] | None = None,
+    ) -> None:
+        self.config = config or RuntimeConfig(slots=4, queue=8)
+        self.made: list[tuple[str, FakeLlama]] = []
+        self.submitted: list[Work] = []
+        self.on_load = on_load
+        self._make = make
+        self._manifests = manifests or {}
+
+    def stored(self, name: str) -> StoredModel:
+        """Where the toy would lie."""
+        return StoredModel(name, Path(), self._manifests.get(name), Path(f"{name}.gguf"))
+
+    def host(self, name: str, *, needs: int = 1, adapters: Iterable[Wanted] = ()) -> Host:
+        """A toy that is not loaded, and claims to need so many bytes."""
+        stored = self.stored(name)
+        return Host(stored, (Wanted(name, stored), *adapters), Need(needs, 512, 0, 0, 0, overhead=0))
+
+    def load(self, stored: StoredModel, _: Mapping[str, Path]) -> ServedModel:
+        """A fleet's loader."""
+        self.on_load(stored.name)
+        llama = self._make[stored.name]()
+        self.made.append((stored.name, llama))
+        constrainer = LlGuidance(llama.tokenizer)
+        engine = Engine(llama, EngineOptions(max_running=self.config.slots), constrainer)
+        return ServedModel(
+            name=stored.name,
+            manifest=stored.manifest,
+            worker=_Noting(engine, self.submitted, queue=self.config.queue, slots=self.config.slots),
+            prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
+            tokenizer=llama.tokenizer,
+            constrainer=constrainer,
+            info=llama.info,
+        )
+
+
+class _Noting(Worker):
+    """Notes what is submitted. The toy model has no adapters, so the engine hears of none."""
+
+    def __init__(self, engine: Engine, submitted: list[Work], *, queue: int, slots: int) -> None:
+        super().__init__(engine, queue=queue, slots=slots)
+        self._submitted = submitted
+
+    def submit(self, *requests: Work) -> Stream:
+        stream = super().submit(*(replace(request, adapter=None) for request in requests))
+        self._submitted += requests
+        return stream
+
+
 @contextmanager
 def serving(
     llama: FakeLlama | None = None, config: RuntimeConfig | None = None, manifest: Manifest | None = None
 ) -> Iterator[Running]:
     """Serve `llama` under the name `toy` until the block ends."""
-    llama, config = llama or FakeLlama(script="hello"), config or RuntimeConfig(slots=4, queue=8)
-    constrainer = LlGuidance(llama.tokenizer)
-    engine = Engine(llama, EngineOptions(max_running=config.slots), constrainer)
-    served = ServedModel(
-        name="toy",
-        manifest=manifest,
-        worker=Worker(engine, queue=config.queue, slots=config.slots),
-        prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
-        tokenizer=llama.tokenizer,
-        constrainer=constrainer,
-        info=llama.info,
-    )
+    toy = llama or FakeLlama(script="hello")
+    toys = Toys({"toy": lambda: toy}, config, manifests={} if manifest is None else {"toy": manifest})
+    with serving_toys(toys, [toys.host("toy")]) as running:
+        yield running
+
+
+@contextmanager
+def serving_toys(toys: Toys, hosts: Sequence[Host], **options: Any) -> Iterator[Running]:
+    """Serve several toys until the block ends; `options` are those of the fleet. The first is loaded at the start."""
+    capacity = toys.config.slots + toys.config.queue
+    fleet = Fleet(hosts, toys.load, FleetOptions(capacity=capacity, **options))
+    fleet.load_at_start()
+    first = hosts[0].loaded
+    assert first is not None
     listener = listen("127.0.0.1", 0)
-    settings = uvicorn.Config(create_app(served, config), log_config=None, lifespan="on", http="h11", ws="none")
-    server = DrainingServer(settings, served.worker, config.drain_seconds, "toy")
+    settings = uvicorn.Config(create_app(fleet, toys.config), log_config=None, lifespan="on", http="h11", ws="none")
+    server = DrainingServer(settings, fleet, toys.config.drain_seconds, "toys")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     wait_until(lambda: server.started)
     with httpx.Client(base_url=url_of(listener), timeout=PATIENCE_S) as http:
-        running = Running(url_of(listener), served, server, llama, http)
+        running = Running(url_of(listener), fleet, first.base, server, toys.made[0][1], http)
         try:
             yield running
         finally:

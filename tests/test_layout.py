@@ -19,11 +19,12 @@ BETWEEN = {
 }
 # runtime, bottom to top. A file counts with the family its name begins with (server_routes: server).
 LEVELS = (
-    ("errors", "sequence", "config"),
+    ("errors", "sequence", "config", "memory"),
     ("llama", "prompt", "sampling", "constrain", "detokenize", "prefix", "scheduler", "scoring", "openai", "metrics"),
     ("engine",),
     ("worker",),
     ("intake", "served"),
+    ("fleet",),
     ("server", "serve", "batch", "chat", "doctor"),
     ("cli",),
 )

@@ -29,7 +29,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """How the toy model is to be made by the next command: FakeLlama's arguments."""
     arguments: dict[str, Any] = {}
 
-    def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
+    def load_model(stored: StoredModel, config: RuntimeConfig, _: object) -> ServedModel:
         llama = FakeLlama(**arguments)
         worker = Worker(Engine(llama, EngineOptions()), queue=config.queue, slots=config.slots)
         prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)

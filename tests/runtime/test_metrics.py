@@ -2,7 +2,7 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from runtime.metrics import Metrics
+from runtime.metrics import Metrics, ModelSample
 from runtime.sequence import EngineStats
 
 STATS = EngineStats(3, 2, 100, 512, 1000, 400, 50, 70, 1)
@@ -15,7 +15,7 @@ def samples(metrics: Metrics) -> dict[tuple[str, str], float]:
 
 def test_a_scrape_reads_the_engine_at_that_moment() -> None:
     held = [STATS]
-    metrics = Metrics(lambda: held[0], lambda: 5)
+    metrics = Metrics(lambda: [ModelSample("toy", 5, held[0])])
     found = samples(metrics)
     assert found["deskside_live", ""] == 5
     assert found["deskside_running", ""] == 3
@@ -31,7 +31,7 @@ def test_a_scrape_reads_the_engine_at_that_moment() -> None:
 
 
 def test_requests_are_counted_by_route_and_every_name_is_ours() -> None:
-    metrics, other = Metrics(lambda: STATS, lambda: 0), Metrics(lambda: STATS, lambda: 0)
+    metrics, other = (Metrics(lambda: [ModelSample("toy", 0, STATS)]) for _ in range(2))
     metrics.request_ended("/v1/models", 200, 0.01)
     metrics.request_ended("/v1/models", 200, 0.01)
     metrics.first_token(0.2)
@@ -41,3 +41,15 @@ def test_requests_are_counted_by_route_and_every_name_is_ours() -> None:
     assert found["deskside_time_to_first_token_seconds_sum", ""] == 0.2
     assert ("deskside_http_requests_total", "/v1/models") not in samples(other)
     assert all(name.startswith("deskside_") for name, _ in found)
+
+
+def test_each_model_has_a_series_of_its_own_and_one_that_is_not_loaded_only_its_loads() -> None:
+    models = [ModelSample("a", 5, STATS, loads=2, unloads=1), ModelSample("b", 0, None, loads=0, load_failures=3)]
+    families = text_string_to_metric_families(Metrics(lambda: models).render().decode())
+    found = {(s.name, s.labels["model"]): s.value for family in families for s in family.samples if "model" in s.labels}
+    assert (found["deskside_live", "a"], found["deskside_live", "b"]) == (5, 0)
+    assert (found["deskside_model_loaded", "a"], found["deskside_model_loaded", "b"]) == (1, 0)
+    assert (found["deskside_model_loads_total", "a"], found["deskside_model_unloads_total", "a"]) == (2, 1)
+    assert found["deskside_model_load_failures_total", "b"] == 3
+    assert found["deskside_running", "a"] == 3
+    assert ("deskside_running", "b") not in found
