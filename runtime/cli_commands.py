@@ -4,7 +4,6 @@ Everything heavy is imported inside a command, so that its help text costs nothi
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,18 +18,20 @@ DEFAULT_MODEL = "email-triage"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 MODEL_HELP = "An installed model, a path to a GGUF file, or BASE:ADAPTER."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-ModelsArgument = Annotated[Sequence[str], typer.Argument(metavar="MODEL…", help=MODEL_HELP)]
+ModelsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[MODEL]…", help=MODEL_HELP, show_default=DEFAULT_MODEL)
+]
 
 
 @with_config("engine", "server")
-def serve_command(config: RuntimeConfig, models: ModelsArgument = (DEFAULT_MODEL,)) -> None:
+def serve_command(config: RuntimeConfig, models: ModelsArgument = None) -> None:
     """Serve models to any OpenAI client, until SIGINT or SIGTERM; running answers are finished first.
 
     A request chooses by its field `model`; one that names none goes to the first.
     """
     from .serve import serve
 
-    serve(config, models)
+    serve(config, models or [DEFAULT_MODEL])
 
 
 @with_config("engine")
