@@ -7,6 +7,7 @@ decisions overlap; loads and unloads come one after another.
 """
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -255,12 +256,11 @@ class Fleet:
         self.require_open()
 
     async def _unload(self, host: Host) -> None:
-        loaded, host.loaded = host.loaded, None
-        assert loaded is not None, "only what is loaded is unloaded"
+        going, host.loaded = [host.loaded], None
         host.state = "unloading"
         host.unloads += 1
         try:
-            await asyncio.to_thread(loaded.base.worker.stop)
+            await asyncio.to_thread(_stop_and_free, going)
         finally:
             host.state = "unloaded"
         _log.info("%s is unloaded", host.name)
@@ -298,3 +298,13 @@ class Fleet:
             f"{host.name!r} needs about {mebibytes(host.need.total)}, the memory budget is {budget}, and these are "
             f"answering: {busy}; try again in a moment, or serve with a larger --memory-budget"
         )
+
+
+def _stop_and_free(going: list[Loaded | None]) -> None:
+    """Stop the engine that `going` holds, and no one else any more, and give its memory back."""
+    loaded = going.pop()
+    assert loaded is not None, "only what is loaded is unloaded"
+    loaded.base.worker.stop()
+    del loaded
+    # An engine's parts refer to one another: without this its weights stay until the collector comes by.
+    gc.collect()
