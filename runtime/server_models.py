@@ -10,7 +10,7 @@ from .served_names import Wanted
 
 
 def list_models(fleet: Fleet, created_s: int) -> dict[str, Any]:
-    """The body of GET /v1/models, in the order the models were named."""
+    """The body of GET /v1/models, in the order they were named, adapters beside their base."""
     return {"object": "list", "data": [_model(host, wanted, created_s) for host, wanted in fleet.served.values()]}
 
 
