@@ -172,7 +172,7 @@ class Fleet:
     async def _wait_for(self, host: Host) -> None:
         """Until `host` is usable. Raises what the load ended in, or that it failed a moment ago."""
         if host.broken and host.state == "ready":
-            self._fail(host, EngineDown(f"the engine of {host.name!r} stopped"))
+            self._note_breakdown(host)
         if host.state == "failed" and host.refusal is not None and self._clock() < host.retry_at_s:
             kind, text = host.refusal
             raise kind(f"{text}; it is tried again in {host.retry_at_s - self._clock():.0f} s at the earliest")
@@ -191,6 +191,13 @@ class Fleet:
         if host.refusal is not None:
             kind, text = host.refusal
             raise kind(text)
+
+    def _note_breakdown(self, host: Host) -> None:
+        assert host.loaded is not None, "only an engine that was loaded breaks"
+        try:
+            host.loaded.base.worker.require_room(0)
+        except EngineError as error:
+            self._fail(host, EngineDown(f"{host.name!r}: {error}"))
 
     async def _load(self, host: Host) -> None:
         """Make room and load. Raises nothing: what went wrong stands in `host.refusal`, for everyone who waits."""

@@ -14,17 +14,17 @@ from runtime.fleet_open import open_fleet
 
 pytestmark = pytest.mark.model
 
-FLAGS = {"slots": 2, "context": 1024, "threads": 1}
+FLAGS = {"slots": "2", "context": "1024", "threads": "1"}
 
 
 @pytest.fixture
 def http(base_gguf: Path, email_triage: StoredModel) -> Iterator[httpx.Client]:
     """A `deskside serve` of both whose budget is a little more than the larger one needs."""
     names = [str(base_gguf.parent), str(email_triage.folder)]
-    hosts = open_fleet(names, RuntimeConfig(**FLAGS), Store()).hosts
+    hosts = open_fleet(names, RuntimeConfig.from_text(FLAGS), Store()).hosts
     needs = [host.need.total for host in hosts]
     budget_gib = (max(needs) + min(needs) / 2) / 2**30
-    flags = [word for name, value in FLAGS.items() for word in (f"--{name}", str(value))]
+    flags = [word for name, value in FLAGS.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "runtime.cli", "serve", *names, "--port", "0", *flags]
     with subprocess.Popen(
         [*command, "--memory-budget", f"{budget_gib:.3f}"], stderr=subprocess.PIPE, text=True

@@ -11,8 +11,9 @@ from typer.testing import CliRunner, Result
 
 from models.cli import create_app, pull_command
 from models.errors import HashMismatch, ModelNotFound
+from models.manifest import Adapter, Base, dump_manifest
 from models.store import Store
-from tests.models.build import CONTENT, artefact, fill
+from tests.models.build import CONTENT, artefact, fill, manifest
 from tests.models.hub import FILE, REPO, Hub
 
 
@@ -38,6 +39,7 @@ def test_list_shows_what_is_installed_and_what_is_known() -> None:
     rows = {row["name"]: row for row in run_json("list")}
     assert set(rows) == {"tiny", "gemma-3-270m", "email-triage"}
     assert rows["tiny"]["state"] == "installed"
+    assert (rows["tiny"]["kind"], rows["email-triage"]["kind"]) == ("model", None)
     assert rows["tiny"]["size_bytes"] == len(CONTENT)
     assert rows["email-triage"]["state"] == "not installed"
     table = run("list").stdout
@@ -103,3 +105,16 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     heavy = ["huggingface_hub", "pydantic", "rich.table", "httpx", "numpy", "platformdirs"]
     ran = subprocess.run([sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
+
+
+def test_an_adapter_is_listed_as_one_and_its_card_says_how_to_serve_it(home: Store) -> None:
+    base = Base(name="tiny", sha256=artefact().sha256)
+    made = manifest("mail").model_copy(update={"kind": "adapter", "base": base, "adapter": Adapter(path="adapter")})
+    with home.staging("mail") as folder:
+        fill(folder, "mail")
+        (folder / "model.toml").write_text(dump_manifest(made))
+    assert {row["name"]: row["kind"] for row in run_json("list")}["mail"] == "adapter"
+    assert "adapter" in run("list").stdout
+    card = run("show", "mail").stdout
+    assert "deskside serve tiny:mail" in card
+    assert "applied while the base is served" in card

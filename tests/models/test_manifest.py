@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from models.errors import BadManifest
 from models.manifest import Adapter, Artefact, Base, Manifest, Prompt, Quality, dump_manifest, read_manifest
@@ -96,3 +97,13 @@ def test_a_malformed_manifest_is_refused_by_its_field(tmp_path: Path, text: str,
 def test_a_missing_manifest_is_refused_by_its_path(tmp_path: Path) -> None:
     with pytest.raises(BadManifest, match=r"model\.toml"):
         read_manifest(tmp_path / "model.toml")
+
+
+def test_an_adapter_names_its_base_and_has_one_file() -> None:
+    artefact = Artefact(file="a.gguf", quantization="F16", size_bytes=1, sha256="a" * 64)
+    base = Base(name="base", sha256="b" * 64)
+    adapter = Manifest(kind="adapter", name="mail", licence="MIT", base=base, artefacts=(artefact,))
+    assert 'kind = "adapter"' in dump_manifest(adapter)
+    for wrong in ({"base": None}, {"artefacts": ()}, {"artefacts": (artefact, artefact)}):
+        with pytest.raises(ValidationError, match="needs a base and exactly one artefact"):
+            Manifest.model_validate(adapter.model_dump() | wrong)

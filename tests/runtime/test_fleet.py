@@ -350,7 +350,7 @@ def test_an_engine_that_breaks_harms_no_other_and_is_loaded_again_later() -> Non
         assert states(fleet)["b"] == "failed"
         assert not fleet.broken
         for _ in range(2):
-            with pytest.raises(EngineDown, match="the engine of 'b' stopped; it is tried again in 15 s"):
+            with pytest.raises(EngineDown, match="'b': the engine stopped: -3; it is tried again in 15 s"):
                 await use(fleet, "b")
         clock.now_s += RETRY_SECONDS
         assert await answer(fleet, "b") == "again"
