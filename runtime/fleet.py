@@ -209,8 +209,6 @@ class Fleet:
                 host.state = "loading"
                 loaded = await asyncio.to_thread(self._load_now, host)
                 self._arrive(host, loaded)
-                if self._closed:
-                    await self._unload(host)
         except (NoRoom, ShuttingDown) as error:
             host.state, host.refusal = "unloaded", (type(error), str(error))
         except Exception as error:  # noqa: BLE001 - whatever it was, those who wait must hear of it
