@@ -11,7 +11,8 @@ from collections import deque
 
 import numpy as np
 
-from .prefix import PrefixCache, common_prefix
+from .prefix import PrefixCache
+from .prefix_tree import common_prefix
 from .sequence import Chunk, Match, Plan, Sequence
 
 # A waiting request holds back while an older one computes at least so many tokens that both begin with. Fewer are
