@@ -12,13 +12,13 @@ from collections import deque
 import numpy as np
 
 from .prefix import PrefixCache
-from .prefix_tree import common_prefix
+from .prefix_tree import PrefixTree
 from .sequence import Chunk, Match, Plan, Sequence
 
-# A waiting request holds back while an older one computes at least so many tokens that both begin with. Fewer are
-# sooner computed twice than waited for.
+# A waiting request holds back while another computes at least so many tokens that both begin with. Fewer are sooner
+# computed twice than waited for.
 HOLD_BACK_TOKENS = 32
-# Held-back requests that others may overtake in one step: bounds the prompt comparisons.
+# Held-back requests that others may overtake in one step: bounds the look-ups.
 LOOK_PAST = 8
 # Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
 HEADROOM_TOKENS = 16
@@ -37,6 +37,7 @@ class Scheduler:
         self._max_rows = step_tokens if max_rows is None else max_rows
         self._limit = step_tokens
         self._tokens: dict[int, np.ndarray] = {}
+        self._prefilling = PrefixTree()  # by arrival: what will be known once it is computed
         self._suspects: deque[Sequence] = deque()
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -62,6 +63,8 @@ class Scheduler:
             assert chunk.sequence.seq_id is not None
             self._ledger.extend(chunk.sequence.seq_id, chunk.count)
             chunk.sequence.n_computed += chunk.count
+            if not _is_prefilling(chunk.sequence):
+                self._prefilling.discard(chunk.sequence.arrival)
 
     def shrink(self, plan: Plan) -> bool:
         """The plan found no room in the real cache: do less next time. False when nothing less can be done."""
@@ -96,6 +99,7 @@ class Scheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
+        self._prefilling.discard(sequence.arrival)
         sequence.seq_id = None
         del self._tokens[sequence.arrival]
 
@@ -135,24 +139,22 @@ class Scheduler:
         return Chunk(sequence, start, count, max(count - without_rows, 0)) if count > 0 else None
 
     def _match(self, sequence: Sequence) -> Match | None:
-        """The prefix `sequence` would start from; None if an older one is just computing a much longer one."""
+        """The prefix `sequence` would start from; None if another one is just computing a much longer one."""
         tokens = self._tokens[sequence.arrival][: _first_row(sequence) + 1]
-        match = self._ledger.match(tokens)
-        for other in self.running:
-            if _is_prefilling(other) and other.arrival < sequence.arrival:
-                coming = common_prefix(tokens[:-1], self._tokens[other.arrival])
-                if coming - match.length >= HOLD_BACK_TOKENS:
-                    return None
-        return match
+        match = self._ledger.match(tokens, sequence.request.adapter)
+        _, coming = self._prefilling.match(tokens[:-1], sequence.request.adapter)
+        return match if coming - match.length < HOLD_BACK_TOKENS else None
 
     def _join(self, sequence: Sequence, match: Match, others: list[Chunk]) -> Chunk | None:
         """Let `sequence` run if there is an id for it and, unless it would be alone, room for all of its tokens."""
         needed = len(sequence.tokens) - match.length + sum(map(_outstanding, self.running))
         if self.running and not self._ledger.can_hold(needed, match):
             return None
-        seq_id = self._ledger.admit(self._tokens[sequence.arrival], match)
+        tokens, adapter = self._tokens[sequence.arrival], sequence.request.adapter
+        seq_id = self._ledger.admit(tokens, match, adapter)
         if seq_id is None:
             return None
+        self._prefilling.add(sequence.arrival, tokens, adapter)
         found = min(match.length, len(sequence.request.prompt))
         sequence.n_cached = found if sequence.n_generated == sequence.n_ahead else min(found, sequence.n_cached)
         sequence.seq_id, sequence.n_computed = seq_id, match.length
@@ -163,6 +165,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.seq_id is not None
         self._ledger.release(sequence.seq_id)
+        self._prefilling.discard(sequence.arrival)
         self.running.remove(sequence)
         sequence.seq_id, sequence.n_computed = None, 0
         self.n_preemptions += 1
