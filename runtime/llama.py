@@ -7,7 +7,8 @@ the process when the cache is not unified), and sliding-window layers keep every
 
 import ctypes
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from llama_cpp import llama_cpp
 
 from .config import physical_cores
 from .errors import BatchInvalid, DecodeAborted, DecodeFailed, EngineError, LoadFailed, NoKvSlot
+from .llama_adapters import Adapters
 from .llama_handle import AMX_UNUSED, ModelHandle, system_info
 from .llama_log import last_errors
 from .llama_protocol import ModelInfo
@@ -35,6 +37,7 @@ class LoadOptions:
     `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
     most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is
     the physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
+    `adapters` are LoRA GGUF files for this model, by the name under which requests ask for them.
     """
 
     n_ctx: int = 8192
@@ -44,6 +47,7 @@ class LoadOptions:
     n_threads: int | None = None
     gpu_layers: int | None = None
     use_mmap: bool = True
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Llama:
@@ -53,6 +57,7 @@ class Llama:
         """Make a context. Use `load`, which also opens the model. Raises LoadFailed."""
         # llama.cpp aborts the process if it may not give each sequence a row.
         n_outputs = max(options.n_outputs or 0, options.n_seq_max)
+        self._adapters = Adapters(model, options.adapters)
         self._context = _new_context(model, path, options, n_outputs)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._finalizer = weakref.finalize(self, llama_cpp.llama_free, self._context)
@@ -81,6 +86,11 @@ class Llama:
         if n_rows == 0:
             return np.empty((0, self.info.n_vocab), np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (n_rows, self.info.n_vocab))
+
+    def use_adapter(self, name: str | None) -> None:
+        """Compute with adapter `name` of `info.adapters` from the next decode on; None: with none."""
+        self._require_open()
+        self._adapters.apply(self._context, name)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Let `target`, an empty sequence, share the first `length` cells of `source`. Moves no data."""
@@ -194,6 +204,7 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
         gpu_layers=gpu_layers,
         chat_template=metadata.get("tokenizer.chat_template"),
         metadata=metadata,
+        adapters=tuple(options.adapters),
     )
 
 

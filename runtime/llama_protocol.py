@@ -18,6 +18,7 @@ class ModelInfo:
 
     `n_ctx` counts the cells of the unified KV cache: all sequences together hold no more tokens than that.
     `n_seq_max` bounds sequence ids (0 … n_seq_max-1), `n_batch` the tokens of one decode. `gpu_layers` -1 is all.
+    `adapters` are the names of the LoRA adapters that are loaded with it.
     """
 
     n_vocab: int
@@ -34,6 +35,7 @@ class ModelInfo:
     gpu_layers: int
     chat_template: str | None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
 
 
 class TokenizerLike(Protocol):
@@ -95,6 +97,12 @@ class LlamaLike(Protocol):
 
         Raises NoKvSlot and BatchInvalid (nothing was changed), DecodeAborted and DecodeFailed (part of the batch may
         lie in the cache).
+        """
+
+    def use_adapter(self, name: str | None) -> None:
+        """Compute with adapter `name` of `info.adapters` from the next decode on; None: with none.
+
+        Costs nothing if it is applied already. What is in the cache stays as it was computed.
         """
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
