@@ -70,7 +70,7 @@ class Request:
 class Question:
     """Which of `choices` follows `prompt`, all as token ids: none empty, no two choices alike.
 
-    A choice has been said once one of the tokens `ends` follows it.
+    A choice has been said with its last token; where another choice goes on from there, once one of `ends` follows it.
     """
 
     prompt: tuple[int, ...]
@@ -234,8 +234,9 @@ class Finished:
 class Scored:
     """Terminal: every question is answered. For each its choices' natural-log probabilities, in order.
 
-    They are the model's own, not normalised among the choices. Of a choice that cannot matter it is an upper bound.
-    `completion_tokens` counts the choices' tokens that were computed.
+    They are the model's own, not normalised among the choices: the sum over the choice's tokens, and over what ends it
+    where another choice goes on from it. Of a choice that cannot matter it is an upper bound.
+    `completion_tokens` counts the choices' tokens that were computed, which may be none.
     """
 
     request_id: str
