@@ -257,7 +257,11 @@ Event = TextDelta | Finished | Scored | Failed
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine holds right now."""
+    """What the engine holds right now, and has done since it began.
+
+    Of `step_seconds_total`, the wall-clock time of all steps, `decode_seconds_total` went by inside the model's decode;
+    the rest is planning, sampling and emitting.
+    """
 
     running: int
     waiting: int
@@ -268,3 +272,5 @@ class EngineStats:
     generated_tokens_total: int
     steps_total: int
     preemptions_total: int
+    decode_seconds_total: float = 0.0
+    step_seconds_total: float = 0.0
