@@ -7,14 +7,16 @@ from typing import Any
 from .batch_input import BatchLine
 from .errors import Overloaded
 from .intake import Serving, fold, prepare
+from .intake_embeddings import fold_embedding, prepare_embedding
 from .openai import MAX_CHOICES
-from .openai_answer import Call
 from .openai_error import to_error
 from .openai_fields import Kind
+from .sequence import Work
 from .worker import Worker
 from .worker_stream import Stream
 
 KINDS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
+EMBEDDINGS = "/v1/embeddings"
 
 
 def queue_for(window: int) -> int:
@@ -32,17 +34,20 @@ class EngineAnswerer:
 
     async def answer(self, line: BatchLine) -> dict[str, object]:
         """OpenAI's response body. Cancelled, it frees what the engine holds for the line."""
-        call = prepare(KINDS[line.url], _with_seed(line), self._served)
         try:
-            return await fold(call, await self._submit(call))
+            if line.url == EMBEDDINGS:
+                asked = prepare_embedding(line.body, self._served)
+                return await fold_embedding(asked, await self._submit(asked.embedding))
+            call = prepare(KINDS[line.url], _with_seed(line), self._served)
+            return await fold(call, await self._submit(*call.requests))
         finally:
             self._ended.set()
 
-    async def _submit(self, call: Call) -> Stream:
+    async def _submit(self, *work: Work) -> Stream:
         while True:
             self._ended.clear()
             try:
-                return self._worker.submit(*call.requests)
+                return self._worker.submit(*work)
             except Overloaded:
                 await self._ended.wait()
 
