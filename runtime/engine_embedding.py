@@ -195,6 +195,9 @@ def _batch(pieces: Iterable[_Piece]) -> Batch:
 
 def check_embedding(embedding: Embedding, info: ModelInfo) -> None:
     """Raise InvalidRequest or ContextTooLong for what the edge should have refused."""
+    if embedding.adapter is not None:
+        message = f"embeddings under an adapter ({embedding.adapter!r}) are not supported; ask for those of the base"
+        raise InvalidRequest(message, param="model")
     if not embedding.prompts:
         raise InvalidRequest("there is nothing to embed: no texts", param="input")
     for prompt in embedding.prompts:

@@ -219,6 +219,11 @@ def test_what_the_edge_should_have_refused(prompts: tuple[tuple[int, ...], ...],
     assert not engine.has_work
 
 
+def test_an_adapter_is_refused_rather_than_left_out() -> None:
+    with pytest.raises(InvalidRequest, match="adapter \\('a'\\) are not supported"):
+        Engine(FakeLlama()).add(replace(texts("e", "x"), adapter="a"))
+
+
 def test_an_id_is_live_once() -> None:
     engine = Engine(FakeLlama())
     engine.add(texts("e", "x"))
