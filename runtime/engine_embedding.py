@@ -97,7 +97,7 @@ class Embedder:
         pieces = self._plan()
         suspect = self._suspects[0] if self._suspects else None
         try:
-            rows = self._llama.embed(_batch(pieces))
+            rows = self._llama.embed(_batch(pieces), pieces[0].text.job.embedding.adapter)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the fault of one of these at most
             return self._take_apart(pieces, error)
         events: list[Event] = []
@@ -109,7 +109,7 @@ class Embedder:
         return events
 
     def _plan(self) -> list[_Piece]:
-        """The begun text, then one text of each request in turn, as long as there is room."""
+        """The begun text, then one text of each request in turn, as long as there is room; all under one adapter."""
         room = self._llama.info.embed_n_batch
         pieces: list[_Piece] = []
         for text in self._texts():
@@ -121,13 +121,15 @@ class Embedder:
         return pieces
 
     def _texts(self) -> Iterator[_Text]:
-        taken = set()
-        if self._begun is not None:
-            taken.add(self._begun.seq_id)
-            yield self._begun
+        begun = self._begun
         jobs = deque([self._suspects[0]]) if self._suspects else self._turns
-        free = (seq_id for seq_id in range(self._llama.info.embed_n_seq_max) if seq_id not in taken)
-        while waiting := next((job for job in jobs if job.todo), None):
+        first = begun.job if begun is not None else next(job for job in jobs if job.todo)
+        if begun is not None:
+            yield begun
+        ids = range(self._llama.info.embed_n_seq_max)
+        free = (seq_id for seq_id in ids if begun is None or seq_id != begun.seq_id)
+        alike = [job for job in jobs if job.embedding.adapter == first.embedding.adapter]
+        while waiting := next((job for job in jobs if job in alike and job.todo), None):
             jobs.remove(waiting)
             jobs.append(waiting)
             yield _Text(waiting, waiting.todo.popleft(), next(free))
@@ -195,9 +197,6 @@ def _batch(pieces: Iterable[_Piece]) -> Batch:
 
 def check_embedding(embedding: Embedding, info: ModelInfo) -> None:
     """Raise InvalidRequest or ContextTooLong for what the edge should have refused."""
-    if embedding.adapter is not None:
-        message = f"embeddings under an adapter ({embedding.adapter!r}) are not supported; ask for those of the base"
-        raise InvalidRequest(message, param="model")
     if not embedding.prompts:
         raise InvalidRequest("there is nothing to embed: no texts", param="input")
     for prompt in embedding.prompts:

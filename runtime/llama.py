@@ -6,7 +6,8 @@ the process when the cache is not unified), and sliding-window layers keep every
 """
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from llama_cpp import llama_cpp
 
 from .config import physical_cores
 from .errors import BatchInvalid, EngineError, LoadFailed
+from .llama_adapters import Adapters
 from .llama_batch import BatchArrays, decode_error
 from .llama_embed import EmbedContext, embed_info
 from .llama_handle import ModelHandle
@@ -33,6 +35,7 @@ class LoadOptions:
     `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
     most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is
     the physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
+    `adapters` are LoRA GGUF files for this model, by the name under which requests ask for them.
     """
 
     n_ctx: int = 8192
@@ -42,6 +45,7 @@ class LoadOptions:
     n_threads: int | None = None
     gpu_layers: int | None = None
     use_mmap: bool = True
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Llama:
@@ -51,6 +55,7 @@ class Llama:
         """Make a context. Use `load`, which also opens the model. Raises LoadFailed."""
         # llama.cpp aborts the process if it may not give each sequence a row.
         n_outputs = max(options.n_outputs or 0, options.n_seq_max)
+        self._adapters = Adapters(model, options.adapters)
         self._context = _new_context(model, path, options, n_outputs)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._finalizer = weakref.finalize(self, llama_cpp.llama_free, self._context)
@@ -82,7 +87,7 @@ class Llama:
             return np.empty((0, self.info.n_vocab), np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (n_rows, self.info.n_vocab))
 
-    def embed(self, batch: Batch) -> np.ndarray:
+    def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
         """The last layer's rows for `batch`, float32 of shape (tokens, n_embd), as `LlamaLike.embed` says.
 
         The first call makes a second, small context on the same weights, so that text is never in its way. Raises
@@ -90,12 +95,17 @@ class Llama:
         """
         self._require_open()
         if self._embedder is None:
-            self._embedder = EmbedContext(self._model, self.info)
+            self._embedder = EmbedContext(self._model, self.info, self._adapters.again())
         try:
-            return self._embedder.embed(batch)
+            return self._embedder.embed(batch, adapter)
         except EngineError:
             self._embedder = None  # whatever state it is in, the next call begins with another
             raise
+
+    def use_adapter(self, name: str | None) -> None:
+        """Compute with adapter `name` of `info.adapters` from the next decode on; None: with none."""
+        self._require_open()
+        self._adapters.apply(self._context, name)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Let `target`, an empty sequence, share the first `length` cells of `source`. Moves no data."""
@@ -182,6 +192,7 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
         gpu_layers=gpu_layers,
         chat_template=metadata.get("tokenizer.chat_template"),
         metadata=metadata,
+        adapters=tuple(options.adapters),
         **embed_info(model, metadata, options.n_batch),
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 from llama_cpp import llama_cpp
 
 from .errors import BatchInvalid, LoadFailed
+from .llama_adapters import Adapters
 from .llama_batch import BatchArrays, decode_error
 from .llama_handle import ModelHandle
 from .llama_log import last_errors
@@ -58,10 +59,11 @@ def embed_info(model: ModelHandle, metadata: Mapping[str, str], n_batch: int) ->
 class EmbedContext:
     """A context that gives rows instead of logits. One thread owns it; after an error it is not to be used again."""
 
-    def __init__(self, model: ModelHandle, info: ModelInfo) -> None:
+    def __init__(self, model: ModelHandle, info: ModelInfo, adapters: Adapters) -> None:
         """Make a context with the bounds of `info`. Raises LoadFailed."""
         self._model = model  # the weights must outlive the context
         self._info = info
+        self._adapters = adapters
         self._callback = _cut_after_rows()
         self._context = _new_context(model, info, self._callback)
         weakref.finalize(self, llama_cpp.llama_free, self._context).atexit = False
@@ -69,14 +71,15 @@ class EmbedContext:
         self._arrays = BatchArrays(info.embed_n_batch)
         self._held: set[int] = set()
 
-    def embed(self, batch: Batch) -> np.ndarray:
-        """The rows of `batch`, float32 of shape (tokens, n_embd), in its order. Raises EngineError."""
+    def embed(self, batch: Batch, adapter: str | None) -> np.ndarray:
+        """The rows of `batch` under `adapter`, float32 of shape (tokens, n_embd), in its order. Raises EngineError."""
         n_tokens = len(batch.tokens)
         if not 0 < n_tokens <= self._info.embed_n_batch:
             raise BatchInvalid(f"a batch of {n_tokens} tokens to embed, limit {self._info.embed_n_batch}")
         going_on = set(batch.seq_ids.tolist()) - set(batch.seq_ids[batch.positions == 0].tolist())
         for seq_id in self._held - going_on:
             llama_cpp.llama_memory_seq_rm(self._memory, seq_id, 0, -1)
+        self._adapters.apply(self._context, adapter)
         code = llama_cpp.llama_decode(self._context, self._arrays.fill(batch))
         if code != 0:
             raise decode_error(code, n_tokens)

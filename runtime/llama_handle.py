@@ -19,7 +19,7 @@ class ModelHandle:
 
     def __init__(self, path: Path, *, gpu_layers: int = 0, use_mmap: bool = True, vocab_only: bool = False) -> None:
         """Open a GGUF file. Raises LoadFailed with llama.cpp's reason."""
-        _check_file(path)
+        check_file(path)
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
@@ -54,7 +54,7 @@ def _has_amx() -> bool:
     return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """What llama.cpp would say less clearly."""
     try:
         with path.open("rb") as file:

@@ -22,6 +22,7 @@ class ModelInfo:
     `n_seq_max` bounds sequence ids (0 … n_seq_max-1), `n_batch` the tokens of one decode. `gpu_layers` -1 is all.
     The `embed_…` fields bound `LlamaLike.embed` alike; a text of at most `embed_n_ctx` tokens can be embedded.
     `pooling` says which of a text's rows, each `n_embd` wide, make up its vector.
+    `adapters` are the names of the LoRA adapters that are loaded with it.
     """
 
     n_vocab: int
@@ -43,6 +44,7 @@ class ModelInfo:
     embed_n_seq_max: int = 0
     embed_n_batch: int = 0
     pooling: Pooling = "mean"
+    adapters: tuple[str, ...] = ()
 
 
 class TokenizerLike(Protocol):
@@ -106,11 +108,18 @@ class LlamaLike(Protocol):
         lie in the cache).
         """
 
-    def embed(self, batch: Batch) -> np.ndarray:
-        """Compute `batch` beside the KV cache; the last layer's rows, float32 of shape (tokens, n_embd).
+    def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
+        """Compute `batch` beside the KV cache, under `adapter` of `info.adapters` (None: with none).
 
-        Sequence ids are a space of their own. A sequence goes on from the call before, or begins anew at position 0;
-        one that is not in the batch is forgotten. Raises EngineError, after which every sequence is.
+        The last layer's rows, float32 of shape (tokens, n_embd). Sequence ids are a space of their own: a sequence goes
+        on from the call before, or begins anew at position 0; one that is not in the batch is forgotten. Raises
+        EngineError, after which every sequence is.
+        """
+
+    def use_adapter(self, name: str | None) -> None:
+        """Compute with adapter `name` of `info.adapters` from the next decode on; None: with none.
+
+        Costs nothing if it is applied already. What is in the cache stays as it was computed.
         """
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:

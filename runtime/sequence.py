@@ -177,10 +177,11 @@ Edit = Copy | Remove
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step does: edit the KV cache, in this order, then compute these chunks in one decode."""
+    """What one step does: edit the KV cache, in this order, then compute these chunks in one decode under `adapter`."""
 
     edits: tuple[Edit, ...]
     chunks: tuple[Chunk, ...]
+    adapter: str | None = None
 
     @property
     def n_tokens(self) -> int:

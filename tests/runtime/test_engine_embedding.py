@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from runtime.engine import Engine
-from runtime.errors import BatchInvalid, Cancelled, ContextTooLong, DecodeFailed, EngineError, InvalidRequest
+from runtime.errors import (
+    BatchInvalid,
+    Cancelled,
+    ContextTooLong,
+    DecodeFailed,
+    EngineError,
+    InvalidRequest,
+    ModelUnknown,
+)
 from runtime.llama_protocol import Pooling
 from runtime.sequence import (
     Batch,
@@ -35,8 +43,8 @@ def chat(name: str, tokens: int = 8) -> Request:
     return Request(name, (BOS, *b"hello"), SamplingParams(tokens, temperature=0, ignore_eos=True))
 
 
-def naive(llama: FakeLlama, prompt: tuple[int, ...]) -> np.ndarray:
-    rows = np.stack([llama.row(prompt[: end + 1]) for end in range(len(prompt))])
+def naive(llama: FakeLlama, prompt: tuple[int, ...], adapter: str | None = None) -> np.ndarray:
+    rows = np.stack([llama.row(prompt[: end + 1], adapter) for end in range(len(prompt))])
     pooled = {"mean": rows.mean(axis=0), "cls": rows[0], "last": rows[-1]}[llama.info.pooling]
     vector: np.ndarray = pooled / np.linalg.norm(pooled)
     return vector
@@ -197,7 +205,7 @@ def test_a_fatal_error_of_the_text_ends_embeddings_too() -> None:
 
 def test_a_vector_that_is_no_direction_is_an_error() -> None:
     llama = FakeLlama()
-    llama.row = lambda history: np.full(llama.info.n_embd, np.nan, np.float32)  # type: ignore[method-assign]
+    llama.row = lambda history, adapter=None: np.full(llama.info.n_embd, np.nan, np.float32)  # type: ignore[method-assign]
     event = run(Engine(llama), texts("e", "x"))["e"]
     assert isinstance(event, Failed)
     assert type(event.error) is EngineError
@@ -219,8 +227,21 @@ def test_what_the_edge_should_have_refused(prompts: tuple[tuple[int, ...], ...],
     assert not engine.has_work
 
 
-def test_an_adapter_is_refused_rather_than_left_out() -> None:
-    with pytest.raises(InvalidRequest, match="adapter \\('a'\\) are not supported"):
+def test_a_decode_has_one_adapter_and_nobody_starves() -> None:
+    llama = FakeLlama(adapters=("a", "b"))
+    asked = [
+        replace(texts(f"{adapter}{n}", f"text {n}", "y" * 50, "z"), adapter=adapter)
+        for n in range(3)
+        for adapter in (None, "a", "b")
+    ]
+    ended = run(Engine(llama), *asked)
+    for one in asked:
+        for vector, prompt in zip(vectors(ended[one.id]), one.prompts, strict=True):
+            np.testing.assert_allclose(vector, naive(llama, prompt, one.adapter), atol=1e-5)
+
+
+def test_an_adapter_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ModelUnknown, match="'a' is not loaded"):
         Engine(FakeLlama()).add(replace(texts("e", "x"), adapter="a"))
 
 
