@@ -18,6 +18,7 @@ import numpy as np
 from .constrain_protocol import Constrainer
 from .detokenize import TextStream
 from .engine_answer import Answer
+from .engine_embedding import Embedder, check_embedding
 from .engine_guide import begin
 from .engine_scoring import ARRIVALS, Scorer, check_scoring
 from .engine_stopwatch import Stopwatch
@@ -40,6 +41,7 @@ from .sequence import (
     Chunk,
     Copy,
     Edit,
+    Embedding,
     EngineStats,
     Event,
     Failed,
@@ -106,6 +108,7 @@ class Engine:
         self._constrainer = constrainer
         self._guides = ThreadPoolExecutor(1, "deskside-guides")  # one: a grammar has one reader at a time
         self._scorer = Scorer(self._scheduler, self._next_arrival, max(1, options.max_running // 2))
+        self._embedder = Embedder(llama)
         self._answers: dict[str, Answer] = {}
         self._failure: DecodeFailed | None = None
         self._n_arrivals = 0
@@ -118,6 +121,10 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
+        return bool(self._writes or self._embedder.live)
+
+    @property
+    def _writes(self) -> bool:
         return bool(self._answers or self._scorer.live)
 
     @property
@@ -140,6 +147,10 @@ class Engine:
             check_scoring(request, self._llama.info.n_vocab, self._llama.info.n_ctx)
             self._scorer.add(request)
             return
+        if isinstance(request, Embedding):
+            check_embedding(request, self._llama.info)
+            self._embedder.add(request)
+            return
         self._check(request)
         answer = self._open(request)
         self._answers[request.id] = answer
@@ -154,13 +165,18 @@ class Engine:
         return events
 
     def step(self) -> list[Event]:
-        """At most one decode, and what came of it. A fatal error fails every request; only the next step raises it."""
+        """At most one decode, and what came of it. A fatal error fails every request; only the next step raises it.
+
+        While there are both, embeddings and text take turns.
+        """
         self._raise_if_dead()
         with self._stepping:
             return self._step()
 
     def _step(self) -> list[Event]:
         try:
+            if self._embedder.takes_step(text_waits=self._writes):
+                return self._embedder.step()
             plan = self._scheduler.plan()
             if plan is None:
                 return []
@@ -178,7 +194,7 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             kv_cells_used=self._ledger.used_cells,
             kv_cells_total=self._ledger.n_cells,
-            prompt_tokens_total=self._n_prompt + self._scorer.n_prompt,
+            prompt_tokens_total=self._n_prompt + self._scorer.n_prompt + self._embedder.n_prompt,
             cached_tokens_total=self._n_cached + self._scorer.n_cached,
             generated_tokens_total=self._n_generated,
             steps_total=self._n_steps,
@@ -304,14 +320,16 @@ class Engine:
 
     def _fail(self, request_id: str, error: Exception) -> list[Event]:
         answer = self._answers.pop(request_id, None)
-        if answer is None:
-            self._scorer.drop(request_id)
-        else:
+        if answer is not None:
             self._scheduler.drop(answer.sequence)
+        elif request_id in self._embedder.live:
+            self._embedder.drop(request_id)
+        else:
+            self._scorer.drop(request_id)
         return [Failed(request_id, error)]
 
     def _is_live(self, request_id: str) -> bool:
-        return request_id in self._answers or request_id in self._scorer.live
+        return any(request_id in live for live in (self._answers, self._scorer.live, self._embedder.live))
 
     def _next_arrival(self) -> int:
         arrival, self._n_arrivals = self._n_arrivals, self._n_arrivals + ARRIVALS
@@ -324,8 +342,9 @@ class Engine:
         else:
             fatal = error
         self._failure = fatal
-        failed, self._answers = [*self._answers, *self._scorer.live], {}
+        failed, self._answers = [*self._answers, *self._scorer.live, *self._embedder.live], {}
         self._scorer.clear()
+        self._embedder.clear()
         return [Failed(request_id, fatal) for request_id in failed]
 
     def _raise_if_dead(self) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from runtime.errors import BatchInvalid, DecodeAborted, DecodeFailed, LoadFailed, NoKvSlot
-from runtime.llama import LoadOptions, backend_name, decode_error, load, load_tokenizer
+from runtime.llama import LoadOptions, backend_name, load, load_tokenizer
+from runtime.llama_batch import decode_error
 from runtime.llama_handle import system_info
 
 
