@@ -3,6 +3,7 @@
 llama.cpp applies an adapter to a whole decode. After a change it reserves the compute buffers of the context anew.
 """
 
+import copy
 import ctypes
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,12 @@ class Adapters:
         """Open LoRA GGUF files, before there is a context. Raises LoadFailed with llama.cpp's reason."""
         self._pointers = {name: _open(model, name, path) for name, path in paths.items()}
         self._applied: str | None = None
+
+    def again(self) -> "Adapters":
+        """The same adapters, for another context of the model."""
+        other = copy.copy(self)
+        other._applied = None
+        return other
 
     def apply(self, context: Any, name: str | None) -> None:
         """From now on `context` computes with adapter `name` (None: with none). Costs nothing if it does already."""

@@ -17,6 +17,7 @@ from runtime.sequence import Batch
 
 BOS, EOS, START_OF_TURN, END_OF_TURN = 256, 257, 258, 259
 FAKE_VOCAB = 260
+FAKE_WIDTH = 16
 SPECIALS = {"<bos>": BOS, "<eos>": EOS, "<start_of_turn>": START_OF_TURN, "<end_of_turn>": END_OF_TURN}
 FAKE_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n"
@@ -82,6 +83,10 @@ def fake_info(
         n_threads=1,
         gpu_layers=0,
         chat_template=FAKE_TEMPLATE,
+        n_embd=FAKE_WIDTH,
+        embed_n_ctx=n_ctx // 2,
+        embed_n_seq_max=8,
+        embed_n_batch=32,
         adapters=adapters,
     )
 
@@ -104,9 +109,10 @@ class FakeLlama:
     `script` says what it answers: a text, which follows any prompt (as long as the prompt does not end with the text's
     own beginning) and then ends the turn; a function from the whole history to the next token; or None for logits
     drawn from a hash of the history. `fail_at` raises an error at the k-th decode (counted from 0); `on_decode` is
-    called with k before every decode and may block, to hold the engine at a known place. `cells_hidden` takes cells
-    away behind the engine's back, so that NoKvSlot comes unforeseen. Logits depend on the adapter too, and
-    a cell that was computed under another one than is applied must not be read. `applied` tells each decode's adapter.
+    called with k before every decode and may block, to hold the engine at a known place. `on_embed` is called with
+    every batch to embed, and may raise. `cells_hidden` takes cells away behind the engine's back, so that NoKvSlot
+    comes unforeseen. Logits depend on the adapter too, and a cell that was computed under another one than is applied
+    must not be read. `applied` tells each decode's adapter.
     """
 
     def __init__(
@@ -117,6 +123,7 @@ class FakeLlama:
         script: Script | None = None,
         fail_at: Mapping[int, Exception] | None = None,
         on_decode: Callable[[int, Batch], None] | None = None,
+        on_embed: Callable[[Batch], None] | None = None,
         adapters: tuple[str, ...] = (),
     ) -> None:
         self.info = fake_info(n_ctx, n_seq_max, n_batch, adapters=adapters)
@@ -124,6 +131,8 @@ class FakeLlama:
         self.script = script
         self.fail_at = dict(fail_at or {})
         self.on_decode = on_decode
+        self.on_embed = on_embed
+        self._embedded: dict[int, tuple[int, ...]] = {}
         self.cells_hidden = 0
         self.decodes = 0
         self.batches: list[Batch] = []
@@ -196,6 +205,30 @@ class FakeLlama:
         answer: list[int] = [*(self.script or "").encode(), EOS]
         said = next(k for k in range(len(answer) - 1, -1, -1) if k == 0 or list(history[-k:]) == answer[:k])
         return answer[said]
+
+    def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
+        assert adapter is None or adapter in self.info.adapters
+        held, self._embedded = self._embedded, {}
+        assert 0 < len(batch.tokens) <= self.info.embed_n_batch
+        if self.on_embed is not None:
+            self.on_embed(batch)
+        rows = []
+        for token, position, seq_id in zip(
+            *(a.tolist() for a in (batch.tokens, batch.positions, batch.seq_ids)), strict=True
+        ):
+            assert 0 <= seq_id < self.info.embed_n_seq_max
+            before = self._embedded.get(seq_id, held.get(seq_id, ())) if position else ()
+            assert len(before) == position, f"token at {position} of sequence {seq_id}, expected {len(before)}"
+            self._embedded[seq_id] = (*before, token)
+            rows.append(self.row(self._embedded[seq_id], adapter))
+        return np.stack(rows)
+
+    def row(self, history: tuple[int, ...], adapter: str | None = None) -> np.ndarray:
+        """The last layer's row after `history`, float32 of shape (n_embd,): pure, and mostly of the last token."""
+        seeds = (history[-1:], [token + 1 for token in adapted(history, adapter)])
+        named, whole = (np.random.default_rng(list(seed)).normal(size=self.info.n_embd) for seed in seeds)
+        row: np.ndarray = (named + whole / 4).astype(np.float32)
+        return row
 
     def use_adapter(self, name: str | None) -> None:
         assert name is None or name in self.info.adapters, f"no adapter {name!r}"

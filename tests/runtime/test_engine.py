@@ -22,7 +22,7 @@ from runtime.errors import (
     ShuttingDown,
 )
 from runtime.sampling import Sampler
-from runtime.sequence import Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta
+from runtime.sequence import Embedded, Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta
 from tests.fakes import END_OF_TURN, EOS, FakeLlama, FakeTokenizer, adapted
 
 
@@ -45,7 +45,7 @@ def run(engine: Engine, *requests: Request, limit: int = 5000) -> list[Event]:
     raise AssertionError(f"still at work after {limit} steps: {engine.stats()}")
 
 
-def ends(events: list[Event]) -> dict[str, Finished | Scored | Failed]:
+def ends(events: list[Event]) -> dict[str, Finished | Scored | Embedded | Failed]:
     """The terminal event of each request; more than one fails the test."""
     terminal = [event for event in events if not isinstance(event, TextDelta)]
     assert max(Counter(event.request_id for event in terminal).values(), default=1) == 1
