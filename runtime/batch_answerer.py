@@ -9,6 +9,7 @@ from .batch_input import BatchLine
 from .errors import Overloaded
 from .intake import fold, prepare
 from .intake_decisions import Deciding, fold_decision, prepare_decision
+from .intake_embeddings import fold_embedding, prepare_embedding
 from .openai import MAX_CHOICES
 from .openai_error import to_error
 from .openai_fields import Kind
@@ -38,11 +39,17 @@ def _decision(line: BatchLine, served: Deciding) -> Prepared:
     return Prepared((call.scoring,), lambda stream: fold_decision(call, stream))
 
 
+def _embedding(line: BatchLine, served: Deciding) -> Prepared:
+    call = prepare_embedding(line.body, served)
+    return Prepared((call.embedding,), lambda stream: fold_embedding(call, stream))
+
+
 # url -> a line's way in: the very functions that judge and answer it over HTTP
 ROUTES: Mapping[str, Callable[[BatchLine, Deciding], Prepared]] = {
     "/v1/chat/completions": _text("chat"),
     "/v1/completions": _text("completion"),
     "/v1/decisions": _decision,
+    "/v1/embeddings": _embedding,
 }
 
 

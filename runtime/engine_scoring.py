@@ -159,7 +159,7 @@ class Scorer:
 
 def _sequence(call: _Call, question: Question, arrival: int, tokens: tuple[int, ...], first_row: int) -> Sequence:
     params = SamplingParams(max_tokens=max(map(len, question.choices)))
-    request = Request(call.scoring.id, question.prompt, params)
+    request = Request(call.scoring.id, question.prompt, params, call.scoring.adapter)
     return Sequence(request, arrival, list(tokens), first_row=first_row)
 
 

@@ -2,7 +2,7 @@
 
 A request is written down once, valid and tokenised; the engine keeps a `Sequence` for it while it lives; a `Plan`
 says what one `llama_decode` computes; events carry the answer back. Every accepted request ends in exactly one
-terminal event: `Finished`, `Scored` or `Failed`.
+terminal event: `Finished`, `Scored`, `Embedded` or `Failed`.
 """
 
 from collections.abc import Mapping
@@ -90,7 +90,19 @@ class Scoring:
     adapter: str | None = None
 
 
-Work = Request | Scoring
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Texts of which a vector each is wanted: as token ids, none empty or longer than the model can embed.
+
+    `adapter` is as in `Request`.
+    """
+
+    id: str
+    prompts: tuple[tuple[int, ...], ...]
+    adapter: str | None = None
+
+
+Work = Request | Scoring | Embedding
 
 
 @dataclass(slots=True)
@@ -165,10 +177,11 @@ Edit = Copy | Remove
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step does: edit the KV cache, in this order, then compute these chunks in one decode."""
+    """What one step does: edit the KV cache, in this order, then compute these chunks in one decode under `adapter`."""
 
     edits: tuple[Edit, ...]
     chunks: tuple[Chunk, ...]
+    adapter: str | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -244,6 +257,15 @@ class Scored:
     usage: Usage
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedded:
+    """Terminal: the vectors of all texts in order, float32 of shape (texts, model's width), each of length 1."""
+
+    request_id: str
+    vectors: np.ndarray
+    usage: Usage
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """Terminal: the answer will not come, and why."""
@@ -252,7 +274,7 @@ class Failed:
     error: Exception
 
 
-Event = TextDelta | Finished | Scored | Failed
+Event = TextDelta | Finished | Scored | Embedded | Failed
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,27 @@ def test_answers_do_not_depend_on_what_else_is_in_the_file(source: Path, tmp_pat
         assert choices(alone) == {record["custom_id"]: together[record["custom_id"]]}
 
 
+def test_embedding_lines_stand_beside_the_others(tmp_path: Path) -> None:
+    def embedding(custom_id: str, **body: Any) -> dict[str, Any]:
+        return {"custom_id": custom_id, "method": "POST", "url": "/v1/embeddings", "body": body}
+
+    records = [
+        embedding("one", input="a mail"),
+        chat("chat", "hello"),
+        embedding("two", input=["a mail", "x"]),
+        embedding("bad", input="x", seed=1),
+    ]
+    with serving(FakeLlama()) as served:
+        counts = run(write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl", served)
+    assert (counts.answered, counts.failed) == (3, 1)
+    answers = bodies(tmp_path / "out.jsonl")
+    assert [len(answers[name]["data"]) for name in ("one", "two")] == [1, 2]
+    assert answers["one"]["data"][0] == answers["two"]["data"][0]
+    assert answers["two"]["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
+    [error] = map(json.loads, (tmp_path / "out.errors.jsonl").read_text().splitlines())
+    assert (error["custom_id"], error["error"]["param"]) == ("bad", "seed")
+
+
 def test_what_one_line_gets_wrong_is_its_own_affair(tmp_path: Path) -> None:
     records = [
         chat("good", "hello"),
