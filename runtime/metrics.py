@@ -1,6 +1,6 @@
 """Prometheus metrics of one app, in a registry of its own, so that two apps in one process do not mix."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -24,6 +24,8 @@ _COUNTERS = {
     "generated_tokens_total": "Tokens generated",
     "steps_total": "Engine steps",
     "preemptions_total": "Sequences set back because the KV cache was full",
+    "decode_seconds_total": "Seconds inside the model's decode",
+    "step_seconds_total": "Seconds inside engine steps: decode, planning, sampling and emitting",
 }
 
 
@@ -69,14 +71,14 @@ class _EngineCollector(Collector):
             yield _counter(name.removesuffix("_total"), text, values)
 
 
-def _gauge(name: str, text: str, values: dict[str, int]) -> Metric:
+def _gauge(name: str, text: str, values: Mapping[str, float]) -> Metric:
     family = GaugeMetricFamily(f"deskside_{name}", text, labels=["model"])
     for model, value in values.items():
         family.add_metric([model], value)
     return family
 
 
-def _counter(name: str, text: str, values: dict[str, int]) -> Metric:
+def _counter(name: str, text: str, values: Mapping[str, float]) -> Metric:
     family = CounterMetricFamily(f"deskside_{name}", text, labels=["model"])
     for model, value in values.items():
         family.add_metric([model], value)

@@ -15,6 +15,7 @@ from .errors import Overloaded
 from .fleet import Fleet
 from .intake import Serving, prepare
 from .intake_decisions import prepare_decision
+from .intake_embeddings import prepare_embedding
 from .metrics import CONTENT_TYPE, Metrics
 from .openai_answer import Call
 from .openai_fields import Kind
@@ -23,7 +24,7 @@ from .server_body import off_loop, parse_json, read_body
 from .server_edge import Counted, Holding, add_error_table, held_by, key_check
 from .server_models import asked_model, health, list_models, samples, show_model
 from .server_native import apply_template, detokenize, tokenize
-from .server_stream import EventStream, JsonBytes, decided, whole_answer
+from .server_stream import EventStream, JsonBytes, decided, embedded, whole_answer
 
 Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
@@ -60,6 +61,11 @@ class Api:
         """POST /v1/decisions"""
         call, served = await self._prepared(request, prepare_decision)
         return await decided(request, call, served.worker.submit(call.scoring))
+
+    async def embed(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        call, served = await self._prepared(request, prepare_embedding)
+        return await embedded(request, call, served.worker.submit(call.embedding))
 
     async def _prepared(
         self, request: Request, work: Callable[[object, ServedModel], T], *, needs_room: bool = True
@@ -159,6 +165,7 @@ def _keyed_routes(api: Api) -> APIRouter:
         "/metrics": api.scrape,
     }
     posts = {"/v1/chat/completions": api.chat, "/v1/completions": api.completion, "/v1/decisions": api.decide}
+    posts["/v1/embeddings"] = api.embed
     natives = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-template": apply_template}
     for path, get in gets.items():
         router.add_api_route(path, get, methods=["GET"], response_model=None)

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +126,14 @@ class Toys:
 
 
 class _Noting(Worker):
-    """Notes what is submitted. The toy model has no adapters, so the engine hears of none."""
+    """Notes what is submitted."""
 
     def __init__(self, engine: Engine, submitted: list[Work], *, queue: int, slots: int) -> None:
         super().__init__(engine, queue=queue, slots=slots)
         self._submitted = submitted
 
     def submit(self, *requests: Work) -> Stream:
-        stream = super().submit(*(replace(request, adapter=None) for request in requests))
+        stream = super().submit(*requests)
         self._submitted += requests
         return stream
 

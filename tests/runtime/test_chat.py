@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, nullcontext
-from dataclasses import replace
 
 import pytest
 
@@ -20,10 +19,8 @@ from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import ContextTooLong, TemplateFailed
 from runtime.prompt import Prompter
-from runtime.sequence import Work
 from runtime.served import ServedModel
 from runtime.worker import Worker
-from runtime.worker_stream import Stream
 from tests.fakes import FAKE_TEMPLATE, FakeLlama
 
 SORTER = Manifest(name="sorter", description="Sorts mail.", task="classify", labels=("ham", "spam"), licence="none")
@@ -213,17 +210,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     assert "(stopped)" in err
 
 
-def test_an_adapters_chat_asks_for_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Work] = []
-    with chatting(FakeLlama(script="yes")) as chat:
-        worker = chat_worker(chat)
-        submit = worker.submit
-
-        def noting(request: Work) -> Stream:  # the toy has no adapters, so its engine hears of none
-            asked.append(request)
-            return submit(replace(request, adapter=None))
-
-        monkeypatch.setattr(worker, "submit", noting)
-        with_adapter = Chat(worker, chat._prompter, chat.conversation, "mail")
+def test_an_adapters_chat_asks_for_the_adapter() -> None:
+    llama = FakeLlama(script="yes", adapters=("mail",))
+    with chatting(llama) as chat:
+        with_adapter = Chat(chat_worker(chat), chat._prompter, chat.conversation, "mail")
         assert asyncio.run(say(with_adapter, "hello")) == "yes"
-    assert [request.adapter for request in asked] == ["mail"]
+    assert set(llama.applied) == {"mail"}

@@ -39,7 +39,10 @@ MAIL = manifest(
 
 
 def make_toys(**options: Any) -> Toys:
-    make = {"toy": lambda: FakeLlama(script="hello"), "other": lambda: FakeLlama(script="other")}
+    make = {
+        "toy": lambda: FakeLlama(script="hello", adapters=("mail",)),
+        "other": lambda: FakeLlama(script="other"),
+    }
     return Toys(make, manifests={"toy": BASE}, **options)
 
 
@@ -123,6 +126,11 @@ def test_an_adapter_has_its_own_template_and_labels_and_reaches_the_engine_by_na
     assert scored.adapter == "mail"
     asked = bytes(token for token in scored.questions[0].prompt if token < 256)
     assert asked == b"mail:hi", "its own label question is asked as it was trained"
+    vectors = [
+        running.client().embeddings.create(model=model, input="hi", encoding_format="float").data[0].embedding
+        for model in ("toy", "toy:mail")
+    ]
+    assert vectors[0] != vectors[1]
 
 
 def test_an_adapters_answers_have_their_own_fingerprint_and_share_one_engine(running: Running) -> None:
