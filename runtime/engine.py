@@ -7,7 +7,8 @@ taken apart to find the guilty sequence. Only a fatal code ends them all, and th
 What a grammar allows depends on the tokens before, not on the logits, so it is worked out while llama.cpp decodes.
 """
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -20,6 +21,7 @@ from .engine_answer import Answer
 from .engine_embedding import Embedder, check_embedding
 from .engine_guide import begin
 from .engine_scoring import ARRIVALS, Scorer, check_scoring
+from .engine_stopwatch import Stopwatch
 from .errors import (
     BatchInvalid,
     Cancelled,
@@ -85,7 +87,11 @@ class Engine:
     """Continuous batching over one `LlamaLike`; without a `constrainer` it takes no request with a grammar."""
 
     def __init__(
-        self, llama: LlamaLike, options: EngineOptions | None = None, constrainer: Constrainer | None = None
+        self,
+        llama: LlamaLike,
+        options: EngineOptions | None = None,
+        constrainer: Constrainer | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         options = options or EngineOptions()
         info = llama.info
@@ -110,6 +116,7 @@ class Engine:
         self._n_prompt = 0
         self._n_cached = 0
         self._n_generated = 0
+        self._stepping, self._decoding = Stopwatch(clock), Stopwatch(clock)
 
     @property
     def has_work(self) -> bool:
@@ -163,6 +170,10 @@ class Engine:
         While there are both, embeddings and text take turns.
         """
         self._raise_if_dead()
+        with self._stepping:
+            return self._step()
+
+    def _step(self) -> list[Event]:
         try:
             if self._embedder.takes_step(text_waits=self._writes):
                 return self._embedder.step()
@@ -188,6 +199,8 @@ class Engine:
             generated_tokens_total=self._n_generated,
             steps_total=self._n_steps,
             preemptions_total=self._scheduler.n_preemptions,
+            decode_seconds_total=self._decoding.total_s,
+            step_seconds_total=self._stepping.total_s,
         )
 
     def close(self) -> None:
@@ -216,8 +229,10 @@ class Engine:
     def _compute(self, plan: Plan) -> list[Event]:
         self._ask_guides(plan)
         try:
+            batch = _batch(plan)
             self._llama.use_adapter(plan.adapter)
-            logits = self._llama.decode(_batch(plan))
+            with self._decoding:
+                logits = self._llama.decode(batch)
         except NoKvSlot as error:
             return [] if self._scheduler.shrink(plan) else self._fail(plan.chunks[0].sequence.request.id, error)
         except (BatchInvalid, DecodeAborted) as error:

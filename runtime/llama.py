@@ -18,14 +18,17 @@ from .errors import BatchInvalid, EngineError, LoadFailed
 from .llama_adapters import Adapters
 from .llama_batch import BatchArrays, decode_error
 from .llama_embed import EmbedContext, embed_info
-from .llama_handle import ModelHandle
+from .llama_handle import AMX_UNUSED, ModelHandle, system_info
 from .llama_log import last_errors
 from .llama_protocol import ModelInfo
 from .llama_tokenizer import Tokenizer
 from .sequence import Batch
 
 MAX_SEQUENCES = 256
-_NOTABLE_FEATURES = ("AVX2", "AVX512", "AVX512_VNNI", "AVX_VNNI", "AMX_INT8", "FMA", "NEON", "DOTPROD", "SVE", "BLAS")
+_NOTABLE_FEATURES = (
+    *("AVX2", "AVX512", "AVX512_VNNI", "AVX_VNNI", "AMX_INT8", AMX_UNUSED, "FMA"),
+    *("NEON", "DOTPROD", "SVE", "BLAS"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,7 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
         size_bytes=llama_cpp.llama_model_size(model.pointer),
         description=model.description(),
         architecture=metadata.get("general.architecture", ""),
-        backend=backend_name(llama_cpp.llama_print_system_info().decode(), offloads=gpu_layers != 0),
+        backend=backend_name(system_info(), offloads=gpu_layers != 0),
         n_threads=llama_cpp.llama_n_threads(context),
         gpu_layers=gpu_layers,
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -197,9 +200,9 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
     )
 
 
-def backend_name(system_info: str, *, offloads: bool) -> str:
+def backend_name(line: str, *, offloads: bool) -> str:
     """`CPU (AVX2, FMA)` or `CUDA + CPU (…)` from llama.cpp's line: `CPU : SSE3 = 1 | AVX2 = 1 | …`."""
-    fields = [field.strip() for field in system_info.split("|")]
+    fields = [field.strip() for field in line.split("|")]
     devices = [field.partition(" : ")[0] for field in fields if " : " in field]
     on = {field.rpartition(" : ")[2].removesuffix(" = 1") for field in fields if field.endswith(" = 1")}
     features = ", ".join(feature for feature in _NOTABLE_FEATURES if feature in on)

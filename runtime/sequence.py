@@ -70,7 +70,7 @@ class Request:
 class Question:
     """Which of `choices` follows `prompt`, all as token ids: none empty, no two choices alike.
 
-    A choice has been said once one of the tokens `ends` follows it.
+    A choice has been said with its last token; where another choice goes on from there, once one of `ends` follows it.
     """
 
     prompt: tuple[int, ...]
@@ -247,8 +247,9 @@ class Finished:
 class Scored:
     """Terminal: every question is answered. For each its choices' natural-log probabilities, in order.
 
-    They are the model's own, not normalised among the choices. Of a choice that cannot matter it is an upper bound.
-    `completion_tokens` counts the choices' tokens that were computed.
+    They are the model's own, not normalised among the choices: the sum over the choice's tokens, and over what ends it
+    where another choice goes on from it. Of a choice that cannot matter it is an upper bound.
+    `completion_tokens` counts the choices' tokens that were computed, which may be none.
     """
 
     request_id: str
@@ -278,7 +279,11 @@ Event = TextDelta | Finished | Scored | Embedded | Failed
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine holds right now."""
+    """What the engine holds right now, and has done since it began.
+
+    Of `step_seconds_total`, the wall-clock time of all steps, `decode_seconds_total` went by inside the model's decode;
+    the rest is planning, sampling and emitting.
+    """
 
     running: int
     waiting: int
@@ -289,3 +294,5 @@ class EngineStats:
     generated_tokens_total: int
     steps_total: int
     preemptions_total: int
+    decode_seconds_total: float = 0.0
+    step_seconds_total: float = 0.0

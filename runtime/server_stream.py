@@ -22,11 +22,13 @@ from .worker_stream import Stream
 _log = logging.getLogger("deskside.server")
 
 DONE = b"data: [DONE]\n\n"
+# Kept: to make one takes a third of the time that encoding a chunk does.
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def encode(value: Mapping[str, Any]) -> bytes:
     """Compact JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    return _JSON.encode(value).encode("utf-8")
 
 
 class JsonBytes(Response):
