@@ -217,6 +217,7 @@ class FakeLlama:
             *(a.tolist() for a in (batch.tokens, batch.positions, batch.seq_ids)), strict=True
         ):
             assert 0 <= seq_id < self.info.embed_n_seq_max
+            assert position or seq_id not in self._embedded, f"sequence {seq_id} stands for two"
             before = self._embedded.get(seq_id, held.get(seq_id, ())) if position else ()
             assert len(before) == position, f"token at {position} of sequence {seq_id}, expected {len(before)}"
             self._embedded[seq_id] = (*before, token)
