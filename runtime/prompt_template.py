@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sized
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta, nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -21,7 +21,10 @@ MAX_POWER_OPERAND = 1000
 
 
 class ChatTemplate:
-    """Variables → text. Immutable: any thread may use it."""
+    """Variables → text. Immutable: any thread may use it.
+
+    `variables` are the names it reads; `written` is all text it may write by itself, comments and code left out.
+    """
 
     def __init__(self, source: str) -> None:
         """Raises TemplateFailed if the template does not parse."""
@@ -31,8 +34,11 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            tree = environment.parse(source)
         except TemplateError as error:
             raise TemplateFailed(f"the model's chat template does not parse: {error}") from error
+        self.variables = frozenset(meta.find_undeclared_variables(tree))
+        self.written = _written(tree)
 
     def render(self, variables: Mapping[str, object]) -> str:
         """The text. Raises InvalidRequest if the template refuses the messages or writes too much, TemplateFailed."""
@@ -43,6 +49,17 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template can raise anything
             raise TemplateFailed(f"the chat template failed: {type(error).__name__}: {error}") from error
+
+
+def _written(tree: nodes.Template) -> str:
+    pieces = (node.data if isinstance(node, nodes.TemplateData) else node.value for node in _texts(tree))
+    return "\n".join(piece for piece in pieces if isinstance(piece, str))
+
+
+def _texts(tree: nodes.Template) -> Iterator[nodes.TemplateData | nodes.Const]:
+    for node in tree.find_all((nodes.TemplateData, nodes.Const)):
+        assert isinstance(node, nodes.TemplateData | nodes.Const)
+        yield node
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

@@ -7,7 +7,7 @@ bug of the engine. It keeps real cells, and raises what llama.cpp would return o
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,27 +30,31 @@ Script = str | Callable[[tuple[int, ...]], int]
 class FakeTokenizer:
     """A token is a byte; four control tokens follow the bytes."""
 
-    n_vocab = FAKE_VOCAB
     bos: int | None = BOS
     eos: int | None = EOS
     adds_bos = True
     end_tokens = (EOS, END_OF_TURN)
-    special_texts = tuple(SPECIALS)
+
+    def __init__(self, more_specials: Sequence[str] = ()) -> None:
+        """`more_specials` are control tokens of a test's own, numbered from FAKE_VOCAB on."""
+        self.specials = SPECIALS | {text: FAKE_VOCAB + place for place, text in enumerate(more_specials)}
+        self.special_texts = tuple(self.specials)
+        self.n_vocab = FAKE_VOCAB + len(more_specials)
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InvalidRequest("half a surrogate pair")
         tokens = [BOS] if add_special else []
-        pattern = "|".join(map(re.escape, SPECIALS)) if parse_special else "(?!)"
+        pattern = "|".join(map(re.escape, self.specials)) if parse_special else "(?!)"
         for part in re.split(f"({pattern})", text):
-            special = SPECIALS.get(part) if parse_special else None
+            special = self.specials.get(part) if parse_special else None
             tokens.extend(part.encode() if special is None else [special])
         return tokens
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
         if token < 256:
             return bytes([token])
-        names = {number: name for name, number in SPECIALS.items()}
+        names = {number: name for name, number in self.specials.items()}
         return names[token].encode() if special else b""
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -92,7 +96,8 @@ class FakeLlama:
     own beginning) and then ends the turn; a function from the whole history to the next token; or None for logits
     drawn from a hash of the history. `fail_at` raises an error at the k-th decode (counted from 0); `on_decode` is
     called with k before every decode and may block, to hold the engine at a known place. `cells_hidden` takes cells
-    away behind the engine's back, so that NoKvSlot comes unforeseen.
+    away behind the engine's back, so that NoKvSlot comes unforeseen. `template` is its chat template, `more_specials`
+    are control tokens of its own. Where `script` is a text, control tokens are written out in it.
     """
 
     def __init__(
@@ -103,9 +108,11 @@ class FakeLlama:
         script: Script | None = None,
         fail_at: Mapping[int, Exception] | None = None,
         on_decode: Callable[[int, Batch], None] | None = None,
+        template: str = FAKE_TEMPLATE,
+        more_specials: Sequence[str] = (),
     ) -> None:
-        self.info = fake_info(n_ctx, n_seq_max, n_batch)
-        self.tokenizer = FakeTokenizer()
+        self.tokenizer = FakeTokenizer(more_specials)
+        self.info = replace(fake_info(n_ctx, n_seq_max, n_batch, self.tokenizer.n_vocab), chat_template=template)
         self.script = script
         self.fail_at = dict(fail_at or {})
         self.on_decode = on_decode
@@ -171,7 +178,7 @@ class FakeLlama:
     def _scripted(self, history: tuple[int, ...]) -> int:
         if callable(self.script):
             return self.script(history)
-        answer: list[int] = [*(self.script or "").encode(), EOS]
+        answer: list[int] = [*self.tokenizer.encode(self.script or "", add_special=False, parse_special=True), EOS]
         said = next(k for k in range(len(answer) - 1, -1, -1) if k == 0 or list(history[-k:]) == answer[:k])
         return answer[said]
 
