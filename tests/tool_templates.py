@@ -17,7 +17,7 @@ def _with_tools(how: str) -> str:
 
 HERMES = _with_tools('Answer with <tool_call>\n{"name": <name>, "arguments": <arguments>}\n</tool_call>.\n')
 LLAMA = _with_tools('Answer with {"name": function name, "parameters": dictionary}.\n')
-JSON = _with_tools("Answer with {{ '{\"name\": …, \"arguments\": …}' }}.\n")
+JSON = _with_tools('Answer with {{ \'{"name": …, "arguments": …}\' }}.\n')
 MISTRAL = _with_tools("Answer with {{ '[TOOL_CALLS][' }}.\n")
 MISTRAL_SPACED = _with_tools("Answer with {{ '[TOOL_CALLS] [' }}.\n")
 MISTRAL_ARGS = _with_tools("Answer with {{ '[TOOL_CALLS]' }}name{{ '[ARGS]' }}.\n")
