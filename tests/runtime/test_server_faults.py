@@ -47,7 +47,9 @@ def error_of(response: httpx.Response, status: int, code: str | None) -> dict[st
     return error
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/tokenize", "/detokenize", "/apply-template"])
+@pytest.mark.parametrize(
+    "path", [CHAT, "/v1/completions", "/v1/responses", "/tokenize", "/detokenize", "/apply-template"]
+)
 @pytest.mark.parametrize(
     "body",
     [
