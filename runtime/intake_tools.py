@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .errors import InvalidRequest
+from .errors import InvalidRequest, TemplateFailed
 from .llama_protocol import TokenizerLike
 from .openai import ChatBody
-from .openai_tool_formats import ToolFormat, recognise, tool_grammar
+from .openai_tool_formats import ToolFormat, probe, recognise, tool_grammar
 from .prompt import Prompter
 from .sequence import Grammar, Request
 
@@ -57,7 +57,7 @@ def prepare_tools(body: ChatBody, served: Calling) -> PreparedTools | None:
         raise InvalidRequest(message, param=param, code="unsupported_parameter")
     if not tools:
         return None
-    form = recognise(served.prompter.template_text)
+    form = recognise(*example_call(served.prompter), served.prompter.template_text)
     if form is None:
         message = f"model {served.name!r} cannot call tools here: its chat template writes calls in an unknown format"
         raise InvalidRequest(message, param="tools", code="unsupported_parameter")
@@ -72,6 +72,21 @@ def prepare_tools(body: ChatBody, served: Calling) -> PreparedTools | None:
         parallel=body.parallel_tool_calls and choice.name is None,
     )
     return PreparedTools(form, grammar, tuple(control.values()))
+
+
+def example_call(prompter: Prompter) -> tuple[str, str]:
+    """A conversation with a call as the chat template writes it, and that from where the model's turn begins.
+
+    Both are empty if it cannot write one.
+    """
+    turns, tools = probe()
+    extra = {"tools": tools}
+    try:
+        before = prompter.render(turns[:1], extra=extra)
+        whole = prompter.render(turns, extra=extra, add_generation_prompt=False)
+    except (InvalidRequest, TemplateFailed):
+        return "", ""
+    return whole, whole.removeprefix(before.rstrip())
 
 
 def _control_tokens(form: ToolFormat, tokenizer: TokenizerLike) -> dict[str, int]:

@@ -8,8 +8,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .openai_tools import Tool
+from .openai_tools import Function, Tool
 from .sequence import Grammar
 
 # As Python's json.dumps and the templates' `tojson` write them, which is what models were trained on.
@@ -22,7 +23,7 @@ class ToolFormat:
 
     `marker` begins the first call and never stands in text; without one, an answer that begins with `{` is a call.
     `between` stands between two calls; None if a model writes only one. `id_chars` is how long a call's id is where the
-    template minds. A template is of this family if its text holds all of `holds` and none of `lacks`.
+    template minds. `hints` are texts that a template of this family holds, all of them, if it writes no calls itself.
     """
 
     name: str
@@ -33,8 +34,7 @@ class ToolFormat:
     tail: str
     between: str | None
     closing: str
-    holds: tuple[str, ...]
-    lacks: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     id_chars: int | None = None
 
     @property
@@ -42,39 +42,56 @@ class ToolFormat:
         """Every text of it that may hold a control token."""
         return self.marker, self.opening, self.lead, self.middle, self.tail, self.between or "", self.closing
 
+    def writes(self, conversation: str, turn: str) -> bool:
+        """Whether a template that wrote PROBE as `conversation`, its call beginning `turn`, does so in this form."""
+        head = f"{self.marker}{self.opening}{self.lead}{PROBE_NAME}{self.middle}{PROBE_ARGUMENTS}"
+        return head in conversation if self.marker else turn.lstrip().startswith(head)
 
+
+# A call that a template is let write, to see how it does.
+PROBE_NAME, PROBE_ARGUMENTS = "get_weather", '{"city": "Oslo"}'
+# Nine letters or digits, as some templates insist.
+_PROBE_ID = "abcdefghi"
 _NAME, _ARGUMENTS, _PARAMETERS = '{"name": "', '", "arguments": ', '", "parameters": '
-# Forms that are not JSON, or not in this order: their templates also hold some of the texts that are looked for.
-_OTHERS = ("<function=", "<arg_key>", "<parameter=")
 
 FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
-        "mistral-args", "[TOOL_CALLS]", "", "", "[ARGS]", "", "[TOOL_CALLS]", "", ("[TOOL_CALLS]", "[ARGS]"),
-        ("[CALL_ID]",), id_chars=9,
-    ),
-    ToolFormat(
-        "mistral-spaced", "[TOOL_CALLS]", " [", _NAME, _ARGUMENTS, "}", ", ", "]", ("[TOOL_CALLS] [",),
-        ("[ARGS]",), id_chars=9,
-    ),
-    ToolFormat(
-        "mistral", "[TOOL_CALLS]", "[", _NAME, _ARGUMENTS, "}", ", ", "]", ("[TOOL_CALLS]",), ("[ARGS]",), id_chars=9
-    ),
-    ToolFormat(
         "hermes", "<tool_call>", "\n", _NAME, _ARGUMENTS, "}\n</tool_call>", "\n<tool_call>\n", "",
-        ("<tool_call>", '"name"', '"arguments"'), _OTHERS,
+        hints=("<tool_call>", '"name"', '"arguments"'),
     ),
-    ToolFormat("granite", "<|tool_call|>", "[", _NAME, _ARGUMENTS, "}", ", ", "]", ("<|tool_call|>",), _OTHERS),
-    ToolFormat("llama", "", "", _NAME, _PARAMETERS, "}", None, "", ('"name"', '"parameters"'), _OTHERS),
-    ToolFormat("json", "", "", _NAME, _ARGUMENTS, "}", None, "", ('"name"', '"arguments"'), _OTHERS),
+    ToolFormat("mistral", "[TOOL_CALLS]", "[", _NAME, _ARGUMENTS, "}", ", ", "]", id_chars=9),
+    ToolFormat("mistral-spaced", "[TOOL_CALLS]", " [", _NAME, _ARGUMENTS, "}", ", ", "]", id_chars=9),
+    ToolFormat("mistral-args", "[TOOL_CALLS]", "", "", "[ARGS]", "", "[TOOL_CALLS]", "", id_chars=9),
+    ToolFormat(
+        "granite", "<|tool_call|>", "[", _NAME, _ARGUMENTS, "}", ", ", "]", hints=("<|tool_call|>",)
+    ),
+    ToolFormat("nemotron", "<TOOLCALL>", "[", _NAME, _ARGUMENTS, "}", ", ", "]</TOOLCALL>"),
+    ToolFormat("minimax", "<tool_calls>", "\n", _NAME, _ARGUMENTS, "}", "\n", "\n</tool_calls>"),
+    ToolFormat("apriel", "<tool_calls>", "[", _NAME, _ARGUMENTS, "}", ", ", "]</tool_calls>"),
+    ToolFormat("llama", "", "", _NAME, _PARAMETERS, "}", None, ""),
+    ToolFormat("json", "", "", _NAME, _ARGUMENTS, "}", None, ""),
 )  # fmt: skip
 
 
-def recognise(template_text: str) -> ToolFormat | None:
-    """The format that the text of a chat template shows; None if it shows none that is known."""
-    for row in FORMATS:
-        if all(text in template_text for text in row.holds) and not any(text in template_text for text in row.lacks):
-            return row
-    return None
+def probe() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Messages with a call and its result, and the tools, for a template to write."""
+    function: dict[str, Any] = {"name": PROBE_NAME, "arguments": json.loads(PROBE_ARGUMENTS)}
+    call = {"id": _PROBE_ID, "type": "function", "function": function}
+    asked = {"role": "user", "content": "?"}
+    answered = {"role": "tool", "tool_call_id": _PROBE_ID, "content": "8 C"}
+    tool = Tool(type="function", function=Function(name=PROBE_NAME, description="weather"))
+    return [asked, {"role": "assistant", "content": "", "tool_calls": [call]}, answered], [tool.for_template()]
+
+
+def recognise(conversation: str, turn: str, template_text: str) -> ToolFormat | None:
+    """The format in which a template wrote PROBE; where it wrote no call at all, the one it hints at.
+
+    `turn` is the conversation from where the model's turn begins, `template_text` all text that the template may write.
+    None for a form that is not known.
+    """
+    if json.loads(PROBE_ARGUMENTS)["city"] in conversation:
+        return next((form for form in FORMATS if form.writes(conversation, turn)), None)
+    return next((form for form in FORMATS if form.hints and all(hint in template_text for hint in form.hints)), None)
 
 
 def tool_grammar(

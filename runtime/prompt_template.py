@@ -10,6 +10,8 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -28,7 +30,8 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         """Raises TemplateFailed if the template does not parse."""
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        extensions = ("jinja2.ext.loopcontrols", _Generation)
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _strftime_now
@@ -60,6 +63,16 @@ def _texts(tree: nodes.Template) -> Iterator[nodes.TemplateData | nodes.Const]:
     for node in tree.find_all((nodes.TemplateData, nodes.Const)):
         assert isinstance(node, nodes.TemplateData | nodes.Const)
         yield node
+
+
+class _Generation(Extension):
+    """`{% generation %} … {% endgeneration %}`, which marks what is trained on: here, just what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -111,8 +124,14 @@ def _refuse(message: str) -> NoReturn:
     raise InvalidRequest(f"the model's chat template refuses the messages: {message}", param="messages")
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _strftime_now(pattern: str) -> str:

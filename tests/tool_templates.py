@@ -1,40 +1,56 @@
 """Chat templates of our own in the manner of the families that write tool calls, for the toy model."""
 
-_TURNS = (
-    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}CALLED {{ call.id }} {{ call.function.name }}"
-    " {{ call.function.arguments | tojson }}{% endfor %}"
-    "{% if m.tool_call_id %} ANSWERS {{ m.tool_call_id }}{% endif %}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+_NAME, _ARGUMENTS = "{{ call.function.name }}", "{{ call.function.arguments | tojson }}"
+
+
+def _template(call: str, before: str = "", between: str = "", after: str = "", told: str = "") -> str:
+    """A template that tells of the tools, adds `told`, and writes calls as it says."""
+    calls = f"{{% for call in m.tool_calls %}}{call}{{% if not loop.last %}}{between}{{% endif %}}{{% endfor %}}"
+    return (
+        "{{ bos_token }}{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+        + told
+        + "{% endif %}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}"
+        + before
+        + calls
+        + after
+        + "{% endif %}{% if m.tool_call_id %} ANSWERS {{ m.tool_call_id }}{% endif %}<end_of_turn>\n{% endfor %}"
+        + "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+    )
+
+
+_JSON = '{"name": "' + _NAME + '", "arguments": ' + _ARGUMENTS + "}"
+HERMES = _template("<tool_call>\n" + _JSON + "\n</tool_call>", between="{{ '\n' }}")
+LLAMA = _template('{"name": "' + _NAME + '", "parameters": ' + _ARGUMENTS + "}")
+JSON = _template(_JSON)
+MISTRAL = _template(_JSON, "[TOOL_CALLS][", ", ", "]")
+MISTRAL_SPACED = _template(_JSON, "[TOOL_CALLS] [", ", ", "]")
+MISTRAL_ARGS = _template("[TOOL_CALLS]" + _NAME + "[ARGS]" + _ARGUMENTS)
+NEMOTRON = _template(_JSON, "<TOOLCALL>[", ", ", "]</TOOLCALL>")
+MINIMAX = _template(_JSON + "{{ '\n' }}", "<tool_calls>\n", "", "</tool_calls>")
+APRIEL = _template(_JSON, "<tool_calls>[", ", ", "]</tool_calls>")
+# Tells how to call, but never writes a call itself.
+GRANITE = _template("", told="Answer with <|tool_call|>[…].\n")
+# Writes calls in forms that are not known, though it tells of one that is.
+XML = _template(
+    "<tool_call>\n<function=" + _NAME + ">" + _ARGUMENTS + "</tool_call>", told='<tool_call> "name" "arguments"'
+)
+UNKNOWN = _template("CALL " + _NAME + " " + _ARGUMENTS)
+# Says `tools` in a comment and in its text, but reads no such variable.
+NO_TOOLS = "{# tools #}{% set tools = 1 %}tools" + _template(_JSON).replace("if tools", "if 0").replace(
+    "in tools", "in []"
 )
 
-
-def _with_tools(how: str) -> str:
-    return (
-        "{{ bos_token }}{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}" + how + "{% endif %}"
-    ) + _TURNS
-
-
-HERMES = _with_tools('Answer with <tool_call>\n{"name": <name>, "arguments": <arguments>}\n</tool_call>.\n')
-LLAMA = _with_tools('Answer with {"name": function name, "parameters": dictionary}.\n')
-JSON = _with_tools('Answer with {{ \'{"name": …, "arguments": …}\' }}.\n')
-MISTRAL = _with_tools("Answer with {{ '[TOOL_CALLS][' }}.\n")
-MISTRAL_SPACED = _with_tools("Answer with {{ '[TOOL_CALLS] [' }}.\n")
-MISTRAL_ARGS = _with_tools("Answer with {{ '[TOOL_CALLS]' }}name{{ '[ARGS]' }}.\n")
-GRANITE = _with_tools("Answer with <|tool_call|>[…].\n")
-XML = _with_tools('Answer with <tool_call>\n<function=name> "name" "arguments"\n</tool_call>.\n')
-UNKNOWN = _with_tools("Answer in the way you know.\n")
-# Says `tools` in a comment and in its text, but reads no such variable.
-NO_TOOLS = "{# tools #}{% set tools = 1 %}{{ bos_token }}<tool_call> tools \n" + _TURNS
-
-# What a model of each family writes to call f with {"city": "Oslo"} and then g with {}; Llama's writes one call only.
+# What a model of each family writes to call f with {"city": "Oslo"} and then g with {}; a bare call stands alone.
+_F, _G = '{"name": "f", "arguments": {"city": "Oslo"}}', '{"name": "g", "arguments": {}}'
 TWO_CALLS = {
-    HERMES: '<tool_call>\n{"name": "f", "arguments": {"city": "Oslo"}}\n</tool_call>\n'
-    '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
-    MISTRAL: '[TOOL_CALLS][{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {}}]',
-    MISTRAL_SPACED: '[TOOL_CALLS] [{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {}}]',
+    HERMES: f"<tool_call>\n{_F}\n</tool_call>\n<tool_call>\n{_G}\n</tool_call>",
+    MISTRAL: f"[TOOL_CALLS][{_F}, {_G}]",
+    MISTRAL_SPACED: f"[TOOL_CALLS] [{_F}, {_G}]",
     MISTRAL_ARGS: '[TOOL_CALLS]f[ARGS]{"city": "Oslo"}[TOOL_CALLS]g[ARGS]{}',
-    GRANITE: '<|tool_call|>[{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {}}]',
+    NEMOTRON: f"<TOOLCALL>[{_F}, {_G}]</TOOLCALL>",
+    MINIMAX: f"<tool_calls>\n{_F}\n{_G}\n</tool_calls>",
+    APRIEL: f"<tool_calls>[{_F}, {_G}]</tool_calls>",
+    GRANITE: f"<|tool_call|>[{_F}, {_G}]",
     LLAMA: '{"name": "f", "parameters": {"city": "Oslo"}}',
-    JSON: '{"name": "f", "arguments": {"city": "Oslo"}}',
+    JSON: _F,
 }

@@ -8,13 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import InvalidRequest
+from runtime.intake_tools import example_call
 from runtime.openai import ChatBody, parse
 from runtime.openai_grammar import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
 from runtime.openai_tool_calls import CallDelta, ToolCallReader
-from runtime.openai_tool_formats import FORMATS, recognise
+from runtime.openai_tool_formats import FORMATS, ToolFormat, recognise
 from runtime.openai_tools import MAX_CALL_ID_CHARS, MAX_CALLS, MAX_TOOLS, ToolChoice
+from runtime.prompt import Prompter
 from runtime.prompt_template import ChatTemplate
 from tests import tool_templates as templates
+from tests.fakes import FakeTokenizer
 
 USER: dict[str, Any] = {"role": "user", "content": "hi"}
 F: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
@@ -36,6 +39,12 @@ def function(**fields: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "f"} | fields}]
 
 
+def format_of(template: str) -> ToolFormat | None:
+    prompter = Prompter(FakeTokenizer(), template, 4096)
+    assert prompter.takes_tools
+    return recognise(*example_call(prompter), prompter.template_text)
+
+
 @pytest.mark.parametrize(
     ("template", "name"),
     [
@@ -48,18 +57,20 @@ def function(**fields: Any) -> list[dict[str, Any]]:
         (templates.GRANITE, "granite"),
         (templates.XML, None),
         (templates.UNKNOWN, None),
+        ("{{ tools }}{% if messages[1] %}{{ raise_exception('no calls') }}{% endif %}", None),
+        # A prompt that begins the turn with something else does not hide how calls are written.
+        (templates.HERMES.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "hermes"),
+        # What looks like a bare call stands within something else.
+        (templates.JSON.replace('{"name"', '<call>{"name"'), None),
     ],
 )
-def test_a_template_shows_its_format_or_none(template: str, name: str | None) -> None:
-    read = ChatTemplate(template)
-    assert "tools" in read.variables
-    form = recognise(read.written)
+def test_a_template_shows_its_format_by_writing_a_call(template: str, name: str | None) -> None:
+    form = format_of(template)
     assert (form and form.name) == name
 
 
 def test_each_format_has_a_template_in_these_tests() -> None:
-    shown = {recognise(ChatTemplate(template).written) for template in templates.TWO_CALLS}
-    assert shown == set(FORMATS)
+    assert {format_of(template) for template in templates.TWO_CALLS} == set(FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +208,12 @@ def test_calls_and_results_that_do_not_fit_are_refused(messages: list[dict[str, 
     assert refusal(messages=messages).param == param
 
 
+FORMS = {template: form for template in templates.TWO_CALLS if (form := format_of(template))}
+
+
 def read_in_pieces(template: str, pieces: list[str]) -> tuple[str, list[tuple[str, str, str]]]:
     """The content, and (id, name, arguments) of each call."""
-    form = recognise(ChatTemplate(template).written)
-    assert form is not None
+    form = FORMS[template]
     reader = ToolCallReader(form, "r")
     content, calls = "", list[list[str]]()
     for piece in pieces:

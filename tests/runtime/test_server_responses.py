@@ -213,7 +213,7 @@ def test_the_result_of_a_call_is_handed_back() -> None:
         client.responses.create(model="toy", input=turns, tools=TOOLS, tool_choice="none", max_output_tokens=1)
         tokens = [int(token) for batch in toy.llama.batches[started:] for token in batch.tokens]
         prompt = b"".join(map(toy.llama.tokenizer.token_bytes, tokens)).decode()
-    assert f"CALLED {call.call_id} f" in prompt
+    assert "assistant\n" + script in prompt
     assert f"8 C ANSWERS {call.call_id}" in prompt
 
 

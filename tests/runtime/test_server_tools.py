@@ -32,7 +32,7 @@ F: Any = {
     },
 }
 G: Any = {"type": "function", "function": {"name": "g"}}
-CONTROL = ("[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>", "<|tool_call|>")
+CONTROL = ("[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>", "<|tool_call|>", "<TOOLCALL>", "<tool_calls>")
 
 
 def model(template: str, script: str | None = None, control: bool = False) -> FakeLlama:
@@ -108,22 +108,20 @@ def noisy(request: pytest.FixtureRequest) -> Iterator[Running]:
 
 def test_a_required_call_fits_its_schema_whatever_the_model_says(noisy: Running) -> None:
     chat = noisy.client().chat.completions
-    seen = set()
-    for seed in range(6):
+    for place, wanted in enumerate("fgfgfg"):
         answer = chat.create(
             model="toy",
             messages=[USER],
             tools=[F, G],
             tool_choice="required",
             parallel_tool_calls=False,
-            seed=seed,
+            seed=place,
             temperature=2,
+            logit_bias={str(ord(wanted)): 100},
         )
         ((name, arguments),) = calls_of(answer)
-        assert answer.choices[0].finish_reason == "tool_calls"
+        assert (name, answer.choices[0].finish_reason) == (wanted, "tool_calls")
         assert json.loads(arguments)["city"] in CITIES if name == "f" else json.loads(arguments) == {}
-        seen.add(name)
-    assert seen == {"f", "g"}
 
 
 def test_a_named_function_is_the_one_that_is_called(noisy: Running) -> None:
@@ -197,7 +195,7 @@ def test_the_prompt_holds_the_tools_the_calls_and_their_results() -> None:
     with seen_prompts(templates.HERMES) as (_, ask):
         prompt = ask(tools=[F], messages=turns)
     assert json.dumps(F) in prompt
-    assert 'CALLED c1 f {"city": "Oslo"}' in prompt
+    assert 'assistant\n<tool_call>\n{"name": "f", "arguments": {"city": "Oslo"}}\n</tool_call><end_of_turn>' in prompt
     assert "tool\n8 C ANSWERS c1" in prompt
 
 
