@@ -61,7 +61,7 @@ def prepare_tools(body: ChatBody, served: Calling) -> PreparedTools | None:
     if form is None:
         message = f"model {served.name!r} cannot call tools here: its chat template writes calls in an unknown format"
         raise InvalidRequest(message, param="tools", code="unsupported_parameter")
-    control = _control_tokens(form, served.tokenizer)
+    control = control_tokens(form, served.tokenizer)
     choice = body.tool_choice
     may_call = [tool for tool in tools if choice.name in (None, tool.function.name)]
     grammar = tool_grammar(
@@ -89,7 +89,7 @@ def example_call(prompter: Prompter) -> tuple[str, str]:
     return whole, whole.removeprefix(before.rstrip())
 
 
-def _control_tokens(form: ToolFormat, tokenizer: TokenizerLike) -> dict[str, int]:
+def control_tokens(form: ToolFormat, tokenizer: TokenizerLike) -> dict[str, int]:
     """Which texts of a format are control tokens to this model, and which."""
     found = {}
     for text in tokenizer.special_texts:

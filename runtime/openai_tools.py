@@ -7,7 +7,7 @@ import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, NoReturn, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -32,13 +32,17 @@ def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _arguments(text: str) -> str:
     try:
-        arguments = json.loads(text)
+        arguments = json.loads(text or "{}", parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise ValueError("must be a JSON object written as a string") from None
     if not isinstance(arguments, dict):
         raise ValueError("must be a JSON object written as a string")
     bound_depth(arguments)
-    return text
+    return text or "{}"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 class _Wire(BaseModel):

@@ -174,6 +174,11 @@ def test_a_conversation_with_calls_is_read_as_templates_want_it() -> None:
     ]
 
 
+def test_a_call_without_arguments_may_leave_them_empty() -> None:
+    (read,) = chat(messages=[USER, asks(call(arguments=""))]).messages[1].tool_calls
+    assert read.for_template()["function"]["arguments"] == {}
+
+
 def asks(*calls: Any) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": list(calls)}
 
@@ -192,6 +197,7 @@ BAD_TURNS: list[tuple[list[dict[str, Any]], str]] = [
     ([asks(call("x" * (MAX_CALL_ID_CHARS + 1)))], "messages[0].tool_calls[0].id"),
     ([asks(*(call(str(n)) for n in range(MAX_CALLS + 1)))], "messages[0].tool_calls"),
     ([asks(call(arguments="{"))], "messages[0].tool_calls[0].function.arguments"),
+    ([asks(call(arguments='{"a": NaN}'))], "messages[0].tool_calls[0].function.arguments"),
     ([asks(call(arguments="[]"))], "messages[0].tool_calls[0].function.arguments"),
     ([asks(call(arguments="[" * 100_000))], "messages[0].tool_calls[0].function.arguments"),
     ([asks(call(arguments='{"a":' * 100 + "1" + "}" * 100))], "messages[0].tool_calls[0].function.arguments"),
