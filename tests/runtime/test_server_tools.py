@@ -10,8 +10,11 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageFunctionToolCall
 from pydantic import BaseModel
 
+from runtime.constrain import LlGuidance
+from runtime.openai_tool_formats import FORMATS, tool_grammar
+from runtime.openai_tools import Tool
 from tests import tool_templates as templates
-from tests.fakes import FAKE_TEMPLATE, FakeLlama
+from tests.fakes import FAKE_TEMPLATE, FakeLlama, FakeTokenizer
 from tests.serving import Running, serving
 
 CHAT = "/v1/chat/completions"
@@ -197,6 +200,25 @@ def test_the_prompt_holds_the_tools_the_calls_and_their_results() -> None:
     assert json.dumps(F) in prompt
     assert 'assistant\n<tool_call>\n{"name": "f", "arguments": {"city": "Oslo"}}\n</tool_call><end_of_turn>' in prompt
     assert "tool\n8 C ANSWERS c1" in prompt
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["text", "control tokens"])
+def test_a_marker_in_the_text_begins_a_call_or_cannot_be_written(control: bool) -> None:
+    """What would read as a call and is none can never be said."""
+    (form,) = [form for form in FORMATS if form.name == "mistral"]
+    tokenizer = FakeTokenizer(CONTROL if control else ())
+    tokens = {"[TOOL_CALLS]": tokenizer.specials["[TOOL_CALLS]"]} if control else {}
+    grammar = tool_grammar(form, [Tool.model_validate(G)], tokens, must_call=False, parallel=True)
+    written = LlGuidance(tokenizer).start(grammar)
+    written.accept(b"Well, [TOOL_CALLS")
+    assert written.allowed()[ord("]")] == (not control)
+    if control:
+        written.accept(b" ")
+        assert written.allowed()[tokens["[TOOL_CALLS]"]]
+        written.accept([tokens["[TOOL_CALLS]"]])
+    else:
+        written.accept(b"]")
+    assert bytes(written.forced()) == b'[{"name": "g", "arguments": {}}'
 
 
 def test_tools_that_may_not_be_called_are_not_told_of() -> None:
