@@ -41,7 +41,7 @@ class Scheduler:
         self._max_rows = step_tokens if max_rows is None else max_rows
         self._limit = step_tokens
         self._tokens: dict[int, np.ndarray] = {}
-        self._prefilling = PrefixTree()  # by arrival: what will be known once it is computed
+        self._promised = PrefixTree()  # by arrival: the running sequences' tokens, computed already or soon
         self._suspects: deque[Sequence] = deque()
         self._turns = Turns()
         self.waiting: list[Sequence] = []
@@ -71,8 +71,6 @@ class Scheduler:
             assert chunk.sequence.seq_id is not None
             self._ledger.extend(chunk.sequence.seq_id, chunk.count)
             chunk.sequence.n_computed += chunk.count
-            if not _is_prefilling(chunk.sequence):
-                self._prefilling.discard(chunk.sequence.arrival)
 
     def shrink(self, plan: Plan) -> bool:
         """The plan found no room in the real cache: do less next time. False when nothing less can be done."""
@@ -107,7 +105,7 @@ class Scheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
-        self._prefilling.discard(sequence.arrival)
+        self._promised.discard(sequence.arrival)
         self._turns.leave(sequence.request.adapter)
         sequence.seq_id = None
         del self._tokens[sequence.arrival]
@@ -161,8 +159,8 @@ class Scheduler:
         """The prefix `sequence` would start from; None if another one is just computing a much longer one."""
         tokens = self._tokens[sequence.arrival][: _first_row(sequence) + 1]
         match = self._ledger.match(tokens, sequence.request.adapter)
-        _, coming = self._prefilling.match(tokens[:-1], sequence.request.adapter)
-        return match if coming - match.length < HOLD_BACK_TOKENS else None
+        _, promised = self._promised.match(tokens[:-1], sequence.request.adapter)
+        return match if promised - match.length < HOLD_BACK_TOKENS else None
 
     def _join(self, sequence: Sequence, match: Match) -> bool:
         """Let `sequence` run if there is an id for it and, unless it would be alone, room for all of its tokens."""
@@ -173,7 +171,7 @@ class Scheduler:
         seq_id = self._ledger.admit(tokens, match, adapter)
         if seq_id is None:
             return False
-        self._prefilling.add(sequence.arrival, tokens, adapter)
+        self._promised.add(sequence.arrival, tokens, adapter)
         found = min(match.length, len(sequence.request.prompt))
         sequence.n_cached = found if sequence.n_generated == sequence.n_ahead else min(found, sequence.n_cached)
         sequence.seq_id, sequence.n_computed = seq_id, match.length
@@ -184,7 +182,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.seq_id is not None
         self._ledger.release(sequence.seq_id)
-        self._prefilling.discard(sequence.arrival)
+        self._promised.discard(sequence.arrival)
         self.running.remove(sequence)
         sequence.seq_id, sequence.n_computed = None, 0
         self.n_preemptions += 1

@@ -93,7 +93,7 @@ def test_preempted_answers_go_on_under_their_adapters() -> None:
 
 def test_choices_are_weighed_under_their_adapter() -> None:
     question = Question(tokens_of("which?"), (tuple(b"ham"), tuple(b"spam"), tuple(b"spice")), (END_OF_TURN,))
-    scored = {}
+    scored: dict[str | None, tuple[tuple[float, ...], ...]] = {}
     for adapters in (("mails",), (None,), ("mails", None, "tickets", "mails")):
         llama = FakeLlama(adapters=NAMES)
         asks = [Scoring(f"{i} {adapter}", (question,), adapter) for i, adapter in enumerate(adapters)]

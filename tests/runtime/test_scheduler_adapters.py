@@ -121,6 +121,15 @@ def test_without_cells_the_newest_of_all_gives_way_and_the_oldest_finishes() -> 
     assert office.ledger.used_cells == 0
 
 
+def test_an_adapter_that_comes_again_comes_last() -> None:
+    office = Office()
+    gone = office.want("gone", 5)
+    office.want("a", 5), office.want("b", 5)
+    office.scheduler.drop(gone)
+    office.want("gone", 5)
+    assert [adapter for adapter, _ in groupby(office.work() for _ in range(10))] == ["a", "b", "gone"]
+
+
 def test_a_failed_batch_is_taken_apart_under_its_own_adapter() -> None:
     office = Office()
     for adapter in ("a", "a", "b"):
