@@ -31,6 +31,9 @@ Script = str | Callable[[tuple[int, ...]], int]
 class FakeTokenizer:
     """A token is a byte; four control tokens follow the bytes."""
 
+    specials: Mapping[str, int] = SPECIALS
+    special_texts = tuple(SPECIALS)
+    n_vocab = FAKE_VOCAB
     bos: int | None = BOS
     eos: int | None = EOS
     adds_bos = True
@@ -38,9 +41,10 @@ class FakeTokenizer:
 
     def __init__(self, more_specials: Sequence[str] = ()) -> None:
         """`more_specials` are control tokens of a test's own, numbered from FAKE_VOCAB on."""
-        self.specials = SPECIALS | {text: FAKE_VOCAB + place for place, text in enumerate(more_specials)}
-        self.special_texts = tuple(self.specials)
-        self.n_vocab = FAKE_VOCAB + len(more_specials)
+        if more_specials:
+            self.specials = SPECIALS | {text: FAKE_VOCAB + place for place, text in enumerate(more_specials)}
+            self.special_texts = tuple(self.specials)
+            self.n_vocab = FAKE_VOCAB + len(more_specials)
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         if any("\ud800" <= character <= "\udfff" for character in text):
