@@ -16,6 +16,7 @@ from .fleet import Fleet
 from .intake import Serving, prepare
 from .intake_decisions import prepare_decision
 from .intake_embeddings import prepare_embedding
+from .intake_responses import prepare_response
 from .metrics import CONTENT_TYPE, Metrics
 from .openai_answer import Call
 from .openai_fields import Kind
@@ -24,6 +25,7 @@ from .server_body import off_loop, parse_json, read_body
 from .server_edge import Counted, Holding, add_error_table, held_by, key_check
 from .server_models import asked_model, health, list_models, samples, show_model
 from .server_native import apply_template, detokenize, tokenize
+from .server_responses import responded
 from .server_stream import EventStream, JsonBytes, decided, embedded, whole_answer
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -66,6 +68,13 @@ class Api:
         """POST /v1/embeddings"""
         call, served = await self._prepared(request, prepare_embedding)
         return await embedded(request, call, served.worker.submit(call.embedding))
+
+    async def respond(self, request: Request) -> Response:
+        """POST /v1/responses"""
+        call, served = await self._prepared(request, prepare_response)
+        stream = served.worker.submit(*call.call.requests)
+        stream.on_first_token = self.metrics.first_token
+        return await responded(request, call, stream)
 
     async def _prepared(
         self, request: Request, work: Callable[[object, ServedModel], T], *, needs_room: bool = True
@@ -166,6 +175,7 @@ def _keyed_routes(api: Api) -> APIRouter:
     }
     posts = {"/v1/chat/completions": api.chat, "/v1/completions": api.completion, "/v1/decisions": api.decide}
     posts["/v1/embeddings"] = api.embed
+    posts["/v1/responses"] = api.respond
     natives = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-template": apply_template}
     for path, get in gets.items():
         router.add_api_route(path, get, methods=["GET"], response_model=None)
