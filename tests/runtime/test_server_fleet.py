@@ -180,7 +180,7 @@ def test_health_and_metrics_tell_the_models_apart(running: Running) -> None:
     before = metrics(running)["deskside_model_loads_total", "other"]
     said(running, model="toy")
     said(running, model="other")
-    wait_until(lambda: running.fleet.live == 0)
+    wait_until(lambda: not running.http.get("/health").json()["running"])
     answer = running.http.get("/health").json()
     assert (answer["status"], answer["model"], answer["running"], answer["accepted"]) == ("ok", "toy", 0, 0)
     assert answer["models"] == {
