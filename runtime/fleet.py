@@ -18,8 +18,8 @@ from pathlib import Path
 from models.store import StoredModel
 
 from .errors import EngineDown, EngineError, LoadFailed, ModelUnknown, NoRoom, Overloaded, ShuttingDown
+from .fleet_budget import Budget
 from .fleet_model import Host, Loaded
-from .memory import mebibytes
 from .served import ServedModel, under_name
 from .served_names import Wanted
 
@@ -58,6 +58,7 @@ class Fleet:
         self.options = options
         self.served: Mapping[str, tuple[Host, Wanted]] = {w.id: (host, w) for host in hosts for w in host.wanted}
         self.default = next(iter(self.served))
+        self._budget = Budget(self.hosts, options.budget_bytes)
         self._load_model = load
         self._clock = clock
         self._moving = asyncio.Lock()
@@ -98,10 +99,10 @@ class Fleet:
         Raises LoadFailed, also for a model that will never fit.
         """
         for host in self.hosts:
-            self._require_fits(host)
+            self._budget.require_fits_alone(host)
         try:
             for host in self.hosts:
-                if host is self.hosts[0] or self._missing(host, self._held()) <= 0:
+                if host is self.hosts[0] or self._budget.fits(host):
                     self._arrive(host, self._load_now(host))
         except BaseException:
             self.close()
@@ -245,18 +246,18 @@ class Fleet:
 
     async def _make_room(self, host: Host) -> None:
         """Unload idle models, least recently used first, until `host` fits. Raises LoadFailed, NoRoom, ShuttingDown."""
-        self._require_fits(host)
+        self._budget.require_fits_alone(host)
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self.options.room_wait_s
-        while self._missing(host, self._held(leased=True)) > 0:
+        while not self._budget.can_fit(host):
             self._released.clear()
             try:
                 async with asyncio.timeout_at(deadline_s):
                     await self._released.wait()
             except TimeoutError:
-                raise NoRoom(self._no_room(host)) from None
+                raise self._budget.no_room(host) from None
             self.require_open()
-        while self._missing(host, self._held()) > 0:
+        while not self._budget.fits(host):
             await self._unload(min((h for h in self.hosts if h.idle), key=lambda h: h.last_used_s))
         self.require_open()
 
@@ -278,31 +279,6 @@ class Fleet:
 
     def _all_loaded(self) -> list[tuple[Host, Loaded]]:
         return [(host, host.loaded) for host in self.hosts if host.loaded is not None]
-
-    def _held(self, *, leased: bool = False) -> int:
-        """Bytes that loaded models need; of those only that cannot go when `leased`."""
-        return sum(host.need.total for host, _ in self._all_loaded() if not (leased and host.leases == 0))
-
-    def _missing(self, host: Host, held_bytes: int) -> int:
-        """Bytes by which the budget is too small for `host` beside `held_bytes`; 0 or less: it fits."""
-        if self.options.budget_bytes is None:
-            return 0
-        return held_bytes + host.need.total - self.options.budget_bytes
-
-    def _require_fits(self, host: Host) -> None:
-        if self._missing(host, 0) > 0:
-            raise LoadFailed(
-                f"{host.name!r} needs {host.need}. The memory budget is {mebibytes(self.options.budget_bytes or 0)}; "
-                "try a smaller --context, fewer --slots, a smaller quantization, or another --memory-budget"
-            )
-
-    def _no_room(self, host: Host) -> str:
-        busy = ", ".join(f"{h.name!r} ({mebibytes(h.need.total)})" for h, _ in self._all_loaded() if h.leases)
-        budget = mebibytes(self.options.budget_bytes or 0)
-        return (
-            f"{host.name!r} needs about {mebibytes(host.need.total)}, the memory budget is {budget}, and these are "
-            f"answering: {busy}; try again in a moment, or serve with a larger --memory-budget"
-        )
 
 
 def _stop_and_free(going: list[Loaded | None]) -> None:
