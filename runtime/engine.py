@@ -7,16 +7,18 @@ taken apart to find the guilty sequence. Only a fatal code ends them all, and th
 What a grammar allows depends on the tokens before, not on the logits, so it is worked out while llama.cpp decodes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from time import perf_counter
 
 import numpy as np
 
 from .constrain_protocol import Constrainer
 from .detokenize import TextStream
 from .engine_answer import Answer
+from .engine_drafts import Drafts
 from .engine_guide import begin
 from .engine_scoring import ARRIVALS, Scorer, check_scoring
 from .errors import (
@@ -58,12 +60,14 @@ class EngineOptions:
 
     A step computes at most `step_tokens` tokens (and never more than the model's `n_batch`) for at most `max_running`
     sequences. Finished prompts may keep `idle_cells` of the KV cache for others to share (None: a quarter); each of
-    them needs a sequence id too, so load the model with `n_seq_max` ids.
+    them needs a sequence id too, so load the model with `n_seq_max` ids. An answer that copies its input has at most
+    `max_drafts` tokens verified ahead in a step, as many as pay (0: none).
     """
 
     step_tokens: int = 512
     max_running: int = 16
     idle_cells: int | None = None
+    max_drafts: int = 0
 
     @property
     def n_seq_max(self) -> int:
@@ -72,10 +76,17 @@ class EngineOptions:
 
 
 class Engine:
-    """Continuous batching over one `LlamaLike`; without a `constrainer` it takes no request with a grammar."""
+    """Continuous batching over one `LlamaLike`; without a `constrainer` it takes no request with a grammar.
+
+    `clock`, in seconds, times decodes: whether drafts pay depends on it, an answer never does.
+    """
 
     def __init__(
-        self, llama: LlamaLike, options: EngineOptions | None = None, constrainer: Constrainer | None = None
+        self,
+        llama: LlamaLike,
+        options: EngineOptions | None = None,
+        constrainer: Constrainer | None = None,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         options = options or EngineOptions()
         info = llama.info
@@ -92,6 +103,8 @@ class Engine:
         self._constrainer = constrainer
         self._guides = ThreadPoolExecutor(1, "deskside-guides")  # one: a grammar has one reader at a time
         self._scorer = Scorer(self._scheduler, self._next_arrival, max(1, options.max_running // 2))
+        self._drafts = Drafts(options.max_drafts)
+        self._clock = clock
         self._answers: dict[str, Answer] = {}
         self._failure: DecodeFailed | None = None
         self._n_arrivals = 0
@@ -143,7 +156,7 @@ class Engine:
             if plan is None:
                 return []
             self._edit(plan.edits)
-            events = self._compute(plan)
+            events = self._compute(self._drafts.extend(plan, self._scheduler.spare(plan), self._answers))
             self._edit(self._ledger.take_edits())
         except Exception as error:  # noqa: BLE001 - whatever it is, no client may be left waiting
             return self._die(error)
@@ -161,6 +174,8 @@ class Engine:
             generated_tokens_total=self._n_generated,
             steps_total=self._n_steps,
             preemptions_total=self._scheduler.n_preemptions,
+            draft_tokens_total=self._drafts.n_drafted,
+            draft_tokens_accepted_total=self._drafts.n_accepted,
         )
 
     def close(self) -> None:
@@ -188,23 +203,31 @@ class Engine:
 
     def _compute(self, plan: Plan) -> list[Event]:
         self._ask_guides(plan)
+        started_s = self._clock()
         try:
             logits = self._llama.decode(_batch(plan))
-        except NoKvSlot as error:
-            return [] if self._scheduler.shrink(plan) else self._fail(plan.chunks[0].sequence.request.id, error)
-        except (BatchInvalid, DecodeAborted) as error:
-            for chunk in plan.chunks:
-                self._llama.remove(_seq_id(chunk), chunk.start)
-            return [] if self._scheduler.isolate(plan) else self._fail(plan.chunks[0].sequence.request.id, error)
+        except (NoKvSlot, BatchInvalid, DecodeAborted) as error:
+            return self._retry(plan, error)
+        self._drafts.timed(plan, self._clock() - started_s)
         self._n_steps += 1
         self._scheduler.commit(plan)
         events: list[Event] = []
         n_read = 0
         for chunk in plan.chunks:
             if chunk.samples:
-                events += self._advance(chunk.sequence, logits[n_read : n_read + chunk.n_rows])
+                events += self._advance(chunk, logits[n_read : n_read + chunk.n_rows])
                 n_read += chunk.n_rows
         return events
+
+    def _retry(self, plan: Plan, error: NoKvSlot | BatchInvalid | DecodeAborted) -> list[Event]:
+        """The plan failed and harmed nobody: have the next one do less, or fail the one that cannot do with less."""
+        if not isinstance(error, NoKvSlot):
+            for chunk in plan.chunks:
+                self._llama.remove(_seq_id(chunk), chunk.start)
+        if self._drafts.withdraw(plan):
+            return []
+        again = self._scheduler.shrink if isinstance(error, NoKvSlot) else self._scheduler.isolate
+        return [] if again(plan) else self._fail(plan.chunks[0].sequence.request.id, error)
 
     def _ask_guides(self, plan: Plan) -> None:
         for chunk in plan.chunks:
@@ -212,15 +235,26 @@ class Engine:
             if chunk.samples and answer is not None and answer.guide is not None:
                 answer.allowed = self._guides.submit(answer.guide.allowed)
 
-    def _advance(self, sequence: Sequence, rows: np.ndarray) -> list[Event]:
+    def _advance(self, chunk: Chunk, rows: np.ndarray) -> list[Event]:
+        sequence = chunk.sequence
         answer = self._answers.get(sequence.request.id)
+        events: list[Event] = []
         try:
             if answer is None:
                 return self._scorer.advance(sequence, rows)
             allowed = None if answer.allowed is None else answer.allowed.result()
-            return self._emit(answer, answer.sampler.draw(rows[-1], allowed))
+            n_known = len(sequence.tokens)
+            for row, draft in zip(rows[-1 - len(chunk.drafts) :], (*chunk.drafts, None), strict=True):
+                draw = answer.sampler.draw(row, allowed)
+                if draw.token != draft:
+                    self._scheduler.trim(sequence, len(sequence.tokens))
+                events += self._emit(answer, draw)
+                if draw.token != draft or sequence.seq_id is None:
+                    break
+            self._drafts.judge(answer, chunk, sequence.tokens[n_known:])
         except Exception as error:  # noqa: BLE001 - one answer's fault must not be its neighbours'
-            return self._fail(sequence.request.id, error)
+            return events + self._fail(sequence.request.id, error)
+        return events
 
     def _emit(self, answer: Answer, draw: Draw) -> list[Event]:
         sequence, request = answer.sequence, answer.sequence.request
@@ -309,7 +343,7 @@ class Engine:
 def _batch(plan: Plan) -> Batch:
     """The arrays of the plan's decode."""
     counts = [chunk.count for chunk in plan.chunks]
-    tokens = [chunk.sequence.tokens[chunk.start : chunk.start + chunk.count] for chunk in plan.chunks]
+    tokens = [[*chunk.sequence.tokens[chunk.start : chunk.start + chunk.count], *chunk.drafts] for chunk in plan.chunks]
     ends = np.cumsum(counts)
     wants_logits = np.zeros(ends[-1], np.int8)
     for end, chunk in zip(ends, plan.chunks, strict=True):

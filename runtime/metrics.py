@@ -23,6 +23,8 @@ _COUNTERS = {
     "generated_tokens_total": "Tokens generated",
     "steps_total": "Engine steps",
     "preemptions_total": "Sequences set back because the KV cache was full",
+    "draft_tokens_total": "Tokens that were looked up and verified ahead of being drawn",
+    "draft_tokens_accepted_total": "Of these, the tokens that were then drawn",
 }
 
 

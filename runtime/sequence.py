@@ -122,12 +122,16 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start … start+count-1` of `sequence`, to be computed, with the logits of the last `n_rows` of them."""
+    """Tokens `start … start+count-1` of `sequence`, to be computed, with the logits of the last `n_rows` of them.
+
+    The last of them may be `drafts`: tokens that were not drawn yet, but may well be.
+    """
 
     sequence: Sequence
     start: int
     count: int
     n_rows: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
@@ -256,7 +260,10 @@ Event = TextDelta | Finished | Scored | Failed
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine holds right now."""
+    """What the engine holds right now, and what it has done since it began.
+
+    `draft_tokens_total` looked-up tokens were verified; `draft_tokens_accepted_total` of them were right.
+    """
 
     running: int
     waiting: int
@@ -267,3 +274,5 @@ class EngineStats:
     generated_tokens_total: int
     steps_total: int
     preemptions_total: int
+    draft_tokens_total: int = 0
+    draft_tokens_accepted_total: int = 0
