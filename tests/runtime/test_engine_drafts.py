@@ -101,7 +101,7 @@ def test_an_end_token_among_the_drafts_ends_the_answer(end: int, ignore_eos: boo
 
 
 def _story_and(end: int) -> Callable[[tuple[int, ...]], int]:
-    answer = [*STORY.encode(), end, *b"and then"]
+    answer: list[int] = [*STORY.encode(), end, *b"and then"]
 
     def script(history: tuple[int, ...]) -> int:
         return answer[min(len(history) - len(STORY) - 2 - len("and then more\n"), len(answer) - 1)]
@@ -304,8 +304,10 @@ class DraftTraffic(Traffic):
         self, n_ctx: int, step_tokens: int, running: int, ids: int, row_s: float, period: int
     ) -> None:
         def script(history: tuple[int, ...]) -> int:
+            if sum(history[-4:]) % 23 == 0:
+                return EOS
             strays = sum(history[-3:]) % 11 == 0
-            return EOS if sum(history[-4:]) % 23 == 0 else history[-period if not strays else -1 :][0]
+            return history[-1 if strays else -min(period, len(history))]
 
         self.begin(n_ctx, step_tokens, running, ids)
         self.llama.script = script

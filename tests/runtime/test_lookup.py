@@ -92,11 +92,11 @@ def test_an_answer_begins_from_what_all_answers_taught() -> None:
 def test_a_guess_is_judged_by_what_was_drawn_whether_verified_or_not(drawn: list[int], better: bool) -> None:
     drafter = Drafter(Acceptance(200))
     drafter.look([1, 2, 3, 8, 1, 2, 3], 4)
-    assert drafter.guess == (8, 1, 2, 3)
+    assert list(drafter.guess) == [8, 1, 2, 3]
     before = drafter.rate
     drafter.judge(drawn)
     assert (drafter.rate > before) == better
-    assert drafter.guess == ()
+    assert not drafter.guess
     after = drafter.rate
     drafter.judge([8])
     assert drafter.rate == after, "a guess is judged once"
