@@ -128,6 +128,16 @@ def test_the_setting_bounds_the_drafts_of_an_answer(max_drafts: int) -> None:
     assert max(len(batch.tokens) for batch in llama.batches[1:]) == 1 + max_drafts
 
 
+def test_no_draft_lies_beyond_max_tokens_or_the_context() -> None:
+    llama = FakeLlama(n_ctx=len(tokens_of(COPY)) + 30, script=STORY)
+    engine = Timed(row=0.0).engine(llama)
+    end = ends(run(engine, asked("a", COPY, SamplingParams(30, temperature=0))))["a"]
+    assert isinstance(end, Finished)
+    assert accepted(engine) > 0
+    last = len(tokens_of(COPY)) + 30 - 1
+    assert max(int(batch.positions.max()) for batch in llama.batches) < last, "the last token is never computed"
+
+
 def test_rows_stay_within_what_the_model_gives() -> None:
     llama = FakeLlama(n_ctx=4096, n_seq_max=6, script=STORY)
     engine = Timed(row=0.0).engine(llama, max_running=3)
