@@ -61,13 +61,13 @@ class EngineOptions:
     A step computes at most `step_tokens` tokens (and never more than the model's `n_batch`) for at most `max_running`
     sequences. Finished prompts may keep `idle_cells` of the KV cache for others to share (None: a quarter); each of
     them needs a sequence id too, so load the model with `n_seq_max` ids. An answer that copies its input has at most
-    `max_drafts` tokens verified ahead in a step, as many as pay (0: none).
+    `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay).
     """
 
     step_tokens: int = 512
     max_running: int = 16
     idle_cells: int | None = None
-    max_drafts: int = 0
+    max_drafts: int | None = 0
 
     @property
     def n_seq_max(self) -> int:

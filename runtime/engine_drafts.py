@@ -16,7 +16,7 @@ from .lookup import ENGINE_MEMORY, Acceptance, Drafter
 from .lookup_policy import NOBODY, Candidate, StepTimes, draft_lengths
 from .sequence import Chunk, Plan
 
-# Drafts of one answer in one step, unless a setting says fewer.
+# Drafts of one answer in one step, unless a setting says otherwise. More hardly pay, however sure they are.
 MAX_DRAFTS = 15
 # An answer is looked up once it has so many tokens: a label never pays for the index of its prompt.
 FIRST_LOOK = 4
@@ -25,10 +25,10 @@ REST_STEPS = 64
 
 
 class Drafts:
-    """Who gets drafts, and what became of them. `limit` bounds those of one answer in one step (0: none at all)."""
+    """Who gets drafts, and what became of them. `limit` bounds those of one answer in one step (0: none)."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int | None) -> None:
+        self._limit = MAX_DRAFTS if limit is None else limit
         self._times = StepTimes()
         self._everyone = Acceptance(ENGINE_MEMORY)
         self._rest = 0

@@ -9,7 +9,6 @@ from .config import RuntimeConfig, physical_cores
 from .constrain import LlGuidance
 from .constrain_protocol import Constrainer
 from .engine import Engine, EngineOptions
-from .engine_drafts import MAX_DRAFTS
 from .llama import LoadOptions, load
 from .llama_protocol import ModelInfo, TokenizerLike
 from .prompt import Prompter
@@ -52,8 +51,7 @@ def open_model(name_or_path: str, config: RuntimeConfig, store: Store | None = N
 
 def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
     """Load a model that was found. Raises LoadFailed."""
-    max_drafts = MAX_DRAFTS if config.speculate is None else config.speculate
-    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots, max_drafts=max_drafts)
+    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots, max_drafts=config.speculate)
     llama = load(
         stored.gguf,
         LoadOptions(

@@ -10,7 +10,7 @@ from hypothesis.stateful import initialize
 
 from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
-from runtime.engine_drafts import FIRST_LOOK
+from runtime.engine_drafts import FIRST_LOOK, MAX_DRAFTS
 from runtime.errors import BatchInvalid, DecodeAborted, NoKvSlot
 from runtime.sequence import Batch, Event, Failed, Finished, Grammar, Request, SamplingParams
 from tests.fakes import END_OF_TURN, EOS, FakeLlama, FakeTokenizer
@@ -33,7 +33,7 @@ class Timed:
         if self.also is not None:
             self.also(number, batch)
 
-    def engine(self, llama: FakeLlama, max_drafts: int = 15, **options: int) -> Engine:
+    def engine(self, llama: FakeLlama, max_drafts: int | None = 15, **options: int) -> Engine:
         llama.on_decode = self.passes
         return Engine(llama, EngineOptions(max_drafts=max_drafts, **options), clock=lambda: self.now)
 
@@ -120,12 +120,12 @@ def test_a_copying_answer_takes_far_fewer_decodes() -> None:
     assert stats.generated_tokens_total == len(STORY) + 1
 
 
-@pytest.mark.parametrize("max_drafts", [0, 1, 3])
-def test_the_setting_bounds_the_drafts_of_an_answer(max_drafts: int) -> None:
+@pytest.mark.parametrize(("max_drafts", "most"), [(0, 0), (1, 1), (3, 3), (None, MAX_DRAFTS)])
+def test_the_setting_bounds_the_drafts_of_an_answer(max_drafts: int | None, most: int) -> None:
     llama = FakeLlama(script=STORY)
     engine = Timed(row=0.0).engine(llama, max_drafts)
     assert text_of(run(engine, asked("a", COPY, LONG)), "a") == STORY
-    assert max(len(batch.tokens) for batch in llama.batches[1:]) == 1 + max_drafts
+    assert max(len(batch.tokens) for batch in llama.batches[1:]) == 1 + most
 
 
 def test_no_draft_lies_beyond_max_tokens_or_the_context() -> None:
