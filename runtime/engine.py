@@ -156,7 +156,7 @@ class Engine:
             if plan is None:
                 return []
             self._edit(plan.edits)
-            events = self._compute(self._drafts.extend(plan, self._scheduler.spare(plan), self._answers))
+            events = self._compute(self._drafts.extend(plan, self._scheduler, self._answers))
             self._edit(self._ledger.take_edits())
         except Exception as error:  # noqa: BLE001 - whatever it is, no client may be left waiting
             return self._die(error)

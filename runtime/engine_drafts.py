@@ -14,6 +14,7 @@ from dataclasses import replace
 from .engine_answer import Answer
 from .lookup import ENGINE_MEMORY, Acceptance, Drafter
 from .lookup_policy import NOBODY, Candidate, StepTimes, draft_lengths
+from .scheduler import Scheduler
 from .sequence import Chunk, Plan
 
 # Drafts of one answer in one step, unless a setting says otherwise. More hardly pay, however sure they are.
@@ -35,11 +36,12 @@ class Drafts:
         self.n_drafted = 0
         self.n_accepted = 0
 
-    def extend(self, plan: Plan, spare: int, answers: Mapping[str, Answer]) -> Plan:
-        """The plan with drafts, `spare` at most. With none spare, or none worth their time, it is the same plan."""
+    def extend(self, plan: Plan, scheduler: Scheduler, answers: Mapping[str, Answer]) -> Plan:
+        """The scheduler's plan with drafts, as its step has room; the same plan if it has none or none would pay."""
         if not self._limit:
             return plan
         self._rest = max(self._rest - 1, 0)
+        spare = scheduler.spare(plan)
         if spare < 1 or self._rest:
             return plan
         drafters = [self._look(answers.get(chunk.sequence.request.id)) for chunk in plan.chunks]
@@ -47,7 +49,8 @@ class Drafts:
         time = self._times.fit()
         if time is None or not any(candidate.count for candidate in candidates):
             return plan
-        lengths = draft_lengths(candidates, spare, time)
+        others_wait = len(scheduler.running) > len(plan.chunks)
+        lengths = draft_lengths(candidates, spare, time, others_wait=others_wait)
         chunks = [
             _with_drafts(chunk, drafter.guess[:length]) if drafter and length else chunk
             for chunk, drafter, length in zip(plan.chunks, drafters, lengths, strict=True)

@@ -23,7 +23,7 @@ GUESS_WEIGHT = 2.0
 LINE_WEIGHT = 3
 # Drafts must promise so many times the tokens per second that the step gives without: estimates err.
 WORTH = 1.05
-# As long as a row of the step has no drafts of its own, those of the others make it at most so many times longer.
+# While somebody waits for the step and has no drafts in it, those of the others make it at most so many times longer.
 MAX_DELAY = 1.25
 
 
@@ -88,10 +88,13 @@ class Candidate:
 NOBODY = Candidate(0.0, 0)
 
 
-def draft_lengths(candidates: Sequence[Candidate], spare: int, time: StepTime) -> list[int]:
+def draft_lengths(
+    candidates: Sequence[Candidate], spare: int, time: StepTime, *, others_wait: bool = False
+) -> list[int]:
     """How many drafts each row of a step gets, at most `spare` in all, so that it gives the most tokens in its time.
 
-    There is a candidate for every row the step has without drafts, `NOBODY` for one that can have none.
+    There is a candidate for every row the step has without drafts, `NOBODY` for one that can have none. `others_wait`
+    if answers that are not in the step wait for it to end.
     """
     rows = len(candidates)
     bare_s = time.of(rows)
@@ -107,6 +110,6 @@ def draft_lengths(candidates: Sequence[Candidate], spare: int, time: StepTime) -
         lengths = [length + (i == place) for i, length in enumerate(lengths)]
         gains[place] *= candidates[place].rate if lengths[place] < candidates[place].count else 0.0
         step_s = time.of(n_rows)
-        if tokens / step_s > best_rate and (all(lengths) or step_s <= MAX_DELAY * bare_s):
+        if tokens / step_s > best_rate and (step_s <= MAX_DELAY * bare_s or (all(lengths) and not others_wait)):
             best, best_rate = lengths, tokens / step_s
     return best

@@ -1,6 +1,7 @@
 """Drafts in the engine, on the fake: fewer decodes, not one event changed, and nobody else the worse for it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 
 from runtime.constrain import LlGuidance
+from runtime.detokenize import TextStream
 from runtime.engine import Engine, EngineOptions
-from runtime.engine_drafts import FIRST_LOOK, MAX_DRAFTS
+from runtime.engine_answer import Answer
+from runtime.engine_drafts import FIRST_LOOK, MAX_DRAFTS, Drafts
 from runtime.errors import BatchInvalid, DecodeAborted, NoKvSlot
-from runtime.sequence import Batch, Event, Failed, Finished, Grammar, Request, SamplingParams
+from runtime.prefix import PrefixCache
+from runtime.sampling import Sampler
+from runtime.scheduler import Scheduler
+from runtime.sequence import Batch, Event, Failed, Finished, Grammar, Request, SamplingParams, Sequence
 from tests.fakes import END_OF_TURN, EOS, FakeLlama, FakeTokenizer
 from tests.runtime.test_engine import Traffic, asked, ends, ids_of, nothing_left, run, text_of, tokens_of
 
@@ -195,6 +201,31 @@ def test_a_prompt_that_is_prefilled_keeps_the_step_to_itself() -> None:
     prefilled = [batch for batch in llama.batches[before:] if ord("x") in batch.tokens]
     assert len(prefilled) == 7
     assert all(np.count_nonzero(batch.seq_ids == 0) <= 1 for batch in prefilled)
+
+
+def test_who_waits_for_another_step_waits_little_longer_for_drafts() -> None:
+    """As when adapters take turns: an answer runs, but is not in this step."""
+    scheduler = Scheduler(PrefixCache(1000, 4, 0), step_tokens=100, max_running=4)
+    answers = {}
+    for arrival, name in enumerate("ab"):
+        request = Request(name, tuple(b"abc" * 9), LONG)
+        sequence = Sequence(request, arrival, [*request.prompt, *b"abcabc"])
+        answers[name] = Answer(sequence, Sampler(LONG), TextStream(FakeTokenizer().token_bytes))
+        scheduler.add(sequence)
+    while (plan := scheduler.plan()) and not scheduler.spare(plan):
+        scheduler.commit(plan)
+        for chunk in plan.chunks:
+            chunk.sequence.tokens.append(b"abc"[len(chunk.sequence.tokens) % 3])
+    assert plan is not None
+    drafts = Drafts(15)
+    for n_rows in (1, 2, 4, 8):
+        drafts.timed(replace(plan, chunks=plan.chunks[:1] * n_rows), 0.02 + 0.002 * n_rows)
+    drafts.extend(plan, scheduler, answers)
+    drafts.judge(answers["a"], plan.chunks[0], list(b"bca" * 5))
+    turn = replace(plan, chunks=plan.chunks[:1])
+    while_other_waits = drafts.extend(turn, scheduler, answers).n_tokens
+    scheduler.drop(answers["b"].sequence)
+    assert 1 < while_other_waits <= 4 < drafts.extend(turn, scheduler, answers).n_tokens
 
 
 def test_an_answer_with_a_grammar_gets_no_drafts() -> None:

@@ -131,6 +131,8 @@ def test_who_gets_no_drafts_waits_little_longer_for_those_of_others() -> None:
     assert lengths[0] > 0
     assert CPU.of(8 + sum(lengths)) <= MAX_DELAY * CPU.of(8)
     assert draft_lengths([Candidate(1.0, 15)] * 8, 24, CPU) == [3] * 8
+    alone = [Candidate(1.0, 15)]
+    assert draft_lengths(alone, 24, CPU)[0] > draft_lengths(alone, 24, CPU, others_wait=True)[0] == 1
 
 
 def test_what_is_not_there_is_not_given() -> None:
