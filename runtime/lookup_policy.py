@@ -56,7 +56,7 @@ class StepTimes:
     def note(self, rows: int, seconds: float) -> None:
         """A step with `rows` rows took `seconds`."""
         self._n_steps += 1
-        self._seconds.setdefault(rows, deque(maxlen=RECENT_STEPS)).append(seconds)
+        self._seconds.setdefault(rows, deque(maxlen=RECENT_STEPS)).append(max(seconds, 1e-9))  # a coarse clock says 0
         self._seen_at[rows] = self._n_steps
         for stale in [rows for rows, seen in self._seen_at.items() if self._n_steps - seen >= FORGET_STEPS]:
             del self._seconds[stale], self._seen_at[stale]

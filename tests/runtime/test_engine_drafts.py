@@ -144,6 +144,12 @@ def test_no_draft_lies_beyond_max_tokens_or_the_context() -> None:
     assert max(int(batch.positions.max()) for batch in llama.batches) < last, "the last token is never computed"
 
 
+def test_a_clock_that_stands_still_changes_no_answer() -> None:
+    llama = FakeLlama(script=STORY)
+    engine = Timed(base=0.0, row=0.0).engine(llama)
+    assert text_of(run(engine, asked("a", COPY, LONG)), "a") == STORY
+
+
 def test_rows_stay_within_what_the_model_gives() -> None:
     llama = FakeLlama(n_ctx=4096, n_seq_max=6, script=STORY)
     engine = Timed(row=0.0).engine(llama, max_running=3)
