@@ -188,7 +188,7 @@ class PrefixCache:
 
     def _drop(self, seq_id: int, resident: _Resident) -> None:
         self._let_go(resident.cells)
-        self._tree.remove(seq_id)
+        self._tree.discard(seq_id)
         self._free_ids.append(seq_id)
         self._edits.append(Remove(seq_id))
 

@@ -36,9 +36,6 @@ class PrefixTree:
         self._roots: dict[str | None, _Node] = {}
         self._ends: dict[int, _End] = {}
 
-    def __contains__(self, key: int) -> bool:
-        return key in self._ends
-
     def length(self, key: int) -> int:
         """How many tokens of sequence `key` are known."""
         return self._ends[key].length
@@ -89,10 +86,11 @@ class PrefixTree:
             del node.holders[key]
             _merge(node)
 
-    def remove(self, key: int) -> None:
-        """Forget sequence `key`."""
-        self.shorten(key, 0)
-        del self._ends[key]
+    def discard(self, key: int) -> None:
+        """Forget sequence `key`, if it is known."""
+        if key in self._ends:
+            self.shorten(key, 0)
+            del self._ends[key]
 
 
 def _split(node: _Node, at: int) -> _Node:

@@ -347,16 +347,14 @@ class DraftTraffic(Traffic):
         row_s=st.sampled_from([0.0, 0.002, 0.01]),
         period=st.integers(3, 7),
     )
-    def begin_with_drafts(
-        self, n_ctx: int, step_tokens: int, running: int, ids: int, row_s: float, period: int
-    ) -> None:
+    def begin(self, n_ctx: int, step_tokens: int, running: int, ids: int, row_s: float, period: int) -> None:
         def script(history: tuple[int, ...]) -> int:
             if sum(history[-4:]) % 23 == 0:
                 return EOS
             strays = sum(history[-3:]) % 11 == 0
             return history[-1 if strays else -min(period, len(history))]
 
-        self.begin(n_ctx, step_tokens, running, ids)
+        super().begin(n_ctx, step_tokens, running, ids)
         self.llama.script = script
         options = {"step_tokens": step_tokens, "max_running": running, "idle_cells": self.idle_cells}
         self.engine = Timed(row=row_s).engine(self.llama, 8, **options)
