@@ -38,6 +38,10 @@ def _auto_or_float(text: str) -> float | None:
     return None if text.strip().lower() == "auto" else float(text)
 
 
+def _auto_off_or_int(text: str) -> int | None:
+    return 0 if text.strip().lower() == "off" else _auto_or_int(text)
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
@@ -53,7 +57,9 @@ def _server(default: Any, setting: Setting) -> Any:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How to load, run and serve models. `threads`, `gpu_layers` and `memory_budget` None: found out from the machine.
+    """How to load, run and serve models.
+
+    `threads`, `gpu_layers`, `memory_budget` and `speculate` None: found out from the machine, or while running.
 
     Raises ValueError, naming the flag, its limits and the value, when a field is out of range.
     """
@@ -70,6 +76,19 @@ class RuntimeConfig:
         metadata={
             "setting": Setting(
                 "Layers on the GPU; auto: all, if llama.cpp can.", _auto_or_int, "auto|N", "engine", 0, 10000
+            )
+        },
+    )
+    speculate: int | None = field(
+        default=None,
+        metadata={
+            "setting": Setting(
+                "Most tokens verified ahead where an answer copies; auto: as many as pay.",
+                _auto_off_or_int,
+                "auto|off|N",
+                "engine",
+                0,
+                64,
             )
         },
     )

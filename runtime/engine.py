@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
 from .constrain_protocol import Constrainer
 from .detokenize import TextStream
 from .engine_answer import Answer, speller
+from .engine_batch import batch_of, seq_id_of
+from .engine_drafts import Drafts
 from .engine_embedding import Embedder, check_embedding
 from .engine_guide import begin
 from .engine_scoring import ARRIVALS, Scorer, check_scoring
@@ -37,7 +38,6 @@ from .prefix import PrefixCache
 from .sampling import Draw, Sampler
 from .scheduler import Scheduler
 from .sequence import (
-    Batch,
     Chunk,
     Copy,
     Edit,
@@ -70,12 +70,14 @@ class EngineOptions:
 
     A step computes at most `step_tokens` tokens (and never more than the model's `n_batch`) for at most `max_running`
     sequences. Finished prompts may keep `idle_cells` of the KV cache for others to share (None: a quarter); each of
-    them needs a sequence id too, so load the model with `n_seq_max` ids.
+    them needs a sequence id too, so load the model with `n_seq_max` ids. An answer that copies its input has at most
+    `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay).
     """
 
     step_tokens: int = 512
     max_running: int = 16
     idle_cells: int | None = None
+    max_drafts: int | None = 0
 
     @property
     def n_seq_max(self) -> int:
@@ -84,7 +86,10 @@ class EngineOptions:
 
 
 class Engine:
-    """Continuous batching over one `LlamaLike`; without a `constrainer` it takes no request with a grammar."""
+    """Continuous batching over one `LlamaLike`; without a `constrainer` it takes no request with a grammar.
+
+    `clock`, in seconds, times steps and decodes: whether drafts pay depends on it, what an answer says does not.
+    """
 
     def __init__(
         self,
@@ -108,6 +113,7 @@ class Engine:
         self._constrainer = constrainer
         self._guides = ThreadPoolExecutor(1, "deskside-guides")  # one: a grammar has one reader at a time
         self._scorer = Scorer(self._scheduler, self._next_arrival, max(1, options.max_running // 2))
+        self._drafts = Drafts(options.max_drafts)
         self._embedder = Embedder(llama)
         self._answers: dict[str, Answer] = {}
         self._failure: DecodeFailed | None = None
@@ -181,7 +187,7 @@ class Engine:
             if plan is None:
                 return []
             self._edit(plan.edits)
-            events = self._compute(plan)
+            events = self._compute(self._drafts.extend(plan, self._scheduler, self._answers))
             self._edit(self._ledger.take_edits())
         except Exception as error:  # noqa: BLE001 - whatever it is, no client may be left waiting
             return self._die(error)
@@ -199,6 +205,8 @@ class Engine:
             generated_tokens_total=self._n_generated,
             steps_total=self._n_steps,
             preemptions_total=self._scheduler.n_preemptions,
+            draft_tokens_total=self._drafts.n_drafted,
+            draft_tokens_accepted_total=self._drafts.n_accepted,
             decode_seconds_total=self._decoding.total_s,
             step_seconds_total=self._stepping.total_s,
         )
@@ -230,25 +238,32 @@ class Engine:
     def _compute(self, plan: Plan) -> list[Event]:
         self._ask_guides(plan)
         try:
-            batch = _batch(plan)
+            batch = batch_of(plan)
             self._llama.use_adapter(plan.adapter)
             with self._decoding:
                 logits = self._llama.decode(batch)
-        except NoKvSlot as error:
-            return [] if self._scheduler.shrink(plan) else self._fail(plan.chunks[0].sequence.request.id, error)
-        except (BatchInvalid, DecodeAborted) as error:
-            for chunk in plan.chunks:
-                self._llama.remove(_seq_id(chunk), chunk.start)
-            return [] if self._scheduler.isolate(plan) else self._fail(plan.chunks[0].sequence.request.id, error)
+        except (NoKvSlot, BatchInvalid, DecodeAborted) as error:
+            return self._retry(plan, error)
+        self._drafts.timed(plan, self._decoding.last_s)
         self._n_steps += 1
         self._scheduler.commit(plan)
         events: list[Event] = []
         n_read = 0
         for chunk in plan.chunks:
             if chunk.samples:
-                events += self._advance(chunk.sequence, logits[n_read : n_read + chunk.n_rows])
+                events += self._advance(chunk, logits[n_read : n_read + chunk.n_rows])
                 n_read += chunk.n_rows
         return events
+
+    def _retry(self, plan: Plan, error: NoKvSlot | BatchInvalid | DecodeAborted) -> list[Event]:
+        """The plan failed and harmed nobody: have the next one do less, or fail the one that cannot do with less."""
+        if not isinstance(error, NoKvSlot):
+            for chunk in plan.chunks:
+                self._llama.remove(seq_id_of(chunk), chunk.start)
+        if self._drafts.withdraw(plan):
+            return []
+        again = self._scheduler.shrink if isinstance(error, NoKvSlot) else self._scheduler.isolate
+        return [] if again(plan) else self._fail(plan.chunks[0].sequence.request.id, error)
 
     def _ask_guides(self, plan: Plan) -> None:
         for chunk in plan.chunks:
@@ -256,15 +271,26 @@ class Engine:
             if chunk.samples and answer is not None and answer.guide is not None:
                 answer.allowed = self._guides.submit(answer.guide.allowed)
 
-    def _advance(self, sequence: Sequence, rows: np.ndarray) -> list[Event]:
+    def _advance(self, chunk: Chunk, rows: np.ndarray) -> list[Event]:
+        sequence = chunk.sequence
         answer = self._answers.get(sequence.request.id)
+        events: list[Event] = []
         try:
             if answer is None:
                 return self._scorer.advance(sequence, rows)
             allowed = None if answer.allowed is None else answer.allowed.result()
-            return self._emit(answer, answer.sampler.draw(rows[-1], allowed))
+            n_known = len(sequence.tokens)
+            for row, draft in zip(rows[-1 - len(chunk.drafts) :], (*chunk.drafts, None), strict=True):
+                draw = answer.sampler.draw(row, allowed)
+                if draw.token != draft:
+                    self._scheduler.trim(sequence, len(sequence.tokens))
+                events += self._emit(answer, draw)
+                if draw.token != draft or sequence.seq_id is None:
+                    break
+            self._drafts.judge(answer, chunk, sequence.tokens[n_known:])
         except Exception as error:  # noqa: BLE001 - one answer's fault must not be its neighbours'
-            return self._fail(sequence.request.id, error)
+            return events + self._fail(sequence.request.id, error)
+        return events
 
     def _emit(self, answer: Answer, draw: Draw) -> list[Event]:
         sequence, request = answer.sequence, answer.sequence.request
@@ -351,25 +377,3 @@ class Engine:
     def _raise_if_dead(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-def _batch(plan: Plan) -> Batch:
-    """The arrays of the plan's decode."""
-    counts = [chunk.count for chunk in plan.chunks]
-    tokens = [chunk.sequence.tokens[chunk.start : chunk.start + chunk.count] for chunk in plan.chunks]
-    ends = np.cumsum(counts)
-    wants_logits = np.zeros(ends[-1], np.int8)
-    for end, chunk in zip(ends, plan.chunks, strict=True):
-        wants_logits[end - chunk.n_rows : end] = 1
-    starts = np.repeat([chunk.start for chunk in plan.chunks] - (ends - counts), counts)
-    return Batch(
-        tokens=np.fromiter(chain.from_iterable(tokens), np.int32, ends[-1]),
-        positions=(starts + np.arange(ends[-1])).astype(np.int32),
-        seq_ids=np.repeat([_seq_id(chunk) for chunk in plan.chunks], counts).astype(np.int32),
-        wants_logits=wants_logits,
-    )
-
-
-def _seq_id(chunk: Chunk) -> int:
-    assert chunk.sequence.seq_id is not None
-    return chunk.sequence.seq_id

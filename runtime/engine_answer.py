@@ -9,6 +9,7 @@ import numpy as np
 from .detokenize import TextStream
 from .engine_guide import Guide
 from .llama_protocol import TokenizerLike
+from .lookup import Drafter
 from .sampling import Sampler
 from .sequence import FinishReason, Sequence
 
@@ -34,7 +35,7 @@ class Answer:
     """A live answer.
 
     `allowed` is what the guide lets be drawn next, bool of shape (n_vocab,), while it is worked out. `unsent` tokens
-    stand in the sequence already, but their text was not given out yet.
+    stand in the sequence already, but their text was not given out yet. `drafter` is there once it was looked up.
     """
 
     sequence: Sequence
@@ -44,6 +45,7 @@ class Answer:
     allowed: Future[np.ndarray] | None = None
     unsent: list[int] = field(default_factory=list)
     n_counted: int = 0
+    drafter: Drafter | None = None
 
     def write(self, token: int, *, ends: bool) -> Written:
         """`token` was drawn; `ends` if it is an end token. What the grammar makes follow is written too.

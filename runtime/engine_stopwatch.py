@@ -5,12 +5,13 @@ from types import TracebackType
 
 
 class Stopwatch:
-    """`with watch:` adds the block's seconds to `total_s`, also when it raises. Not reentrant."""
+    """`with watch:` adds the block's seconds, `last_s`, to `total_s`, also when it raises. Not reentrant."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` gives seconds and never goes back."""
         self._clock = clock
         self._began_s = 0.0
+        self.last_s = 0.0
         self.total_s = 0.0
 
     def __enter__(self) -> None:
@@ -19,4 +20,5 @@ class Stopwatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.total_s += self._clock() - self._began_s
+        self.last_s = self._clock() - self._began_s
+        self.total_s += self.last_s

@@ -24,6 +24,8 @@ _COUNTERS = {
     "generated_tokens_total": "Tokens generated",
     "steps_total": "Engine steps",
     "preemptions_total": "Sequences set back because the KV cache was full",
+    "draft_tokens_total": "Tokens that were looked up and verified ahead of being drawn",
+    "draft_tokens_accepted_total": "Of these, the tokens that were then drawn",
     "decode_seconds_total": "Seconds inside the model's decode",
     "step_seconds_total": "Seconds inside engine steps: decode, planning, sampling and emitting",
 }

@@ -63,6 +63,16 @@ class Scheduler:
             return None
         return Plan(self._ledger.take_edits(), tuple(chunks), chunks[0].sequence.request.adapter)
 
+    def spare(self, plan: Plan) -> int:
+        """How many tokens more, each with its row, the plan's step could compute; 0 unless all it does is decode.
+
+        Nobody gives way for them: neither a prompt, nor an idle prefix, nor the search for a guilty sequence.
+        """
+        if self._suspects or not all(chunk.count == chunk.n_rows == 1 for chunk in plan.chunks):
+            return 0
+        free = self._ledger.n_cells - self._ledger.used_cells
+        return max(min(self._limit, self._max_rows, free) - plan.n_tokens, 0)
+
     def commit(self, plan: Plan) -> None:
         """The plan was computed."""
         self._limit = min(self._step_tokens, self._limit * 2)
@@ -71,6 +81,13 @@ class Scheduler:
             assert chunk.sequence.seq_id is not None
             self._ledger.extend(chunk.sequence.seq_id, chunk.count)
             chunk.sequence.n_computed += chunk.count
+
+    def trim(self, sequence: Sequence, length: int) -> None:
+        """Take back what was computed after the first `length` tokens of a running sequence, if anything was."""
+        if sequence.n_computed > length:
+            assert sequence.seq_id is not None
+            self._ledger.trim(sequence.seq_id, length)
+            sequence.n_computed = length
 
     def shrink(self, plan: Plan) -> bool:
         """The plan found no room in the real cache: do less next time. False when nothing less can be done."""
@@ -94,6 +111,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """The answer is whole; what was computed stays in the cache for others to share."""
         assert sequence.seq_id is not None
+        self.trim(sequence, len(sequence.tokens))
         self._ledger.retire(sequence.seq_id, np.asarray(sequence.tokens[: sequence.n_computed], np.int32))
         self._forget(sequence)
 

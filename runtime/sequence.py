@@ -136,12 +136,16 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start … start+count-1` of `sequence`, to be computed, with the logits of the last `n_rows` of them."""
+    """Tokens `start … start+count-1` of `sequence`, to be computed, with the logits of the last `n_rows` of them.
+
+    The last of them may be `drafts`: tokens that were not drawn yet, but may well be.
+    """
 
     sequence: Sequence
     start: int
     count: int
     n_rows: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
@@ -284,7 +288,8 @@ class EngineStats:
     """What the engine holds right now, and has done since it began.
 
     Of `step_seconds_total`, the wall-clock time of all steps, `decode_seconds_total` went by inside the model's decode;
-    the rest is planning, sampling and emitting.
+    the rest is planning, sampling and emitting. `draft_tokens_total` looked-up tokens were verified;
+    `draft_tokens_accepted_total` of them were right.
     """
 
     running: int
@@ -298,3 +303,5 @@ class EngineStats:
     preemptions_total: int
     decode_seconds_total: float = 0.0
     step_seconds_total: float = 0.0
+    draft_tokens_total: int = 0
+    draft_tokens_accepted_total: int = 0

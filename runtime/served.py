@@ -82,7 +82,7 @@ def under_name(wanted: Wanted, loaded: ServedModel) -> ServedModel:
 def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path] | None = None) -> ServedModel:
     """Load a model that was found, and with it LoRA adapters (name -> GGUF file). Blocks. Raises LoadFailed."""
     require_weights(stored)
-    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots)
+    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots, max_drafts=config.speculate)
     llama = load(
         stored.gguf,
         LoadOptions(

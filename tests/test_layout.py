@@ -20,7 +20,19 @@ BETWEEN = {
 # runtime, bottom to top. A file counts with the family its name begins with (server_routes: server).
 LEVELS = (
     ("errors", "sequence", "config", "memory"),
-    ("llama", "prompt", "sampling", "constrain", "detokenize", "prefix", "scheduler", "scoring", "openai", "metrics"),
+    (
+        "llama",
+        "prompt",
+        "sampling",
+        "constrain",
+        "detokenize",
+        "prefix",
+        "lookup",
+        "scheduler",
+        "scoring",
+        "openai",
+        "metrics",
+    ),
     ("engine",),
     ("worker",),
     ("intake", "served"),

@@ -51,6 +51,8 @@ def test_a_flag_wins_over_its_variable_and_both_over_the_default() -> None:
         (["--slots", "0"], "--slots must lie between 1 and 128, got 0"),
         (["--port", "http"], "--port takes INTEGER, got 'http'"),
         (["--threads", "many"], "--threads takes auto|N, got 'many'"),
+        (["--speculate", "on"], "--speculate takes auto|off|N, got 'on'"),
+        (["--speculate", "65"], "--speculate must lie between 0 and 64, got 65"),
         (["--drain-seconds", "nan"], "--drain-seconds must lie between 0 and 86400, got nan"),
         (["--log-level", "loud"], "--log-level must be one of debug, info, warning, error, got 'loud'"),
     ],
@@ -65,6 +67,11 @@ def test_the_environment_alone_makes_a_configuration() -> None:
     assert RuntimeConfig.from_env({}) == RuntimeConfig()
     config = RuntimeConfig.from_env({"DESKSIDE_THREADS": "auto", "DESKSIDE_DRAIN_SECONDS": "1.5", "DESKSIDE_HOST": ""})
     assert (config.threads, config.drain_seconds, config.host) == (None, 1.5, "127.0.0.1")
+
+
+@pytest.mark.parametrize(("text", "most"), [("auto", None), ("off", 0), ("0", 0), ("Off ", 0), ("7", 7)])
+def test_speculation_is_auto_off_or_a_number(text: str, most: int | None) -> None:
+    assert RuntimeConfig.from_env({"DESKSIDE_SPECULATE": text}).speculate == most
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The policy, step by step: who is planned, in what order, and what gives way when cells run out."""
 
+from dataclasses import replace
+
 import pytest
 
 from runtime.prefix import PrefixCache
@@ -211,6 +213,57 @@ def test_after_success_steps_grow_again() -> None:
     desk.ask(500)
     desk.scheduler.shrink(desk.plan())
     assert [desk.step()[0][1] for _ in range(3)] == [32, 64, 64]
+
+
+def test_what_a_decoding_step_leaves_over_is_spare_and_a_prefilling_one_leaves_nothing() -> None:
+    desk = Desk(n_cells=40, step_tokens=20, idle_cells=10)
+    desk.scheduler.finish(_written(desk, desk.ask(5)))
+    desk.ask(8), desk.ask(8)
+    assert desk.scheduler.spare(desk.plan()) == 0
+    desk.step()
+    assert desk.scheduler.spare(desk.plan()) == 40 - (5 + 8 + 8) - 2, "free cells, the idle prefix left alone"
+    desk = Desk(step_tokens=20)
+    for _ in range(2):
+        desk.ask(8)
+    desk.step()
+    assert desk.scheduler.spare(desk.plan()) == 20 - 2
+    desk.scheduler.shrink(desk.plan())
+    desk.scheduler.shrink(desk.plan())
+    assert desk.scheduler.spare(desk.plan()) == 0
+
+
+def test_rows_bound_what_is_spare() -> None:
+    desk = Desk(step_tokens=100)
+    desk.scheduler = Scheduler(desk.ledger, step_tokens=100, max_running=4, max_rows=6)
+    desk.ask(8), desk.ask(8)
+    desk.step()
+    assert desk.scheduler.spare(desk.plan()) == 4
+
+
+def test_nothing_is_spare_while_a_guilty_one_is_looked_for() -> None:
+    desk = Desk()
+    for _ in range(3):
+        desk.ask(5)
+    desk.step()
+    desk.scheduler.isolate(desk.plan())
+    assert desk.scheduler.spare(desk.plan()) == 0
+
+
+def test_trimming_takes_back_cells_and_finishing_trims_to_what_was_written() -> None:
+    desk = Desk(idle_cells=500)
+    sequence = desk.ask(10)
+    desk.step()
+    plan = desk.plan()
+    [chunk] = plan.chunks
+    drafted = replace(chunk, count=5, n_rows=5, drafts=(8, 8, 8, 8))
+    desk.scheduler.commit(replace(plan, chunks=(drafted,)))
+    assert (sequence.n_computed, desk.ledger.used_cells) == (15, 15)
+    desk.scheduler.trim(sequence, 13)
+    desk.scheduler.trim(sequence, 14)
+    assert (sequence.n_computed, desk.ledger.used_cells) == (13, 13)
+    desk.scheduler.finish(sequence)
+    assert desk.ledger.used_cells == len(sequence.tokens) == 11
+    assert desk.ledger.take_edits() == (Remove(0, 13), Remove(0, 11))
 
 
 def test_a_failed_batch_is_taken_apart() -> None:
