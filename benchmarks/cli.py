@@ -1,4 +1,4 @@
-"""`deskside bench`, `deskside bench report` and `deskside eval`: data on stdout, progress on stderr."""
+"""`deskside bench`, with `report`, `peers` and `soak` below it, and `deskside eval`: data to stdout, the rest to stderr."""
 
 import json
 import sys
@@ -14,6 +14,7 @@ from .evaluation_settings import EvalSettings
 from .options import with_options
 from .peer_cli import peers_command
 from .plan import Settings
+from .soak_cli import soak_command
 
 if TYPE_CHECKING:
     from .record import Run
@@ -29,6 +30,7 @@ def create_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(bench_command)
     app.command("report")(report_command)
     app.command("peers")(peers_command)
+    app.command("soak")(soak_command)
     return app
 
 

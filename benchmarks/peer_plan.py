@@ -106,7 +106,7 @@ def _examples(settings: PeerSettings) -> tuple[tuple[str, ...], Slices, Sequence
     burst = deal(test + validation, {BURST: (1, settings.burst)}, settings.seed + 2)[BURST]
     slices |= {(BURST, way): burst * n for way in everything[BURST].ways}
     offline = deal(test + validation, {"offline": (1, settings.offline)}, settings.seed + 3)["offline"][0]
-    return labels_of(test), slices, train[-settings.warmup:], offline
+    return labels_of(test), slices, train[-settings.warmup :], offline
 
 
 def _split(name: str) -> tuple[Example, ...]:

@@ -51,7 +51,7 @@ def tasks(burst: int) -> dict[str, Task]:
 
 def asking(task: str, way: str, peer: str, labels: Sequence[str]) -> tuple[Endpoint, dict[str, Any]] | None:
     """The endpoint and the fields with which `peer` is asked, or None when it cannot be asked in this way."""
-    greedy = {"temperature": 0}
+    greedy: dict[str, Any] = {"temperature": 0}
     if task == HOP:
         return "chat", greedy | {"max_tokens": 1}
     if task in (REPLY, REPLY_ALONE):
