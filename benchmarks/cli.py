@@ -1,4 +1,4 @@
-"""`deskside bench`, with `report`, `peers` and `soak` below it, and `deskside eval`: data to stdout, the rest to stderr."""
+"""`deskside bench` with what is below it, and `deskside eval`: data on stdout, progress on stderr."""
 
 import json
 import sys

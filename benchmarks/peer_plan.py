@@ -95,7 +95,7 @@ def _examples(settings: PeerSettings) -> tuple[tuple[str, ...], Slices, Sequence
     sizes |= {FEW_SHOT: settings.requests, BURST: settings.burst}
     tuned, base = (LABEL, LABEL_ALONE), (FEW_SHOT,)
     replies = long_prompts(train[: -HOP_REQUESTS * n - settings.warmup])
-    spare = train[-HOP_REQUESTS * n - settings.warmup : -settings.warmup]
+    spare = [replace(example, label="") for example in train[-HOP_REQUESTS * n - settings.warmup : -settings.warmup]]
     slices = {
         **_deal(test + validation, [everything[name] for name in tuned], sizes, n, settings.seed),
         **_deal(test + validation, [everything[name] for name in base], sizes, n, settings.seed + 1),

@@ -11,7 +11,7 @@ from .peer_figures import Figures, OfflineRow, Row, ratio
 from .peer_record import PeerRun
 from .peer_tasks import DESKSIDE
 
-COLUMNS = ("n", "errors", "req/s", "[min, max]", "ours / it", "TTFT p50 ms", "p95", "E2E p50 ms", "right")
+COLUMNS = ("n", "errors", "req/s", "range", "ours / it", "TTFT p50 ms", "p95", "E2E p50 ms", "right")
 
 
 def render_peers(run: PeerRun, figures: Figures, aims: Sequence[Aim], console: Console) -> None:
@@ -69,7 +69,7 @@ def _lengths(row: Row) -> str:
 
 def _offline_table(rows: Sequence[OfflineRow]) -> Table:
     table = Table(title="Offline: a file of mails, without the process's start and load", title_justify="left")
-    for name in ("server", "way", "mails/s", "[min, max]", "right"):
+    for name in ("server", "way", "mails/s", "range", "right"):
         table.add_column(name)
     for row in rows:
         if not row.rates:
@@ -99,15 +99,16 @@ def _notes(run: PeerRun, figures: Figures) -> Iterator[str]:
     for server in {server.name: server for server in run.servers}.values():
         yield f"{server.name}: {server.settings}; sha256 {server.sha256[:12]}…, {server.size_bytes / 2**20:.0f} MiB"
     yield (
-        f"{run.examples}; no mail twice on one server; all is greedy; what is not a best configuration or ours answers "
-        f"a third of the requests, once, and so does llama_cpp.server"
+        f"{run.examples}; no mail twice on one server; all is greedy; servers as shipped answer a third of the "
+        "requests, once; llama_cpp.server, which answers one at a time, a third of them"
     )
     shares = [f"{row.task}, {row.way} {row.decode_share:.3f}" for row in figures.rows if row.decode_share is not None]
     if shares:
         yield f"llama_decode's share of the engine's step: {'; '.join(shares)}"
     if figures.round_trip_ms is not None:
         yield f"one token for one client: round trip p50 {figures.round_trip_ms:.1f} ms"
-    prompts = {f"{row.task}, {row.way}": row.prompt_tokens for row in figures.rows if row.prompt_tokens is not None}
+    ours = [row for row in figures.rows if row.server.startswith(f"{DESKSIDE},")]
+    prompts = {f"{row.task}, {row.way}": row.prompt_tokens for row in ours if row.prompt_tokens is not None}
     yield "mean prompt tokens: " + "; ".join(f"{task} {tokens:.0f}" for task, tokens in prompts.items())
     yield "rates are medians of the repetitions, ratios those of medians; [ ] is the range over the repetitions"
     yield "TTFT and E2E count from the scheduled send; a decision is answered whole, so its TTFT is its E2E"

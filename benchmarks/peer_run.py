@@ -26,7 +26,7 @@ from .workload import Example, Prompt
 
 Progress = Callable[[str, int, int], None]
 Slices = Mapping[tuple[str, str], Sequence[Sequence[Example]]]
-ONCE_SHARE = 3
+SLOW_SHARE = 3
 TIMEOUT_S = 1800.0
 COUNTERS = ("deskside_step_seconds_total", "deskside_decode_seconds_total", "deskside_steps_total")
 
@@ -138,8 +138,8 @@ def _measure(
     turn: Turn, address: str, stage: Stage, comparison: Comparison, recorder: Recorder, progress: Progress
 ) -> None:
     examples = comparison.slices[turn.task.name, turn.way][turn.repetition]
-    if turn.plan.once:
-        examples = examples[: max(1, len(examples) // ONCE_SHARE)]
+    if turn.plan.slow:
+        examples = examples[: max(1, len(examples) // SLOW_SHARE)]
     progress(str(turn), 0, len(examples))
     before, load = _counters(turn.plan, address), load_average()
     samples = asyncio.run(_ask_all(turn, address, stage.prompt, examples, comparison.labels))

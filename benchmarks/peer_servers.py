@@ -34,11 +34,12 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class ServerPlan:
-    """A server to be measured. `once`: it is slow, so it answers a part of the requests, in the first repetition."""
+    """A server to be measured. `slow`: it answers a third of the requests; `once`: in the first repetition only."""
 
     facts: Server
     peer: str
     start: Callable[[Path], AbstractContextManager[Running]]
+    slow: bool = False
     once: bool = False
 
     @property
@@ -72,7 +73,7 @@ def llama_server_plan(file: ModelFile, threads: int, profile: str, python: Path)
         return serving([str(python), "-P", script("peer_xllamacpp.py"), *arguments], port, log_file=log)
 
     facts = _facts(LLAMA_SERVER, profile, LLAMA_SERVER_SETTINGS[profile], file)
-    return ServerPlan(facts, LLAMA_SERVER, start, once=profile == SHIPPED)
+    return ServerPlan(facts, LLAMA_SERVER, start, slow=profile == SHIPPED, once=profile == SHIPPED)
 
 
 def llama_cpp_plan(file: ModelFile, threads: int, profile: str, python: Path) -> ServerPlan:
@@ -86,7 +87,8 @@ def llama_cpp_plan(file: ModelFile, threads: int, profile: str, python: Path) ->
         return serving(command, port, ready="/v1/models", log_file=log)
 
     settings = " ".join(LLAMA_CPP_FLAGS[profile]) or "default settings"
-    return ServerPlan(_facts(LLAMA_CPP_SERVER, profile, settings, file), LLAMA_CPP_SERVER, start, once=True)
+    facts = _facts(LLAMA_CPP_SERVER, profile, settings, file)
+    return ServerPlan(facts, LLAMA_CPP_SERVER, start, slow=True, once=profile == SHIPPED)
 
 
 def _facts(peer: str, profile: str, settings: str, file: ModelFile) -> Server:

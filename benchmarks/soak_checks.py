@@ -71,13 +71,15 @@ def _terminal(run: SoakRun) -> Check:
 def _failures(run: SoakRun) -> Check:
     """An accepted request may fail only if the engine was killed, or was coming back, while it ran."""
     failed = [outcome for outcome in run.outcomes if outcome.end == "failed"]
-    stray = [
-        o for o in failed if not any(o.started_s <= k.at_s + RECOVERY_S and o.ended_s >= k.at_s for k in run.kills)
-    ]
+    stray = [outcome for outcome in failed if not any(_overlap(outcome, kill) for kill in run.kills)]
     found = f"{len(failed)} failed, {len(stray)} of them away from a kill"
     if stray:
         found += f"; first: {stray[0].kind} at {stray[0].started_s:.0f} s: {stray[0].detail}"
     return Check(name="requests fail only around a kill", found=found, passed=not stray)
+
+
+def _overlap(outcome: Outcome, kill: Kill) -> bool:
+    return outcome.started_s <= kill.at_s + RECOVERY_S and outcome.ended_s >= kill.at_s
 
 
 def _refusals(run: SoakRun) -> Check:

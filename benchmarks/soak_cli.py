@@ -47,9 +47,8 @@ def soak_command(
 
 
 def _print(run: "SoakRun", checks: "Sequence[Check]") -> None:
-    print(
-        f"{run.model}, {run.minutes:g} minutes, {run.clients} clients at a capacity of {run.capacity}, seed {run.seed}"
-    )
+    clients = f"{run.clients} clients at a capacity of {run.capacity}"
+    print(f"{run.model}, {run.minutes:g} minutes, {clients}, seed {run.seed}")
     kinds = Counter((outcome.kind, outcome.end) for outcome in run.outcomes)
     for kind in sorted({kind for kind, _ in kinds}):
         ends = ", ".join(f"{number} {end}" for (name, end), number in sorted(kinds.items()) if name == kind)
