@@ -27,7 +27,9 @@ from .workload import labels_of, read_examples
 Progress = Callable[[str, int, int], None]
 MEMORY_EVERY_S = 5.0
 CANARY_EVERY_S = 5.0
-REFUSED_PAUSE_S = 0.1
+CANARY_AGAIN_S = 0.1
+# What Retry-After asks for.
+REFUSED_PAUSE_S = 1.0
 RESTART_S = 60.0
 QUIET_S = 60.0
 # Kills come early enough for the engine's memory to be watched for half of the soak after the last one.
@@ -59,6 +61,7 @@ class _Soak:
         self._kills: list[Kill] = []
         self._memory: list[Memory] = []
         self._canaries: list[str] = []
+        self._canary_body: dict[str, object] = {"messages": [{"role": "user", "content": CANARY}], "temperature": 0}
         self._began = 0.0
 
     async def run(self) -> SoakRun:
@@ -67,19 +70,23 @@ class _Soak:
         mails, labels = [example.text for example in examples], labels_of(examples)
         capacity = given.slots + given.queue
         count = round(given.overload * capacity)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # A server may close an idle connection at the moment it is used again: that would count as a lost request.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         url = self._server.base_url
         async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits, trust_env=False) as http:
+            self._canary_body["choice"] = list(labels)
             self._began = asyncio.get_running_loop().time()
+            await self._ask_canary(http)
             clients = [SoakClient(http, mails, labels, given.seed * 1000 + number) for number in range(count)]
             async with asyncio.TaskGroup() as group:
                 for client in clients:
                     group.create_task(self._user(client))
                 group.create_task(self._watch())
-                group.create_task(self._canary(http, labels))
+                group.create_task(self._canary(http))
                 group.create_task(self._killer(http))
             gauges, ready = await self._quiet(http)
+            await self._ask_canary(http)
         return SoakRun(
             started_at=started, machine=describe(), model=given.model, minutes=given.minutes, seed=given.seed,
             clients=count, capacity=capacity, wanted_kills=given.kills, load_s=self._load_s,
@@ -105,15 +112,26 @@ class _Soak:
             await asyncio.sleep(MEMORY_EVERY_S)
         self._progress("soak, seconds", int(self._load_s), int(self._load_s))
 
-    async def _canary(self, http: httpx.AsyncClient, labels: tuple[str, ...]) -> None:
-        body = {"messages": [{"role": "user", "content": CANARY}], "temperature": 0, "choice": list(labels)}
+    async def _canary(self, http: httpx.AsyncClient) -> None:
         while self._now() < self._load_s:
-            response = await http.post("/chat/completions", json=body)
-            if response.status_code == 200:
-                self._canaries.append(str(response.json()["choices"][0]["message"]["content"]))
-                await asyncio.sleep(CANARY_EVERY_S)
-            else:
-                await asyncio.sleep(REFUSED_PAUSE_S)
+            answered = await self._ask_canary(http)
+            await asyncio.sleep(CANARY_EVERY_S if answered else CANARY_AGAIN_S)
+
+    async def _ask_canary(self, http: httpx.AsyncClient) -> bool:
+        """Whether the fixed request was answered; it may be refused, or meet a kill, but not be lost."""
+        began = self._now()
+        try:
+            response = await http.post("/chat/completions", json=self._canary_body)
+        except httpx.HTTPError as error:
+            detail = f"{type(error).__name__}: {error}"
+            lost = Outcome(
+                kind="canary", started_s=began, ended_s=self._now(), end="broken", accepted=True, detail=detail
+            )
+            self._outcomes.append(lost)
+            return False
+        if response.status_code == 200:
+            self._canaries.append(str(response.json()["choices"][0]["message"]["content"]))
+        return response.status_code == 200
 
     async def _killer(self, http: httpx.AsyncClient) -> None:
         chance = random.Random(self._settings.seed)

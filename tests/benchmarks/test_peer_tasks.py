@@ -23,9 +23,11 @@ from benchmarks.peer_tasks import (
     DESKSIDE,
     FEW_SHOT,
     LABEL,
+    LABEL_ALONE,
     LLAMA_CPP_SERVER,
     LLAMA_SERVER,
     REPLY,
+    REPLY_ALONE,
     asking,
     deal,
     gbnf,
@@ -82,7 +84,7 @@ def test_long_prompts_are_made_of_different_mails() -> None:
 def test_the_mails_there_are_suffice_and_none_is_used_twice_by_one_server(settings: PeerSettings) -> None:
     labels, slices, warmup, offline = _examples(settings)
     assert len(labels) == 8
-    for family in (("label", "label, one client"), ("64-token reply", "64-token reply, one client"), ("few-shot label",)):
+    for family in ((LABEL, LABEL_ALONE), (REPLY, REPLY_ALONE), (FEW_SHOT,)):
         texts = [e.text for (task, _), parts in slices.items() if task in family for part in parts for e in part]
         assert len(texts) == len(set(texts))
         assert not set(texts) & {example.text for example in warmup}
@@ -128,7 +130,7 @@ def test_batch_lines_ask_as_over_http_and_answers_come_back_in_order() -> None:
 
 
 def test_counters_are_read_from_prometheus_text() -> None:
-    text = "# HELP a x\n# TYPE a counter\na_total 1.5\nb 2\nc{route=\"x\"} 3\n"
+    text = '# HELP a x\n# TYPE a counter\na_total 1.5\nb 2\nc{route="x"} 3\n'
     assert read_counters(text, ("a_total", "c", "d")) == {"a_total": 1.5}
 
 
