@@ -9,9 +9,15 @@ PORT ?= 8080
 MINUTES ?= 30
 # See runtime/cli.py: llama.cpp's threads give a busy core back instead of spinning on it.
 export GOMP_SPINCOUNT ?= 1000
+# What llama.cpp is compiled with where it is compiled; the header says why.
+ifeq ($(shell uname -m),x86_64)
+COMPILE := CFLAGS='$(CFLAGS) -include "$(CURDIR)/runtime/llama_amx.h"' \
+	CXXFLAGS='$(CXXFLAGS) -include "$(CURDIR)/runtime/llama_amx.h"'
+endif
+PIP := $(COMPILE) $(BIN)/pip --disable-pip-version-check install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve chat convert batch bench bench-peers soak test check fix lock lock-peers clean
+.PHONY: help setup model serve chat convert batch bench bench-peers soak test check fix rebuild lock lock-peers clean
 
 help: ## Show these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +30,8 @@ $(READY): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || { echo "==> Making $(VENV)" >&2; $(PYTHON) -m venv $(VENV); }
 	@echo "==> Installing what requirements.lock pins, every file checked by its hash (under a minute)." >&2
 	@echo "    The first time, llama.cpp is compiled for this very processor: about 10 minutes on 2 cores, 2 on 8." >&2
-	@$(BIN)/pip install --disable-pip-version-check -q --require-hashes -r requirements.lock
-	@$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	@$(PIP) --require-hashes -r requirements.lock
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 setup: $(READY) ## Make .venv, install from the lock file, build the default model
@@ -70,6 +76,11 @@ check: $(READY) ## Lint, formatting, types and the layout of the house
 fix: $(READY) ## Mend what ruff can mend by itself
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+rebuild: $(READY) ## Compile llama.cpp anew; for a GPU: CMAKE_ARGS="-DGGML_CUDA=on" make rebuild
+	@awk '/^[^ ]/ {ours = /^llama-cpp-python==/} ours' requirements.lock > $(VENV)/llama.lock
+	@$(BIN)/pip cache remove -q llama_cpp_python || true
+	@$(PIP) --require-hashes --no-deps --force-reinstall -r $(VENV)/llama.lock
 
 lock: ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	@uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

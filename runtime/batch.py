@@ -149,9 +149,11 @@ class BatchRun:
     def _count(self, usage: Mapping[str, Any]) -> None:
         counts = self.counts
         counts.answered += 1
-        counts.prompt_tokens += usage.get("prompt_tokens", 0)
-        counts.completion_tokens += usage.get("completion_tokens", 0)
-        counts.cached_tokens += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        # Newer routes of OpenAI's call what goes in input, and what comes of it output.
+        into, out = ("input", "output") if "input_tokens" in usage else ("prompt", "completion")
+        counts.prompt_tokens += usage.get(f"{into}_tokens", 0)
+        counts.completion_tokens += usage.get(f"{out}_tokens", 0)
+        counts.cached_tokens += (usage.get(f"{into}_tokens_details") or {}).get("cached_tokens", 0)
         self._on_progress(counts)
 
 

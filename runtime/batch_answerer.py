@@ -1,20 +1,56 @@
 """A batch's way into the engine: the same preparation and the same fold as the server's, without HTTP between."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .batch_input import BatchLine
 from .errors import Overloaded
-from .intake import Serving, fold, prepare
+from .intake import fold, prepare
+from .intake_decisions import Deciding, fold_decision, prepare_decision
+from .intake_embeddings import fold_embedding, prepare_embedding
 from .openai import MAX_CHOICES
-from .openai_answer import Call
 from .openai_error import to_error
 from .openai_fields import Kind
+from .sequence import Work
 from .worker import Worker
 from .worker_stream import Stream
 
-KINDS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A line as the engine takes it, and how its events become OpenAI's response body."""
+
+    work: tuple[Work, ...]
+    fold: Callable[[Stream], Awaitable[dict[str, Any]]]
+
+
+def _text(kind: Kind) -> Callable[[BatchLine, Deciding], Prepared]:
+    def prepared(line: BatchLine, served: Deciding) -> Prepared:
+        call = prepare(kind, _with_seed(line), served)
+        return Prepared(call.requests, lambda stream: fold(call, stream))
+
+    return prepared
+
+
+def _decision(line: BatchLine, served: Deciding) -> Prepared:
+    call = prepare_decision(dict(line.body), served)
+    return Prepared((call.scoring,), lambda stream: fold_decision(call, stream))
+
+
+def _embedding(line: BatchLine, served: Deciding) -> Prepared:
+    call = prepare_embedding(line.body, served)
+    return Prepared((call.embedding,), lambda stream: fold_embedding(call, stream))
+
+
+# url -> a line's way in: the very functions that judge and answer it over HTTP
+ROUTES: Mapping[str, Callable[[BatchLine, Deciding], Prepared]] = {
+    "/v1/chat/completions": _text("chat"),
+    "/v1/completions": _text("completion"),
+    "/v1/decisions": _decision,
+    "/v1/embeddings": _embedding,
+}
 
 
 def queue_for(window: int) -> int:
@@ -25,24 +61,24 @@ def queue_for(window: int) -> int:
 class EngineAnswerer:
     """Answers batch lines through a worker, on the event loop that calls it."""
 
-    def __init__(self, served: Serving, worker: Worker) -> None:
+    def __init__(self, served: Deciding, worker: Worker) -> None:
         self._served = served
         self._worker = worker
         self._ended = asyncio.Event()
 
-    async def answer(self, line: BatchLine) -> dict[str, object]:
+    async def answer(self, line: BatchLine) -> dict[str, Any]:
         """OpenAI's response body. Cancelled, it frees what the engine holds for the line."""
-        call = prepare(KINDS[line.url], _with_seed(line), self._served)
+        prepared = ROUTES[line.url](line, self._served)
         try:
-            return await fold(call, await self._submit(call))
+            return await prepared.fold(await self._submit(prepared.work))
         finally:
             self._ended.set()
 
-    async def _submit(self, call: Call) -> Stream:
+    async def _submit(self, work: tuple[Work, ...]) -> Stream:
         while True:
             self._ended.clear()
             try:
-                return self._worker.submit(*call.requests)
+                return self._worker.submit(*work)
             except Overloaded:
                 await self._ended.wait()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import InvalidRequest
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/decisions", "/v1/embeddings")
 FIELDS = ("custom_id", "method", "url", "body")
 _BOM = b"\xef\xbb\xbf"
 

@@ -88,7 +88,7 @@ def examine(store: Store) -> Report:
         models=tuple(_model_row(model) for model in models),
         checks=(
             _check_python(),
-            Check("llama.cpp", not trouble, trouble or backend, "pip install --force-reinstall llama-cpp-python"),
+            Check("llama.cpp", not trouble, trouble or backend + _slow_amx(backend), "make rebuild"),
             _check_store(store.home, disk_free, bool(models)),
             *damaged,
             *_check_default(models),
@@ -155,6 +155,10 @@ def llama_cpp_state() -> tuple[str, bool, str]:
         return *describe_build(), ""
     except (ImportError, OSError, RuntimeError) as error:
         return "unknown", False, f"llama-cpp-python cannot be loaded: {error}"
+
+
+def _slow_amx(backend: str) -> str:
+    return ": no compiler is trusted with AMX unseen; `make rebuild` mends it" if "AMX unused" in backend else ""
 
 
 def _installed(store: Store) -> tuple[list[StoredModel], list[Check]]:

@@ -120,9 +120,13 @@ class Scorer:
             self._fork(poll, poll.ballot.next_wave())
 
     def _grow(self, poll: _Poll) -> None:
-        """The prompt is computed, and so where each choice stands after its first token."""
+        """The prompt is computed, and so where each choice stands after its first token. That may tell them all."""
         root, prompt = poll.root, poll.ballot.question.prompt
-        first, *others = poll.ballot.next_wave()
+        wave = poll.ballot.next_wave()
+        if not wave:
+            self._end(poll, root)
+            return
+        first, *others = wave
         root.tokens.extend(first.path)
         root.first_row = len(prompt) - 1 + first.first
         poll.call.n_computed += len(first.path)
@@ -155,7 +159,7 @@ class Scorer:
 
 def _sequence(call: _Call, question: Question, arrival: int, tokens: tuple[int, ...], first_row: int) -> Sequence:
     params = SamplingParams(max_tokens=max(map(len, question.choices)))
-    request = Request(call.scoring.id, question.prompt, params)
+    request = Request(call.scoring.id, question.prompt, params, call.scoring.adapter)
     return Sequence(request, arrival, list(tokens), first_row=first_row)
 
 

@@ -5,24 +5,30 @@ shared by all sequences, so that sharing a prefix moves no data (`llama_memory_s
 the process when the cache is not unified), and sliding-window layers keep every cell, so that prefixes can be reused.
 """
 
-import ctypes
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from llama_cpp import llama_cpp
 
 from .config import physical_cores
-from .errors import BatchInvalid, DecodeAborted, DecodeFailed, EngineError, LoadFailed, NoKvSlot
-from .llama_handle import ModelHandle
+from .errors import BatchInvalid, EngineError, LoadFailed
+from .llama_adapters import Adapters
+from .llama_batch import BatchArrays, decode_error
+from .llama_embed import EmbedContext, embed_info
+from .llama_handle import AMX_UNUSED, ModelHandle, system_info
 from .llama_log import last_errors
 from .llama_protocol import ModelInfo
 from .llama_tokenizer import Tokenizer
 from .sequence import Batch
 
 MAX_SEQUENCES = 256
-_NOTABLE_FEATURES = ("AVX2", "AVX512", "AVX512_VNNI", "AVX_VNNI", "AMX_INT8", "FMA", "NEON", "DOTPROD", "SVE", "BLAS")
+_NOTABLE_FEATURES = (
+    *("AVX2", "AVX512", "AVX512_VNNI", "AVX_VNNI", "AMX_INT8", AMX_UNUSED, "FMA"),
+    *("NEON", "DOTPROD", "SVE", "BLAS"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,7 @@ class LoadOptions:
     `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
     most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is
     the physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
+    `adapters` are LoRA GGUF files for this model, by the name under which requests ask for them.
     """
 
     n_ctx: int = 8192
@@ -41,6 +48,7 @@ class LoadOptions:
     n_threads: int | None = None
     gpu_layers: int | None = None
     use_mmap: bool = True
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Llama:
@@ -50,6 +58,7 @@ class Llama:
         """Make a context. Use `load`, which also opens the model. Raises LoadFailed."""
         # llama.cpp aborts the process if it may not give each sequence a row.
         n_outputs = max(options.n_outputs or 0, options.n_seq_max)
+        self._adapters = Adapters(model, options.adapters)
         self._context = _new_context(model, path, options, n_outputs)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._finalizer = weakref.finalize(self, llama_cpp.llama_free, self._context)
@@ -57,7 +66,9 @@ class Llama:
         self._n_outputs = n_outputs
         self.tokenizer = Tokenizer(model)
         self.info = _info(model, self._context, options, gpu_layers)
-        self._arrays = _BatchArrays(options.n_batch)
+        self._arrays = BatchArrays(options.n_batch)
+        self._model = model
+        self._embedder: EmbedContext | None = None
 
     def decode(self, batch: Batch) -> np.ndarray:
         """Compute `batch`; the logits, float32 of shape (rows that want logits, n_vocab), valid until the next decode.
@@ -79,6 +90,26 @@ class Llama:
             return np.empty((0, self.info.n_vocab), np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (n_rows, self.info.n_vocab))
 
+    def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
+        """The last layer's rows for `batch`, float32 of shape (tokens, n_embd), as `LlamaLike.embed` says.
+
+        The first call makes a second, small context on the same weights, so that text is never in its way. Raises
+        LoadFailed if there is no memory for it.
+        """
+        self._require_open()
+        if self._embedder is None:
+            self._embedder = EmbedContext(self._model, self.info, self._adapters.again())
+        try:
+            return self._embedder.embed(batch, adapter)
+        except EngineError:
+            self._embedder = None  # whatever state it is in, the next call begins with another
+            raise
+
+    def use_adapter(self, name: str | None) -> None:
+        """Compute with adapter `name` of `info.adapters` from the next decode on; None: with none."""
+        self._require_open()
+        self._adapters.apply(self._context, name)
+
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Let `target`, an empty sequence, share the first `length` cells of `source`. Moves no data."""
         self._require_open()
@@ -97,38 +128,11 @@ class Llama:
     def close(self) -> None:
         """Free the context; the weights follow when nobody holds the tokenizer any more. Closing twice is harmless."""
         self._finalizer()
+        self._embedder = None
 
     def _require_open(self) -> None:
         if not self._finalizer.alive:
             raise EngineError("the model is closed")
-
-
-class _BatchArrays:
-    """The memory of a `llama_batch`, kept from step to step and filled by array assignment."""
-
-    def __init__(self, n_batch: int) -> None:
-        self._tokens = np.zeros(n_batch, np.int32)
-        self._positions = np.zeros(n_batch, np.int32)
-        self._seq_ids = np.zeros(n_batch, np.int32)
-        self._wants_logits = np.zeros(n_batch, np.int8)
-        self._n_seq_ids = np.ones(n_batch, np.int32)
-        self._seq_id_pointers = self._seq_ids.ctypes.data + 4 * np.arange(n_batch, dtype=np.uintp)
-        self._batch = llama_cpp.llama_batch(
-            token=_pointer(self._tokens, ctypes.c_int32),
-            pos=_pointer(self._positions, ctypes.c_int32),
-            n_seq_id=_pointer(self._n_seq_ids, ctypes.c_int32),
-            seq_id=_pointer(self._seq_id_pointers, ctypes.POINTER(ctypes.c_int32)),
-            logits=_pointer(self._wants_logits, ctypes.c_int8),
-        )
-
-    def fill(self, batch: Batch) -> llama_cpp.llama_batch:
-        n_tokens = len(batch.tokens)
-        self._tokens[:n_tokens] = batch.tokens
-        self._positions[:n_tokens] = batch.positions
-        self._seq_ids[:n_tokens] = batch.seq_ids
-        self._wants_logits[:n_tokens] = batch.wants_logits
-        self._batch.n_tokens = n_tokens
-        return self._batch
 
 
 def load(path: Path, options: LoadOptions | None = None) -> Llama:
@@ -186,29 +190,21 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
         size_bytes=llama_cpp.llama_model_size(model.pointer),
         description=model.description(),
         architecture=metadata.get("general.architecture", ""),
-        backend=backend_name(llama_cpp.llama_print_system_info().decode(), offloads=gpu_layers != 0),
+        backend=backend_name(system_info(), offloads=gpu_layers != 0),
         n_threads=llama_cpp.llama_n_threads(context),
         gpu_layers=gpu_layers,
         chat_template=metadata.get("tokenizer.chat_template"),
         metadata=metadata,
+        adapters=tuple(options.adapters),
+        **embed_info(model, metadata, options.n_batch),
     )
 
 
-def backend_name(system_info: str, *, offloads: bool) -> str:
+def backend_name(line: str, *, offloads: bool) -> str:
     """`CPU (AVX2, FMA)` or `CUDA + CPU (…)` from llama.cpp's line: `CPU : SSE3 = 1 | AVX2 = 1 | …`."""
-    fields = [field.strip() for field in system_info.split("|")]
+    fields = [field.strip() for field in line.split("|")]
     devices = [field.partition(" : ")[0] for field in fields if " : " in field]
     on = {field.rpartition(" : ")[2].removesuffix(" = 1") for field in fields if field.endswith(" = 1")}
     features = ", ".join(feature for feature in _NOTABLE_FEATURES if feature in on)
     gpus = [device for device in devices if device != "CPU"] if offloads else []
     return " + ".join([*gpus, f"CPU ({features})" if features else "CPU"])
-
-
-def decode_error(code: int, n_tokens: int) -> EngineError:
-    """The error for a code of `llama_decode` that is not 0."""
-    kinds = {1: NoKvSlot, 2: DecodeAborted, -1: BatchInvalid}
-    return kinds.get(code, DecodeFailed)(f"llama_decode gave {code} for a batch of {n_tokens} tokens")
-
-
-def _pointer(array: np.ndarray, kind: type) -> object:
-    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))

@@ -12,6 +12,9 @@ from .errors import LoadFailed
 from .llama_log import last_errors
 
 _GGUF_MAGIC = b"GGUF"
+_BUILT_FOR_AMX = "AMX_INT8 = 1"
+_AMX_MENDED = "deskside_amx_mended"  # the symbol that `llama_amx.h` leaves in a library
+AMX_UNUSED = "AMX unused"
 
 
 class ModelHandle:
@@ -19,12 +22,12 @@ class ModelHandle:
 
     def __init__(self, path: Path, *, gpu_layers: int = 0, use_mmap: bool = True, vocab_only: bool = False) -> None:
         """Open a GGUF file. Raises LoadFailed with llama.cpp's reason."""
-        _check_file(path)
+        check_file(path)
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         params.vocab_only = vocab_only
-        params.use_extra_bufts = not _has_amx()
+        params.use_extra_bufts = _trusts_amx()
         with last_errors() as errors:
             llama_cpp.llama_backend_init()
             self.pointer: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
@@ -45,16 +48,22 @@ class ModelHandle:
         return _text(llama_cpp.llama_model_desc, self.pointer)
 
 
-def _has_amx() -> bool:
-    """Whether this llama.cpp repacks weights for AMX tiles.
+def system_info() -> str:
+    """llama.cpp's line on what it was built for; AMX that is not trusted is not said to be on."""
+    line: str = llama_cpp.llama_print_system_info().decode()
+    return line if _trusts_amx() else line.replace(_BUILT_FOR_AMX, f"{AMX_UNUSED} = 1")
 
-    Built by Debian's GCC 12.2, that crashes or answers garbage: its `_tile_loadconfig` tells the compiler that 8 of the
-    64 bytes are read, and the stores to the others are dropped. Which compiler built the library cannot be asked.
+
+def _trusts_amx() -> bool:
+    """Whether llama.cpp may repack weights, which it does for AMX tiles if it was built for them.
+
+    Built by some releases of GCC, it crashes or answers garbage then: `llama_amx.h` tells why, and leaves a symbol
+    where it was compiled in. Which compiler built a library without it cannot be asked.
     """
-    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
+    return _BUILT_FOR_AMX not in llama_cpp.llama_print_system_info().decode() or hasattr(llama_cpp._lib, _AMX_MENDED)
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """What llama.cpp would say less clearly."""
     try:
         with path.open("rb") as file:

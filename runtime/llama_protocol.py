@@ -5,11 +5,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from .sequence import Batch
+
+Pooling = Literal["mean", "cls", "last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,9 @@ class ModelInfo:
 
     `n_ctx` counts the cells of the unified KV cache: all sequences together hold no more tokens than that.
     `n_seq_max` bounds sequence ids (0 … n_seq_max-1), `n_batch` the tokens of one decode. `gpu_layers` -1 is all.
+    The `embed_…` fields bound `LlamaLike.embed` alike; a text of at most `embed_n_ctx` tokens can be embedded.
+    `pooling` says which of a text's rows, each `n_embd` wide, make up its vector.
+    `adapters` are the names of the LoRA adapters that are loaded with it.
     """
 
     n_vocab: int
@@ -34,6 +39,12 @@ class ModelInfo:
     gpu_layers: int
     chat_template: str | None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    n_embd: int = 0
+    embed_n_ctx: int = 0
+    embed_n_seq_max: int = 0
+    embed_n_batch: int = 0
+    pooling: Pooling = "mean"
+    adapters: tuple[str, ...] = ()
 
 
 class TokenizerLike(Protocol):
@@ -95,6 +106,20 @@ class LlamaLike(Protocol):
 
         Raises NoKvSlot and BatchInvalid (nothing was changed), DecodeAborted and DecodeFailed (part of the batch may
         lie in the cache).
+        """
+
+    def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
+        """Compute `batch` beside the KV cache, under `adapter` of `info.adapters` (None: with none).
+
+        The last layer's rows, float32 of shape (tokens, n_embd). Sequence ids are a space of their own: a sequence goes
+        on from the call before, or begins anew at position 0; one that is not in the batch is forgotten. Raises
+        EngineError, after which every sequence is.
+        """
+
+    def use_adapter(self, name: str | None) -> None:
+        """Compute with adapter `name` of `info.adapters` from the next decode on; None: with none.
+
+        Costs nothing if it is applied already. What is in the cache stays as it was computed.
         """
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:

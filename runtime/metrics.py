@@ -23,6 +23,8 @@ _COUNTERS = {
     "generated_tokens_total": "Tokens generated",
     "steps_total": "Engine steps",
     "preemptions_total": "Sequences set back because the KV cache was full",
+    "decode_seconds_total": "Seconds inside the model's decode",
+    "step_seconds_total": "Seconds inside engine steps: decode, planning, sampling and emitting",
 }
 
 

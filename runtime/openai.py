@@ -37,8 +37,8 @@ def _plain_text(content: object) -> str:
     return "".join(texts)
 
 
-def _prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
-    """The four shapes of `prompt` as one: a tuple of texts or token-id tuples."""
+def texts_or_ids(value: object) -> tuple[str | tuple[int, ...], ...]:
+    """The four shapes of a prompt as one: a tuple of texts or token-id tuples."""
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
@@ -145,7 +145,7 @@ class ChatBody(_Body):
 class CompletionBody(_Body):
     """The used fields of `/v1/completions`."""
 
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts)]
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(texts_or_ids)]
     logprobs: int | None = Field(None, ge=0, le=5)
 
 

@@ -4,6 +4,8 @@ A pure ledger of the unified cache. It knows for every resident sequence the tok
 a cell counts once however many sequences share it. A finished sequence stays resident, idle, so that the next prompt
 with the same beginning need not compute it again, until its cells or its id are needed (least recently used first).
 Attention scans every used cell, so idle residents cost everyone: how many cells they may hold is bounded.
+A radix tree finds who holds the beginning of a new prompt. Of a running sequence it knows the prompt, as far as it is
+computed: what is being written now is of use to others when it is finished.
 
 Changes are noted as edits, in order, for the engine to carry out on the real cache (`take_edits`).
 """
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .prefix_tree import PrefixTree
 from .sequence import Copy, Edit, Match, Remove
 
 
@@ -36,6 +39,7 @@ class PrefixCache:
         self._free_ids = list(range(n_seq_max - 1, -1, -1))
         self._running: dict[int, _Resident] = {}
         self._idle: dict[int, _Resident] = {}
+        self._tree = PrefixTree()
         self._edits: list[Edit] = []
 
     @property
@@ -53,14 +57,9 @@ class PrefixCache:
         """Finished sequences that are still resident."""
         return len(self._idle)
 
-    def match(self, tokens: np.ndarray) -> Match:
+    def match(self, tokens: np.ndarray, adapter: str | None = None) -> Match:
         """The resident that holds most of the beginning of `tokens`; the last token is always left to compute."""
-        best = Match(None, 0)
-        for seq_id, resident in (*self._idle.items(), *self._running.items()):
-            length = common_prefix(tokens[:-1], resident.tokens[: len(resident.cells)])
-            if length > best.length:
-                best = Match(seq_id, length)
-        return best
+        return Match(*self._tree.match(tokens[:-1], adapter))
 
     def can_hold(self, cells: int, match: Match) -> bool:
         """Whether `cells` more would fit beside the running and the matched prefix if every idle one were evicted."""
@@ -70,8 +69,11 @@ class PrefixCache:
             kept += int((self._running_references[matched] == 0).sum())
         return self.n_cells - kept >= cells
 
-    def admit(self, tokens: np.ndarray, match: Match) -> int | None:
-        """A sequence id for `tokens`, holding the matched prefix; None if every id is running."""
+    def admit(self, tokens: np.ndarray, match: Match, adapter: str | None = None) -> int | None:
+        """A sequence id for `tokens`, holding the matched prefix; None if every id is running.
+
+        The match is one that was found with the same `adapter`.
+        """
         if match.source in self._idle:
             self._idle[match.source] = self._idle.pop(match.source)
         if not self._free_ids and len(self._idle) == 1 and match.source in self._idle:
@@ -86,6 +88,7 @@ class PrefixCache:
             shared = self._resident(match.source).cells[: match.length]
             self._references[shared] += 1
             self._edits.append(Copy(match.source, seq_id, match.length))
+        self._tree.add(seq_id, tokens[: match.length], adapter)
         self._run(seq_id, _Resident(tokens, shared))
         return seq_id
 
@@ -97,17 +100,27 @@ class PrefixCache:
 
     def extend(self, seq_id: int, count: int) -> None:
         """Sequence `seq_id` computed `count` more tokens, for which there was room."""
-        held = self._running[seq_id].cells
+        resident = self._running[seq_id]
         for _ in range(count):
             cell = self._free_cells.pop()
             self._references[cell] = self._running_references[cell] = 1
-            held.append(cell)
+            resident.cells.append(cell)
         self._n_running_cells += count
+        self._learn(seq_id, resident)
+
+    def trim(self, seq_id: int, length: int) -> None:
+        """A running sequence gives up what it holds after its first `length` tokens; nothing if it holds no more."""
+        resident = self._running[seq_id]
+        if len(resident.cells) > length:
+            self._leave(resident.cells[length:])
+            self._shorten(seq_id, resident, length)
+            self._bound_idle()
 
     def retire(self, seq_id: int, tokens: np.ndarray) -> None:
         """The sequence is finished: what it holds, `tokens`, stays as an idle resident, as far as the bound allows."""
         resident = self._rest(seq_id)
         resident.tokens = tokens
+        self._learn(seq_id, resident)
         self._idle[seq_id] = resident
         self._bound_idle()
 
@@ -137,9 +150,17 @@ class PrefixCache:
 
     def _rest(self, seq_id: int) -> _Resident:
         resident = self._running.pop(seq_id)
-        self._running_references[resident.cells] -= 1
-        self._n_running_cells -= int((self._running_references[resident.cells] == 0).sum())
+        self._leave(resident.cells)
         return resident
+
+    def _leave(self, cells: list[int]) -> None:
+        self._running_references[cells] -= 1
+        self._n_running_cells -= int((self._running_references[cells] == 0).sum())
+
+    def _learn(self, seq_id: int, resident: _Resident) -> None:
+        known = self._tree.length(seq_id)
+        if known < min(len(resident.tokens), len(resident.cells)):
+            self._tree.extend(seq_id, resident.tokens[known : len(resident.cells)])
 
     def _take_over(self, seq_id: int, tokens: np.ndarray, length: int) -> int:
         resident = self._idle.pop(seq_id)
@@ -159,6 +180,7 @@ class PrefixCache:
     def _shorten(self, seq_id: int, resident: _Resident, length: int) -> None:
         self._let_go(resident.cells[length:])
         del resident.cells[length:]
+        self._tree.shorten(seq_id, length)
         self._edits.append(Remove(seq_id, length))
 
     def _evict(self, seq_id: int) -> None:
@@ -166,17 +188,10 @@ class PrefixCache:
 
     def _drop(self, seq_id: int, resident: _Resident) -> None:
         self._let_go(resident.cells)
+        self._tree.discard(seq_id)
         self._free_ids.append(seq_id)
         self._edits.append(Remove(seq_id))
 
     def _let_go(self, cells: list[int]) -> None:
         self._references[cells] -= 1
         self._free_cells.extend(cell for cell in cells if self._references[cell] == 0)
-
-
-def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
-    """How many first elements two one-dimensional arrays share."""
-    length = min(len(left), len(right))
-    differ = left[:length] != right[:length]
-    first = int(differ.argmax()) if length else 0
-    return first if length and differ[first] else length

@@ -94,35 +94,51 @@ def _draw(row: np.ndarray, highest: np.float32, params: SamplingParams, uniform:
         ids = _likeliest(row, params.top_k)
         row = row[ids]
     weights = row - highest  # one new array of the vocabulary's size, then in place: fresh memory costs most here
-    weights /= np.float32(params.temperature)
+    if params.temperature != 1:
+        weights /= np.float32(params.temperature)
     np.exp(weights, out=weights)
     if params.top_p < 1:
         kept = _nucleus(weights, params.top_p)
         weights, ids = weights[kept], kept if ids is None else ids[kept]
     if params.min_p > 0:
-        weights[weights < params.min_p] = 0
+        kept = np.flatnonzero(weights >= np.float32(params.min_p))
+        weights, ids = weights[kept], kept if ids is None else ids[kept]
     place = _pick(weights, uniform)
     return place if ids is None else int(ids[place])
 
 
 def _likeliest(row: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` highest logits, highest first, of equals the lowest id."""
+    """Ids of the `count` highest logits, highest first, of equals the lowest id; fewer if the others are -inf."""
     count = min(count, len(row))
     maxima = np.maximum.reduceat(row, np.arange(0, len(row), BLOCK))
     # At least `count` logits reach the count-th highest of the blocks' maxima: only those need sorting.
     threshold = np.partition(maxima, -count)[-count] if count <= len(maxima) else -np.inf
-    ids = np.flatnonzero(row >= threshold)
+    reach = np.flatnonzero(row >= max(threshold, np.finfo(np.float32).min))
+    ids: np.ndarray = reach[_highest(row[reach], count)]
     return ids[np.argsort(-row[ids], kind="stable")[:count]]
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """Places of the fewest highest weights whose sum reaches `top_p` of the whole, highest first."""
-    total = weights.sum(dtype=np.float64)
+    total = float(weights.sum(dtype=np.float64))
     # All weights below this together are less than 1 - top_p, so they cannot belong: no need to sort them.
     places = np.flatnonzero(weights >= total * (1 - top_p) / len(weights))
+    count = BLOCK
+    while count < len(places):  # of those that are left a few are mostly enough
+        highest = places[_highest(weights[places], count)]
+        if weights[highest].sum(dtype=np.float64) >= top_p * total:
+            places = highest
+        count *= 8
     places = places[np.argsort(-weights[places], kind="stable")]
     reached = np.cumsum(weights[places], dtype=np.float64)
     return places[: np.searchsorted(reached, top_p * total) + 1]
+
+
+def _highest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places, in their order, of the `count` highest values and of all that equal the lowest of these."""
+    if count >= len(values):
+        return np.arange(len(values))
+    return np.flatnonzero(values >= np.partition(values, -count)[-count])
 
 
 def _pick(weights: np.ndarray, uniform: float) -> int:
@@ -142,6 +158,6 @@ def _with_logprobs(logits: np.ndarray, token: int, n_top: int) -> Draw:
     highest = logits.max()
     weights = logits - highest
     np.exp(weights, out=weights)
-    norm = float(highest) + float(np.log(weights.sum(dtype=np.float64)))
+    norm = float(highest) + float(np.log(weights.sum()))
     top = _likeliest(logits, n_top) if n_top else ()
     return Draw(token, float(logits[token]) - norm, tuple((int(i), float(logits[i]) - norm) for i in top))

@@ -4,6 +4,9 @@ Rows that decode come first, so that an answer being written never waits for a p
 chunks, first come first served, with what the step has left; then waiting requests join. When cells run out the step
 does less; when nothing at all fits, the newest sequence is pre-empted and its tokens are computed again later. The
 oldest always gets on, so everyone does.
+
+A step computes under one LoRA adapter; the adapters take turns (`Turns`). Slots and cells are given first come first
+served whatever the adapter: a request joins in its order, and computes when its adapter's turn comes.
 """
 
 from bisect import insort
@@ -11,13 +14,15 @@ from collections import deque
 
 import numpy as np
 
-from .prefix import PrefixCache, common_prefix
+from .prefix import PrefixCache
+from .prefix_tree import PrefixTree
+from .scheduler_turns import Turns
 from .sequence import Chunk, Match, Plan, Sequence
 
-# A waiting request holds back while an older one computes at least so many tokens that both begin with. Fewer are
-# sooner computed twice than waited for.
+# A waiting request holds back while another computes at least so many tokens that both begin with. Fewer are sooner
+# computed twice than waited for.
 HOLD_BACK_TOKENS = 32
-# Held-back requests that others may overtake in one step: bounds the prompt comparisons.
+# Held-back requests that others may overtake in one step: bounds the look-ups.
 LOOK_PAST = 8
 # Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
 HEADROOM_TOKENS = 16
@@ -36,27 +41,32 @@ class Scheduler:
         self._max_rows = step_tokens if max_rows is None else max_rows
         self._limit = step_tokens
         self._tokens: dict[int, np.ndarray] = {}
+        self._promised = PrefixTree()  # by arrival: the running sequences' tokens, computed already or soon
         self._suspects: deque[Sequence] = deque()
+        self._turns = Turns()
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.n_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence waits for its turn."""
-        self._tokens[sequence.arrival] = np.asarray(sequence.tokens, np.int32)
-        insort(self.waiting, sequence, key=_arrival)
+        self._turns.join(sequence.request.adapter)
+        self._wait(sequence)
 
     def plan(self) -> Plan | None:
         """The next step, or None when there is nothing to do. Follow it with `commit`, `shrink` or `isolate`."""
-        chunks = self._alone() or self._chunks(join=True)
+        chunks = self._alone() or self._by_turns(join=True)
         while not chunks and self.running:
             self._preempt(self.running[-1])
-            chunks = self._chunks(join=not self.running)
-        return Plan(self._ledger.take_edits(), tuple(chunks)) if chunks else None
+            chunks = self._by_turns(join=not self.running)
+        if not chunks:
+            return None
+        return Plan(self._ledger.take_edits(), tuple(chunks), chunks[0].sequence.request.adapter)
 
     def commit(self, plan: Plan) -> None:
         """The plan was computed."""
         self._limit = min(self._step_tokens, self._limit * 2)
+        self._turns.computed(plan.adapter, plan.n_tokens)
         for chunk in plan.chunks:
             assert chunk.sequence.seq_id is not None
             self._ledger.extend(chunk.sequence.seq_id, chunk.count)
@@ -95,6 +105,8 @@ class Scheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
+        self._promised.discard(sequence.arrival)
+        self._turns.leave(sequence.request.adapter)
         sequence.seq_id = None
         del self._tokens[sequence.arrival]
 
@@ -106,11 +118,19 @@ class Scheduler:
                 return [chunk]
         return []
 
-    def _chunks(self, *, join: bool) -> list[Chunk]:
+    def _by_turns(self, *, join: bool) -> list[Chunk]:
+        """The chunks of the first adapter, in turn, that has something to compute."""
+        for adapter in self._turns.order:
+            if chunks := self._chunks(adapter, join=join):
+                return chunks
+            join = False  # who could join has joined
+        return []
+
+    def _chunks(self, adapter: str | None, *, join: bool) -> list[Chunk]:
         chunks: list[Chunk] = []
         n_held_back = 0
         for sequence in sorted(self.running, key=_is_prefilling):
-            if chunk := self._chunk(sequence, chunks):
+            if sequence.request.adapter == adapter and (chunk := self._chunk(sequence, chunks)):
                 chunks.append(chunk)
         for sequence in self.waiting[:] if join else ():
             if _planned(chunks) >= self._limit or len(self.running) >= self._max_running or n_held_back >= LOOK_PAST:
@@ -118,10 +138,12 @@ class Scheduler:
             match = self._match(sequence)
             if match is None:
                 n_held_back += 1
-            elif chunk := self._join(sequence, match, chunks):
-                chunks.append(chunk)
-            else:
+            elif not self._join(sequence, match):
                 break
+            elif sequence.request.adapter == adapter:
+                if not (chunk := self._chunk(sequence, chunks)):
+                    break
+                chunks.append(chunk)
         return chunks
 
     def _chunk(self, sequence: Sequence, others: list[Chunk]) -> Chunk | None:
@@ -134,38 +156,41 @@ class Scheduler:
         return Chunk(sequence, start, count, max(count - without_rows, 0)) if count > 0 else None
 
     def _match(self, sequence: Sequence) -> Match | None:
-        """The prefix `sequence` would start from; None if an older one is just computing a much longer one."""
+        """The prefix `sequence` would start from; None if another one is just computing a much longer one."""
         tokens = self._tokens[sequence.arrival][: _first_row(sequence) + 1]
-        match = self._ledger.match(tokens)
-        for other in self.running:
-            if _is_prefilling(other) and other.arrival < sequence.arrival:
-                coming = common_prefix(tokens[:-1], self._tokens[other.arrival])
-                if coming - match.length >= HOLD_BACK_TOKENS:
-                    return None
-        return match
+        match = self._ledger.match(tokens, sequence.request.adapter)
+        _, promised = self._promised.match(tokens[:-1], sequence.request.adapter)
+        return match if promised - match.length < HOLD_BACK_TOKENS else None
 
-    def _join(self, sequence: Sequence, match: Match, others: list[Chunk]) -> Chunk | None:
+    def _join(self, sequence: Sequence, match: Match) -> bool:
         """Let `sequence` run if there is an id for it and, unless it would be alone, room for all of its tokens."""
         needed = len(sequence.tokens) - match.length + sum(map(_outstanding, self.running))
         if self.running and not self._ledger.can_hold(needed, match):
-            return None
-        seq_id = self._ledger.admit(self._tokens[sequence.arrival], match)
+            return False
+        tokens, adapter = self._tokens[sequence.arrival], sequence.request.adapter
+        seq_id = self._ledger.admit(tokens, match, adapter)
         if seq_id is None:
-            return None
+            return False
+        self._promised.add(sequence.arrival, tokens, adapter)
         found = min(match.length, len(sequence.request.prompt))
         sequence.n_cached = found if sequence.n_generated == sequence.n_ahead else min(found, sequence.n_cached)
         sequence.seq_id, sequence.n_computed = seq_id, match.length
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_arrival)
-        return self._chunk(sequence, others)
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.seq_id is not None
         self._ledger.release(sequence.seq_id)
+        self._promised.discard(sequence.arrival)
         self.running.remove(sequence)
         sequence.seq_id, sequence.n_computed = None, 0
         self.n_preemptions += 1
-        self.add(sequence)
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        self._tokens[sequence.arrival] = np.asarray(sequence.tokens, np.int32)
+        insort(self.waiting, sequence, key=_arrival)
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -1,13 +1,17 @@
 """How likely each choice is to be what the model says next: exact, on a tree of the choices' tokens. Pure.
 
-P(choice) is the product over its tokens, and over what ends it, of the model's probability for each after the prompt
-and the tokens before it. Choices that begin alike share those nodes of the tree. A node's logits answer for all of its
-children, so the prompt's own last row is the root's, and every further node costs one token.
+P(choice) is the product over its tokens of the model's probability for each after the prompt and the tokens before it.
+Where another choice goes on from this one's tokens (`spam`, `spam filter`), what ends an answer is a factor too, since
+only that tells the two apart. So a choice's last token is computed only where another goes on from it, and one of a
+single token is known from the prompt's own last row.
+
+Choices that begin alike share those nodes of the tree. A node's logits answer for all of its children: the prompt's own
+last row is the root's, and every further node costs one token and one row of logits.
 
 What is known of a choice so far bounds it from above, since a longer text is never likelier than its beginning. A
-choice that is bounded below `NEGLIGIBLE` of the best one is not computed. While no choice is whole, the highest bound
-stands for the best one: whatever it lets pass would be needed for every possible best. So there are two waves at most,
-and a second one only if the best choice turns out much less likely than its beginning.
+choice that is bounded below `NEGLIGIBLE` of the best one is not computed. In the first wave the highest bound stands
+for the best one: whatever it lets pass would be needed for every possible best. So there are two waves at most, and a
+second one only if the likeliest beginning was that of a much less likely choice.
 """
 
 import math
@@ -38,14 +42,16 @@ class Ballot:
     def __init__(self, question: Question) -> None:
         self.question = question
         self._ends = np.asarray(question.ends, np.int64)
-        self._choices = frozenset(question.choices)
         self._children: dict[Path, set[int]] = {}
         for choice in question.choices:
             for depth in range(len(choice)):
                 self._children.setdefault(choice[:depth], set()).add(choice[depth])
+        # How many tokens of each choice are computed: not the last one, unless another choice goes on from it.
+        self._depths = {choice: len(choice) - (choice not in self._children) for choice in question.choices}
         # The log-probability of a path's last token, and of an end after the path.
         self._token: dict[Path, float] = {}
         self._end: dict[Path, float] = {}
+        self._read: set[Path] = set()
 
     def read(self, path: Path, logits: np.ndarray) -> None:
         """Take in the logits after `path`, float32 of shape (n_vocab,). Raises EngineError if they are not numbers."""
@@ -54,20 +60,22 @@ class Ballot:
             raise EngineError(f"the model's logits are not numbers (the highest is {highest})")
         weights = logits - highest
         np.exp(weights, out=weights)
-        total = float(weights.sum(dtype=np.float64))
+        total = float(weights.sum())  # in pairs: float32 is exact enough, and twice as fast
         norm = float(highest) + math.log(total)
-        for token in self._children.get(path, ()):
+        self._read.add(path)
+        for token in self._children[path]:
             self._token[(*path, token)] = float(logits[token]) - norm
-        if path in self._choices:
-            ended = float(weights[self._ends].sum(dtype=np.float64))
+        if path in self._depths:
+            ended = float(weights[self._ends].sum())
             self._end[path] = math.log(ended / total) if ended else -math.inf
 
     def next_wave(self) -> tuple[Branch, ...]:
         """What to compute next, after the prompt's own row has been read; empty when the answer is known."""
-        bounds = {choice: self._bound(choice) for choice in self._choices}
-        settled = [bound for choice, bound in bounds.items() if choice in self._end]
-        floor = max(settled or bounds.values()) + math.log(NEGLIGIBLE)
-        return self._branches(choice for choice in self._choices if choice not in self._end and bounds[choice] >= floor)
+        bounds = dict(zip(self.question.choices, self.logprobs(), strict=True))
+        is_first = len(self._read) == 1
+        best = max(bound for choice, bound in bounds.items() if is_first or self._is_known(choice))
+        floor = best + math.log(NEGLIGIBLE)
+        return self._branches(choice for choice, bound in bounds.items() if bound >= floor)
 
     def logprobs(self) -> tuple[float, ...]:
         """The choices' log-probabilities, in the question's order; an upper bound for what was not computed."""
@@ -82,19 +90,17 @@ class Ballot:
             bound += step
         return bound + self._end.get(choice, 0.0)
 
+    def _is_known(self, choice: Path) -> bool:
+        return all(choice[:depth] in self._read for depth in range(1, self._depths[choice] + 1))
+
     def _branches(self, choices: Iterable[Path]) -> tuple[Branch, ...]:
         """Longest first, so that a choice that begins another needs no branch of its own."""
-        asked: set[Path] = set()
+        asked = set(self._read)
         branches: list[Branch] = []
-        for choice in sorted(choices, key=lambda path: (-len(path), path)):
-            nodes = [choice[:depth] for depth in range(1, len(choice) + 1)]
-            known = sum(node in asked or self._is_read(node) for node in nodes)
+        for path in sorted({choice[: self._depths[choice]] for choice in choices}, key=lambda path: (-len(path), path)):
+            nodes = [path[:depth] for depth in range(1, len(path) + 1)]
+            known = sum(node in asked for node in nodes)
             if known < len(nodes):
-                branches.append(Branch(choice, known + 1))
+                branches.append(Branch(path, known + 1))
                 asked.update(nodes)
         return tuple(branches)
-
-    def _is_read(self, node: Path) -> bool:
-        if node in self._choices:
-            return node in self._end
-        return all((*node, token) in self._token for token in self._children[node])

@@ -2,7 +2,7 @@
 
 A request is written down once, valid and tokenised; the engine keeps a `Sequence` for it while it lives; a `Plan`
 says what one `llama_decode` computes; events carry the answer back. Every accepted request ends in exactly one
-terminal event: `Finished`, `Scored` or `Failed`.
+terminal event: `Finished`, `Scored`, `Embedded` or `Failed`.
 """
 
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ class Request:
 class Question:
     """Which of `choices` follows `prompt`, all as token ids: none empty, no two choices alike.
 
-    A choice has been said once one of the tokens `ends` follows it.
+    A choice has been said with its last token; where another choice goes on from there, once one of `ends` follows it.
     """
 
     prompt: tuple[int, ...]
@@ -90,7 +90,19 @@ class Scoring:
     adapter: str | None = None
 
 
-Work = Request | Scoring
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Texts of which a vector each is wanted: as token ids, none empty or longer than the model can embed.
+
+    `adapter` is as in `Request`.
+    """
+
+    id: str
+    prompts: tuple[tuple[int, ...], ...]
+    adapter: str | None = None
+
+
+Work = Request | Scoring | Embedding
 
 
 @dataclass(slots=True)
@@ -165,10 +177,11 @@ Edit = Copy | Remove
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step does: edit the KV cache, in this order, then compute these chunks in one decode."""
+    """What one step does: edit the KV cache, in this order, then compute these chunks in one decode under `adapter`."""
 
     edits: tuple[Edit, ...]
     chunks: tuple[Chunk, ...]
+    adapter: str | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -234,12 +247,22 @@ class Finished:
 class Scored:
     """Terminal: every question is answered. For each its choices' natural-log probabilities, in order.
 
-    They are the model's own, not normalised among the choices. Of a choice that cannot matter it is an upper bound.
-    `completion_tokens` counts the choices' tokens that were computed.
+    They are the model's own, not normalised among the choices: the sum over the choice's tokens, and over what ends it
+    where another choice goes on from it. Of a choice that cannot matter it is an upper bound.
+    `completion_tokens` counts the choices' tokens that were computed, which may be none.
     """
 
     request_id: str
     logprobs: tuple[tuple[float, ...], ...]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedded:
+    """Terminal: the vectors of all texts in order, float32 of shape (texts, model's width), each of length 1."""
+
+    request_id: str
+    vectors: np.ndarray
     usage: Usage
 
 
@@ -251,12 +274,16 @@ class Failed:
     error: Exception
 
 
-Event = TextDelta | Finished | Scored | Failed
+Event = TextDelta | Finished | Scored | Embedded | Failed
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine holds right now."""
+    """What the engine holds right now, and has done since it began.
+
+    Of `step_seconds_total`, the wall-clock time of all steps, `decode_seconds_total` went by inside the model's decode;
+    the rest is planning, sampling and emitting.
+    """
 
     running: int
     waiting: int
@@ -267,3 +294,5 @@ class EngineStats:
     generated_tokens_total: int
     steps_total: int
     preemptions_total: int
+    decode_seconds_total: float = 0.0
+    step_seconds_total: float = 0.0

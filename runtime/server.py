@@ -14,6 +14,7 @@ from .config import RuntimeConfig
 from .errors import Overloaded
 from .intake import Serving, prepare, require_model
 from .intake_decisions import prepare_decision
+from .intake_embeddings import prepare_embedding
 from .metrics import CONTENT_TYPE, Metrics
 from .openai_answer import Call
 from .openai_fields import Kind
@@ -21,7 +22,7 @@ from .served import ServedModel
 from .server_body import read_body, with_json
 from .server_edge import Counted, add_error_table, key_check
 from .server_native import apply_template, detokenize, tokenize
-from .server_stream import EventStream, JsonBytes, decided, whole_answer
+from .server_stream import EventStream, JsonBytes, decided, embedded, whole_answer
 
 Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
@@ -61,6 +62,12 @@ class Api:
         self._served.worker.require_room()
         call = await self._prepared(request, lambda payload: prepare_decision(payload, self._served))
         return await decided(request, call, self._served.worker.submit(call.scoring))
+
+    async def embed(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        self._served.worker.require_room()
+        call = await self._prepared(request, lambda payload: prepare_embedding(payload, self._served))
+        return await embedded(request, call, self._served.worker.submit(call.embedding))
 
     async def _prepared(self, request: Request, work: Callable[[object], T]) -> T:
         """The body, read, parsed and worked on. As many may be at it at once as the queue is long."""
@@ -166,6 +173,7 @@ def _keyed_routes(api: Api) -> APIRouter:
         "/metrics": api.scrape,
     }
     posts = {"/v1/chat/completions": api.chat, "/v1/completions": api.completion, "/v1/decisions": api.decide}
+    posts["/v1/embeddings"] = api.embed
     natives = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-template": apply_template}
     for path, get in gets.items():
         router.add_api_route(path, get, methods=["GET"], response_model=None)

@@ -17,6 +17,7 @@ from runtime.sequence import Batch
 
 BOS, EOS, START_OF_TURN, END_OF_TURN = 256, 257, 258, 259
 FAKE_VOCAB = 260
+FAKE_WIDTH = 16
 SPECIALS = {"<bos>": BOS, "<eos>": EOS, "<start_of_turn>": START_OF_TURN, "<end_of_turn>": END_OF_TURN}
 FAKE_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n"
@@ -60,7 +61,13 @@ class FakeTokenizer:
         return token in self.end_tokens
 
 
-def fake_info(n_ctx: int = 512, n_seq_max: int = 32, n_batch: int = 512, n_vocab: int = FAKE_VOCAB) -> ModelInfo:
+def fake_info(
+    n_ctx: int = 512,
+    n_seq_max: int = 32,
+    n_batch: int = 512,
+    n_vocab: int = FAKE_VOCAB,
+    adapters: tuple[str, ...] = (),
+) -> ModelInfo:
     """What the fake says of itself."""
     return ModelInfo(
         n_vocab=n_vocab,
@@ -76,12 +83,23 @@ def fake_info(n_ctx: int = 512, n_seq_max: int = 32, n_batch: int = 512, n_vocab
         n_threads=1,
         gpu_layers=0,
         chat_template=FAKE_TEMPLATE,
+        n_embd=FAKE_WIDTH,
+        embed_n_ctx=n_ctx // 2,
+        embed_n_seq_max=8,
+        embed_n_batch=32,
+        adapters=adapters,
     )
+
+
+def adapted(history: tuple[int, ...], adapter: str | None) -> tuple[int, ...]:
+    """What the fake's logits are a function of: an adapter acts like a prefix that nobody sees."""
+    return history if adapter is None else (*adapter.encode(), -1, *history)
 
 
 @dataclass(eq=False)
 class _Cell:
     token: int
+    adapter: str | None
     sequences: set[int] = field(default_factory=set)
 
 
@@ -91,8 +109,10 @@ class FakeLlama:
     `script` says what it answers: a text, which follows any prompt (as long as the prompt does not end with the text's
     own beginning) and then ends the turn; a function from the whole history to the next token; or None for logits
     drawn from a hash of the history. `fail_at` raises an error at the k-th decode (counted from 0); `on_decode` is
-    called with k before every decode and may block, to hold the engine at a known place. `cells_hidden` takes cells
-    away behind the engine's back, so that NoKvSlot comes unforeseen.
+    called with k before every decode and may block, to hold the engine at a known place. `on_embed` is called with
+    every batch to embed, and may raise. `cells_hidden` takes cells away behind the engine's back, so that NoKvSlot
+    comes unforeseen. Logits depend on the adapter too, and a cell that was computed under another one than is applied
+    must not be read. `applied` tells each decode's adapter.
     """
 
     def __init__(
@@ -103,15 +123,21 @@ class FakeLlama:
         script: Script | None = None,
         fail_at: Mapping[int, Exception] | None = None,
         on_decode: Callable[[int, Batch], None] | None = None,
+        on_embed: Callable[[Batch], None] | None = None,
+        adapters: tuple[str, ...] = (),
     ) -> None:
-        self.info = fake_info(n_ctx, n_seq_max, n_batch)
+        self.info = fake_info(n_ctx, n_seq_max, n_batch, adapters=adapters)
         self.tokenizer = FakeTokenizer()
         self.script = script
         self.fail_at = dict(fail_at or {})
         self.on_decode = on_decode
+        self.on_embed = on_embed
+        self._embedded: dict[int, tuple[int, ...]] = {}
         self.cells_hidden = 0
         self.decodes = 0
         self.batches: list[Batch] = []
+        self.adapter: str | None = None
+        self.applied: list[str | None] = []
         self.closed = False
         self._sequences: dict[int, list[_Cell]] = {}
 
@@ -128,6 +154,7 @@ class FakeLlama:
     def decode(self, batch: Batch) -> np.ndarray:
         number, self.decodes = self.decodes, self.decodes + 1
         self.batches.append(batch)
+        self.applied.append(self.adapter)
         if self.on_decode is not None:
             self.on_decode(number, batch)
         self._check(batch)
@@ -151,13 +178,17 @@ class FakeLlama:
             if not 0 <= seq_id < self.info.n_seq_max or not 0 <= token < self.info.n_vocab or position != expected:
                 raise BatchInvalid(f"token {token} at {position} of sequence {seq_id}, expected position {expected}")
             ends[int(seq_id)] = expected + 1
+        for seq_id in set(batch.seq_ids.tolist()):
+            foreign = {cell.adapter for cell in self._sequences.get(seq_id, [])} - {self.adapter}
+            assert not foreign, f"sequence {seq_id} was computed under {foreign} and is read under {self.adapter!r}"
 
     def _store(self, batch: Batch, count: int) -> np.ndarray:
         rows = []
         for token, seq_id, wanted in list(zip(batch.tokens, batch.seq_ids, batch.wants_logits, strict=True))[:count]:
-            self._sequences.setdefault(int(seq_id), []).append(_Cell(int(token), {int(seq_id)}))
+            cells = self._sequences.setdefault(int(seq_id), [])
+            cells.append(_Cell(int(token), self.adapter, {int(seq_id)}))
             if wanted:
-                rows.append(self.logits(tuple(cell.token for cell in self._sequences[int(seq_id)])))
+                rows.append(self.logits(adapted(tuple(cell.token for cell in cells), self.adapter)))
         return np.stack(rows) if rows else np.empty((0, self.info.n_vocab), np.float32)
 
     def logits(self, history: tuple[int, ...]) -> np.ndarray:
@@ -174,6 +205,34 @@ class FakeLlama:
         answer: list[int] = [*(self.script or "").encode(), EOS]
         said = next(k for k in range(len(answer) - 1, -1, -1) if k == 0 or list(history[-k:]) == answer[:k])
         return answer[said]
+
+    def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
+        assert adapter is None or adapter in self.info.adapters
+        held, self._embedded = self._embedded, {}
+        assert 0 < len(batch.tokens) <= self.info.embed_n_batch
+        if self.on_embed is not None:
+            self.on_embed(batch)
+        rows = []
+        for token, position, seq_id in zip(
+            *(a.tolist() for a in (batch.tokens, batch.positions, batch.seq_ids)), strict=True
+        ):
+            assert 0 <= seq_id < self.info.embed_n_seq_max
+            before = self._embedded.get(seq_id, held.get(seq_id, ())) if position else ()
+            assert len(before) == position, f"token at {position} of sequence {seq_id}, expected {len(before)}"
+            self._embedded[seq_id] = (*before, token)
+            rows.append(self.row(self._embedded[seq_id], adapter))
+        return np.stack(rows)
+
+    def row(self, history: tuple[int, ...], adapter: str | None = None) -> np.ndarray:
+        """The last layer's row after `history`, float32 of shape (n_embd,): pure, and mostly of the last token."""
+        seeds = (history[-1:], [token + 1 for token in adapted(history, adapter)])
+        named, whole = (np.random.default_rng(list(seed)).normal(size=self.info.n_embd) for seed in seeds)
+        row: np.ndarray = (named + whole / 4).astype(np.float32)
+        return row
+
+    def use_adapter(self, name: str | None) -> None:
+        assert name is None or name in self.info.adapters, f"no adapter {name!r}"
+        self.adapter = name
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         held = self._sequences.get(source, [])

@@ -119,7 +119,7 @@ def test_sums_are_those_of_each_label_computed_by_itself(
 
 
 def alone(llama: Any, question: Question, choice: tuple[int, ...]) -> float:
-    """The log-probability of one choice, its prompt and tokens in one decode of their own."""
+    """The log-probability of one choice, in one decode of its own; of its end too where another goes on from it."""
     llama.clear()
     tokens = np.asarray(question.prompt + choice, np.int32)
     wanted = (np.arange(len(tokens)) >= len(question.prompt) - 1).astype(np.int8)
@@ -127,4 +127,6 @@ def alone(llama: Any, question: Question, choice: tuple[int, ...]) -> float:
     rows = rows.astype(np.float64) - rows.max(axis=1, keepdims=True)
     rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
     said = sum(rows[place, token] for place, token in enumerate(choice))
-    return float(said + np.log(np.exp(rows[-1, list(question.ends)]).sum()))
+    if any(other[: len(choice)] == choice for other in question.choices if other != choice):
+        said += np.log(np.exp(rows[-1, list(question.ends)]).sum())
+    return float(said)

@@ -125,7 +125,7 @@ BAD_LINES = {
     "custom_id a number": (json.dumps(request("x") | {"custom_id": 7}), None, "custom_id"),
     "half a character": ('{"custom_id": "\\ud800"}', None, "custom_id"),
     "method": (json.dumps(request("x", method="GET")), "x", "method"),
-    "url": (json.dumps(request("x", url="/v1/embeddings")), "x", "url"),
+    "url": (json.dumps(request("x", url="/v1/images/generations")), "x", "url"),
     "no url": (json.dumps({"custom_id": "x", "method": "POST", "body": {}}), "x", "url"),
     "body": (json.dumps(request("x", body=[])), "x", "body"),
     "stream": (json.dumps(request("x", body={"stream": True})), "x", "stream"),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from runtime.batch import BatchCounts, BatchJob, BatchRun, open_files
-from runtime.batch_answerer import EngineAnswerer, queue_for
+from runtime.batch_answerer import ROUTES, EngineAnswerer, queue_for
+from runtime.batch_input import URLS
 from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import DecodeFailed, EngineDown
@@ -30,6 +31,12 @@ def chat(custom_id: str, text: str, **fields: Any) -> dict[str, Any]:
 def completion(custom_id: str, prompt: str, **fields: Any) -> dict[str, Any]:
     body = {"prompt": prompt, "max_tokens": 6} | fields
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def decision(custom_id: str, mail: str, **fields: Any) -> dict[str, Any]:
+    choices = [{"value": label} for label in ("spam", "spamassassin", "fork")]
+    body = {"input": mail, "questions": [{"type": "choice", "instructions": "Which?", "choices": choices}]} | fields
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/decisions", "body": body}
 
 
 @contextmanager
@@ -89,6 +96,27 @@ def test_answers_do_not_depend_on_what_else_is_in_the_file(source: Path, tmp_pat
         assert choices(alone) == {record["custom_id"]: together[record["custom_id"]]}
 
 
+def test_embedding_lines_stand_beside_the_others(tmp_path: Path) -> None:
+    def embedding(custom_id: str, **body: Any) -> dict[str, Any]:
+        return {"custom_id": custom_id, "method": "POST", "url": "/v1/embeddings", "body": body}
+
+    records = [
+        embedding("one", input="a mail"),
+        chat("chat", "hello"),
+        embedding("two", input=["a mail", "x"]),
+        embedding("bad", input="x", seed=1),
+    ]
+    with serving(FakeLlama()) as served:
+        counts = run(write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl", served)
+    assert (counts.answered, counts.failed) == (3, 1)
+    answers = bodies(tmp_path / "out.jsonl")
+    assert [len(answers[name]["data"]) for name in ("one", "two")] == [1, 2]
+    assert answers["one"]["data"][0] == answers["two"]["data"][0]
+    assert answers["two"]["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
+    [error] = map(json.loads, (tmp_path / "out.errors.jsonl").read_text().splitlines())
+    assert (error["custom_id"], error["error"]["param"]) == ("bad", "seed")
+
+
 def test_what_one_line_gets_wrong_is_its_own_affair(tmp_path: Path) -> None:
     records = [
         chat("good", "hello"),
@@ -109,6 +137,40 @@ def test_what_one_line_gets_wrong_is_its_own_affair(tmp_path: Path) -> None:
         "long": (5, "messages", "context_length_exceeded"),
         "range": (6, "temperature", "invalid_value"),
     }
+
+
+def test_every_url_that_a_line_may_have_has_a_way_in() -> None:
+    assert set(URLS) == set(ROUTES)
+
+
+def test_decisions_are_answered_beside_chats_and_resumed(tmp_path: Path) -> None:
+    records = [decision(f"d{n}", f"mail number {n}") for n in range(12)] + [chat("c", "hello")]
+    records += [decision("seed", "hello", seed=3), decision("other", "hello", model="another")]
+    source, output = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    with serving(FakeLlama(fail_at={12: DecodeFailed("fatal")})) as served, pytest.raises(EngineDown):
+        run(source, output, served)
+    n_before = len(output.read_text().splitlines())
+    assert 0 < n_before < 13
+    with serving(FakeLlama()) as served:
+        counts = run(source, output, served)
+    assert (counts.skipped, counts.answered, counts.failed) == (n_before, 13 - n_before, 2)
+    answered = bodies(output)
+    assert answered.keys() == {*(f"d{n}" for n in range(12)), "c"}
+    [answer] = answered["d3"]["answers"]
+    assert [item["value"] for item in answer["probabilities"]] == ["spam", "spamassassin", "fork"]
+    assert sum(item["probability"] for item in answer["probabilities"]) == pytest.approx(1)
+    errors = map(json.loads, (tmp_path / "out.errors.jsonl").read_text().splitlines())
+    assert {(e["custom_id"], e["error"]["param"]) for e in errors} == {("seed", "seed"), ("other", "model")}
+
+
+def test_the_tokens_of_decisions_are_counted(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [decision("a", "a mail of some length"), decision("b", "another")])
+    with serving(FakeLlama()) as served:
+        counts = run(source, tmp_path / "out.jsonl", served)
+    usages = [body["usage"] for body in bodies(tmp_path / "out.jsonl").values()]
+    assert counts.prompt_tokens == sum(usage["input_tokens"] for usage in usages) > 0
+    assert counts.completion_tokens == sum(usage["output_tokens"] for usage in usages) > 0
+    assert counts.cached_tokens == sum(usage["input_tokens_details"]["cached_tokens"] for usage in usages)
 
 
 def test_many_choices_wait_for_room_and_are_answered(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from runtime.errors import (
     ShuttingDown,
 )
 from runtime.sampling import Sampler
-from runtime.sequence import Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta
-from tests.fakes import END_OF_TURN, EOS, FakeLlama, FakeTokenizer
+from runtime.sequence import Embedded, Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta
+from tests.fakes import END_OF_TURN, EOS, FakeLlama, FakeTokenizer, adapted
 
 
 def tokens_of(text: str) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ def run(engine: Engine, *requests: Request, limit: int = 5000) -> list[Event]:
     raise AssertionError(f"still at work after {limit} steps: {engine.stats()}")
 
 
-def ends(events: list[Event]) -> dict[str, Finished | Scored | Failed]:
+def ends(events: list[Event]) -> dict[str, Finished | Scored | Embedded | Failed]:
     """The terminal event of each request; more than one fails the test."""
     terminal = [event for event in events if not isinstance(event, TextDelta)]
     assert max(Counter(event.request_id for event in terminal).values(), default=1) == 1
@@ -65,7 +65,7 @@ def naive(llama: FakeLlama, request: Request) -> list[int]:
     sampler = Sampler(request.params, FakeTokenizer.end_tokens)
     history, answer = list(request.prompt), list[int]()
     for _ in range(request.params.max_tokens):
-        token = sampler.draw(llama.logits(tuple(history))).token
+        token = sampler.draw(llama.logits(adapted(tuple(history), request.adapter))).token
         if token in FakeTokenizer.end_tokens:
             break
         history.append(token)
@@ -315,7 +315,7 @@ class Traffic(RuleBasedStateMachine):
         ids=st.integers(0, 6),
     )
     def begin(self, n_ctx: int, step_tokens: int, running: int, ids: int) -> None:
-        self.llama = FakeLlama(n_ctx=n_ctx, n_seq_max=running + ids)
+        self.llama = FakeLlama(n_ctx=n_ctx, n_seq_max=running + ids, adapters=("a", "b"))
         self.idle_cells = n_ctx // 4
         self.engine = Engine(self.llama, EngineOptions(step_tokens, running, self.idle_cells))
         self.requests: dict[str, Request] = {}
@@ -326,13 +326,13 @@ class Traffic(RuleBasedStateMachine):
         shared=st.integers(0, 30),
         max_tokens=st.integers(1, 12),
         temperature=st.sampled_from([0.0, 1.0]),
-        ignore_eos=st.booleans(),
+        adapter=st.sampled_from([None, None, "a", "b"]),
     )
-    def ask(self, prompt: list[int], shared: int, max_tokens: int, temperature: float, ignore_eos: bool) -> None:
+    def ask(self, prompt: list[int], shared: int, max_tokens: int, temperature: float, adapter: str | None) -> None:
         number = len(self.requests)
-        params = SamplingParams(max_tokens, temperature, seed=number, ignore_eos=ignore_eos)
+        params = SamplingParams(max_tokens, temperature, seed=number, ignore_eos=number % 2 == 0)
         tokens = (*(b"the same words for everyone...."[:shared]), *prompt)
-        request = Request(str(number), tokens, params)
+        request = Request(str(number), tokens, params, adapter)
         if len(tokens) + max_tokens <= self.llama.info.n_ctx:
             self.requests[request.id] = request
             self.engine.add(request)

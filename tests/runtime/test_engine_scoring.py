@@ -36,7 +36,7 @@ def chat(name: str, prompt: str = "hello", tokens: int = 8) -> Request:
 
 
 def naive(llama: FakeLlama, asked: Question) -> list[float]:
-    """Every choice's log-probability, token by token from the pure function."""
+    """Every choice's log-probability, token by token, and its end where another goes on from it."""
 
     def log_softmax(history: tuple[int, ...]) -> np.ndarray:
         logits = llama.logits(history).astype(np.float64)
@@ -49,7 +49,9 @@ def naive(llama: FakeLlama, asked: Question) -> list[float]:
         for token in choice:
             total += log_softmax(history)[token]
             history += (token,)
-        sums.append(float(total + np.log(np.exp(log_softmax(history)[list(asked.ends)]).sum())))
+        if any(other[: len(choice)] == choice for other in asked.choices if other != choice):
+            total += np.log(np.exp(log_softmax(history)[list(asked.ends)]).sum())
+        sums.append(float(total))
     return sums
 
 
@@ -147,33 +149,70 @@ def test_a_sure_answer_computes_no_other_choice() -> None:
     llama = FakeLlama(script="ilug")
     end = run(Engine(llama), Scoring("s", (question("a note", LABELS),)))["s"]
     assert isinstance(end, Scored)
-    assert (llama.decodes, end.usage.completion_tokens) == (2, len("ilug"))
+    assert (llama.decodes, end.usage.completion_tokens) == (2, len("ilu")), "no logits are wanted after the last token"
     assert math.exp(end.logprobs[0][LABELS.index("ilug")]) > 0.99
     assert all(logprob < math.log(NEGLIGIBLE) for logprob in end.logprobs[0][:-1])
 
 
+def test_choices_of_one_token_cost_nothing_beyond_the_prompt() -> None:
+    llama = FakeLlama()
+    asked = question("a mail", ("y", "n", "?"))
+    end = run(Engine(llama), Scoring("s", (asked,)))["s"]
+    assert isinstance(end, Scored)
+    assert (llama.decodes, end.usage.completion_tokens) == (1, 0)
+    assert sum(len(batch.tokens) for batch in llama.batches) == len(asked.prompt)
+    assert end.logprobs[0] == pytest.approx(naive(llama, asked), abs=1e-4)
+
+
+def row(**logits: float) -> np.ndarray:
+    """Logits: those given, by the token's letter, and next to nothing for all others."""
+    made = np.full(FAKE_VOCAB, -50, np.float32)
+    for letter, logit in logits.items():
+        made[ord(letter)] = logit
+    return made
+
+
+def waves_of(ballot: Ballot) -> list[str]:
+    return [bytes(branch.path).decode() for branch in ballot.next_wave()]
+
+
 def test_a_second_wave_computes_what_the_first_could_not_exclude() -> None:
-    """`a` begins likelier but never ends; `b` begins at 0.005 % of it, which seems negligible at first, and wins."""
-
-    def row(token: int, other: int) -> np.ndarray:
-        logits = np.full(FAKE_VOCAB, -50, np.float32)
-        logits[token], logits[other] = 0, math.log(5e-5)
-        return logits
-
-    ballot = Ballot(question("m", ("a", "b", "c")))
-    ballot.read((), row(ord("a"), ord("b")))
-    assert [branch.path for branch in ballot.next_wave()] == [(ord("a"),)]
-    ballot.read((ord("a"),), row(ord("x"), ord("x")))
-    assert [branch.path for branch in ballot.next_wave()] == [(ord("b"),)], "c stays negligible"
-    ballot.read((ord("b"),), row(EOS, END_OF_TURN))
+    """`aa` begins likelier but never goes on; `ba` begins at 0.005 % of it, which seems negligible, and wins."""
+    ballot = Ballot(question("m", ("aa", "ba", "ca")))
+    ballot.read((), row(a=0, b=math.log(5e-5)))
+    assert waves_of(ballot) == ["a"]
+    ballot.read((ord("a"),), row(x=0, a=-30))
+    assert waves_of(ballot) == ["b"], "c stays negligible"
+    ballot.read((ord("b"),), row(a=0))
     assert not ballot.next_wave()
     assert ballot.logprobs()[1] == pytest.approx(math.log(5e-5), abs=1e-3)
 
 
+def test_a_choice_that_is_known_at_once_is_no_measure_while_another_begins_likelier() -> None:
+    """`d`, whole but at 0.1 %, lets everything down to 0.00001 % pass; the likely beginning `a` does not."""
+    ballot = Ballot(question("m", ("aa", "d", "ba")))
+    ballot.read((), row(a=0, d=math.log(1e-3), b=math.log(5e-5)))
+    assert waves_of(ballot) == ["a"]
+    ballot.read((ord("a"),), row(a=0))
+    assert not ballot.next_wave()
+
+
+def test_what_ends_a_choice_counts_only_where_another_goes_on_from_it() -> None:
+    """After `ab` comes half an end, half `c`. So `abc` has half; `ab`, alone in needing an end, the other half."""
+    ballot = Ballot(question("m", ("ab", "abc", "x")))
+    ballot.read((), row(a=0, x=0))
+    ballot.read((ord("a"),), row(b=0))
+    after = row(c=0)
+    after[EOS] = 0
+    ballot.read((ord("a"), ord("b")), after)
+    assert not ballot.next_wave()
+    assert np.exp(ballot.logprobs()) == pytest.approx([0.25, 0.25, 0.5])
+
+
 def test_a_choice_that_begins_another_needs_no_branch_of_its_own() -> None:
-    ballot = Ballot(question("m", ("ab", "abcd", "abd")))
+    ballot = Ballot(question("m", ("ab", "abcd", "abd", "abde")))
     ballot.read((), np.zeros(FAKE_VOCAB, np.float32))
-    assert [(bytes(b.path), b.first) for b in ballot.next_wave()] == [(b"abcd", 1), (b"abd", 3)]
+    assert [(bytes(b.path), b.first) for b in ballot.next_wave()] == [(b"abc", 1), (b"abd", 3)]
 
 
 def test_the_same_question_again_finds_its_prompt_and_the_same_sums() -> None:

@@ -1,12 +1,15 @@
 """The door to llama.cpp without a model: every return code has its error, every unusable file its reason."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from runtime.errors import BatchInvalid, DecodeAborted, DecodeFailed, LoadFailed, NoKvSlot
-from runtime.llama import LoadOptions, backend_name, decode_error, load, load_tokenizer
+from runtime.llama import LoadOptions, backend_name, load, load_tokenizer
+from runtime.llama_batch import decode_error
+from runtime.llama_handle import system_info
 
 
 @pytest.mark.parametrize(
@@ -64,19 +67,28 @@ def test_the_backend_has_a_short_name(line: str, offloads: bool, name: str) -> N
     assert backend_name(line, offloads=offloads) == name
 
 
-@pytest.mark.parametrize(("system_info", "repacks"), [(b"AVX2 = 1 | AMX_INT8 = 1", False), (b"AVX2 = 1", True)])
-def test_weights_are_not_repacked_for_amx_tiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system_info: bytes, repacks: bool
+@pytest.mark.parametrize(
+    ("line", "library", "repacks", "backend"),
+    [
+        (b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", SimpleNamespace(), False, "CPU (AVX2, AMX unused)"),
+        (b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", SimpleNamespace(deskside_amx_mended=1), True, "CPU (AVX2, AMX_INT8)"),
+        (b"CPU : AVX2 = 1 | ", SimpleNamespace(), True, "CPU (AVX2)"),
+    ],
+)
+def test_weights_are_repacked_for_amx_tiles_only_where_the_mend_was_compiled_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, library: object, repacks: bool, backend: str
 ) -> None:
     seen: list[bool] = []
 
     def refuse(path: bytes, params: Any) -> None:
         seen.append(params.use_extra_bufts)
 
-    monkeypatch.setattr("runtime.llama_handle.llama_cpp.llama_print_system_info", lambda: system_info)
+    monkeypatch.setattr("runtime.llama_handle.llama_cpp.llama_print_system_info", lambda: line)
+    monkeypatch.setattr("runtime.llama_handle.llama_cpp._lib", library)
     monkeypatch.setattr("runtime.llama_handle.llama_cpp.llama_model_load_from_file", refuse)
     path = tmp_path / "some.gguf"
     path.write_bytes(b"GGUF")
     with pytest.raises(LoadFailed):
         load(path)
     assert seen == [repacks]
+    assert backend_name(system_info(), offloads=False) == backend

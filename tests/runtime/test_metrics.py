@@ -5,7 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from runtime.metrics import Metrics
 from runtime.sequence import EngineStats
 
-STATS = EngineStats(3, 2, 100, 512, 1000, 400, 50, 70, 1)
+STATS = EngineStats(3, 2, 100, 512, 1000, 400, 50, 70, 1, decode_seconds_total=9.5, step_seconds_total=10.0)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, str], float]:
@@ -26,6 +26,8 @@ def test_a_scrape_reads_the_engine_at_that_moment() -> None:
     assert found["deskside_generated_tokens_total", ""] == 50
     assert found["deskside_steps_total", ""] == 70
     assert found["deskside_preemptions_total", ""] == 1
+    assert found["deskside_decode_seconds_total", ""] == 9.5
+    assert found["deskside_step_seconds_total", ""] == 10.0
     held[0] = EngineStats(0, 0, 0, 512, 1000, 400, 51, 71, 1)
     assert samples(metrics)["deskside_running", ""] == 0
 

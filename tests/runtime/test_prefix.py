@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from runtime.prefix import PrefixCache, common_prefix
+from runtime.prefix import PrefixCache
+from runtime.prefix_tree import common_prefix
 from runtime.sequence import Batch, Copy, Match, Remove
 from tests.fakes import FakeLlama
 
@@ -27,11 +28,6 @@ def resident(cache: PrefixCache, text: str) -> int:
     assert cache.make_room(len(text) - match.length) == len(text) - match.length
     cache.extend(seq_id, len(text) - match.length)
     return seq_id
-
-
-def test_common_prefix() -> None:
-    cases = [("", "", 0), ("a", "", 0), ("abc", "abd", 2), ("abc", "abcd", 3), ("x", "y", 0)]
-    assert [common_prefix(ids(left), ids(right)) for left, right, _ in cases] == [length for *_, length in cases]
 
 
 def test_the_longest_prefix_is_found_and_the_last_token_left() -> None:
@@ -125,8 +121,50 @@ def test_the_last_id_is_taken_over_from_the_match() -> None:
     assert cache.used_cells == 3
 
 
+def test_a_running_sequence_gives_up_its_tail_and_goes_on() -> None:
+    cache = PrefixCache(N_CELLS, N_IDS, N_CELLS)
+    first, second = resident(cache, "abcdef"), resident(cache, "abcdxy")
+    cache.take_edits()
+    cache.trim(first, 6)
+    assert cache.take_edits() == (), "it holds no more than that"
+    cache.trim(first, 3)
+    assert cache.take_edits() == (Remove(first, 3),)
+    assert cache.used_cells == 6, "the other still holds the fourth"
+    assert cache.match(ids("abcdefg")) == Match(second, 4)
+    cache.extend(first, 3)
+    assert cache.match(ids("abcdefg")) == Match(first, 6)
+    for seq_id in (first, second):
+        cache.release(seq_id)
+    assert cache.used_cells == 0
+
+
+def test_what_a_trim_leaves_to_the_idle_is_bounded() -> None:
+    cache = PrefixCache(N_CELLS, N_IDS, idle_cells=2)
+    idle, running = resident(cache, "abcdef"), resident(cache, "abcdefg")
+    cache.retire(idle, ids("abcdef"))
+    assert cache.used_cells == 7
+    cache.trim(running, 1)
+    assert cache.used_cells == 3
+
+
+def test_adapters_never_share() -> None:
+    cache = PrefixCache(N_CELLS, N_IDS, N_CELLS)
+    bare = resident(cache, "abcdef")
+    assert cache.match(ids("abcdefg"), "mails") == Match(None, 0)
+    adapted = cache.admit(ids("abcdef"), Match(None, 0), "mails")
+    assert adapted is not None
+    cache.extend(adapted, 6)
+    assert cache.used_cells == 12
+    cache.retire(bare, ids("abcdef"))
+    assert cache.match(ids("abcdefg"), "mails") == Match(adapted, 6)
+    assert cache.match(ids("abcdefg")) == Match(bare, 6)
+
+
 class AgainstRealCells(RuleBasedStateMachine):
-    """Every edit is carried out on the fake's cells; ledger and cells must agree, and a match must really be held."""
+    """Every edit is carried out on the fake's cells; ledger and cells must agree, and a match must really be held.
+
+    The longest prefix and the cells are recomputed here from everything that every resident holds.
+    """
 
     @initialize(idle_cells=st.integers(0, N_CELLS), n_ids=st.integers(1, N_IDS))
     def begin(self, idle_cells: int, n_ids: int) -> None:
@@ -135,6 +173,7 @@ class AgainstRealCells(RuleBasedStateMachine):
         self.idle_cells = idle_cells
         self.running: dict[int, list[int]] = {}
         self.prompts: dict[int, int] = {}
+        self.adapters: dict[int, str | None] = {}
 
     def carry_out(self) -> None:
         for edit in self.cache.take_edits():
@@ -143,25 +182,44 @@ class AgainstRealCells(RuleBasedStateMachine):
             else:
                 self.llama.remove(edit.seq_id, edit.start)
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12))
-    def admit(self, tokens: list[int]) -> None:
-        array = np.array(tokens, np.int32)
-        match = self.cache.match(array)
+    def held(self, seq_id: int) -> tuple[int, ...]:
+        return self.llama.sequences.get(seq_id, ())
+
+    def found(self, tokens: np.ndarray, adapter: str | None) -> Match:
+        """The match, which must be a true one and the longest."""
+        match = self.cache.match(tokens, adapter)
         # what a running sequence writes is not looked at, only its prompt
-        known = [held[: self.prompts.get(seq_id)] for seq_id, held in self.llama.sequences.items()]
-        assert match.length == max((common_prefix(array[:-1], np.array(k, np.int32)) for k in known), default=0)
-        seq_id = self.cache.admit(array, match)
+        known = [
+            np.array(held[: self.prompts.get(seq_id)], np.int32)
+            for seq_id, held in self.llama.sequences.items()
+            if self.adapters[seq_id] == adapter
+        ]
+        assert match.length == max((common_prefix(tokens[:-1], k) for k in known), default=0)
+        if match.source is not None:
+            assert self.held(match.source)[: match.length] == tuple(tokens[: match.length])
+            assert self.adapters[match.source] == adapter
+        return match
+
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        adapter=st.sampled_from([None, None, "a", "b"]),
+        chunk=st.integers(0, 12),
+    )
+    def admit(self, tokens: list[int], adapter: str | None, chunk: int) -> None:
+        array = np.array(tokens, np.int32)
+        match = self.found(array, adapter)
+        seq_id = self.cache.admit(array, match, adapter)
         if seq_id is None:
             assert len(self.running) == self.llama.info.n_seq_max
             return
-        room = self.cache.make_room(len(tokens) - match.length)
+        room = self.cache.make_room(min(chunk, len(tokens) - match.length))
         self.carry_out()
-        assert self.llama.sequences.get(seq_id, ()) == tuple(tokens[: match.length])
-        self.running[seq_id], self.prompts[seq_id] = tokens, len(tokens)
+        assert self.held(seq_id) == tuple(tokens[: match.length])
+        self.running[seq_id], self.prompts[seq_id], self.adapters[seq_id] = tokens, len(tokens), adapter
         self.grow(seq_id, room)
 
     def grow(self, seq_id: int, count: int) -> None:
-        start = len(self.llama.sequences.get(seq_id, ()))
+        start = len(self.held(seq_id))
         tokens = np.array(self.running[seq_id][start : start + count], np.int32)
         if count:
             positions = np.arange(start, start + count)
@@ -172,26 +230,40 @@ class AgainstRealCells(RuleBasedStateMachine):
         return {id(cell) for seq_id in seq_ids for cell in self.llama._sequences.get(seq_id, [])}
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), token=st.integers(0, 1))
-    def write(self, data: st.DataObject, token: int) -> None:
+    @rule(data=st.data(), token=st.integers(0, 1), count=st.integers(1, 4))
+    def go_on(self, data: st.DataObject, token: int, count: int) -> None:
+        """The next chunk of the prompt, or one more written token."""
         seq_id = data.draw(st.sampled_from(sorted(self.running)))
-        if self.cache.make_room(1):
-            self.carry_out()
-            if len(self.llama.sequences.get(seq_id, ())) == len(self.running[seq_id]):
-                self.running[seq_id] = [*self.running[seq_id], token]
-            self.grow(seq_id, 1)
+        rest = len(self.running[seq_id]) - len(self.held(seq_id))
+        if rest == 0:
+            self.running[seq_id] = [*self.running[seq_id], token]
+        room = self.cache.make_room(min(count, max(rest, 1)))
+        self.carry_out()
+        self.grow(seq_id, room)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def trim(self, data: st.DataObject) -> None:
+        seq_id = data.draw(st.sampled_from(sorted(self.running)))
+        length = data.draw(st.integers(0, len(self.held(seq_id)) + 1))
+        kept = self.held(seq_id)[:length]
+        self.cache.trim(seq_id, length)
+        self.carry_out()
+        assert self.held(seq_id) == kept
+        self.bounded()
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), stays=st.booleans())
     def end(self, data: st.DataObject, stays: bool) -> None:
+        """It is finished, or dropped, as by a cancel or a pre-emption."""
         seq_id = data.draw(st.sampled_from(sorted(self.running)))
         del self.running[seq_id], self.prompts[seq_id]
         if stays:
-            self.cache.retire(seq_id, np.array(self.llama.sequences.get(seq_id, ()), np.int32))
+            self.cache.retire(seq_id, np.array(self.held(seq_id), np.int32))
         else:
             self.cache.release(seq_id)
         self.carry_out()
-        assert len(self.cells(self.llama.sequences) - self.cells(self.running)) <= self.idle_cells
+        self.bounded()
 
     @rule()
     def evict(self) -> None:
@@ -200,6 +272,18 @@ class AgainstRealCells(RuleBasedStateMachine):
         self.carry_out()
         assert set(self.llama.sequences) <= set(self.running)
 
+    def bounded(self) -> None:
+        assert len(self.cells(self.llama.sequences) - self.cells(self.running)) <= self.idle_cells
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12), adapter=st.sampled_from([None, "a", "b"]))
+    def room_beside_a_match(self, tokens: list[int], adapter: str | None) -> None:
+        match = self.found(np.array(tokens, np.int32), adapter)
+        kept = self.cells(self.running)
+        if match.source is not None:
+            kept |= {id(cell) for cell in self.llama._sequences[match.source][: match.length]}
+        assert self.cache.can_hold(N_CELLS - len(kept), match)
+        assert not self.cache.can_hold(N_CELLS - len(kept) + 1, match)
+
     @invariant()
     def agrees(self) -> None:
         assert self.cache.used_cells == self.llama.used_cells
@@ -207,9 +291,21 @@ class AgainstRealCells(RuleBasedStateMachine):
         assert self.cache.can_hold(free, Match(None, 0))
         assert not self.cache.can_hold(free + 1, Match(None, 0))
 
+    def teardown(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        for seq_id in self.running:
+            self.cache.release(seq_id)
+        self.cache.evict_idle()
+        self.carry_out()
+        assert self.cache.used_cells == self.llama.used_cells == 0
+        assert self.cache.make_room(N_CELLS) == N_CELLS
+        everyone = {self.cache.admit(np.zeros(1, np.int32), Match(None, 0)) for _ in range(self.llama.info.n_seq_max)}
+        assert everyone == set(range(self.llama.info.n_seq_max))
+
 
 TestAgainstRealCells = AgainstRealCells.TestCase
-TestAgainstRealCells.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAgainstRealCells.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize("n_running", [0, 3])

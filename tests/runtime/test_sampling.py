@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,9 +37,33 @@ def reference(row: np.ndarray, params: SamplingParams) -> dict[int, float]:
     return {i: w / sum(kept.values()) for i, w in kept.items()}
 
 
+def edited(row: np.ndarray, params: SamplingParams, drawn_before: list[int], allowed: np.ndarray) -> np.ndarray:
+    """Step 1 of the docstring, one token at a time."""
+    logits = [float(logit) for logit in row]
+    for token, bias in params.logit_bias.items():
+        logits[token] += bias
+    for token in range(len(row)):
+        count = drawn_before.count(token)
+        logits[token] -= params.frequency_penalty * count + (params.presence_penalty if count else 0)
+        if not allowed[token]:
+            logits[token] = -math.inf
+    return np.array(logits, np.float32)
+
+
 def frequencies(row: np.ndarray, params: SamplingParams, draws: int) -> Counter[int]:
     sampler = Sampler(params)
     return Counter(drawn(row, sampler).token for _ in range(draws))
+
+
+def assert_follows(counts: Counter[int], expected: dict[int, float], draws: int) -> None:
+    """Pearson's chi-square; classes with few expected draws are put together, as the test demands."""
+    assert set(counts) <= set(expected)
+    common = [i for i, p in expected.items() if p * draws >= 8]
+    observed = [counts[i] for i in common] + [draws - sum(counts[i] for i in common)]
+    wanted = [expected[i] * draws for i in common] + [draws - sum(expected[i] * draws for i in common)]
+    statistic = sum((o - w) ** 2 / w for o, w in zip(observed, wanted, strict=True) if w > 1)
+    degrees = max(len(common), 1)
+    assert statistic < degrees + 5 * math.sqrt(2 * degrees) + 8
 
 
 @pytest.mark.parametrize(
@@ -56,21 +81,40 @@ def frequencies(row: np.ndarray, params: SamplingParams, draws: int) -> Counter[
 def test_draws_follow_the_reference_distribution(params: SamplingParams, n_vocab: int) -> None:
     row = row_of(n_vocab, seed=1, spread=1.5 if n_vocab == 40 else 3)
     expected = reference(row, params)
-    counts = frequencies(row, params, draws=2000)
-    assert set(counts) <= set(expected)
-    # classes with few expected draws are put together, as the test demands
-    common = [i for i, p in expected.items() if p * 2000 >= 8]
-    observed = [counts[i] for i in common] + [2000 - sum(counts[i] for i in common)]
-    wanted = [expected[i] * 2000 for i in common] + [2000 - sum(expected[i] * 2000 for i in common)]
-    statistic = sum((o - w) ** 2 / w for o, w in zip(observed, wanted, strict=True) if w > 1)
-    degrees = max(len(common), 1)
-    assert statistic < degrees + 5 * math.sqrt(2 * degrees) + 8
+    assert_follows(frequencies(row, params, draws=2000), expected, 2000)
+
+
+@pytest.mark.parametrize("n_allowed", [30, 300])
+def test_edited_and_masked_rows_are_drawn_from_as_the_reference_says(n_allowed: int) -> None:
+    """Bias, penalties and a grammar's mask come first, then the cuts: a token that is taken out fills no top-k."""
+    row, before = row_of(1500, seed=2, spread=1.5), [3, 3, 3, 40, 41]
+    params = SamplingParams(
+        1,
+        temperature=0.8,
+        top_k=20,
+        top_p=0.95,
+        min_p=0.01,
+        presence_penalty=0.7,
+        frequency_penalty=0.4,
+        logit_bias={3: 2.0, 40: 2.5, 50: 1.5, 51: -100.0},
+    )
+    allowed = np.zeros(1500, np.bool_)
+    allowed[[3, 40, 50, 51, *np.random.default_rng(5).permutation(1500)[:n_allowed]]] = True
+    expected = reference(edited(row, params, before, allowed), params)
+    assert 3 < len(expected) <= 20
+    counts: Counter[int] = Counter()
+    for seed in range(2000):
+        sampler = Sampler(replace(params, seed=seed))
+        for token in before:
+            sampler.note(token)
+        counts[sampler.draw(row, allowed).token] += 1
+    assert_follows(counts, expected, 2000)
 
 
 @given(
     seed=st.integers(0, 1000),
-    n_vocab=st.sampled_from([3, 260, 1100]),
-    top_k=st.integers(0, 40),
+    n_vocab=st.sampled_from([3, 260, 1100, 6000]),
+    top_k=st.integers(0, 40) | st.integers(1, 6000),
     top_p=st.floats(0, 1),
     min_p=st.floats(0, 1),
     temperature=st.floats(0.05, 5),

@@ -108,6 +108,16 @@ def test_without_cells_the_newest_is_preempted_and_comes_back() -> None:
     assert new.tokens[: len(kept)] == kept
 
 
+def test_one_that_was_preempted_does_not_wait_for_itself() -> None:
+    desk = Desk(n_cells=120)
+    old = desk.ask(50, max_tokens=30)
+    new = desk.ask(50, max_tokens=30)
+    while desk.scheduler.n_preemptions == 0:
+        desk.step()
+    desk.scheduler.finish(old)
+    assert [arrival for arrival, _ in desk.step()] == [new.arrival]
+
+
 def test_a_full_cache_still_lets_the_oldest_finish() -> None:
     desk = Desk(n_cells=40, max_running=4)
     live = [desk.ask(8, max_tokens=32) for _ in range(6)]

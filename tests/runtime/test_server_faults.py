@@ -144,7 +144,7 @@ def test_a_body_over_the_limit_is_a_413_by_its_length_and_while_it_comes(toy: Ru
 
 def test_unknown_routes_and_methods_have_openais_shape_too(toy: Running) -> None:
     error_of(toy.http.get("/v1/nothing"), 404, "not_found")
-    error_of(toy.http.post("/v1/embeddings", json={}), 404, "not_found")
+    error_of(toy.http.post("/v1/images/generations", json={}), 404, "not_found")
     response = toy.http.get(CHAT)
     error_of(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"

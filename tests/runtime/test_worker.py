@@ -8,7 +8,7 @@ import pytest
 
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import Cancelled, DecodeFailed, EngineDown, InvalidRequest, Overloaded, ShuttingDown
-from runtime.sequence import Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta, Work
+from runtime.sequence import Embedded, Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta, Work
 from runtime.worker import Worker
 from runtime.worker_stream import Stream
 from tests.fakes import FakeLlama
@@ -40,8 +40,8 @@ async def collect(stream: Stream) -> list[Event]:
     return [event async for event in stream]
 
 
-def terminals(events: list[Event]) -> Mapping[str, list[Finished | Scored | Failed]]:
-    found: dict[str, list[Finished | Scored | Failed]] = {}
+def terminals(events: list[Event]) -> Mapping[str, list[Finished | Scored | Embedded | Failed]]:
+    found: dict[str, list[Finished | Scored | Embedded | Failed]] = {}
     for event in events:
         if not isinstance(event, TextDelta):
             found.setdefault(event.request_id, []).append(event)

@@ -1,0 +1,48 @@
+"""The memory of a `llama_batch`, and what the codes of `llama_decode` mean: shared by all contexts of a model."""
+
+import ctypes
+
+import numpy as np
+from llama_cpp import llama_cpp
+
+from .errors import BatchInvalid, DecodeAborted, DecodeFailed, EngineError, NoKvSlot
+from .sequence import Batch
+
+
+class BatchArrays:
+    """The memory of a `llama_batch`, kept from step to step and filled by array assignment."""
+
+    def __init__(self, n_batch: int) -> None:
+        self._tokens = np.zeros(n_batch, np.int32)
+        self._positions = np.zeros(n_batch, np.int32)
+        self._seq_ids = np.zeros(n_batch, np.int32)
+        self._wants_logits = np.zeros(n_batch, np.int8)
+        self._n_seq_ids = np.ones(n_batch, np.int32)
+        self._seq_id_pointers = self._seq_ids.ctypes.data + 4 * np.arange(n_batch, dtype=np.uintp)
+        self._batch = llama_cpp.llama_batch(
+            token=_pointer(self._tokens, ctypes.c_int32),
+            pos=_pointer(self._positions, ctypes.c_int32),
+            n_seq_id=_pointer(self._n_seq_ids, ctypes.c_int32),
+            seq_id=_pointer(self._seq_id_pointers, ctypes.POINTER(ctypes.c_int32)),
+            logits=_pointer(self._wants_logits, ctypes.c_int8),
+        )
+
+    def fill(self, batch: Batch) -> llama_cpp.llama_batch:
+        """The binding's form of `batch`, valid until the next call."""
+        n_tokens = len(batch.tokens)
+        self._tokens[:n_tokens] = batch.tokens
+        self._positions[:n_tokens] = batch.positions
+        self._seq_ids[:n_tokens] = batch.seq_ids
+        self._wants_logits[:n_tokens] = batch.wants_logits
+        self._batch.n_tokens = n_tokens
+        return self._batch
+
+
+def decode_error(code: int, n_tokens: int) -> EngineError:
+    """The error for a code of `llama_decode` that is not 0."""
+    kinds = {1: NoKvSlot, 2: DecodeAborted, -1: BatchInvalid}
+    return kinds.get(code, DecodeFailed)(f"llama_decode gave {code} for a batch of {n_tokens} tokens")
+
+
+def _pointer(array: np.ndarray, kind: type) -> object:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))

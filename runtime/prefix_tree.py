@@ -1,0 +1,124 @@
+"""A radix tree over token ids: which sequence begins with how much of a prompt. Pure.
+
+An edge is a run of tokens, compared as a whole, so a look-up costs the length of what it finds, however many sequences
+there are. Every adapter has a tree of its own: what was computed under one is not valid under another.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(eq=False, slots=True)
+class _Node:
+    """`edge` leads here from `parent`. `holders`, oldest first, have every token from the root to its end."""
+
+    edge: np.ndarray
+    parent: "_Node | None"
+    children: dict[int, "_Node"] = field(default_factory=dict)
+    holders: dict[int, None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _End:
+    node: _Node
+    length: int
+
+
+class PrefixTree:
+    """The tokens of sequences, each named by a number.
+
+    A node other than a root has two children at least, or a sequence ends there: no path has more nodes than there are
+    sequences.
+    """
+
+    def __init__(self) -> None:
+        self._roots: dict[str | None, _Node] = {}
+        self._ends: dict[int, _End] = {}
+
+    def length(self, key: int) -> int:
+        """How many tokens of sequence `key` are known."""
+        return self._ends[key].length
+
+    def match(self, tokens: np.ndarray, adapter: str | None) -> tuple[int | None, int]:
+        """(the newest sequence that begins with most of `tokens`, how many they share); (None, 0) if none does."""
+        node = self._roots.get(adapter)
+        holder, length = None, 0
+        while node is not None and length < len(tokens):
+            node = node.children.get(int(tokens[length]))
+            if node is not None:
+                shared = common_prefix(node.edge, tokens[length:])
+                holder, length = next(reversed(node.holders)), length + shared
+                node = node if shared == len(node.edge) else None
+        return holder, length
+
+    def add(self, key: int, tokens: np.ndarray, adapter: str | None) -> None:
+        """A new sequence that begins with `tokens`."""
+        root = self._roots.setdefault(adapter, _Node(np.empty(0, np.int32), None))
+        self._ends[key] = _End(root, 0)
+        self.extend(key, tokens)
+
+    def extend(self, key: int, tokens: np.ndarray) -> None:
+        """`tokens` follow what was known of sequence `key`."""
+        end = self._ends[key]
+        before = end.node
+        end.length += len(tokens)
+        while len(tokens):
+            child = end.node.children.get(int(tokens[0]))
+            if child is None:
+                child = end.node.children[int(tokens[0])] = _Node(tokens.copy(), end.node)
+            shared = common_prefix(child.edge, tokens)
+            end.node = child if shared == len(child.edge) else _split(child, shared)
+            end.node.holders[key] = None
+            tokens = tokens[shared:]
+        _merge(before)
+
+    def shorten(self, key: int, length: int) -> None:
+        """Only the first `length` tokens of sequence `key` are known from now on."""
+        end = self._ends[key]
+        while end.length > length:
+            node, start = end.node, end.length - len(end.node.edge)
+            assert node.parent is not None
+            if start < length:
+                end.node, end.length = _split(node, length - start), length
+            else:
+                end.node, end.length = node.parent, start
+            del node.holders[key]
+            _merge(node)
+
+    def discard(self, key: int) -> None:
+        """Forget sequence `key`, if it is known."""
+        if key in self._ends:
+            self.shorten(key, 0)
+            del self._ends[key]
+
+
+def _split(node: _Node, at: int) -> _Node:
+    """Cut `node`'s edge in two; the new node in the middle. `node` itself stays the lower end."""
+    assert node.parent is not None
+    middle = _Node(node.edge[:at], node.parent, {int(node.edge[at]): node}, node.holders.copy())
+    node.parent.children[int(node.edge[0])] = middle
+    node.edge, node.parent = node.edge[at:], middle
+    return middle
+
+
+def _merge(node: _Node) -> None:
+    """Take `node` out if nobody holds it, or join it to its only child if nobody ends at it."""
+    if node.parent is None:
+        return
+    first = int(node.edge[0])
+    if not node.holders:
+        del node.parent.children[first]
+    elif len(node.children) == 1:
+        (child,) = node.children.values()
+        if len(child.holders) == len(node.holders):
+            child.edge, child.parent = np.concatenate((node.edge, child.edge)), node.parent
+            node.parent.children[first] = child
+
+
+def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
+    """How many first elements two one-dimensional arrays share."""
+    length = min(len(left), len(right))
+    differ = left[:length] != right[:length]
+    first = int(differ.argmax()) if length else 0
+    return first if length and differ[first] else length
