@@ -42,7 +42,7 @@ BAD: tuple[tuple[str, bytes], ...] = (
     ("/chat/completions", b'{"messages": [{"role": "user", "content": "x"}], "grammar": "start: %%%"}'),
     ("/chat/completions", b'{"messages": [{"role": "user", "content": "' + b"long " * 20000 + b'"}]}'),
     ("/chat/completions", b'{"model": "no-such-model", "messages": [{"role": "user", "content": "x"}]}'),
-    ("/completions", b'{"prompt": ""}'),
+    ("/completions", b'{"prompt": 5}'),
     ("/decisions", b'{"input": "x", "questions": []}'),
     ("/no/such/route", b"{}"),
 )
