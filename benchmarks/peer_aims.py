@@ -48,8 +48,8 @@ class Cast(Noun):
     python: str = f"{LLAMA_CPP_SERVER} {BEST}, Q8_0"
     ours_f16: str = f"{DESKSIDE}, F16"
     best_q4: str = f"{LLAMA_SERVER} {BEST}, Q4_K_M"
-    ours_base: str = f"{DESKSIDE}, Q4_K_M"
-    best_base: str = f"{LLAMA_SERVER} {BEST}, Q4_K_M"
+    ours_base: str = f"{DESKSIDE}, base Q4_K_M"
+    best_base: str = f"{LLAMA_SERVER} {BEST}, base Q4_K_M"
 
 
 def judge(figures: Figures) -> tuple[Aim, ...]:

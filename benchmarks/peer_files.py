@@ -30,7 +30,7 @@ class Files:
 
 def prepare_files(store: Store, folder: Path, peers_python: Path) -> Files:
     """Find or make the files. Raises ModelNotFound, BadManifest, or ServerFailed when a conversion fails."""
-    tuned, base = model_file(store.get(RECIPE)), model_file(store.get(BASE))
+    tuned, base = model_file(store.get(RECIPE)), model_file(store.get(BASE), "base ")
     own = Store(folder / "home")
     made = {}
     for kind in ("F16", "Q4_K_M"):
@@ -45,11 +45,15 @@ def prepare_files(store: Store, folder: Path, peers_python: Path) -> Files:
     return Files(tuned, made["F16"], made["Q4_K_M"], base, ctranslate2)
 
 
-def model_file(stored: StoredModel) -> ModelFile:
-    """The file that `deskside serve` loads of an installed model. Raises ServerFailed when nothing is known of it."""
+def model_file(stored: StoredModel, prefix: str = "") -> ModelFile:
+    """The file that `deskside serve` loads of an installed model; `prefix` goes before its quantization as title.
+
+    Raises ServerFailed when the manifest does not list the file.
+    """
     for artefact in stored.manifest.artefacts if stored.manifest else ():
         if stored.folder / artefact.file == stored.gguf:
-            return ModelFile(stored.gguf, stored.folder, artefact.quantization, artefact.sha256)
+            kind = artefact.quantization
+            return ModelFile(stored.gguf, stored.folder, kind, artefact.sha256, prefix + kind)
     raise ServerFailed(f"the manifest of {stored.name!r} does not list {stored.gguf.name!r}: install the model again")
 
 

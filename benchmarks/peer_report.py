@@ -73,7 +73,8 @@ def _offline_table(rows: Sequence[OfflineRow]) -> Table:
         table.add_column(name)
     for row in rows:
         if not row.rates:
-            table.add_row(row.server, row.way, "failed", "", (row.error or "")[:80])
+            why = (row.error or "start and load took longer than all mails: too few mails, or a busy machine")[:100]
+            table.add_row(row.server, row.way, "–", "", why)
             continue
         spread = f"[{min(row.rates):.2f}, {max(row.rates):.2f}]"
         table.add_row(row.server, row.way, f"{row.rate:.2f}", spread, f"{row.right} of {row.judged}")

@@ -20,7 +20,7 @@ from .local import Running
 from .machine import load_average
 from .peer_record import Pass, PeerRun, Server, save_peer_run
 from .peer_servers import ServerPlan
-from .peer_tasks import DESKSIDE, Task, asking
+from .peer_tasks import DESKSIDE, FEW_SHOT, LABEL, Task, asking
 from .record import Sample
 from .workload import Example, Prompt
 
@@ -124,8 +124,8 @@ def _started(plan: ServerPlan, logs: Path, recorder: Recorder) -> Iterator[Runni
 
 
 def _warm_up(stage: Stage, plan: ServerPlan, address: str, labels: Sequence[str]) -> None:
-    """Every way that will be asked is asked, as many at a time as later: caches, grammars and slots are filled."""
-    tasks = [task for task, names in stage.work if plan.name in names and task.users > 1]
+    """Every way of asking for a label is tried, as many at a time as later: caches, grammars and slots are filled."""
+    tasks = [task for task, names in stage.work if plan.name in names and task.name in (LABEL, FEW_SHOT)]
     for task in tasks:
         for way in task.ways:
             turn = Turn(0, task, way, plan)

@@ -24,12 +24,16 @@ LLAMA_CPP_FLAGS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A GGUF file that is served, its model's folder (with the manifest), and what is known about it."""
+    """A GGUF file that is served, its model's folder (with the manifest), and what is known about it.
+
+    `title` names it among the files of a comparison; the quantization does by default.
+    """
 
     path: Path
     folder: Path
     quantization: str
     sha256: str
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ def llama_cpp_plan(file: ModelFile, threads: int, profile: str, python: Path) ->
 def _facts(peer: str, profile: str, settings: str, file: ModelFile) -> Server:
     shown = "" if peer == DESKSIDE else f" {profile}"
     return Server(
-        name=f"{peer}{shown}, {file.quantization}",
+        name=f"{peer}{shown}, {file.title or file.quantization}",
         profile=profile,
         settings=settings,
         quantization=file.quantization,

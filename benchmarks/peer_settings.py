@@ -6,7 +6,7 @@ from pydantic import Field
 
 from .record import Noun
 
-QUICK = {"repetitions": 2, "requests": 16, "reply_requests": 8, "burst": 24, "alone": 4, "offline": 32, "warmup": 4}
+QUICK = {"repetitions": 2, "requests": 16, "reply_requests": 8, "burst": 24, "alone": 4, "offline": 32}
 STAGES = ("fine-tune", "base", "cold", "offline")
 
 
@@ -18,7 +18,7 @@ class PeerSettings(Noun):
     reply_requests: int = Field(default=24, ge=2, description="64-token replies in one pass by 16 clients.")
     burst: int = Field(default=200, ge=2, description="Mails sent at once to a cold server.")
     alone: int = Field(default=12, ge=2, description="Requests in one pass by one client.")
-    warmup: int = Field(default=16, ge=1, description="Requests that warm a server up for each way of asking.")
+    warmup: int = Field(default=16, ge=1, description="Requests that warm a server up, for each way of asking.")
     offline: int = Field(default=128, ge=2, description="Mails in a file labelled offline.")
     stages: str = Field(default=",".join(STAGES), description="Which parts to run.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of every server (default: all cores).")
