@@ -17,7 +17,7 @@ from .peer_install import install_peers, peer_versions
 from .peer_offline import run_offline
 from .peer_record import PeerRun
 from .peer_run import Comparison, Progress, Recorder, Slices, Stage, run_stage
-from .peer_servers import BEST, SHIPPED, ServerPlan, deskside_plan, llama_cpp_plan, llama_server_plan, script
+from .peer_servers import BEST, RAM, SHIPPED, ServerPlan, deskside_plan, llama_cpp_plan, llama_server_plan, script
 from .peer_settings import PeerSettings
 from .peer_tasks import (
     BURST,
@@ -129,9 +129,9 @@ def _deal(
 def _stages(m: _Material) -> list[tuple[str, Stage]]:
     files, threads = m.files, m.threads
     ours, f16 = deskside_plan(files.tuned, threads), deskside_plan(files.tuned_f16, threads)
-    best, shipped, q4 = (
+    best, ram, shipped, q4 = (
         llama_server_plan(file, threads, profile, m.python)
-        for file, profile in ((files.tuned, BEST), (files.tuned, SHIPPED), (files.tuned_q4, BEST))
+        for file, profile in ((files.tuned, BEST), (files.tuned, RAM), (files.tuned, SHIPPED), (files.tuned_q4, BEST))
     )
     python, python_shipped = (llama_cpp_plan(files.tuned, threads, profile, m.python) for profile in (BEST, SHIPPED))
     everything = tasks(m.settings.burst)
@@ -140,7 +140,7 @@ def _stages(m: _Material) -> list[tuple[str, Stage]]:
         return [(everything[name], frozenset(plan.name for plan in plans)) for name, plans in rows]
 
     tuned = work(
-        (LABEL, (ours, f16, best, shipped, q4, python, python_shipped)),
+        (LABEL, (ours, f16, best, ram, shipped, q4, python, python_shipped)),
         (REPLY, (ours, best, shipped, python)),
         (LABEL_ALONE, (ours, best, python)),
         (REPLY_ALONE, (ours, best, python)),
@@ -150,7 +150,7 @@ def _stages(m: _Material) -> list[tuple[str, Stage]]:
     base += [llama_server_plan(files.base, threads, profile, m.python) for profile in (BEST, SHIPPED)]
     prompt = read_prompt(recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
     bare = Prompt("bare mail")
-    fine_tune = Stage((ours, best, f16, q4, shipped, python, python_shipped), tuned, bare, m.warmup)
+    fine_tune = Stage((ours, best, f16, q4, ram, shipped, python, python_shipped), tuned, bare, m.warmup)
     return [
         ("fine-tune", fine_tune),
         ("base", Stage(base, work((FEW_SHOT, base)), prompt, m.warmup)),

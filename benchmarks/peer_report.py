@@ -101,7 +101,7 @@ def _notes(run: PeerRun, figures: Figures) -> Iterator[str]:
         yield f"{server.name}: {server.settings}; sha256 {server.sha256[:12]}…, {server.size_bytes / 2**20:.0f} MiB"
     yield (
         f"{run.examples}; no mail twice on one server; all is greedy; servers as shipped answer a third of the "
-        "requests, once; llama_cpp.server, which answers one at a time, a third of them"
+        "requests, once; llama_cpp.server and those with a RAM cache a third of them"
     )
     shares = [f"{row.task}, {row.way} {row.decode_share:.3f}" for row in figures.rows if row.decode_share is not None]
     if shares:

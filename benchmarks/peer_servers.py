@@ -10,9 +10,11 @@ from .local import Running, free_port, serve_command, serving
 from .peer_record import Server
 from .peer_tasks import DESKSIDE, LLAMA_CPP_SERVER, LLAMA_SERVER
 
-BEST, SHIPPED = "best", "as shipped"
+BEST, RAM, SHIPPED = "best", "best with RAM cache", "as shipped"
+LLAMA_SERVER_PROFILES = {BEST: "best", RAM: "ram", SHIPPED: "shipped"}
 LLAMA_SERVER_SETTINGS = {
     BEST: "16 slots, unified KV cache of 32,768 cells, swa-full, continuous batching, prompt cache in the slots, warm",
+    RAM: "the same with the cache of prompts in RAM (8 GiB)",
     SHIPPED: "llama-server's own defaults: 4 slots, unified KV cache, sliding-window cache, prompt cache in RAM",
 }
 # Its default keeps the logits of every prompt token, a MiB each with this vocabulary.
@@ -68,16 +70,15 @@ def deskside_plan(file: ModelFile, threads: int) -> ServerPlan:
 
 
 def llama_server_plan(file: ModelFile, threads: int, profile: str, python: Path) -> ServerPlan:
-    """llama-server out of the `xllamacpp` wheel, in its best configuration or as shipped."""
+    """llama-server out of the `xllamacpp` wheel, in one of LLAMA_SERVER_SETTINGS."""
 
     def start(log: Path) -> AbstractContextManager[Running]:
         port = free_port()
-        name = "best" if profile == BEST else "shipped"
-        arguments = [str(file.path), str(port), str(threads), name]
+        arguments = [str(file.path), str(port), str(threads), LLAMA_SERVER_PROFILES[profile]]
         return serving([str(python), "-P", script("peer_xllamacpp.py"), *arguments], port, log_file=log)
 
     facts = _facts(LLAMA_SERVER, profile, LLAMA_SERVER_SETTINGS[profile], file)
-    return ServerPlan(facts, LLAMA_SERVER, start, slow=profile == SHIPPED, once=profile == SHIPPED)
+    return ServerPlan(facts, LLAMA_SERVER, start, slow=profile != BEST, once=profile == SHIPPED)
 
 
 def llama_cpp_plan(file: ModelFile, threads: int, profile: str, python: Path) -> ServerPlan:
