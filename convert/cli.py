@@ -25,9 +25,15 @@ def convert_command(
         ),
     ],
     adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="PEFT LoRA adapter to merge.")] = None,
+    hot: Annotated[
+        bool, typer.Option("--hot", help="Do not merge: install the adapter, to be served as SOURCE:NAME.")
+    ] = False,
     quant: Annotated[
-        str, typer.Option(metavar="TYPE", help="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0 or IQ4_NL.")
-    ] = "Q8_0",
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0 or IQ4_NL.", show_default="Q8_0"
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="What to call it; a recipe has a name.")] = None,
     manifest: Annotated[
         Path | None, typer.Option(metavar="FILE", help="model.toml with description, task, labels, prompt, licence.")
@@ -36,12 +42,16 @@ def convert_command(
     keep_f16: Annotated[bool, typer.Option("--keep-f16", help="Keep the unquantized file as well.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Make a model: merge an adapter into a checkpoint, quantize it, check that it runs, and install it."""
+    """Make a model: merge an adapter into a checkpoint, quantize it, check that it runs, and install it.
+
+    With --hot the adapter stays a file of its own, which is applied while the untouched SOURCE is served: nothing of
+    the fine-tune is rounded away, and many adapters share one SOURCE in memory.
+    """
     from models.store import Store
 
     from .inputs import ConvertRequest
 
-    stored = _run(ConvertRequest(source, name, adapter, quant, manifest, replace, keep_f16), Store())
+    stored = _run(ConvertRequest(source, name, adapter, quant, manifest, replace, keep_f16, hot), Store())
     if as_json:
         shown = stored.manifest.model_dump(mode="json", exclude_none=True) if stored.manifest is not None else {}
         typer.echo(json.dumps({"name": stored.name, "gguf": str(stored.gguf), "manifest": shown}))

@@ -58,6 +58,11 @@ class Field:
         """An unsigned 32-bit field."""
         return cls(struct.pack("<II", GGUFValueType.UINT32, value), value)
 
+    @classmethod
+    def float32(cls, value: float) -> "Field":
+        """A 32-bit floating-point field."""
+        return cls(struct.pack("<If", GGUFValueType.FLOAT32, value), value)
+
 
 @dataclass(frozen=True)
 class TensorInfo:

@@ -24,15 +24,19 @@ from .quantize import DEFAULT_QUANTIZATION, check_quantization
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What was asked for. A recipe needs no `name`; `keep_f16` keeps the unquantized file too."""
+    """What was asked for. A recipe needs no `name`; `keep_f16` keeps the unquantized file too.
+
+    `hot` asks for the adapter alone, to be applied while its base is served; then nothing is quantized.
+    """
 
     source: str
     name: str | None = None
     adapter: Path | None = None
-    quantization: str = DEFAULT_QUANTIZATION
+    quantization: str | None = None
     manifest: Path | None = None
     replace: bool = False
     keep_f16: bool = False
+    hot: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Inputs:
 
 def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     """Find and check what the request names. Raises RequestInvalid, AdapterInvalid, SourceInvalid and ModelErrors."""
-    quantization = check_quantization(request.quantization)
+    quantization = check_quantization(request.quantization or DEFAULT_QUANTIZATION)
     recipe = _recipe(request)
+    if request.hot:
+        _check_hot(request, recipe)
     if recipe is not None:
         return _from_recipe(request, recipe, quantization, store, report)
     if request.name is None:
@@ -59,7 +65,17 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     stored = _fetch(request.source, store, report)
     base = Base(name=stored.name, source=_origin(stored), sha256=_checked_sha256(stored, report))
     manifest = given or _inherited(stored, keeps_task=adapter is None)
-    return Inputs(stored.gguf, adapter, quantization, _complete(manifest, name, base, adapter))
+    return Inputs(stored.gguf, adapter, quantization, _complete(manifest, name, base, adapter, hot=request.hot))
+
+
+def _check_hot(request: ConvertRequest, recipe: CatalogEntry | None) -> None:
+    if request.quantization is not None:
+        message = "--hot leaves the base as it is and the adapter unquantized: leave out --quant, or --hot to merge"
+        raise RequestInvalid(f"{message} (--quant is {request.quantization!r})")
+    if request.keep_f16:
+        raise RequestInvalid("--hot makes no F16 model that --keep-f16 could keep: leave out one of them")
+    if request.adapter is None and recipe is None:
+        raise RequestInvalid(f"--hot needs --adapter DIR: which adapter is to be applied to {request.source!r}?")
 
 
 def _recipe(request: ConvertRequest) -> CatalogEntry | None:
@@ -84,8 +100,8 @@ def _from_recipe(
     if found != recipe.base.sha256:
         raise HashMismatch(f"{str(stored.gguf)!r} has sha256 {found}, the recipe was made on {recipe.base.sha256}")
     base = recipe.base.model_copy(update={"source": recipe.base.source or _origin(stored)})
-    manifest = _complete(recipe, check_name(request.name or recipe.name), base, adapter)
-    if request.adapter is not None or quantization != DEFAULT_QUANTIZATION:
+    manifest = _complete(recipe, check_name(request.name or recipe.name), base, adapter, hot=request.hot)
+    if request.adapter is not None or request.hot or quantization != DEFAULT_QUANTIZATION:
         # the recipe's figures were measured on its own adapter at the default quantization
         manifest = manifest.model_copy(update={"quality": ()})
     return Inputs(stored.gguf, adapter, quantization, manifest)
@@ -95,8 +111,12 @@ def _fetch(source: str, store: Store, report: Reporter) -> StoredModel:
     catalog = load_catalog()
     if "://" in source or (source in catalog.names() and source not in store.names()):
         report.stage(f"fetch {source}")
-        return pull(source, store, progress=report.advance, catalog=catalog)
-    return store.resolve(source)
+        stored = pull(source, store, progress=report.advance, catalog=catalog)
+    else:
+        stored = store.resolve(source)
+    if stored.manifest is not None and stored.manifest.kind == "adapter":
+        raise RequestInvalid(f"{stored.name!r} is a LoRA adapter without weights of its own; convert its base instead")
+    return stored
 
 
 def _checked_sha256(stored: StoredModel, report: Reporter) -> str:
@@ -123,9 +143,10 @@ def _inherited(stored: StoredModel, *, keeps_task: bool) -> Manifest:
     return Manifest(name="source", licence=stored.manifest.licence, licence_notice=stored.manifest.licence_notice)
 
 
-def _complete(manifest: Manifest, name: str, base: Base, adapter: Adapter | None) -> Manifest:
+def _complete(manifest: Manifest, name: str, base: Base, adapter: Adapter | None, *, hot: bool) -> Manifest:
     made_with = manifest.adapter
     if adapter is not None:
         made_with = AdapterRecord(path=adapter.folder.name, sha256=adapter.sha256, rank=adapter.rank)
-    changes = {"name": name, "source": "", "base": base, "adapter": made_with, "artefacts": ()}
+    kind = "adapter" if hot else "model"
+    changes = {"kind": kind, "name": name, "source": "", "base": base, "adapter": made_with, "artefacts": ()}
     return manifest.model_copy(update=changes)

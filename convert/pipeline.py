@@ -1,11 +1,13 @@
 """The order of a conversion, and nothing else: gather, plan, merge and write, quantize, verify, install.
 
+A hot adapter is not merged and nothing of it is quantized: gather, plan, write, verify on its base, install.
+
 Everything that can be wrong with the inputs is found before the first byte is written; everything that is written lies
 in the store's staging folder until it is whole.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from .architectures import family_of
 from .checkpoint import Checkpoint
 from .gguf_file import Layout, OutTensor, write_gguf
 from .gguf_header import Field, Header, read_header
+from .hot import FULL_PRECISION, plan_hot, verify_hot
 from .inputs import ConvertRequest, Inputs, gather
 from .lora import Lora, fit
 from .merge import half_precision_kind, merged_rows
@@ -49,12 +52,21 @@ def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredMo
     error or an interrupt at any time leaves the store as it was.
     """
     inputs = gather(request, store, report)
+    if request.hot:
+        _make_hot(inputs, request, store, report)
+    else:
+        _make_model(inputs, request, store, report)
+    report.close()
+    return store.get(inputs.manifest.name)
+
+
+def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
     with (
         Checkpoint(inputs.gguf) as checkpoint,
         store.staging(inputs.manifest.name, replace=request.replace) as folder,
     ):
         plan = plan_conversion(checkpoint.header, inputs)
-        _warn(plan, inputs, report)
+        _warn(plan.chat, inputs, report)
         check_free(folder, disk_need(plan.layout.file_bytes, plan.layout.matrix_bytes, inputs.quantization))
         half = _write_half_precision(checkpoint, plan, folder / _file_name(inputs, HALF_PRECISION), report)
         final = _quantize(half, folder, inputs, report)
@@ -64,9 +76,24 @@ def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredMo
         kept = [final, half] if request.keep_f16 and half != final else [final]
         if half not in kept:
             half.unlink()
-        _describe(folder, kept, inputs)
-    report.close()
-    return store.get(inputs.manifest.name)
+        _describe(folder, kept, inputs, inputs.quantization)
+
+
+def _make_hot(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
+    assert inputs.adapter is not None, "gather lets no hot conversion without an adapter pass"
+    with store.staging(inputs.manifest.name, replace=request.replace) as folder:
+        header = read_header(inputs.gguf)
+        loras = fit(inputs.adapter, header, family_of(header))
+        chat = choose_format(header, inputs.adapter.folder)
+        plan = plan_hot(header, loras, chat, inputs.manifest.name, inputs.manifest.licence)
+        _warn(chat, inputs, report)
+        check_free(folder, plan.layout.file_bytes)
+        report.stage(f"write {len(loras)} pairs of matrices", plan.layout.data_bytes)
+        target = folder / _file_name(inputs, FULL_PRECISION)
+        write_gguf(target, plan.layout, plan.rows, _counted(plan.layout, report))
+        report.stage("verify")
+        verify_hot(inputs.gguf, target, chat, is_zero=inputs.adapter.is_zero)
+        _describe(folder, [target], inputs, FULL_PRECISION)
 
 
 def plan_conversion(header: Header, inputs: Inputs) -> ConversionPlan:
@@ -90,20 +117,25 @@ def _fields(header: Header, inputs: Inputs, chat: ChatFormat) -> dict[str, Field
 
 
 def _write_half_precision(checkpoint: Checkpoint, plan: ConversionPlan, target: Path, report: Reporter) -> Path:
-    total = plan.layout.data_bytes
-    report.stage(f"merge {len(plan.loras)} matrices, write {HALF_PRECISION}" if plan.loras else "write F16", total)
+    stage = f"merge {len(plan.loras)} matrices, write {HALF_PRECISION}" if plan.loras else "write F16"
+    report.stage(stage, plan.layout.data_bytes)
+
+    def rows(name: str) -> Iterator[np.ndarray]:
+        return merged_rows(checkpoint, checkpoint.header.tensors[name], plan.loras.get(name))
+
+    write_gguf(target, plan.layout, rows, _counted(plan.layout, report))
+    return target
+
+
+def _counted(layout: Layout, report: Reporter) -> Callable[[int], None]:
     done = 0
 
     def advance(n_bytes: int) -> None:
         nonlocal done
         done += n_bytes
-        report.advance(done, total)
+        report.advance(done, layout.data_bytes)
 
-    def rows(name: str) -> Iterator[np.ndarray]:
-        return merged_rows(checkpoint, checkpoint.header.tensors[name], plan.loras.get(name))
-
-    write_gguf(target, plan.layout, rows, advance)
-    return target
+    return advance
 
 
 def _quantize(half: Path, folder: Path, inputs: Inputs, report: Reporter) -> Path:
@@ -119,8 +151,8 @@ def _file_name(inputs: Inputs, quantization: str) -> str:
     return f"{inputs.manifest.name}-{quantization}.gguf"
 
 
-def _warn(plan: ConversionPlan, inputs: Inputs, report: Reporter) -> None:
-    for warning in plan.chat.warnings:
+def _warn(chat: ChatFormat, inputs: Inputs, report: Reporter) -> None:
+    for warning in chat.warnings:
         report.warn(warning)
     if inputs.adapter is not None and inputs.adapter.is_zero:
         report.warn(f"the adapter {str(inputs.adapter.folder)!r} is all zero: it was never trained and changes nothing")
@@ -139,11 +171,11 @@ def _warn_same_grid(source: Header, plan: ConversionPlan, final: Path, report: R
         )
 
 
-def _describe(folder: Path, files: list[Path], inputs: Inputs) -> None:
+def _describe(folder: Path, files: list[Path], inputs: Inputs, quantization: str) -> None:
     artefacts = tuple(
         Artefact(
             file=file.name,
-            quantization=inputs.quantization if index == 0 else HALF_PRECISION,
+            quantization=quantization if index == 0 else HALF_PRECISION,
             size_bytes=file.stat().st_size,
             sha256=sha256_file(file),
         )

@@ -35,10 +35,19 @@ def _check(llama: Llama, chat: ChatFormat) -> None:
         )
     if chat.end_of_turn is not None and not llama.tokenizer.is_end(chat.end_of_turn):
         raise VerifyFailed(f"token {chat.end_of_turn} ends a turn, but llama.cpp does not take it for an end")
+    check_logits(last_logits(llama, probe(llama)))
+
+
+def probe(llama: Llama) -> list[int]:
+    """The tokens of a short text. Raises VerifyFailed if there are none."""
     tokens = llama.tokenizer.encode(_PROBE, add_special=True, parse_special=False)
     if not tokens:
         raise VerifyFailed(f"the converted file's tokenizer makes no token of {_PROBE!r}")
-    logits = last_logits(llama, tokens[: llama.info.n_batch])
+    return tokens[: llama.info.n_batch]
+
+
+def check_logits(logits: np.ndarray) -> None:
+    """Raise VerifyFailed if the logits, shape (n_vocab,), say nothing."""
     if not np.isfinite(logits).all():
         raise VerifyFailed(f"{int((~np.isfinite(logits)).sum())} of {logits.size} logits are not finite")
     if logits.min() == logits.max():

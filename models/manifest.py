@@ -87,9 +87,16 @@ class Manifest(_Part):
 
     A built model has at least one artefact; a recipe (base plus adapter, not built yet) has none. `source` is where
     the artefacts were fetched from; it is empty when they were made here.
+
+    Of kind `adapter` it is a LoRA adapter that is applied while its base is served, under the name BASE:NAME. Its one
+    artefact is a GGUF file whose `general.type` is "adapter". `base.sha256` is that of the weights it was trained on:
+    of the GGUF file it is to be served with, or of the checkpoint that such files were made from (their own
+    `base.sha256`). `base.name` is the installed name of the former, where there is one. `prompt`, `task`, `labels` and
+    `quality` are the adapter's own; a chat template in its GGUF metadata takes the place of the base's.
     """
 
     schema_version: Literal[1] = 1
+    kind: Literal["model", "adapter"] = "model"
     name: Name
     description: str = ""
     task: Literal["classify", "write", "general"] = "general"
@@ -109,6 +116,12 @@ class Manifest(_Part):
             raise ValueError(f"labels must differ, got {list(self.labels)!r}")
         if self.task == "classify" and not self.labels:
             raise ValueError("task 'classify' needs labels")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_has_a_base(self) -> "Manifest":
+        if self.kind == "adapter" and (self.base is None or len(self.artefacts) != 1):
+            raise ValueError(f"kind 'adapter' needs a base and exactly one artefact, got {len(self.artefacts)}")
         return self
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from .constrain_protocol import Constrainer
 from .detokenize import TextStream
-from .engine_answer import Answer
+from .engine_answer import Answer, speller
 from .engine_embedding import Embedder, check_embedding
 from .engine_guide import begin
 from .engine_scoring import ARRIVALS, Scorer, check_scoring
@@ -210,15 +210,16 @@ class Engine:
 
     def _open(self, request: Request) -> Answer:
         params = request.params
+        token_bytes = speller(self._tokenizer, params.spelled)
         answer = Answer(
             Sequence(request, self._next_arrival(), list(request.prompt)),
             Sampler(params, self._tokenizer.end_tokens),
-            TextStream(self._tokenizer.token_bytes, params.stop),
+            TextStream(token_bytes, params.stop),
         )
         if params.grammar is not None:
             if self._constrainer is None:
                 raise InvalidRequest("this engine takes no grammars", param=params.grammar.param)
-            answer.guide, forced = begin(self._constrainer, params.grammar, params, self._tokenizer.token_bytes)
+            answer.guide, forced = begin(self._constrainer, params.grammar, params, token_bytes)
             answer.sequence.tokens += forced
             answer.sequence.n_ahead = len(forced)
             answer.unsent = forced

@@ -1,5 +1,6 @@
 """An answer as the engine writes it: its tokens, its sampler, its text and its grammar, moved on together."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from .detokenize import TextStream
 from .engine_guide import Guide
+from .llama_protocol import TokenizerLike
 from .sampling import Sampler
 from .sequence import FinishReason, Sequence
 
@@ -18,6 +20,13 @@ class Written:
     text: str
     tokens: tuple[int, ...]
     reason: FinishReason | None
+
+
+def speller(tokenizer: TokenizerLike, spelled: tuple[int, ...]) -> Callable[[int], bytes]:
+    """The bytes of each token in an answer's text; of control tokens, those in `spelled` only."""
+    if not spelled:
+        return tokenizer.token_bytes
+    return lambda token: tokenizer.token_bytes(token, special=token in spelled)
 
 
 @dataclass(eq=False, slots=True)

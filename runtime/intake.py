@@ -8,6 +8,7 @@ from typing import Protocol
 
 from .constrain_protocol import Constrainer
 from .errors import InvalidRequest, ModelUnknown
+from .intake_tools import prepare_tools
 from .llama_protocol import ModelInfo, TokenizerLike
 from .openai import Body, ChatBody, CompletionBody, grammar_of, parse, to_requests, token_limit
 from .openai_answer import Answer, Call
@@ -53,23 +54,26 @@ def prepare(kind: Kind, payload: object, served: Serving) -> Call:
     """
     body = parse(kind, payload)
     require_model(body.model, served.name)
+    tools = prepare_tools(body, served) if isinstance(body, ChatBody) else None
     prompts = _prompts(body, served)
     _check_ids(body, prompts, served.tokenizer.n_vocab)
     limits = [_limit(body, prompt, served) for prompt in prompts]
-    if (grammar := grammar_of(body)) is not None:
+    if (grammar := tools.grammar if tools else grammar_of(body)) is not None:
         served.constrainer.check(grammar)
     drawn = [secrets.randbits(64) for _ in range(len(prompts) * body.n)]
     call_id = _ID_PREFIX[kind] + secrets.token_hex(12)
+    requests = to_requests(body, call_id, prompts, limits, drawn)
     return Call(
         id=call_id,
         kind=kind,
         model=served.name,
         created_s=int(time.time()),
         fingerprint=served.fingerprint,
-        requests=to_requests(body, call_id, prompts, limits, drawn),
+        requests=tools.constrained(requests) if tools else requests,
         choices_per_prompt=body.n,
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        tools=tools.form if tools else None,
     )
 
 
@@ -96,7 +100,8 @@ def require_chat(served: Serving) -> None:
 def _prompts(body: Body, served: Serving) -> list[tuple[int, ...]]:
     if isinstance(body, ChatBody):
         require_chat(served)
-        return [served.prompter.chat([message.model_dump() for message in body.messages])]
+        tools = [tool.for_template() for tool in body.callable_tools]
+        return [served.prompter.chat([message.model_dump() for message in body.messages], tools=tools)]
     prompts = [served.prompter.text(item) if isinstance(item, str) else item for item in body.prompt]
     if not all(prompts):
         raise InvalidRequest("prompt must not be empty: this model has no token that begins a text", param="prompt")

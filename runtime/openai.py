@@ -5,13 +5,23 @@ Pure: no server, tokenizer or clock. Which fields there are, and what happens to
 
 import reprlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from . import openai_grammar
+from . import openai_grammar, openai_tools
 from .errors import InvalidRequest
 from .openai_fields import MESSAGE_FIELDS_REFUSED, Kind, used_fields
+from .openai_tools import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, check_tools, check_turns
 from .sequence import Grammar, Request, SamplingParams
 
 MAX_CHOICES = 128
@@ -92,23 +102,49 @@ class StreamOptions(_Wire):
 
 
 class Message(_Wire):
-    """One turn of the conversation, its content parts joined to one text."""
+    """One turn of the conversation, its content parts joined to one text. It is dumped as chat templates read it."""
 
     role: Annotated[
-        Literal["system", "developer", "user", "assistant"],
+        Literal["system", "developer", "user", "assistant", "tool"],
         AfterValidator(lambda role: "system" if role == "developer" else role),
     ]
     content: Annotated[str, PlainValidator(_plain_text)]
+    tool_calls: tuple[ToolCall, ...] = Field((), max_length=MAX_CALLS, strict=False)
+    tool_call_id: str | None = None
+    name: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _without_harmless(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        for name, harmless in MESSAGE_FIELDS_REFUSED.items():
+        is_result = value.get("role") == "tool"
+        refused = {name: fine for name, fine in MESSAGE_FIELDS_REFUSED.items() if not (is_result and name == "name")}
+        for name, harmless in refused.items():
             if value.get(name) is not None and value[name] not in harmless:
                 raise ValueError(f"field {name!r} is not supported")
-        return {name: item for name, item in value.items() if name not in MESSAGE_FIELDS_REFUSED}
+        kept = {name: item for name, item in value.items() if name not in refused}
+        calls = kept.get("tool_calls")
+        if calls is None:
+            kept.pop("tool_calls", None)
+        elif calls and value.get("role") == "assistant" and value.get("content") is None:
+            kept["content"] = ""
+        return kept
+
+    @model_validator(mode="after")
+    def _who_calls(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"only an assistant has tool_calls, not a {self.role}")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("a tool's message, and no other, has a tool_call_id")
+        return self
+
+    @model_serializer
+    def _for_template(self) -> dict[str, Any]:
+        calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
+        answers = {} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id}
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": self.content} | calls | answers | named
 
 
 class _Body(_Wire):
@@ -140,6 +176,14 @@ class ChatBody(_Body):
     response_format: Annotated[Grammar | None, PlainValidator(openai_grammar.response_format)] = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: tuple[Tool, ...] = Field((), max_length=MAX_TOOLS, strict=False)
+    tool_choice: Annotated[ToolChoice, PlainValidator(openai_tools.tool_choice)] = ToolChoice()
+    parallel_tool_calls: bool = True
+
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """What the model may call. Where it may call nothing, it is not told of any."""
+        return () if self.tool_choice.mode == "none" else self.tools
 
 
 class CompletionBody(_Body):
@@ -180,12 +224,25 @@ def _check_together(body: Body) -> None:
             got = f"{len(body.prompt)} prompts with n {body.n}"
             raise InvalidRequest(f"prompts times n must be at most {MAX_CHOICES}, got {got}", param="prompt")
         return
+    _check_tools(body, grammars)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs true", param="top_logprobs")
     both = (body.max_tokens, body.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         message = f"max_tokens ({both[0]}) and max_completion_tokens ({both[1]}) differ; give one of them"
         raise InvalidRequest(message, param="max_completion_tokens")
+
+
+def _check_tools(body: ChatBody, grammars: Sequence[Grammar]) -> None:
+    check_tools(body.tools, body.tool_choice)
+    check_turns(body.messages)
+    if not body.callable_tools:
+        return
+    # Each of these would break a call off, or forbid it.
+    clashing = [grammar.param for grammar in grammars]
+    clashing += [name for name in ("stop", "ignore_eos") if getattr(body, name)]
+    if clashing:
+        raise InvalidRequest(f"{clashing[0]} cannot be combined with tools; give one of them", param=clashing[0])
 
 
 def _grammars(body: Body) -> list[Grammar]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .openai_fields import Kind
+from .openai_tool_calls import CallDelta, Told, ToolCallReader
+from .openai_tool_formats import ToolFormat
 from .sequence import Event, Failed, Finished, FinishReason, Request, TextDelta, TokenLogprob, Usage
 
 # JSON has no infinity; OpenAI writes this for a token that cannot come.
@@ -14,7 +16,10 @@ LEAST_LOGPROB = -9999.0
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A wire request that became `requests`: `choices_per_prompt` for each prompt, in order of choice index."""
+    """A wire request that became `requests`: `choices_per_prompt` for each prompt, in order of choice index.
+
+    `tools` is how the model writes calls, if it may call any.
+    """
 
     id: str
     kind: Kind
@@ -25,6 +30,7 @@ class Call:
     choices_per_prompt: int
     stream: bool
     include_usage: bool
+    tools: ToolFormat | None = None
 
     @property
     def logprobs(self) -> bool:
@@ -51,13 +57,17 @@ class Answer:
         self.choices = [Choice(index) for index in range(len(call.requests))]
         self._by_id = {request.id: choice for request, choice in zip(call.requests, self.choices, strict=True)}
         self._offsets = [TextOffsets() for _ in self.choices]
+        self._readers = [call_reader(call, choice.index) for choice in self.choices]
 
     def feed(self, event: Event) -> dict[str, Any] | None:
         """Take in an event; the chunk that tells it, or None if it shows nothing. Raises the error of a `Failed`."""
         choice = self._by_id[event.request_id]
         if isinstance(event, Finished):
             choice.finish_reason, choice.usage = event.reason, event.usage
-            return to_chunk(self.call, choice.index, finish_reason=event.reason)
+            reader = self._readers[choice.index]
+            told = Told(reader.finish()) if reader else Told()
+            reason = finish_reason(event.reason, reader)
+            return to_chunk(self.call, choice.index, told.content or None, finish_reason=reason)
         if isinstance(event, Failed):
             raise event.error
         assert isinstance(event, TextDelta), "a call for text has been given scores"
@@ -68,13 +78,21 @@ class Answer:
         if not event.text and not event.logprobs:
             return None
         logprobs = to_logprobs(self.call, event.logprobs, self._offsets[choice.index])
-        return to_chunk(self.call, choice.index, event.text, logprobs)
+        if (reader := self._readers[choice.index]) is None:
+            return to_chunk(self.call, choice.index, event.text, logprobs)
+        told = reader.feed(event.text)
+        if not told.content and not told.calls and not event.logprobs:
+            return None
+        return to_chunk(self.call, choice.index, told.content or None, logprobs, calls=told.calls)
 
     def first_chunks(self) -> Iterator[dict[str, Any]]:
         """What is sent before the first token: for a chat, who speaks."""
         if self.call.kind == "chat":
             for choice in self.choices:
-                yield to_chunk(self.call, choice.index, "", role="assistant")
+                first = to_chunk(self.call, choice.index, "", role="assistant")
+                if self.call.tools is not None:
+                    first["choices"][0]["delta"]["content"] = None
+                yield first
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """What is sent after the last choice has finished: the token counts, if asked for."""
@@ -117,8 +135,9 @@ def to_chunk(
     text: str | None = None,
     logprobs: dict[str, Any] | None = None,
     *,
-    finish_reason: FinishReason | None = None,
+    finish_reason: str | None = None,
     role: str | None = None,
+    calls: Sequence[CallDelta] = (),
 ) -> dict[str, Any]:
     """One chunk of a streamed choice."""
     choice: dict[str, Any] = {"index": index}
@@ -126,6 +145,8 @@ def to_chunk(
         choice["text"] = text or ""
     else:
         choice["delta"] = ({"role": role} if role else {}) | ({} if text is None else {"content": text})
+        if calls:
+            choice["delta"]["tool_calls"] = [_call_delta(delta) for delta in calls]
     choice |= {"logprobs": logprobs, "finish_reason": finish_reason}
     chunk = _envelope(call, chunk=True) | {"choices": [choice]}
     return chunk | {"usage": None} if call.include_usage else chunk
@@ -134,9 +155,42 @@ def to_chunk(
 def to_choice(call: Call, choice: Choice) -> dict[str, Any]:
     """One whole choice of a response."""
     text = "".join(choice.text)
-    said = {"text": text} if call.kind == "completion" else {"message": {"role": "assistant", "content": text}}
+    reader = call_reader(call, choice.index)
+    said = {"text": text} if call.kind == "completion" else {"message": _message(text, reader)}
     logprobs = to_logprobs(call, choice.logprobs, TextOffsets())
-    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": choice.finish_reason}
+    reason = choice.finish_reason and finish_reason(choice.finish_reason, reader)
+    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason}
+
+
+def call_reader(call: Call, index: int) -> ToolCallReader | None:
+    """What reads the calls out of a choice, if it may hold any."""
+    return None if call.tools is None else ToolCallReader(call.tools, call.requests[index].id)
+
+
+def finish_reason(reason: FinishReason, reader: ToolCallReader | None) -> str:
+    """OpenAI's word for why a choice ended; `reader` has read all of it."""
+    return "tool_calls" if reason == "stop" and reader is not None and reader.n_calls else reason
+
+
+def _message(text: str, reader: ToolCallReader | None) -> dict[str, Any]:
+    if reader is None:
+        return {"role": "assistant", "content": text}
+    told = reader.feed(text)
+    content = told.content + reader.finish()
+    if not told.calls:
+        return {"role": "assistant", "content": content}
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in told.calls
+    ]
+    return {"role": "assistant", "content": content or None, "tool_calls": calls}
+
+
+def _call_delta(delta: CallDelta) -> dict[str, Any]:
+    if delta.name is None:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    function = {"name": delta.name, "arguments": delta.arguments}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
 
 
 def to_usage(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]:

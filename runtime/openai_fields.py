@@ -35,15 +35,13 @@ FIELDS: tuple[FieldRule, ...] = (
     *(FieldRule(name, "used") for name in ("grammar", "regex", "choice")),
     *(
         FieldRule(name, "used", ("chat",))
-        for name in ("messages", "max_completion_tokens", "top_logprobs", "response_format")
+        for name in ("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice")
     ),
     FieldRule("prompt", "used", ("completion",)),
     # These say who asks, what to keep or how to bill; no answer depends on them.
     *(FieldRule(name, "ignored") for name in ("user", "metadata", "store", "service_tier", "safety_identifier")),
     *(FieldRule(name, "ignored") for name in ("prompt_cache_key", "prompt_cache_retention")),
-    FieldRule("parallel_tool_calls", "ignored", ("chat",)),
-    FieldRule("tools", "refused", ("chat",), ([],)),
-    FieldRule("tool_choice", "refused", ("chat",), ("none", "auto")),
+    FieldRule("parallel_tool_calls", "used", ("chat",)),
     FieldRule("functions", "refused", ("chat",), ([],)),
     FieldRule("function_call", "refused", ("chat",), ("none", "auto")),
     FieldRule("modalities", "refused", ("chat",), (["text"],)),
@@ -57,8 +55,6 @@ FIELDS: tuple[FieldRule, ...] = (
 
 MESSAGE_FIELDS_REFUSED: Mapping[str, tuple[Any, ...]] = {
     "name": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "audio": (),
     "refusal": (),

@@ -36,7 +36,7 @@ def response_format(value: object) -> Grammar | None:
         described = _object(fields.get("json_schema"), "json_schema with a schema")
         _no_others(described, _SCHEMA_FIELDS)
         schema = _object(described.get("schema"), "json_schema.schema, a JSON schema")
-    _bound_depth(schema)
+    bound_depth(schema)
     return _bounded(Grammar("json_schema", json.dumps(schema, ensure_ascii=False), "response_format"))
 
 
@@ -82,8 +82,8 @@ def _bounded(grammar: Grammar) -> Grammar:
     return grammar
 
 
-def _bound_depth(schema: object) -> None:
-    """Level by level, so that it takes no stack itself."""
+def bound_depth(schema: object) -> None:
+    """Raises ValueError for what nests too deeply. Level by level, so that it takes no stack itself."""
     level, depth = [schema], 0
     while level:
         depth += 1

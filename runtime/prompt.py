@@ -52,10 +52,30 @@ class Prompter:
         text = self._render(messages, guard, add_generation_prompt=add_generation_prompt, extra=extra or {})
         return "".join(piece for piece, _ in guard.split(text))
 
-    def chat(self, messages: Sequence[Mapping[str, object]], *, param: str = "messages") -> tuple[int, ...]:
-        """The token ids of a conversation up to where the model answers. Raises as `render`, or ContextTooLong."""
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template reads a list of tools."""
+        return self._template is not None and "tools" in self._template.variables
+
+    @property
+    def template_text(self) -> str:
+        """All text that the chat template may write by itself; empty without one."""
+        return "" if self._template is None else self._template.written
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        param: str = "messages",
+        tools: Sequence[Mapping[str, object]] = (),
+    ) -> tuple[int, ...]:
+        """The token ids of a conversation up to where the model answers. Raises as `render`, or ContextTooLong.
+
+        `tools` is OpenAI's list of what the model may call.
+        """
         guard = _Guard(self._control_texts)
-        pieces = guard.split(self._render(messages, guard, add_generation_prompt=True, extra={}))
+        extra = {"tools": guard.protect(tools)} if tools else {}
+        pieces = guard.split(self._render(messages, guard, add_generation_prompt=True, extra=extra))
         return self._tokens(pieces, param=param)
 
     def text(self, text: str) -> tuple[int, ...]:
@@ -140,11 +160,11 @@ class _Guard:
         self._hidden: list[str] = []
 
     def protect(self, value: object) -> object:
-        """`value` with control-token texts replaced in every string of it, however deep."""
+        """`value` with control-token texts replaced in every string of it, names of fields too, however deep."""
         if isinstance(value, str):
             return self._control_texts.sub(self._hide, value)
         if isinstance(value, Mapping):
-            return {key: self.protect(item) for key, item in value.items()}
+            return {self.protect(key): self.protect(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.protect(item) for item in value]
         return value

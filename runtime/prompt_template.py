@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sized
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -21,18 +23,25 @@ MAX_POWER_OPERAND = 1000
 
 
 class ChatTemplate:
-    """Variables → text. Immutable: any thread may use it."""
+    """Variables → text. Immutable: any thread may use it.
+
+    `variables` are the names it reads; `written` is all text it may write by itself, comments and code left out.
+    """
 
     def __init__(self, source: str) -> None:
         """Raises TemplateFailed if the template does not parse."""
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        extensions = ("jinja2.ext.loopcontrols", _Generation)
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            tree = environment.parse(source)
         except TemplateError as error:
             raise TemplateFailed(f"the model's chat template does not parse: {error}") from error
+        self.variables = frozenset(meta.find_undeclared_variables(tree))
+        self.written = _written(tree)
 
     def render(self, variables: Mapping[str, object]) -> str:
         """The text. Raises InvalidRequest if the template refuses the messages or writes too much, TemplateFailed."""
@@ -43,6 +52,27 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template can raise anything
             raise TemplateFailed(f"the chat template failed: {type(error).__name__}: {error}") from error
+
+
+def _written(tree: nodes.Template) -> str:
+    pieces = (node.data if isinstance(node, nodes.TemplateData) else node.value for node in _texts(tree))
+    return "\n".join(piece for piece in pieces if isinstance(piece, str))
+
+
+def _texts(tree: nodes.Template) -> Iterator[nodes.TemplateData | nodes.Const]:
+    for node in tree.find_all((nodes.TemplateData, nodes.Const)):
+        assert isinstance(node, nodes.TemplateData | nodes.Const)
+        yield node
+
+
+class _Generation(Extension):
+    """`{% generation %} … {% endgeneration %}`, which marks what is trained on: here, just what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -94,8 +124,14 @@ def _refuse(message: str) -> NoReturn:
     raise InvalidRequest(f"the model's chat template refuses the messages: {message}", param="messages")
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _strftime_now(pattern: str) -> str:

@@ -33,7 +33,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 are off. `logprobs` is None for none, else how
     many alternatives to report for each token (0: only the chosen one's). `logit_bias` adds to raw logits by token id.
-    `grammar` allows only tokens that lead to an answer it describes.
+    `grammar` allows only tokens that lead to an answer it describes. `spelled` are control tokens that stand in the
+    answer's text, which are left out otherwise.
     `seed` is always set: one is drawn at the edge when the client gave none, so that a request can be repeated.
     """
 
@@ -50,6 +51,7 @@ class SamplingParams:
     logprobs: int | None = None
     ignore_eos: bool = False
     grammar: Grammar | None = None
+    spelled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

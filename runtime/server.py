@@ -15,6 +15,7 @@ from .errors import Overloaded
 from .intake import Serving, prepare, require_model
 from .intake_decisions import prepare_decision
 from .intake_embeddings import prepare_embedding
+from .intake_responses import prepare_response
 from .metrics import CONTENT_TYPE, Metrics
 from .openai_answer import Call
 from .openai_fields import Kind
@@ -22,6 +23,7 @@ from .served import ServedModel
 from .server_body import read_body, with_json
 from .server_edge import Counted, add_error_table, key_check
 from .server_native import apply_template, detokenize, tokenize
+from .server_responses import responded
 from .server_stream import EventStream, JsonBytes, decided, embedded, whole_answer
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -68,6 +70,14 @@ class Api:
         self._served.worker.require_room()
         call = await self._prepared(request, lambda payload: prepare_embedding(payload, self._served))
         return await embedded(request, call, self._served.worker.submit(call.embedding))
+
+    async def respond(self, request: Request) -> Response:
+        """POST /v1/responses"""
+        self._served.worker.require_room()
+        call = await self._prepared(request, lambda payload: prepare_response(payload, self._served))
+        stream = self._served.worker.submit(*call.call.requests)
+        stream.on_first_token = self.metrics.first_token
+        return await responded(request, call, stream)
 
     async def _prepared(self, request: Request, work: Callable[[object], T]) -> T:
         """The body, read, parsed and worked on. As many may be at it at once as the queue is long."""
@@ -174,6 +184,7 @@ def _keyed_routes(api: Api) -> APIRouter:
     }
     posts = {"/v1/chat/completions": api.chat, "/v1/completions": api.completion, "/v1/decisions": api.decide}
     posts["/v1/embeddings"] = api.embed
+    posts["/v1/responses"] = api.respond
     natives = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-template": apply_template}
     for path, get in gets.items():
         router.add_api_route(path, get, methods=["GET"], response_model=None)

@@ -13,7 +13,7 @@ from .errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest
 # Bodies above this are parsed, rendered and tokenised in a thread, so that the event loop goes on meanwhile.
 INLINE_BYTES = 8 << 10
 # So are bodies with a grammar, which is compiled; the first one waits for llguidance's form of the vocabulary.
-NAMES_GRAMMAR = re.compile(rb'"(response_format|grammar|regex|choice)"')
+NAMES_GRAMMAR = re.compile(rb'"(response_format|grammar|regex|choice|tools|format)"')
 MAX_OBJECT_FIELDS = 4096
 # Only so many bodies may be read at once, so that a client which never ends its own would keep the others out.
 READ_SECONDS = 60.0

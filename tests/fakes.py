@@ -7,7 +7,7 @@ bug of the engine. It keeps real cells, and raises what llama.cpp would return o
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,27 +31,35 @@ Script = str | Callable[[tuple[int, ...]], int]
 class FakeTokenizer:
     """A token is a byte; four control tokens follow the bytes."""
 
+    specials: Mapping[str, int] = SPECIALS
+    special_texts = tuple(SPECIALS)
     n_vocab = FAKE_VOCAB
     bos: int | None = BOS
     eos: int | None = EOS
     adds_bos = True
     end_tokens = (EOS, END_OF_TURN)
-    special_texts = tuple(SPECIALS)
+
+    def __init__(self, more_specials: Sequence[str] = ()) -> None:
+        """`more_specials` are control tokens of a test's own, numbered from FAKE_VOCAB on."""
+        if more_specials:
+            self.specials = SPECIALS | {text: FAKE_VOCAB + place for place, text in enumerate(more_specials)}
+            self.special_texts = tuple(self.specials)
+            self.n_vocab = FAKE_VOCAB + len(more_specials)
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InvalidRequest("half a surrogate pair")
         tokens = [BOS] if add_special else []
-        pattern = "|".join(map(re.escape, SPECIALS)) if parse_special else "(?!)"
+        pattern = "|".join(map(re.escape, self.specials)) if parse_special else "(?!)"
         for part in re.split(f"({pattern})", text):
-            special = SPECIALS.get(part) if parse_special else None
+            special = self.specials.get(part) if parse_special else None
             tokens.extend(part.encode() if special is None else [special])
         return tokens
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
         if token < 256:
             return bytes([token])
-        names = {number: name for name, number in SPECIALS.items()}
+        names = {number: name for name, number in self.specials.items()}
         return names[token].encode() if special else b""
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -112,7 +120,8 @@ class FakeLlama:
     called with k before every decode and may block, to hold the engine at a known place. `on_embed` is called with
     every batch to embed, and may raise. `cells_hidden` takes cells away behind the engine's back, so that NoKvSlot
     comes unforeseen. Logits depend on the adapter too, and a cell that was computed under another one than is applied
-    must not be read. `applied` tells each decode's adapter.
+    must not be read. `applied` tells each decode's adapter. `template` is its chat template, `more_specials`
+    are control tokens of its own. Where `script` is a text, control tokens are written out in it.
     """
 
     def __init__(
@@ -125,9 +134,12 @@ class FakeLlama:
         on_decode: Callable[[int, Batch], None] | None = None,
         on_embed: Callable[[Batch], None] | None = None,
         adapters: tuple[str, ...] = (),
+        template: str = FAKE_TEMPLATE,
+        more_specials: Sequence[str] = (),
     ) -> None:
-        self.info = fake_info(n_ctx, n_seq_max, n_batch, adapters=adapters)
-        self.tokenizer = FakeTokenizer()
+        self.tokenizer = FakeTokenizer(more_specials)
+        info = fake_info(n_ctx, n_seq_max, n_batch, self.tokenizer.n_vocab, adapters)
+        self.info = replace(info, chat_template=template)
         self.script = script
         self.fail_at = dict(fail_at or {})
         self.on_decode = on_decode
@@ -202,7 +214,7 @@ class FakeLlama:
     def _scripted(self, history: tuple[int, ...]) -> int:
         if callable(self.script):
             return self.script(history)
-        answer: list[int] = [*(self.script or "").encode(), EOS]
+        answer: list[int] = [*self.tokenizer.encode(self.script or "", add_special=False, parse_special=True), EOS]
         said = next(k for k in range(len(answer) - 1, -1, -1) if k == 0 or list(history[-k:]) == answer[:k])
         return answer[said]
 
@@ -217,6 +229,7 @@ class FakeLlama:
             *(a.tolist() for a in (batch.tokens, batch.positions, batch.seq_ids)), strict=True
         ):
             assert 0 <= seq_id < self.info.embed_n_seq_max
+            assert position or seq_id not in self._embedded, f"sequence {seq_id} stands for two"
             before = self._embedded.get(seq_id, held.get(seq_id, ())) if position else ()
             assert len(before) == position, f"token at {position} of sequence {seq_id}, expected {len(before)}"
             self._embedded[seq_id] = (*before, token)

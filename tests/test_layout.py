@@ -136,7 +136,10 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert lines <= MAX_FUNCTION_LINES, f"{path.name}:{node.lineno} {node.name} has {lines} lines"
             parameters = len(node.args.args) + len(node.args.kwonlyargs)
-            assert parameters <= MAX_PARAMETERS, f"{path.name}:{node.lineno} {node.name} takes {parameters} parameters"
+            # what typer makes options of is called by nobody else
+            assert parameters <= MAX_PARAMETERS or node.name.endswith("_command"), (
+                f"{path.name}:{node.lineno} {node.name} takes {parameters} parameters"
+            )
 
 
 def test_the_checks_see_what_they_should(tmp_path: Path) -> None:

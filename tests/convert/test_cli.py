@@ -43,11 +43,20 @@ def test_a_person_gets_the_name_and_the_file(model: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == f"tiny\t{model.parent}/home/models/tiny/tiny-F16.gguf\n"
 
 
+def test_a_hot_adapter_is_made(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--adapter", model.parent / "adapter", "--hot", "--name", "mine", "--json") in {0, None}
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["manifest"]["kind"] == "adapter"
+    assert printed.err.splitlines() == ["check base.gguf …", "write 14 pairs of matrices …", "verify …"]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
         ((), 2, "--name is missing"),
         (("--name", "x", "--quant", "Q9"), 2, "unknown quantization 'Q9'"),
+        (("--name", "x", "--hot"), 2, "--hot needs --adapter DIR"),
+        (("--name", "x", "--hot", "--adapter", "a", "--quant", "Q8_0"), 2, "leave out --quant"),
         (("--name", "x", "--adapter", "no/such"), 1, "'no/such' is no PEFT adapter folder"),
     ],
 )
@@ -99,4 +108,4 @@ def test_the_help_names_every_quantization(capsys: pytest.CaptureFixture[str], m
     assert run("--help") in {0, None}
     shown = capsys.readouterr().out
     assert all(name in shown for name in QUANTIZATIONS)
-    assert f"[default: {DEFAULT_QUANTIZATION}]" in shown
+    assert f"[default: ({DEFAULT_QUANTIZATION})]" in shown

@@ -188,6 +188,18 @@ def test_a_second_wave_computes_what_the_first_could_not_exclude() -> None:
     assert ballot.logprobs()[1] == pytest.approx(math.log(5e-5), abs=1e-3)
 
 
+def test_there_are_two_waves_at_most() -> None:
+    """`aa` dies out, and so would `ba`: the second wave computes `ca` as well rather than leave it to a third."""
+    ballot = Ballot(question("m", ("aa", "ba", "ca")))
+    ballot.read((), row(a=0, b=math.log(5e-5), c=math.log(1e-9)))
+    assert waves_of(ballot) == ["a"]
+    ballot.read((ord("a"),), row(x=0))
+    assert waves_of(ballot) == ["b", "c"]
+    ballot.read((ord("b"),), row(x=0))
+    ballot.read((ord("c"),), row(a=0))
+    assert not ballot.next_wave()
+
+
 def test_a_choice_that_is_known_at_once_is_no_measure_while_another_begins_likelier() -> None:
     """`d`, whole but at 0.1 %, lets everything down to 0.00001 % pass; the likely beginning `a` does not."""
     ballot = Ballot(question("m", ("aa", "d", "ba")))

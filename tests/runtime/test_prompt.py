@@ -187,3 +187,11 @@ def test_a_text_of_long_tokens_is_counted_in_slices_and_let_pass() -> None:
             return super().encode(text[::100], add_special=add_special, parse_special=parse_special)
 
     assert len(Prompter(Wide(), FAKE_TEMPLATE, 512).text("x" * 50_000)) == 501
+
+
+def test_templates_may_mark_what_is_trained_on_and_ask_for_json_in_transformers_words() -> None:
+    marked = "{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}"
+    assert prompter(marked).render([{"role": "user", "content": "hi"}]) == "<hi>"
+    spelled = "{{ messages | tojson(ensure_ascii=False, separators=(',', ':'), sort_keys=True) }}"
+    assert prompter(spelled).render([{"role": "user", "content": "é"}]) == '[{"content":"é","role":"user"}]'
+    assert prompter("{{ messages | tojson(indent=1) }}").render([{"role": "é"}]) == '[\n {\n  "role": "é"\n }\n]'

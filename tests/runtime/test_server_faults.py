@@ -47,7 +47,9 @@ def error_of(response: httpx.Response, status: int, code: str | None) -> dict[st
     return error
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/tokenize", "/detokenize", "/apply-template"])
+@pytest.mark.parametrize(
+    "path", [CHAT, "/v1/completions", "/v1/responses", "/tokenize", "/detokenize", "/apply-template"]
+)
 @pytest.mark.parametrize(
     "body",
     [
@@ -79,7 +81,7 @@ def test_a_pair_of_surrogates_is_a_character(toy: Running) -> None:
     ("path", "body", "param"),
     [
         (CHAT, {"messages": MESSAGES, "response_format": {"type": "xml"}}, "response_format"),
-        (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
+        (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools[0].function"),
         (CHAT, {"messages": MESSAGES, "typo": 1}, "typo"),
         (CHAT, {"messages": MESSAGES, "logit_bias": {"260": 1}}, "logit_bias"),
         (CHAT, {"messages": MESSAGES, "n": 1000}, "n"),
