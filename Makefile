@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DESKSIDE := $(BIN)/deskside
 PORT ?= 8080
+MINUTES ?= 30
 # See runtime/cli.py: llama.cpp's threads give a busy core back instead of spinning on it.
 export GOMP_SPINCOUNT ?= 1000
 # What llama.cpp is compiled with where it is compiled; the header says why.
@@ -16,10 +17,10 @@ endif
 PIP := $(COMPILE) $(BIN)/pip --disable-pip-version-check install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve chat convert batch bench test check fix rebuild lock clean
+.PHONY: help setup model serve chat convert batch bench bench-peers soak test check fix rebuild lock lock-peers clean
 
 help: ## Show these verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -57,6 +58,12 @@ batch: model ## Run the requests in IN=file.jsonl through MODEL, answers to OUT=
 bench: setup ## Measure the fine-tune against the base and a hosted prompt; ARGS are passed on
 	@$(DESKSIDE) bench $(ARGS)
 
+bench-peers: setup ## Measure Deskside beside llama-server, llama_cpp.server and CTranslate2, in a venv of their own
+	@$(DESKSIDE) bench peers $(ARGS)
+
+soak: setup ## Load a server at twice its capacity for MINUTES (30), killing its engine on the way, and check it
+	@$(DESKSIDE) bench soak --minutes $(MINUTES) $(ARGS)
+
 test: setup ## Run every test, those on the real model included
 	@$(BIN)/pytest -q $(ARGS)
 
@@ -79,6 +86,10 @@ lock: ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	@uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--extra dev --extra bench --extra default-model --upgrade -q -o requirements.lock
 
-clean: ## Remove .venv and caches; installed models stay (deskside models remove NAME)
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+lock-peers: ## Resolve benchmarks/peers.lock anew from peers.in (needs uv)
+	@uv pip compile benchmarks/peers.in --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--upgrade -q -o benchmarks/peers.lock
+
+clean: ## Remove .venv, the peers and caches; installed models stay (deskside models remove NAME)
+	@rm -rf $(VENV) .bench-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

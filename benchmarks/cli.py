@@ -1,25 +1,25 @@
-"""`deskside bench`, `deskside bench report` and `deskside eval`: data on stdout, progress on stderr."""
+"""`deskside bench` with what is below it, and `deskside eval`: data on stdout, progress on stderr."""
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .console import show_progress
 from .cost import Assumptions
 from .evaluation_settings import EvalSettings
 from .options import with_options
+from .peer_cli import peers_command
 from .plan import Settings
+from .soak_cli import soak_command
 
 if TYPE_CHECKING:
     from .record import Run
 
 SOME_FAILED = 3
-Progress = Callable[[str, int, int], None]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the latency distributions to this PNG.")]
 
@@ -29,6 +29,8 @@ def create_app() -> typer.Typer:
     app = typer.Typer(name="bench", help="Measure speed and cost against a hosted prompt.", add_completion=False)
     app.callback(invoke_without_command=True)(bench_command)
     app.command("report")(report_command)
+    app.command("peers")(peers_command)
+    app.command("soak")(soak_command)
     return app
 
 
@@ -51,7 +53,7 @@ def bench_command(
 
     check(assumptions)
     plan = make_plan(settings, Store())
-    with _progress() as progress:
+    with show_progress() as progress:
         finished = run(plan, progress)
     _show(finished, assumptions, as_json=as_json, plot=plot, save_to=plan.out)
     print(f"raw samples and statistics: {plan.out}", file=sys.stderr)
@@ -110,7 +112,7 @@ def eval_command(
     from .evaluation_settings import make_task
     from .report_score import render_score
 
-    with _progress() as progress:
+    with show_progress() as progress:
         evaluation = evaluate(make_task(model, settings, Store()), progress)
     score = score_evaluation(evaluation)
     if as_json:
@@ -118,29 +120,3 @@ def eval_command(
         print(json.dumps({**asdict(score), "predictions": predictions}, ensure_ascii=False, indent=2))
     else:
         render_score(model, score)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on stderr when it is a terminal, else one line for each thing that is done."""
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _print_whole
-        return
-    with Bars(console=console) as bars:
-        tasks = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
-
-        yield show
-
-
-def _print_whole(what: str, done: int, total: int) -> None:
-    if done in (0, total):
-        print(what if done == 0 else f"{what}: {done} of {total}", file=sys.stderr)

@@ -55,6 +55,34 @@ class OpenAiClient:
         """Ask `/completions` to continue `prompt`."""
         return await self._send(example, "/completions", {"prompt": prompt, **fields}, scheduled)
 
+    async def decide(self, example: Example, prompt: str, scheduled: float, **fields: Any) -> Sample:
+        """Ask `/decisions` one question about `prompt`; the choice, which comes whole, is the sample's text."""
+        body = {"model": self._model, "input": prompt, **fields, **self._body}
+        sent = self._clock()
+        text, usage, error = "", dict[str, Any](), None
+        try:
+            response = await self._http.post(f"{self._base_url}/decisions", json=body)
+            if response.status_code != 200:
+                raise ServerFailed(f"HTTP {response.status_code}: {response.text[:ERROR_CHARS]}")
+            answer = response.json()
+            text, usage = str(answer["answers"][0]["choice"]), answer.get("usage") or {}
+        except (httpx.HTTPError, ServerFailed, ValueError, KeyError, TypeError, IndexError) as failure:
+            error = f"{type(failure).__name__}: {failure}"[: ERROR_CHARS + 40]
+        now = self._clock()
+        return Sample(
+            id=example.id,
+            label=example.label,
+            scheduled_s=scheduled,
+            sent_s=sent,
+            deltas_s=(now,) if text else (),
+            finished_s=now,
+            text=text,
+            prompt_tokens=usage.get("input_tokens"),
+            cached_tokens=(usage.get("input_tokens_details") or {}).get("cached_tokens"),
+            completion_tokens=usage.get("output_tokens"),
+            error=error,
+        )
+
     async def _send(self, example: Example, path: str, fields: Mapping[str, Any], scheduled: float) -> Sample:
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
         body = {"model": self._model, **fields, **streaming, **self._body}

@@ -26,19 +26,25 @@ POLL_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A server that answers: its OpenAI base URL (`…/v1`) and the seconds from start to ready."""
+    """A server that answers: its OpenAI base URL (`…/v1`), the seconds from start to ready, the process we started."""
 
     base_url: str
     start_s: float
+    pid: int | None = None
 
 
-def serve_command(model: str, port: int, flags: Sequence[str] = ()) -> list[str]:
-    """The command line that serves `model`: the `deskside` beside this interpreter, else the one on the path."""
+def deskside_command(*arguments: str) -> list[str]:
+    """A command line of the `deskside` beside this interpreter, else of the one on the path."""
     beside = Path(sys.executable).with_name("deskside")
     found = str(beside) if beside.exists() else shutil.which("deskside")
     if found is None:
         raise ServerFailed("the command 'deskside' is not installed: run `make setup`, or give --url")
-    return [found, "serve", model, "--host", "127.0.0.1", "--port", str(port), *flags]
+    return [found, *arguments]
+
+
+def serve_command(model: str, port: int, flags: Sequence[str] = ()) -> list[str]:
+    """The command line that serves `model` on `port` of this machine."""
+    return deskside_command("serve", model, "--host", "127.0.0.1", "--port", str(port), *flags)
 
 
 def free_port() -> int:
@@ -49,20 +55,28 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(command: Sequence[str], port: int, *, timeout_s: float = START_TIMEOUT_S) -> Iterator[Running]:
-    """Run `command` until the block ends; yields once `/health` on `port` says ready.
+def serving(
+    command: Sequence[str],
+    port: int,
+    *,
+    timeout_s: float = START_TIMEOUT_S,
+    ready: str = "/health",
+    log_file: Path | None = None,
+) -> Iterator[Running]:
+    """Run `command` until the block ends; yields once the path `ready` on `port` answers 200.
 
-    Raises ServerFailed with the end of the server's own output when it stops or is not ready in `timeout_s`.
+    The server's own output goes to `log_file`, else nowhere. Raises ServerFailed with its end when the server stops or
+    is not ready in `timeout_s`.
     """
-    with _exit_on_sigterm(), tempfile.TemporaryFile() as log:
+    with _exit_on_sigterm(), log_file.open("w+b") if log_file else tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             try:
-                _wait_ready(process, port, began + timeout_s)
+                _wait_ready(process, f"http://127.0.0.1:{port}{ready}", began + timeout_s)
             except ServerFailed as error:
                 raise ServerFailed(f"{error}\n{_tail(log.fileno())}") from None
-            yield Running(f"http://127.0.0.1:{port}/v1", time.perf_counter() - began)
+            yield Running(f"http://127.0.0.1:{port}/v1", time.perf_counter() - began, process.pid)
         finally:
             _stop(process)
 
@@ -84,18 +98,18 @@ def _exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], port: int, deadline: float) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], url: str, deadline: float) -> None:
     with httpx.Client(trust_env=False, timeout=5.0) as http:
         while time.perf_counter() < deadline:
             if (code := process.poll()) is not None:
                 raise ServerFailed(f"the server stopped with exit code {code} before it was ready")
             try:
-                if http.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                if http.get(url).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
             time.sleep(POLL_S)
-    raise ServerFailed(f"the server was not ready on port {port} in time")
+    raise ServerFailed(f"the server was not ready in time: {url} did not answer 200")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -50,7 +50,10 @@ SAME_LEVEL = {
 ONLY_NOUNS = {"openai": {"sequence", "errors"}, "scheduler": {"sequence", "prefix"}, "prefix": {"sequence"}}
 # foreign library -> the only modules that may import it
 DOORS = {
-    "llama_cpp": {"runtime.llama", "convert.quantize"},
+    # The peer script runs in the peers' own venv, never in Deskside's process.
+    "llama_cpp": {"runtime.llama", "convert.quantize", "benchmarks.peer_llama_cpp"},
+    "xllamacpp": {"benchmarks.peer_xllamacpp"},
+    "ctranslate2": {"benchmarks.peer_ctranslate2"},
     "llguidance": {"runtime.constrain"},
     "fastapi": {"runtime.server"},
     "starlette": {"runtime.server"},

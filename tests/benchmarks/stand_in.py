@@ -26,13 +26,23 @@ class StandIn:
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.headers: list[dict[bytes, bytes]] = []
+        self.gets = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Send) -> None:
         """Answer one request."""
+        if scope["method"] == "GET":
+            self.gets += 1
+            models, metrics = b'{"data": [{"id": "stand-in"}]}', f"deskside_steps_total {self.gets}\n".encode()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": metrics if scope["path"] == "/metrics" else models})
+            return
         request = await read_json(receive)
         self.bodies.append(request)
         self.paths.append(scope["path"])
         self.headers.append(dict(scope["headers"]))
+        if scope["path"].endswith("/decisions"):
+            await self._decide(str(request["input"]), send)
+            return
         chat = scope["path"].endswith("/chat/completions")
         prompt = request["messages"][0]["content"] if chat else request["prompt"]
         if "HTTP500" in prompt:
@@ -45,6 +55,12 @@ class StandIn:
         if "DROP" in prompt:
             raise ConnectionAbortedError("the stand-in drops the connection")
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _decide(self, prompt: str, send: Send) -> None:
+        broken = "HTTP500" in prompt
+        answer = {"answers": [{"choice": self.answer(prompt)}], "usage": {"input_tokens": 7, "output_tokens": 1}}
+        await send({"type": "http.response.start", "status": 500 if broken else 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"broken" if broken else json.dumps(answer).encode()})
 
     def _events(self, prompt: str, *, chat: bool) -> Iterator[bytes]:
         text = self.answer(prompt)

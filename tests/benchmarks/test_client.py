@@ -84,3 +84,24 @@ def test_a_sample_survives_its_own_json() -> None:
     with running(StandIn(lambda _: "ü\n")) as url:
         sample = ask(url, "mail")
     assert Sample.model_validate(json.loads(sample.model_dump_json())) == sample
+
+
+def test_a_decision_comes_whole_and_its_faults_become_errors() -> None:
+    app = StandIn(lambda prompt: "spam")
+
+    async def decide(url: str) -> list[Sample]:
+        client = OpenAiClient(url, "m", clock=lambda: 0.5)
+        questions = [{"type": "choice"}]
+        try:
+            return [
+                await client.decide(Example("1", t, "spam"), t, 0.0, questions=questions) for t in ("hi", "HTTP500")
+            ]
+        finally:
+            await client.close()
+
+    with running(app) as url:
+        good, bad = asyncio.run(decide(url))
+    assert (good.text, good.error, good.prompt_tokens, good.deltas_s, good.finished_s) == ("spam", None, 7, (0.5,), 0.5)
+    assert app.bodies[0] == {"model": "m", "input": "hi", "questions": [{"type": "choice"}]}
+    assert bad.error is not None
+    assert "HTTP 500" in bad.error

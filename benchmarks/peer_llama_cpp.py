@@ -1,0 +1,30 @@
+"""llama-cpp-python's own server. Run by the peers' Python; the arguments are those of `python -m llama_cpp.server`.
+
+The one thing added is the guard that Deskside uses as well (runtime/llama_handle.py): a llama.cpp that was compiled for
+AMX, but not by Deskside's Makefile, may crash or answer garbage with AMX's layouts, so it runs without them.
+"""
+
+from typing import Any
+
+from llama_cpp import llama_cpp
+from llama_cpp.server.__main__ import main
+
+
+def guard_amx() -> None:
+    """Let models be loaded without extra buffer types where AMX is compiled in and not mended."""
+    built_for_amx = b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
+    if not built_for_amx or hasattr(llama_cpp._lib, "deskside_amx_mended"):
+        return
+    defaults = llama_cpp.llama_model_default_params
+
+    def guarded() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_model_default_params = guarded
+
+
+if __name__ == "__main__":
+    guard_amx()
+    main()
