@@ -148,7 +148,8 @@ def test_sigterm_finishes_what_was_accepted_and_then_leaves(email_triage: Stored
 
 def test_a_second_signal_ends_it_at_once(email_triage: StoredModel) -> None:
     with serve(email_triage, "--slots", "2") as server, server.http.stream("POST", CHAT, json=endless(2000)) as stream:
-        assert next(stream.iter_lines()).startswith("data: ")
+        lines = stream.iter_lines()  # held: without it the connection is closed, and there is nothing to drain
+        assert next(lines).startswith("data: ")
         server.process.send_signal(signal.SIGINT)
         with httpx.Client(base_url=server.greeting["url"], timeout=60) as other:
             wait_until(lambda: other.get("/health").status_code == 503)

@@ -20,7 +20,9 @@ from runtime.config import RuntimeConfig
 from runtime.errors import DecodeFailed, LoadFailed
 from runtime.serve import listen
 from runtime.server_native import DetokenizeBody
+from tests.connection import asked
 from tests.fakes import FakeLlama
+from tests.observed import Observed
 from tests.serving import Gate, Running, serving, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -246,22 +248,18 @@ def test_a_client_that_leaves_frees_its_slots(stream: bool, n: int) -> None:
     gate = Gate()
     llama = FakeLlama(script=LONG * 5, n_ctx=4096, on_decode=gate)
     with serving(llama, RuntimeConfig(slots=2, queue=4)) as running:
-        body = json.dumps({"messages": MESSAGES, "max_tokens": 1000, "n": n, "stream": stream}).encode()
-        address = ("127.0.0.1", int(running.url.rsplit(":", 1)[1]))
-        with socket.create_connection(address) as connection:
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
-            wait_until(lambda: running.worker.live == n)
-            gate.open(3)
+        observed = Observed(running.worker)
+        with asked(running.url, CHAT, {"messages": MESSAGES, "max_tokens": 1000, "n": n, "stream": stream}) as client:
+            for _ in range(3):
+                gate.wait()
+                gate.open(1)
             if stream:
-                assert b"200 OK" in connection.recv(1000)
-        let_pass = 0
-        while running.worker.live:
-            gate.open(1)
-            let_pass += 1
-            assert let_pass < 900, "the answer was written to its end for nobody"
-            threading.Event().wait(0.002)
+                assert b"200 OK" in client.recv(1000)
+        wait_until(lambda: len(observed.cancelled) == n)
+        n_passed = llama.decodes
         gate.open()
+        wait_until(lambda: running.worker.live == 0)
+        assert llama.decodes < n_passed + 3, "the answer was written on for nobody"
         stats = running.worker.stats
         wait_until(lambda: (stats().running, stats().waiting) == (0, 0))
         assert running.http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 5}).status_code == 200
@@ -272,11 +270,7 @@ def test_a_client_that_does_not_read_holds_nobody_up() -> None:
     with serving(llama, RuntimeConfig(slots=2, queue=4)) as running:
         running.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         fields = {"messages": MESSAGES, "max_tokens": 250, "stream": True, "logprobs": True, "top_logprobs": 20}
-        with socket.socket() as stalled:
-            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            stalled.connect(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
-            body = json.dumps(fields).encode()
-            stalled.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        with asked(running.url, CHAT, fields, buffer_bytes=4096):
             wait_until(lambda: running.worker.stats().generated_tokens_total > 10)
             assert running.http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 5}).status_code == 200
             wait_until(lambda: running.worker.live == 0)

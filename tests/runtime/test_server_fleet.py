@@ -18,6 +18,7 @@ from runtime.errors import LoadFailed
 from runtime.sequence import Request, Scoring
 from runtime.serve import describe
 from runtime.served_names import Wanted
+from tests.connection import asked
 from tests.fakes import FakeLlama
 from tests.runtime.test_fleet import Barrier
 from tests.serving import PATIENCE_S, Gate, Running, Toys, serving_toys, wait_until
@@ -223,9 +224,8 @@ def test_a_client_that_leaves_gives_its_model_back() -> None:
     toys = Toys({"toy": lambda: FakeLlama(script="hello" * 50, n_ctx=2048, on_decode=gate)})
     hosts = [toys.host("toy")]
     with serving_toys(toys, hosts) as running:
-        with running.http.stream("POST", CHAT, json={"messages": MESSAGES, "stream": True}) as response:
-            gate.open(2)
-            assert next(response.iter_lines()).startswith("data: ")
+        with asked(running.url, CHAT, {"messages": MESSAGES, "stream": True}):
+            gate.wait()
             assert hosts[0].leases == 1
         gate.open()
         wait_until(lambda: hosts[0].leases == 0)

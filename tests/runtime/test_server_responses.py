@@ -1,7 +1,6 @@
 """`/v1/responses` over HTTP, by the official client: whole, streamed and parsed; calls, limits, faults and refusals."""
 
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -12,7 +11,9 @@ from pydantic import BaseModel, TypeAdapter
 
 from runtime.errors import DecodeFailed
 from tests import tool_templates as templates
+from tests.connection import asked
 from tests.fakes import FakeLlama
+from tests.observed import Observed
 from tests.serving import Gate, Running, serving, wait_until
 
 PATH = "/v1/responses"
@@ -234,19 +235,17 @@ def test_a_fault_before_the_end_of_a_whole_response_is_an_error() -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (500, "decode_failed")
 
 
-def test_a_client_that_leaves_frees_its_slot() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
     gate = Gate()
     with serving(FakeLlama(script="hello " * 200, n_ctx=2048, on_decode=gate)) as toy:
-        with toy.http.stream("POST", PATH, json={"input": "hi", "stream": True}) as response:
-            next(response.iter_lines())
+        observed = Observed(toy.worker)
+        with asked(toy.url, PATH, {"input": "hi", "stream": stream}):
             gate.wait()
-        n_passed = 0
-        while toy.worker.live:
-            gate.open(1)
-            n_passed += 1
-            assert n_passed < 1000, "the response was written to its end for nobody"
-            threading.Event().wait(0.002)
+        wait_until(lambda: observed.cancelled)
         gate.open()
+        wait_until(lambda: toy.worker.live == 0)
+        assert toy.llama.decodes < 3, "the response was written on for nobody"
         wait_until(lambda: toy.worker.stats().running == 0)
 
 
