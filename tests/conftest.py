@@ -1,6 +1,7 @@
 """What every test may count on, however the run was started."""
 
 import signal
+import sys
 
 
 def pytest_configure() -> None:
@@ -8,3 +9,11 @@ def pytest_configure() -> None:
     interrupts a child would wait for it for ever.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    """Close the two files on the null device that llama_cpp opens when it is imported, and never closes."""
+    utilities = sys.modules.get("llama_cpp._utils")
+    if utilities is not None:
+        utilities.outnull_file.close()
+        utilities.errnull_file.close()
