@@ -370,6 +370,7 @@ class Engine:
             fatal = error
         self._failure = fatal
         failed, self._answers = [*self._answers, *self._scorer.live, *self._embedder.live], {}
+        self._scheduler.clear()
         self._scorer.clear()
         self._embedder.clear()
         return [Failed(request_id, fatal) for request_id in failed]

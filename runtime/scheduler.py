@@ -121,6 +121,11 @@ class Scheduler:
             self._ledger.release(sequence.seq_id)
         self._forget(sequence)
 
+    def clear(self) -> None:
+        """Nobody waits or runs any more: the engine is dead, and nothing is planned again."""
+        self.waiting.clear()
+        self.running.clear()
+
     def _forget(self, sequence: Sequence) -> None:
         (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
         self._promised.discard(sequence.arrival)
