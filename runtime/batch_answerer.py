@@ -42,7 +42,7 @@ class EngineAnswerer:
         while True:
             self._ended.clear()
             try:
-                return self._worker.submit(*call.requests)
+                return self._worker.submit(*call.requests, whole=True)
             except Overloaded:
                 await self._ended.wait()
 

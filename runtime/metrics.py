@@ -23,6 +23,7 @@ _COUNTERS = {
     "generated_tokens_total": "Tokens generated",
     "steps_total": "Engine steps",
     "preemptions_total": "Sequences set back because the KV cache was full",
+    "engine_restarts_total": "Times the engine's process was started again",
 }
 
 

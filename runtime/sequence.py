@@ -256,7 +256,7 @@ Event = TextDelta | Finished | Scored | Failed
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine holds right now."""
+    """What the engine holds right now, and what was done so far; `engine_restarts_total` counts its own restarts."""
 
     running: int
     waiting: int
@@ -267,3 +267,4 @@ class EngineStats:
     generated_tokens_total: int
     steps_total: int
     preemptions_total: int
+    engine_restarts_total: int = 0

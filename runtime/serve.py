@@ -87,7 +87,7 @@ def serve(config: RuntimeConfig, name_or_path: str, store: Store | None = None) 
         )
         DrainingServer(settings, served.worker, config.drain_seconds, greeting).run(sockets=[listener])
     if served.worker.state == "failed":
-        raise EngineDown("the engine broke and the server stopped; the log above says why")
+        raise EngineDown(f"the engine stopped for good, and the server with it: {served.worker.last_cause}")
 
 
 def _set_up_logging(level: str) -> None:

@@ -8,11 +8,14 @@ from models.store import Store, StoredModel
 from .config import RuntimeConfig, physical_cores
 from .constrain import LlGuidance
 from .constrain_protocol import Constrainer
-from .engine import Engine, EngineOptions
-from .llama import LoadOptions, load
+from .engine import EngineOptions
+from .engine_recipe import LlamaRecipe
+from .llama import LoadOptions, load_tokenizer
 from .llama_protocol import ModelInfo, TokenizerLike
 from .prompt import Prompter
 from .worker import Worker
+from .worker_process import ProcessHost
+from .worker_protocol import EngineRecipe
 
 
 @dataclass(frozen=True)
@@ -50,29 +53,37 @@ def open_model(name_or_path: str, config: RuntimeConfig, store: Store | None = N
 
 
 def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
-    """Load a model that was found. Raises LoadFailed."""
-    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots)
-    llama = load(
-        stored.gguf,
-        LoadOptions(
-            n_ctx=config.context,
-            n_batch=config.step_tokens,
-            n_seq_max=options.n_seq_max,
-            n_threads=config.threads or physical_cores(),
-            gpu_layers=config.gpu_layers,
-        ),
-    )
-    constrainer = LlGuidance(llama.tokenizer)
-    engine = Engine(llama, options, constrainer)
+    """Load a model that was found, in a process of its own. Raises LoadFailed.
+
+    This process reads the vocabulary meanwhile, and never the weights.
+    """
+    host = ProcessHost(recipe_of(stored, config), stored.name)
+    try:
+        tokenizer = load_tokenizer(stored.gguf)
+        info = host.await_loaded()
+    except BaseException:  # an interrupt too must leave no process behind
+        host.close()
+        raise
     return ServedModel(
         name=stored.name,
         manifest=stored.manifest,
-        worker=Worker(engine, queue=config.queue, slots=config.slots),
+        worker=Worker(host, queue=config.queue, slots=config.slots),
         # Beyond the length it was trained on a model writes nonsense, however many cells the cache has.
-        prompter=Prompter(
-            llama.tokenizer, llama.info.chat_template, min(llama.info.n_ctx, llama.info.n_ctx_train or llama.info.n_ctx)
-        ),
-        tokenizer=llama.tokenizer,
-        constrainer=constrainer,
-        info=llama.info,
+        prompter=Prompter(tokenizer, info.chat_template, min(info.n_ctx, info.n_ctx_train or info.n_ctx)),
+        tokenizer=tokenizer,
+        constrainer=LlGuidance(tokenizer),
+        info=info,
     )
+
+
+def recipe_of(stored: StoredModel, config: RuntimeConfig) -> EngineRecipe:
+    """What the engine for a model is made of."""
+    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots)
+    load = LoadOptions(
+        n_ctx=config.context,
+        n_batch=config.step_tokens,
+        n_seq_max=options.n_seq_max,
+        n_threads=config.threads or physical_cores(),
+        gpu_layers=config.gpu_layers,
+    )
+    return LlamaRecipe(stored.gguf, load, options)

@@ -52,7 +52,7 @@ class Api:
             return prepare(kind, payload, self._served)
 
         call = await self._prepared(request, work)
-        stream = self._served.worker.submit(*call.requests)
+        stream = self._served.worker.submit(*call.requests, whole=not call.stream)
         stream.on_first_token = self.metrics.first_token
         return EventStream(call, stream) if call.stream else await whole_answer(request, call, stream)
 
@@ -107,7 +107,7 @@ class Api:
         return model | {"meta": meta}
 
     async def health(self) -> Response:
-        """GET /health and /health/ready: 200 while requests are taken, else 503."""
+        """GET /health and /health/ready: 200 while answers are written, else 503 (also while the engine restarts)."""
         return self._health("ready")
 
     async def alive(self) -> Response:
@@ -120,6 +120,7 @@ class Api:
         stats = worker.stats()
         body: dict[str, Any] = {"status": "ok" if answers["ready"] else worker.state} | answers
         body |= {"model": self._served.name, "running": stats.running, "accepted": worker.live}
+        body |= {"restarts": worker.restarts, "last_cause": worker.last_cause, "silent_s": round(worker.silent_s, 1)}
         return JsonBytes(body, 200 if answers[question] else 503)
 
     async def scrape(self) -> Response:
