@@ -91,7 +91,7 @@ def _read(source: BinaryIO, inbox: Inbox) -> NoReturn:
             inbox.put([read_trusted(source)])
     except EOFError:
         _leave(0)
-    except BaseException:  # an engine that cannot hear must not live on
+    except BaseException:  # noqa: BLE001 - an engine that cannot hear must not live on
         _log.critical("the engine cannot read its messages", exc_info=True)
         _leave(BROKE)
 
