@@ -24,8 +24,9 @@ from runtime.worker import Worker
 from runtime.worker_process import ProcessHost, cause_of_death
 from runtime.worker_restart import RestartPolicy
 from runtime.worker_stream import Stream
-from tests.engine_process import EXIT_CODE, FakeRecipe, alive, processing
+from tests.engine_process import alive, processing
 from tests.serving import PATIENCE_S, wait_until
+from tests.toy_engine import EXIT_CODE, FakeRecipe
 
 LONG = "hello " * 100
 
@@ -359,7 +360,8 @@ def test_a_terminals_signals_are_for_the_parent_to_judge(tmp_path: Path, signal_
 PARENT = """
 import asyncio, sys, time
 from pathlib import Path
-from tests.engine_process import FakeRecipe, processing
+from tests.engine_process import processing
+from tests.toy_engine import FakeRecipe
 from tests.runtime.test_worker_process import request
 
 async def work():
