@@ -163,6 +163,8 @@ class Worker:
         if life is None:
             return
         stats = life.await_ready()
+        if self.restarts:
+            _log.warning("engine number %d is ready", self.restarts + 1)
         with self._changed:
             if self._state in ("starting", "restarting"):
                 self._state = "ready"

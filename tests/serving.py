@@ -19,6 +19,7 @@ from runtime.serve import DrainingServer, listen, url_of
 from runtime.served import ServedModel
 from runtime.server import create_app
 from runtime.worker import Worker
+from runtime.worker_host import EngineHost
 from tests.fakes import FakeLlama
 
 # Bounds a hang; no verdict depends on it.
@@ -69,16 +70,19 @@ class Running:
 
 @contextmanager
 def serving(
-    llama: FakeLlama | None = None, config: RuntimeConfig | None = None, manifest: Manifest | None = None
+    llama: FakeLlama | None = None,
+    config: RuntimeConfig | None = None,
+    manifest: Manifest | None = None,
+    host: EngineHost | None = None,
 ) -> Iterator[Running]:
-    """Serve `llama` under the name `toy` until the block ends."""
+    """Serve `llama` under the name `toy` until the block ends. A `host` runs its own engine, and `llama` none."""
     llama, config = llama or FakeLlama(script="hello"), config or RuntimeConfig(slots=4, queue=8)
     constrainer = LlGuidance(llama.tokenizer)
     engine = Engine(llama, EngineOptions(max_running=config.slots), constrainer)
     served = ServedModel(
         name="toy",
         manifest=manifest,
-        worker=Worker(engine, queue=config.queue, slots=config.slots),
+        worker=Worker(host or engine, queue=config.queue, slots=config.slots),
         prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
         tokenizer=llama.tokenizer,
         constrainer=constrainer,

@@ -4,6 +4,7 @@ A token of a batch that is one of ORDERS makes the process do that before the de
 processes, but for POISON, which kills each of them. It imports little, since every process of a test imports it.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -66,14 +67,17 @@ class FakeRecipe:
     slots: int = 4
 
     def build(self) -> tuple[Engine, ModelInfo]:
-        """Obey the order for the start, if there is one: `die` or `refuse`."""
+        """Obey the order for the start, if there is one: `die`, `hold` or `refuse`."""
         with (self.folder / "pids").open("a") as pids:
             pids.write(f"{os.getpid()}\n")
         if (self.folder / "die").exists():
             die()
+        while (self.folder / "hold").exists():
+            time.sleep(0.002)
         if (self.folder / "refuse").exists():
             raise LoadFailed("tensor 'x' not found")
-        os.write(1, b"")  # what is printed must not reach the pipe
+        print("printed", flush=True)  # by C or Python, it must not get between the messages
+        logging.getLogger("deskside.llama").warning("a warning of llama.cpp")
         llama = FakeLlama(n_ctx=4096, script=self.script, on_decode=self._obey)
         return Engine(llama, EngineOptions(max_running=self.slots)), replace(llama.info, description="toy")
 

@@ -1,6 +1,7 @@
 """The engine in a process of its own, killed in every way: one terminal event for each request, and a new engine."""
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -383,6 +384,15 @@ def test_the_engine_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         assert alive(child)
         parent.kill()
     wait_until(lambda: not alive(child))
+
+
+def test_what_the_engine_logs_and_prints_comes_out_here(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with processing(FakeRecipe(tmp_path)):
+        pass
+    assert ("deskside.llama", logging.WARNING, "a warning of llama.cpp") in caplog.record_tuples
+    assert capfd.readouterr().err == "printed\n"
 
 
 def test_causes_of_death_are_said_in_words() -> None:
