@@ -57,7 +57,8 @@ def load_model(stored: StoredModel, config: RuntimeConfig) -> ServedModel:
 
     This process reads the vocabulary meanwhile, and never the weights.
     """
-    host = ProcessHost(recipe_of(stored, config), stored.name)
+    # Slower than a token a second no engine is of use.
+    host = ProcessHost(recipe_of(stored, config), stored.name, silence_s=600.0 + config.step_tokens)
     try:
         tokenizer = load_tokenizer(stored.gguf)
         info = host.await_loaded()

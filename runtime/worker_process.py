@@ -12,31 +12,38 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, cast
 
 from .errors import EngineDied, LoadFailed
 from .llama_protocol import ModelInfo
-from .sequence import EngineStats
+from .sequence import EngineStats, TextDelta
 from .worker_host import EngineHost, Life
 from .worker_pipe import read_nouns, write_message
-from .worker_protocol import Broke, EngineRecipe, Logged, Ready, Start, Stepped, ToEngine
+from .worker_protocol import Add, Broke, EngineRecipe, Logged, Ready, Start, Stepped, ToEngine
 
 # For an engine to leave by itself. It does so at once unless it is frozen, or stuck in the kernel.
 STOP_SECONDS = 5.0
+# How often somebody looks whether the engine still gives signs.
+WATCH_SECONDS = 1.0
 _FORWARDED = ("deskside", "deskside.worker", "deskside.llama")
 
 
 class ProcessHost(EngineHost):
-    """Starts engines as `recipe` says, each in a new process; the first one at once. `name` is shown by `ps`."""
+    """Starts engines as `recipe` says, each in a new process; the first one at once. `name` is shown by `ps`.
+
+    An engine that has work and gives no sign for `silence_s` is killed: a step of it takes nowhere near as long.
+    """
 
     relaunches = True
 
-    def __init__(self, recipe: EngineRecipe, name: str) -> None:
+    def __init__(self, recipe: EngineRecipe, name: str, silence_s: float = 600.0) -> None:
         self._recipe = recipe
         self._name = name
-        self._first: ProcessLife | None = ProcessLife(recipe, name)
+        self._silence_s = silence_s
+        self._first: ProcessLife | None = ProcessLife(recipe, name, silence_s)
 
     def await_loaded(self) -> ModelInfo:
         """What the first engine has loaded. Raises LoadFailed, also when the process died of it."""
@@ -51,7 +58,7 @@ class ProcessHost(EngineHost):
     def launch(self) -> Life:
         """The first life, which has begun already, or another one."""
         first, self._first = self._first, None
-        return first or ProcessLife(self._recipe, self._name)
+        return first or ProcessLife(self._recipe, self._name, self._silence_s)
 
     def close(self) -> None:
         """End the first life, if nobody has taken it."""
@@ -63,7 +70,7 @@ class ProcessHost(EngineHost):
 class ProcessLife(Life):
     """One engine process."""
 
-    def __init__(self, recipe: EngineRecipe, name: str) -> None:
+    def __init__(self, recipe: EngineRecipe, name: str, silence_s: float) -> None:
         command = [sys.executable, "-P", "-m", "runtime.worker_child", name]
         with _signals_held():
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment())
@@ -72,6 +79,12 @@ class ProcessLife(Life):
         self._writer.put([Start(recipe, {name: logging.getLogger(name).getEffectiveLevel() for name in _FORWARDED})])
         self._stopping = False
         self._ready: Ready | None = None
+        self._silence_s = silence_s
+        self._silent = False
+        self._open: set[str] = set()
+        self._heard_s = time.monotonic()
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, name="deskside-watch", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -94,6 +107,9 @@ class ProcessLife(Life):
 
     def send(self, messages: Sequence[ToEngine]) -> None:
         """Leave messages for the writing thread."""
+        if not self._open:
+            self._heard_s = time.monotonic()
+        self._open |= {message.request.id for message in messages if isinstance(message, Add)}
         self._writer.put(messages)
 
     def receive(self) -> Stepped | None:
@@ -101,6 +117,9 @@ class ProcessLife(Life):
         message = self._read()
         if isinstance(message, Ready):
             raise EngineDied("the engine's process began anew in the middle of its work")
+        if message is not None:
+            self._heard_s = time.monotonic()
+            self._open -= {event.request_id for event in message.events if not isinstance(event, TextDelta)}
         return message
 
     def stop(self) -> None:
@@ -115,6 +134,7 @@ class ProcessLife(Life):
 
     def close(self) -> None:
         """Close the pipes."""
+        self._over.set()
         self._writer.join()
         self._source.close()
 
@@ -143,8 +163,17 @@ class ProcessLife(Life):
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
-        if not self._stopping:
-            raise EngineDied(f"the engine's process {self.pid} ended: {cause_of_death(code)}")
+        if self._stopping:
+            return
+        cause = f"silent for {self._silence_s:g} s with work to do" if self._silent else cause_of_death(code)
+        raise EngineDied(f"the engine's process {self.pid} ended: {cause}")
+
+    def _watch(self) -> None:
+        while not self._over.wait(WATCH_SECONDS):
+            if self._open and time.monotonic() - self._heard_s > self._silence_s:
+                self._silent = True
+                self._process.kill()
+                return
 
 
 class _Writer:

@@ -86,15 +86,16 @@ def test_no_engine_outlives_its_server(email_triage: StoredModel, end: str) -> N
 
 
 def test_a_model_file_that_has_gone_ends_the_server_with_the_reason(email_triage: StoredModel, tmp_path: Path) -> None:
-    link = tmp_path / "gone.gguf"
-    link.symlink_to(email_triage.gguf)
-    with serve(StoredModel("gone", link, None, link), "--slots", "2") as server:
+    for file in email_triage.folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    link = tmp_path / email_triage.gguf.name
+    with serve(StoredModel("gone", tmp_path, None, link), "--slots", "2") as server:
         link.unlink()
         os.kill(engine_of(server), signal.SIGKILL)
         assert server.process.wait(60) == 1
         assert server.process.stderr is not None
         said = server.process.stderr.read()
-    assert "gone.gguf" in said.splitlines()[-1]
+    assert link.name in said.splitlines()[-1]
     assert "No such file" in said.splitlines()[-1]
 
 

@@ -22,7 +22,7 @@ from runtime.errors import (
 )
 from runtime.sequence import Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta
 from runtime.worker import Worker
-from runtime.worker_process import ProcessHost, cause_of_death
+from runtime.worker_process import ProcessHost, ProcessLife, cause_of_death
 from runtime.worker_restart import RestartPolicy
 from runtime.worker_stream import Stream
 from tests.engine_process import alive, processing
@@ -305,6 +305,24 @@ def test_stop_ends_an_engine_that_hangs(tmp_path: Path, frozen: bool, monkeypatc
     with processing(recipe) as worker:
         run(work)
     assert worker.live == 0
+
+
+def test_an_engine_that_gives_no_sign_is_killed_and_its_requests_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.worker_process.WATCH_SECONDS", 0.01)
+
+    async def work() -> None:
+        stream = worker.submit(request("a", "S"))
+        await until((tmp_path / "done-S").exists)
+        assert isinstance(worker._life, ProcessLife)
+        worker._life._silence_s = 0.0  # of this engine only
+        assert text(await collect(stream), "a") == "hello"
+        assert "silent for" in (worker.last_cause or "")
+        await require_healthy(worker)
+
+    with processing(FakeRecipe(tmp_path)) as worker:
+        run(work)
 
 
 def test_drain_does_not_wait_for_ever_for_an_engine_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
