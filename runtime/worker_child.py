@@ -11,13 +11,15 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
+from queue import SimpleQueue
 from typing import BinaryIO, NoReturn
 
 from .errors import EngineError, LoadFailed, RequestError
 from .sequence import Event, Failed
 from .worker_loop import EngineLoop, Inbox
 from .worker_pipe import read_trusted, write_message
-from .worker_protocol import Broke, FromEngine, Logged, Ready, Start, Stepped
+from .worker_protocol import Add, Broke, EngineLike, FromEngine, Logged, Ready, Start, Stepped, ToEngine
 
 BROKE = 1
 
@@ -64,10 +66,10 @@ def main() -> NoReturn:
     logging.basicConfig(handlers=[_Forward(outbox)], format="%(message)s")
     for name, level in start.log_levels.items():
         logging.getLogger(name).setLevel(level)
-    inbox = Inbox()
-    threading.Thread(target=_read, args=(source, inbox), name="deskside-inbox", daemon=True).start()
+    arrived: SimpleQueue[ToEngine] = SimpleQueue()
+    threading.Thread(target=_read, args=(source, arrived), name="deskside-reader", daemon=True).start()
     try:
-        _run(start, inbox, outbox)
+        _run(start, arrived, outbox)
     except Exception as error:  # noqa: BLE001 - the parent must hear of it, whatever it is
         if not isinstance(error, EngineError):
             _log.critical("the engine broke: %s", error, exc_info=error)
@@ -85,10 +87,10 @@ def _take_pipes() -> tuple[BinaryIO, Outbox]:
     return source, Outbox(target)
 
 
-def _read(source: BinaryIO, inbox: Inbox) -> NoReturn:
+def _read(source: BinaryIO, arrived: "SimpleQueue[ToEngine]") -> NoReturn:
     try:
         while True:
-            inbox.put([read_trusted(source)])
+            arrived.put(read_trusted(source))
     except EOFError:
         _leave(0)
     except BaseException:  # noqa: BLE001 - an engine that cannot hear must not live on
@@ -96,11 +98,23 @@ def _read(source: BinaryIO, inbox: Inbox) -> NoReturn:
         _leave(BROKE)
 
 
-def _run(start: Start, inbox: Inbox, outbox: Outbox) -> None:
+def _prepare(engine: EngineLike, arrived: "SimpleQueue[ToEngine]", inbox: Inbox) -> NoReturn:
+    """Hand messages on in their order, what takes time done before: in the loop a large grammar would delay a step."""
+    while True:
+        message = arrived.get()
+        if isinstance(message, Add):
+            with suppress(Exception):  # the engine's `add` meets it again, and says so to the one request
+                engine.prepare(message.request)
+        inbox.put([message])
+
+
+def _run(start: Start, arrived: "SimpleQueue[ToEngine]", outbox: Outbox) -> None:
     try:
         engine, info = start.recipe.build()
     except (EngineError, MemoryError) as error:
         raise LoadFailed(str(error) or "not enough memory to load the model") from error
+    inbox = Inbox()
+    threading.Thread(target=_prepare, args=(engine, arrived, inbox), name="deskside-inbox", daemon=True).start()
     outbox.send(Ready(info, engine.stats()))
     loop = EngineLoop(engine, inbox)
     while (stepped := loop.turn()) is not None:

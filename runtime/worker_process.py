@@ -30,6 +30,8 @@ STOP_SECONDS = 5.0
 WATCH_SECONDS = 1.0
 _FORWARDED = ("deskside", "deskside.worker", "deskside.llama")
 
+_log = logging.getLogger("deskside.worker")
+
 
 class ProcessHost(EngineHost):
     """Starts engines as `recipe` says, each in a new process; the first one at once. `name` is shown by `ps`.
@@ -201,7 +203,7 @@ class _Writer:
         self._thread.join()
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError):  # the engine is gone: its reader finds out, and says why
+        try:
             while True:
                 with self._changed:
                     while not self._messages and not self._closed:
@@ -210,6 +212,10 @@ class _Writer:
                         break
                     message = self._messages.popleft()
                 write_message(self._pipe, message)
+        except OSError:
+            pass  # the engine is gone: its reader finds out, and says why
+        except Exception:  # noqa: BLE001 - with the pipe the engine ends too: nobody waits for what was not sent
+            _log.exception("a message cannot be sent to the engine")
         with contextlib.suppress(OSError):
             self._pipe.close()
 

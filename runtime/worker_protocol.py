@@ -10,7 +10,7 @@ from .sequence import EngineStats, Event, Work
 
 
 class EngineLike(Protocol):
-    """What the loop needs of an engine; it calls nothing else, and only from its own thread."""
+    """What its owner needs of an engine. Nothing else is called, and all but `prepare` from one thread only."""
 
     @property
     def has_work(self) -> bool:
@@ -19,6 +19,9 @@ class EngineLike(Protocol):
     @property
     def failure(self) -> Exception | None:
         """The fatal error that ended the engine, if one did."""
+
+    def prepare(self, request: Work) -> None:
+        """Do for a request what would hold up the others in `add`. Any thread."""
 
     def add(self, request: Work) -> None:
         """Take a request in."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import DecodeFailed, LoadFailed
 from runtime.llama_protocol import ModelInfo
@@ -79,7 +80,8 @@ class FakeRecipe:
         print("printed", flush=True)  # by C or Python, it must not get between the messages
         logging.getLogger("deskside.llama").warning("a warning of llama.cpp")
         llama = FakeLlama(n_ctx=4096, script=self.script, on_decode=self._obey)
-        return Engine(llama, EngineOptions(max_running=self.slots)), replace(llama.info, description="toy")
+        engine = Engine(llama, EngineOptions(max_running=self.slots), LlGuidance(llama.tokenizer))
+        return engine, replace(llama.info, description="toy")
 
     def _obey(self, _: int, batch: Batch) -> None:
         for letter in map(chr, batch.tokens):

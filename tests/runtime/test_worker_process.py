@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -17,10 +18,11 @@ from runtime.errors import (
     EngineDied,
     EngineDown,
     EngineError,
+    InvalidRequest,
     LoadFailed,
     ShuttingDown,
 )
-from runtime.sequence import Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta
+from runtime.sequence import Event, Failed, Finished, Grammar, GrammarKind, Request, SamplingParams, Scored, TextDelta
 from runtime.worker import Worker
 from runtime.worker_process import ProcessHost, ProcessLife, cause_of_death
 from runtime.worker_restart import RestartPolicy
@@ -90,6 +92,35 @@ def test_answers_come_out_of_another_process(tmp_path: Path) -> None:
     with processing(recipe) as worker:
         run(work)
         assert (worker.restarts, worker.last_cause) == (0, None)
+
+
+def test_a_grammar_is_compiled_where_the_engine_is(tmp_path: Path) -> None:
+    def choosing(name: str, kind: GrammarKind, source: str) -> Request:
+        return Request(name, (97,), SamplingParams(9, grammar=Grammar(kind, source, "choice")))
+
+    async def work() -> None:
+        good = worker.submit(choosing("a", "choice", '["exmh-users"]'))
+        bad = worker.submit(choosing("b", "regex", "("))
+        assert text(await collect(good), "a") == "exmh-user"
+        assert isinstance(error(await collect(bad), "b"), InvalidRequest)
+
+    with processing(FakeRecipe(tmp_path)) as worker:
+        run(work)
+        assert worker.restarts == 0
+
+
+def test_a_request_that_cannot_be_sent_leaves_nobody_waiting(tmp_path: Path) -> None:
+    """No valid request is like that; a fault of ours would end engines, as poison does."""
+
+    async def work() -> None:
+        odd = Request("odd", (97,), SamplingParams(5, logit_bias=MappingProxyType({1: 1.0})))
+        failed, fine = worker.submit(odd), worker.submit(request("fine"))
+        assert isinstance(error(await collect(failed), "odd"), EngineError)
+        end(await collect(fine), "fine")
+        await require_healthy(worker)
+
+    with processing(FakeRecipe(tmp_path)) as worker:
+        run(work)
 
 
 def test_cancel_reaches_the_other_process(tmp_path: Path) -> None:
