@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from .client import OpenAiClient
 from .errors import ServerFailed
@@ -195,6 +196,10 @@ def _counters(plan: ServerPlan, address: str) -> dict[str, float]:
 
 
 def read_counters(text: str, names: Sequence[str]) -> dict[str, float]:
-    """The values of unlabelled metrics in Prometheus' text form; those that are not there are left out."""
-    lines = (line.split() for line in text.splitlines() if not line.startswith("#"))
-    return {line[0]: float(line[1]) for line in lines if len(line) >= 2 and line[0] in names}
+    """The values of metrics in Prometheus' text form, each summed over its models; what is not there is left out."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name in names:
+                found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found

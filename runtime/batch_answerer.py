@@ -78,7 +78,7 @@ class EngineAnswerer:
         while True:
             self._ended.clear()
             try:
-                return self._worker.submit(*work)
+                return self._worker.submit(*work, whole=True)
             except Overloaded:
                 await self._ended.wait()
 

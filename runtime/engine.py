@@ -162,6 +162,11 @@ class Engine:
         self._answers[request.id] = answer
         self._scheduler.add(answer.sequence)
 
+    def prepare(self, request: Work) -> None:
+        """Compile the request's grammar, from any thread, so that no step waits for it. Raises InvalidRequest."""
+        if isinstance(request, Request) and request.params.grammar is not None and self._constrainer is not None:
+            self._constrainer.check(request.params.grammar)
+
     def cancel(self, request_id: str, error: Exception | None = None) -> list[Event]:
         """End a request with `error` (None: Cancelled) and free its cells at once. No event if it is not live."""
         if not self._is_live(request_id):

@@ -1,5 +1,7 @@
 """The errors of `runtime`: what a client did wrong, and what the engine could not do.
 
+They travel between processes: each can be made of its message alone, and keeps the rest in attributes.
+
 RequestError                 the client can mend it; carries `param` and `code` for the wire
 ├── InvalidRequest           a field is malformed, out of range or not supported
 ├── Unauthorized             the API key is missing or wrong
@@ -19,6 +21,7 @@ EngineError                  the engine's own; the request is not to blame
 ├── GrammarFailed            the grammar of an answer broke off while it was written
 ├── TokenizeFailed           the tokenizer refused the text
 ├── TemplateFailed           the chat template raised or is missing
+├── EngineDied               the engine's process ended; another one follows
 ├── EngineDown               the engine stopped after a fatal error and takes no more requests
 └── ShuttingDown             the server stops before the request could be answered
 """
@@ -63,7 +66,7 @@ class BodyTooSlow(RequestError):
 class Overloaded(RequestError):
     """The queue is full; try again after `retry_after_s` seconds."""
 
-    def __init__(self, message: str, *, retry_after_s: int) -> None:
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message, code="queue_full")
         self.retry_after_s = retry_after_s
 
@@ -112,6 +115,10 @@ class TokenizeFailed(EngineError):
 
 class TemplateFailed(EngineError):
     """The chat template raised, or the model has none."""
+
+
+class EngineDied(EngineError):
+    """The engine's process ended while the request was with it; the message says of what. Another one follows."""
 
 
 class EngineDown(EngineError):

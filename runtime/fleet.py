@@ -81,6 +81,12 @@ class Fleet:
         """Whether every model's engine has stopped for good."""
         return all(host.broken for host in self.hosts)
 
+    @property
+    def last_cause(self) -> str:
+        """Why the engines that ended last did so."""
+        causes = {host.name: host.loaded.base.worker.last_cause for host in self.hosts if host.loaded is not None}
+        return "; ".join(f"{name}: {cause}" for name, cause in causes.items() if cause)
+
     def find(self, name: str | None) -> tuple[Host, Wanted]:
         """Who serves `name` (None: the first). Raises ModelUnknown naming what is served."""
         if name is not None and name not in self.served:

@@ -28,6 +28,7 @@ _COUNTERS = {
     "draft_tokens_accepted_total": "Of these, the tokens that were then drawn",
     "decode_seconds_total": "Seconds inside the model's decode",
     "step_seconds_total": "Seconds inside engine steps: decode, planning, sampling and emitting",
+    "engine_restarts_total": "Times the engine's process was started again",
 }
 
 

@@ -11,6 +11,7 @@ from .errors import (
     ContextTooLong,
     DecodeAborted,
     DecodeFailed,
+    EngineDied,
     EngineDown,
     EngineError,
     GrammarFailed,
@@ -57,6 +58,7 @@ HTTP_ERRORS: dict[type[Exception], WireError] = {
     GrammarFailed: WireError(500, "server_error", "grammar_failed"),
     TokenizeFailed: WireError(500, "server_error", "tokenize_failed"),
     TemplateFailed: WireError(500, "server_error", "template_failed"),
+    EngineDied: WireError(500, "server_error", "engine_died"),
     EngineDown: WireError(503, "server_error", "engine_down"),
     ShuttingDown: WireError(503, "server_error", "shutting_down"),
 }

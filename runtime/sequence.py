@@ -289,7 +289,7 @@ class EngineStats:
 
     Of `step_seconds_total`, the wall-clock time of all steps, `decode_seconds_total` went by inside the model's decode;
     the rest is planning, sampling and emitting. `draft_tokens_total` looked-up tokens were verified;
-    `draft_tokens_accepted_total` of them were right.
+    `draft_tokens_accepted_total` of them were right. `engine_restarts_total` counts its own restarts.
     """
 
     running: int
@@ -305,3 +305,4 @@ class EngineStats:
     step_seconds_total: float = 0.0
     draft_tokens_total: int = 0
     draft_tokens_accepted_total: int = 0
+    engine_restarts_total: int = 0

@@ -33,7 +33,7 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, fleet: Fleet, drain_seconds: float, greeting: str) -> None:
         super().__init__(config)
         self._fleet = fleet
-        self.broke = False
+        self.broke: str | None = None
         self._drain_seconds = drain_seconds
         self._greeting = greeting
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -49,7 +49,7 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Stop by itself when every engine is gone: whoever started the process can start it again."""
         if self._fleet.broken:
-            self.broke = self.should_exit = True
+            self.broke, self.should_exit = self._fleet.last_cause, True
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -92,8 +92,8 @@ def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = Non
             server.run(sockets=[listener])
         finally:
             fleet.close()
-    if server.broke:
-        raise EngineDown("the engine broke and the server stopped; the log above says why")
+    if server.broke is not None:
+        raise EngineDown(f"the engine stopped for good, and the server with it: {server.broke}")
 
 
 def _set_up_logging(level: str) -> None:

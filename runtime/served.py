@@ -10,12 +10,15 @@ from models.store import Store, StoredModel
 from .config import RuntimeConfig, physical_cores
 from .constrain import LlGuidance
 from .constrain_protocol import Constrainer
-from .engine import Engine, EngineOptions
-from .llama import LoadOptions, load
+from .engine import EngineOptions
+from .engine_recipe import LlamaRecipe
+from .llama import LoadOptions, load_tokenizer
 from .llama_protocol import ModelInfo, TokenizerLike
 from .prompt import Prompter
 from .served_names import Wanted, find, require_weights
 from .worker import Worker
+from .worker_process import ProcessHost
+from .worker_protocol import EngineRecipe
 
 
 @dataclass(frozen=True)
@@ -80,31 +83,40 @@ def under_name(wanted: Wanted, loaded: ServedModel) -> ServedModel:
 
 
 def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path] | None = None) -> ServedModel:
-    """Load a model that was found, and with it LoRA adapters (name -> GGUF file). Blocks. Raises LoadFailed."""
+    """Load a model that was found, and with it LoRA adapters (name -> GGUF file), in a process of its own.
+
+    This process reads the vocabulary meanwhile, and never the weights. Blocks. Raises LoadFailed.
+    """
     require_weights(stored)
-    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots, max_drafts=config.speculate)
-    llama = load(
-        stored.gguf,
-        LoadOptions(
-            n_ctx=config.context,
-            n_batch=config.step_tokens,
-            n_seq_max=options.n_seq_max,
-            n_threads=config.threads or physical_cores(),
-            gpu_layers=config.gpu_layers,
-            adapters=adapters or {},
-        ),
-    )
-    constrainer = LlGuidance(llama.tokenizer)
-    engine = Engine(llama, options, constrainer)
+    # Slower than a token a second no engine is of use.
+    host = ProcessHost(recipe_of(stored, config, adapters or {}), stored.name, silence_s=600.0 + config.step_tokens)
+    try:
+        tokenizer = load_tokenizer(stored.gguf)
+        info = host.await_loaded()
+    except BaseException:  # an interrupt too must leave no process behind
+        host.close()
+        raise
     return ServedModel(
         name=stored.name,
         manifest=stored.manifest,
-        worker=Worker(engine, queue=config.queue, slots=config.slots),
+        worker=Worker(host, queue=config.queue, slots=config.slots),
         # Beyond the length it was trained on a model writes nonsense, however many cells the cache has.
-        prompter=Prompter(
-            llama.tokenizer, llama.info.chat_template, min(llama.info.n_ctx, llama.info.n_ctx_train or llama.info.n_ctx)
-        ),
-        tokenizer=llama.tokenizer,
-        constrainer=constrainer,
-        info=llama.info,
+        prompter=Prompter(tokenizer, info.chat_template, min(info.n_ctx, info.n_ctx_train or info.n_ctx)),
+        tokenizer=tokenizer,
+        constrainer=LlGuidance(tokenizer),
+        info=info,
     )
+
+
+def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path]) -> EngineRecipe:
+    """What the engine for a model is made of."""
+    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots, max_drafts=config.speculate)
+    load = LoadOptions(
+        n_ctx=config.context,
+        n_batch=config.step_tokens,
+        n_seq_max=options.n_seq_max,
+        n_threads=config.threads or physical_cores(),
+        gpu_layers=config.gpu_layers,
+        adapters=adapters,
+    )
+    return LlamaRecipe(stored.gguf, load, options)

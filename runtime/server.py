@@ -55,7 +55,7 @@ class Api:
             return prepare(kind, payload, served)
 
         call, served = await self._prepared(request, work)
-        stream = served.worker.submit(*call.requests)
+        stream = served.worker.submit(*call.requests, whole=not call.stream)
         stream.on_first_token = self.metrics.first_token
         return EventStream(call, stream) if call.stream else await whole_answer(request, call, stream)
 
@@ -72,7 +72,7 @@ class Api:
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses"""
         call, served = await self._prepared(request, prepare_response)
-        stream = served.worker.submit(*call.call.requests)
+        stream = served.worker.submit(*call.call.requests, whole=not call.call.stream)
         stream.on_first_token = self.metrics.first_token
         return await responded(request, call, stream)
 

@@ -64,6 +64,8 @@ def health(fleet: Fleet) -> dict[str, Any]:
         "model": fleet.default,
         "running": sum(model["running"] for model in models.values()),
         "accepted": sum(model["accepted"] for model in models.values()),
+        "restarts": sum(model["restarts"] for model in models.values()),
+        "last_cause": models[default.name]["last_cause"],
         "models": models,
     }
 
@@ -75,10 +77,11 @@ def _takes_requests(host: Host) -> bool:
 def _health(host: Host) -> dict[str, Any]:
     """A loaded model's state is its engine's own."""
     if host.loaded is None:
-        return {"state": host.state, "running": 0, "accepted": 0}
+        return {"state": host.state, "running": 0, "accepted": 0, "restarts": 0, "last_cause": None, "silent_s": 0.0}
     worker = host.loaded.base.worker
     state = worker.state if host.state == "ready" else host.state
-    return {"state": state, "running": worker.stats().running, "accepted": worker.live}
+    engine = {"restarts": worker.restarts, "last_cause": worker.last_cause, "silent_s": round(worker.silent_s, 1)}
+    return {"state": state, "running": worker.stats().running, "accepted": worker.live} | engine
 
 
 def samples(fleet: Fleet) -> Iterator[ModelSample]:

@@ -1,91 +1,77 @@
-"""The one thread that owns the engine. Everyone else sends it messages; events come back to their own event loops.
+"""The supervisor of one engine: everyone else submits requests to it; events come back to their own event loops.
 
-Every accepted request ends in exactly one terminal event: the engine's, or the worker's own when the engine is gone.
-What waits is bounded: at most `slots + queue` requests are live.
+Every accepted request ends in exactly one terminal event: the engine's, or the supervisor's own when the engine is
+gone. An engine that ends is followed by another one: a request of which nothing was heard is given to that one too,
+once; the others fail. What waits is bounded: at most `slots + queue` requests are live.
 """
 
-import asyncio
-import contextlib
 import logging
-import math
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal
 
-from .errors import Cancelled, EngineDown, EngineError, InvalidRequest, Overloaded, ShuttingDown
+from .errors import Cancelled, EngineDown, EngineError, InvalidRequest, LoadFailed, Overloaded, ShuttingDown
 from .sequence import EngineStats, Event, Failed, TextDelta, Work
-from .worker_stream import Stream, put_all
+from .worker_host import EngineHost, Life, ThreadHost
+from .worker_live import LiveRequest, LiveRequests
+from .worker_protocol import Add, Cancel, EngineLike, Stepped, summed
+from .worker_restart import Deaths, RestartPolicy
+from .worker_stream import Stream
 
-State = Literal["starting", "ready", "draining", "stopped", "failed"]
+State = Literal["starting", "ready", "restarting", "draining", "stopped", "failed"]
 
-MAX_RETRY_AFTER_S = 60
-# How much the newest interval between two finished requests counts in their running mean.
-PACE_WEIGHT = 0.1
+# For an engine to end requests that it was told to end. It does so between two steps.
+CANCEL_SECONDS = 10.0
 
 _log = logging.getLogger("deskside.worker")
 
 
-class EngineLike(Protocol):
-    """What the worker needs of an engine; it calls nothing else, and only from its own thread."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would do anything."""
-
-    @property
-    def failure(self) -> Exception | None:
-        """The fatal error that ended the engine, if one did."""
-
-    def add(self, request: Work) -> None:
-        """Take a request in."""
-
-    def cancel(self, request_id: str) -> list[Event]:
-        """Drop a request; its terminal event if it was live."""
-
-    def step(self) -> list[Event]:
-        """Compute one step."""
-
-    def stats(self) -> EngineStats:
-        """What the engine holds."""
-
-    def close(self) -> None:
-        """Free the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Add:
-    request: Work
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    request_ids: tuple[str, ...]
-    error: Exception | None = None
-
-
 class Worker:
-    """Runs an engine in a thread of its own. `slots` of the live requests run, `queue` more may wait."""
+    """Supervises an engine. `slots` of the live requests run, `queue` more may wait.
 
-    def __init__(self, engine: EngineLike, *, queue: int, slots: int) -> None:
+    An `EngineHost` says where its engines run; an engine itself runs in the worker's own thread, and has no follower.
+    """
+
+    def __init__(
+        self, engine: EngineLike | EngineHost, *, queue: int, slots: int, policy: RestartPolicy | None = None
+    ) -> None:
+        """Waits until the first engine has loaded its model. Raises LoadFailed or EngineDied."""
         self.capacity = slots + queue
-        self._engine = engine
+        self._host = engine if isinstance(engine, EngineHost) else ThreadHost(engine)
         self._state: State = "starting"
-        self._fatal: BaseException | None = None
-        self._inbox: deque[_Add | _Cancel] = deque()
-        self._live: dict[str, Stream] = {}
+        self._fatal: EngineError | None = None
+        self._last_cause: str | None = None
+        self._life: Life | None = self._host.launch()
+        self._takes = False
         self._changed = threading.Condition()
-        self._emptied: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-        self._stats = engine.stats()
-        self._pace_s = 0.0
-        self._last_end_s = time.monotonic()
+        self._live = LiveRequests(self._changed, self.cancel)
+        self._stats = self._life.await_ready()
+        self._stats_before: EngineStats | None = None
+        self._deaths = Deaths(policy or RestartPolicy())
+        self._heard_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="deskside-engine", daemon=True)
 
     @property
     def state(self) -> State:
-        """Only `ready` takes requests."""
+        """`ready` and `restarting` take requests: until the next engine is there they wait, in the bounded queue."""
         return self._state
+
+    @property
+    def restarts(self) -> int:
+        """How many engines followed the first."""
+        return self._stats.engine_restarts_total
+
+    @property
+    def last_cause(self) -> str | None:
+        """Why the last engine that ended did so."""
+        return self._last_cause
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine gave a sign, if it has work; else 0."""
+        return time.monotonic() - self._heard_s if self._live else 0.0
 
     @property
     def live(self) -> int:
@@ -98,171 +84,178 @@ class Worker:
         self._thread.start()
 
     def stats(self) -> EngineStats:
-        """What the engine held after its last step."""
+        """What the engine held after its last step, with the totals of those before it."""
         return self._stats
 
     def require_room(self, count: int = 1) -> None:
         """Raise what `submit` would raise for `count` requests, so that no work is done for what must be refused."""
         if self._state == "failed":
             raise EngineDown(f"the engine stopped: {self._fatal}") from self._fatal
-        if self._state != "ready":
+        if self._state not in ("ready", "restarting"):
             raise ShuttingDown(f"the server takes no requests while it is {self._state}")
         if count > self.capacity:
             message = f"{count} answers in one call, but only {self.capacity} may run and wait; ask for fewer"
             raise InvalidRequest(message, param="n")
         if self.live + count > self.capacity:
             message = f"the queue is full: {self.live} answers are running or waiting, limit {self.capacity}"
-            raise Overloaded(message, retry_after_s=self._retry_after_s())
+            raise Overloaded(message, retry_after_s=self._live.retry_after_s())
 
-    def submit(self, *requests: Work) -> Stream:
+    def submit(self, *requests: Work, whole: bool = False) -> Stream:
         """Accept all of `requests`, or none. Call it on the event loop that is to read the stream.
 
-        Raises Overloaded, ShuttingDown or EngineDown; InvalidRequest if so many can never be accepted.
+        `whole`: the reader has no use for parts of an answer, so they come with its end, and the answer survives an
+        engine that ends in the middle of it. Raises Overloaded, ShuttingDown or EngineDown; InvalidRequest if so many
+        can never be accepted.
         """
         stream = Stream((request.id for request in requests), self.cancel)
         with self._changed:
             self.require_room(len(requests))
             if not self._live:
-                self._last_end_s = time.monotonic()
-            for request in requests:
-                if request.id in self._live:
-                    raise InvalidRequest(f"a request of id {request.id!r} is live already")
-                self._live[request.id] = stream
-                self._inbox.append(_Add(request))
-            self._changed.notify()
+                self._heard_s = time.monotonic()
+            self._hand_over(self._live.add(requests, stream, whole=whole))
         return stream
 
-    def cancel(self, request_ids: tuple[str, ...]) -> None:
+    def cancel(self, request_ids: Iterable[str]) -> None:
         """Ask for the end of these requests, those that are still live; each fails with Cancelled."""
-        with self._changed:
-            live = tuple(request_id for request_id in request_ids if request_id in self._live)
-            if live:
-                self._inbox.append(_Cancel(live))
-                self._changed.notify()
+        self._end(request_ids, Cancelled("the request was cancelled"))
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests, let the live ones finish for `timeout_s`, then fail the rest with ShuttingDown."""
         with self._changed:
-            if self._state == "ready":
+            if self._state in ("ready", "restarting"):
                 self._state = "draining"
-        if not await self._wait_empty(timeout_s):
+        if not await self._live.wait_empty(timeout_s):
             error = ShuttingDown(f"the server stopped before the answer was finished (it waited {timeout_s:g} s)")
-            with self._changed:
-                self._inbox.append(_Cancel(tuple(self._live), error))
-                self._changed.notify()
-            await self._wait_empty(None)
-
-    async def _wait_empty(self, timeout_s: float | None) -> bool:
-        emptied = asyncio.Event()
-        with self._changed:
-            if not self._live:
-                return True
-            self._emptied.append((asyncio.get_running_loop(), emptied))
-        try:
-            await asyncio.wait_for(emptied.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
+            self._end(tuple(self._live.by_id), error)
+            if not await self._live.wait_empty(CANCEL_SECONDS):
+                self._fail_all(error)
 
     def stop(self) -> None:
-        """End the thread, fail what is still live with ShuttingDown, free the model. Waits for the step in progress."""
+        """End the engine, fail what is still live with ShuttingDown, free the model.
+
+        In the worker's own thread an engine finishes the step in progress; a process is killed if it does not leave.
+        """
         with self._changed:
             if self._state != "failed":
                 self._state = "stopped"
-            self._changed.notify()
+            self._changed.notify_all()
+            life = self._life
+        if life is not None:
+            life.stop()
         if self._thread.ident is not None:
             self._thread.join()
-        self._engine.close()
+        if life is not None:
+            life.close()
 
     def _run(self) -> None:
-        try:
-            while self._state in ("ready", "draining"):
-                self._deliver(self._take_messages())
-                if self._engine.has_work:
-                    events = self._engine.step()
-                    if self._engine.failure is not None:
-                        self._mark_failed(self._engine.failure)
-                    self._deliver(events)
-                self._stats = self._engine.stats()
-                if self._engine.failure is not None:
-                    raise self._engine.failure
-            self._fail_all(ShuttingDown("the server stopped before the answer was finished"))
-        except Exception as error:  # noqa: BLE001 - whatever broke the engine, nobody may be left waiting
-            self._break_down(error)
+        while True:
+            try:
+                self._supervise()
+                break
+            except Exception as error:  # noqa: BLE001 - whatever it was, nobody may be left waiting
+                if not self._recover(error):
+                    break
+        self._fail_all(self._fatal or ShuttingDown("the server stopped before the answer was finished"))
 
-    def _break_down(self, error: Exception) -> None:
-        _log.critical("the engine stopped: %s", error, exc_info=error)
-        self._mark_failed(error)
-        self._fail_all(error if isinstance(error, EngineError) else EngineDown(f"the engine stopped: {error!r}"))
-
-    def _mark_failed(self, error: BaseException) -> None:
-        """Before any request hears of it: who gets an engine's last events can tell that there will be no more."""
+    def _supervise(self) -> None:
+        """See one engine through. Returns once the worker is stopped; raises what ended the engine."""
+        life = self._life or self._relaunch()
+        if life is None:
+            return
+        stats = life.await_ready()
+        if self.restarts:
+            _log.warning("engine number %d is ready", self.restarts + 1)
         with self._changed:
-            self._state, self._fatal = "failed", error
+            if self._state in ("starting", "restarting"):
+                self._state = "ready"
+            self._takes = True
+            self._hand_over(self._live.by_id.values())
+        self._note(stats)
+        while (stepped := life.receive()) is not None:
+            self._take(stepped)
 
-    def _take_messages(self) -> list[Event]:
-        """Handle the inbox, after waiting for it if the engine has nothing to do; the events that come of it."""
+    def _relaunch(self) -> Life | None:
+        life = self._host.launch()
         with self._changed:
-            while not self._inbox and not self._engine.has_work and self._state in ("ready", "draining"):
-                self._changed.wait()
-            messages = list(self._inbox)
-            self._inbox.clear()
-        events: list[Event] = []
-        for message in messages:
-            events += self._add(message.request) if isinstance(message, _Add) else self._cancel(message)
-        return events
+            if self._state != "stopped":
+                self._life = life
+                return life
+        life.stop()
+        life.close()
+        return None
 
-    def _add(self, request: Work) -> list[Event]:
-        try:
-            self._engine.add(request)
-        except Exception as error:  # noqa: BLE001 - a request the engine cannot take harms no other
-            _log.exception("the engine refused request %r", request.id)
-            return [Failed(request.id, error)]
-        return []
+    def _recover(self, error: Exception) -> bool:
+        """The engine ended: fail the requests that cannot go on. False if no engine is to follow."""
+        ours = error if isinstance(error, EngineError) else EngineDown(f"the engine stopped: {error!r}")
+        with self._changed:
+            life, self._takes = self._life, False
+            if self._state == "stopped":
+                return False
+            _log.error("the engine ended: %s", error, exc_info=None if isinstance(error, EngineError) else error)
+            self._last_cause = str(ours)
+            self._deaths.note()
+            if not self._host.relaunches or isinstance(error, LoadFailed) or self._deaths.hopeless:
+                # Before any request hears of it: who gets an engine's last events can tell that no more will come.
+                self._state, self._fatal = "failed", ours
+                return False
+            if self._state == "ready":
+                self._state = "restarting"
+            self._life = None
+            ends = [Failed(n, e) for n, entry in self._live.by_id.items() if (e := entry.end_with_engine(ours))]
+        self._live.deliver(ends)
+        if life is not None:
+            life.stop()
+            life.close()
+        self._stats_before = replace(
+            self._stats,
+            running=0,
+            waiting=0,
+            kv_cells_used=0,
+            engine_restarts_total=self._stats.engine_restarts_total + 1,
+        )
+        self._stats = self._stats_before
+        return self._pause()
 
-    def _cancel(self, message: _Cancel) -> list[Event]:
-        events: list[Event] = []
-        for request_id in message.request_ids:
-            self._engine.cancel(request_id)
-            events.append(Failed(request_id, message.error or Cancelled("the request was cancelled")))
-        return events
+    def _pause(self) -> bool:
+        """Wait before the next engine. False if the worker was stopped meanwhile."""
+        with self._changed:
+            return not self._changed.wait_for(lambda: self._state == "stopped", self._deaths.pause_s)
+
+    def _hand_over(self, entries: Iterable[LiveRequest]) -> None:
+        """Give requests to the engine, if it takes any now; else they wait for the next. Call it with the lock held."""
+        if not self._takes or self._life is None:
+            return
+        messages = []
+        for entry in entries:
+            entry.engines += 1
+            messages.append(Add(entry.request))
+        if messages:
+            self._life.send(messages)
+
+    def _end(self, request_ids: Iterable[str], error: Exception) -> None:
+        """Have the engine end these requests; if there is none at the moment, end them here."""
+        with self._changed:
+            entries = [self._live.by_id[name] for name in request_ids if name in self._live.by_id]
+            ids = tuple(entry.request.id for entry in entries if entry.ending is None)
+            for entry in entries:
+                entry.ending = entry.ending or error
+            if self._takes and self._life is not None:
+                if ids:
+                    self._life.send([Cancel(ids, error)])
+                return
+        self._live.deliver([Failed(name, error) for name in ids])
 
     def _fail_all(self, error: Exception) -> None:
         with self._changed:
-            self._inbox.clear()
-            events: list[Event] = [Failed(request_id, error) for request_id in self._live]
-        self._deliver(events)
+            events: list[Event] = [Failed(name, entry.ending or error) for name, entry in self._live.by_id.items()]
+        self._live.deliver(events)
 
-    def _deliver(self, events: list[Event]) -> None:
-        """Hand the events of a step over: one call for each event loop, whatever the number of streams."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
-        with self._changed:
-            for event in events:
-                stream = self._live.get(event.request_id)
-                if stream is None:
-                    continue
-                if not isinstance(event, TextDelta):
-                    self._retire(event.request_id)
-                by_loop.setdefault(stream.loop, []).append((stream, event))
-            emptied, self._emptied = (self._emptied, []) if not self._live else ([], self._emptied)
-        for loop, handed in by_loop.items():
-            self._call(loop, handed)
-        for loop, empty in emptied:
-            with contextlib.suppress(RuntimeError):  # closed: nobody waits any more
-                loop.call_soon_threadsafe(empty.set)
+    def _take(self, stepped: Stepped) -> None:
+        self._note(stepped.stats)
+        self._live.deliver(stepped.events)
+        if any(not isinstance(event, TextDelta | Failed) for event in stepped.events):
+            self._deaths.forget()
 
-    def _call(self, loop: asyncio.AbstractEventLoop, handed: list[tuple[Stream, Event]]) -> None:
-        try:
-            loop.call_soon_threadsafe(put_all, handed)
-        except RuntimeError:  # the loop is closed: nobody reads these answers any more
-            self.cancel(tuple({event.request_id for _, event in handed}))
-
-    def _retire(self, request_id: str) -> None:
-        del self._live[request_id]
-        now = time.monotonic()
-        interval, self._last_end_s = now - self._last_end_s, now
-        self._pace_s += PACE_WEIGHT * (interval - self._pace_s)
-
-    def _retry_after_s(self) -> int:
-        """Until a tenth of the live requests have finished, at the pace of late."""
-        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._pace_s * self.live / 10)))
+    def _note(self, stats: EngineStats) -> None:
+        self._heard_s = time.monotonic()
+        self._stats = stats if self._stats_before is None else summed(self._stats_before, stats)

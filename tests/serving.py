@@ -27,6 +27,7 @@ from runtime.served import ServedModel
 from runtime.served_names import Wanted
 from runtime.server import create_app
 from runtime.worker import Worker
+from runtime.worker_host import EngineHost
 from runtime.worker_stream import Stream
 from tests.fakes import FakeLlama
 
@@ -90,6 +91,7 @@ class Toys:
         config: RuntimeConfig | None = None,
         on_load: Callable[[str], None] = lambda _: None,
         manifests: Mapping[str, Manifest] | None = None,
+        engine_host: EngineHost | None = None,
     ) -> None:
         self.config = config or RuntimeConfig(slots=4, queue=8)
         self.made: list[tuple[str, FakeLlama]] = []
@@ -97,6 +99,7 @@ class Toys:
         self.on_load = on_load
         self._make = make
         self._manifests = manifests or {}
+        self._engine_host = engine_host
 
     def stored(self, name: str) -> StoredModel:
         """Where the toy would lie."""
@@ -113,11 +116,13 @@ class Toys:
         llama = self._make[stored.name]()
         self.made.append((stored.name, llama))
         constrainer = LlGuidance(llama.tokenizer)
-        engine = Engine(llama, EngineOptions(max_running=self.config.slots), constrainer)
+        engine = self._engine_host or Engine(llama, EngineOptions(max_running=self.config.slots), constrainer)
         return ServedModel(
             name=stored.name,
             manifest=stored.manifest,
-            worker=_Noting(engine, self.submitted, queue=self.config.queue, slots=self.config.slots),
+            worker=_Noting(
+                self._engine_host or engine, self.submitted, queue=self.config.queue, slots=self.config.slots
+            ),
             prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
             tokenizer=llama.tokenizer,
             constrainer=constrainer,
@@ -128,23 +133,26 @@ class Toys:
 class _Noting(Worker):
     """Notes what is submitted."""
 
-    def __init__(self, engine: Engine, submitted: list[Work], *, queue: int, slots: int) -> None:
+    def __init__(self, engine: Engine | EngineHost, submitted: list[Work], *, queue: int, slots: int) -> None:
         super().__init__(engine, queue=queue, slots=slots)
         self._submitted = submitted
 
-    def submit(self, *requests: Work) -> Stream:
-        stream = super().submit(*requests)
+    def submit(self, *requests: Work, whole: bool = False) -> Stream:
+        stream = super().submit(*requests, whole=whole)
         self._submitted += requests
         return stream
 
 
 @contextmanager
 def serving(
-    llama: FakeLlama | None = None, config: RuntimeConfig | None = None, manifest: Manifest | None = None
+    llama: FakeLlama | None = None,
+    config: RuntimeConfig | None = None,
+    manifest: Manifest | None = None,
+    host: EngineHost | None = None,
 ) -> Iterator[Running]:
-    """Serve `llama` under the name `toy` until the block ends."""
+    """Serve `llama` under the name `toy` until the block ends. A `host` runs its own engine, and `llama` none."""
     toy = llama or FakeLlama(script="hello")
-    toys = Toys({"toy": lambda: toy}, config, manifests={} if manifest is None else {"toy": manifest})
+    toys = Toys({"toy": lambda: toy}, config, manifests={} if manifest is None else {"toy": manifest}, engine_host=host)
     with serving_toys(toys, [toys.host("toy")]) as running:
         yield running
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pickle
 from http import HTTPStatus
 
 import pytest
@@ -21,7 +22,7 @@ ON_THE_WIRE = [kind for kind in CLASSES if issubclass(kind, RequestError | Engin
 
 
 def make(kind: type[Exception], message: str) -> Exception:
-    return Overloaded(message, retry_after_s=1) if issubclass(kind, Overloaded) else kind(message)
+    return Overloaded(message, retry_after_s=9) if issubclass(kind, Overloaded) else kind(message)
 
 
 @pytest.mark.parametrize("kind", ON_THE_WIRE, ids=lambda kind: kind.__name__)
@@ -37,6 +38,15 @@ def test_every_error_of_a_request_has_its_own_http_row(kind: type[Exception]) ->
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
 def test_every_error_has_an_exit_code(kind: type[Exception]) -> None:
     assert exit_code(make(kind, "x")) in {1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", ON_THE_WIRE, ids=lambda kind: kind.__name__)
+def test_every_error_of_a_request_travels_whole_between_processes(kind: type[Exception]) -> None:
+    error = make(kind, "limit 3, got 4")
+    vars(error).update({name: f"a {name}" for name in vars(error)})
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is kind
+    assert (str(arrived), vars(arrived)) == (str(error), vars(error))
 
 
 def test_no_row_of_either_table_is_for_nothing() -> None:

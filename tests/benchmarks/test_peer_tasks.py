@@ -130,8 +130,8 @@ def test_batch_lines_ask_as_over_http_and_answers_come_back_in_order() -> None:
 
 
 def test_counters_are_read_from_prometheus_text() -> None:
-    text = '# HELP a x\n# TYPE a counter\na_total 1.5\nb 2\nc{route="x"} 3\n'
-    assert read_counters(text, ("a_total", "c", "d")) == {"a_total": 1.5}
+    text = '# HELP a x\n# TYPE a counter\na_total 1.5\nb 2\nc{model="x"} 3\nc{model="y"} 4\n'
+    assert read_counters(text, ("a_total", "c", "d")) == {"a_total": 1.5, "c": 7.0}
 
 
 def test_one_entry_of_a_lock_file_is_left_out_with_its_hashes() -> None:

@@ -250,3 +250,18 @@ def test_what_cannot_be_used_is_refused_by_add_and_leaves_nothing() -> None:
     with pytest.raises(InvalidRequest, match="regular expression"):
         engine.add(asked("a", SamplingParams(5, grammar=Grammar("regex", "(", "regex"))))
     assert not engine.has_work
+
+
+def test_a_grammar_that_was_prepared_is_not_compiled_when_the_request_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(FakeLlama(), constrainer=LlGuidance(FakeTokenizer()))
+    request = asked("a", SamplingParams(5, grammar=YES_NO))
+    engine.prepare(request)
+
+    def compile_again(*_: object) -> None:
+        raise AssertionError("compiled in the engine's own thread")
+
+    monkeypatch.setattr("runtime.constrain._compile", compile_again)
+    engine.add(request)
+    assert engine.has_work
+    with pytest.raises(AssertionError):
+        engine.add(asked("b", SamplingParams(5, grammar=LISTS)))
