@@ -178,11 +178,12 @@ class Scene:
     def require_rest(self) -> None:
         """Nothing runs or waits, each accepted request has ended once, and what is held is held by idle residents."""
         wait_until(lambda: self.at_work == (0, 0))
-        stats = self.running.worker.stats
+        [engine] = self._engines
+        # A dead engine reports no more: it is asked itself.
+        stats = self.running.worker.stats if engine.failure is None else engine.stats
         wait_until(lambda: (stats().running, stats().waiting) == (0, 0))
         for request_id, events in self.observed.events.items():
             assert self.observed.ends(request_id) == events[-1:], "one terminal event, and nothing after it"
-        [engine] = self._engines
         assert not engine.has_work
         if engine.failure is None:
             _require_idle(engine, self.llama)
