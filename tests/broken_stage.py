@@ -6,7 +6,6 @@ told alone; and nothing stays behind.
 """
 
 import base64
-import http.client
 import json
 import socket
 import threading
@@ -24,7 +23,7 @@ from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
 from runtime.sequence import Batch, Failed
 from tests import serving as serving_module
-from tests.connection import asked
+from tests.connection import answered, asked
 from tests.fakes import FakeLlama
 from tests.observed import Observed
 from tests.serving import PATIENCE_S, Running, serving, wait_until
@@ -73,19 +72,16 @@ class Heard:
 
 def heard(connection: socket.socket) -> Heard:
     """Read a response to its end."""
-    with http.client.HTTPResponse(connection) as response:
-        response.begin()
-        content = response.read()
-        kind = response.getheader("content-type", "")
+    status, kind, content = answered(connection)
     if kind.startswith("text/event-stream"):
         return _heard_stream([block.split("data: ", 1)[1] for block in content.decode().split("\n\n") if block])
     body = json.loads(content)
     if "error" in body:
-        return Heard(response.status, error=body["error"]["code"])
+        return Heard(status, error=body["error"]["code"])
     if "data" in body:
         rows = [np.frombuffer(base64.b64decode(item["embedding"]), np.float32) for item in body["data"]]
-        return Heard(response.status, np.stack(rows))
-    return Heard(response.status, body["answers"] if "answers" in body else body["choices"])
+        return Heard(status, np.stack(rows))
+    return Heard(status, body["answers"] if "answers" in body else body["choices"])
 
 
 def _heard_stream(blocks: list[str]) -> Heard:

@@ -4,6 +4,7 @@ The libraries do not show when they leave: `next(response.iter_lines())` of http
 connection; a time-out may come before the server has read the request.
 """
 
+import http.client
 import json
 import socket
 from collections.abc import Iterator, Mapping
@@ -27,3 +28,10 @@ def asked(url: str, path: str, body: Mapping[str, Any], *, buffer_bytes: int = 0
         connection.connect((where.hostname, where.port))
         connection.sendall(head.encode() + content)
         yield connection
+
+
+def answered(connection: socket.socket) -> tuple[int, str, bytes]:
+    """Status, content type and body of the response, read to its end."""
+    with http.client.HTTPResponse(connection) as response:
+        response.begin()
+        return response.status, response.getheader("content-type", ""), response.read()

@@ -9,9 +9,10 @@ import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseOutputMessage, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from runtime.errors import DecodeFailed
+from runtime.errors import Cancelled, DecodeFailed
+from runtime.sequence import Failed
 from tests import tool_templates as templates
-from tests.connection import asked
+from tests.connection import answered, asked
 from tests.fakes import FakeLlama
 from tests.observed import Observed
 from tests.serving import Gate, Running, serving, wait_until
@@ -233,6 +234,24 @@ def test_a_fault_before_the_end_of_a_whole_response_is_an_error() -> None:
     with serving(FakeLlama(script="hello", fail_at={3: DecodeFailed("broken")})) as toy:
         response = toy.http.post(PATH, json={"input": "hi"})
         assert (response.status_code, response.json()["error"]["code"]) == (500, "decode_failed")
+
+
+def test_a_response_that_is_cancelled_just_ends(caplog: pytest.LogCaptureFixture) -> None:
+    gate = Gate()
+    with serving(FakeLlama(script="hello", on_decode=gate)) as toy:
+        observed = Observed(toy.worker)
+        with asked(toy.url, PATH, {"input": "hi", "stream": True}) as connection:
+            gate.wait()
+            toy.worker.cancel(tuple(observed.events))
+            gate.open()
+            status, _, content = answered(connection)
+        [events] = observed.events.values()
+        assert isinstance(events[-1], Failed)
+        assert isinstance(events[-1].error, Cancelled)
+    kinds = [line.removeprefix("event: ") for line in content.decode().splitlines() if line.startswith("event: ")]
+    assert (status, kinds[0]) == (200, CREATED)
+    assert not {COMPLETED, "response.failed", "response.incomplete"} & set(kinds)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
