@@ -3,13 +3,15 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from models.store import StoredModel
+from models.manifest import Base
+from models.store import Store, StoredModel
 from runtime import batch_command
 from runtime.cli import main
 from runtime.config import RuntimeConfig
@@ -17,9 +19,12 @@ from runtime.constrain import LlGuidance
 from runtime.engine import Engine, EngineOptions
 from runtime.errors import DecodeFailed
 from runtime.prompt import Prompter
+from runtime.sequence import Batch
 from runtime.served import ServedModel
 from runtime.worker import Worker
 from tests.fakes import FAKE_TEMPLATE, FakeLlama
+from tests.gguf_heads import LORA, head
+from tests.runtime.test_served_names import GGUF, install, sha
 
 Run = Callable[..., int]
 
@@ -29,8 +34,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """How the toy model is to be made by the next command: FakeLlama's arguments."""
     arguments: dict[str, Any] = {}
 
-    def load_model(stored: StoredModel, config: RuntimeConfig, _: object) -> ServedModel:
-        llama = FakeLlama(**arguments)
+    def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path]) -> ServedModel:
+        llama = FakeLlama(adapters=tuple(adapters), **arguments)
         worker = Worker(Engine(llama, EngineOptions()), queue=config.queue, slots=config.slots)
         prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
         constrainer = LlGuidance(llama.tokenizer)
@@ -45,14 +50,14 @@ def batch(tmp_path: Path, toy: dict[str, Any]) -> Run:
     """Run `deskside batch in.jsonl out.jsonl …` and return the exit code."""
     (tmp_path / "toy.gguf").write_bytes(b"GGUF")
 
-    def run(*options: str, lines: int = 20, bad: str = "") -> int:
+    def run(*options: str, lines: int = 20, bad: str = "", model: str = str(tmp_path / "toy.gguf")) -> int:
         body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
         request = {"method": "POST", "url": "/v1/chat/completions", "body": body}
         records = [json.dumps(request | {"custom_id": f"r{n}"}) for n in range(lines)]
         (tmp_path / "in.jsonl").write_text("\n".join([*records, bad]))
         files = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
         with pytest.raises(SystemExit) as leaving:
-            main(["batch", *files, "--model", str(tmp_path / "toy.gguf"), *options])
+            main(["batch", *files, "--model", model, *options])
         assert isinstance(leaving.value.code, int)
         return leaving.value.code
 
@@ -92,6 +97,29 @@ def test_an_engine_that_breaks_is_1(batch: Run, toy: dict[str, Any], capsys: pyt
     assert "error: the engine stopped: fatal\n" in capsys.readouterr().err
     toy.clear()
     assert batch() == 0
+
+
+def test_an_adapter_answers_on_its_base_in_its_own_words(
+    batch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DESKSIDE_HOME", str(tmp_path / "home"))
+    template = "{{ bos_token }}Mail: {{ messages[0]['content'] }}"
+    install(Store(), "base", GGUF)
+    adapter = head({**LORA, "tokenizer.chat_template": template})
+    install(Store(), "mail", adapter, kind="adapter", base=Base(name="base", sha256=sha(GGUF)))
+    used, decode = [], FakeLlama.decode
+
+    def noting(llama: FakeLlama, batch: Batch) -> np.ndarray:
+        used.append((llama.adapter, llama.tokenizer.decode(batch.tokens.tolist())))
+        return decode(llama, batch)
+
+    monkeypatch.setattr(FakeLlama, "decode", noting)
+    assert batch("--json", model="base:mail") == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "base:mail"
+    assert {adapter for adapter, _ in used} == {"mail"}
+    assert used[0][1].startswith("Mail: hello")
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {answer["response"]["body"]["model"] for answer in answers} == {"base:mail"}
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
