@@ -65,7 +65,7 @@ def health(fleet: Fleet) -> dict[str, Any]:
         "running": sum(model["running"] for model in models.values()),
         "accepted": sum(model["accepted"] for model in models.values()),
         "restarts": sum(model["restarts"] for model in models.values()),
-        "last_cause": models[default.name]["last_cause"],
+        "last_cause": fleet.last_cause or None,
         "models": models,
     }
 

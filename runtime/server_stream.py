@@ -78,7 +78,10 @@ async def embedded(request: Request, call: EmbeddingCall, stream: Stream) -> Res
 
 
 class EventStream(Response):
-    """Streams an answer as server-sent events. A fault after the first byte is an error event, then the end."""
+    """Streams an answer as server-sent events. A fault after the first byte is an error event, then the end.
+
+    What comes of one step is sent in one piece.
+    """
 
     media_type = "text/event-stream"
 
@@ -91,10 +94,14 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with cancelled_on_disconnect(receive, self._stream):
+            told: list[bytes] = []
             async for data in self._events():
-                # uvicorn waits here while the client does not read; the engine does not.
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                told.append(data)
+                if not self._stream.ready:
+                    # uvicorn waits here while the client does not read; the engine does not.
+                    await send({"type": "http.response.body", "body": b"".join(told), "more_body": True})
+                    told.clear()
+        await send({"type": "http.response.body", "body": b"".join(told), "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
         answer = Answer(self._call)

@@ -34,6 +34,11 @@ class Stream:
             self._open.discard(event.request_id)
         return event
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next event, or the end, comes without waiting."""
+        return not self._open or not self._events.empty()
+
     def put(self, event: Event) -> None:
         """Hand in an event; on the stream's own loop only. The first text reports the seconds since acceptance."""
         if self.on_first_token is not None and isinstance(event, TextDelta):
