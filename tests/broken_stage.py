@@ -123,6 +123,7 @@ class Scene:
         self.running: Running
         self.observed: Observed
         self._curtain = threading.Event()
+        self._stands = threading.Event()
         self._engines: list[Engine] = []
         self._idle_cells = idle_cells
         self.arm(None, 0)
@@ -151,18 +152,21 @@ class Scene:
     def curtain(self) -> Iterator[Callable[[], None]]:
         """The engine waits before its next step, until what this gives is called or the block ends."""
         self._curtain.clear()
+        self._stands.clear()
         try:
             yield self._curtain.set
         finally:
             self._curtain.set()
 
     def ask(self, stack: ExitStack, kind: Kind, *, accepted: bool = True, **options: Any) -> socket.socket:
-        """Send a call; if it is to be `accepted`, wait until it is."""
+        """Send a call; if it is to be `accepted`, wait until it is, and until the engine stands."""
         assert self.running.worker.state == "ready"
         n_before = len(self.observed.events)
         connection = stack.enter_context(asked(self.running.url, kind.path, kind.body, **options))
         if accepted:
             wait_until(lambda: len(self.observed.events) == n_before + kind.n)
+            # In the step of the first who asked: who is in the next ones must not depend on how fast the others were.
+            assert self._stands.wait(PATIENCE_S)
         self.victims = list(self.observed.events)[n_before:]
         return connection
 
@@ -195,6 +199,7 @@ class Scene:
             raise error
 
     def _before(self, tokens: Iterable[int], number: int) -> Exception | None:
+        self._stands.set()
         assert self._curtain.wait(PATIENCE_S)
         if self._trouble is None or ord(MARK) not in tokens:
             return None
