@@ -193,6 +193,7 @@ class Worker:
                 return False
             _log.error("the engine ended: %s", error, exc_info=None if isinstance(error, EngineError) else error)
             self._last_cause = str(ours)
+            self._stats = replace(self._stats, running=0, waiting=0, kv_cells_used=0)
             self._deaths.note()
             if not self._host.relaunches or isinstance(error, LoadFailed) or self._deaths.hopeless:
                 # Before any request hears of it: who gets an engine's last events can tell that no more will come.
@@ -206,13 +207,8 @@ class Worker:
         if life is not None:
             life.stop()
             life.close()
-        self._stats_before = replace(
-            self._stats,
-            running=0,
-            waiting=0,
-            kv_cells_used=0,
-            engine_restarts_total=self._stats.engine_restarts_total + 1,
-        )
+        restarts = self._stats.engine_restarts_total + 1
+        self._stats_before = replace(self._stats, engine_restarts_total=restarts)
         self._stats = self._stats_before
         return self._pause()
 

@@ -179,8 +179,7 @@ class Scene:
         """Nothing runs or waits, each accepted request has ended once, and what is held is held by idle residents."""
         wait_until(lambda: self.at_work == (0, 0))
         [engine] = self._engines
-        # A dead engine reports no more: it is asked itself.
-        stats = self.running.worker.stats if engine.failure is None else engine.stats
+        stats = self.running.worker.stats
         wait_until(lambda: (stats().running, stats().waiting) == (0, 0))
         for request_id, events in self.observed.events.items():
             assert self.observed.ends(request_id) == events[-1:], "one terminal event, and nothing after it"
