@@ -10,7 +10,6 @@ What a grammar allows depends on the tokens before, not on the logits, so it is 
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,15 +17,16 @@ from .constrain_protocol import Constrainer
 from .detokenize import TextStream
 from .engine_answer import Answer, speller
 from .engine_batch import batch_of, seq_id_of
+from .engine_check import check_request
 from .engine_drafts import Drafts
 from .engine_embedding import Embedder, check_embedding
 from .engine_guide import begin
+from .engine_options import EngineOptions
 from .engine_scoring import ARRIVALS, Scorer, check_scoring
 from .engine_stopwatch import Stopwatch
 from .errors import (
     BatchInvalid,
     Cancelled,
-    ContextTooLong,
     DecodeAborted,
     DecodeFailed,
     InvalidRequest,
@@ -56,34 +56,6 @@ from .sequence import (
     Work,
 )
 
-# Part of the cache that finished prompts may keep, unless an option says otherwise. Every cell up to the last used one
-# is scanned by every step. Measured with Gemma 3 270M, Q4_K_M and Q8_0, on 2 busy cores (40 steps at each size, taken
-# in turns, medians of the ratios): 1k / 2k / 4k / 8k idle cells slow a step of 16 rows by 2 / 2-5 / 6-8 / 15 %, one of
-# 1 row by 0 / 1 / 3 / 6 %, whatever n_ctx is. A quarter is 2k of the default 8k cells. It pays: an idle token that is
-# found saves 2-4 ms of prefill, and costs 4 us a step of 16 rows, so one use in 500 steps is enough.
-IDLE_SHARE = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """Bounds of one engine.
-
-    A step computes at most `step_tokens` tokens (and never more than the model's `n_batch`) for at most `max_running`
-    sequences. Finished prompts may keep `idle_cells` of the KV cache for others to share (None: a quarter); each of
-    them needs a sequence id too, so load the model with `n_seq_max` ids. An answer that copies its input has at most
-    `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay).
-    """
-
-    step_tokens: int = 512
-    max_running: int = 16
-    idle_cells: int | None = None
-    max_drafts: int | None = 0
-
-    @property
-    def n_seq_max(self) -> int:
-        """Sequence ids the model should be loaded with: the running ones and as many idle prefixes."""
-        return min(2 * self.max_running, 256)
-
 
 class Engine:
     """Continuous batching over one `LlamaLike`; without a `constrainer` it takes no request with a grammar.
@@ -100,10 +72,9 @@ class Engine:
     ) -> None:
         options = options or EngineOptions()
         info = llama.info
-        idle_cells = int(info.n_ctx * IDLE_SHARE) if options.idle_cells is None else options.idle_cells
         self._llama = llama
         self._tokenizer = llama.tokenizer
-        self._ledger = PrefixCache(info.n_ctx, info.n_seq_max, idle_cells)
+        self._ledger = PrefixCache(info.n_ctx, info.n_seq_max, options.idle_bound(info.n_ctx))
         self._scheduler = Scheduler(
             self._ledger,
             step_tokens=min(options.step_tokens, info.n_batch),
@@ -157,7 +128,7 @@ class Engine:
             check_embedding(request, self._llama.info)
             self._embedder.add(request)
             return
-        self._check(request)
+        check_request(request, self._llama.info)
         answer = self._open(request)
         self._answers[request.id] = answer
         self._scheduler.add(answer.sequence)
@@ -327,21 +298,6 @@ class Engine:
             self._n_cached += sequence.n_cached
         self._n_generated += sequence.n_generated - answer.n_counted
         answer.n_counted = sequence.n_generated
-
-    def _check(self, request: Request) -> None:
-        params, info = request.params, self._llama.info
-        if not request.prompt:
-            raise InvalidRequest("the prompt has no tokens", param="prompt")
-        if params.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens must be at least 1, got {params.max_tokens}", param="max_tokens")
-        for token in (*request.prompt, *params.logit_bias):
-            if not 0 <= token < info.n_vocab:
-                raise InvalidRequest(f"token id {token} is not in the vocabulary of {info.n_vocab}")
-        if len(request.prompt) + params.max_tokens > info.n_ctx:
-            raise ContextTooLong(
-                f"{len(request.prompt)} prompt tokens and max_tokens {params.max_tokens} exceed "
-                f"the context of {info.n_ctx} tokens"
-            )
 
     def _edit(self, edits: Iterable[Edit]) -> None:
         for edit in edits:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .constrain import LlGuidance
-from .engine import Engine, EngineOptions
+from .engine import Engine
+from .engine_options import EngineOptions
 from .llama import LoadOptions, load
 from .llama_protocol import ModelInfo
 

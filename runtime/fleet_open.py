@@ -7,7 +7,7 @@ from models.gguf_meta import read_meta
 from models.store import Store, StoredModel
 
 from .config import RuntimeConfig
-from .engine import EngineOptions
+from .engine_options import EngineOptions
 from .errors import LoadFailed
 from .fleet import Fleet, FleetOptions
 from .fleet_model import Host

@@ -10,7 +10,7 @@ from models.store import Store, StoredModel
 from .config import RuntimeConfig, physical_cores
 from .constrain import LlGuidance
 from .constrain_protocol import Constrainer
-from .engine import EngineOptions
+from .engine_options import EngineOptions
 from .engine_recipe import LlamaRecipe
 from .llama import LoadOptions, load_tokenizer
 from .llama_protocol import ModelInfo, TokenizerLike

@@ -20,7 +20,8 @@ import pytest
 
 from runtime.config import RuntimeConfig
 from runtime.constrain import LlGuidance
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.sequence import Batch, Failed
 from tests import serving as serving_module
 from tests.connection import answered, asked

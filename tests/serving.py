@@ -16,7 +16,8 @@ from models.manifest import Manifest
 from models.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.constrain import LlGuidance
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.fleet import Fleet, FleetOptions
 from runtime.fleet_model import Host
 from runtime.memory import Need

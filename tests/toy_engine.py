@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from runtime.constrain import LlGuidance
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.errors import DecodeFailed, LoadFailed
 from runtime.llama_protocol import ModelInfo
 from runtime.sequence import Batch

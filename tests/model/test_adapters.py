@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.errors import LoadFailed
 from runtime.llama import Llama, LoadOptions, load
 from runtime.sequence import Request, SamplingParams

@@ -5,7 +5,8 @@ from itertools import count
 
 import pytest
 
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.llama import Llama
 from runtime.sequence import Event, Request, SamplingParams
 from tests.model.test_engine import agree, ask, ids, run, written

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.llama import Llama
 from runtime.sequence import Batch, Event, Failed, Finished, Request, SamplingParams, TextDelta, TokenLogprob
 

@@ -13,7 +13,8 @@ from runtime.batch import BatchCounts, BatchJob, BatchRun, open_files
 from runtime.batch_answerer import ROUTES, EngineAnswerer, queue_for
 from runtime.batch_input import URLS
 from runtime.constrain import LlGuidance
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.errors import DecodeFailed, EngineDown
 from runtime.prompt import Prompter
 from runtime.served import ServedModel

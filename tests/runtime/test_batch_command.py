@@ -16,7 +16,8 @@ from runtime import batch_command
 from runtime.cli import main
 from runtime.config import RuntimeConfig
 from runtime.constrain import LlGuidance
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.errors import DecodeFailed
 from runtime.prompt import Prompter
 from runtime.sequence import Batch

@@ -16,7 +16,8 @@ from runtime import chat as chat_module
 from runtime.chat import Chat, ChatOptions, Conversation, chat_with, greeting, talk
 from runtime.config import RuntimeConfig
 from runtime.constrain import LlGuidance
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.errors import ContextTooLong, TemplateFailed
 from runtime.prompt import Prompter
 from runtime.served import ServedModel

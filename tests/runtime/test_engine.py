@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.errors import (
     BatchInvalid,
     Cancelled,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.errors import BatchInvalid, DecodeAborted, ModelUnknown
 from runtime.sequence import Failed, Finished, Question, Request, SamplingParams, Scored, Scoring
 from tests.fakes import END_OF_TURN, FakeLlama

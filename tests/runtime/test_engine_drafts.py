@@ -11,9 +11,10 @@ from hypothesis.stateful import initialize
 
 from runtime.constrain import LlGuidance
 from runtime.detokenize import TextStream
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
 from runtime.engine_answer import Answer
 from runtime.engine_drafts import FIRST_LOOK, MAX_DRAFTS, Drafts
+from runtime.engine_options import EngineOptions
 from runtime.errors import BatchInvalid, DecodeAborted, NoKvSlot
 from runtime.prefix import PrefixCache
 from runtime.sampling import Sampler

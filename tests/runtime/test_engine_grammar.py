@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from runtime.constrain import GuidedAnswer, LlGuidance
 from runtime.constrain_protocol import Constraint
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.errors import BatchInvalid, GrammarFailed, InvalidRequest, NoKvSlot
 from runtime.sequence import Event, Failed, Finished, Grammar, Request, SamplingParams, TextDelta
 from tests.fakes import FakeLlama, FakeTokenizer

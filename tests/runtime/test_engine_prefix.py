@@ -2,7 +2,8 @@
 
 import pytest
 
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.sequence import Event, Failed, Finished, Request, SamplingParams
 from tests.fakes import FakeLlama
 from tests.runtime.test_engine import ends, run, text_of

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.engine_scoring import MAX_CHOICES
 from runtime.errors import (
     BatchInvalid,

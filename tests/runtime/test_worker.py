@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from runtime.engine import Engine, EngineOptions
+from runtime.engine import Engine
+from runtime.engine_options import EngineOptions
 from runtime.errors import Cancelled, DecodeFailed, EngineDown, InvalidRequest, Overloaded, ShuttingDown
 from runtime.sequence import Embedded, Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta, Work
 from runtime.worker import Worker
