@@ -1,6 +1,5 @@
 """From a wire body to engine requests, and from events to the wire answer: what server and batch do alike."""
 
-import asyncio
 import secrets
 import time
 from dataclasses import replace
@@ -14,7 +13,7 @@ from .openai import Body, ChatBody, CompletionBody, grammar_of, parse, to_reques
 from .openai_answer import Answer, Call
 from .openai_fields import Kind
 from .prompt import Prompter
-from .worker_stream import Stream
+from .worker_stream import Stream, cancelling
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 
@@ -124,10 +123,7 @@ def _check_ids(body: Body, prompts: list[tuple[int, ...]], n_vocab: int) -> None
 async def fold(call: Call, stream: Stream) -> dict[str, object]:
     """The whole answer of a call. Raises the error of the first choice that failed, and cancels the others."""
     answer = Answer(replace(call, stream=False))
-    try:
+    with cancelling(stream):
         async for event in stream:
             answer.feed(event)
-    except (Exception, asyncio.CancelledError):
-        stream.cancel()
-        raise
     return answer.response()
