@@ -165,8 +165,6 @@ class DecisionBody(_Wire):
 
 def parse_decision(payload: object) -> DecisionBody:
     """The body, checked field by field. Raises InvalidRequest with `param` and the value given."""
-    if not isinstance(payload, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {reprlib.repr(payload)}")
     try:
         body = _Body.model_validate(read_fields(DECISION_FIELDS, payload))
     except ValidationError as error:
