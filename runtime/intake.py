@@ -7,23 +7,18 @@ from typing import Protocol
 
 from .constrain_protocol import Constrainer
 from .errors import InvalidRequest, ModelUnknown
-from .intake_tools import prepare_tools
-from .llama_protocol import ModelInfo, TokenizerLike
+from .intake_tools import Calling, prepare_tools
+from .llama_protocol import ModelInfo
 from .openai import Body, ChatBody, CompletionBody, grammar_of, parse, to_requests, token_limit
 from .openai_answer import Answer, Call
 from .openai_fields import Kind
-from .prompt import Prompter
 from .worker_stream import Stream, cancelling
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 
 
-class Serving(Protocol):
+class Serving(Calling, Protocol):
     """What preparing a request needs of a served model."""
-
-    @property
-    def name(self) -> str:
-        """The name clients call it by."""
 
     @property
     def adapter(self) -> str | None:
@@ -32,14 +27,6 @@ class Serving(Protocol):
     @property
     def fingerprint(self) -> str:
         """What answers with the same seed can be compared under."""
-
-    @property
-    def prompter(self) -> Prompter:
-        """Renders and tokenises."""
-
-    @property
-    def tokenizer(self) -> TokenizerLike:
-        """Its tokenizer."""
 
     @property
     def constrainer(self) -> Constrainer:
