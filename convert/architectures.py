@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from models.gguf_header import Header
+
 from .errors import ArchitectureUnknown
-from .gguf_header import Header
 
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.([a-z_.]+)")
 _DENSE: Mapping[str, str] = {

@@ -11,8 +11,9 @@ from types import TracebackType
 import numpy as np
 from gguf.quants import dequantize
 
+from models.gguf_header import TensorInfo, read_header
+
 from .errors import SourceInvalid
-from .gguf_header import TensorInfo, read_header
 
 SLAB_ELEMENTS = 1 << 22
 
@@ -21,7 +22,7 @@ class Checkpoint:
     """A GGUF file opened for reading; close it, or use it as a context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Map the file and read its header. Raises SourceInvalid (also for one part of a split GGUF)."""
+        """Map the file and read its header. Raises BadGguf, or SourceInvalid for one part of a split GGUF."""
         self.header = read_header(path)
         parts = self.header.fields.get("split.count")
         if parts is not None and parts.value not in {0, 1}:

@@ -1,7 +1,7 @@
 """The errors of `convert`. Each message names the file or tensor, the value found and the one that was needed.
 
 ConvertError
-├── SourceInvalid        the source GGUF is truncated, malformed, split, or of a type that cannot be read
+├── SourceInvalid        the source GGUF is split, or holds weights that cannot be read or written
 ├── ArchitectureUnknown  an adapter cannot be merged into this model family
 ├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
 ├── TemplateInvalid      the chat template beside the adapter cannot be used
@@ -17,7 +17,7 @@ class ConvertError(Exception):
 
 
 class SourceInvalid(ConvertError):
-    """The source GGUF is truncated, malformed, split, or holds a type that cannot be read."""
+    """The source GGUF is split, or holds weights that cannot be read or written."""
 
 
 class ArchitectureUnknown(ConvertError):

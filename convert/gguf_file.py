@@ -12,8 +12,11 @@ from typing import BinaryIO
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from .errors import SourceInvalid, VerifyFailed
-from .gguf_header import MAGIC, Field, TensorInfo, padded, read_header
+from models.errors import BadGguf
+from models.gguf_fields import MAGIC, Field
+from models.gguf_header import TensorInfo, padded, read_header
+
+from .errors import VerifyFailed
 
 _VERSION = 3
 _CHUNK_BYTES = 1 << 20
@@ -95,7 +98,7 @@ def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int]
 
 
 def hash_tensors(path: Path) -> dict[str, str]:
-    """Tensor name -> sha256 of its bytes in the file. Raises SourceInvalid when the file is malformed."""
+    """Tensor name -> sha256 of its bytes in the file. Raises BadGguf when the file is malformed."""
     tensors = read_header(path).tensors
     with path.open("rb") as file:
         return {name: _hash_range(file, tensor) for name, tensor in tensors.items()}
@@ -120,7 +123,7 @@ def _write_tensor(file: BinaryIO, tensor: OutTensor, layout: Layout, rows: Rows,
 def _check(path: Path, hashes: Mapping[str, str]) -> None:
     try:
         found = hash_tensors(path)
-    except SourceInvalid as error:
+    except BadGguf as error:
         raise VerifyFailed(f"what was written cannot be read back: {error}") from error
     for name, expected in hashes.items():
         if found.get(name) != expected:

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from models.gguf_fields import Field
+from models.gguf_header import DEFAULT_ALIGNMENT, Header
 from runtime.errors import EngineError
 from runtime.llama import Llama, LoadOptions, load
 from runtime.llama_prefill import last_logits
 
 from .errors import VerifyFailed
 from .gguf_file import Layout, OutTensor
-from .gguf_header import DEFAULT_ALIGNMENT, Field, Header
 from .lora import Lora
 from .template import TEMPLATE_FIELD, ChatFormat
 from .verify import check_logits, probe

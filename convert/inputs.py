@@ -10,13 +10,13 @@ from pathlib import Path
 from models.catalog import CatalogEntry, load_catalog
 from models.errors import HashMismatch
 from models.files import sha256_file
+from models.gguf_meta import read_meta
 from models.manifest import MANIFEST_FILE, Base, Manifest, read_manifest
 from models.manifest import Adapter as AdapterRecord
 from models.pull import pull
 from models.store import Store, StoredModel, check_name
 
 from .errors import AdapterInvalid, RequestInvalid
-from .gguf_header import read_header
 from .lora import Adapter, read_adapter
 from .progress import Reporter
 from .quantize import DEFAULT_QUANTIZATION, check_quantization
@@ -50,7 +50,7 @@ class Inputs:
 
 
 def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
-    """Find and check what the request names. Raises RequestInvalid, AdapterInvalid, SourceInvalid and ModelErrors."""
+    """Find and check what the request names. Raises RequestInvalid, AdapterInvalid and ModelErrors."""
     quantization = check_quantization(request.quantization or DEFAULT_QUANTIZATION)
     recipe = _recipe(request)
     if request.hot:
@@ -135,9 +135,7 @@ def _origin(stored: StoredModel) -> str:
 def _inherited(stored: StoredModel, *, keeps_task: bool) -> Manifest:
     """Licence and notice come from the source; task, labels and prompt too, unless an adapter changes what it does."""
     if stored.manifest is None:
-        field = read_header(stored.gguf).fields.get("general.license")
-        licence = field.value if field is not None and isinstance(field.value, str) else "unknown"
-        return Manifest(name="source", licence=licence)
+        return Manifest(name="source", licence=read_meta(stored.gguf).text("general.license") or "unknown")
     if keeps_task:
         return stored.manifest.model_copy(update={"quality": ()})
     return Manifest(name="source", licence=stored.manifest.licence, licence_notice=stored.manifest.licence_notice)

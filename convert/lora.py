@@ -13,9 +13,10 @@ from typing import Any, cast
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
+from models.gguf_header import Header
+
 from .architectures import Family
 from .errors import AdapterInvalid
-from .gguf_header import Header
 from .lora_config import LoraConfig, read_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"

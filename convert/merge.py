@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from models.gguf_header import TensorInfo
+
 from .checkpoint import Checkpoint
 from .errors import SourceInvalid
-from .gguf_header import TensorInfo
 from .lora import Lora
 
 

@@ -15,13 +15,14 @@ import numpy as np
 
 from models.card import render_card
 from models.files import check_free, sha256_file, write_atomic
+from models.gguf_fields import Field
+from models.gguf_header import Header, read_header
 from models.manifest import MANIFEST_FILE, Artefact, dump_manifest
 from models.store import Store, StoredModel
 
 from .architectures import family_of
 from .checkpoint import Checkpoint
 from .gguf_file import Layout, OutTensor, write_gguf
-from .gguf_header import Field, Header, read_header
 from .hot import FULL_PRECISION, plan_hot, verify_hot
 from .inputs import ConvertRequest, Inputs, gather
 from .lora import Lora, fit
@@ -48,8 +49,8 @@ class ConversionPlan:
 def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredModel:
     """Make the model the request describes and install it.
 
-    Raises ConvertError for what is wrong with the request, the source or the adapter, ModelError for the store. An
-    error or an interrupt at any time leaves the store as it was.
+    Raises ConvertError for what is wrong with the request, the adapter or the weights, ModelError for the source file
+    and the store. An error or an interrupt at any time leaves the store as it was.
     """
     inputs = gather(request, store, report)
     if request.hot:

@@ -13,8 +13,9 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from models.gguf_header import Header
+
 from .errors import TemplateInvalid
-from .gguf_header import Header
 
 TEMPLATE_FIELD = "tokenizer.chat_template"
 END_OF_TURN_FIELD = "tokenizer.ggml.eot_token_id"

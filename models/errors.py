@@ -3,7 +3,7 @@
 ModelError
 ├── ModelNotFound      no model of that name or path
 ├── BadManifest        model.toml is missing, malformed or contradicts the files beside it
-├── BadGguf            a file is not GGUF, or its head is damaged
+├── BadGguf            a file is not GGUF, its head is damaged, or it lacks a field
 ├── BadCatalog         catalog.toml is malformed
 ├── HashMismatch       a file's sha256 is not the one that was promised
 ├── DownloadFailed     no source could deliver the file
@@ -24,7 +24,7 @@ class BadManifest(ModelError):
 
 
 class BadGguf(ModelError):
-    """A file is not GGUF, or its head is damaged."""
+    """A file is not GGUF, its head is damaged, or it lacks a field that is needed."""
 
 
 class BadCatalog(ModelError):

@@ -1,6 +1,5 @@
 """From a wire body to engine requests, and from events to the wire answer: what server and batch do alike."""
 
-import asyncio
 import secrets
 import time
 from dataclasses import replace
@@ -8,23 +7,18 @@ from typing import Protocol
 
 from .constrain_protocol import Constrainer
 from .errors import InvalidRequest, ModelUnknown
-from .intake_tools import prepare_tools
-from .llama_protocol import ModelInfo, TokenizerLike
+from .intake_tools import Calling, prepare_tools
+from .llama_protocol import ModelInfo
 from .openai import Body, ChatBody, CompletionBody, grammar_of, parse, to_requests, token_limit
 from .openai_answer import Answer, Call
 from .openai_fields import Kind
-from .prompt import Prompter
-from .worker_stream import Stream
+from .worker_stream import Stream, cancelling
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 
 
-class Serving(Protocol):
+class Serving(Calling, Protocol):
     """What preparing a request needs of a served model."""
-
-    @property
-    def name(self) -> str:
-        """The name clients call it by."""
 
     @property
     def adapter(self) -> str | None:
@@ -33,14 +27,6 @@ class Serving(Protocol):
     @property
     def fingerprint(self) -> str:
         """What answers with the same seed can be compared under."""
-
-    @property
-    def prompter(self) -> Prompter:
-        """Renders and tokenises."""
-
-    @property
-    def tokenizer(self) -> TokenizerLike:
-        """Its tokenizer."""
 
     @property
     def constrainer(self) -> Constrainer:
@@ -124,10 +110,7 @@ def _check_ids(body: Body, prompts: list[tuple[int, ...]], n_vocab: int) -> None
 async def fold(call: Call, stream: Stream) -> dict[str, object]:
     """The whole answer of a call. Raises the error of the first choice that failed, and cancels the others."""
     answer = Answer(replace(call, stream=False))
-    try:
+    with cancelling(stream):
         async for event in stream:
             answer.feed(event)
-    except (Exception, asyncio.CancelledError):
-        stream.cancel()
-        raise
     return answer.response()

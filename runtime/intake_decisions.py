@@ -1,6 +1,5 @@
 """From a `/v1/decisions` body to one scoring request, and from its event to the wire answer."""
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +7,13 @@ from typing import Any, Protocol
 
 from models.manifest import Manifest
 
-from .errors import Cancelled, ContextTooLong, InvalidRequest
+from .errors import ContextTooLong, InvalidRequest
 from .intake import Serving, require_model
 from .openai_decisions import Choice, DecisionBody, Question, options, parse_decision, to_decision
 from .prompt_decision import ANSWER_MARK, input_text, question_text
-from .sequence import Failed, Scored, Scoring
 from .sequence import Question as Weighed
-from .worker_stream import Stream
+from .sequence import Scored, Scoring
+from .worker_stream import Stream, only_event
 
 # Of all questions of a call together: bounds the memory of what waits.
 MAX_PROMPT_TOKENS = 1 << 19
@@ -62,16 +61,7 @@ def prepare_decision(payload: object, served: Deciding) -> DecisionCall:
 
 async def fold_decision(call: DecisionCall, stream: Stream) -> dict[str, Any]:
     """The answer of a call. Raises its error if it failed."""
-    try:
-        async for event in stream:
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Scored):
-                return call.response(event)
-    except (Exception, asyncio.CancelledError):
-        stream.cancel()
-        raise
-    raise Cancelled("the stream ended without an answer")
+    return call.response(await only_event(stream, Scored))
 
 
 def _weighed(body: DecisionBody, place: int, served: Deciding) -> Weighed:

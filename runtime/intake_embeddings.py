@@ -5,11 +5,11 @@ import secrets
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .errors import Cancelled, ContextTooLong, InvalidRequest
+from .errors import ContextTooLong, InvalidRequest
 from .intake import Serving, require_model
 from .openai_embeddings import parse_embedding, to_embeddings
-from .sequence import Embedded, Embedding, Failed
-from .worker_stream import Stream
+from .sequence import Embedded, Embedding
+from .worker_stream import Stream, only_event
 
 # Of all inputs of a call together, as OpenAI bounds them.
 MAX_TOKENS = 300_000
@@ -49,16 +49,7 @@ def prepare_embedding(payload: object, served: Serving) -> EmbeddingCall:
 
 async def fold_embedding(call: EmbeddingCall, stream: Stream) -> dict[str, Any]:
     """The answer of a call. Raises its error if it failed."""
-    try:
-        async for event in stream:
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Embedded):
-                return await asyncio.to_thread(call.response, event)
-    except (Exception, asyncio.CancelledError):
-        stream.cancel()
-        raise
-    raise Cancelled("the stream ended without an answer")
+    return await asyncio.to_thread(call.response, await only_event(stream, Embedded))
 
 
 def _tokens(item: str | tuple[int, ...], name: str, served: Serving) -> tuple[int, ...]:

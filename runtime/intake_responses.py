@@ -1,6 +1,5 @@
 """`/v1/responses`: from its body to the engine's request, by way of a chat completion, and from events to the whole."""
 
-import asyncio
 import time
 from typing import Any
 
@@ -8,7 +7,7 @@ from .errors import ContextTooLong, InvalidRequest
 from .intake import Serving, prepare
 from .openai_responses import Origins, parse_response
 from .openai_responses_stream import ResponseAnswer, ResponseCall
-from .worker_stream import Stream
+from .worker_stream import Stream, cancelling
 
 
 def prepare_response(payload: object, served: Serving) -> ResponseCall:
@@ -33,10 +32,7 @@ def _renamed(error: InvalidRequest | ContextTooLong, origins: Origins) -> Invali
 async def fold_response(asked: ResponseCall, stream: Stream) -> dict[str, Any]:
     """The whole response. Raises the error it failed with."""
     answer = ResponseAnswer(asked, time.time)
-    try:
+    with cancelling(stream):
         async for event in stream:
             answer.feed(event)
-    except (Exception, asyncio.CancelledError):
-        stream.cancel()
-        raise
     return answer.response()

@@ -19,7 +19,6 @@ from .llama_adapters import Adapters
 from .llama_batch import BatchArrays, decode_error
 from .llama_embed import EmbedContext, embed_info
 from .llama_handle import AMX_UNUSED, ModelHandle, system_info
-from .llama_log import last_errors
 from .llama_protocol import ModelInfo
 from .llama_tokenizer import Tokenizer
 from .sequence import Batch
@@ -170,12 +169,7 @@ def _new_context(model: ModelHandle, path: Path, options: LoadOptions, n_outputs
     params.kv_unified = True
     params.swa_full = True
     params.offload_kqv = True
-    with last_errors() as errors:
-        context = llama_cpp.llama_init_from_model(model.pointer, params)
-    if not context:
-        reason = "; ".join(errors) or "llama.cpp gives no reason"
-        raise LoadFailed(f"no context of {options.n_ctx} tokens for {str(path)!r}: {reason}")
-    return context
+    return model.context(params, repr(str(path)))
 
 
 def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers: int) -> ModelInfo:

@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp
 
 from .errors import EngineError, LoadFailed
 from .llama_handle import ModelHandle, check_file
-from .llama_log import last_errors
+from .llama_log import last_errors, reason
 
 
 class Adapters:
@@ -48,6 +48,5 @@ def _open(model: ModelHandle, name: str, path: Path) -> Any:
     with last_errors() as errors:
         pointer = llama_cpp.llama_adapter_lora_init(model.pointer, str(path).encode())
     if not pointer:
-        reason = "; ".join(errors) or "llama.cpp gives no reason"
-        raise LoadFailed(f"adapter {name!r} ({str(path)!r}) cannot be loaded: {reason}")
+        raise LoadFailed(f"adapter {name!r} ({str(path)!r}) cannot be loaded: {reason(errors)}")
     return pointer

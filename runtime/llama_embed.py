@@ -13,11 +13,10 @@ from typing import TypedDict, cast
 import numpy as np
 from llama_cpp import llama_cpp
 
-from .errors import BatchInvalid, LoadFailed
+from .errors import BatchInvalid
 from .llama_adapters import Adapters
 from .llama_batch import BatchArrays, decode_error
 from .llama_handle import ModelHandle
-from .llama_log import last_errors
 from .llama_protocol import ModelInfo, Pooling
 from .sequence import Batch
 
@@ -123,9 +122,4 @@ def _new_context(model: ModelHandle, info: ModelInfo, callback: object) -> objec
     params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE
     if callback is not None:
         params.cb_eval = callback
-    with last_errors() as errors:
-        context = llama_cpp.llama_init_from_model(model.pointer, params)
-    if not context:
-        reason = "; ".join(errors) or "llama.cpp gives no reason"
-        raise LoadFailed(f"no context of {params.n_ctx} tokens for embeddings: {reason}")
-    return context
+    return model.context(params, "embeddings")

@@ -9,7 +9,7 @@ from typing import Any
 from llama_cpp import llama_cpp
 
 from .errors import LoadFailed
-from .llama_log import last_errors
+from .llama_log import last_errors, reason
 
 _GGUF_MAGIC = b"GGUF"
 _BUILT_FOR_AMX = "AMX_INT8 = 1"
@@ -32,9 +32,17 @@ class ModelHandle:
             llama_cpp.llama_backend_init()
             self.pointer: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
-            raise LoadFailed(f"{str(path)!r} cannot be loaded: {'; '.join(errors) or 'llama.cpp gives no reason'}")
+            raise LoadFailed(f"{str(path)!r} cannot be loaded: {reason(errors)}")
         # Not at interpreter exit: a thread may still be decoding then, and the process gives the memory back anyway.
         weakref.finalize(self, llama_cpp.llama_model_free, self.pointer).atexit = False
+
+    def context(self, params: Any, purpose: str) -> object:
+        """A new `llama_context` of the model, the caller's to free. Raises LoadFailed with llama.cpp's reason."""
+        with last_errors() as errors:
+            context: object = llama_cpp.llama_init_from_model(self.pointer, params)
+        if not context:
+            raise LoadFailed(f"no context of {params.n_ctx} tokens for {purpose}: {reason(errors)}")
+        return context
 
     def metadata(self) -> dict[str, str]:
         """The file's scalar metadata as text."""

@@ -3,7 +3,7 @@
 import ctypes
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from llama_cpp import llama_cpp
@@ -45,3 +45,8 @@ def last_errors() -> Iterator[deque[str]]:
         yield lines
     finally:
         route_log()
+
+
+def reason(errors: Iterable[str]) -> str:
+    """What `last_errors` gathered, in one line."""
+    return "; ".join(errors) or "llama.cpp gives no reason"

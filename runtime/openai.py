@@ -198,8 +198,6 @@ Body = ChatBody | CompletionBody
 
 def parse(kind: Kind, payload: object) -> Body:
     """The body of a request, checked field by field. Raises InvalidRequest with `param` and the value given."""
-    if not isinstance(payload, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {reprlib.repr(payload)}")
     used = used_fields(kind, payload)
     try:
         body = ChatBody.model_validate(used) if kind == "chat" else CompletionBody.model_validate(used)

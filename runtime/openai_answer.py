@@ -212,6 +212,17 @@ def to_usage(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]
     }
 
 
+def to_input_output_usage(usage: Usage) -> dict[str, Any]:
+    """The token counts of one answer, in the words of `/v1/responses` and `/v1/decisions`."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
 def to_logprobs(call: Call, tokens: Sequence[TokenLogprob], offsets: TextOffsets) -> dict[str, Any] | None:
     """The log-probabilities of some tokens in the call's form, None if they were not asked for."""
     if not call.logprobs:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 
 from .errors import EngineError, InvalidRequest
 from .openai import MAX_MESSAGES, invalid_request
+from .openai_answer import to_input_output_usage
 from .openai_fields import FieldRule, read_fields
 from .sequence import Usage
 
@@ -164,8 +165,6 @@ class DecisionBody(_Wire):
 
 def parse_decision(payload: object) -> DecisionBody:
     """The body, checked field by field. Raises InvalidRequest with `param` and the value given."""
-    if not isinstance(payload, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {reprlib.repr(payload)}")
     try:
         body = _Body.model_validate(read_fields(DECISION_FIELDS, payload))
     except ValidationError as error:
@@ -211,13 +210,7 @@ def to_decision(
     return {
         "answers": [to_answer(question, shares(row)) for question, row in zip(questions, logprobs, strict=True)],
         "model": model,
-        "usage": {
-            "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-            "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        },
+        "usage": to_input_output_usage(usage),
     }
 
 

@@ -67,13 +67,15 @@ def rules(kind: Kind) -> dict[str, FieldRule]:
     return {rule.name: rule for rule in FIELDS if kind in rule.kinds}
 
 
-def used_fields(kind: Kind, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a body is to be read. Raises InvalidRequest for unknown and refused fields, naming them."""
+def used_fields(kind: Kind, payload: object) -> dict[str, Any]:
+    """What of a body is to be read. Raises InvalidRequest if it is no object, and for unknown and refused fields."""
     return read_fields(rules(kind), payload)
 
 
-def read_fields(known: Mapping[str, FieldRule], payload: Mapping[str, Any]) -> dict[str, Any]:
+def read_fields(known: Mapping[str, FieldRule], payload: object) -> dict[str, Any]:
     """As `used_fields`, by the rows of any table."""
+    if not isinstance(payload, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {reprlib.repr(payload)}")
     used = {}
     for name, value in payload.items():
         rule = known.get(name)

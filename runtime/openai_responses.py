@@ -164,8 +164,6 @@ class ResponseBody:
 
 def parse_response(payload: object) -> ResponseBody:
     """The body of `/v1/responses`. Raises InvalidRequest with `param` and the value given."""
-    if not isinstance(payload, dict):
-        raise InvalidRequest("the body must be a JSON object")
     used = read_fields({rule.name: rule for rule in RESPONSE_FIELDS}, payload)
     own = _validated(OwnFields, {name: value for name, value in used.items() if name not in PASSED}, "")
     _check(own)

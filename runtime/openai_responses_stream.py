@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .openai_answer import Call, TextOffsets, call_reader, to_logprobs
+from .openai_answer import Call, TextOffsets, call_reader, to_input_output_usage, to_logprobs
 from .openai_responses import ResponseBody
 from .openai_tool_calls import CallDelta, Told
 from .sequence import Event, Failed, Finished, FinishReason, TextDelta, Usage
@@ -93,7 +93,7 @@ class ResponseAnswer:
             "error": None,
             "incomplete_details": None,
             "output": list(self._output),
-            "usage": None if self._usage is None else to_response_usage(self._usage),
+            "usage": None if self._usage is None else to_input_output_usage(self._usage),
         }
         response |= {
             "instructions": own.instructions,
@@ -189,14 +189,3 @@ class ResponseAnswer:
             events += self._close("completed")
             self._ended = {"status": "completed", "completed_at": int(self._clock_s())}
         return [*events, self._event(f"response.{self._ended['status']}", response=self.response())]
-
-
-def to_response_usage(usage: Usage) -> dict[str, Any]:
-    """The token counts of one answer, in this API's words."""
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }

@@ -6,10 +6,14 @@ the server no memory beyond the answer itself.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
-from typing import Self
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Self, TypeVar
 
-from .sequence import Event, TextDelta
+from .errors import Cancelled
+from .sequence import Event, Failed, TextDelta
+
+AnyEvent = TypeVar("AnyEvent", bound=Event)
 
 
 class Stream:
@@ -55,3 +59,24 @@ def put_all(handed: Iterable[tuple[Stream, Event]]) -> None:
     """Hand many events to their streams at once; on the loop they share."""
     for stream, event in handed:
         stream.put(event)
+
+
+@contextmanager
+def cancelling(stream: Stream) -> Iterator[None]:
+    """Cancel what the stream still waits for if its reader fails or is cancelled."""
+    try:
+        yield
+    except (Exception, asyncio.CancelledError):
+        stream.cancel()
+        raise
+
+
+async def only_event(stream: Stream, kind: type[AnyEvent]) -> AnyEvent:
+    """The one event, a `kind`, of a stream of a single request. Raises the request's error if it failed."""
+    with cancelling(stream):
+        async for event in stream:
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, kind):
+                return event
+    raise Cancelled("the stream ended without an answer")

@@ -11,8 +11,9 @@ import pytest
 
 from convert.architectures import FAMILIES, family_of, interleave_halves
 from convert.errors import AdapterInvalid, ArchitectureUnknown
-from convert.gguf_header import Field, Header, read_header
 from convert.lora import fit, read_adapter
+from models.gguf_fields import Field
+from models.gguf_header import Header, read_header
 from tests.convert.tiny import adapter_tensors, safetensors_bytes, write_adapter, write_model
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -14,9 +14,9 @@ from convert.architectures import FAMILIES
 from convert.checkpoint import Checkpoint
 from convert.errors import SourceInvalid, VerifyFailed
 from convert.gguf_file import Layout, OutTensor, hash_tensors, write_gguf
-from convert.gguf_header import Field
 from convert.lora import Lora, fit, read_adapter
 from convert.merge import half_precision_kind, merged_rows
+from models.gguf_fields import Field
 from tests.convert.tiny import MODULES, N_HEADS, N_KV_HEADS, adapter_tensors, weights, write_adapter, write_model
 
 F16, F32, Q8_0 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0

@@ -22,12 +22,13 @@ from convert.errors import (
 from convert.inputs import ConvertRequest
 from convert.pipeline import convert
 from models.catalog import CatalogEntry
-from models.errors import HashMismatch, ModelError, ModelNotFound, StoreError
+from models.errors import BadGguf, HashMismatch, ModelError, ModelNotFound, StoreError
 from models.files import sha256_file
 from models.manifest import MANIFEST_FILE, Base, Manifest, dump_manifest
 from models.manifest import Adapter as AdapterRecord
 from models.store import Store
 from tests.convert.tiny import END, adapter_tensors, write_adapter, write_model
+from tests.gguf_heads import head
 
 
 class Notes:
@@ -172,6 +173,11 @@ def truncated(tmp_path: Path) -> ConvertRequest:
     return ConvertRequest(str(source), "x")
 
 
+def one_part(tmp_path: Path) -> ConvertRequest:
+    (tmp_path / "b.gguf").write_bytes(head({"split.count": 3}))
+    return ConvertRequest(str(tmp_path / "b.gguf"), "x")
+
+
 REFUSED: dict[str, tuple[Callable[[Path], ConvertRequest], type[Exception], str]] = {
     "no name": (lambda t: ConvertRequest(str(write_model(t / "b.gguf"))), RequestInvalid, "--name is missing"),
     "bad name": (
@@ -184,7 +190,8 @@ REFUSED: dict[str, tuple[Callable[[Path], ConvertRequest], type[Exception], str]
     "no adapter": (lambda t: ConvertRequest(str(write_model(t / "b.gguf")), "x", t / "no"), AdapterInvalid, "no PEFT"),
     "wrong shape": (wrong_shape, AdapterInvalid, "'model.layers.0.self_attn.q_proj'"),
     "family": (unknown_family, ArchitectureUnknown, "'lemma'"),
-    "truncated": (truncated, SourceInvalid, "is truncated"),
+    "truncated": (truncated, BadGguf, "is truncated"),
+    "split": (one_part, SourceInvalid, "one of 3 parts"),
 }
 
 

@@ -9,8 +9,9 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from convert.errors import TemplateInvalid
-from convert.gguf_header import Field, Header, read_header
 from convert.template import choose_format
+from models.gguf_fields import Field
+from models.gguf_header import Header, read_header
 from tests.convert.tiny import END, write_model
 
 

@@ -9,10 +9,10 @@ import pytest
 from gguf.quants import dequantize
 
 from convert.errors import AdapterInvalid
-from convert.gguf_header import read_header
 from convert.inputs import ConvertRequest
 from convert.pipeline import convert
 from convert.progress import LineReporter
+from models.gguf_header import read_header
 from models.store import Store, StoredModel
 from runtime.llama import Llama, LoadOptions, load
 from runtime.llama_prefill import last_logits

@@ -1,0 +1,220 @@
+"""The fields of a GGUF file, its metadata, read strictly: hostile lengths are refused, long arrays only passed over.
+
+`gguf.GGUFReader` makes a numpy view of every vocabulary entry (10 s and 700 MB for 262,144 tokens) and follows lengths
+past the end of the file. Here each length is checked against what the file has left, and a field keeps its bytes: a
+copy repeats them exactly, and what nobody asks for is never decoded.
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BadGguf
+
+MAGIC = b"GGUF"
+MAX_FIELDS = 65_536
+MAX_TENSORS = 65_536
+MAX_KEY_BYTES = 65_535
+
+_UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
+# The other types by their number in the file: u8 i8 u16 i16 u32 i32 f32 bool, then u64 i64 f64.
+_SCALARS: Mapping[int, struct.Struct] = {
+    kind: struct.Struct("<" + code)
+    for kind, code in zip([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], "BbHhIif?Qqd", strict=True)
+}
+_LENGTH = struct.Struct("<Q")
+_ARRAY_HEAD = struct.Struct("<IIQ")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A metadata value: its type and payload as the file has them, already found to be whole."""
+
+    raw: bytes
+
+    @classmethod
+    def string(cls, value: str) -> "Field":
+        """A string field."""
+        encoded = value.encode()
+        return cls(struct.pack("<IQ", _STRING, len(encoded)) + encoded)
+
+    @classmethod
+    def uint32(cls, value: int) -> "Field":
+        """An unsigned 32-bit field."""
+        return cls(struct.pack("<II", _UINT32, value))
+
+    @classmethod
+    def float32(cls, value: float) -> "Field":
+        """A 32-bit floating-point field."""
+        return cls(struct.pack("<If", _FLOAT32, value))
+
+    @property
+    def value(self) -> int | float | str | None:
+        """The number or the text; None for an array."""
+        kind = self._kind
+        if kind == _STRING:
+            return self.raw[4 + _LENGTH.size :].decode(errors="replace")
+        if kind == _ARRAY:
+            return None
+        number: int | float = _SCALARS[kind].unpack_from(self.raw, 4)[0]
+        return number
+
+    @property
+    def length(self) -> int | None:
+        """How many elements the array has; None for what is no array."""
+        return int(_ARRAY_HEAD.unpack_from(self.raw)[2]) if self._kind == _ARRAY else None
+
+    @property
+    def numbers(self) -> tuple[int | float, ...] | None:
+        """The elements of an array of numbers; None for anything else."""
+        kind, length = self._elements
+        if kind is None or kind not in _SCALARS:
+            return None
+        return struct.unpack_from(f"<{length}{_SCALARS[kind].format[1:]}", self.raw, _ARRAY_HEAD.size)
+
+    @property
+    def strings(self) -> list[bytes] | None:
+        """The elements of an array of strings, which need not be UTF-8; None for anything else."""
+        kind, length = self._elements
+        if kind != _STRING:
+            return None
+        found, at = [], _ARRAY_HEAD.size
+        for _ in range(length):
+            start = at + _LENGTH.size
+            at = start + _LENGTH.unpack_from(self.raw, at)[0]
+            found.append(self.raw[start:at])
+        return found
+
+    @property
+    def _kind(self) -> int:
+        return int.from_bytes(self.raw[:4], "little")
+
+    @property
+    def _elements(self) -> tuple[int | None, int]:
+        """The type of an array's elements and how many there are; None and 0 for what is no array."""
+        if self._kind != _ARRAY:
+            return None, 0
+        _, kind, length = _ARRAY_HEAD.unpack_from(self.raw)
+        return kind, length
+
+
+def read_fields(path: Path) -> dict[str, Field]:
+    """Read the fields of the GGUF file at `path`, in its order. Raises BadGguf naming the place and the value."""
+    with open_head(path) as head:
+        return head.fields()[0]
+
+
+@contextmanager
+def open_head(path: Path) -> Iterator["HeadReader"]:
+    """The file at `path`, to be read from its beginning. Raises BadGguf for what cannot be opened."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield HeadReader(path, data)
+    except OSError as error:
+        raise BadGguf(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a file of no bytes cannot be mapped
+        raise BadGguf(f"{str(path)!r} is no GGUF file: {error}") from error
+
+
+class HeadReader:
+    """A cursor over the file that never reads past its end. Whatever is wrong is told as a BadGguf."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.at = 0
+        self._data = data
+
+    @property
+    def size(self) -> int:
+        """The size of the file in bytes."""
+        return len(self._data)
+
+    def fields(self) -> tuple[dict[str, Field], int]:
+        """All fields, and how many tensors follow them."""
+        if self._take(4, "magic") != MAGIC:
+            raise self.bad(f"starts with {self._data[:4]!r}, a GGUF file starts with {MAGIC!r}")
+        version = self.uint32("version")
+        if version not in {2, 3}:
+            raise self.bad(f"has GGUF version {version}; known are 2 and 3 (little-endian)")
+        n_tensors = self._count("tensor count", MAX_TENSORS)
+        fields: dict[str, Field] = {}
+        for _ in range(self._count("field count", MAX_FIELDS)):
+            key = self.name("field name")
+            if key in fields:
+                raise self.bad(f"has the field {key!r} twice")
+            fields[key] = self._field(key)
+        return fields, n_tensors
+
+    def bad(self, what: str) -> BadGguf:
+        """The error that says `what` is wrong with this file."""
+        return BadGguf(f"{str(self.path)!r} {what}")
+
+    def uint32(self, what: str) -> int:
+        """The next four bytes as a number."""
+        return int.from_bytes(self._take(4, what), "little")
+
+    def uint64(self, what: str) -> int:
+        """The next eight bytes as a number."""
+        return int.from_bytes(self._take(8, what), "little")
+
+    def name(self, what: str) -> str:
+        """The next string, which names a field or a tensor."""
+        encoded = self._take(self._count(f"length of a {what}", MAX_KEY_BYTES), what)
+        try:
+            return encoded.decode()
+        except UnicodeDecodeError:
+            raise self.bad(f"has a {what} that is not UTF-8: {encoded[:64]!r}") from None
+
+    def _count(self, what: str, limit: int) -> int:
+        count = self.uint64(what)
+        if count > limit:
+            raise self.bad(f"has {what} {count}, the limit is {limit}")
+        return count
+
+    def _take(self, n_bytes: int, what: str) -> bytes:
+        start = self.at
+        self._skip(n_bytes, what)
+        return self._data[start : self.at]
+
+    def _skip(self, n_bytes: int, what: str) -> None:
+        left = self.size - self.at
+        if n_bytes > left:
+            raise self.bad(f"is truncated or corrupt: {what} at byte {self.at} needs {n_bytes} bytes, {left} are left")
+        self.at += n_bytes
+
+    def _field(self, key: str) -> Field:
+        start = self.at
+        kind = self.uint32(f"type of {key!r}")
+        if kind == _ARRAY:
+            self._skip_array(key)
+        elif kind == _STRING:
+            self._skip(self.uint64(f"length of {key!r}"), repr(key))
+        elif kind in _SCALARS:
+            self._skip(_SCALARS[kind].size, repr(key))
+        else:
+            raise self.bad(f"has the unknown type {kind} for {key!r}")
+        return Field(self._data[start : self.at])
+
+    def _skip_array(self, key: str) -> None:
+        kind = self.uint32(f"element type of {key!r}")
+        count = self.uint64(f"length of {key!r}")
+        if kind in _SCALARS:
+            self._skip(count * _SCALARS[kind].size, f"array {key!r}")
+        elif kind == _STRING:
+            self._skip_strings(key, count)
+        else:
+            raise self.bad(f"has the array {key!r} of type {kind}; known are numbers and strings")
+
+    def _skip_strings(self, key: str, count: int) -> None:
+        at, last, length_at, data = self.at, self.size - _LENGTH.size, _LENGTH.unpack_from, self._data
+        if count * _LENGTH.size > self.size - at:
+            raise self.bad(f"is truncated or corrupt: array {key!r} claims {count} strings")
+        for index in range(count):  # of a vocabulary, hundreds of thousands
+            if at > last:
+                raise self.bad(f"is truncated or corrupt: string {index} of {count} in array {key!r} is past its end")
+            at += _LENGTH.size + length_at(data, at)[0]
+        self._skip(at - self.at, f"array {key!r}")

@@ -1,0 +1,130 @@
+"""The head of a GGUF file, read strictly: its fields, and where each tensor lies."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from .errors import BadGguf
+from .gguf_fields import Field, HeadReader, open_head
+
+DEFAULT_ALIGNMENT = 32
+MAX_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in the file, `offset` bytes from its start. `shape` is numpy's order, rows first: (…, n_out, n_in)."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything of a GGUF file but the weights."""
+
+    path: Path
+    fields: Mapping[str, Field]
+    tensors: Mapping[str, TensorInfo]
+    alignment: int
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`; BadGguf when the file does not say."""
+        return self.text("general.architecture")
+
+    def text(self, key: str) -> str:
+        """A string field; BadGguf when it is missing or no string."""
+        field = self.fields.get(key)
+        if field is None or not isinstance(field.value, str):
+            raise BadGguf(f"{str(self.path)!r} has no text field {key!r}")
+        return field.value
+
+    def integer(self, key: str) -> int:
+        """An integer field; BadGguf when it is missing or no integer."""
+        field = self.fields.get(key)
+        if field is None or not isinstance(field.value, int):
+            raise BadGguf(f"{str(self.path)!r} has no integer field {key!r}")
+        return field.value
+
+    @cached_property
+    def vocabulary(self) -> Mapping[bytes, int]:
+        """Token bytes as the vocabulary spells them -> token id (the first, where one is listed twice)."""
+        field = self.fields.get("tokenizer.ggml.tokens")
+        tokens = (field.strings or []) if field is not None else []
+        return {token: index for index, token in reversed(list(enumerate(tokens)))}
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the head of the GGUF file at `path`. Raises BadGguf naming the place and the value."""
+    with open_head(path) as head:
+        fields, n_tensors = head.fields()
+        alignment = _alignment(head, fields)
+        return Header(path, fields, _tensors(head, n_tensors, alignment), alignment)
+
+
+def _alignment(head: HeadReader, fields: Mapping[str, Field]) -> int:
+    field = fields.get("general.alignment")
+    alignment = DEFAULT_ALIGNMENT if field is None else field.value
+    if not isinstance(alignment, int) or not 8 <= alignment <= 65_536 or alignment & (alignment - 1):
+        raise head.bad(f"has alignment {alignment!r}; it must be a power of two between 8 and 65536")
+    return alignment
+
+
+def _tensors(head: HeadReader, count: int, alignment: int) -> dict[str, TensorInfo]:
+    relative: dict[str, TensorInfo] = {}
+    expected = 0
+    for _ in range(count):
+        tensor = _tensor(head)
+        if tensor.name in relative:
+            raise head.bad(f"has the tensor {tensor.name!r} twice")
+        if tensor.offset != expected:
+            raise head.bad(f"has tensor {tensor.name!r} at offset {tensor.offset}, expected {expected}")
+        relative[tensor.name] = tensor
+        expected = padded(expected + tensor.n_bytes, alignment)
+    start = padded(head.at, alignment)
+    for tensor in relative.values():
+        if start + tensor.offset + tensor.n_bytes > head.size:
+            raise head.bad(
+                f"is truncated: tensor {tensor.name!r} ends at byte {start + tensor.offset + tensor.n_bytes}, "
+                f"the file has {head.size}"
+            )
+    return {
+        name: TensorInfo(name, tensor.shape, tensor.kind, start + tensor.offset, tensor.n_bytes)
+        for name, tensor in relative.items()
+    }
+
+
+def _tensor(head: HeadReader) -> TensorInfo:
+    name = head.name("tensor name")
+    n_dimensions = head.uint32(f"dimensions of {name!r}")
+    if not 1 <= n_dimensions <= MAX_DIMENSIONS:
+        raise head.bad(f"has tensor {name!r} with {n_dimensions} dimensions, allowed are 1 to {MAX_DIMENSIONS}")
+    shape = tuple(head.uint64(f"shape of {name!r}") for _ in range(n_dimensions))[::-1]
+    number = head.uint32(f"type of {name!r}")
+    offset = head.uint64(f"offset of {name!r}")
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        raise head.bad(f"has tensor {name!r} of unknown type {number}") from None
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if min(shape) < 1 or shape[-1] % block:
+        raise head.bad(f"has tensor {name!r} of shape {shape}; rows of {kind.name} come in multiples of {block}")
+    return TensorInfo(name, shape, kind, offset, prod(shape) // block * block_bytes)
+
+
+def padded(n_bytes: int, alignment: int) -> int:
+    """`n_bytes` rounded up to a multiple of `alignment`."""
+    return -(-n_bytes // alignment) * alignment
