@@ -206,9 +206,8 @@ def test_a_request_that_kills_every_engine_is_tried_twice_and_then_fails(tmp_pat
     async def work() -> None:
         for name in ("poison", "more poison"):
             assert isinstance(error(await collect(worker.submit(request(name, "P"))), name), EngineDied)
-        assert worker.restarts == len(recipe.pids) - 1
         await require_healthy(worker)
-        assert len(recipe.pids) == 5
+        assert (worker.restarts, len(recipe.pids)) == (4, 5)
 
     with processing(recipe) as worker:
         run(work)
