@@ -158,7 +158,7 @@ def llama_cpp_state() -> tuple[str, bool, str]:
 
 
 def _slow_amx(backend: str) -> str:
-    return ": no compiler is trusted with AMX unseen; `make rebuild` mends it" if "AMX unused" in backend else ""
+    return ": compiled without the mend for AMX; `make rebuild` puts it in" if "AMX unused" in backend else ""
 
 
 def _installed(store: Store) -> tuple[list[StoredModel], list[Check]]:

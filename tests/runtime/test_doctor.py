@@ -73,6 +73,16 @@ def test_a_damaged_model_is_named_with_its_fix(home: Path, install: Install) -> 
     assert "deskside models remove broken" in failed(examine(Store(home)))["model broken"]
 
 
+@pytest.mark.parametrize(("backend", "told"), [("CPU (AVX2, AMX unused)", True), ("CPU (AVX2, AMX_INT8)", False)])
+def test_amx_that_lies_idle_is_told_with_the_fix(
+    home: Path, monkeypatch: pytest.MonkeyPatch, backend: str, told: bool
+) -> None:
+    monkeypatch.setattr(doctor, "llama_cpp_state", lambda: (backend, False, ""))
+    [check] = [check for check in examine(Store(home)).checks if check.name == "llama.cpp"]
+    assert check.ok
+    assert ("make rebuild" in check.detail) is told
+
+
 def test_a_llama_cpp_that_cannot_be_loaded_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "llama_cpp_state", lambda: ("unknown", False, "no such library"))
     report = examine(Store(home))
