@@ -22,6 +22,7 @@ class OpenAiClient:
     """Streams one completion per call from `base_url` (`…/v1`), and keeps when each chunk arrived.
 
     `body` is merged over every request; a null in it removes the field. The key is sent, and never kept in a sample.
+    Without `keep_alive` each request has a connection of its own.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class OpenAiClient:
         key: str | None = None,
         body: Mapping[str, Any] | None = None,
         timeout_s: float = 300.0,
+        keep_alive: bool = True,
         clock: Callable[[], float],
     ) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if keep_alive else 0)
         self._http = httpx.AsyncClient(headers=headers, timeout=timeout_s, limits=limits, trust_env=False)
         self._base_url = base_url.rstrip("/")
         self._model = model

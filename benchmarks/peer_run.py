@@ -21,7 +21,7 @@ from .local import Running
 from .machine import load_average
 from .peer_record import Pass, PeerRun, Server, save_peer_run
 from .peer_servers import ServerPlan
-from .peer_tasks import DESKSIDE, FEW_SHOT, LABEL, Task, asking
+from .peer_tasks import DESKSIDE, FEW_SHOT, HOP, LABEL, Task, asking
 from .record import Sample
 from .workload import Example, Prompt
 
@@ -29,6 +29,8 @@ Progress = Callable[[str, int, int], None]
 Slices = Mapping[tuple[str, str], Sequence[Sequence[Example]]]
 SLOW_SHARE = 3
 TIMEOUT_S = 1800.0
+# A burst of 200 keeps llama-server busy for eleven minutes, and is long enough to be steady.
+COLD_REPETITIONS = 2
 COUNTERS = ("deskside_step_seconds_total", "deskside_decode_seconds_total", "deskside_steps_total")
 
 
@@ -105,7 +107,8 @@ def run_stage(stage: Stage, comparison: Comparison, recorder: Recorder, progress
 
 def turns(stage: Stage, comparison: Comparison) -> Iterator[Turn]:
     """Every pass of a stage in its order: repetition by repetition, task by task, the servers to and fro."""
-    for repetition in range(comparison.repetitions):
+    repetitions = min(comparison.repetitions, COLD_REPETITIONS) if stage.cold else comparison.repetitions
+    for repetition in range(repetitions):
         for task, names in stage.work:
             for number, way in enumerate(task.ways):
                 order = stage.servers if (repetition + number) % 2 == 0 else tuple(reversed(stage.servers))
@@ -171,7 +174,11 @@ async def _ask_all(
     def clock() -> float:
         return time.perf_counter() - origin
 
-    client = OpenAiClient(address, _served_name(address), timeout_s=TIMEOUT_S, clock=clock)
+    # A server may close a kept connection just as the next request is sent on it: llama-server's does. One connection
+    # for each request costs every server the same; only where our own hop is measured, a client of one keeps its own.
+    client = OpenAiClient(
+        address, _served_name(address), timeout_s=TIMEOUT_S, keep_alive=turn.task.name == HOP, clock=clock
+    )
     send = {"chat": client.chat, "completions": client.complete, "decisions": client.decide}[endpoint]
 
     async def ask(example: Example, scheduled: float) -> Sample:

@@ -13,7 +13,9 @@ STAGES = ("fine-tune", "base", "cold", "offline")
 class PeerSettings(Noun):
     """What a comparison can be told. `quick` changes the defaults that make it long."""
 
-    repetitions: int = Field(default=3, ge=2, description="Times each pass is repeated, in alternating order.")
+    repetitions: int = Field(
+        default=3, ge=2, description="Times each pass is repeated, in alternating order (a burst: at most 2)."
+    )
     requests: int = Field(default=48, ge=2, description="Mails labelled in one pass by 16 clients.")
     reply_requests: int = Field(default=24, ge=2, description="64-token replies in one pass by 16 clients.")
     burst: int = Field(default=200, ge=2, description="Mails sent at once to a cold server.")

@@ -36,6 +36,10 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         self._data.close()
 
     def slabs(self, tensor: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:

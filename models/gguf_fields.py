@@ -8,7 +8,7 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ MAX_FIELDS = 65_536
 MAX_TENSORS = 65_536
 MAX_KEY_BYTES = 65_535
 
-_UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 # The other types by their number in the file: u8 i8 u16 i16 u32 i32 f32 bool, then u64 i64 f64.
 _SCALARS: Mapping[int, struct.Struct] = {
     kind: struct.Struct("<" + code)
@@ -51,6 +51,32 @@ class Field:
     def float32(cls, value: float) -> "Field":
         """A 32-bit floating-point field."""
         return cls(struct.pack("<If", _FLOAT32, value))
+
+    @classmethod
+    def boolean(cls, value: bool) -> "Field":
+        """A truth value."""
+        return cls(struct.pack("<I?", _BOOL, value))
+
+    @classmethod
+    def string_array(cls, values: Sequence[bytes]) -> "Field":
+        """An array of strings, which need not be UTF-8."""
+        head = _ARRAY_HEAD.pack(_ARRAY, _STRING, len(values))
+        return cls(head + b"".join(_LENGTH.pack(len(value)) + value for value in values))
+
+    @classmethod
+    def float32_array(cls, values: Sequence[float]) -> "Field":
+        """An array of 32-bit floating-point numbers."""
+        return cls(_ARRAY_HEAD.pack(_ARRAY, _FLOAT32, len(values)) + struct.pack(f"<{len(values)}f", *values))
+
+    @classmethod
+    def int32_array(cls, values: Sequence[int]) -> "Field":
+        """An array of signed 32-bit numbers."""
+        return cls(_ARRAY_HEAD.pack(_ARRAY, _INT32, len(values)) + struct.pack(f"<{len(values)}i", *values))
+
+    @classmethod
+    def boolean_array(cls, values: Sequence[bool]) -> "Field":
+        """An array of truth values."""
+        return cls(_ARRAY_HEAD.pack(_ARRAY, _BOOL, len(values)) + struct.pack(f"<{len(values)}?", *values))
 
     @property
     def value(self) -> int | float | str | None:

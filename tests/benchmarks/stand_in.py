@@ -15,7 +15,7 @@ App = Callable[[MutableMapping[str, Any], Any, Send], Awaitable[None]]
 
 
 class StandIn:
-    """Answers every prompt with `answer(prompt)`, one chunk a character; keeps the bodies it was sent.
+    """Answers every prompt with `answer(prompt)`, one chunk a character; keeps the bodies and where they came from.
 
     A prompt that holds one of these words gets that fault: `HTTP500`, `DROP` (the connection breaks mid-stream),
     `ERROREVENT`, `NOFINISH`, `GARBAGE`.
@@ -26,6 +26,7 @@ class StandIn:
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.headers: list[dict[bytes, bytes]] = []
+        self.clients: list[tuple[str, int]] = []
         self.gets = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Send) -> None:
@@ -40,6 +41,7 @@ class StandIn:
         self.bodies.append(request)
         self.paths.append(scope["path"])
         self.headers.append(dict(scope["headers"]))
+        self.clients.append(tuple(scope["client"]))
         if scope["path"].endswith("/decisions"):
             await self._decide(str(request["input"]), send)
             return

@@ -45,6 +45,21 @@ def test_an_answer_is_timed_and_counted(chat: bool) -> None:
     assert "secret" not in sample.model_dump_json()
 
 
+@pytest.mark.parametrize("keep_alive", [True, False])
+def test_a_connection_is_kept_or_not(keep_alive: bool) -> None:
+    app = StandIn(lambda _: "spam")
+
+    async def twice(url: str) -> None:
+        client = OpenAiClient(url, "m", timeout_s=20, keep_alive=keep_alive, clock=lambda: 0.0)
+        for _ in range(2):
+            assert (await client.chat(Example("id", "Buy", "spam"), "Buy", 0.0)).error is None
+        await client.close()
+
+    with running(app) as url:
+        asyncio.run(twice(url))
+    assert len(set(app.clients)) == (1 if keep_alive else 2)
+
+
 def test_the_body_is_streamed_with_usage_and_can_be_overridden() -> None:
     app = StandIn(lambda _: "x")
     with running(app) as url:

@@ -11,7 +11,7 @@ from benchmarks.cli import create_app
 from benchmarks.errors import ServerFailed
 from benchmarks.local import Running
 from benchmarks.peer_record import load_peer_run
-from benchmarks.peer_run import Comparison, Recorder, Stage, run_stage
+from benchmarks.peer_run import Comparison, Recorder, Stage, run_stage, turns
 from benchmarks.peer_servers import ServerPlan
 from benchmarks.peer_tasks import BURST, COMPLETION, DECISIONS, DESKSIDE, LABEL, LLAMA_SERVER, deal, tasks
 from benchmarks.workload import Example, Prompt
@@ -80,6 +80,12 @@ def test_a_cold_server_is_started_for_each_pass(both: Both, tmp_path: Path) -> N
     run_stage(both.stage(BURST, cold=True), comparison(BURST, out), recorder, lambda *_: None)
     assert [server.name for server in recorder.run.servers] == ["deskside, Q8_0", "peer", "peer", "deskside, Q8_0"]
     assert {(made.task, made.way, made.users) for made in recorder.run.passes} == {(BURST, COMPLETION, 8)}
+
+
+def test_a_cold_burst_is_repeated_at_most_twice(both: Both) -> None:
+    many = Comparison({}, LABELS, 5, Path("out.json"))
+    assert [turn.repetition for turn in turns(both.stage(BURST, cold=True), many)] == [0, 0, 1, 1]
+    assert {turn.repetition for turn in turns(both.stage(LABEL), many)} == {0, 1, 2, 3, 4}
 
 
 def test_a_server_that_fails_its_warm_up_stops_the_run(both: Both, tmp_path: Path) -> None:

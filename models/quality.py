@@ -1,0 +1,134 @@
+"""`quality.json`: what quantizing (and trimming) lost and gained, candidate by candidate, and which was picked and why.
+
+Everything is measured against the half-precision file of the same conversion, on held-out examples, on one machine.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import BadManifest
+from .files import write_atomic
+
+QUALITY_FILE = "quality.json"
+
+Work = Literal["classify", "write"]
+Verdict = Literal["chosen", "within budget", "over budget", "undoes the fine-tune", "failed"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Loss(_Part):
+    """The next-token distributions beside the reference's, over `positions` rows of logits.
+
+    KL divergence in nats, reference first. `top1_agreement`: share of positions with the same likeliest token.
+    `perplexity_ratio`: on the examples' own answers, the candidate's over the reference's.
+    """
+
+    positions: int
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: Share
+    perplexity_ratio: float
+
+
+class Answers(_Part):
+    """The answers to the held-out examples. `flips`: answers that differ from the reference's.
+
+    `difference_low` … `difference_high`: 95 % interval of the paired accuracy difference, this less the reference's
+    (Newcombe); `p_value`: exact McNemar.
+    """
+
+    total: Annotated[int, Field(gt=0)]
+    correct: Annotated[int, Field(ge=0)]
+    flips: Annotated[int, Field(ge=0)]
+    difference_low: float
+    difference_high: float
+    p_value: Share
+
+
+class Speed(_Part):
+    """Measured on this machine. `decode_tokens_per_s`: by number of sequences that decode together."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: dict[int, float]
+    peak_memory_bytes: int
+
+
+class Candidate(_Part):
+    """One file that was made and measured. `score_per_s`: what the pick compares, examples a second for the work."""
+
+    name: str
+    file: str
+    size_bytes: Annotated[int, Field(gt=0)]
+    sha256: str
+    imatrix: bool = False
+    overrides: tuple[str, ...] = ()
+    loss: Loss | None = None
+    answers: Answers | None = None
+    speed: Speed | None = None
+    score_per_s: float | None = None
+    verdict: Verdict
+    reason: str = ""
+
+
+class Budget(_Part):
+    """What a candidate may lose at most. Accuracy may not be lower at 95 % on the paired test."""
+
+    kl_mean: float = 0.02
+    flips: float = 0.02
+
+
+class Trim(_Part):
+    """A vocabulary that was cut. Coverage is of the held-out texts, in the untrimmed vocabulary's tokens."""
+
+    tokens_before: int
+    tokens_after: int
+    covered_tokens: Share
+    covered_examples: Share
+    greedy_agreement: Share | None = None
+
+
+class Quality(_Part):
+    """The whole report. `noise`: the reference against itself in another batch shape; nothing below it means anything.
+
+    `base_distance` tells how far the fine-tune lies from its base, where there is a base to compare with.
+    """
+
+    schema_version: Literal[1] = 1
+    work: Work
+    budget: Budget
+    machine: str
+    examples_file: str
+    examples_sha256: str
+    calibration_examples: int
+    held_out_examples: int
+    noise: Loss | None
+    noise_flips: int | None
+    base_distance: Loss | None = None
+    trim: Trim | None = None
+    candidates: tuple[Candidate, ...]
+    chosen: str
+    overruled: bool = False
+
+
+def read_quality(folder: Path) -> Quality:
+    """Read a model folder's `quality.json`. Raises BadManifest naming the file and the field."""
+    file = folder / QUALITY_FILE
+    try:
+        return Quality.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadManifest(f"{str(file)!r} cannot be read: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "quality"
+        raise BadManifest(f"{str(file)!r}: {field}: {first['msg']}") from error
+
+
+def write_quality(folder: Path, quality: Quality) -> None:
+    """Write `quality.json`, whole or not at all."""
+    write_atomic(folder / QUALITY_FILE, quality.model_dump_json(indent=2) + "\n")
