@@ -25,7 +25,7 @@ _LOST_FILES = ("vocab.json", "tekken.json", "vocab.txt", "spiece.model")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF says of its tokens: `fields` are all of tokenizer.*, `size` is the number of tokens, padding included.
+    """What a GGUF says of its tokens: `fields` are all of tokenizer.*, `size` counts tokens, padding included.
 
     `name_part` must stand in `general.name` if it is not empty: llama.cpp tells a family's habits by it.
     """
@@ -37,7 +37,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> Vocabulary:
-    """The vocabulary of the checkpoint in `folder`, whose config.json is `config` and whose embedding has `n_rows` rows.
+    """The vocabulary of the checkpoint in `folder`: `config` is its config.json, `n_rows` the rows of its embedding.
 
     Raises TokenizerInvalid naming the file and what is wrong with it, or what llama.cpp cannot repeat; TemplateInvalid.
     """
@@ -55,7 +55,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> Voc
     )
     special = special_fields(raw, listed, _mark(chat, listed), sentence=pieces.model != "gpt2")
     strips = _name_that_strips(pieces.added, listed)
-    fields = _token_fields(pieces, listed) | special.fields | _chat_fields(chat)
+    fields = {**_token_fields(pieces, listed), **special.fields, **_chat_fields(chat)}
     told = chat.warnings if chat is not None else ("the folder has no chat template",)
     odd = () if strips else _odd_flags(pieces.added)
     return Vocabulary(fields, len(listed), (*pieces.warnings, *_nfc(pieces), *odd, *special.warnings, *told), strips)
@@ -101,7 +101,7 @@ def _mark(chat: ChatFormat | None, listed: Sequence[Piece]) -> str | None:
 
 
 def _nfc(pieces: Pieces) -> tuple[str, ...]:
-    note = "the tokenizer composes Unicode (NFC) first and llama.cpp does not: text that is not composed comes out as other tokens"
+    note = "the tokenizer composes Unicode (NFC) first and llama.cpp does not: send text that is composed"
     return (note,) if pieces.nfc else ()
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import TokenizerInvalid
 
@@ -51,6 +51,6 @@ def entries(parent: object, key: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def is_id(value: object) -> bool:
+def is_id(value: object) -> TypeGuard[int]:
     """Whether `value` can be a token id."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -90,9 +90,9 @@ def _unigram(
             raise TokenizerInvalid(f"{source}: token {index} is {entry!r:.80}, a text and a score are needed")
         by_id[index] = Piece(entry[0], score=float(entry[1]))
     unknown = model.get("unk_id")
-    unknown_text = by_id[unknown].text if is_id(unknown) and unknown in by_id else None
-    if unknown_text is None:
+    if not is_id(unknown) or unknown not in by_id:
         raise TokenizerInvalid(f"{source} names no token for the unknown (unk_id is {unknown!r})")
+    unknown_text = by_id[unknown].text
     by_id[unknown] = Piece(unknown_text, Kind.UNKNOWN, by_id[unknown].score)
     by_id |= _added_pieces(by_id, added, unknown_text, _ADDED_SCORE, source)
     spacing = sentence_spacing(raw, source, splits=True, answers_chats=answers_chats)
@@ -189,9 +189,8 @@ def _added_pieces(
 ) -> dict[int, Piece]:
     for token in added:
         if token.id in by_id and by_id[token.id].text != token.text:
-            raise TokenizerInvalid(
-                f"{source} gives the id {token.id} to {by_id[token.id].text[:64]!r} and to the added {token.text[:64]!r}"
-            )
+            texts = f"{by_id[token.id].text[:64]!r} and to the added {token.text[:64]!r}"
+            raise TokenizerInvalid(f"{source} gives the id {token.id} to {texts}")
     pieces = {token.id: added_piece(token, score, unknown=token.text == unknown) for token in added}
     known = {piece.text: index for index, piece in by_id.items()}
     if isinstance(unknown, str) and unknown in known:

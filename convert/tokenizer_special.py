@@ -16,9 +16,30 @@ from .tokenizer_pieces import Kind, Piece
 
 # What llama.cpp takes for an end by its text, whatever the file says (src/llama-vocab.cpp).
 ENDS_BY_TEXT = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> "
-    "<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
-    "<｜end▁of▁sentence｜> [e~[".split()
+    {
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+        "[e~[",
+    }
 )
 _ADDS_BOS_UNASKED = ("Llama", "CodeLlama", "Gemma")
 # llama.cpp's own guesses where the file says nothing, by tokenizer.ggml.model: wrong ones are worse than none.
@@ -54,7 +75,7 @@ def special_fields(folder: Folder, pieces: Sequence[Piece], end_of_turn: str | N
     ends = _ends(folder, ids, len(pieces))
     warnings: list[str] = []
     if sentence and "unk" not in roles:
-        roles |= {"unk": index for index, piece in enumerate(pieces) if piece.kind is Kind.UNKNOWN}
+        roles |= [("unk", index) for index, piece in enumerate(pieces) if piece.kind is Kind.UNKNOWN][:1]
     places, homeless = _places(ends, pieces, ids.get(end_of_turn or ""))
     if homeless:
         texts = ", ".join(repr(pieces[index].text) for index in homeless)
