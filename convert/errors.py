@@ -6,6 +6,8 @@ ConvertError
 ├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
 ├── TokenizerInvalid     the tokenizer is missing, malformed, or nothing that llama.cpp can repeat
 ├── TemplateInvalid      the chat template beside the adapter cannot be used
+├── ImatrixFailed        no importance matrix could be collected
+├── ImatrixInvalid       an importance matrix is damaged, or was collected on another model
 ├── QuantizeFailed       llama.cpp could not quantize
 ├── VerifyFailed         what was written is not what was meant, or does not run
 └── RequestInvalid       the options contradict each other or lack a name
@@ -35,6 +37,14 @@ class TokenizerInvalid(ConvertError):
 
 class TemplateInvalid(ConvertError):
     """The chat template beside the adapter cannot be used."""
+
+
+class ImatrixFailed(ConvertError):
+    """No importance matrix could be collected."""
+
+
+class ImatrixInvalid(ConvertError):
+    """An importance matrix is damaged, or it was collected on another model."""
 
 
 class QuantizeFailed(ConvertError):

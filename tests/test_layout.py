@@ -14,7 +14,7 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 BETWEEN = {
     "models": set[str](),
     "runtime": {"models"},
-    "convert": {"models", "runtime.llama", "runtime.errors"},
+    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},
     "benchmarks": {"models"},
 }
 # This one measures the engine without HTTP, in a process of its own.
@@ -53,7 +53,7 @@ ONLY_NOUNS = {"openai": {"sequence", "errors"}, "scheduler": {"sequence", "prefi
 # foreign library -> the only modules that may import it
 DOORS = {
     # The peer script runs in the peers' own venv, never in Deskside's process.
-    "llama_cpp": {"runtime.llama", "convert.quantize", "benchmarks.peer_llama_cpp"},
+    "llama_cpp": {"runtime.llama", "convert.quantize", "convert.imatrix_collect", "benchmarks.peer_llama_cpp"},
     "xllamacpp": {"benchmarks.peer_xllamacpp"},
     "ctranslate2": {"benchmarks.peer_ctranslate2"},
     "llguidance": {"runtime.constrain"},
