@@ -5,6 +5,7 @@ ConvertError
 ├── ArchitectureUnknown  an adapter cannot be merged into this model family
 ├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
 ├── TemplateInvalid      the chat template beside the adapter cannot be used
+├── TrimImpossible       the vocabulary cannot be cut: its kind, what it lacks, or that it was cut before
 ├── QuantizeFailed       llama.cpp could not quantize
 ├── VerifyFailed         what was written is not what was meant, or does not run
 └── RequestInvalid       the options contradict each other or lack a name
@@ -30,6 +31,10 @@ class AdapterInvalid(ConvertError):
 
 class TemplateInvalid(ConvertError):
     """The chat template beside the adapter cannot be used."""
+
+
+class TrimImpossible(ConvertError):
+    """The vocabulary cannot be cut: its kind, what it lacks, or that it was cut before."""
 
 
 class QuantizeFailed(ConvertError):
