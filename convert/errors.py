@@ -8,6 +8,7 @@ ConvertError
 ├── TemplateInvalid      the chat template beside the adapter cannot be used
 ├── ImatrixFailed        no importance matrix could be collected
 ├── ImatrixInvalid       an importance matrix is damaged, or was collected on another model
+├── TrimImpossible       the vocabulary cannot be cut: its kind, what it lacks, or that it was cut before
 ├── QuantizeFailed       llama.cpp could not quantize
 ├── VerifyFailed         what was written is not what was meant, or does not run
 └── RequestInvalid       the options contradict each other or lack a name
@@ -45,6 +46,8 @@ class ImatrixFailed(ConvertError):
 
 class ImatrixInvalid(ConvertError):
     """An importance matrix is damaged, or it was collected on another model."""
+class TrimImpossible(ConvertError):
+    """The vocabulary cannot be cut: its kind, what it lacks, or that it was cut before."""
 
 
 class QuantizeFailed(ConvertError):
