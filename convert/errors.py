@@ -46,6 +46,8 @@ class ImatrixFailed(ConvertError):
 
 class ImatrixInvalid(ConvertError):
     """An importance matrix is damaged, or it was collected on another model."""
+
+
 class TrimImpossible(ConvertError):
     """The vocabulary cannot be cut: its kind, what it lacks, or that it was cut before."""
 
