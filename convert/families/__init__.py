@@ -3,19 +3,19 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from .base import Family
 from .gemma2 import Gemma2
 from .gemma3 import Gemma3
 from .granite import Granite
 from .llama import Llama
 from .mistral import Mistral
-from .names import Names
 from .olmo2 import Olmo2
 from .phi3 import Phi3
 from .qwen2 import Qwen2
 from .qwen3 import Qwen3
 from .stablelm import StableLm
 
-BY_CLASS: Mapping[str, Names] = MappingProxyType(
+BY_CLASS: Mapping[str, Family] = MappingProxyType(
     {
         "LlamaForCausalLM": Llama(),
         "MistralForCausalLM": Mistral(),
@@ -32,7 +32,7 @@ BY_CLASS: Mapping[str, Names] = MappingProxyType(
 )
 """A class of transformers, as `architectures` in config.json has it -> the family."""
 
-BY_ARCHITECTURE: Mapping[str, Names] = MappingProxyType(
-    {family.architecture: family for family in reversed(BY_CLASS.values())}
+BY_ARCHITECTURE: Mapping[str, Family] = MappingProxyType(
+    {family.architecture: family for family in reversed(tuple(BY_CLASS.values()))}
 )
 """`general.architecture` of a GGUF -> the family; Mistral's files say "llama"."""
