@@ -48,6 +48,11 @@ class Field:
         return cls(struct.pack("<II", _UINT32, value))
 
     @classmethod
+    def int32(cls, value: int) -> "Field":
+        """A signed 32-bit field."""
+        return cls(struct.pack("<Ii", _INT32, value))
+
+    @classmethod
     def float32(cls, value: float) -> "Field":
         """A 32-bit floating-point field."""
         return cls(struct.pack("<If", _FLOAT32, value))
