@@ -60,7 +60,7 @@ class TrimPlan:
 def plan_trim(
     header: Header, texts: Iterable[str], keep: int = DEFAULT_KEEP, *, template: str | None = None
 ) -> TrimPlan:
-    """Choose the tokens that stay: at most `keep` in all, and a multiple of `ROWS` unless more are needed than that.
+    """Choose the tokens that stay: at most `keep` in all, and a multiple of `ROWS` where that is enough.
 
     `texts`: the examples as the model reads them, turns and control tokens written out, answers included. `template`:
     the chat template if it is another than the header's. The most common are those that the vocabulary was built with
@@ -87,7 +87,8 @@ def plan_trim(
             f"{keep} tokens are to be kept, but {n_needed} are needed: special and byte tokens, what the examples use "
             f"and what that is merged from; keep at least {n_needed}"
         )
-    choice.fill(max(n_needed, keep // ROWS * ROWS))
+    whole_rows = keep // ROWS * ROWS
+    choice.fill(whole_rows if whole_rows >= n_needed else keep)
     kept = np.array(sorted(choice.kept), np.int32)
     return TrimPlan(kept, n_before, n_needed, trimmed_fields(header, vocabulary, kept))
 
