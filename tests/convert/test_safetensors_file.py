@@ -1,5 +1,6 @@
 """The safetensors reader: rows as float32 from each type, every damaged or hostile header refused with its reason."""
 
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -156,3 +157,33 @@ def test_reading_works_without_madvise(tmp_path: Path, monkeypatch: pytest.Monke
     file = SafetensorsFile(path)
     np.testing.assert_array_equal(file.rows(file.tensors["w"], 0, 2), grid((2, 2), 1))
     file.close()
+
+
+def test_whatever_byte_of_the_header_is_wrong_the_error_is_ours(tmp_path: Path) -> None:
+    whole = safetensors_bytes({"a": grid((3, 4), 1), "b": grid((4,), 2)}, "F32")
+    path = tmp_path / "x.safetensors"
+    for at in range(whole.index(b"}}") + 2):
+        for value in (0x00, 0x22, 0x39, 0x7D, 0xFF):
+            path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+            with contextlib.suppress(SourceInvalid):
+                file = SafetensorsFile(path)
+                for tensor in file.tensors.values():
+                    file.rows(tensor, 0, 1)
+                file.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of resident pages")
+def test_pages_that_were_read_are_given_back(tmp_path: Path) -> None:
+    def mapped_kib() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+    rows, width = 4096, 4096
+    path = write(tmp_path / "x", {"w": entry([rows, width], 0, rows * width * 2, "BF16")}, bytes(rows * width * 2))
+    file = SafetensorsFile(path)
+    before = mapped_kib()
+    for first in range(0, rows, 512):
+        file.rows(file.tensors["w"], first, 512)
+    grown = mapped_kib() - before
+    file.close()
+    assert grown < 8 << 10  # of 32 MiB

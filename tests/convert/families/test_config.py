@@ -1,5 +1,6 @@
 """Every number of a config.json has its bounds, what llama.cpp would compute otherwise is refused by name."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,17 @@ def test_a_window_that_llama_cpp_leaves_out_is_told(tmp_path: Path) -> None:
         assert "the model sees the last 512 tokens only" in warnings(family, f"{family}-1", sliding_window=512)[0]
         assert warnings(family, f"{family}-2", sliding_window=None) == ()
         assert warnings(family, f"{family}-3", sliding_window=1024) == ()
+
+
+ODD: list[Any] = [None, True, 0, 1, -1, 2, 3, 1 << 40, 1.5, 1e300, float("nan"), "", "x", [], [None], {}, {"a": 1}]
+ODD += [{"rope_type": "llama3"}, {"type": "yarn", "factor": 2.0}, {"full_attention": 3}, {"sliding_attention": None}]
+KEYS = {"rope_parameters", "rope_scaling", "head_dim", "layer_types", "sliding_window", "sliding_window_pattern"}
+KEYS |= {"use_sliding_window", "max_window_layers", "attention_bias", "mlp_bias", "rope_pct", "is_causal"}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_whatever_a_config_says_the_error_is_ours(family: str) -> None:
+    for key in sorted(KEYS | config(family).keys()):
+        for value in ODD:
+            with contextlib.suppress(SourceInvalid):
+                assert fields(family, **{key: value})
