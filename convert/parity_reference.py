@@ -34,8 +34,15 @@ class Reference(Protocol):
     def comparable(self, text: str) -> str:
         """The text that both can be asked about."""
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; special tokens in it count, none are added."""
+    @property
+    def special(self) -> frozenset[str]:
+        """The texts that are cut out as tokens of their own."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of `text`; special tokens in it count unless not `special`, none are added."""
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The ids of a whole prompt, its special tokens written out."""
 
     def encode_whole(self, text: str) -> list[int] | None:
         """The ids of `text` with what is put around it; None when the files do not say."""
@@ -86,10 +93,20 @@ class _Json:
         text = unicodedata.normalize("NFC", text) if self._composes else text
         return text.lstrip(" " + SPACE_MARK) if self._scheme in {"always", "first"} else text
 
-    def encode(self, text: str) -> list[int]:
-        before = 1 if self._before else 0
-        ids: list[int] = self._tokenizer.encode(self._before + text, add_special_tokens=False).ids
+    @property
+    def special(self) -> frozenset[str]:
+        return frozenset(token.content for token in self._tokenizer.get_added_tokens_decoder().values())
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        self._tokenizer.encode_special_tokens = not special
+        before = 1 if self._before and special else 0
+        ids: list[int] = self._tokenizer.encode(self._before * before + text, add_special_tokens=False).ids
         return ids[before:]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode_whole(self, text: str) -> list[int] | None:
         if not self._post_processed or self._scheme == "first":
@@ -121,11 +138,20 @@ class _SentencePiece:
     def comparable(self, text: str) -> str:
         return text
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def special(self) -> frozenset[str]:
+        return frozenset(self._cut)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        if not special:
+            return list(self._processor.EncodeAsIds(text))
         ids: list[int] = []
         for piece in self._pattern.split(text):
             ids += [self._cut[piece]] if piece in self._cut else self._processor.EncodeAsIds(piece)
         return ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def encode_whole(self, text: str) -> list[int] | None:
         return None

@@ -1,11 +1,11 @@
 """Small tokenizers of every kind, trained on the spot and saved as transformers saves them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from convert.gguf_file import Layout, write_gguf
 from convert.tokenizer import Vocabulary, read_vocabulary
