@@ -77,7 +77,7 @@ def check_tokenizer(
     for done, text in enumerate((*texts, *torture)):
         ours, theirs = encode_both(tokenizer, reference, text, forced)
         n_tokens += len(theirs)
-        if ours != theirs:
+        if ours != theirs and not reference.equally_good(ours, theirs):
             mismatches.append(Mismatch(text, tuple(ours), tuple(theirs)))
             if done < len(texts) or not approximate:
                 raise VerifyFailed(f"the vocabulary is not the checkpoint's: {mismatches[-1]}")
