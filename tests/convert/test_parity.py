@@ -143,6 +143,31 @@ def test_text_is_compared_composed_where_the_tokenizer_composes_it(tmp_path: Pat
     assert parity.limits == ("texts are compared in composed form (NFC)",)
 
 
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "template", "limits"),
+    [
+        ("always", "", ["without spaces at their beginning"]),
+        ("first", "", ["without spaces at their beginning"]),
+        ("first", "{{ bos_token }}" + CHATML, ["without spaces at their beginning", "as they come after '<s>'"]),
+        ("never", "{{ bos_token }}" + CHATML, []),
+    ],
+)
+def test_each_way_to_say_where_spaces_go_tokenises_alike(
+    scheme: str, template: str, limits: list[str], tmp_path: Path
+) -> None:
+    folder = tiny.save(tiny.sentence_bpe(), tmp_path)
+    tiny.edit(folder, {"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": scheme}})
+    if template:
+        with_template(folder, template)
+    gguf = tiny.convert(folder)
+    parity = check_tokenizer(gguf, folder, ["Hello", "  Hello"])
+    assert [limit.removeprefix("texts are compared ") for limit in parity.limits] == limits
+    assert check_template(gguf, folder, []).n_compared == (len(CONVERSATIONS) if template else 0)
+
+
 def with_template(folder: Path, template: str) -> Path:
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder

@@ -45,7 +45,11 @@ def byte_level(pattern: str | None, *, digits: bool = False, looks_up: bool = Fa
 def sentence_model(kind: str = "bpe", size: int = 900, **options: Any) -> bytes:
     """A tokenizer.model as SentencePiece trains it."""
     written = io.BytesIO()
-    usual: dict[str, Any] = {"byte_fallback": kind == "bpe", "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+    usual: dict[str, Any] = {
+        "byte_fallback": kind == "bpe",
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity",
+    }
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(TEXTS),
         model_writer=written,
