@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from convert.parity import check_tokenizer
+from convert.parity import check_tokenizer, open_pair
 from convert.tokenizer import read_vocabulary
 from convert.tokenizer_pieces import Kind
 from models.gguf_fields import read_fields
@@ -70,6 +70,6 @@ def test_gemmas_vocabulary_comes_back_as_it_was(base_gguf: Path, tmp_path: Path)
         assert vocabulary.fields[f"tokenizer.ggml.{key}"].value == before[f"tokenizer.ggml.{key}"].value
     mails = ["Subject: [ilug] Re: kernel  panic\n\n> On Tue, 3 Sep 2002\n\n\n\tI'd try `dmesg | tail`.\n-- \nJoe"]
     for gguf in (base_gguf, vocabulary_gguf(tmp_path / "vocabulary.gguf", vocabulary)):
-        parity = check_tokenizer(gguf, tmp_path, mails)
+        parity = check_tokenizer(open_pair(gguf, tmp_path), mails)
         assert parity.mismatches == ()
         assert parity.n_tokens > 1500
