@@ -15,6 +15,7 @@ BETWEEN = {
     "models": set[str](),
     "runtime": {"models"},
     "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},
+    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.prompt"},
     "benchmarks": {"models"},
 }
 # This one measures the engine without HTTP, in a process of its own.
@@ -57,6 +58,9 @@ DOORS = {
     "xllamacpp": {"benchmarks.peer_xllamacpp"},
     "ctranslate2": {"benchmarks.peer_ctranslate2"},
     "llguidance": {"runtime.constrain"},
+    # The judges of a vocabulary: what is converted is read by our own code.
+    "tokenizers": {"convert.parity_reference"},
+    "sentencepiece": {"convert.parity_reference"},
     "fastapi": {"runtime.server"},
     "starlette": {"runtime.server"},
     "huggingface_hub": {"models.download"},
