@@ -1,7 +1,9 @@
 """Collecting an importance matrix: as llama-imatrix does, as computed by hand, and nothing left of a failure."""
 
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -175,6 +177,22 @@ def test_an_interrupt_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         collect(model, [[2, 10]] * 100, tmp_path / "found", interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["toy.gguf"]
+
+
+def test_a_killed_child_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, children = write_model(tmp_path / "toy.gguf"), list[subprocess.Popen[str]]()
+
+    class Watched(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            children.append(self)
+
+    monkeypatch.setattr("convert.child.subprocess.Popen", Watched)
+    # more progress than its pipe holds: it cannot be done before it is killed
+    sequences = [[2]] * 20_000
+    with pytest.raises(ImatrixFailed, match=r"'toy\.gguf' \(exit code -9\)"):
+        collect(model, sequences, tmp_path / "found", lambda done, total: children[0].kill())
     assert [path.name for path in tmp_path.iterdir()] == ["toy.gguf"]
 
 

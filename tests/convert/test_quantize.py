@@ -1,6 +1,7 @@
 """Quantizing through llama.cpp: real files of each kind, its errors as ours, nothing left behind."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -184,6 +185,17 @@ def test_an_interrupt_ends_it_and_leaves_nothing(tmp_path: Path, half: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         quantize(half, tmp_path / "out.gguf", plain("Q8_0"), None, interrupt)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_what_a_dying_child_has_written_is_removed(tmp_path: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(module: str, job: dict[str, Any], progress: object) -> tuple[int, str]:
+        Path(job["target"]).write_bytes(b"half of it")
+        return -6, "GGML_ASSERT(false) failed"
+
+    monkeypatch.setattr("convert.quantize.run_child", dies)
+    with pytest.raises(QuantizeFailed, match=r"\(exit code -6\): GGML_ASSERT"):
+        quantize(half, tmp_path / "out.gguf", plain("Q8_0"), None, silent)
     assert not (tmp_path / "out.gguf").exists()
 
 
