@@ -6,6 +6,7 @@ ConvertError
 ├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
 ├── TemplateInvalid      the chat template beside the adapter cannot be used
 ├── QuantizeFailed       llama.cpp could not quantize
+├── MeasureFailed        a file cannot be measured: it does not run, its logits say nothing, or it has other tokens
 ├── VerifyFailed         what was written is not what was meant, or does not run
 └── RequestInvalid       the options contradict each other or lack a name
     └── QuantizationUnknown  no quantization of that name
@@ -34,6 +35,10 @@ class TemplateInvalid(ConvertError):
 
 class QuantizeFailed(ConvertError):
     """llama.cpp could not quantize the file."""
+
+
+class MeasureFailed(ConvertError):
+    """A file cannot be measured: it does not run, its logits say nothing, or it has another vocabulary."""
 
 
 class VerifyFailed(ConvertError):

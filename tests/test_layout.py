@@ -14,7 +14,11 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 BETWEEN = {
     "models": set[str](),
     "runtime": {"models"},
-    "convert": {"models", "runtime.llama", "runtime.errors"},
+    # The prompt, the labels' weighing and the batch's nouns: what is measured is what serving does.
+    "convert": {
+        *("models", "runtime.llama", "runtime.errors"),
+        *("runtime.prompt", "runtime.scoring", "runtime.sequence"),
+    },
     "benchmarks": {"models"},
 }
 # runtime, bottom to top. A file counts with the family its name begins with (server_routes: server).
