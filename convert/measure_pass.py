@@ -3,7 +3,7 @@
 A few examples at a time: their prompts are prefilled together; the expected answers are branches of them, which give
 the rows; then come the model's own answers. To classify, every label is weighed whole, as branches under the shared
 prompt, by the very rule of `/v1/decisions` (`runtime/scoring.py`). To write, the prompts' sequences go on together with
-the likeliest token each, up to an end or MAX_WRITTEN tokens. Each prompt is computed once.
+the likeliest token each, up to an end or as far as the tasks follow them. Each prompt is computed once.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from runtime.sequence import Question
 from .errors import MeasureFailed
 from .measure_decode import Branch, Run, decode_branches, decode_runs
 from .measure_rows import Row
-from .measure_tasks import MAX_WRITTEN, Task, Tasks
+from .measure_tasks import Task, Tasks
 
 # Half of the sequences may hold prompts, so that the other half can branch off them.
 MAX_TOGETHER = 16
@@ -29,7 +29,7 @@ OnRow = Callable[[Row, np.ndarray], None]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model answered: a label, or the text it wrote. `cut_off`: it had not ended after MAX_WRITTEN tokens."""
+    """What a model answered: a label, or the text it wrote. `cut_off`: it was not followed to its end."""
 
     text: str
     cut_off: bool = False
@@ -182,7 +182,7 @@ class _Group:
         return [self._written(one) for one in self._asked]
 
     def _goes_on(self, one: _Asked) -> bool:
-        return len(one.written) < MAX_WRITTEN and one.written[-1] not in self._tasks.ends
+        return len(one.written) < self._tasks.max_written and one.written[-1] not in self._tasks.ends
 
     def _written(self, one: _Asked) -> Answer:
         ended = one.written[-1] in self._tasks.ends

@@ -6,7 +6,7 @@ the runtime renders the prompt, and labels are spelled as `/v1/decisions` spells
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.chat_records import ChatRecord
@@ -49,8 +49,8 @@ class Task:
 class Tasks:
     """All that is asked of a model with a vocabulary of `n_vocab` tokens.
 
-    To classify, `choices` are the tokens of `labels`, in their order; to write, both are empty. Any of `ends` ends an
-    answer. `n_too_long` examples were left out.
+    To classify, `choices` are the tokens of `labels`, in their order; to write, both are empty, and an answer is
+    followed for at most `max_written` tokens. Any of `ends` ends an answer. `n_too_long` examples were left out.
     """
 
     work: Work
@@ -60,10 +60,12 @@ class Tasks:
     ends: Tokens
     n_vocab: int
     n_too_long: int = 0
+    max_written: int = MAX_WRITTEN
 
     def room(self, task: Task) -> int:
         """The most cells that `task` fills at once: its prompt and the longest thing that may follow it."""
-        return len(task.prompt) + answer_room(task.answer, self.choices, self.work)
+        written = self.max_written if self.work == "write" else 0
+        return len(task.prompt) + max([len(task.answer), written, *map(len, self.choices)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,6 @@ class Asking:
     chat_template: str | None
     end_of_turn: int | None
     prompt_template: str = "{text}"
-
-
-def answer_room(answer: Tokens, choices: Sequence[Tokens], work: Work) -> int:
-    """The most tokens that may follow a prompt."""
-    return max([len(answer), *map(len, choices), MAX_WRITTEN if work == "write" else 0])
 
 
 def tasks_of(
@@ -119,19 +116,19 @@ def make_tasks(
     choices = tuple(map(speller.choice, labels)) if work == "classify" else ()
     if len(set(choices)) < len(choices) or () in choices:
         raise BadExamples(f"two of the labels {list(labels)!r} are the same tokens to this model, or one is none")
-    tasks = []
-    for record in records:
-        prompt, answer = speller.prompt(record), speller.answer(record.answer)
-        if prompt and len(prompt) + answer_room(answer, choices, work) <= max_tokens:
-            tasks.append(Task(record.id, prompt, answer, record.answer))
+    named = tuple(labels) if work == "classify" else ()
+    asked = Tasks(work, (), named, choices, speller.ends, tokenizer.n_vocab)
+    spelled = (
+        Task(record.id, speller.prompt(record), speller.answer(record.answer), record.answer) for record in records
+    )
+    tasks = tuple(task for task in spelled if task.prompt and asked.room(task) <= max_tokens)
     n_too_long = len(records) - len(tasks)
     if len(tasks) < MIN_EXAMPLES // 2:
         raise BadExamples(
             f"{n_too_long} of {len(records)} held-out examples need more than {max_tokens} tokens; {len(tasks)} are "
             f"left, at least {MIN_EXAMPLES // 2} are needed"
         )
-    named = tuple(labels) if work == "classify" else ()
-    return Tasks(work, tuple(tasks), named, choices, speller.ends, tokenizer.n_vocab, n_too_long)
+    return replace(asked, tasks=tasks, n_too_long=n_too_long)
 
 
 class _Speller:
