@@ -5,6 +5,8 @@ ConvertError
 ├── ArchitectureUnknown  an adapter cannot be merged into this model family
 ├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
 ├── TemplateInvalid      the chat template beside the adapter cannot be used
+├── ImatrixFailed        no importance matrix could be collected
+├── ImatrixInvalid       an importance matrix is damaged, or was collected on another model
 ├── QuantizeFailed       llama.cpp could not quantize
 ├── MeasureFailed        a file cannot be measured: it does not run, its logits say nothing, or it has other tokens
 ├── VerifyFailed         what was written is not what was meant, or does not run
@@ -31,6 +33,14 @@ class AdapterInvalid(ConvertError):
 
 class TemplateInvalid(ConvertError):
     """The chat template beside the adapter cannot be used."""
+
+
+class ImatrixFailed(ConvertError):
+    """No importance matrix could be collected."""
+
+
+class ImatrixInvalid(ConvertError):
+    """An importance matrix is damaged, or it was collected on another model."""
 
 
 class QuantizeFailed(ConvertError):

@@ -19,6 +19,7 @@ BETWEEN = {
         *("models", "runtime.llama", "runtime.errors"),
         *("runtime.prompt", "runtime.scoring", "runtime.sequence"),
     },
+    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},
     "benchmarks": {"models"},
 }
 # runtime, bottom to top. A file counts with the family its name begins with (server_routes: server).
@@ -55,7 +56,7 @@ ONLY_NOUNS = {"openai": {"sequence", "errors"}, "scheduler": {"sequence", "prefi
 # foreign library -> the only modules that may import it
 DOORS = {
     # The peer script runs in the peers' own venv, never in Deskside's process.
-    "llama_cpp": {"runtime.llama", "convert.quantize", "benchmarks.peer_llama_cpp"},
+    "llama_cpp": {"runtime.llama", "convert.quantize", "convert.imatrix_collect", "benchmarks.peer_llama_cpp"},
     "xllamacpp": {"benchmarks.peer_xllamacpp"},
     "ctranslate2": {"benchmarks.peer_ctranslate2"},
     "llguidance": {"runtime.constrain"},
