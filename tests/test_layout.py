@@ -14,6 +14,11 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 BETWEEN = {
     "models": set[str](),
     "runtime": {"models"},
+    # The prompt, the labels' weighing and the batch's nouns: what is measured is what serving does.
+    "convert": {
+        *("models", "runtime.llama", "runtime.errors"),
+        *("runtime.prompt", "runtime.scoring", "runtime.sequence"),
+    },
     "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},
     "convert": {"models", "runtime.llama", "runtime.errors", "runtime.prompt"},
     "benchmarks": {"models"},
