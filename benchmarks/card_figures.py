@@ -16,6 +16,7 @@ import tomli_w
 
 from models.files import write_atomic
 from models.manifest import Quality
+from models.stats import Interval
 from models.store import Store
 
 from .arms import base_arm, fine_tune_arm
@@ -34,7 +35,6 @@ from .plan import recipe_file
 from .plot import confusion_picture
 from .record import save_json
 from .scoring import Score, compare
-from .stats import Interval
 from .workload import Prompt, labels_of, read_examples, read_prompt
 
 TEST, TRAIN = recipe_file("data", "test.jsonl.gz"), recipe_file("data", "train.jsonl.gz")

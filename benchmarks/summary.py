@@ -10,9 +10,11 @@ Pure functions of the recorded run; computing them again from the file gives the
 
 from collections.abc import Sequence
 
+from models.stats import wilson
+
 from .record import Arm, Level, Noun, Run, Sample
 from .scoring import Predictions, compare
-from .stats import percentile, quantile, wilson
+from .stats import percentile, quantile
 
 
 class Spread(Noun):

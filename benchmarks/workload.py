@@ -4,12 +4,13 @@ A server that shares prefixes answers a prompt it has seen for next to nothing, 
 the levels take disjoint slices of the split, and a split that is too small is refused.
 """
 
-import gzip
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from models.chat_records import ChatRecord, read_chat_records
+from models.errors import BadExamples
 
 from .errors import BadWorkload
 
@@ -66,28 +67,18 @@ def read_examples(path: Path) -> tuple[Example, ...]:
     The id is the record's, else its line number. Raises BadWorkload naming the line and what is wrong with it.
     """
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = raw.decode("utf-8").splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadWorkload(f"examples {str(path)!r} cannot be read: {error}") from error
-    examples = tuple(_example(line, n, path) for n, line in enumerate(lines, 1) if line.strip())
-    if not examples:
-        raise BadWorkload(f"examples {str(path)!r} hold no record")
-    if len({example.id for example in examples}) != len(examples):
-        raise BadWorkload(f"examples {str(path)!r} use an id twice")
-    return examples
+        records = read_chat_records(path)
+    except BadExamples as error:
+        raise BadWorkload(str(error)) from error
+    return tuple(_example(record, path) for record in records)
 
 
-def _example(line: str, number: int, path: Path) -> Example:
-    try:
-        record = json.loads(line)
-        messages = record["messages"]
-        user = [message["content"] for message in messages if message["role"] == "user"]
-        if messages[-1]["role"] != "assistant" or len(user) != 1 or len(messages) != 2:
-            raise ValueError("expected one user message followed by one assistant message")
-        return Example(str(record.get("id", number)), str(user[0]), str(messages[-1]["content"]).strip())
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise BadWorkload(f"examples {str(path)!r}, line {number}: not a chat record: {error}") from error
+def _example(record: ChatRecord, path: Path) -> Example:
+    if [message.role for message in record.prompt] != ["user"]:
+        raise BadWorkload(
+            f"examples {str(path)!r}, line {record.line}: expected one user message followed by one assistant message"
+        )
+    return Example(record.id, record.prompt[0].content, record.answer)
 
 
 def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:

@@ -1,10 +1,14 @@
 """The errors of `convert`. Each message names the file or tensor, the value found and the one that was needed.
 
 ConvertError
-├── SourceInvalid        the source GGUF is split, or holds weights that cannot be read or written
-├── ArchitectureUnknown  an adapter cannot be merged into this model family
+├── SourceInvalid        the source is incomplete, damaged, or holds what cannot be converted
+├── ArchitectureUnknown  nothing is known of this model family
 ├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
+├── TokenizerInvalid     the tokenizer is missing, malformed, or nothing that llama.cpp can repeat
 ├── TemplateInvalid      the chat template beside the adapter cannot be used
+├── ImatrixFailed        no importance matrix could be collected
+├── ImatrixInvalid       an importance matrix is damaged, or was collected on another model
+├── TrimImpossible       the vocabulary cannot be cut: its kind, what it lacks, or that it was cut before
 ├── QuantizeFailed       llama.cpp could not quantize
 ├── VerifyFailed         what was written is not what was meant, or does not run
 └── RequestInvalid       the options contradict each other or lack a name
@@ -17,19 +21,35 @@ class ConvertError(Exception):
 
 
 class SourceInvalid(ConvertError):
-    """The source GGUF is split, or holds weights that cannot be read or written."""
+    """The source is incomplete, damaged, or holds what cannot be converted."""
 
 
 class ArchitectureUnknown(ConvertError):
-    """An adapter cannot be merged into this model family."""
+    """Nothing is known of this model family."""
 
 
 class AdapterInvalid(ConvertError):
     """The adapter folder is incomplete, malformed, or not made for this base."""
 
 
+class TokenizerInvalid(ConvertError):
+    """The tokenizer is missing, malformed, does not fit the weights, or is nothing that llama.cpp can repeat."""
+
+
 class TemplateInvalid(ConvertError):
     """The chat template beside the adapter cannot be used."""
+
+
+class ImatrixFailed(ConvertError):
+    """No importance matrix could be collected."""
+
+
+class ImatrixInvalid(ConvertError):
+    """An importance matrix is damaged, or it was collected on another model."""
+
+
+class TrimImpossible(ConvertError):
+    """The vocabulary cannot be cut: its kind, what it lacks, or that it was cut before."""
 
 
 class QuantizeFailed(ConvertError):

@@ -1,32 +1,36 @@
-"""What a conversion is made of: from a command line to a base file, an adapter and the manifest to be written.
+"""What a conversion is made of: from a command line to weights, an adapter, examples and the manifest to be written.
 
-SOURCE is a recipe of the catalogue (which brings adapter and manifest along), or a checkpoint: a name in the store or
-the catalogue, an hf:// address, a .gguf file. A base that is not on this disk yet is fetched.
+SOURCE is a recipe of the catalogue (which brings adapter and manifest along), or a checkpoint (see `origin`).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.catalog import CatalogEntry, load_catalog
+from models.chat_records import ChatRecord, read_chat_records
 from models.errors import HashMismatch
 from models.files import sha256_file
-from models.gguf_meta import read_meta
-from models.manifest import MANIFEST_FILE, Base, Manifest, read_manifest
+from models.manifest import MANIFEST_FILE, Conversion, Manifest, read_manifest
 from models.manifest import Adapter as AdapterRecord
-from models.pull import pull
-from models.store import Store, StoredModel, check_name
+from models.quality import Budget, Work
+from models.store import Store, check_name
 
 from .errors import AdapterInvalid, RequestInvalid
+from .examples import MAX_LABELS
 from .lora import Adapter, read_adapter
+from .origin import Origin, find_origin
 from .progress import Reporter
-from .quantize import DEFAULT_QUANTIZATION, check_quantization
+from .quantize import DEFAULT_QUANTIZATION
+from .vocabulary import DEFAULT_KEEP
 
 
 @dataclass(frozen=True)
 class ConvertRequest:
     """What was asked for. A recipe needs no `name`; `keep_f16` keeps the unquantized file too.
 
-    `hot` asks for the adapter alone, to be applied while its base is served; then nothing is quantized.
+    `gguf` are weights that were made elsewhere from the folder `source`. `examples` are measured with, for `work`, and
+    `max_loss` is the mean KL divergence a candidate may have. `trim` are texts to cut the vocabulary by, to `keep`
+    tokens. `hot` asks for the adapter alone, to be applied while its base is served; then nothing is quantized.
     """
 
     source: str
@@ -37,35 +41,76 @@ class ConvertRequest:
     replace: bool = False
     keep_f16: bool = False
     hot: bool = False
+    gguf: Path | None = None
+    examples: Path | None = None
+    work: Work | None = None
+    max_loss: float | None = None
+    trim: Path | None = None
+    keep: int | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The user's examples, and what a candidate may lose on them."""
+
+    path: Path
+    sha256: str
+    records: tuple[ChatRecord, ...]
+    work: Work
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class TrimRequest:
+    """Texts that the trimmed vocabulary must write as before, and how many tokens it may have in all."""
+
+    records: tuple[ChatRecord, ...]
+    keep: int
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything found and checked. `manifest` is the one to be installed, its artefacts still missing."""
+    """Everything found and checked. `manifest` is the one to be installed, its artefacts still missing.
 
-    gguf: Path
+    `quantization` None: the examples decide.
+    """
+
+    origin: Origin
     adapter: Adapter | None
-    quantization: str
+    quantization: str | None
     manifest: Manifest
+    examples: Examples | None = None
+    trim: TrimRequest | None = None
 
 
 def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     """Find and check what the request names. Raises RequestInvalid, AdapterInvalid and ModelErrors."""
-    quantization = check_quantization(request.quantization or DEFAULT_QUANTIZATION)
     recipe = _recipe(request)
+    _check_options(request)
     if request.hot:
         _check_hot(request, recipe)
     if recipe is not None:
-        return _from_recipe(request, recipe, quantization, store, report)
+        return _from_recipe(request, recipe, store, report)
     if request.name is None:
         raise RequestInvalid(f"--name is missing: how is the model made from {request.source!r} to be called?")
     name = check_name(request.name)
     adapter = read_adapter(request.adapter) if request.adapter is not None else None
     given = read_manifest(request.manifest) if request.manifest is not None else None
-    stored = _fetch(request.source, store, report)
-    base = Base(name=stored.name, source=_origin(stored), sha256=_checked_sha256(stored, report))
-    manifest = given or _inherited(stored, keeps_task=adapter is None)
-    return Inputs(stored.gguf, adapter, quantization, _complete(manifest, name, base, adapter, hot=request.hot))
+    examples, trim = _examples(request, given), _trim(request)
+    origin = find_origin(request.source, request.gguf, store, report)
+    manifest = _complete(given or _inherited(origin, adapter), name, origin, adapter, hot=request.hot)
+    return Inputs(origin, adapter, _wanted(request), manifest, examples, trim)
+
+
+def _check_options(request: ConvertRequest) -> None:
+    if request.keep is not None and request.trim is None:
+        raise RequestInvalid(f"--keep {request.keep} needs --trim-vocab FILE: which texts must stay as they are?")
+    if request.examples is None:
+        for option, value in (("--for", request.work), ("--max-loss", request.max_loss)):
+            if value is not None:
+                raise RequestInvalid(f"{option} {value} needs --examples FILE: on what is the loss to be measured?")
+    if request.max_loss is not None and not request.max_loss > 0:
+        raise RequestInvalid(f"--max-loss is a mean KL divergence in nats above 0, got {request.max_loss}")
 
 
 def _check_hot(request: ConvertRequest, recipe: CatalogEntry | None) -> None:
@@ -74,6 +119,9 @@ def _check_hot(request: ConvertRequest, recipe: CatalogEntry | None) -> None:
         raise RequestInvalid(f"{message} (--quant is {request.quantization!r})")
     if request.keep_f16:
         raise RequestInvalid("--hot makes no F16 model that --keep-f16 could keep: leave out one of them")
+    if request.examples is not None or request.trim is not None:
+        option = "--examples" if request.examples is not None else "--trim-vocab"
+        raise RequestInvalid(f"--hot quantizes and cuts nothing that {option} could be for: leave out one of them")
     if request.adapter is None and recipe is None:
         raise RequestInvalid(f"--hot needs --adapter DIR: which adapter is to be applied to {request.source!r}?")
 
@@ -84,9 +132,7 @@ def _recipe(request: ConvertRequest) -> CatalogEntry | None:
     return entry if entry is not None and entry.recipe else None
 
 
-def _from_recipe(
-    request: ConvertRequest, entry: CatalogEntry, quantization: str, store: Store, report: Reporter
-) -> Inputs:
+def _from_recipe(request: ConvertRequest, entry: CatalogEntry, store: Store, report: Reporter) -> Inputs:
     folder = entry.recipe_folder()
     recipe = read_manifest(request.manifest or folder / MANIFEST_FILE)
     if recipe.base is None or recipe.adapter is None:
@@ -95,56 +141,69 @@ def _from_recipe(
     expected = recipe.adapter.sha256
     if request.adapter is None and expected not in {None, adapter.sha256}:
         raise AdapterInvalid(f"{str(adapter.folder)!r} has sha256 {adapter.sha256}, the recipe expects {expected}")
-    stored = _fetch(recipe.base.name, store, report)
-    found = _checked_sha256(stored, report)
-    if found != recipe.base.sha256:
-        raise HashMismatch(f"{str(stored.gguf)!r} has sha256 {found}, the recipe was made on {recipe.base.sha256}")
-    base = recipe.base.model_copy(update={"source": recipe.base.source or _origin(stored)})
-    manifest = _complete(recipe, check_name(request.name or recipe.name), base, adapter, hot=request.hot)
-    if request.adapter is not None or request.hot or quantization != DEFAULT_QUANTIZATION:
-        # the recipe's figures were measured on its own adapter at the default quantization
-        manifest = manifest.model_copy(update={"quality": ()})
-    return Inputs(stored.gguf, adapter, quantization, manifest)
-
-
-def _fetch(source: str, store: Store, report: Reporter) -> StoredModel:
-    catalog = load_catalog()
-    if "://" in source or (source in catalog.names() and source not in store.names()):
-        report.stage(f"fetch {source}")
-        stored = pull(source, store, progress=report.advance, catalog=catalog)
+    origin = find_origin(recipe.base.name, None, store, report)
+    if origin.base.sha256 != recipe.base.sha256:
+        raise HashMismatch(
+            f"{str(origin.path)!r} has sha256 {origin.base.sha256}, the recipe was made on {recipe.base.sha256}"
+        )
+    manifest = _complete(recipe, check_name(request.name or recipe.name), origin, adapter, hot=request.hot)
+    examples, trim = _examples(request, recipe), _trim(request)
+    quantization = _wanted(request)
+    chosen = recipe.conversion or Conversion()
+    is_recipe = not (request.adapter or request.hot or request.quantization or request.examples or request.trim)
+    if is_recipe:
+        quantization = chosen.quantization
+        trim = TrimRequest(read_chat_records(folder / chosen.trim), chosen.keep) if chosen.trim else None
     else:
-        stored = store.resolve(source)
-    if stored.manifest is not None and stored.manifest.kind == "adapter":
-        raise RequestInvalid(f"{stored.name!r} is a LoRA adapter without weights of its own; convert its base instead")
-    return stored
+        # the recipe's figures were measured on its own adapter, converted as it says
+        manifest = manifest.model_copy(update={"quality": (), "conversion": None})
+    return Inputs(origin, adapter, quantization, manifest, examples, trim)
 
 
-def _checked_sha256(stored: StoredModel, report: Reporter) -> str:
-    report.stage(f"check {stored.gguf.name}")
-    found = sha256_file(stored.gguf, report.advance)
-    expected = stored.manifest.artefacts[0].sha256 if stored.manifest is not None else found
-    if found != expected:
-        raise HashMismatch(f"{str(stored.gguf)!r} has sha256 {found}, its {MANIFEST_FILE} says {expected}")
-    return found
+def _wanted(request: ConvertRequest) -> str | None:
+    return request.quantization or (None if request.examples is not None else DEFAULT_QUANTIZATION)
 
 
-def _origin(stored: StoredModel) -> str:
-    return stored.manifest.source if stored.manifest is not None else ""
+def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | None:
+    """The examples, for the work that was stated: by the user, or by the manifest; else by what the answers are."""
+    if request.examples is None:
+        return None
+    records = read_chat_records(request.examples)
+    stated = manifest.task if manifest is not None else "general"
+    work = request.work or ("classify" if stated == "classify" or is_classification(records) else "write")
+    budget = Budget() if request.max_loss is None else Budget(kl_mean=request.max_loss)
+    return Examples(request.examples, sha256_file(request.examples), records, work, budget)
 
 
-def _inherited(stored: StoredModel, *, keeps_task: bool) -> Manifest:
+def is_classification(records: tuple[ChatRecord, ...]) -> bool:
+    """Whether the answers look like labels: few different ones, each given several times on average."""
+    answers = {record.answer for record in records}
+    return 2 <= len(answers) <= min(MAX_LABELS, len(records) // 3)
+
+
+def _trim(request: ConvertRequest) -> TrimRequest | None:
+    if request.trim is None:
+        return None
+    return TrimRequest(read_chat_records(request.trim), request.keep if request.keep is not None else DEFAULT_KEEP)
+
+
+def _inherited(origin: Origin, adapter: Adapter | None) -> Manifest:
     """Licence and notice come from the source; task, labels and prompt too, unless an adapter changes what it does."""
-    if stored.manifest is None:
-        return Manifest(name="source", licence=read_meta(stored.gguf).text("general.license") or "unknown")
-    if keeps_task:
-        return stored.manifest.model_copy(update={"quality": ()})
-    return Manifest(name="source", licence=stored.manifest.licence, licence_notice=stored.manifest.licence_notice)
+    known = origin.manifest
+    if known is None:
+        return Manifest(name="source", licence=origin.licence)
+    if adapter is None:
+        return known.model_copy(update={"quality": (), "conversion": None})
+    return Manifest(name="source", licence=known.licence, licence_notice=known.licence_notice)
 
 
-def _complete(manifest: Manifest, name: str, base: Base, adapter: Adapter | None, *, hot: bool) -> Manifest:
+def _complete(manifest: Manifest, name: str, origin: Origin, adapter: Adapter | None, *, hot: bool) -> Manifest:
     made_with = manifest.adapter
     if adapter is not None:
         made_with = AdapterRecord(path=adapter.folder.name, sha256=adapter.sha256, rank=adapter.rank)
+    base = origin.base
+    if manifest.base is not None and manifest.base.source and manifest.base.sha256 == base.sha256:
+        base = base.model_copy(update={"source": manifest.base.source})
     kind = "adapter" if hot else "model"
     changes = {"kind": kind, "name": name, "source": "", "base": base, "adapter": made_with, "artefacts": ()}
     return manifest.model_copy(update=changes)

@@ -21,6 +21,7 @@ from models.manifest import MANIFEST_FILE, Artefact, dump_manifest
 from models.store import Store, StoredModel
 
 from .architectures import family_of
+from .candidates import plain
 from .checkpoint import Checkpoint
 from .gguf_file import Layout, OutTensor, write_gguf
 from .hot import FULL_PRECISION, plan_hot, verify_hot
@@ -144,7 +145,7 @@ def _quantize(half: Path, folder: Path, inputs: Inputs, report: Reporter) -> Pat
         return half
     report.stage(f"quantize to {inputs.quantization}")
     final = folder / _file_name(inputs, inputs.quantization)
-    quantize(half, final, inputs.quantization, report.advance)
+    quantize(half, final, plain(inputs.quantization), None, report.advance)
     return final
 
 

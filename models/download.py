@@ -16,7 +16,7 @@ from typing import Any
 from .distribution import join_parts
 from .errors import DownloadFailed, HashMismatch
 from .files import Progress, check_free, sha256_file
-from .sources import HubFile, parse_source
+from .sources import HubFile, HubRepo, parse_source
 
 __all__ = ["HubFacts", "Progress", "fetch", "look_up"]
 
@@ -65,7 +65,7 @@ def fetch(
 
 def look_up(source: HubFile) -> HubFacts:
     """Ask the Hub for the commit, size and hash of a file. Raises DownloadFailed."""
-    with _hub_errors(source):
+    with hub_errors(source):
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         endpoint = os.environ.get("HF_ENDPOINT")
@@ -79,7 +79,7 @@ def look_up(source: HubFile) -> HubFacts:
 
 
 def _from_hub(source: HubFile, folder: Path, sha256: str | None, progress: Progress | None) -> Path:
-    with _hub_errors(source):
+    with hub_errors(source):
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         cached = try_to_load_from_cache(source.repo, source.path, revision=source.revision)
@@ -94,13 +94,14 @@ def _from_hub(source: HubFile, folder: Path, sha256: str | None, progress: Progr
                 # Its own cache is looked at above, where a damaged file is not taken for the right one.
                 cache_dir=folder / "cache",
                 endpoint=os.environ.get("HF_ENDPOINT"),
-                tqdm_class=_reporter(progress),
+                tqdm_class=tqdm_for(progress),
             )
         )
 
 
 @contextmanager
-def _hub_errors(source: HubFile) -> Iterator[None]:
+def hub_errors(source: HubFile | HubRepo) -> Iterator[None]:
+    """Whatever the Hub's client raises while `source` is fetched becomes a DownloadFailed that names it."""
     from huggingface_hub import errors
 
     # The transport's base class comes from whichever httpx this huggingface_hub was built on.
@@ -112,7 +113,7 @@ def _hub_errors(source: HubFile) -> Iterator[None]:
             f"{source}: the repository's page must grant you access first; then set HF_TOKEN or run `hf auth login`"
         ) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        reason = "HF_HUB_OFFLINE is set; unset it to download" if _is_offline() else "the Hub cannot be reached"
+        reason = "HF_HUB_OFFLINE is set; unset it to download" if is_offline() else "the Hub cannot be reached"
         raise DownloadFailed(f"{source}: {reason} ({_first_line(error)})") from error
     except (errors.EntryNotFoundError, errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise DownloadFailed(f"{source}: {_first_line(error)}") from error
@@ -122,7 +123,8 @@ def _hub_errors(source: HubFile) -> Iterator[None]:
         raise DownloadFailed(f"{source}: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def _is_offline() -> bool:
+def is_offline() -> bool:
+    """Whether the user forbade the Hub's client to connect."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
@@ -133,8 +135,11 @@ def _first_line(error: Exception) -> str:
     return " ".join(lines[:2]) if lines else type(error).__name__
 
 
-def _reporter(progress: Progress | None) -> type[Any]:
-    """A tqdm that draws nothing and tells `progress` instead: whoever called us decides what is shown."""
+def tqdm_for(progress: Progress | None, before: int = 0) -> type[Any]:
+    """A tqdm that draws nothing and tells `progress` instead: whoever called us decides what is shown.
+
+    `before` bytes were there already when its file began.
+    """
     from tqdm import tqdm
 
     class Reporter(tqdm):  # type: ignore[type-arg]
@@ -146,7 +151,7 @@ def _reporter(progress: Progress | None) -> type[Any]:
         def update(self, n: float | None = 1) -> bool | None:
             self._done += int(n or 0)
             if progress is not None:
-                progress(self._done, self._size)
+                progress(before + self._done, self._size)
             return None
 
     return Reporter

@@ -5,6 +5,7 @@ ModelError
 ├── BadManifest        model.toml is missing, malformed or contradicts the files beside it
 ├── BadGguf            a file is not GGUF, its head is damaged, or it lacks a field
 ├── BadCatalog         catalog.toml is malformed
+├── BadExamples        a file of examples is damaged, holds what is no chat record, or too few of them
 ├── HashMismatch       a file's sha256 is not the one that was promised
 ├── DownloadFailed     no source could deliver the file
 └── StoreError         the store cannot be written, or the name is taken or not allowed
@@ -29,6 +30,10 @@ class BadGguf(ModelError):
 
 class BadCatalog(ModelError):
     """`catalog.toml` is malformed."""
+
+
+class BadExamples(ModelError):
+    """A file of examples is damaged, holds what is no chat record, or holds too few of them."""
 
 
 class HashMismatch(ModelError):

@@ -48,6 +48,18 @@ class Prompt(_Part):
         return self
 
 
+class Conversion(_Part):
+    """How a recipe's model is made of its weights: the outcome of measuring, so that building it need not measure.
+
+    `trim` names a file of examples beside the manifest, by which the vocabulary is cut to `keep` tokens; empty: it is
+    not.
+    """
+
+    quantization: str = "Q8_0"
+    trim: str = ""
+    keep: Annotated[int, Field(ge=0)] = 0
+
+
 class Artefact(_Part):
     """A GGUF file of the model."""
 
@@ -105,6 +117,7 @@ class Manifest(_Part):
     source: str = ""
     base: Base | None = None
     adapter: Adapter | None = None
+    conversion: Conversion | None = None
     prompt: Prompt = Prompt()
     labels: tuple[str, ...] = ()
     artefacts: tuple[Artefact, ...] = ()

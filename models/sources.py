@@ -1,6 +1,7 @@
 """Where a file can come from, as text in the catalogue or on a command line, and as a value.
 
 hf://owner/name/path/to/file.gguf@revision        a file in a Hugging Face repository (revision: `main` if left out)
+hf://owner/name@revision                          a whole checkpoint, to be converted
 dist://distribution/path/in/it dist://…           data files of installed Python distributions, joined in this order
 """
 
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from .errors import DownloadFailed
 
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)/(?P<path>[^@\s]+?)(?:@(?P<revision>[\w./-]+))?")
+_REPO = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _PART = re.compile(r"dist://(?P<distribution>[A-Za-z0-9._-]+)/(?P<path>\S+)")
 
 
@@ -23,6 +25,17 @@ class HubFile:
 
     def __str__(self) -> str:
         return f"hf://{self.repo}/{self.path}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class HubRepo:
+    """A repository on the Hugging Face Hub that holds a checkpoint, at a revision (branch, tag or commit)."""
+
+    repo: str
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        return f"hf://{self.repo}@{self.revision}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,12 @@ def parse_source(text: str) -> Source:
         f"{text!r} is not a source; use hf://owner/name/file.gguf@revision, or dist://distribution/path/in/it "
         "(several, separated by spaces, are joined)"
     )
+
+
+def parse_repo(text: str) -> HubRepo | None:
+    """The repository that `text` names, or None when it is no address of a whole repository."""
+    match = _REPO.fullmatch(text.strip())
+    return HubRepo(match["repo"], match["revision"] or "main") if match else None
 
 
 def _is_plain(path: str) -> bool:

@@ -14,9 +14,11 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 BETWEEN = {
     "models": set[str](),
     "runtime": {"models"},
-    "convert": {"models", "runtime.llama", "runtime.errors"},
+    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},
     "benchmarks": {"models"},
 }
+# This one measures the engine without HTTP, in a process of its own.
+ENGINE_BENCHMARK = "benchmarks.bare_loop"
 # runtime, bottom to top. A file counts with the family its name begins with (server_routes: server).
 LEVELS = (
     ("errors", "sequence", "config", "memory"),
@@ -51,7 +53,7 @@ ONLY_NOUNS = {"openai": {"sequence", "errors"}, "scheduler": {"sequence", "prefi
 # foreign library -> the only modules that may import it
 DOORS = {
     # The peer script runs in the peers' own venv, never in Deskside's process.
-    "llama_cpp": {"runtime.llama", "convert.quantize", "benchmarks.peer_llama_cpp"},
+    "llama_cpp": {"runtime.llama", "convert.quantize", "convert.imatrix_collect", "benchmarks.peer_llama_cpp"},
     "xllamacpp": {"benchmarks.peer_xllamacpp"},
     "ctranslate2": {"benchmarks.peer_ctranslate2"},
     "llguidance": {"runtime.constrain"},
@@ -106,7 +108,7 @@ def level(name: str) -> int:
 def test_folders_import_only_what_the_design_allows(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     composed = {f"{other}.{part}" for other in FOLDERS for part in ("cli", "errors")}
-    own = composed if module_name(path) == "runtime.cli" else set()
+    own = {"runtime.cli": composed, ENGINE_BENCHMARK: {"runtime"}}.get(module_name(path), set())
     for imported in imports(path):
         if imported.split(".")[0] in set(FOLDERS) - {folder}:
             assert within(imported, BETWEEN[folder] | own), f"{module_name(path)} imports {imported}"

@@ -63,7 +63,7 @@ def test_examples_are_read_plain_and_compressed(tmp_path: Path) -> None:
         ("{", "line 1"),
         ('{"messages": []}', "line 1"),
         (record("a", "b") + '\n{"messages": [{"role": "user", "content": "x"}]}', "line 2"),
-        (record("a", "b", id="1") + "\n" + record("c", "d", id="1"), "an id twice"),
+        (record("a", "b", id="1") + "\n" + record("c", "d", id="1"), "id '1' is that of line 1"),
         ("\n", "no record"),
         ("[]", "line 1"),
     ],

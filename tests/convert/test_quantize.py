@@ -5,6 +5,7 @@ from pathlib import Path
 import gguf
 import pytest
 
+from convert.candidates import plain
 from convert.errors import QuantizationUnknown, QuantizeFailed
 from convert.quantize import QUANTIZATIONS, check_quantization, disk_need, quantize
 from tests.convert.tiny import write_model
@@ -18,7 +19,7 @@ def half(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_K_M"])
 def test_it_writes_the_quantization_asked_for(tmp_path: Path, half: Path, name: str) -> None:
     target, steps = tmp_path / "out.gguf", []
-    quantize(half, target, name, lambda done, total: steps.append((done, total)))
+    quantize(half, target, plain(name), None, lambda done, total: steps.append((done, total)))
     reader = gguf.GGUFReader(target)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     if name != "Q4_K_M":  # rows of 64 do not fit a K-quant's block: llama.cpp falls back, tensor by tensor
@@ -37,7 +38,7 @@ def test_what_llama_cpp_says_is_in_the_error(tmp_path: Path) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"not a model")
     with pytest.raises(QuantizeFailed, match=r"'bad\.gguf' could not be quantized to Q8_0 .*failed to load model"):
-        quantize(bad, tmp_path / "out.gguf", "Q8_0", lambda done, total: None)
+        quantize(bad, tmp_path / "out.gguf", plain("Q8_0"), None, lambda done, total: None)
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -46,7 +47,7 @@ def test_an_interrupt_ends_it_and_leaves_nothing(tmp_path: Path, half: Path) -> 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(half, tmp_path / "out.gguf", "Q8_0", interrupt)
+        quantize(half, tmp_path / "out.gguf", plain("Q8_0"), None, interrupt)
     assert not (tmp_path / "out.gguf").exists()
 
 
