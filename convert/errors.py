@@ -10,6 +10,7 @@ ConvertError
 ├── ImatrixInvalid       an importance matrix is damaged, or was collected on another model
 ├── TrimImpossible       the vocabulary cannot be cut: its kind, what it lacks, or that it was cut before
 ├── QuantizeFailed       llama.cpp could not quantize
+├── MeasureFailed        a file cannot be measured: it does not run, its logits say nothing, or it has other tokens
 ├── VerifyFailed         what was written is not what was meant, or does not run
 └── RequestInvalid       the options contradict each other or lack a name
     └── QuantizationUnknown  no quantization of that name
@@ -54,6 +55,10 @@ class TrimImpossible(ConvertError):
 
 class QuantizeFailed(ConvertError):
     """llama.cpp could not quantize the file."""
+
+
+class MeasureFailed(ConvertError):
+    """A file cannot be measured: it does not run, its logits say nothing, or it has another vocabulary."""
 
 
 class VerifyFailed(ConvertError):

@@ -15,6 +15,11 @@ BETWEEN = {
     "models": set[str](),
     "runtime": {"models"},
     "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},
+    # The prompt, the labels' weighing and the batch's nouns: what is measured is what serving does.
+    "convert": {
+        *("models", "runtime.llama", "runtime.errors"),
+        *("runtime.prompt", "runtime.scoring", "runtime.sequence"),
+    },
     "benchmarks": {"models"},
 }
 # This one measures the engine without HTTP, in a process of its own.

@@ -1,0 +1,100 @@
+"""The child that measures one file: `python -m convert.measure_child JOB OUTCOME`.
+
+The logits pass once: a row is compared with every reference, or written, while it is still in llama.cpp's memory.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from runtime.errors import EngineError, RequestError
+from runtime.llama import LoadOptions, load
+from runtime.llama_protocol import LlamaLike
+
+from .errors import ConvertError
+from .measure_loss import RowFile, RowLoss, row_loss
+from .measure_pass import N_SEQ_MAX, cells_needed, run_pass
+from .measure_process import ERROR, STEP, Job, Outcome, RowSet, read_value
+from .measure_rows import Row
+
+N_BATCH = 512
+
+
+def do_job(llama: LlamaLike, job: Job, progress: Callable[[int, int], None]) -> Outcome:
+    """Measure the loaded model. Raises EngineError, MeasureFailed, and OSError when the disk is full."""
+    with ExitStack() as files:
+        if job.keep is not None:
+            target = files.enter_context(RowFile(Path(job.keep.file), job.keep.n_vocab, create=True))
+            rows, on_row = job.keep.rows, _keeper(target)
+            return Outcome(run_pass(llama, job.tasks, rows, on_row, job.together, progress), ())
+        comparers = [_Comparer.open(compared, files) for compared in job.compare]
+        wanted = {(row.place, row.position): row for compared in job.compare for row in compared.rows}
+
+        def compare(row: Row, logits: np.ndarray) -> None:
+            for comparer in comparers:
+                comparer.see(row, logits)
+
+        answers = run_pass(llama, job.tasks, wanted.values(), compare, job.together, progress)
+        return Outcome(answers, tuple(comparer.losses() for comparer in comparers))
+
+
+def _keeper(target: RowFile) -> Callable[[Row, np.ndarray], None]:
+    return lambda row, logits: target.write(row.number, logits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparer:
+    """One reference: its file, its rows by where they are, and by their numbers the losses found."""
+
+    file: RowFile
+    rows: dict[tuple[int, int], Row]
+    kept: np.ndarray | None
+    found: dict[int, RowLoss]
+
+    @classmethod
+    def open(cls, compared: RowSet, files: ExitStack) -> "_Comparer":
+        file = files.enter_context(RowFile(Path(compared.file), compared.n_vocab))
+        rows = {(row.place, row.position): row for row in compared.rows}
+        kept = None if compared.kept is None else np.array(compared.kept, np.int64)
+        return cls(file, rows, kept, {})
+
+    def see(self, seen: Row, logits: np.ndarray) -> None:
+        row = self.rows.get((seen.place, seen.position))
+        if row is not None:
+            self.found[row.number] = row_loss(self.file.read(row.number), logits, row.target, self.kept)
+
+    def losses(self) -> tuple[RowLoss, ...]:
+        return tuple(self.found[row.number] for row in self.rows.values())
+
+
+def main(order: str, result: str) -> int:
+    """Do the job in the file `order`, write what was found to `result`; what goes wrong is one line on stdout."""
+    try:
+        job = read_value(Job, Path(order))
+        options = LoadOptions(
+            n_ctx=cells_needed(job.tasks, job.together), n_batch=N_BATCH, n_seq_max=N_SEQ_MAX, n_outputs=N_SEQ_MAX
+        )
+        llama = load(Path(job.model), options)
+        outcome = do_job(llama, job, _tell)
+        Path(result).write_bytes(TypeAdapter(Outcome).dump_json(outcome))
+    except (ConvertError, EngineError, RequestError, OSError) as error:
+        print(f"{ERROR}{error}".replace("\n", " "), flush=True)
+        return 1
+    return 0
+
+
+def _tell(done: int, total: int) -> None:
+    try:
+        print(STEP, done, total, flush=True)
+    except BrokenPipeError:
+        os._exit(1)  # nobody waits for the result any more
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""How far one row of logits lies from the reference's, and the file in which the reference's rows wait for candidates.
+
+The reference's log-probabilities are kept as float16, a row of the vocabulary at a time: half a MiB for 262k tokens.
+Read back they are normalised again, so what a candidate is compared with is a distribution, a KL divergence of 1e-6 or
+less from the true one; a candidate's divergence is off by some thousandths of itself. Two models at once would need no
+file, but twice the memory, and the reference computed again for each candidate.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from models.quality import Loss
+
+from .errors import MeasureFailed
+
+STORED = np.dtype("<f2")
+# Below every log-probability that matters, above float16's lowest number: no infinity is ever stored.
+_LOWEST = -60_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """One row: KL divergence (nats, reference first), whether the likeliest token is the same, and the surprise
+    (negative log-probability, nats) of the token that comes next, to the reference and to the candidate.
+    """
+
+    kl: float
+    agrees: bool
+    reference_nll: float
+    candidate_nll: float
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities (natural, float64), of the shape of `logits`. Raises MeasureFailed for NaN or infinity."""
+    wide = logits.astype(np.float64)
+    highest = wide.max()
+    if not math.isfinite(highest):
+        raise MeasureFailed(f"the logits are not numbers (the highest is {highest})")
+    wide -= highest
+    wide -= math.log(np.exp(wide).sum())
+    return wide
+
+
+def row_loss(stored: np.ndarray, logits: np.ndarray, target: int, kept: np.ndarray | None = None) -> RowLoss:
+    """Compare `logits` with the reference's `stored` log-probabilities, both of shape (n_vocab,).
+
+    With `kept`, of the shape of `logits`, token i of `logits` is token kept[i] of the reference, whose distribution is
+    restricted to these and normalised: what a model with a trimmed vocabulary can say at best. `target` is an id of
+    `logits`. Tokens that are equally likely to the reference within float16 are all its likeliest.
+    """
+    reference = log_softmax(stored if kept is None else stored[kept])
+    candidate = log_softmax(logits)
+    kl = float(np.exp(reference) @ (reference - candidate))
+    agrees = bool(reference[int(candidate.argmax())] == reference.max())
+    if not math.isfinite(kl):
+        raise MeasureFailed(f"the KL divergence is {kl}: a token that the reference may say has no probability")
+    # no less than 0 but for the rounding of the sum
+    return RowLoss(max(0.0, kl), agrees, -float(reference[target]), -float(candidate[target]))
+
+
+def summarise(rows: Sequence[RowLoss]) -> Loss | None:
+    """The loss over `rows`; None for none. The 99 % is the exact quantile of the rows' KL divergences (type 7)."""
+    if not rows:
+        return None
+    kl = np.array([row.kl for row in rows])
+    surprise = np.array([row.candidate_nll - row.reference_nll for row in rows])
+    return Loss(
+        positions=len(rows),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1_agreement=sum(row.agrees for row in rows) / len(rows),
+        perplexity_ratio=float(np.exp(min(700.0, surprise.mean()))),
+    )
+
+
+class RowFile:
+    """Rows of `n_vocab` log-probabilities on disk, by number. Open it to read, or with `create` to write."""
+
+    def __init__(self, path: Path, n_vocab: int, *, create: bool = False) -> None:
+        """Raises OSError."""
+        self._n_vocab = n_vocab
+        self._row_bytes = n_vocab * STORED.itemsize
+        self._file: BinaryIO = path.open("xb" if create else "rb")
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, number: int, logits: np.ndarray) -> None:
+        """Keep the distribution of `logits`, shape (n_vocab,), as row `number`."""
+        self._file.seek(number * self._row_bytes)
+        self._file.write(np.maximum(log_softmax(logits), _LOWEST).astype(STORED).tobytes())
+
+    def read(self, number: int) -> np.ndarray:
+        """Row `number`, float16 of shape (n_vocab,). Raises MeasureFailed when the file does not hold it."""
+        self._file.seek(number * self._row_bytes)
+        data = self._file.read(self._row_bytes)
+        if len(data) != self._row_bytes:
+            raise MeasureFailed(f"{self._file.name!r} ends before row {number} of {self._n_vocab} log-probabilities")
+        return np.frombuffer(data, STORED)

@@ -1,0 +1,203 @@
+"""One model through all tasks: the rows that were planned, and an answer to every example.
+
+A few examples at a time: their prompts are prefilled together; the expected answers are branches of them, which give
+the rows; then come the model's own answers. To classify, every label is weighed whole, as branches under the shared
+prompt, by the very rule of `/v1/decisions` (`runtime/scoring.py`). To write, the prompts' sequences go on together with
+the likeliest token each, up to an end or as far as the tasks follow them. Each prompt is computed once.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from runtime.llama_protocol import LlamaLike
+from runtime.scoring import Ballot
+from runtime.sequence import Question
+
+from .errors import MeasureFailed
+from .measure_decode import Branch, Run, decode_branches, decode_runs
+from .measure_rows import Row
+from .measure_tasks import Task, Tasks
+
+# Half of the sequences may hold prompts, so that the other half can branch off them.
+MAX_TOGETHER = 16
+N_SEQ_MAX = 2 * MAX_TOGETHER
+
+OnRow = Callable[[Row, np.ndarray], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answered: a label, or the text it wrote. `cut_off`: it was not followed to its end."""
+
+    text: str
+    cut_off: bool = False
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A task in work: its place among the tasks, its sequence, and the rows that are wanted, by position."""
+
+    place: int
+    task: Task
+    seq_id: int
+    rows: Mapping[int, Row]
+    ballot: Ballot | None = None
+    written: list[int] = field(default_factory=list)
+
+
+def run_pass(
+    llama: LlamaLike,
+    tasks: Tasks,
+    rows: Iterable[Row],
+    on_row: OnRow,
+    together: int = MAX_TOGETHER,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Answer, ...]:
+    """Give `on_row` each of `rows` with its logits, float32 of shape (n_vocab,), valid until it returns.
+
+    Returns the answers in the order of the tasks. At most `together` examples are in work at once (1 … MAX_TOGETHER).
+    `progress` is told (examples done, examples in all). Raises EngineError, and MeasureFailed when the model has
+    another vocabulary than the tasks or its logits are not numbers.
+    """
+    if llama.info.n_vocab != tasks.n_vocab:
+        raise MeasureFailed(f"the model has {llama.info.n_vocab} tokens, the tasks were made for {tasks.n_vocab}")
+    by_place: dict[int, dict[int, Row]] = {}
+    for row in rows:
+        by_place.setdefault(row.place, {})[row.position] = row
+    answers: list[Answer] = []
+    total = len(tasks.tasks)
+    progress(0, total)
+    for group in _groups(tasks, together, llama.info.n_ctx):
+        llama.clear()
+        asked = [
+            _Asked(place, tasks.tasks[place], seq_id, by_place.get(place, {})) for seq_id, place in enumerate(group)
+        ]
+        answers += _Group(llama, tasks, asked, on_row).answers()
+        progress(len(answers), total)
+    return tuple(answers)
+
+
+def cells_needed(tasks: Tasks, together: int = MAX_TOGETHER) -> int:
+    """A size of the KV cache in which `together` examples of usual length fit, and the longest one surely."""
+    rooms = sorted((tasks.room(task) for task in tasks.tasks), reverse=True)
+    return max(sum(rooms[:1]), min(sum(rooms[:together]), 8192))
+
+
+def _groups(tasks: Tasks, together: int, n_ctx: int) -> Iterable[list[int]]:
+    """Neighbours that fit into the cache together, with all that may follow them."""
+    group: list[int] = []
+    used = 0
+    for place, task in enumerate(tasks.tasks):
+        room = tasks.room(task)
+        if group and (len(group) == together or used + room > n_ctx):
+            yield group
+            group, used = [], 0
+        group.append(place)
+        used += room
+    if group:
+        yield group
+
+
+class _Group:
+    """A few examples whose prompts share the cache."""
+
+    def __init__(self, llama: LlamaLike, tasks: Tasks, asked: Sequence[_Asked], on_row: OnRow) -> None:
+        self._llama = llama
+        self._tasks = tasks
+        self._asked = asked
+        self._on_row = on_row
+        self._room = llama.info.n_ctx - sum(len(one.task.prompt) for one in asked)
+        self._free_ids = range(len(asked), llama.info.n_seq_max)
+
+    def answers(self) -> list[Answer]:
+        """Compute everything about these examples."""
+        self._prefill()
+        self._follow_expected()
+        return self._choose() if self._tasks.work == "classify" else self._write()
+
+    def _prefill(self) -> None:
+        runs = [
+            Run(one.seq_id, 0, one.task.prompt, one.rows.keys() | {len(one.task.prompt) - 1}) for one in self._asked
+        ]
+        for index, place, logits in decode_runs(self._llama, runs):
+            one = self._asked[index]
+            self._see(one, place, logits)
+            if place < len(one.task.prompt) - 1:
+                continue
+            if self._tasks.work == "classify":
+                one.ballot = Ballot(Question(one.task.prompt, self._tasks.choices, self._tasks.ends))
+                one.ballot.read((), logits)
+            else:
+                one.written.append(_likeliest(logits))
+
+    def _see(self, one: _Asked, position: int, logits: np.ndarray) -> None:
+        if row := one.rows.get(position):
+            self._on_row(row, logits)
+
+    def _follow_expected(self) -> None:
+        """The rows after the expected answer's tokens; nothing comes after its last one."""
+        branches = []
+        for one in self._asked:
+            n_prompt = len(one.task.prompt)
+            wanted = {position - n_prompt for position in one.rows if position >= n_prompt}
+            if wanted:
+                branches.append(self._branch(one, one.task.answer[: max(wanted) + 1], wanted, self._reader(one)))
+        self._compute(branches)
+
+    def _reader(self, one: _Asked) -> Callable[[int, np.ndarray], None]:
+        return lambda place, logits: self._see(one, len(one.task.prompt) + place, logits)
+
+    def _choose(self) -> list[Answer]:
+        ballots = [(one, one.ballot) for one in self._asked if one.ballot is not None]
+        while branches := [branch for one, ballot in ballots for branch in self._wave(one, ballot)]:
+            self._compute(branches)
+        return [Answer(self._tasks.labels[_first_highest(ballot.logprobs())]) for _, ballot in ballots]
+
+    def _wave(self, one: _Asked, ballot: Ballot) -> list[Branch]:
+        def reader(path: tuple[int, ...]) -> Callable[[int, np.ndarray], None]:
+            return lambda place, logits: ballot.read(path[: place + 1], logits)
+
+        return [
+            self._branch(one, branch.path, range(branch.first - 1, len(branch.path)), reader(branch.path))
+            for branch in ballot.next_wave()
+        ]
+
+    def _branch(
+        self, one: _Asked, tokens: Sequence[int], wanted: Iterable[int], read: Callable[[int, np.ndarray], None]
+    ) -> Branch:
+        return Branch(one.seq_id, len(one.task.prompt), tokens, frozenset(wanted), read)
+
+    def _compute(self, branches: Sequence[Branch]) -> None:
+        decode_branches(self._llama, branches, self._free_ids, self._room)
+
+    def _write(self) -> list[Answer]:
+        while going := [one for one in self._asked if self._goes_on(one)]:
+            runs = [
+                Run(one.seq_id, len(one.task.prompt) + len(one.written) - 1, one.written[-1:], {0}) for one in going
+            ]
+            for index, _, logits in decode_runs(self._llama, runs):
+                going[index].written.append(_likeliest(logits))
+        return [self._written(one) for one in self._asked]
+
+    def _goes_on(self, one: _Asked) -> bool:
+        return len(one.written) < self._tasks.max_written and one.written[-1] not in self._tasks.ends
+
+    def _written(self, one: _Asked) -> Answer:
+        ended = one.written[-1] in self._tasks.ends
+        return Answer(self._llama.tokenizer.decode(one.written[:-1] if ended else one.written), cut_off=not ended)
+
+
+def _likeliest(logits: np.ndarray) -> int:
+    place = int(logits.argmax())  # that of a NaN, if there is one
+    if not np.isfinite(logits[place]):
+        raise MeasureFailed(f"the logits are not numbers (the highest is {logits[place]})")
+    return place
+
+
+def _first_highest(logprobs: Sequence[float]) -> int:
+    highest = max(logprobs)
+    if highest == -np.inf:
+        raise MeasureFailed("the model gives none of the labels any probability")
+    return list(logprobs).index(highest)

@@ -1,0 +1,87 @@
+"""Which rows of logits are compared: those of the answers, and beside them a sample of the prompts'.
+
+What a row says of a prompt's next word is never served, and a fine-tune on answers has not learnt it. So the budget is
+applied to the rows from which the answer is drawn: after the prompt's last token, and after each token of the expected
+answer. The prompts' rows are reported apart from them: there are many, of all kinds, so they tell of damage that a few
+sure answers would hide.
+
+A row is as wide as the vocabulary, so their number is bounded: every example gives as many as an even share allows,
+evenly spread, and its first one always.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .measure_tasks import Tasks
+
+MAX_ANSWER_ROWS = 1024
+MAX_PROMPT_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The logits after token `position` of task `place`, where token `target` comes next. `number` is its place on
+    disk.
+    """
+
+    number: int
+    place: int
+    position: int
+    target: int
+    in_answer: bool
+
+
+def plan_rows(
+    tasks: Tasks, max_answer_rows: int = MAX_ANSWER_ROWS, max_prompt_rows: int = MAX_PROMPT_ROWS
+) -> tuple[Row, ...]:
+    """The rows to compare, numbered in order: example by example, the prompt's before the answer's.
+
+    Each example has one of either kind at least, whatever the limits.
+    """
+    answer_share = max(1, even_share([len(task.answer) for task in tasks.tasks], max_answer_rows))
+    prompt_share = max(1, even_share([len(task.prompt) - 1 for task in tasks.tasks], max_prompt_rows))
+    rows: list[Row] = []
+    for place, task in enumerate(tasks.tasks):
+        tokens, n_prompt = task.tokens, len(task.prompt)
+        in_prompt = spread(n_prompt - 1, prompt_share)
+        in_answer = [n_prompt - 1 + step for step in spread(len(task.answer), answer_share)]
+        for position in (*in_prompt, *in_answer):
+            rows.append(Row(len(rows), place, position, tokens[position + 1], position >= n_prompt - 1))
+    return tuple(rows)
+
+
+def even_share(counts: Sequence[int], limit: int) -> int:
+    """The largest share for which the sum of min(count, share) is at most `limit`."""
+    share, left = 0, sorted(counts)
+    while left and limit >= len(left) * (left[0] - share):
+        limit -= len(left) * (left[0] - share)
+        share = left.pop(0)
+    return share + (limit // len(left) if left else 0)
+
+
+def spread(count: int, share: int) -> list[int]:
+    """At most `share` of 0 … count - 1, evenly spread, 0 among them."""
+    if count <= 0:
+        return []
+    return sorted({int(step) for step in np.linspace(0, count - 1, min(count, share))})
+
+
+def rows_in_common(rows: Sequence[Row], theirs: Tasks, ours: Tasks, kept: np.ndarray | None) -> Iterator[Row]:
+    """Those of the reference's `rows` that a candidate has too, which tokenised the same examples as `ours`.
+
+    `kept` maps the candidate's token ids to the reference's; None: they are the same. A row is common where all tokens
+    up to its target are.
+    """
+    at = {task.id: place for place, task in enumerate(ours.tasks)}
+    tokens = [np.asarray(task.tokens, np.int64) for task in ours.tasks]
+    mapped = tokens if kept is None else [kept[ids] for ids in tokens]
+    for row in rows:
+        task = theirs.tasks[row.place]
+        place = at.get(task.id)
+        if place is None:
+            continue
+        wanted = np.asarray(task.tokens[: row.position + 2])
+        if np.array_equal(mapped[place][: row.position + 2], wanted):
+            yield Row(row.number, place, row.position, int(tokens[place][row.position + 1]), row.in_answer)
