@@ -49,15 +49,20 @@ def grid(shape: tuple[int, ...], seed: int, span: int = 16, unit: int = 64) -> n
     return ((steps.astype(np.float32) - span) / unit).reshape(shape)
 
 
-def weights(architecture: str = "gemma3") -> dict[str, np.ndarray]:
-    """GGUF tensor name -> float32 weights."""
+def weights(architecture: str = "gemma3", experts: int = 0) -> dict[str, np.ndarray]:
+    """GGUF tensor name -> float32 weights; `experts`: so many feed-forward networks in each layer, and a gate."""
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
     if architecture == "gemma3":
         norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
     made = {"token_embd.weight": grid((len(TOKENS), N_EMBD), 1), "output_norm.weight": np.ones(N_EMBD, np.float32)}
     for layer in range(N_LAYERS):
         for index, (name, shape) in enumerate(SHAPES.items()):
-            made[f"blk.{layer}.{name}.weight"] = grid(shape, 10 + 20 * layer + index)
+            if experts and name.startswith("ffn"):
+                made[f"blk.{layer}.{name}_exps.weight"] = grid((experts, *shape), 10 + 20 * layer + index)
+            else:
+                made[f"blk.{layer}.{name}.weight"] = grid(shape, 10 + 20 * layer + index)
+        if experts:
+            made[f"blk.{layer}.ffn_gate_inp.weight"] = grid((experts, N_EMBD), 18 + 20 * layer)
         for name in norms:
             made[f"blk.{layer}.{name}.weight"] = np.ones(N_EMBD, np.float32)
         if architecture == "gemma3":
@@ -73,6 +78,7 @@ def write_model(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     template: str | None = None,
     changes: Mapping[str, np.ndarray] | None = None,
+    experts: int = 0,
 ) -> Path:
     """Write a model of two layers that llama.cpp loads; matrices are stored as `kind`."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -90,9 +96,12 @@ def write_model(
         writer.add_sliding_window(128)
     else:
         writer.add_rope_dimension_count(HEAD_DIM)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
     _add_vocabulary(writer, template)
-    for name, array in (weights(architecture) | dict(changes or {})).items():
-        if array.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
+    for name, array in (weights(architecture, experts) | dict(changes or {})).items():
+        if array.ndim == 1 or "ffn_gate_inp" in name or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, array)
         elif kind == gguf.GGMLQuantizationType.F16:
             writer.add_tensor(name, array.astype(np.float16))
