@@ -52,7 +52,7 @@ class Answers(_Part):
 
 
 class Speed(_Part):
-    """Measured on this machine: medians over rounds. `decode_tokens_per_s`: by number of sequences that decode together.
+    """Measured on this machine, medians over rounds. `decode_tokens_per_s`: by number of sequences that decode at once.
 
     `score_samples_per_s`: examples a second for the stated work, one figure a round, in order.
     """

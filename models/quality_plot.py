@@ -182,7 +182,7 @@ def _places(dot: _Dot) -> Iterator[_Box]:
     for shift in (0, 1, -1, 2, -2, 3, -3, 4, -4):
         top = dot.y - _LINE / 2 + shift * _LINE
         for left in (dot.x + dot.radius + 4, dot.x - dot.radius - 4 - width, dot.x - width / 2):
-            if _LEFT <= left and left + width <= _WIDTH and top >= _TOP - _LINE and top + _LINE <= _BOTTOM:
+            if left >= _LEFT and left + width <= _WIDTH and top >= _TOP - _LINE and top + _LINE <= _BOTTOM:
                 yield _Box(left, top, left + width, top + _LINE)
     if width > (_RIGHT - _LEFT) / 2:  # a very long name fits nowhere else
         yield _Box(_LEFT + 4, dot.y - 2 * _LINE, _LEFT + 4 + width, dot.y - _LINE)

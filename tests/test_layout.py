@@ -14,10 +14,9 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 BETWEEN = {
     "models": set[str](),
     "runtime": {"models"},
-    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},
     # The prompt, the labels' weighing and the batch's nouns: what is measured is what serving does.
     "convert": {
-        *("models", "runtime.llama", "runtime.errors"),
+        *("models", "runtime.llama", "runtime.errors", "runtime.config"),
         *("runtime.prompt", "runtime.scoring", "runtime.sequence"),
     },
     "benchmarks": {"models"},
