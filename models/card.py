@@ -1,15 +1,18 @@
 """A model's README.md: everything its manifest knows, for people. Pure; says "not measured" where nothing was."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from . import quality as ladder
+from .card_quality import render_quality
+from .card_table import table
 from .manifest import Artefact, Manifest, Quality
 
 _MIB = 1 << 20
 
 
-def render_card(manifest: Manifest) -> str:
-    """The model card as Markdown."""
+def render_card(manifest: Manifest, measured: ladder.Quality | None = None) -> str:
+    """The model card as Markdown. `measured` is the model's `quality.json`, where its quantization was chosen."""
     sections = [
         f"# {manifest.name}\n\n{manifest.description or 'No description was given.'}",
         _run(manifest),
@@ -17,7 +20,8 @@ def render_card(manifest: Manifest) -> str:
         _origin(manifest),
         _licence(manifest),
         "## Files\n\n" + _files(manifest.artefacts),
-        "## Quality\n\n" + _quality(manifest.quality),
+        "## Quality\n\n" + _quality(manifest.quality) if manifest.quality or measured is None else "",
+        "## The choice of the file\n\n" + render_quality(measured) if measured is not None else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -72,7 +76,7 @@ def _licence(manifest: Manifest) -> str:
 def _files(artefacts: Sequence[Artefact]) -> str:
     if not artefacts:
         return "Not built yet."
-    return _table(
+    return table(
         ("File", "Quantization", "Size", "sha256"),
         (
             (f"`{file.file}`", file.quantization, f"{file.size_bytes / _MIB:.1f} MiB", f"`{file.sha256}`")
@@ -86,7 +90,7 @@ def _quality(measured: Sequence[Quality]) -> str:
 
 
 def _accuracies(measured: Sequence[Quality]) -> str:
-    return _table(
+    return table(
         ("What", "Split", "Correct", "Accuracy", "95 % interval (Wilson)"),
         (
             (
@@ -99,15 +103,6 @@ def _accuracies(measured: Sequence[Quality]) -> str:
             for one in measured
         ),
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _fenced(text: str, language: str = "") -> str:

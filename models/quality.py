@@ -14,7 +14,7 @@ from .files import write_atomic
 QUALITY_FILE = "quality.json"
 
 Work = Literal["classify", "write"]
-Verdict = Literal["chosen", "within budget", "over budget", "undoes the fine-tune", "failed"]
+Verdict = Literal["unjudged", "chosen", "within budget", "over budget", "undoes the fine-tune", "failed"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -52,15 +52,34 @@ class Answers(_Part):
 
 
 class Speed(_Part):
-    """Measured on this machine. `decode_tokens_per_s`: by number of sequences that decode together."""
+    """Measured on this machine, medians over rounds. `decode_tokens_per_s`: by number of sequences that decode at once.
+
+    `score_samples_per_s`: examples a second for the stated work, one figure a round, in order.
+    """
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: dict[int, float]
     peak_memory_bytes: int
+    score_samples_per_s: tuple[float, ...] = ()
+
+
+class Shape(_Part):
+    """What the speeds were measured with: the typical example (medians, in tokens) and how it was served."""
+
+    prompt_tokens: Annotated[int, Field(gt=0)]
+    answer_tokens: Annotated[int, Field(gt=0)]
+    sequences: Annotated[int, Field(gt=0)]
+    step_tokens: Annotated[int, Field(gt=0)]
+    threads: Annotated[int, Field(gt=0)]
+    rounds: Annotated[int, Field(gt=0)]
 
 
 class Candidate(_Part):
-    """One file that was made and measured. `score_per_s`: what the pick compares, examples a second for the work."""
+    """One file that was made and measured. `score_per_s`: what the pick compares, examples a second for the work.
+
+    `kl_to_base`: mean KL divergence to the model before its fine-tuning, where that was at hand. `verdict` is
+    "unjudged" until the choice was made.
+    """
 
     name: str
     file: str
@@ -72,7 +91,8 @@ class Candidate(_Part):
     answers: Answers | None = None
     speed: Speed | None = None
     score_per_s: float | None = None
-    verdict: Verdict
+    kl_to_base: float | None = None
+    verdict: Verdict = "unjudged"
     reason: str = ""
 
 
@@ -96,7 +116,8 @@ class Trim(_Part):
 class Quality(_Part):
     """The whole report. `noise`: the reference against itself in another batch shape; nothing below it means anything.
 
-    `base_distance` tells how far the fine-tune lies from its base, where there is a base to compare with.
+    `base_distance` tells how far the fine-tune lies from its base, where there is a base to compare with, and
+    `base_check` what that comparison was, or why there was none. `overruled`: the user chose, not the budget.
     """
 
     schema_version: Literal[1] = 1
@@ -110,6 +131,8 @@ class Quality(_Part):
     noise: Loss | None
     noise_flips: int | None
     base_distance: Loss | None = None
+    base_check: str = ""
+    shape: Shape | None = None
     trim: Trim | None = None
     candidates: tuple[Candidate, ...]
     chosen: str

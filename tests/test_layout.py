@@ -16,7 +16,7 @@ BETWEEN = {
     "runtime": {"models"},
     # The prompt, the labels' weighing and the batch's nouns: what is measured is what serving does.
     "convert": {
-        *("models", "runtime.llama", "runtime.errors"),
+        *("models", "runtime.llama", "runtime.errors", "runtime.config"),
         *("runtime.prompt", "runtime.scoring", "runtime.sequence"),
     },
     "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},

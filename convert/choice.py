@@ -1,0 +1,110 @@
+"""The pick: of what was made and measured, the fastest for the stated work that loses no more than the budget. Pure.
+
+A candidate is judged beside the half-precision reference of the same conversion, which loses nothing by definition.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from models.quality import Answers, Budget, Candidate
+
+from .errors import RequestInvalid
+
+REFERENCE = "F16"
+# Rates closer than this are a tie: the same file differs by as much from round to round on a machine that is in use.
+TIE = 0.03
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`candidates` in the order given, each with its verdict and the reason for it; `chosen` is one of their names.
+
+    `reason` is the choice in one sentence.
+    """
+
+    candidates: tuple[Candidate, ...]
+    chosen: str
+    overruled: bool
+    reason: str
+
+
+def choose(candidates: Sequence[Candidate], budget: Budget, wanted: str | None = None) -> Choice:
+    """Judge `candidates`, of which one is the reference `F16`, and pick one; `wanted` (a name) overrules the budget.
+
+    Verdicts "failed" and "undoes the fine-tune" stand; everything else is judged here. Without speeds the smallest
+    counts as the fastest. Raises RequestInvalid if `wanted` was not made, or failed.
+    """
+    reference = _named(REFERENCE, candidates)
+    judged = [_judged(candidate, reference, budget) for candidate in candidates]
+    if wanted is not None:
+        picked = _named(wanted, judged)
+        if picked.verdict == "failed":
+            raise RequestInvalid(f"{wanted!r} was asked for, but it failed: {picked.reason}")
+        reason = f"asked for by name{_against(picked)}"
+    else:
+        picked = fastest([one for one in judged if one.verdict == "within budget"])
+        reason = _why(picked, judged)
+    marked = tuple(
+        one.model_copy(update={"verdict": "chosen", "reason": reason}) if one is picked else one for one in judged
+    )
+    return Choice(marked, picked.name, wanted is not None, reason)
+
+
+def fastest(candidates: Sequence[Candidate]) -> Candidate:
+    """The one with the most examples a second; of those within `TIE` of it the smallest file, then the first name."""
+    best = max(candidate.score_per_s or 0.0 for candidate in candidates)
+    tied = [candidate for candidate in candidates if (candidate.score_per_s or 0.0) >= best * (1 - TIE)]
+    return min(tied, key=lambda candidate: (candidate.size_bytes, candidate.name))
+
+
+def excesses(candidate: Candidate, reference: Answers | None, budget: Budget) -> Iterator[str]:
+    """What `candidate` loses beyond the budget, a phrase each. `reference`: the reference's own answers."""
+    if candidate.loss is None:
+        yield "its loss was not measured"
+    elif not candidate.loss.kl_mean <= budget.kl_mean:  # a NaN is no loss within any budget
+        yield f"mean KL divergence {candidate.loss.kl_mean:.3g}, the budget is {budget.kl_mean:g}"
+    answers = candidate.answers
+    if answers is None:
+        return
+    if answers.flips > budget.flips * answers.total:
+        share = answers.flips / answers.total
+        yield f"{answers.flips} of {answers.total} answers changed ({share:.1%}), the budget is {budget.flips:.1%}"
+    if reference is not None and answers.correct < reference.correct and answers.p_value < SIGNIFICANT:
+        yield (
+            f"{answers.correct} of {answers.total} answers are right, {reference.correct} were "
+            f"(exact McNemar p = {answers.p_value:.2g})"
+        )
+
+
+def _judged(candidate: Candidate, reference: Candidate, budget: Budget) -> Candidate:
+    if candidate.verdict in {"failed", "undoes the fine-tune"}:
+        return candidate
+    if candidate.name == REFERENCE:
+        return candidate.model_copy(update={"verdict": "within budget", "reason": "the reference"})
+    over = "; ".join(excesses(candidate, reference.answers, budget))
+    verdict = "over budget" if over else "within budget"
+    return candidate.model_copy(update={"verdict": verdict, "reason": over or "loses no more than the budget"})
+
+
+def _why(picked: Candidate, judged: Sequence[Candidate]) -> str:
+    if picked.name == REFERENCE and not any(one.verdict == "within budget" for one in judged if one is not picked):
+        return "no quantization is within the budget, so the half-precision file stays"
+    if picked.score_per_s is None:
+        return "the smallest within the budget; speed was not measured"
+    return f"the fastest within the budget: {picked.score_per_s:.3g} examples/s"
+
+
+def _against(picked: Candidate) -> str:
+    if picked.verdict == "within budget":
+        return ""
+    verb = "is " if picked.verdict == "over budget" else ""
+    return f", although it {verb}{picked.verdict}: {picked.reason}"
+
+
+def _named(name: str, candidates: Sequence[Candidate]) -> Candidate:
+    found = next((candidate for candidate in candidates if candidate.name == name), None)
+    if found is None:
+        known = ", ".join(candidate.name for candidate in candidates)
+        raise RequestInvalid(f"no candidate {name!r} was made; there are {known or 'none'}")
+    return found

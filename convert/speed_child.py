@@ -1,0 +1,152 @@
+"""The process that measures one file's speed once: `python -m convert.speed_child`, the job on its standard input.
+
+One file a process, so that peak memory is this file's and an abort in C is this candidate's fault alone.
+"""
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from runtime.llama_protocol import LlamaLike
+from runtime.sequence import Batch
+
+from .child import read_job, tell
+from .speed_steps import Limits, Work, decode_step, packed_steps
+
+# As runtime/cli.py sets it for serving: threads that wait give a busy core back.
+_SPINCOUNT = "1000"
+_WARM_UP_TOKENS = 32
+# So many steps of 1, 8 and 16 sequences fit the eighth of the cells that is left to them.
+_MOST_STEPS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One round of one file. `examples_per_s` is of packed examples with their labels' rows; None if there are none."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: dict[int, float]
+    examples_per_s: float | None
+    peak_memory_bytes: int
+    threads: int
+    backend: str
+
+
+class Meter:
+    """A loaded model and a clock. `seconds` bounds each measurement, which has one step at least."""
+
+    def __init__(self, llama: LlamaLike, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._llama = llama
+        self._seconds = seconds
+        self._clock = clock
+        self._lengths: dict[int, int] = {}
+
+    def warm_up(self) -> None:
+        """Compute a few tokens: touches every weight once."""
+        self._packed(Work(_WARM_UP_TOKENS, 0), 1, _WARM_UP_TOKENS, 0.0)
+
+    def tokens_per_s(self, prompt: int, n_sequences: int) -> float:
+        """Prompts of `prompt` tokens, one row of logits each, packed into whole steps: tokens a second."""
+        return self._packed(Work(prompt, 0), n_sequences, self._llama.info.n_batch, self._seconds)
+
+    def examples_per_s(self, work: Work, n_sequences: int) -> float:
+        """Examples a second of `work`, packed into whole steps."""
+        return self._packed(work, n_sequences, self._llama.info.n_batch, self._seconds) / work.cycle
+
+    def decode_tokens_per_s(self, n_sequences: int) -> float:
+        """`n_sequences` that write a token each a step, after the prompts computed last: tokens a second."""
+        lengths = self._resident(n_sequences)
+        times: list[float] = []
+        while not times or (sum(times) < self._seconds and len(times) < _MOST_STEPS):
+            batch = decode_step(lengths, self._llama.info.n_vocab)
+            times.append(self._timed(batch))
+            lengths = [length + 1 for length in lengths]
+        self._lengths = dict(enumerate(lengths))
+        return n_sequences / statistics.median(times)
+
+    def _packed(self, work: Work, n_sequences: int, n_batch: int, seconds: float) -> float:
+        """Tokens a second."""
+        self._llama.clear()
+        self._lengths = {}
+        n_tokens, spent = 0, 0.0
+        info = self._llama.info
+        for step in packed_steps(work, Limits(n_batch, info.n_seq_max, n_sequences), info.n_vocab):
+            for seq_id in step.begun:
+                self._llama.remove(seq_id)
+            spent += self._timed(step.batch)
+            n_tokens += len(step.batch.tokens)
+            for seq_id, position in zip(step.batch.seq_ids.tolist(), step.batch.positions.tolist(), strict=True):
+                self._lengths[seq_id] = position + 1
+            if spent >= seconds:
+                break
+        return n_tokens / spent
+
+    def _timed(self, batch: Batch) -> float:
+        """Seconds for the step, with the look at each row that greedy sampling takes."""
+        began = self._clock()
+        self._llama.decode(batch).argmax(axis=1)
+        return max(self._clock() - began, 1e-9)
+
+    def _resident(self, n_sequences: int) -> list[int]:
+        """Sequences 0 … n_sequences-1 with a prompt each: their own where there is one, else they share the longest."""
+        longest = max(self._lengths, key=lambda seq_id: self._lengths[seq_id])
+        for seq_id in list(self._lengths):
+            if seq_id >= n_sequences and seq_id != longest:
+                self._llama.remove(seq_id)
+        for seq_id in range(n_sequences):
+            if seq_id not in self._lengths:
+                self._llama.copy_prefix(longest, seq_id, self._lengths[longest])
+                self._lengths[seq_id] = self._lengths[longest]
+        if longest >= n_sequences:
+            self._llama.remove(longest)
+        return [self._lengths[seq_id] for seq_id in range(n_sequences)]
+
+
+def measure(
+    meter: Meter, work: Work, n_prompts: int, decode_widths: Sequence[int]
+) -> tuple[float, float | None, dict[int, float]]:
+    """(prefill tokens a second, examples a second or None without labels, decode tokens a second by width)."""
+    meter.warm_up()
+    examples = meter.examples_per_s(work, n_prompts) if work.labels else None
+    prefill = meter.tokens_per_s(work.prompt, n_prompts)
+    # the widest first: each narrower one goes on with some of its sequences
+    decode = {n: meter.decode_tokens_per_s(n) for n in sorted(decode_widths, reverse=True)}
+    return prefill, examples, dict(sorted(decode.items()))
+
+
+def main() -> int:
+    """Measure as the job says and write the sample where it says. Returns 0 when done."""
+    job = read_job()
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPINCOUNT)
+    # llama.cpp's threads read the environment when they are loaded
+    from runtime.errors import EngineError
+    from runtime.llama import LoadOptions, load
+
+    try:
+        llama = load(Path(job["gguf"]), LoadOptions(**job["load"]))
+        meter = Meter(llama, job["seconds"])
+        work = Work(job["prompt_tokens"], job["label_tokens"])
+        prefill, examples, decode = measure(meter, work, job["n_prompts"], job["decode_widths"])
+    except EngineError as error:
+        tell(str(error).replace("\n", " "))
+        return 1
+    info = llama.info
+    sample = Sample(prefill, decode, examples, peak_memory_bytes(), info.n_threads, info.backend)
+    Path(job["result"]).write_text(json.dumps(asdict(sample)), encoding="utf-8")
+    return 0
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has had resident, the file's mapped pages included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+if __name__ == "__main__":
+    sys.exit(main())
