@@ -4,6 +4,7 @@ ConvertError
 ├── SourceInvalid        the source GGUF is split, or holds weights that cannot be read or written
 ├── ArchitectureUnknown  an adapter cannot be merged into this model family
 ├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
+├── TokenizerInvalid     the tokenizer is missing, malformed, or nothing that llama.cpp can repeat
 ├── TemplateInvalid      the chat template beside the adapter cannot be used
 ├── QuantizeFailed       llama.cpp could not quantize
 ├── VerifyFailed         what was written is not what was meant, or does not run
@@ -26,6 +27,10 @@ class ArchitectureUnknown(ConvertError):
 
 class AdapterInvalid(ConvertError):
     """The adapter folder is incomplete, malformed, or not made for this base."""
+
+
+class TokenizerInvalid(ConvertError):
+    """The tokenizer is missing, malformed, does not fit the weights, or is nothing that llama.cpp can repeat."""
 
 
 class TemplateInvalid(ConvertError):

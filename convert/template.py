@@ -19,10 +19,10 @@ from .errors import TemplateInvalid
 
 TEMPLATE_FIELD = "tokenizer.chat_template"
 END_OF_TURN_FIELD = "tokenizer.ggml.eot_token_id"
-MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TEMPLATE_BYTES = 1 << 20  # of tokenizer_config.json too, which lists added tokens
 
 _GEMMA_TURNS = (b"<start_of_turn>", b"<end_of_turn>")
-_END_OF_TURN_MARKS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
+END_OF_TURN_MARKS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ChatFormat:
 
 def choose_format(header: Header, adapter: Path | None) -> ChatFormat:
     """The adapter's own template, else the source's, else the family's. Raises TemplateInvalid naming the file."""
-    chosen = _beside_adapter(adapter) if adapter is not None else None
+    chosen = folder_format(adapter) if adapter is not None else None
     if chosen is None and TEMPLATE_FIELD in header.fields:
         chosen = ChatFormat(header.text(TEMPLATE_FIELD), None, "the source GGUF")
     if chosen is None and all(mark in header.vocabulary for mark in _GEMMA_TURNS):
@@ -50,28 +50,40 @@ def choose_format(header: Header, adapter: Path | None) -> ChatFormat:
     return replace(chosen, end_of_turn=_end_of_turn(header, chosen.template))
 
 
-def _beside_adapter(adapter: Path) -> ChatFormat | None:
-    """PEFT saves the tokenizer's template beside the adapter, in one or both of two places."""
-    file, config = adapter / "chat_template.jinja", adapter / "tokenizer_config.json"
-    configured = _configured(config) if config.is_file() else None
+def folder_format(folder: Path) -> ChatFormat | None:
+    """The template that a tokenizer's folder holds, in one or more of its places; None if none does.
+
+    As in transformers, chat_template.jinja goes before tokenizer_config.json. Raises TemplateInvalid naming the file.
+    """
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    named = _configured(config) if config.is_file() else {}
+    configured = named.get("default")
+    others = {path.stem for path in (folder / "additional_chat_templates").glob("*.jinja")} | (set(named) - {"default"})
+    left_out = (
+        (f"chat templates of other names are left out, a GGUF has one: {', '.join(sorted(others))}",) if others else ()
+    )
     if not file.is_file():
-        return None if configured is None else ChatFormat(configured, None, str(config))
+        return None if configured is None else ChatFormat(configured, None, str(config), left_out)
     text = _read(file).strip()
     disagree = configured is not None and configured.strip() != text
     warning = f"{file.name!r} and {config.name!r} hold different chat templates; the first is used"
-    return ChatFormat(text, None, str(file), (warning,) if disagree else ())
+    return ChatFormat(text, None, str(file), (*((warning,) if disagree else ()), *left_out))
 
 
-def _configured(config: Path) -> str | None:
+def _configured(config: Path) -> dict[str, str]:
+    """The templates in tokenizer_config.json by name; a single one is the default."""
     try:
         raw = json.loads(_read(config))
     except (ValueError, RecursionError) as error:
         raise TemplateInvalid(f"{str(config)!r} is no JSON: {error}") from error
     template: Any = raw.get("chat_template") if isinstance(raw, dict) else None
+    if isinstance(template, str):
+        return {"default": template}
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if not isinstance(template, dict):
+        return {}
+    return {name: text for name, text in template.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def _read(file: Path) -> str:
@@ -95,7 +107,7 @@ def _check_syntax(template: str, origin: str) -> None:
 
 def _end_of_turn(header: Header, template: str) -> int | None:
     """The vocabulary's end-of-turn mark that the template writes; else what the source says."""
-    for mark in _END_OF_TURN_MARKS:
+    for mark in END_OF_TURN_MARKS:
         if mark in template and mark.encode() in header.vocabulary:
             return header.vocabulary[mark.encode()]
     return _known_end(header)

@@ -20,7 +20,7 @@ MAX_FIELDS = 65_536
 MAX_TENSORS = 65_536
 MAX_KEY_BYTES = 65_535
 
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_UINT8, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 0, 4, 5, 6, 7, 8, 9
 # The other types by their number in the file: u8 i8 u16 i16 u32 i32 f32 bool, then u64 i64 f64.
 _SCALARS: Mapping[int, struct.Struct] = {
     kind: struct.Struct("<" + code)
@@ -48,6 +48,11 @@ class Field:
         return cls(struct.pack("<II", _UINT32, value))
 
     @classmethod
+    def int32(cls, value: int) -> "Field":
+        """A signed 32-bit field."""
+        return cls(struct.pack("<Ii", _INT32, value))
+
+    @classmethod
     def float32(cls, value: float) -> "Field":
         """A 32-bit floating-point field."""
         return cls(struct.pack("<If", _FLOAT32, value))
@@ -67,6 +72,11 @@ class Field:
     def float32_array(cls, values: Sequence[float]) -> "Field":
         """An array of 32-bit floating-point numbers."""
         return cls(_ARRAY_HEAD.pack(_ARRAY, _FLOAT32, len(values)) + struct.pack(f"<{len(values)}f", *values))
+
+    @classmethod
+    def uint8_array(cls, values: bytes) -> "Field":
+        """An array of bytes."""
+        return cls(_ARRAY_HEAD.pack(_ARRAY, _UINT8, len(values)) + values)
 
     @classmethod
     def int32_array(cls, values: Sequence[int]) -> "Field":

@@ -1,0 +1,180 @@
+"""A family of models: what its config.json means in a GGUF, and which tensors a folder of it holds.
+
+The keys and value types are those llama.cpp's own converter writes, so that a file made here is the file made there;
+what llama.cpp would compute otherwise than the checkpoint means is refused, not written.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from models.gguf_fields import Field
+
+from .config import MAX_CONTEXT, Config, Sizes, read_sizes
+from .names import Names
+from .rope import Rope, read_rope, scaling_fields
+
+# Buffers that old versions of transformers saved; they follow from config.json.
+_HARMLESS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the GGUF and the tensors of the folder it is made of, each of `shape`, stacked where several.
+
+    `heads`: its rows are reordered in that many heads. `offset` is added to every value.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    heads: int | None = None
+    offset: float = 0.0
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape in the GGUF."""
+        return self.shape if len(self.sources) == 1 else (len(self.sources), *self.shape)
+
+
+class Family(Names):
+    """What all families share. A family says where it differs."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """What transformers assumes for keys config.json leaves out."""
+    rope_kinds: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
+    activations: ClassVar[tuple[str, ...]] = ("silu",)
+    fixed_head_dim: ClassVar[bool] = False
+    """llama.cpp takes a head for as wide as the hidden size divided by the heads."""
+    may_tie: ClassVar[bool] = True
+    """llama.cpp can do without a matrix for the output."""
+
+    def sizes(self, config: Config) -> Sizes:
+        """The model's sizes. Raises SourceInvalid naming the value that cannot be."""
+        sizes = read_sizes(config)
+        if self.fixed_head_dim and sizes.n_q != sizes.n_embd:
+            raise config.bad("head_dim", f"in this family llama.cpp needs {sizes.n_embd} / {sizes.n_head}")
+        return sizes
+
+    def check(self, config: Config) -> None:
+        """Refuse, by name and value, what llama.cpp would not compute as the checkpoint means it."""
+        config.require("hidden_act", self.activations)
+        for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+            config.require(key, (None, 0, 1), "mixtures of experts are not supported")
+        config.require("is_causal", (None, True))
+        if self.is_tied(config) and not self.may_tie:
+            raise config.bad("tie_word_embeddings", f"llama.cpp needs a {self.architecture} model's output matrix")
+
+    def source_name(self, name: str) -> str | None:
+        """What a tensor of the folder is called in `weights`; None for one that is nobody's weight."""
+        return None if name.endswith(_HARMLESS) else name
+
+    def warnings(self, config: Config) -> tuple[str, ...]:
+        """What the user should know about running it in llama.cpp."""
+        return ()
+
+    def is_tied(self, config: Config) -> bool:
+        """True if the embedding is the output matrix, too."""
+        return config.flag("tie_word_embeddings")
+
+    def rope(self, config: Config) -> Rope:
+        """The rotary embeddings of layers that see everything."""
+        return read_rope(config, self.rope_kinds)
+
+    def fields(self, config: Config) -> dict[str, Field]:
+        """The fields below `{architecture}.`"""
+        sizes = self.sizes(config)
+        fields = {
+            "block_count": Field.uint32(sizes.n_layers),
+            "context_length": Field.uint32(config.integer("max_position_embeddings", MAX_CONTEXT)),
+            "embedding_length": Field.uint32(sizes.n_embd),
+            "feed_forward_length": Field.uint32(sizes.n_ff),
+            "attention.head_count": Field.uint32(sizes.n_head),
+            "attention.head_count_kv": Field.uint32(sizes.n_head_kv),
+            **{f"rope.{key}": field for key, field in scaling_fields(self.rope(config)).items()},
+            "attention.layer_norm_rms_epsilon": Field.float32(config.number("rms_norm_eps")),
+        }
+        return fields | self.head_fields(config)
+
+    def head_fields(self, config: Config) -> dict[str, Field]:
+        """The width of a head, where config.json gives it."""
+        if config.get("head_dim") is None:
+            return {}
+        width = Field.uint32(self.sizes(config).head_dim)
+        return {"attention.key_length": width, "attention.value_length": width}
+
+    def extras(self, config: Config) -> dict[str, np.ndarray]:
+        """Tensors that are computed from config.json: GGUF name -> float32."""
+        return {}
+
+    def biases(self, config: Config) -> frozenset[str]:
+        """A layer's modules that have a bias."""
+        return frozenset()
+
+    def weights(self, config: Config) -> Iterator[Weight]:
+        """Every tensor a folder must hold, in no particular order."""
+        sizes = self.sizes(config)
+        yield self.weight("model.embed_tokens", (sizes.n_vocab, sizes.n_embd))
+        if not self.is_tied(config):
+            yield self.weight("lm_head", (sizes.n_vocab, sizes.n_embd))
+        yield from self.norm("model.norm", sizes)
+        biased = self.biases(config)
+        for layer in range(sizes.n_layers):
+            for part in self.parts(config):
+                yield from self.layer_weights(f"model.layers.{layer}.{part}", part, sizes, part in biased)
+
+    def parts(self, config: Config) -> Iterator[str]:
+        """The modules of a layer."""
+        yield from self.layer_modules
+
+    def layer_weights(self, module: str, part: str, sizes: Sizes, biased: bool) -> Iterator[Weight]:
+        """The tensors of one module of a layer."""
+        if part.endswith("norm"):
+            yield from self.norm(module, sizes)
+            return
+        shape = self.matrix_shape(part, sizes)
+        heads = self.permuted_heads(module, sizes.n_head, sizes.n_head_kv)
+        yield self.weight(module, shape, heads)
+        if biased:
+            yield self.weight(module, shape[:1], heads, "bias")
+
+    def norm(self, module: str, sizes: Sizes) -> Iterator[Weight]:
+        """The tensors of a norm: over the hidden size, or over a head of q or k."""
+        width = sizes.head_dim if module.endswith((".q_norm", ".k_norm")) else sizes.n_embd
+        yield self.weight(module, (width,))
+
+    def matrix_shape(self, part: str, sizes: Sizes) -> tuple[int, int]:
+        """(outputs, inputs) of a layer's matrix."""
+        outputs = {
+            "q_proj": sizes.n_q,
+            "k_proj": sizes.n_kv,
+            "v_proj": sizes.n_kv,
+            "qkv_proj": sizes.n_q + 2 * sizes.n_kv,
+            "gate_proj": sizes.n_ff,
+            "up_proj": sizes.n_ff,
+            "gate_up_proj": 2 * sizes.n_ff,
+        }
+        inputs = {"o_proj": sizes.n_q, "down_proj": sizes.n_ff}
+        short = part.rpartition(".")[2]
+        return outputs.get(short, sizes.n_embd), inputs.get(short, sizes.n_embd)
+
+    def weight(self, module: str, shape: tuple[int, ...], heads: int | None = None, kind: str = "weight") -> Weight:
+        """The weight or bias of a module."""
+        name = self.tensor_name(module, kind)
+        assert name is not None, f"{module!r} has no name in {self.architecture!r}"
+        return Weight(name, (f"{module}.{kind}",), shape, heads, self.offset(module))
+
+
+def window_warning(config: Config) -> tuple[str, ...]:
+    """For a family whose sliding window llama.cpp leaves out: what that means for this model."""
+    if config.get("sliding_window") is None:
+        return ()
+    window = config.integer("sliding_window", MAX_CONTEXT, least=0)
+    if not 0 < window < config.integer("max_position_embeddings", MAX_CONTEXT):
+        return ()
+    return (
+        f"the model sees the last {window} tokens only, llama.cpp lets it see all: prompts longer than that are "
+        "answered otherwise than the checkpoint would",
+    )

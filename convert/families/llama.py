@@ -1,0 +1,54 @@
+"""Llama 2 and 3.x, SmolLM2, TinyLlama: the family whose layout the others vary."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from models.gguf_fields import Field
+
+from .base import Family
+from .config import Config
+from .names import ATTENTION, MLP
+from .rope import llama3_factors
+
+
+class Llama(Family):
+    """`LlamaForCausalLM`"""
+
+    architecture = "llama"
+    permutes_qk = True
+    rope_kinds = ("default", "linear", "yarn", "llama3")
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "hidden_act": "silu",
+    }
+
+    def fields(self, config: Config) -> dict[str, Field]:
+        """With the size of the vocabulary, and of what is rotated: the whole head."""
+        sizes = self.sizes(config)
+        return {
+            **super().fields(config),
+            "vocab_size": Field.uint32(sizes.n_vocab),
+            "rope.dimension_count": Field.uint32(sizes.head_dim),
+        }
+
+    def head_fields(self, config: Config) -> dict[str, Field]:
+        """transformers gives a Llama's heads a width of their own, also where config.json does not."""
+        width = Field.uint32(self.sizes(config).head_dim)
+        return {"attention.key_length": width, "attention.value_length": width}
+
+    def extras(self, config: Config) -> dict[str, np.ndarray]:
+        """Llama 3.1's stretched frequencies."""
+        rope = self.rope(config)
+        if rope.kind != "llama3":
+            return {}
+        return {"rope_freqs.weight": llama3_factors(rope, self.sizes(config).head_dim)}
+
+    def biases(self, config: Config) -> frozenset[str]:
+        """All of attention, all of the MLP, or neither."""
+        return frozenset(ATTENTION if config.flag("attention_bias") else ()) | frozenset(
+            MLP if config.flag("mlp_bias") else ()
+        )

@@ -1,0 +1,137 @@
+"""How a tokenizer treats spaces and Unicode before it cuts text up, and which of that llama.cpp repeats.
+
+llama.cpp's SentencePiece tokenizer writes ▁ for each space and can put one before every run of text (between special
+tokens). Hugging Face says this in one of two ways:
+- a normalizer: `Prepend ▁` (a prefix before every run), `Replace " " ▁` (spaces to marks);
+- a pre-tokenizer `Metaspace`: both, with `prepend_scheme` always, first (only where the text begins) or never.
+Byte-level BPE needs none; composing Unicode (NFC) is left to whoever sends the text. The rest is refused by name.
+"""
+
+import base64
+import binascii
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import TokenizerInvalid
+from .tokenizer_files import entries, part
+from .tokenizer_pieces import SPACE_MARK
+
+_WAY_OUT = "make the GGUF elsewhere and convert it with --gguf"
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """`prefix`: each run of text gets a space. `removes_extra`: runs of spaces become one, none stay at the ends."""
+
+    prefix: bool
+    removes_extra: bool = False
+    charsmap: bytes = b""
+    warnings: Sequence[str] = ()
+
+
+def byte_level_spacing(raw: Mapping[str, Any], source: str) -> bool:
+    """Whether a byte-level BPE composes Unicode first. Raises TokenizerInvalid for any other normalizer."""
+    nfc = False
+    for step in _flat(raw.get("normalizer"), "normalizers"):
+        if step.get("type") != "NFC":
+            raise _refused(step, source)
+        nfc = True
+    return nfc
+
+
+def sentence_spacing(raw: Mapping[str, Any], source: str, *, splits: bool, answers_chats: bool) -> Spacing:
+    """How a SentencePiece tokenizer treats spaces. `splits`: pieces never reach over a space, as in Unigram.
+
+    Raises TokenizerInvalid for a normalizer or pre-tokenizer that llama.cpp cannot repeat.
+    """
+    prefix = marks = removes_extra = False
+    charsmap = b""
+    for step in _flat(raw.get("normalizer"), "normalizers"):
+        match _meaning(step):
+            case "prefix":
+                prefix = True
+            case "marks":
+                marks = True
+            case "removes extra" if splits:
+                removes_extra = True
+            case "charsmap" if splits:
+                charsmap = _charsmap(step, source)
+            case _:
+                raise _refused(step, source)
+    metaspace, warnings = None, list[str]()
+    for step in _flat(raw.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "Metaspace" and step.get("replacement", SPACE_MARK) == SPACE_MARK:
+            metaspace = step
+            if not splits and step.get("split", True):
+                raise _refused(step, source)
+        elif not (step.get("type") == "Split" and marks and part(step, "pattern").get("String") == " "):
+            raise _refused(step, source)  # splitting at spaces that are marks by now does nothing
+    if metaspace is not None:
+        marks = True
+        scheme = metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never")
+        prefix = scheme == "always" or (scheme == "first" and not answers_chats)
+        warnings.extend(_told(scheme, source, answers_chats=answers_chats))
+    if not marks:
+        raise TokenizerInvalid(f"{source} has no step that writes {SPACE_MARK} for a space, llama.cpp does; {_WAY_OUT}")
+    return Spacing(prefix, removes_extra, charsmap, tuple(warnings))
+
+
+def _told(scheme: object, source: str, *, answers_chats: bool) -> Iterator[str]:
+    if scheme == "first" and answers_chats:
+        yield (
+            f"{source} puts a space before a text but not after a special token; llama.cpp knows always or never: "
+            "never is written, which is right for chats"
+        )
+    elif scheme == "first":
+        yield (
+            f"{source} puts a space before a text but not after a special token; llama.cpp knows always or never: "
+            "always is written, which is right for plain texts"
+        )
+
+
+def _meaning(step: Mapping[str, Any]) -> str | None:
+    pattern = part(step, "pattern")
+    match step.get("type"):
+        case "Prepend" if step.get("prepend") == SPACE_MARK:
+            return "prefix"
+        case "Replace" if pattern.get("String") == " " and step.get("content") == SPACE_MARK:
+            return "marks"
+        case "Replace" if pattern.get("Regex") == " {2,}" and step.get("content") in {" ", SPACE_MARK}:
+            return "removes extra"
+        case "Strip":
+            return "removes extra"
+        case "Precompiled":
+            return "charsmap"
+    return None
+
+
+def _charsmap(step: Mapping[str, Any], source: str) -> bytes:
+    """SentencePiece's table of replacements: 4 bytes with the length of an index, the index, then texts."""
+    encoded = step.get("precompiled_charsmap")
+    try:
+        data = base64.b64decode(encoded, validate=True) if isinstance(encoded, str) else b""
+    except binascii.Error as error:
+        raise TokenizerInvalid(f"{source} has a precompiled_charsmap that is no base64: {error}") from error
+    return checked_charsmap(data, source)
+
+
+def checked_charsmap(data: bytes, source: str) -> bytes:
+    """`data` if its own length fits, which llama.cpp reads unasked. Raises TokenizerInvalid."""
+    index = int.from_bytes(data[:4], "little")
+    if data and (index + 4 >= len(data) or index % 4 or data[-1]):
+        raise TokenizerInvalid(f"{source} has a precompiled_charsmap of {len(data)} bytes whose index claims {index}")
+    return data
+
+
+def _flat(step: object, inner: str) -> Iterator[dict[str, Any]]:
+    if isinstance(step, dict) and step.get("type") == "Sequence":
+        for one in entries(step, inner):
+            yield from _flat(one, inner)
+    elif isinstance(step, dict):
+        yield step
+
+
+def _refused(step: Mapping[str, Any], source: str) -> TokenizerInvalid:
+    told = {key: value for key, value in step.items() if key != "precompiled_charsmap"}
+    return TokenizerInvalid(f"{source} prepares text by {told!r:.200}, which llama.cpp cannot repeat; {_WAY_OUT}")
