@@ -3,7 +3,8 @@
     python -m tests.oracle.reference LLAMA_CPP TARGET [NAME ...]
 
 writes, for each case, TARGET/ckpt/NAME/ (a Hugging Face folder), TARGET/ref/NAME-f16.gguf and -f32.gguf (the
-converter's), and TARGET/ref/NAME-LENGTH.npz (`tokens`, and `logits` in float32 of transformers).
+converter's), TARGET/ref/NAME-LENGTH.npz (`tokens`, and `logits` in float32 of transformers) and TARGET/ref/NAME-ids.json
+(texts, and their ids by the tokenizers library).
 """
 
 import json
@@ -14,12 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.oracle.families import BY_NAME, CASES, Case
 from tests.oracle.vocabularies import pre_tokenizer, write_vocabulary
 
 _SPREAD = 0.2
+TEXTS = (
+    "Hello world",
+    " leading and  double   spaces, trailing ",
+    "I've told you he'll be THERE, WE'RE not; it's 3.50 EUR or 1299 in 2026",
+    "def f(x):\n\treturn [x ** 2]  # ok\n\n\n    print(f(12345))\r\n",
+    "Größe naïve Straße ÅNGSTRÖM žluťoučký",
+    "Быстрая лиса 我想在苹果公司工作 日本語 한국어 문장 🚀😶‍🌫️🦙🦙",
+    "'''''''''```````\"\"\"......!!!!!!?????? ------======= x=-1",
+    "a\u00a0b\u200bc \ufeff\u0301e",
+)
 
 
 def make_checkpoint(case: Case, folder: Path) -> None:
@@ -60,6 +72,13 @@ def save_logits(case: Case, folder: Path, target: Path) -> None:
         np.savez(target / f"{case.name}-{length}.npz", tokens=tokens.astype(np.int32), logits=logits.numpy())
 
 
+def save_ids(case: Case, folder: Path, target: Path) -> None:
+    """Save the ids of each text, nothing added."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS}
+    (target / f"{case.name}-ids.json").write_text(json.dumps(ids))
+
+
 def convert(case: Case, folder: Path, target: Path, kind: str) -> None:
     """Convert with llama.cpp's own converter, as its command line would with --outtype `kind`.
 
@@ -88,6 +107,7 @@ def main() -> None:
             folder = target / "ckpt" / case.name
             make_checkpoint(case, folder)
             save_logits(case, folder, references)
+            save_ids(case, folder, references)
             for kind in ("f16", "f32") if case.converter else ():
                 convert(case, folder, references / f"{case.name}-{kind}.gguf", kind)
             print(case.name, flush=True)
