@@ -1,8 +1,8 @@
 """The errors of `convert`. Each message names the file or tensor, the value found and the one that was needed.
 
 ConvertError
-├── SourceInvalid        the source GGUF is split, or holds weights that cannot be read or written
-├── ArchitectureUnknown  an adapter cannot be merged into this model family
+├── SourceInvalid        the source is incomplete, damaged, or holds what cannot be converted
+├── ArchitectureUnknown  nothing is known of this model family
 ├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
 ├── TokenizerInvalid     the tokenizer is missing, malformed, or nothing that llama.cpp can repeat
 ├── TemplateInvalid      the chat template beside the adapter cannot be used
@@ -18,11 +18,11 @@ class ConvertError(Exception):
 
 
 class SourceInvalid(ConvertError):
-    """The source GGUF is split, or holds weights that cannot be read or written."""
+    """The source is incomplete, damaged, or holds what cannot be converted."""
 
 
 class ArchitectureUnknown(ConvertError):
-    """An adapter cannot be merged into this model family."""
+    """Nothing is known of this model family."""
 
 
 class AdapterInvalid(ConvertError):

@@ -4,11 +4,19 @@ A GGUF file and a Hugging Face folder look alike from here on, and so does eithe
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from models.gguf_header import Header, TensorInfo
+
+from .checkpoint import Checkpoint
+from .errors import SourceInvalid
+from .hf_folder import HfFolder
+from .tokenizer import read_vocabulary
+
+_PARTS_OF_A_FOLDER = (".safetensors", ".json", ".bin", ".pt", ".pth")
 
 
 class Source(Protocol):
@@ -27,3 +35,15 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let go of its files."""
+
+
+def open_source(path: Path) -> Source:
+    """Open a GGUF file, or a Hugging Face folder with its tokenizer.
+
+    Raises BadGguf, SourceInvalid, ArchitectureUnknown or TokenizerInvalid naming the file and what is wrong with it.
+    """
+    if path.is_dir():
+        return HfFolder(path, read_vocabulary)
+    if path.suffix in _PARTS_OF_A_FOLDER:
+        raise SourceInvalid(f"{str(path)!r} is one file of a checkpoint: give the folder with its config.json")
+    return Checkpoint(path)
