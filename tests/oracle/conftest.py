@@ -32,7 +32,7 @@ def references() -> Path:
         shutil.rmtree(target.parent, ignore_errors=True)
         unfinished = target.with_name("unfinished")
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-        for module in ("reference",):
+        for module in ("reference", "adapters"):
             command = [str(PYTHON), "-m", f"tests.oracle.{module}", str(CONVERTER), str(unfinished)]
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{module} failed:\n{done.stderr[-4000:]}"

@@ -114,6 +114,12 @@ CASES = (
         {**_SMALL, "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2},
     ),
     Case(
+        "llama-model-only",
+        "LlamaForCausalLM",
+        "llama-spm-model",
+        {**_SMALL, "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    Case(
         "llama-biased",
         "LlamaForCausalLM",
         "llama-3",
@@ -402,3 +408,52 @@ CASES = (
     ),
 )
 BY_NAME = {case.name: case for case in CASES}
+
+
+@dataclass(frozen=True)
+class AdapterCase:
+    """An adapter by PEFT on the checkpoint of case `base`; `config` is a LoraConfig."""
+
+    name: str
+    base: str
+    config: Mapping[str, Any]
+
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_LINEAR = [*_ATTENTION, "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = (
+    AdapterCase("lora", "llama-3.2", {"r": 4, "lora_alpha": 8, "target_modules": _LINEAR}),
+    AdapterCase("rslora", "qwen2", {"r": 4, "lora_alpha": 8, "target_modules": _LINEAR, "use_rslora": True}),
+    AdapterCase("dora", "llama-2", {"r": 4, "lora_alpha": 4, "target_modules": _LINEAR, "use_dora": True}),
+    AdapterCase("dora-gemma", "gemma-3", {"r": 2, "lora_alpha": 4, "target_modules": _LINEAR, "use_dora": True}),
+    AdapterCase(
+        "patterns",
+        "qwen3",
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": _LINEAR,
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 6},
+            "alpha_pattern": {"k_proj": 1, r"layers\.0\.mlp\.up_proj": 16},
+        },
+    ),
+    AdapterCase(
+        "saved-modules",
+        "tinyllama-sharded",
+        {"r": 4, "lora_alpha": 8, "target_modules": _ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    AdapterCase(
+        "saved-norms",
+        "gemma-3",
+        {"r": 4, "lora_alpha": 8, "target_modules": _ATTENTION, "modules_to_save": ["input_layernorm", "q_norm"]},
+    ),
+    AdapterCase(
+        "fused",
+        "phi-3",
+        {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]},
+    ),
+    AdapterCase("granite", "granite-3", {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
+    AdapterCase("olmo", "olmo-2", {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_rslora": True}),
+    AdapterCase("stablelm", "stablelm-2", {"r": 4, "lora_alpha": 8, "target_modules": _LINEAR, "use_dora": True}),
+    AdapterCase("mistral", "mistral", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}),
+)

@@ -4,7 +4,7 @@
 
 writes, for each case, TARGET/ckpt/NAME/ (a Hugging Face folder), TARGET/ref/NAME-f16.gguf and -f32.gguf (the
 converter's), TARGET/ref/NAME-LENGTH.npz (`tokens`, and `logits` in float32 of transformers) and TARGET/ref/NAME-ids.json
-(texts, and their ids by the tokenizers library).
+(texts, and their ids by the tokenizers or sentencepiece library).
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,9 +74,13 @@ def save_logits(case: Case, folder: Path, target: Path) -> None:
 
 
 def save_ids(case: Case, folder: Path, target: Path) -> None:
-    """Save the ids of each text, nothing added."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS}
+    """Save the ids of each text, nothing added, by the library that reads the tokenizer's file."""
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        ids = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS}
+    else:
+        pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        ids = {text: pieces.encode(text) for text in TEXTS}
     (target / f"{case.name}-ids.json").write_text(json.dumps(ids))
 
 
@@ -94,14 +99,20 @@ def convert(case: Case, folder: Path, target: Path, kind: str) -> None:
     get_model_class(architecture)(folder, file_type, target).write()
 
 
-def main() -> None:
-    """Make everything, or only the named cases."""
+def prepare() -> Path:
+    """Read the command line: let llama.cpp's converter be imported, and return the folder to write to."""
     llama_cpp, target = Path(sys.argv[1]), Path(sys.argv[2])
     sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    (target / "ref").mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def main() -> None:
+    """Make everything, or only the named cases."""
+    target = prepare()
     references = target / "ref"
-    references.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         for case in [BY_NAME[name] for name in sys.argv[3:]] or CASES:
             folder = target / "ckpt" / case.name

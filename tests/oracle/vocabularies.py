@@ -194,6 +194,7 @@ class Spm:
     appended: tuple[str, ...] = ()  # tokens that only the JSON files know
     dummy_prefix: bool = True
     with_model: bool = True
+    with_json: bool = True
     tokenizer_class: str = "LlamaTokenizer"
     eos_token: str = "</s>"
     config: dict[str, Any] = field(default_factory=dict)
@@ -203,6 +204,7 @@ _PHI = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 SPM = {
     "llama-spm": Spm(0, 1, 2, config={"legacy": False, "add_bos_token": True, "add_eos_token": False}),
     "llama-spm-json": Spm(0, 1, 2, with_model=False, config={"legacy": False, "add_bos_token": True}),
+    "llama-spm-model": Spm(0, 1, 2, with_json=False, config={"legacy": False, "add_bos_token": True}),
     "mistral-spm": Spm(
         0, 1, 2, control=("[INST]", "[/INST]", "[TOOL_CALLS]"), config={"add_bos_token": True, "add_eos_token": False}
     ),
@@ -312,7 +314,8 @@ def _write_spm(folder: Path, style: Spm) -> dict[str, Any]:
         (folder / "tokenizer.model").write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     tokenizer = _as_tokenizer(processor, style)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    if style.with_json:
+        tokenizer.save(str(folder / "tokenizer.json"))
     if style.appended:
         ids = {token: processor.vocab_size() + index for index, token in enumerate(style.appended)}
         _write_json(folder / "added_tokens.json", ids)
