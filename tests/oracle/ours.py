@@ -8,19 +8,22 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from convert.gguf_file import Layout, OutTensor, write_gguf
-from convert.merge import half_precision_kind
-from convert.source import open_source
+from convert.merge import file_rows, half_precision_kind
+from convert.source import Source, open_source
 from models.gguf_fields import Field
 from models.gguf_header import TensorInfo, read_header
 
 Kind = Literal["f16", "f32"]
 _FILE_TYPES = {"f32": 0, "f16": 1}
-_DTYPES = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.F32: np.float32}
 
 
 def to_gguf(folder: Path, target: Path, kind: Kind) -> Path:
     """Convert the folder to a GGUF file in half or full precision."""
-    source = open_source(folder)
+    return write(open_source(folder), target, kind)
+
+
+def write(source: Source, target: Path, kind: Kind) -> Path:
+    """Write the source as a GGUF file, and close it."""
     try:
         header = source.header
         kinds = {name: _written(tensor, kind) for name, tensor in header.tensors.items()}
@@ -28,8 +31,7 @@ def to_gguf(folder: Path, target: Path, kind: Kind) -> Path:
         fields = {**header.fields, "general.file_type": Field.uint32(_FILE_TYPES[kind])}
 
         def rows(name: str) -> Iterator[np.ndarray]:
-            for _, slab in source.slabs(header.tensors[name]):
-                yield slab.astype(_DTYPES[kinds[name]])
+            return file_rows(source, header.tensors[name], kinds[name])
 
         write_gguf(target, Layout(fields, tensors, header.alignment), rows, lambda _: None)
     finally:
