@@ -5,6 +5,7 @@ the way, these are what make a good fine-tune babble, so they are decided here a
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -64,8 +65,8 @@ def folder_format(folder: Path) -> ChatFormat | None:
     )
     if not file.is_file():
         return None if configured is None else ChatFormat(configured, None, str(config), left_out)
-    text = _read(file).strip()
-    disagree = configured is not None and configured.strip() != text
+    text = _read(file).removesuffix("\n")  # which Jinja drops too
+    disagree = configured is not None and configured.strip() != text.strip()
     warning = f"{file.name!r} and {config.name!r} hold different chat templates; the first is used"
     return ChatFormat(text, None, str(file), (*((warning,) if disagree else ()), *left_out))
 
@@ -95,12 +96,18 @@ def _read(file: Path) -> str:
         raise TemplateInvalid(f"{str(file)!r} cannot be read: {error}") from error
 
 
+def without_training_marks(template: str) -> str:
+    """`template` for plain Jinja: `{% generation %}`, which marks what is trained on, holds what is written anyway."""
+    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)
+
+
 def _check_syntax(template: str, origin: str) -> None:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     try:
-        environment.parse(template)
+        environment.parse(without_training_marks(template))
     except (TemplateSyntaxError, RecursionError) as error:
         raise TemplateInvalid(f"the chat template from {origin} is malformed: {error}") from error
 

@@ -15,6 +15,7 @@ from .template import END_OF_TURN_MARKS, TEMPLATE_FIELD, ChatFormat, folder_form
 from .tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, read_object
 from .tokenizer_json import read_json
 from .tokenizer_pieces import AddedToken, Piece, Pieces, padded
+from .tokenizer_protobuf import read_protobuf
 from .tokenizer_special import Folder, special_fields
 
 # llama.cpp lets special tokens swallow the white space after them, except these three, for models of such a name only.
@@ -42,13 +43,17 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> Voc
     Raises TokenizerInvalid naming the file and what is wrong with it, or what llama.cpp cannot repeat; TemplateInvalid.
     """
     chat = folder_format(folder)
-    tokenizer = folder / TOKENIZER_JSON
-    if not tokenizer.is_file():
+    tokenizer = read_object(folder / TOKENIZER_JSON)
+    if tokenizer:
+        file, family = folder / TOKENIZER_JSON, str(config.get("model_type", ""))
+        pieces = read_json(tokenizer, repr(str(file)), family, answers_chats=chat is not None)
+    elif (file := folder / TOKENIZER_MODEL).is_file():
+        pieces = read_protobuf(file)
+    else:
         raise _missing(folder)
-    pieces = read_json(tokenizer, str(config.get("model_type", "")), answers_chats=chat is not None)
-    listed = padded(pieces.by_id, n_rows, repr(str(tokenizer)))
+    listed = padded(pieces.by_id, n_rows, repr(str(file)))
     raw = Folder(
-        read_object(tokenizer),
+        tokenizer,
         read_object(folder / TOKENIZER_CONFIG),
         read_object(folder / "generation_config.json"),
         config,

@@ -5,11 +5,10 @@ SentencePiece makes it), and Unigram. What llama.cpp would do otherwise than the
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from .errors import TokenizerInvalid
-from .tokenizer_files import MAX_MERGES, MAX_TOKENS, entries, is_id, part, read_object
+from .tokenizer_files import MAX_MERGES, MAX_TOKENS, entries, is_id, part
 from .tokenizer_pattern import recognise
 from .tokenizer_pieces import AddedToken, Kind, Piece, Pieces, added_piece
 from .tokenizer_spacing import byte_level_spacing, sentence_spacing
@@ -18,12 +17,11 @@ _BYTE_TEXTS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 _ADDED_SCORE = -1000.0
 
 
-def read_json(file: Path, family: str, *, answers_chats: bool) -> Pieces:
-    """The tokenizer in `file`. Raises TokenizerInvalid naming what is wrong, or what llama.cpp cannot do.
+def read_json(raw: Mapping[str, Any], source: str, family: str, *, answers_chats: bool) -> Pieces:
+    """The tokenizer that `source` holds. Raises TokenizerInvalid naming what is wrong, or what llama.cpp cannot do.
 
     `family` is the model type of config.json; `answers_chats` that there is a chat template.
     """
-    raw, source = read_object(file), repr(str(file))
     model = part(raw, "model")
     kind = model.get("type") or ("BPE" if "merges" in model else None)
     added = tuple(_added_tokens(raw, source))

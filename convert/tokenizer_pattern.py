@@ -41,6 +41,9 @@ _FAMILY_NAMES: Mapping[tuple[str, str], str] = {
     ("qwen2", "stablelm"): "stablelm2",
 }
 
+# llama.cpp tells capital from small letters in ASCII only, and knows no combining marks in these.
+APPROXIMATE = frozenset({"tekken", "gpt-4o"})
+
 _SPELLINGS = (
     ("\r", r"\r"),
     ("\n", r"\n"),
@@ -63,14 +66,18 @@ def recognise(pre_tokenizer: object, *, ignores_merges: bool, family: str, sourc
             f"{source} splits text by {' then '.join(map(repr, steps)) or 'nothing'}, which is none of llama.cpp's "
             "pre-tokenizers that Deskside knows; make the GGUF elsewhere and convert it with --gguf"
         )
-    name = variants.get(ignores_merges)
-    if name is not None:
-        return _FAMILY_NAMES.get((name, family), name), None
-    name = next(iter(variants.values()))
-    looks = "does not look" if name in {"tekken"} else "looks"
-    warning = f"llama.cpp's pre-tokenizer {name!r} {looks} whole words up before merging, {source} says otherwise"
-    name = _FAMILY_NAMES.get((name, family), name)
-    return name, warning
+    name = variants.get(ignores_merges, next(iter(variants.values())))
+    warning = None
+    if name in APPROXIMATE:
+        warning = (
+            f"llama.cpp only comes near the pre-tokenizer {name!r}: words with accents or marks may be cut elsewhere"
+        )
+    elif ignores_merges not in variants:
+        does = "merges them" if ignores_merges else "looks them up"
+        warning = (
+            f"{source} treats words that are tokens otherwise than llama.cpp's pre-tokenizer {name!r}, which {does}"
+        )
+    return _FAMILY_NAMES.get((name, family), name), warning
 
 
 def _steps(step: object, source: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 BETWEEN = {
     "models": set[str](),
     "runtime": {"models"},
-    "convert": {"models", "runtime.llama", "runtime.errors"},
+    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.prompt"},
     "benchmarks": {"models"},
 }
 # runtime, bottom to top. A file counts with the family its name begins with (server_routes: server).
@@ -55,6 +55,9 @@ DOORS = {
     "xllamacpp": {"benchmarks.peer_xllamacpp"},
     "ctranslate2": {"benchmarks.peer_ctranslate2"},
     "llguidance": {"runtime.constrain"},
+    # The judges of a vocabulary: what is converted is read by our own code.
+    "tokenizers": {"convert.parity_reference"},
+    "sentencepiece": {"convert.parity_reference"},
     "fastapi": {"runtime.server"},
     "starlette": {"runtime.server"},
     "huggingface_hub": {"models.download"},

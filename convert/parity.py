@@ -1,0 +1,142 @@
+"""The proof that a converted vocabulary is the checkpoint's: llama.cpp and Hugging Face's tokenizer give the same ids.
+
+Both read the same texts: the user's examples, the torture texts, and texts with the vocabulary's own special tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.errors import BadGguf
+from models.gguf_fields import Field, read_fields
+from runtime.errors import EngineError, RequestError
+from runtime.llama_tokenizer import Tokenizer
+from runtime.llama_vocab import load_vocabulary
+
+from .errors import VerifyFailed
+from .parity_reference import Reference, open_reference
+from .tokenizer_pattern import APPROXIMATE
+from .tokenizer_pieces import Kind
+from .torture import TEXTS, around
+
+MAX_SPECIAL = 64
+_SHOWN_CHARS = 120
+_SHOWN_IDS = 8
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A text that comes out otherwise: the ids from llama.cpp and from Hugging Face's tokenizer."""
+
+    text: str
+    ours: tuple[int, ...]
+    theirs: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The place of the first token that differs."""
+        pairs = enumerate(zip(self.ours, self.theirs, strict=False))
+        return next((place for place, (a, b) in pairs if a != b), min(len(self.ours), len(self.theirs)))
+
+    def __str__(self) -> str:
+        start = max(0, self.first - 2)
+        ours, theirs = (list(ids[start : start + _SHOWN_IDS]) for ids in (self.ours, self.theirs))
+        shown = self.text if len(self.text) <= _SHOWN_CHARS else self.text[:_SHOWN_CHARS] + "…"
+        return f"{shown!r} differs at token {self.first}: from {start} on llama.cpp has {ours}, Hugging Face {theirs}"
+
+
+@dataclass(frozen=True)
+class TokenizerParity:
+    """What was compared. `mismatches` are among the torture texts only, where llama.cpp is known to come near at best.
+
+    `limits` says in words how texts were brought to where both can agree.
+    """
+
+    n_texts: int
+    n_tokens: int
+    mismatches: tuple[Mismatch, ...] = ()
+    limits: tuple[str, ...] = ()
+
+
+def check_tokenizer(
+    gguf: Path, folder: Path, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
+) -> TokenizerParity:
+    """Compare the vocabulary of `gguf` with the tokenizer in `folder` on `texts` and the torture texts.
+
+    Raises VerifyFailed with the first text that gets other tokens. Torture texts may, where llama.cpp has only an
+    approximation of the pre-tokenizer: then they are in the result. `progress` is told texts done and all texts.
+    """
+    tokenizer, fields = open_vocabulary(gguf)
+    reference = open_reference(folder, space_prefix=has_flag(fields, "tokenizer.ggml.add_space_prefix"))
+    _check_ends(tokenizer, reference)
+    torture = (*TEXTS, *(around(_special(fields)) if reference.knows_special else ()))
+    forced = forced_special(tokenizer, reference)
+    n_tokens, total = 0, len(texts) + len(torture)
+    mismatches: list[Mismatch] = []
+    approximate = fields["tokenizer.ggml.pre"].value in APPROXIMATE
+    for done, text in enumerate((*texts, *torture)):
+        ours, theirs = encode_both(tokenizer, reference, text, forced)
+        n_tokens += len(theirs)
+        if ours != theirs:
+            mismatches.append(Mismatch(text, tuple(ours), tuple(theirs)))
+            if done < len(texts) or not approximate:
+                raise VerifyFailed(f"the vocabulary is not the checkpoint's: {mismatches[-1]}")
+        if progress is not None:
+            progress(done + 1, total)
+    return TokenizerParity(total, n_tokens, tuple(mismatches), reference.limits)
+
+
+def open_vocabulary(gguf: Path) -> tuple[Tokenizer, Mapping[str, Field]]:
+    """llama.cpp's vocabulary of the file, without its weights, and the file's fields. Raises VerifyFailed."""
+    try:
+        return load_vocabulary(gguf), read_fields(gguf)
+    except (EngineError, BadGguf) as error:
+        raise VerifyFailed(f"the converted vocabulary cannot be loaded: {error}") from error
+
+
+def has_flag(fields: Mapping[str, Field], key: str) -> bool:
+    """Whether the field is there and true."""
+    field = fields.get(key)
+    return field is not None and field.value is True
+
+
+def forced_special(tokenizer: Tokenizer, reference: Reference) -> tuple[str, ...]:
+    """Texts that llama.cpp takes for special tokens by itself (`</s>` in any vocabulary), and Hugging Face does not."""
+    return tuple(sorted(set(tokenizer.special_texts) - reference.special))
+
+
+def encode_both(
+    tokenizer: Tokenizer, reference: Reference, text: str, forced: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """The ids of `text` from llama.cpp and from Hugging Face's tokenizer. Raises VerifyFailed when one refuses.
+
+    Special tokens in it count, unless the text holds one of `forced`: then it is compared as a message's text is read.
+    """
+    text = reference.comparable(text)
+    special = not any(mark in text for mark in forced)
+    try:
+        ours = tokenizer.encode(text, add_special=False, parse_special=special)
+        return ours, reference.encode(text, special=special)
+    except (EngineError, RequestError) as error:
+        raise VerifyFailed(f"llama.cpp cannot tokenise {text[:_SHOWN_CHARS]!r}: {error}") from error
+
+
+def _check_ends(tokenizer: Tokenizer, reference: Reference) -> None:
+    """BOS and EOS are added where the files say so, unless they ask for something that llama.cpp has no flag for."""
+    text = "Hello"
+    theirs, bare = reference.encode_whole(text), reference.encode(text)
+    if theirs is None:
+        return
+    around_it = [token for token in theirs if token not in bare]
+    ours = tokenizer.encode(text, add_special=True, parse_special=False)
+    if set(around_it) <= {tokenizer.bos, tokenizer.eos} and ours != theirs:
+        raise VerifyFailed(f"BOS or EOS are not added as before: {Mismatch(text, tuple(ours), tuple(theirs))}")
+
+
+def _special(fields: Mapping[str, Field]) -> list[str]:
+    """The texts of special tokens, at most MAX_SPECIAL, from both ends of the vocabulary."""
+    texts, kinds = fields["tokenizer.ggml.tokens"].strings or [], fields["tokenizer.ggml.token_type"].numbers or ()
+    wanted = {Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN}
+    special = [text.decode() for text, kind in zip(texts, kinds, strict=True) if kind in wanted and text.strip()]
+    half = MAX_SPECIAL // 2
+    return special if len(special) <= MAX_SPECIAL else special[:half] + special[-half:]
