@@ -90,6 +90,10 @@ ALLOWANCES: Mapping[str, Allowance] = {
     "tokenizer.ggml.add_eos_token": Allowance(
         "we write out what llama.cpp takes for granted", _only_ours("tokenizer.ggml.add_eos_token", False)
     ),
+    "tokenizer.ggml.unknown_token_id": Allowance(
+        "we write out what llama.cpp takes for granted in a SentencePiece vocabulary",
+        _only_ours("tokenizer.ggml.unknown_token_id", 0, bpe=False),
+    ),
     "tokenizer.ggml.bos_token_id": Allowance(
         "a byte-level vocabulary without BOS: where none is named, llama.cpp takes token 11 for it", _names_an_end
     ),
