@@ -7,7 +7,6 @@ merged into by PEFT, converted by llama.cpp's own converter.
 """
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 

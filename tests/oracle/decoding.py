@@ -32,7 +32,7 @@ def encode(path: Path, text: str) -> list[int]:
         vocabulary = llama_cpp.llama_model_get_vocab(model)
         count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), ids, len(ids), False, True)
         assert count >= 0, f"{-count} tokens do not fit"
-        return ids[:count]
+        return list(ids[:count])
     finally:
         llama_cpp.llama_model_free(model)
 

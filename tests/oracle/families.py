@@ -35,7 +35,7 @@ _LONGROPE_ORIGINAL = 256
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint. `lengths` are the tokens whose logits are compared; llama.cpp gets a context that just holds them.
+    """One checkpoint. `lengths`: how many tokens' logits are compared, in a context that just holds them.
 
     `rows` is the height of the embedding where it is larger than the vocabulary. `converter` is False where llama.cpp's
     own converter fails; its logits are compared all the same.
@@ -181,7 +181,13 @@ CASES = (
             "rms_norm_eps": 1e-6,
         },
         rows=512,
-        generation={"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": [459, 457]},
+        generation={
+            "do_sample": True,
+            "temperature": 0.7,
+            "top_k": 20,
+            "repetition_penalty": 1.1,
+            "eos_token_id": [459, 457],
+        },
     ),
     Case(
         "qwen2-yarn",

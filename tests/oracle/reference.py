@@ -2,9 +2,9 @@
 
     python -m tests.oracle.reference LLAMA_CPP TARGET [NAME ...]
 
-writes, for each case, TARGET/ckpt/NAME/ (a Hugging Face folder), TARGET/ref/NAME-f16.gguf and -f32.gguf (the
-converter's), TARGET/ref/NAME-LENGTH.npz (`tokens`, and `logits` in float32 of transformers) and TARGET/ref/NAME-ids.json
-(texts, and their ids by the tokenizers or sentencepiece library).
+writes, for each case, TARGET/ckpt/NAME/ (a Hugging Face folder) and in TARGET/ref: NAME-f16.gguf and NAME-f32.gguf (the
+converter's), NAME-LENGTH.npz (`tokens`, and `logits` in float32 of transformers) and NAME-ids.json (texts, and their ids
+by the tokenizers or sentencepiece library).
 """
 
 import json
@@ -36,7 +36,7 @@ TEXTS = (
 
 
 def make_checkpoint(case: Case, folder: Path) -> None:
-    """Write the case's Hugging Face folder: random weights, its tokenizer, its configuration as `families` spells it."""
+    """Write the case's Hugging Face folder: random weights, a tokenizer, the configuration as `families` spells it."""
     folder.mkdir(parents=True)
     settings = {**write_vocabulary(folder, case.vocabulary), **case.config, "architectures": [case.architecture]}
     settings["vocab_size"] = case.rows or settings["vocab_size"]

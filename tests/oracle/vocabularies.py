@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 CORPUS = """
 Deskside runs a team's own fine-tuned small model on the machines it already has: a laptop CPU or a consumer GPU.
 The quick brown fox jumps over the lazy dog. I've told you he'll be there; she said they're not, and we'd better wait.
-def tokenize(text: str, *, add_special: bool = True) -> list[int]:\n    return [vocabulary[piece] for piece in split(text)]
+def tokenize(text: str, *, special: bool = True) -> list[int]:\n    return [vocabulary[piece] for piece in split(text)]
 Prices: 3.50 EUR, 1,299.00 USD, 2026-11-22, 007, 42 % of 1000000. E-mail: someone@example.org, see (page 12) [3] {x}.
 Größe, Straße, Übermut, naïve façade, déjà vu, señor, smörgåsbord, ångström, žluťoučký kůň, pchnąć w tę łódź.
 Быстрая коричневая лиса прыгает через ленивую собаку. Нещо на български език, и още малко.
@@ -209,7 +209,13 @@ SPM = {
         0, 1, 2, control=("[INST]", "[/INST]", "[TOOL_CALLS]"), config={"add_bos_token": True, "add_eos_token": False}
     ),
     "phi-3": Spm(
-        0, 1, 2, n_tokens=544, appended=_PHI, eos_token="<|endoftext|>", config={"add_bos_token": False, "legacy": False}
+        0,
+        1,
+        2,
+        n_tokens=544,
+        appended=_PHI,
+        eos_token="<|endoftext|>",
+        config={"add_bos_token": False, "legacy": False},
     ),
     "gemma": Spm(
         3,
@@ -256,7 +262,9 @@ def _write_bpe(folder: Path, style: Bpe) -> dict[str, Any]:
     if style.starts_with_bos:
         bos = style.bos or ""
         pair = (bos, tokenizer.token_to_id(bos))
-        template = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[pair])
+        template = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[pair]
+        )
         tokenizer.post_processor = processors.Sequence([byte_level, template])
     elif not style.special_first:
         tokenizer.post_processor = byte_level
