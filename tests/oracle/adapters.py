@@ -2,8 +2,8 @@
 
     python -m tests.oracle.adapters LLAMA_CPP TARGET
 
-writes, for each adapter, TARGET/adapters/NAME/ (as PEFT saves it) and TARGET/ref/adapter-NAME-f32.gguf: the model it was
-merged into by PEFT, converted by llama.cpp's own converter.
+writes, for each adapter, TARGET/adapters/NAME/ (as PEFT saves it) and TARGET/ref/adapter-NAME-f32.gguf: the model that
+PEFT merged it into, converted by llama.cpp's own converter.
 """
 
 import shutil

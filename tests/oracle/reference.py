@@ -2,9 +2,9 @@
 
     python -m tests.oracle.reference LLAMA_CPP TARGET [NAME ...]
 
-writes, for each case, TARGET/ckpt/NAME/ (a Hugging Face folder) and in TARGET/ref: NAME-f16.gguf and NAME-f32.gguf (the
-converter's), NAME-LENGTH.npz (`tokens`, and `logits` in float32 of transformers) and NAME-ids.json (texts, and their ids
-by the tokenizers or sentencepiece library).
+writes, for each case, TARGET/ckpt/NAME/ (a Hugging Face folder) and in TARGET/ref: NAME-f16.gguf and NAME-f32.gguf
+(the converter's), NAME-LENGTH.npz (`tokens`, and `logits` in float32 of transformers) and NAME-ids.json (texts, and
+their ids by the tokenizers or sentencepiece library).
 """
 
 import json
