@@ -18,8 +18,8 @@ from runtime.errors import EngineError, RequestError
 from runtime.prompt import Prompter
 
 from .errors import VerifyFailed
-from .parity import Mismatch, forced_special, has_flag, open_vocabulary
-from .parity_reference import Reference, open_reference
+from .parity import Mismatch, Pair
+from .parity_reference import Reference
 from .template import TEMPLATE_FIELD, folder_format, without_training_marks
 from .tokenizer_files import TOKENIZER_CONFIG, read_object
 from .tokenizer_special import token_text
@@ -40,22 +40,20 @@ class TemplateParity:
     warnings: tuple[str, ...] = ()
 
 
-def check_template(gguf: Path, folder: Path, conversations: Sequence[Conversation]) -> TemplateParity:
-    """Compare prompts of `gguf` with those of the template and tokenizer in `folder`, built-in conversations included.
+def check_template(pair: Pair, conversations: Sequence[Conversation]) -> TemplateParity:
+    """Compare prompts as served with those of the folder's template and tokenizer, built-in conversations included.
 
     A conversation ends with the user's turn. One in which a message spells a special token is skipped: as served, that
     is text. Raises VerifyFailed with the first prompt that differs; a model without a template has nothing to compare.
     """
-    chat = folder_format(folder)
-    tokenizer, fields = open_vocabulary(gguf)
-    template = fields.get(TEMPLATE_FIELD)
+    chat, tokenizer, reference = folder_format(pair.folder), pair.tokenizer, pair.reference
+    template = pair.fields.get(TEMPLATE_FIELD)
     text = template.value if template is not None and isinstance(template.value, str) else None
     if chat is None or chat.template is None or text is None:
         return TemplateParity(0, len(conversations))
-    reference = open_reference(folder, space_prefix=has_flag(fields, "tokenizer.ggml.add_space_prefix"))
-    special = reference.special | set(forced_special(tokenizer, reference))
+    special = reference.special | pair.forced
     prompter = Prompter(tokenizer, text, _CONTEXT_TOKENS)
-    render = _renderer(chat.template, folder)
+    render = _renderer(chat.template, pair.folder)
     compared, extra_bos = 0, False
     for conversation in (*conversations, *CONVERSATIONS):
         plain = [{**message, "content": reference.comparable(str(message.get("content")))} for message in conversation]
