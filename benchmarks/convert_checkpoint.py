@@ -1,4 +1,4 @@
-"""A checkpoint to convert, of a size that tells something: the installed Gemma 3 base as the Hugging Face folder it was.
+"""A checkpoint to convert, of a size that tells something: the installed Gemma 3 as a Hugging Face folder.
 
 Its weights come from a quantized file, so they are not Google's to the last bit; both converters get the same ones.
 """
@@ -43,7 +43,9 @@ def make_checkpoint(gguf: Path, folder: Path) -> int:
     """Write `folder` from the Gemma 3 GGUF unless it is there; how many parameters it has. Raises BadWorkload."""
     header = read_header(gguf)
     if header.architecture != _ARCHITECTURE:
-        raise BadWorkload(f"{str(gguf)!r} is of architecture {header.architecture!r}; the checkpoint is made of a Gemma 3")
+        raise BadWorkload(
+            f"{str(gguf)!r} is of architecture {header.architecture!r}; the checkpoint is made of a Gemma 3"
+        )
     if not (folder / "config.json").is_file():  # written last
         folder.mkdir(parents=True, exist_ok=True)
         write_vocabulary(folder, read_pieces(header))
@@ -125,4 +127,4 @@ def _slabs(data: np.ndarray, tensor: TensorInfo) -> Iterator[np.ndarray]:
 def _bfloat16(values: np.ndarray) -> np.ndarray:
     """The upper halves of float32, rounded to the nearest, to even in between."""
     bits = np.ascontiguousarray(values, "<f4").view("<u4")
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+    return np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, "<u2")

@@ -83,7 +83,12 @@ def _tokenizer_json(pieces: Pieces) -> dict[str, Any]:
         "padding": None,
         "added_tokens": added,
         "normalizer": space,
-        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [start, one],
@@ -120,7 +125,7 @@ def merges(pieces: Pieces) -> Iterator[tuple[str, str]]:
 
 
 def _sentencepiece_model(pieces: Pieces) -> bytes:
-    """A ModelProto (sentencepiece_model.proto): pieces are its field 1, the trainer's settings 2, the normalizer's 3."""
+    """A ModelProto (sentencepiece_model.proto): field 1 is a piece, 2 the trainer's settings, 3 the normalizer's."""
     model = bytearray()
     for text, score, kind in zip(pieces.texts, pieces.scores, pieces.kinds, strict=True):
         piece = _bytes(1, text.encode()) + _tag(2, 5) + struct.pack("<f", score) + _integer(3, kind)
@@ -129,7 +134,9 @@ def _sentencepiece_model(pieces: Pieces) -> bytes:
     trainer = _integer(3, _BPE) + _integer(4, len(pieces.texts)) + _integer(35, True)
     model += _bytes(2, trainer + b"".join(_integer(number, index) for number, index in special))
     # no dummy prefix, white space is kept and escaped
-    return bytes(model + _bytes(3, _bytes(1, b"identity") + _integer(3, False) + _integer(4, False) + _integer(5, True)))
+    return bytes(
+        model + _bytes(3, _bytes(1, b"identity") + _integer(3, False) + _integer(4, False) + _integer(5, True))
+    )
 
 
 def _tag(number: int, wire_type: int) -> bytes:

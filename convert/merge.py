@@ -58,7 +58,8 @@ def file_rows(source: Source, tensor: TensorInfo, kind: GGMLQuantizationType | N
 
     Raises SourceInvalid when a value is not finite, or too large for float16.
     """
-    dtype = np.float16 if (half_precision_kind(tensor) if kind is None else kind) == GGMLQuantizationType.F16 else np.float32
+    wanted = half_precision_kind(tensor) if kind is None else kind  # F32 is 0, which `or` would take for none
+    dtype = np.float16 if wanted == GGMLQuantizationType.F16 else np.float32
     for _, rows in source.slabs(tensor):
         with np.errstate(over="ignore"):
             out = rows.astype(dtype, copy=False)
