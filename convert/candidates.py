@@ -75,8 +75,9 @@ def plain(quantization: str) -> CandidateSpec:
 
 
 def ladder(header: Header, work: Work, *, imatrix: bool) -> tuple[CandidateSpec, ...]:
-    """What is worth measuring for the model of `header` and this work; `imatrix`: there is one.
+    """What is worth measuring for the model of `header` and this work.
 
+    `imatrix`: there is one, which `collect` made with `output`, so that the vocabulary is weighted like the layers.
     A mix is left out where it would be a plain one again: a small vocabulary, rows that fit no K-quant.
     """
     matrices = [tensor for tensor in header.tensors.values() if is_matrix(tensor)]
@@ -102,14 +103,14 @@ def _vocabulary_mixes(work: Work, *, imatrix: bool, k_quants: bool) -> list[Cand
     has tiles for it (AMX); the vocabulary is read for a row or two a request, and only takes memory.
     write: the output matrix is read for every token, so it is made small; what it loses is not passed on from layer to
     layer. llama.cpp's own mixes do the reverse and keep it at Q6_K or Q8_0.
-    Only types that are repacked (Q8_0, Q4_0, IQ4_NL) or need no unpacking (F16), beside Q6_K.
+    Types that are repacked (Q8_0, Q4_0, IQ4_NL) or need no unpacking (F16), and one of about 6 bits between them.
     """
     kinds = GGMLQuantizationType
     if work == "classify":
         pairs = [("F16", kinds.Q8_0), ("F16", kinds.Q4_0), ("Q8_0", kinds.Q4_0)]
     else:
         pairs = [("Q8_0", kinds.Q4_0), ("Q8_0", kinds.IQ4_NL), ("Q4_0", kinds.Q4_0)]
-        pairs += [("Q8_0", kinds.Q6_K)] if k_quants else []
+        pairs += [("Q8_0", kinds.Q6_K if k_quants else kinds.Q5_1)]
     return [_mix(layers, vocabulary, imatrix=imatrix) for layers, vocabulary in pairs]
 
 
@@ -118,10 +119,8 @@ def _mix(layers: str, vocabulary: GGMLQuantizationType, *, imatrix: bool) -> Can
     if layers == "F16":  # llama.cpp hears overrides only when it quantizes: the layers are the exception then
         overrides.append(TypeOverride(LAYERS, GGMLQuantizationType.F16))
     base = "Q8_0" if layers == "F16" else layers
-    # the matrix holds nothing for the vocabulary: it is the layers that learn from it
-    return CandidateSpec(
-        f"{layers}-vocab-{vocabulary.name}", base, imatrix and layers not in _IGNORES_IMATRIX, tuple(overrides)
-    )
+    learns = not {layers, vocabulary.name} <= _IGNORES_IMATRIX
+    return CandidateSpec(f"{layers}-vocab-{vocabulary.name}", base, imatrix and learns, tuple(overrides))
 
 
 def is_matrix(tensor: Tensor) -> bool:
