@@ -16,10 +16,9 @@ BETWEEN = {
     "runtime": {"models"},
     # The prompt, the labels' weighing and the batch's nouns: what is measured is what serving does.
     "convert": {
-        *("models", "runtime.llama", "runtime.errors"),
+        *("models", "runtime.llama", "runtime.errors", "runtime.config"),
         *("runtime.prompt", "runtime.scoring", "runtime.sequence"),
     },
-    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},
     "benchmarks": {"models"},
 }
 # runtime, bottom to top. A file counts with the family its name begins with (server_routes: server).
