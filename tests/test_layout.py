@@ -14,7 +14,7 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 BETWEEN = {
     "models": set[str](),
     "runtime": {"models"},
-    "convert": {"models", "runtime.llama", "runtime.errors"},
+    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.prompt"},
     "benchmarks": {"models"},
 }
 # This one measures the engine without HTTP, in a process of its own.
