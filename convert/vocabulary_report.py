@@ -7,8 +7,8 @@ import numpy as np
 
 from models.gguf_header import Header
 from models.quality import Trim
-from runtime.llama import Llama
 from runtime.llama_greedy import greedy_answer
+from runtime.llama_protocol import LlamaLike
 
 from .errors import RequestInvalid
 from .vocabulary import TrimPlan, tokenizer_of
@@ -45,7 +45,7 @@ def coverage(header: Header, plan: TrimPlan, texts: Iterable[str]) -> Coverage:
 
 
 def greedy_agreement(
-    whole: Llama, trimmed: Llama, prompts: Sequence[str], progress: Callable[[int, int], None]
+    whole: LlamaLike, trimmed: LlamaLike, prompts: Sequence[str], progress: Callable[[int, int], None]
 ) -> float:
     """The share of prompts that both models answer with the same text, up to its end or MAX_ANSWER_TOKENS.
 
@@ -62,7 +62,7 @@ def greedy_agreement(
     return same / len(prompts)
 
 
-def _answer(llama: Llama, prompt: str) -> str:
+def _answer(llama: LlamaLike, prompt: str) -> str:
     tokens = llama.tokenizer.encode(prompt, add_special=False, parse_special=True)
     if llama.tokenizer.adds_bos and llama.tokenizer.bos is not None and tokens[:1] != [llama.tokenizer.bos]:
         tokens.insert(0, llama.tokenizer.bos)
