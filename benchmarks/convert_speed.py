@@ -1,4 +1,4 @@
-"""The same checkpoint converted to F16 by llama.cpp's own converter and by Deskside, each in a process of its own, in turn.
+"""The same checkpoint converted to F16 by llama.cpp's converter and by Deskside, each in its own process, in turns.
 
 llama.cpp's converter runs as its users run it: a Python with torch and transformers, which it imports. Deskside runs as
 `deskside convert FOLDER --quant F16`, with all it does beside writing: hashes, the proofs of tokenizer and template, a

@@ -14,7 +14,7 @@ from models.card import render_card
 from models.files import check_free, discard, sha256_file, write_atomic
 from models.gguf_header import read_header
 from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
-from models.quality import QUALITY_FILE, Quality, write_quality
+from models.quality import Quality, write_quality
 from models.quality_plot import PLOT_FILE, render_plot
 from models.store import Store, StoredModel
 
