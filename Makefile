@@ -4,6 +4,7 @@ MODEL ?= email-triage
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ORACLE := .oracle
 DESKSIDE := $(BIN)/deskside
 PORT ?= 8080
 MINUTES ?= 30
@@ -17,10 +18,11 @@ endif
 PIP := $(COMPILE) $(BIN)/pip --disable-pip-version-check install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve chat convert batch bench bench-peers soak test check fix rebuild lock lock-peers clean
+.PHONY: help setup model serve chat convert batch bench bench-peers bench-convert soak test oracle check fix rebuild \
+	lock lock-peers lock-oracle clean
 
 help: ## Show these verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -64,6 +66,15 @@ bench-peers: setup ## Measure Deskside beside llama-server, llama_cpp.server and
 soak: setup ## Load a server at twice its capacity for MINUTES (30), killing its engine on the way, and check it
 	@$(DESKSIDE) bench soak --minutes $(MINUTES) $(ARGS)
 
+$(ORACLE)/.ready: $(READY) tests/oracle/install.py tests/oracle/requirements.lock tests/oracle/torch.txt
+	@$(BIN)/python tests/oracle/install.py $(ORACLE)
+
+oracle: $(ORACLE)/.ready ## Compare conversions with transformers and llama.cpp's own converter, in a venv of their own
+	@$(BIN)/pytest -q -m oracle $(ARGS)
+
+bench-convert: setup $(ORACLE)/.ready ## Measure conversion beside llama.cpp's own converter
+	@$(DESKSIDE) bench convert $(ARGS)
+
 test: setup ## Run every test, those on the real model included
 	@$(BIN)/pytest -q $(ARGS)
 
@@ -90,6 +101,12 @@ lock-peers: ## Resolve benchmarks/peers.lock anew from peers.in (needs uv)
 	@uv pip compile benchmarks/peers.in --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--upgrade -q -o benchmarks/peers.lock
 
+lock-oracle: ## Resolve tests/oracle/requirements.lock anew from requirements.in (needs uv)
+	@mkdir -p $(ORACLE)
+	@echo 'torch ; sys_platform == "none"' >$(ORACLE)/without-torch.txt
+	@uv pip compile tests/oracle/requirements.in --override $(ORACLE)/without-torch.txt --no-emit-package torch \
+		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate --upgrade -q -o tests/oracle/requirements.lock
+
 clean: ## Remove .venv, the peers and caches; installed models stay (deskside models remove NAME)
-	@rm -rf $(VENV) .bench-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(ORACLE) .bench-peers .bench-convert .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import show_progress
+from .convert_cli import convert_speed_command
 from .cost import Assumptions
 from .evaluation_settings import EvalSettings
 from .options import with_options
@@ -31,6 +32,7 @@ def create_app() -> typer.Typer:
     app.command("report")(report_command)
     app.command("peers")(peers_command)
     app.command("soak")(soak_command)
+    app.command("convert")(convert_speed_command)
     return app
 
 

@@ -19,9 +19,10 @@ from runtime.errors import EngineError
 from runtime.llama import Llama, LoadOptions, load
 from runtime.llama_prefill import last_logits
 
-from .errors import VerifyFailed
+from .errors import AdapterInvalid, VerifyFailed
 from .gguf_file import Layout, OutTensor
-from .lora import Lora
+from .lora import Adapter
+from .lora_changes import Lora
 from .template import TEMPLATE_FIELD, ChatFormat
 from .verify import check_logits, probe
 
@@ -39,6 +40,24 @@ class HotPlan:
     def rows(self, name: str) -> Iterator[np.ndarray]:
         """The tensor `name`, whole."""
         yield self.matrices[name]
+
+
+def check_hot(adapter: Adapter) -> None:
+    """Raise AdapterInvalid for what llama.cpp cannot apply while it serves: everything but LoRA on linear layers."""
+    more = {
+        "use_dora": [lora.module for lora in adapter.loras.values() if lora.magnitude is not None],
+        "modules_to_save": [name for name in adapter.saved if name.endswith(".weight")],
+        "bias": [name for name in adapter.saved if name.endswith(".bias")],
+        "lora_bias": list(adapter.shifts),
+        "trainable_token_indices": list(adapter.tokens),
+        "a LoRA on the embedding": [lora.module for lora in adapter.loras.values() if lora.on_embedding],
+    }
+    for what, where in more.items():
+        if where:
+            raise AdapterInvalid(
+                f"the adapter {str(adapter.folder)!r} has {what} ({where[0]!r}), which can be merged but not applied "
+                "while the base is served: leave out --hot"
+            )
 
 
 def plan_hot(header: Header, loras: Mapping[str, Lora], chat: ChatFormat, name: str, licence: str) -> HotPlan:

@@ -1,147 +1,201 @@
-"""A PEFT LoRA adapter: read from its folder, fitted to a base, merged as W + scale · B · A in float32.
+"""A PEFT LoRA or DoRA adapter, read from its folder: what each module learned, under Hugging Face's names.
 
-Everything is checked before anything is written: an adapter for another base, a half-copied file or a variant whose
-merge is not this formula would otherwise give a model that loads, runs and babbles.
+Everything is checked before anything is written: a half-copied file or a variant whose merge is another formula would
+otherwise give a model that loads, runs and babbles. Whole tensors that were trained beside the LoRA stay in the file
+until they are written: an embedding can be larger than the rest of the adapter by far.
 """
 
-import hashlib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
 
-from models.gguf_header import Header
+from models.files import sha256_file
 
-from .architectures import Family
-from .errors import AdapterInvalid
+from .errors import AdapterInvalid, SourceInvalid
+from .lora_changes import Lora, ReplaceRows, Saved
 from .lora_config import LoraConfig, read_config
+from .safetensors_file import SafetensorsFile
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+_EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+_MAGNITUDE = "lora_magnitude_vector"
+_TOKENS = "token_adapter.trainable_tokens_delta"
+_WHOLE = ("weight", "bias")
+# PEFT's name of a tensor inside a wrapped module, and ours for it
+_PARTS: Mapping[str, str] = {
+    **{name: name for name in (_A, _B, _BIAS, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _TOKENS)},
+    f"{_MAGNITUDE}.weight": _MAGNITUDE,
+    "base_layer.weight": "weight",
+    "base_layer.bias": "bias",
+    **{name: name for name in _WHOLE},
+}
+_NAME = re.compile(rf"{re.escape(_PREFIX)}([A-Za-z0-9_.]+?)\.({'|'.join(map(re.escape, _PARTS))})")
+
+_Parts = Mapping[str, Saved]
 
 
-@dataclass(frozen=True)
-class Lora:
-    """The change of one module: `scale * b @ a`, with a of shape (rank, n_in) and b of shape (n_out, rank), float32."""
-
-    module: str
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-
-    def delta(self, start: int, rows: int) -> np.ndarray:
-        """Rows `start … start+rows` of the change, shape (rows, n_in), float32."""
-        change: np.ndarray = (self.b[start : start + rows] @ self.a) * np.float32(self.scale)
-        return change
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter as its folder has it. `rank` is the configuration's; single modules may have another."""
+    """An adapter as its folder has it: changes by module, whole tensors and biases' shifts by parameter.
+
+    `rank` is the configuration's; single modules may have another. `base` is what it says it was trained on.
+    """
 
     folder: Path
     sha256: str
     rank: int
+    base: str
     loras: Mapping[str, Lora]
+    saved: Mapping[str, Saved] = field(default_factory=dict)
+    shifts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    tokens: Mapping[str, ReplaceRows] = field(default_factory=dict)
 
     @property
     def is_zero(self) -> bool:
-        """Whether merging changes nothing (PEFT starts with B = 0, so this is an adapter that was never trained)."""
-        return not any(np.any(lora.b) and np.any(lora.a) for lora in self.loras.values())
+        """Whether merging changes nothing (PEFT starts with B = 0, so this is an adapter that was never trained).
+
+        Of a DoRA and of whole tensors that cannot be told without the base: they count as trained.
+        """
+        more = self.saved or self.tokens or any(np.any(shift) for shift in self.shifts.values())
+        return not more and not any(
+            lora.magnitude is not None or (np.any(lora.b) and np.any(lora.a)) for lora in self.loras.values()
+        )
 
 
 def read_adapter(folder: Path) -> Adapter:
     """Read a PEFT folder. Raises AdapterInvalid naming the file, the setting or the tensor that is wrong."""
     config = read_config(folder)
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
         pickled = folder / "adapter_model.bin"
         hint = f"; {pickled.name!r} is a pickle and is not opened: save it as safetensors" if pickled.exists() else ""
         raise AdapterInvalid(f"{str(folder)!r} has no {WEIGHTS_FILE!r}{hint}")
     try:
-        data = file.read_bytes()
-        tensors = cast(Any, deserialize)(data)  # its stub has no types
-    except OSError as error:
-        raise AdapterInvalid(f"{str(file)!r} cannot be read: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise AdapterInvalid(f"{str(file)!r} is truncated or no safetensors file: {error}") from error
-    arrays = {name: _widen(name, spec["dtype"], spec["shape"], spec["data"]) for name, spec in tensors}
-    if not arrays:
-        raise AdapterInvalid(f"{str(file)!r} holds no tensors")
-    return Adapter(folder, hashlib.sha256(data).hexdigest(), config.rank, _pair(arrays, config))
+        modules = _modules(SafetensorsFile(path))
+    except SourceInvalid as error:
+        raise AdapterInvalid(f"the adapter's weights cannot be used: {error}") from error
+    _check_complete(modules, config)
+    return Adapter(
+        folder=folder,
+        sha256=sha256_file(path),
+        rank=config.rank,
+        base=config.base,
+        loras={module: lora for module, parts in modules.items() if (lora := _lora(module, parts, config)) is not None},
+        saved={
+            f"{module}.{kind}": parts[kind] for module, parts in modules.items() for kind in _WHOLE if kind in parts
+        },
+        shifts={f"{module}.bias": _shift(module, parts, config) for module, parts in modules.items() if _BIAS in parts},
+        tokens={
+            module: _tokens(module, parts[_TOKENS], config) for module, parts in modules.items() if _TOKENS in parts
+        },
+    )
 
 
-def fit(adapter: Adapter, header: Header, family: Family) -> dict[str, Lora]:
-    """GGUF tensor name -> its change, with rows in the GGUF's order. Raises AdapterInvalid naming the misfit."""
-    fitted: dict[str, Lora] = {}
-    for module, lora in adapter.loras.items():
-        name = _target(module, header, family)
-        wanted = header.tensors[name].shape
-        if (lora.b.shape[0], lora.a.shape[1]) != wanted:
+def _modules(file: SafetensorsFile) -> dict[str, dict[str, Saved]]:
+    """Module -> its tensors by what they are, each found to be readable and finite."""
+    modules: dict[str, dict[str, Saved]] = {}
+    for name, tensor in file.tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
             raise AdapterInvalid(
-                f"adapter tensors of {module!r} make a change of shape {(lora.b.shape[0], lora.a.shape[1])}, "
-                f"{name!r} of the base has {wanted}: the adapter was trained on another model"
+                f"adapter tensor {name!r} is not supported: known are '{_PREFIX}MODULE.' and one of {', '.join(_PARTS)}"
             )
-        fitted[name] = Lora(module, lora.a, family.repack_rows(module, lora.b, header), lora.scale)
-    return fitted
-
-
-def _target(module: str, header: Header, family: Family) -> str:
-    name = family.tensor_name(module)
-    if name is None:
-        raise AdapterInvalid(f"adapter target {module!r} is no linear layer of {family.architecture!r} that is known")
-    if name in header.tensors:
-        return name
-    if name == "output.weight":
-        raise AdapterInvalid(
-            f"adapter target {module!r} cannot be merged: this base ties it to the embedding, which would change too"
-        )
-    layers = header.integer(f"{family.architecture}.block_count")
-    raise AdapterInvalid(f"adapter target {module!r} is not in the base, which has {layers} layers and no {name!r}")
-
-
-def _widen(name: str, dtype: str, shape: list[int], data: bytes) -> np.ndarray:
-    """The tensor as finite float32. numpy has no bfloat16: its 16 bits are the upper half of a float32."""
-    if dtype == "BF16":
-        array = (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
-    elif dtype in {"F16", "F32"}:
-        array = np.frombuffer(data, dtype="<f2" if dtype == "F16" else "<f4").astype(np.float32)
-    else:
-        raise AdapterInvalid(f"adapter tensor {name!r} has type {dtype}; known are BF16, F16 and F32")
-    if not np.isfinite(array).all():
-        raise AdapterInvalid(
-            f"adapter tensor {name!r} has {int((~np.isfinite(array)).sum())} values that are not finite"
-        )
-    return array.reshape(shape)
-
-
-def _pair(arrays: Mapping[str, np.ndarray], config: LoraConfig) -> dict[str, Lora]:
-    modules: dict[str, Lora] = {}
-    for name in sorted(arrays):
-        if not name.startswith(_PREFIX) or not name.endswith((_A, _B)):
-            raise AdapterInvalid(
-                f"adapter tensor {name!r} is not supported: only LoRA pairs of linear layers "
-                f"('{_PREFIX}…{_A}' and '…{_B}') can be merged"
-            )
-        stem = name.removesuffix(_A).removesuffix(_B)
-        for suffix in (_A, _B):
-            if stem + suffix not in arrays:
-                raise AdapterInvalid(f"adapter tensor {stem + suffix!r} is missing")
-        module = stem.removeprefix(_PREFIX)
-        if module not in modules:
-            modules[module] = _lora(module, arrays[stem + _A], arrays[stem + _B], config)
+        parts, part = modules.setdefault(match[1], {}), _PARTS[match[2]]
+        if part in parts:
+            raise AdapterInvalid(f"adapter tensor {name!r} is {part!r} of {match[1]!r}, which is there twice")
+        parts[part] = _checked(Saved(file, tensor))
+    if not modules:
+        raise AdapterInvalid(f"{str(file.path)!r} holds no tensors")
     return modules
 
 
-def _lora(module: str, a: np.ndarray, b: np.ndarray, config: LoraConfig) -> Lora:
+def _checked(saved: Saved) -> Saved:
+    if len(saved.shape) not in {1, 2} or 0 in saved.shape:
+        raise AdapterInvalid(
+            f"adapter tensor {saved.tensor.name!r} has shape {saved.shape}: neither a matrix nor a vector"
+        )
+    for _ in saved.slabs():  # reading finds what is not finite
+        pass
+    return saved
+
+
+def _check_complete(modules: Mapping[str, _Parts], config: LoraConfig) -> None:
+    """What adapter_config.json says was trained has to be there: what is missing was lost on the way."""
+    for name in config.modules_to_save:
+        if not any(
+            _is_called(module, name) and any(kind in parts for kind in _WHOLE) for module, parts in modules.items()
+        ):
+            raise AdapterInvalid(f"modules_to_save names {name!r}, but the adapter holds no tensor of such a module")
+    for name in config.tokens:
+        if not any(_is_called(module, name) and _TOKENS in parts for module, parts in modules.items()):
+            raise AdapterInvalid(f"trainable_token_indices names {name!r}, but the adapter holds no rows of it")
+
+
+def _is_called(module: str, name: str) -> bool:
+    return module == name or module.endswith("." + name)
+
+
+def _lora(module: str, parts: _Parts, config: LoraConfig) -> Lora | None:
+    on_embedding = _EMBEDDING_A in parts or _EMBEDDING_B in parts
+    names = (_EMBEDDING_A, _EMBEDDING_B) if on_embedding else (_A, _B)
+    given = {_A, _B, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _BIAS} & parts.keys()
+    if not given:
+        return None
+    for part in (*names, *([_MAGNITUDE] if config.use_dora else [])):
+        if part not in parts:
+            raise AdapterInvalid(f"adapter tensor '{_PREFIX}{module}.{part}' is missing")
+    a, b = parts[names[0]].array, parts[names[1]].array
     rank = config.rank_of(module)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterInvalid(
             f"adapter tensors of {module!r} have shapes A {a.shape} and B {b.shape}; "
             f"with rank {rank} they must be ({rank}, n_in) and (n_out, {rank})"
         )
-    return Lora(module, a, b, config.scale_of(module))
+    magnitude = _magnitude(module, parts, len(b), config)
+    if on_embedding:
+        if magnitude is not None:
+            raise AdapterInvalid(
+                f"adapter target {module!r} is an embedding under DoRA, which scales columns and needs all rows for "
+                "that: merge it with PEFT (merge_and_unload) and convert the merged folder"
+            )
+        a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
+    return Lora(module, a, b, config.scale_of(module), magnitude, on_embedding)
+
+
+def _magnitude(module: str, parts: _Parts, n_out: int, config: LoraConfig) -> np.ndarray | None:
+    if _MAGNITUDE not in parts:
+        return None
+    if not config.use_dora:
+        raise AdapterInvalid(f"adapter tensor '{_PREFIX}{module}.{_MAGNITUDE}' is there, but use_dora is not set")
+    return _vector(module, _MAGNITUDE, parts, n_out)
+
+
+def _shift(module: str, parts: _Parts, config: LoraConfig) -> np.ndarray:
+    """A bias of B is scaled like B itself."""
+    if not config.lora_bias:
+        raise AdapterInvalid(f"adapter tensor '{_PREFIX}{module}.{_BIAS}' is there, but lora_bias is not set")
+    return _vector(module, _BIAS, parts, parts[_B].shape[0]) * np.float32(config.scale_of(module))
+
+
+def _vector(module: str, part: str, parts: _Parts, n_out: int) -> np.ndarray:
+    if parts[part].shape != (n_out,):
+        raise AdapterInvalid(
+            f"adapter tensor '{_PREFIX}{module}.{part}' has shape {parts[part].shape}; its B has {n_out} rows"
+        )
+    return parts[part].array
+
+
+def _tokens(module: str, saved: Saved, config: LoraConfig) -> ReplaceRows:
+    ids = next((ids for name, ids in config.tokens.items() if _is_called(module, name)), ())
+    if len(saved.shape) != 2 or len(ids) != saved.shape[0] or len(set(ids)) != len(ids):
+        raise AdapterInvalid(
+            f"adapter target {module!r} has trained rows of shape {saved.shape} for {len(ids)} "
+            f"trainable_token_indices, {len(set(ids))} of them different: there must be one row for each"
+        )
+    order = np.argsort(ids)
+    return ReplaceRows(np.asarray(ids)[order], saved.array[order])

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,14 +17,12 @@ from .errors import AdapterInvalid
 CONFIG_FILE = "adapter_config.json"
 MAX_PATTERN_LENGTH = 256
 
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+
 _REFUSED: Mapping[str, str] = {
-    "use_dora": "DoRA scales whole columns and cannot be merged as W + B·A",
-    "modules_to_save": "whole modules were trained beside the LoRA; train without modules_to_save",
-    "fan_in_fan_out": "the weights are stored transposed",
-    "lora_bias": "biases were trained beside the LoRA",
+    "fan_in_fan_out": "only GPT-2's Conv1D layers store their weights transposed, and no known family has them",
     "layer_replication": "layers were replicated",
     "target_parameters": "parameters outside linear layers were trained",
-    "trainable_token_indices": "embedding rows were trained beside the LoRA",
     "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens",
     "use_qalora": "QA-LoRA pools its input and cannot be merged as W + B·A",
     "arrow_config": "Arrow routes between adapters and cannot be merged",
@@ -36,14 +34,17 @@ _HARMLESS = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "task_type",
     "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "megatron_core",
     "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "modules_to_save", "use_dora", "lora_bias", "trainable_token_indices",
 }  # fmt: skip
 # These initialisations subtract from the base's own weights, so the adapter fits only the changed base.
 _BASE_CHANGING_INIT = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 class LoraConfig(BaseModel):
-    """What the merge needs: ranks and scales, per module where patterns say so."""
+    """What the merge needs: ranks and scales, per module where patterns say so, and what was trained beside the LoRA.
+
+    `base` is the base's name as PEFT was given it: an id of the Hub, a path, or nothing.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,6 +54,18 @@ class LoraConfig(BaseModel):
     use_rslora: bool = False
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = {}
     alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[TokenId, ...] | dict[str, tuple[TokenId, ...]] = ()
+    base: Annotated[str, Field(alias="base_model_name_or_path")] = ""
+
+    @property
+    def tokens(self) -> Mapping[str, tuple[int, ...]]:
+        """Ending of a module's name -> the ids of its rows that were trained."""
+        given = self.trainable_token_indices
+        return given if isinstance(given, dict) else {"embed_tokens": given} if given else {}
 
     def rank_of(self, module: str) -> int:
         """The rank of one module."""
@@ -98,8 +111,6 @@ def _refuse_variants(file: Path, raw: Mapping[str, Any]) -> None:
             raise AdapterInvalid(
                 f"{str(file)!r}: {setting} = {raw[setting]!r} is not known here and may change what the adapter means"
             )
-    if raw.get("bias", "none") != "none":
-        raise AdapterInvalid(f"{str(file)!r}: bias = {raw['bias']!r} is not supported: train with bias 'none'")
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT):
         raise AdapterInvalid(

@@ -56,7 +56,8 @@ def row_loss(stored: np.ndarray, logits: np.ndarray, target: int, kept: np.ndarr
     """
     reference = log_softmax(stored if kept is None else stored[kept])
     candidate = log_softmax(logits)
-    kl = float(np.exp(reference) @ (reference - candidate))
+    # not a dot product: a BLAS starts threads for it, which take the processor from llama.cpp's
+    kl = float((np.exp(reference) * (reference - candidate)).sum())
     agrees = bool(reference[int(candidate.argmax())] == reference.max())
     if not math.isfinite(kl):
         raise MeasureFailed(f"the KL divergence is {kl}: a token that the reference may say has no probability")

@@ -58,59 +58,73 @@ class TokenizerParity:
     limits: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The two that must agree: a GGUF's vocabulary in llama.cpp, and the tokenizer of the folder it was made from.
+
+    `forced` are texts that llama.cpp takes for special tokens by itself (`</s>` in any vocabulary), and the other not.
+    """
+
+    folder: Path
+    fields: Mapping[str, Field]
+    tokenizer: Tokenizer
+    reference: Reference
+    forced: frozenset[str]
+
+
+def open_pair(gguf: Path, folder: Path) -> Pair:
+    """Load both, without any weights. Raises VerifyFailed when llama.cpp cannot read its side, TokenizerInvalid."""
+    try:
+        tokenizer, fields = load_vocabulary(gguf), read_fields(gguf)
+    except (EngineError, BadGguf) as error:
+        raise VerifyFailed(f"the converted vocabulary cannot be loaded: {error}") from error
+    prefix = fields.get("tokenizer.ggml.add_space_prefix")
+    reference = open_reference(folder, space_prefix=prefix is not None and prefix.value is True)
+    return Pair(folder, fields, tokenizer, reference, frozenset(tokenizer.special_texts) - reference.special)
+
+
 def check_tokenizer(
-    gguf: Path, folder: Path, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
+    pair: Pair, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
 ) -> TokenizerParity:
-    """Compare the vocabulary of `gguf` with the tokenizer in `folder` on `texts` and the torture texts.
+    """Compare token ids on `texts`, on the torture texts and on texts with special tokens.
 
     Raises VerifyFailed with the first text that gets other tokens. Torture texts may, where llama.cpp has only an
     approximation of the pre-tokenizer: then they are in the result. `progress` is told texts done and all texts.
     """
-    tokenizer, fields = open_vocabulary(gguf)
-    reference = open_reference(folder, space_prefix=has_flag(fields, "tokenizer.ggml.add_space_prefix"))
-    _check_ends(tokenizer, reference)
-    torture = (*TEXTS, *(around(_special(fields)) if reference.knows_special else ()))
+    _check_ends(pair)
+    torture = (*TEXTS, *(around(_special(pair.fields)) if pair.reference.knows_special else ()))
     n_tokens, total = 0, len(texts) + len(torture)
     mismatches: list[Mismatch] = []
-    approximate = fields["tokenizer.ggml.pre"].value in APPROXIMATE
+    approximate = pair.fields["tokenizer.ggml.pre"].value in APPROXIMATE
     for done, text in enumerate((*texts, *torture)):
-        ours, theirs = encode_both(tokenizer, reference, text)
+        ours, theirs = encode_both(pair, text)
         n_tokens += len(theirs)
-        if ours != theirs:
+        if ours != theirs and not pair.reference.equally_good(ours, theirs):
             mismatches.append(Mismatch(text, tuple(ours), tuple(theirs)))
             if done < len(texts) or not approximate:
                 raise VerifyFailed(f"the vocabulary is not the checkpoint's: {mismatches[-1]}")
         if progress is not None:
             progress(done + 1, total)
-    return TokenizerParity(total, n_tokens, tuple(mismatches), reference.limits)
+    return TokenizerParity(total, n_tokens, tuple(mismatches), pair.reference.limits)
 
 
-def open_vocabulary(gguf: Path) -> tuple[Tokenizer, Mapping[str, Field]]:
-    """llama.cpp's vocabulary of the file, without its weights, and the file's fields. Raises VerifyFailed."""
+def encode_both(pair: Pair, text: str) -> tuple[list[int], list[int]]:
+    """The ids of `text` from llama.cpp and from Hugging Face's tokenizer. Raises VerifyFailed when one refuses.
+
+    Special tokens in it count, unless the text holds a forced one: then it is compared as a message's text is read.
+    """
+    text = pair.reference.comparable(text)
+    special = not any(mark in text for mark in pair.forced)
     try:
-        return load_vocabulary(gguf), read_fields(gguf)
-    except (EngineError, BadGguf) as error:
-        raise VerifyFailed(f"the converted vocabulary cannot be loaded: {error}") from error
-
-
-def has_flag(fields: Mapping[str, Field], key: str) -> bool:
-    """Whether the field is there and true."""
-    field = fields.get(key)
-    return field is not None and field.value is True
-
-
-def encode_both(tokenizer: Tokenizer, reference: Reference, text: str) -> tuple[list[int], list[int]]:
-    """The ids of `text` from llama.cpp and from Hugging Face's tokenizer. Raises VerifyFailed when one refuses."""
-    text = reference.comparable(text)
-    try:
-        return tokenizer.encode(text, add_special=False, parse_special=True), reference.encode(text)
+        ours = pair.tokenizer.encode(text, add_special=False, parse_special=special)
+        return ours, pair.reference.encode(text, special=special)
     except (EngineError, RequestError) as error:
         raise VerifyFailed(f"llama.cpp cannot tokenise {text[:_SHOWN_CHARS]!r}: {error}") from error
 
 
-def _check_ends(tokenizer: Tokenizer, reference: Reference) -> None:
+def _check_ends(pair: Pair) -> None:
     """BOS and EOS are added where the files say so, unless they ask for something that llama.cpp has no flag for."""
-    text = "Hello"
+    text, tokenizer, reference = "Hello", pair.tokenizer, pair.reference
     theirs, bare = reference.encode_whole(text), reference.encode(text)
     if theirs is None:
         return

@@ -4,9 +4,10 @@ Where llama.cpp is known to part from it, and `tokenizer` has warned, texts are 
 composed Unicode, no leading space, a special token before the text. `limits` tells which of these were needed.
 """
 
+import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import tokenizers
 from .errors import TokenizerInvalid
 from .tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, entries, part, read_object
 from .tokenizer_pieces import SPACE_MARK
-from .tokenizer_protobuf import added_in_folder
+from .tokenizer_protobuf import added_in_folder, read_protobuf
 from .tokenizer_special import token_text
 
 
@@ -34,8 +35,18 @@ class Reference(Protocol):
     def comparable(self, text: str) -> str:
         """The text that both can be asked about."""
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; special tokens in it count, none are added."""
+    @property
+    def special(self) -> frozenset[str]:
+        """The texts that are cut out as tokens of their own."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of `text`; special tokens in it count unless not `special`, none are added."""
+
+    def equally_good(self, ours: Sequence[int], theirs: Sequence[int]) -> bool:
+        """Whether `ours` are the same text cut another way, which only rounding prefers less."""
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The ids of a whole prompt, its special tokens written out."""
 
     def encode_whole(self, text: str) -> list[int] | None:
         """The ids of `text` with what is put around it; None when the files do not say."""
@@ -86,10 +97,23 @@ class _Json:
         text = unicodedata.normalize("NFC", text) if self._composes else text
         return text.lstrip(" " + SPACE_MARK) if self._scheme in {"always", "first"} else text
 
-    def encode(self, text: str) -> list[int]:
-        before = 1 if self._before else 0
-        ids: list[int] = self._tokenizer.encode(self._before + text, add_special_tokens=False).ids
+    @property
+    def special(self) -> frozenset[str]:
+        return frozenset(token.content for token in self._tokenizer.get_added_tokens_decoder().values())
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        self._tokenizer.encode_special_tokens = not special
+        before = 1 if self._before and special else 0
+        ids: list[int] = self._tokenizer.encode(self._before * before + text, add_special_tokens=False).ids
         return ids[before:]
+
+    def equally_good(self, ours: Sequence[int], theirs: Sequence[int]) -> bool:
+        return ours == theirs
+
+    def encode_rendered(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode_whole(self, text: str) -> list[int] | None:
         if not self._post_processed or self._scheme == "first":
@@ -98,11 +122,17 @@ class _Json:
         return ids
 
 
+_ROUNDING = 1e-5
+
+
 class _SentencePiece:
     """tokenizer.model: added and control tokens are cut out first, what lies between is SentencePiece's."""
 
-    limits = ()
     knows_special = True
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        return ("cuts of a text that are equally likely count as alike",) if self._is_unigram else ()
 
     def __init__(self, folder: Path) -> None:
         file = folder / TOKENIZER_MODEL
@@ -111,6 +141,7 @@ class _SentencePiece:
             self._processor.LoadFromFile(str(file))
         except (OSError, RuntimeError) as error:
             raise TokenizerInvalid(f"{str(file)!r} cannot be loaded: {error}") from error
+        self._is_unigram = read_protobuf(file).model == "t5"
         sizes = range(self._processor.GetPieceSize())
         control = (i for i in sizes if self._processor.IsControl(i) or self._processor.IsUnknown(i))
         self._cut = {self._processor.IdToPiece(index): index for index in control}
@@ -121,11 +152,28 @@ class _SentencePiece:
     def comparable(self, text: str) -> str:
         return text
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def special(self) -> frozenset[str]:
+        return frozenset(self._cut)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        if not special:
+            return list(self._processor.EncodeAsIds(text))
         ids: list[int] = []
         for piece in self._pattern.split(text):
             ids += [self._cut[piece]] if piece in self._cut else self._processor.EncodeAsIds(piece)
         return ids
+
+    def equally_good(self, ours: Sequence[int], theirs: Sequence[int]) -> bool:
+        known = range(self._processor.GetPieceSize())
+        ours, theirs = ([index for index in ids if index in known] for ids in (ours, theirs))
+        scores = [sum(map(self._processor.GetScore, ids)) for ids in (ours, theirs)]
+        same = self._processor.DecodeIds(ours) == self._processor.DecodeIds(theirs)
+        # SentencePiece adds up in single precision, llama.cpp in double
+        return same and self._is_unigram and math.isclose(*scores, rel_tol=_ROUNDING)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def encode_whole(self, text: str) -> list[int] | None:
         return None

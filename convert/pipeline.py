@@ -7,7 +7,7 @@ in the store's staging folder until it is whole.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,12 @@ from models.gguf_header import Header, read_header
 from models.manifest import MANIFEST_FILE, Artefact, dump_manifest
 from models.store import Store, StoredModel
 
-from .architectures import family_of
-from .candidates import plain
 from .checkpoint import Checkpoint
 from .gguf_file import Layout, OutTensor, write_gguf
-from .hot import FULL_PRECISION, plan_hot, verify_hot
+from .hot import FULL_PRECISION, check_hot, plan_hot, verify_hot
 from .inputs import ConvertRequest, Inputs, gather
-from .lora import Lora, fit
-from .merge import half_precision_kind, merged_rows
+from .lora_fit import Fitted, fit
+from .merge import Merged, file_rows, half_precision_kind, merged_header
 from .progress import Reporter
 from .quantize import HALF_PRECISION, QUANTIZATIONS, disk_need, quantize
 from .template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat, choose_format
@@ -43,7 +41,7 @@ class ConversionPlan:
     """A conversion that was found possible: what the half-precision file will hold, and the changes by tensor name."""
 
     layout: Layout
-    loras: Mapping[str, Lora]
+    fitted: Fitted
     chat: ChatFormat
 
 
@@ -68,7 +66,7 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         store.staging(inputs.manifest.name, replace=request.replace) as folder,
     ):
         plan = plan_conversion(checkpoint.header, inputs)
-        _warn(plan.chat, inputs, report)
+        _warn(plan.chat, plan.fitted, inputs, report)
         check_free(folder, disk_need(plan.layout.file_bytes, plan.layout.matrix_bytes, inputs.quantization))
         half = _write_half_precision(checkpoint, plan, folder / _file_name(inputs, HALF_PRECISION), report)
         final = _quantize(half, folder, inputs, report)
@@ -83,14 +81,15 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
 
 def _make_hot(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
     assert inputs.adapter is not None, "gather lets no hot conversion without an adapter pass"
+    check_hot(inputs.adapter)
     with store.staging(inputs.manifest.name, replace=request.replace) as folder:
         header = read_header(inputs.gguf)
-        loras = fit(inputs.adapter, header, family_of(header))
+        fitted = fit(inputs.adapter, header)
         chat = choose_format(header, inputs.adapter.folder)
-        plan = plan_hot(header, loras, chat, inputs.manifest.name, inputs.manifest.licence)
-        _warn(chat, inputs, report)
+        plan = plan_hot(header, fitted.loras, chat, inputs.manifest.name, inputs.manifest.licence)
+        _warn(chat, fitted, inputs, report)
         check_free(folder, plan.layout.file_bytes)
-        report.stage(f"write {len(loras)} pairs of matrices", plan.layout.data_bytes)
+        report.stage(f"write {len(fitted.loras)} pairs of matrices", plan.layout.data_bytes)
         target = folder / _file_name(inputs, FULL_PRECISION)
         write_gguf(target, plan.layout, plan.rows, _counted(plan.layout, report))
         report.stage("verify")
@@ -101,10 +100,11 @@ def _make_hot(inputs: Inputs, request: ConvertRequest, store: Store, report: Rep
 def plan_conversion(header: Header, inputs: Inputs) -> ConversionPlan:
     """Check that the adapter fits and the chat format is usable. Raises ConvertError; writes nothing."""
     adapter = inputs.adapter
-    loras = fit(adapter, header, family_of(header)) if adapter is not None else {}
+    fitted = fit(adapter, header) if adapter is not None else Fitted()
     chat = choose_format(header, adapter.folder if adapter is not None else None)
-    tensors = [OutTensor(info.name, info.shape, half_precision_kind(info)) for info in header.tensors.values()]
-    return ConversionPlan(Layout(_fields(header, inputs, chat), tensors, header.alignment), loras, chat)
+    infos = merged_header(header, fitted).tensors.values()
+    tensors = [OutTensor(info.name, info.shape, half_precision_kind(info)) for info in infos]
+    return ConversionPlan(Layout(_fields(header, inputs, chat), tensors, header.alignment), fitted, chat)
 
 
 def _fields(header: Header, inputs: Inputs, chat: ChatFormat) -> dict[str, Field]:
@@ -119,11 +119,14 @@ def _fields(header: Header, inputs: Inputs, chat: ChatFormat) -> dict[str, Field
 
 
 def _write_half_precision(checkpoint: Checkpoint, plan: ConversionPlan, target: Path, report: Reporter) -> Path:
-    stage = f"merge {len(plan.loras)} matrices, write {HALF_PRECISION}" if plan.loras else "write F16"
+    changes = plan.fitted.changes
+    stage = f"merge {len(changes)} tensors, write {HALF_PRECISION}" if changes else "write F16"
     report.stage(stage, plan.layout.data_bytes)
 
+    merged = Merged(checkpoint, plan.fitted)
+
     def rows(name: str) -> Iterator[np.ndarray]:
-        return merged_rows(checkpoint, checkpoint.header.tensors[name], plan.loras.get(name))
+        return file_rows(merged, merged.header.tensors[name])
 
     write_gguf(target, plan.layout, rows, _counted(plan.layout, report))
     return target
@@ -145,7 +148,7 @@ def _quantize(half: Path, folder: Path, inputs: Inputs, report: Reporter) -> Pat
         return half
     report.stage(f"quantize to {inputs.quantization}")
     final = folder / _file_name(inputs, inputs.quantization)
-    quantize(half, final, plain(inputs.quantization), None, report.advance)
+    quantize(half, final, inputs.quantization, report.advance)
     return final
 
 
@@ -153,8 +156,8 @@ def _file_name(inputs: Inputs, quantization: str) -> str:
     return f"{inputs.manifest.name}-{quantization}.gguf"
 
 
-def _warn(chat: ChatFormat, inputs: Inputs, report: Reporter) -> None:
-    for warning in chat.warnings:
+def _warn(chat: ChatFormat, fitted: Fitted, inputs: Inputs, report: Reporter) -> None:
+    for warning in (*chat.warnings, *fitted.warnings):
         report.warn(warning)
     if inputs.adapter is not None and inputs.adapter.is_zero:
         report.warn(f"the adapter {str(inputs.adapter.folder)!r} is all zero: it was never trained and changes nothing")
@@ -162,12 +165,13 @@ def _warn(chat: ChatFormat, inputs: Inputs, report: Reporter) -> None:
 
 def _warn_same_grid(source: Header, plan: ConversionPlan, final: Path, report: Reporter) -> None:
     """A base that was quantized lies on a grid; rounding the merged weights to the same grid can undo the fine-tune."""
-    written = read_header(final).tensors
-    same = [name for name in plan.loras if written[name].kind == source.tensors[name].kind]
+    written, loras = read_header(final).tensors, plan.fitted.loras
+    before = merged_header(source, plan.fitted).tensors
+    same = [name for name in loras if written[name].kind == before[name].kind]
     kinds = Counter(written[name].kind.name for name in same if written[name].kind.name not in _FINE_KINDS)
     if kinds:
         report.warn(
-            f"{kinds.total()} of {len(plan.loras)} fine-tuned matrices are quantized to the grid their base lay on "
+            f"{kinds.total()} of {len(loras)} fine-tuned matrices are quantized to the grid their base lay on "
             f"already ({', '.join(sorted(kinds))}). A LoRA's change is smaller than a step of it, so THE FINE-TUNE MAY "
             "BE ROUNDED AWAY. Use --quant Q8_0 or F16, or a base in full precision, and measure on your own examples"
         )

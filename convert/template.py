@@ -5,6 +5,7 @@ the way, these are what make a good fine-tune babble, so they are decided here a
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,8 @@ from .errors import TemplateInvalid
 
 TEMPLATE_FIELD = "tokenizer.chat_template"
 END_OF_TURN_FIELD = "tokenizer.ggml.eot_token_id"
-MAX_TEMPLATE_BYTES = 1 << 20  # of tokenizer_config.json too, which lists added tokens
+MAX_TEMPLATE_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 24  # Gemma's tokenizer_config.json lists 6,000 tokens in more than a megabyte
 
 _GEMMA_TURNS = (b"<start_of_turn>", b"<end_of_turn>")
 END_OF_TURN_MARKS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
@@ -64,8 +66,8 @@ def folder_format(folder: Path) -> ChatFormat | None:
     )
     if not file.is_file():
         return None if configured is None else ChatFormat(configured, None, str(config), left_out)
-    text = _read(file).strip()
-    disagree = configured is not None and configured.strip() != text
+    text = _read(file).removesuffix("\n")  # which Jinja drops too
+    disagree = configured is not None and configured.strip() != text.strip()
     warning = f"{file.name!r} and {config.name!r} hold different chat templates; the first is used"
     return ChatFormat(text, None, str(file), (*((warning,) if disagree else ()), *left_out))
 
@@ -73,7 +75,7 @@ def folder_format(folder: Path) -> ChatFormat | None:
 def _configured(config: Path) -> dict[str, str]:
     """The templates in tokenizer_config.json by name; a single one is the default."""
     try:
-        raw = json.loads(_read(config))
+        raw = json.loads(_read(config, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
         raise TemplateInvalid(f"{str(config)!r} is no JSON: {error}") from error
     template: Any = raw.get("chat_template") if isinstance(raw, dict) else None
@@ -86,13 +88,19 @@ def _configured(config: Path) -> dict[str, str]:
     return {name: text for name, text in template.items() if isinstance(name, str) and isinstance(text, str)}
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, limit: int = MAX_TEMPLATE_BYTES) -> str:
     try:
-        if (size := file.stat().st_size) > MAX_TEMPLATE_BYTES:
-            raise TemplateInvalid(f"{str(file)!r} has {size} bytes, the limit is {MAX_TEMPLATE_BYTES}")
+        if (size := file.stat().st_size) > limit:
+            raise TemplateInvalid(f"{str(file)!r} has {size} bytes, the limit is {limit}")
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateInvalid(f"{str(file)!r} cannot be read: {error}") from error
+
+
+def without_training_marks(template: str) -> str:
+    """`template` for plain Jinja: `{% generation %}`, which marks what is trained on, holds what is written anyway."""
+    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)
 
 
 def _check_syntax(template: str, origin: str) -> None:
@@ -100,7 +108,7 @@ def _check_syntax(template: str, origin: str) -> None:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     try:
-        environment.parse(template)
+        environment.parse(without_training_marks(template))
     except (TemplateSyntaxError, RecursionError) as error:
         raise TemplateInvalid(f"the chat template from {origin} is malformed: {error}") from error
 

@@ -37,6 +37,8 @@ def read_protobuf(file: Path) -> Pieces:
             by_id[len(by_id)] = _piece(_message(value, source), len(by_id), source)
         elif number in {2, 3}:
             (trainer if number == 2 else normalizer).update(_message(value, source))
+    if by_id and not (trainer and normalizer):
+        raise TokenizerInvalid(f"{source} is truncated: it does not say how it was trained and how text is normalised")
     added = added_in_folder(file.parent)
     pieces = _pieces(by_id, trainer, normalizer, added, source)
     for token in added:
@@ -85,7 +87,7 @@ def _pieces(
             added=added,
         )
     if kind != _BPE:
-        raise TokenizerInvalid(f"{source} has the model type {kind}; known are {_UNIGRAM} (Unigram) and {_BPE} (BPE)")
+        raise TokenizerInvalid(f"{source} has the model type {kind!r}; known are {_UNIGRAM} (Unigram) and {_BPE} (BPE)")
     if removes or charsmap:
         what = "removes extra white space" if removes else "replaces characters before it cuts text up"
         raise TokenizerInvalid(f"{source} {what}, which llama.cpp cannot repeat for BPE")

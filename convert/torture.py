@@ -48,7 +48,8 @@ _SYMBOLS = (
     "👩\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 👍🏽👍🏿 🤷🏻\u200d♀️ 😶\u200d🌫️ 🇩🇪🇫🇷 1️⃣ ©️ ™ ✅ 🚀",
     "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, α ∧ ¬β = ¬(¬α ∨ β), ∑∫√∞≠≤≥±×÷ → ⇒ ░▒▓█ €£¥₹",
     "e\u0301 n\u0303 o\u0308 a\u030a\u0323 Z\u0351\u036b\u0343a\u0321\u034al\u0334g\u0328o\u0321 \u0301start",
-    "zero\u200bwidth\u200cnon\u200djoiner\u2060word\ufeffbom soft\u00adhyphen \u202eright-to-left\u202c \u2066iso\u2069",
+    "zero\u200bwidth\u200cnon\u200djoiner\u2060word\ufeffbom soft\u00adhyphen",
+    "\u202eright-to-left\u202c \u2066iso\u2069",
     "\ue000\ue123\uf8ff \U000f0000\U0010fffd private",
     "\ufffd\ufffdé\ufffd a\ufffdb \ud7ff\ue000 \uffff\ufffe \U0010ffff \u0080\u009f \x00\x01\x1b[0m\x7f",
     "“quoted” ‘single’ „low“ «guillemets» … – — ‑ · • § ¶ ¡¿",
@@ -69,6 +70,17 @@ _WORDS = (
 )
 
 TEXTS: tuple[str, ...] = (*_SCRIPTS, *_CODE, *_SPACES, *_NUMBERS, *_SYMBOLS, *_LOOKALIKES, *_WORDS)
+
+CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
+    ({"role": "user", "content": "Hello, how are you?"},),
+    ({"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is 7 a prime number?"}),
+    (
+        {"role": "user", "content": "  two spaces before, a line break after\n"},
+        {"role": "assistant", "content": "Noted.\n\nAnything else?"},
+        {"role": "user", "content": "Übersetze: 'naïve café' → 日本語 👍🏽"},
+    ),
+    ({"role": "user", "content": _CODE[0]},),
+)
 
 
 def around(special: Sequence[str]) -> Iterator[str]:

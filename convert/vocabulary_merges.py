@@ -69,11 +69,11 @@ class SentencePieceRules:
         self._ranks = dict(zip(vocabulary.tokens, ranks, strict=True))
 
     def path(self, token: bytes) -> Iterator[bytes]:
-        """Merged texts only: a character need not be a token to be merged."""
+        """The characters too: llama.cpp merges them if they are no tokens, but other readers of the file do not."""
         ranks = self._ranks
         pieces = characters(token)
         made = merge(pieces, lambda left, right: ranks.get(left + right, inf))
-        return iter([*made, token] if pieces == [token] else ())
+        return iter([*characters(token), *made] if pieces == [token] else ())
 
 
 class BpeRules:

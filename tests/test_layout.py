@@ -19,6 +19,8 @@ BETWEEN = {
         *("models", "runtime.llama", "runtime.errors", "runtime.config"),
         *("runtime.prompt", "runtime.scoring", "runtime.sequence"),
     },
+    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},
+    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.prompt"},
     "benchmarks": {"models"},
 }
 # This one measures the engine without HTTP, in a process of its own.
@@ -61,10 +63,14 @@ DOORS = {
     "xllamacpp": {"benchmarks.peer_xllamacpp"},
     "ctranslate2": {"benchmarks.peer_ctranslate2"},
     "llguidance": {"runtime.constrain"},
+    # The judges of a vocabulary: what is converted is read by our own code.
+    "tokenizers": {"convert.parity_reference"},
+    "sentencepiece": {"convert.parity_reference"},
     "fastapi": {"runtime.server"},
     "starlette": {"runtime.server"},
     "huggingface_hub": {"models.download"},
     "genai_prices": {"benchmarks.cost"},
+    "yaml": {"convert.hf_folder_card"},
     "torch": {"models.email_triage"},
     "transformers": {"models.email_triage"},
     "peft": {"models.email_triage"},

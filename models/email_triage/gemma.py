@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
-END_OF_TURN = 106
 PADDING = 0
 
 
@@ -52,8 +51,8 @@ class Verdict:
 def load_base(path: Path) -> tuple[Any, Any]:
     """(float32 `Gemma3ForCausalLM`, tokenizer) from a GGUF file.
 
-    The dequantized weights are copied into a fresh model: one loaded from GGUF calls itself quantized, which
-    stops PEFT.
+    The vocabulary may be a trimmed one: tokenizer and embedding are the file's. The dequantized weights are copied into
+    a fresh model: one loaded from GGUF calls itself quantized, which stops PEFT.
     """
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -96,7 +95,8 @@ def encode_prompt(tokenizer: Any, content: str) -> tuple[int, ...]:
 
 
 def encode_label(tokenizer: Any, label: str) -> tuple[int, ...]:
-    return (*tokenizer(label, add_special_tokens=False).input_ids, END_OF_TURN)
+    """The label and its end of turn, whose id is another in a trimmed vocabulary."""
+    return tuple(tokenizer(f"{label}<end_of_turn>", add_special_tokens=False).input_ids)
 
 
 def completion_loss(model: Any, mails: Sequence[Mail]) -> torch.Tensor:

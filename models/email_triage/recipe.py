@@ -4,7 +4,9 @@
     python -m models.email_triage.recipe train --base gemma-3-270m.gguf
     python -m models.email_triage.recipe evaluate --base gemma-3-270m.gguf --split test
 
-Runs on a CPU. Stopped, it goes on at its last checkpoint. Only the validation split chooses anything.
+Runs on a CPU. Stopped, it goes on at its last checkpoint. Only the validation split chooses anything. An F16 GGUF whose
+vocabulary was cut (`deskside convert --trim-vocab`) does for `--base` too: trained is then on the tokens that will be
+served, and the adapter is merged onto that file.
 """
 
 import argparse

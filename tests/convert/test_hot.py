@@ -26,6 +26,7 @@ from runtime.llama_prefill import last_logits
 from tests.convert.test_pipeline import Notes, files_under
 from tests.convert.tiny import MODULES, N_LAYERS, adapter_tensors, write_adapter, write_model
 
+PREFIX = "base_model.model.model."
 TEXT = [2, 263, 264, 265, 265, 266, 100, 50, 7, 200]
 
 
@@ -194,14 +195,37 @@ def test_what_is_wrong_is_refused_before_anything_is_written(
     assert files_under(store) == []
 
 
-@pytest.mark.parametrize(("setting", "value"), [("use_dora", True), ("modules_to_save", ["lm_head"])])
-def test_what_is_more_than_a_lora_is_refused_with_the_reason(
-    store: Store, tmp_path: Path, hot_request: ConvertRequest, setting: str, value: object
+Q0, EMBEDDING = f"{PREFIX}layers.0.self_attn.q_proj", f"{PREFIX}embed_tokens"
+MORE: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
+    "use_dora": ({f"{Q0}.lora_magnitude_vector": np.ones(64)}, {"use_dora": True}, "model.layers.0.self_attn.q_proj"),
+    "modules_to_save": ({f"{PREFIX}norm.weight": np.ones(64)}, {"modules_to_save": ["norm"]}, "model.norm.weight"),
+    "bias": ({f"{Q0}.bias": np.ones(64)}, {"bias": "all"}, "model.layers.0.self_attn.q_proj.bias"),
+    "lora_bias": ({f"{Q0}.lora_B.bias": np.ones(64)}, {"lora_bias": True}, "model.layers.0.self_attn.q_proj.bias"),
+    "trainable_token_indices": (
+        {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": np.ones((1, 64))},
+        {"trainable_token_indices": [5]},
+        "model.embed_tokens",
+    ),
+    "a LoRA on the embedding": (
+        {f"{EMBEDDING}.lora_embedding_A": np.ones((4, 267)), f"{EMBEDDING}.lora_embedding_B": np.ones((64, 4))},
+        {},
+        "model.embed_tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MORE)
+def test_what_llama_cpp_cannot_apply_is_refused_with_the_way_out(
+    store: Store, tmp_path: Path, hot_request: ConvertRequest, what: str
 ) -> None:
-    config: dict[str, Any] = {setting: value}
-    more = write_adapter(tmp_path / "more", **config)
-    with pytest.raises(AdapterInvalid, match=rf"{setting} = .* is not supported: \w+"):
+    tensors, config, where = MORE[what]
+    pair = {name: array for name, array in adapter_tensors().items() if name.startswith(Q0)}
+    more = write_adapter(tmp_path / "more", pair | tensors, **config)
+    with pytest.raises(AdapterInvalid) as caught:
         convert(dataclasses.replace(hot_request, adapter=more), store, Notes())
+    assert f"has {what} ({where!r}), which can be merged but not applied" in str(caught.value)
+    assert "leave out --hot" in str(caught.value)
+    assert files_under(store) == []
 
 
 def test_an_adapter_is_no_source(store: Store, hot_request: ConvertRequest) -> None:

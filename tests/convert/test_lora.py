@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.architectures import FAMILIES, family_of, interleave_halves
-from convert.errors import AdapterInvalid, ArchitectureUnknown
-from convert.lora import fit, read_adapter
-from models.gguf_fields import Field
-from models.gguf_header import Header, read_header
-from tests.convert.tiny import adapter_tensors, safetensors_bytes, write_adapter, write_model
+from convert.errors import AdapterInvalid
+from convert.lora import read_adapter
+from tests.convert.tiny import adapter_tensors, safetensors_bytes, write_adapter
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def header(tmp_path_factory: pytest.TempPathFactory) -> Header:
-    return read_header(write_model(tmp_path_factory.mktemp("base") / "tiny.gguf"))
+EMBEDDING = "base_model.model.model.embed_tokens"
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
@@ -84,13 +78,18 @@ def test_an_untrained_adapter_is_recognised(tmp_path: Path) -> None:
     ("config", "reason"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"use_dora": True}, "use_dora = True is not supported"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "bias = 'all'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"use_dora": True}, "lora_magnitude_vector' is missing"),
+        ({"use_dora": "some"}, "use_dora: Input should be a valid boolean"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names 'lm_head', but the adapter holds no tensor"),
+        ({"bias": "some"}, "bias: Input should be 'none', 'all' or 'lora_only'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out = True is not supported: only GPT-2's"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base's weights"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [5]}, "trainable_token_indices"),
+        (
+            {"trainable_token_indices": [5]},
+            "trainable_token_indices names 'embed_tokens', but the adapter holds no rows",
+        ),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices"),
         ({"use_bdlora": True}, "use_bdlora = True is not known here"),
         ({"r": 0}, "r: Input should be greater"),
         ({"r": "many"}, "r: Input should be a valid integer"),
@@ -120,17 +119,36 @@ WRONG_TENSORS = {
     ),
     "whole rank": (adapter_tensors(8), "with rank 4 they must be"),
     "dimensions": (adapter_tensors() | {f"{Q0}.lora_A.weight": np.ones(64)}, "shapes A (64,)"),
-    "nan": (adapter_tensors() | {f"{Q0}.lora_A.weight": np.full((4, 64), np.nan)}, f"'{Q0}.lora_A.weight' has 256"),
+    "nan": (
+        adapter_tensors() | {f"{Q0}.lora_A.weight": np.full((4, 64), np.nan)},
+        f"has 256 values in tensor '{Q0}.lora_A.weight'",
+    ),
     "infinity": (adapter_tensors() | {f"{Q0}.lora_A.weight": np.full((4, 64), np.inf)}, "not finite"),
     "magnitude": (
         adapter_tensors() | {f"{Q0}.lora_magnitude_vector": np.ones(64)},
-        "lora_magnitude_vector' is not supp",
+        "lora_magnitude_vector' is there, but use_dora is not set",
     ),
-    "embedding": ({"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 9))}, "embed_tokens"),
-    "saved head": (
-        adapter_tensors() | {"base_model.model.lm_head.weight": np.ones((9, 64))},
-        "'base_model.model.lm_head",
+    "half an embedding": (
+        {f"{EMBEDDING}.lora_embedding_A": np.ones((4, 9))},
+        "embed_tokens.lora_embedding_B' is missing",
     ),
+    "bias of B": (
+        adapter_tensors() | {f"{Q0}.lora_B.bias": np.ones(64)},
+        "lora_B.bias' is there, but lora_bias is not set",
+    ),
+    "only a bias of B": ({f"{Q0}.lora_B.bias": np.ones(64)}, f"'{Q0}.lora_A.weight' is missing"),
+    "twice": (
+        {f"{Q0}.weight": np.ones((64, 64)), f"{Q0}.base_layer.weight": np.ones((64, 64))},
+        "'weight' of 'model.layers.0.self_attn.q_proj', which is there twice",
+    ),
+    "scalar": ({f"{Q0}.weight": np.ones(())}, "has shape (): neither a matrix nor a vector"),
+    "empty": ({f"{Q0}.weight": np.ones((0, 64))}, "has shape (0, 64): neither"),
+    "convolution": ({f"{Q0}.weight": np.ones((2, 2, 2))}, "has shape (2, 2, 2): neither"),
+    "rows of no tokens": (
+        {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": np.ones((2, 64))},
+        "has trained rows of shape (2, 64) for 0 trainable_token_indices",
+    ),
+    "unknown part": ({f"{Q0}.hada_w1_a": np.ones((4, 64))}, "hada_w1_a' is not supported: known are"),
     "no prefix": ({"model.layers.0.self_attn.q_proj.lora_A.weight": np.ones((4, 64))}, "is not supported"),
     "nothing": ({}, "holds no tensors"),
 }
@@ -148,7 +166,7 @@ def test_an_integer_tensor_is_refused(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "adapter")
     data = safetensors_bytes({f"{Q0}.lora_A.weight": np.ones((4, 64))}, "F32").replace(b'"F32"', b'"I32"')
     (folder / "adapter_model.safetensors").write_bytes(data)
-    with pytest.raises(AdapterInvalid, match="has type I32; known are BF16, F16 and F32"):
+    with pytest.raises(AdapterInvalid, match="of type I32; known are F32, F16, BF16"):
         read_adapter(folder)
 
 
@@ -158,7 +176,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     data = weights.read_bytes()
     for size in (0, 7, 100, len(data) - 1):
         weights.write_bytes(data[:size])
-        with pytest.raises(AdapterInvalid, match="truncated or no safetensors file"):
+        with pytest.raises(AdapterInvalid, match=r"is truncated|no safetensors file|header"):
             read_adapter(folder)
     weights.unlink()
     with pytest.raises(AdapterInvalid, match=r"has no 'adapter_model.safetensors'$"):
@@ -175,55 +193,77 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
         read_adapter(folder)
 
 
+def test_what_was_trained_beside_the_lora_is_read(tmp_path: Path) -> None:
+    tensors = adapter_tensors(targets=("self_attn.q_proj",))
+    tensors |= {
+        f"{name.removesuffix('lora_B.weight')}lora_magnitude_vector": np.ones(64)
+        for name in list(tensors)
+        if "_B" in name
+    }
+    tensors |= {
+        "base_model.model.model.norm.weight": np.full(64, 0.5),
+        f"{Q0}.base_layer.bias": np.full(64, 0.25),
+        f"{EMBEDDING}.token_adapter.trainable_tokens_delta": np.stack([np.full(64, 7), np.full(64, 5)]),
+    }
+    config: dict[str, Any] = {
+        "use_dora": True,
+        "bias": "lora_only",
+        "modules_to_save": ["norm"],
+        "trainable_token_indices": [7, 5],
+    }
+    adapter = read_adapter(write_adapter(tmp_path / "adapter", tensors, base_model_name_or_path="x/y", **config))
+    assert [lora.magnitude is not None for lora in adapter.loras.values()] == [True, True]
+    assert {name: saved.array.tolist() for name, saved in adapter.saved.items()} == {
+        "model.norm.weight": [0.5] * 64,
+        "model.layers.0.self_attn.q_proj.bias": [0.25] * 64,
+    }
+    assert adapter.tokens["model.embed_tokens"].ids.tolist() == [5, 7]
+    assert adapter.tokens["model.embed_tokens"].values[:, 0].tolist() == [5, 7]
+    assert adapter.base == "x/y"
+
+
+def test_a_bias_of_b_is_scaled_like_b(tmp_path: Path) -> None:
+    tensors = adapter_tensors(targets=("self_attn.q_proj",)) | {f"{Q0}.lora_B.bias": np.full(64, 3)}
+    adapter = read_adapter(write_adapter(tmp_path / "adapter", tensors, lora_bias=True, lora_alpha=6))
+    assert {name: shift.tolist() for name, shift in adapter.shifts.items()} == {
+        "model.layers.0.self_attn.q_proj.bias": [4.5] * 64
+    }
+
+
 @pytest.mark.parametrize(
-    ("module", "shape", "reason"),
+    ("parts", "config", "reason"),
     [
-        ("model.layers.7.self_attn.q_proj", (64, 64), "has 2 layers and no 'blk.7.attn_q.weight'"),
-        ("model.layers.00.self_attn.q_proj", (64, 64), "is no linear layer"),
-        ("model.layers.0.self_attn.rotary", (64, 64), "is no linear layer of 'gemma3'"),
-        (
-            "model.layers.0.self_attn.q_proj",
-            (32, 64),
-            "make a change of shape (32, 64), 'blk.0.attn_q.weight' of the base",
-        ),
-        ("model.layers.0.self_attn.q_proj", (64, 32), "trained on another model"),
-        ("lm_head", (267, 64), "ties it to the embedding"),
+        ({"lora_magnitude_vector": np.ones(63)}, {"use_dora": True}, "has shape (63,); its B has 64 rows"),
+        ({"lora_B.bias": np.ones((64, 1))}, {"lora_bias": True}, "has shape (64, 1); its B has 64 rows"),
     ],
 )
-def test_a_target_that_does_not_fit_the_base_is_refused(
-    tmp_path: Path, header: Header, module: str, shape: tuple[int, int], reason: str
+def test_vectors_that_are_not_as_long_as_b_are_refused(
+    tmp_path: Path, parts: Mapping[str, np.ndarray], config: Mapping[str, Any], reason: str
 ) -> None:
-    stem = f"base_model.model.{module}"
-    tensors = {f"{stem}.lora_A.weight": np.ones((4, shape[1])), f"{stem}.lora_B.weight": np.ones((shape[0], 4))}
-    adapter = read_adapter(write_adapter(tmp_path / "adapter", tensors))
-    with pytest.raises(AdapterInvalid) as caught:
-        fit(adapter, header, FAMILIES["gemma3"])
-    assert reason in str(caught.value)
-    assert repr(module) in str(caught.value)
+    tensors = {name: array for name, array in adapter_tensors().items() if name.startswith(Q0)}
+    tensors |= {f"{Q0}.{part}": array for part, array in parts.items()}
+    with pytest.raises(AdapterInvalid, match=re.escape(reason)):
+        read_adapter(write_adapter(tmp_path / "adapter", tensors, **config))
 
 
-def test_only_the_llama_family_reorders_q_and_k(tmp_path: Path) -> None:
-    adapter = read_adapter(write_adapter(tmp_path / "adapter"))
-    for architecture, reorders in (("gemma3", False), ("llama", True)):
-        fitted = fit(
-            adapter, read_header(write_model(tmp_path / f"{architecture}.gguf", architecture)), FAMILIES[architecture]
-        )
-        for part, module in (
-            ("attn_q", "self_attn.q_proj"),
-            ("attn_k", "self_attn.k_proj"),
-            ("attn_v", "self_attn.v_proj"),
-        ):
-            same = np.array_equal(fitted[f"blk.0.{part}.weight"].b, adapter.loras[f"model.layers.0.{module}"].b)
-            assert same == (part == "attn_v" or not reorders)
+def test_dora_on_an_embedding_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    parts = {"lora_embedding_A": (4, 267), "lora_embedding_B": (64, 4), "lora_magnitude_vector": (64,)}
+    tensors = {f"{EMBEDDING}.{part}": np.ones(shape) for part, shape in parts.items()}
+    with pytest.raises(AdapterInvalid, match=r"is an embedding under DoRA.*merge_and_unload"):
+        read_adapter(write_adapter(tmp_path / "adapter", tensors, use_dora=True))
 
 
-def test_interleaving_pairs_the_halves_of_each_head() -> None:
-    """Row i of a head's first half becomes its row 2i, row i of the second half its row 2i + 1."""
-    rows = np.arange(12)[:, None]
-    assert interleave_halves(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-
-
-def test_an_unknown_architecture_is_refused_by_name() -> None:
-    header = Header(Path("m.gguf"), {"general.architecture": Field.string("mamba")}, {}, 32)
-    with pytest.raises(ArchitectureUnknown, match=r"'mamba' .*known are gemma, gemma2, gemma3, llama, qwen2, qwen3"):
-        family_of(header)
+@pytest.mark.parametrize(
+    ("more", "config"),
+    [
+        ({"base_model.model.model.norm.weight": np.zeros(64)}, {}),
+        ({f"{EMBEDDING}.token_adapter.trainable_tokens_delta": np.zeros((1, 64))}, {"trainable_token_indices": [1]}),
+        ({f"{Q0}.lora_B.bias": np.ones(64)}, {"lora_bias": True}),
+    ],
+)
+def test_an_adapter_that_trained_anything_else_is_not_zero(
+    tmp_path: Path, more: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> None:
+    zero = {name: 0 * array for name, array in adapter_tensors().items()}
+    assert read_adapter(write_adapter(tmp_path / "zero", zero)).is_zero
+    assert not read_adapter(write_adapter(tmp_path / "adapter", {**zero, **more}, **config)).is_zero

@@ -17,6 +17,7 @@ from convert.measure_pass import Answer
 from convert.measure_rows import plan_rows
 from convert.measure_tasks import Task, Tasks, tasks_of
 from models.chat_records import ChatRecord, Message
+from tests.convert import tiny
 from tests.convert.tiny import END, TOKENS, write_model
 
 TEMPLATE = (
@@ -156,6 +157,25 @@ def test_a_trimmed_vocabulary_is_measured_over_what_it_kept(
     nowhere = beside(full, reference, trimmed=Trimmed(elsewhere, kept))
     assert nowhere.loss is None
     assert nowhere.answers.total == MIN_EXAMPLES
+
+
+def test_tokens_with_other_ids_are_compared_by_their_map(
+    reference: Reference, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = np.arange(len(TOKENS))
+    kept[-4:] = kept[-4:][::-1]
+    monkeypatch.setattr(tiny, "TOKENS", [TOKENS[old] for old in kept])
+    changes = {"token_embd.weight": tiny.weights()["token_embd.weight"][kept]}
+    permuted = write_model(folder / "permuted.gguf", template=TEMPLATE, changes=changes)
+    tasks = tasks_of(permuted, records(), "classify", LABELS, end_of_turn=END)
+    assert tasks.tasks[0].prompt != reference.tasks.tasks[0].prompt
+    measured = beside(permuted, reference, trimmed=Trimmed(tasks, kept))
+    assert measured.loss is not None
+    assert measured.prompt_loss is not None
+    assert measured.loss.positions + measured.prompt_loss.positions == len(reference.rows)
+    assert measured.loss.kl_mean < 1e-4
+    assert measured.loss.perplexity_ratio == pytest.approx(1, abs=1e-2)
+    assert measured.answers.flips == 0
 
 
 @pytest.mark.parametrize("kept", [np.arange(10), np.zeros(len(TOKENS), int), np.arange(len(TOKENS)) + 1])

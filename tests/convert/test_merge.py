@@ -1,7 +1,7 @@
 """The half-precision file: equal to an independent numpy merge, to golden hashes, and to itself when made again."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
@@ -10,12 +10,12 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 from convert import checkpoint as checkpoint_module
-from convert.architectures import FAMILIES
 from convert.checkpoint import Checkpoint
 from convert.errors import SourceInvalid, VerifyFailed
 from convert.gguf_file import Layout, OutTensor, hash_tensors, write_gguf
-from convert.lora import Lora, fit, read_adapter
-from convert.merge import half_precision_kind, merged_rows
+from convert.lora import read_adapter
+from convert.lora_fit import Fitted, fit
+from convert.merge import Merged, file_rows, half_precision_kind
 from models.gguf_fields import Field
 from tests.convert.tiny import MODULES, N_HEADS, N_KV_HEADS, adapter_tensors, weights, write_adapter, write_model
 
@@ -28,14 +28,15 @@ GOLDEN = {
 }
 
 
-def write(source: Path, target: Path, loras: Mapping[str, Lora]) -> dict[str, str]:
+def write(source: Path, target: Path, fitted: Fitted | None = None) -> dict[str, str]:
     with Checkpoint(source) as opened:
-        infos = opened.header.tensors
+        merged = Merged(opened, fitted or Fitted())
+        infos = merged.header.tensors
         tensors = [OutTensor(info.name, info.shape, half_precision_kind(info)) for info in infos.values()]
         layout = Layout(opened.header.fields, tensors, opened.header.alignment)
 
         def rows(name: str) -> Iterator[np.ndarray]:
-            return merged_rows(opened, infos[name], loras.get(name))
+            return file_rows(merged, infos[name])
 
         hashes = write_gguf(target, layout, rows, lambda n_bytes: None)
         assert target.stat().st_size == layout.file_bytes
@@ -45,9 +46,9 @@ def write(source: Path, target: Path, loras: Mapping[str, Lora]) -> dict[str, st
 def merge(tmp_path: Path, architecture: str) -> tuple[Path, dict[str, str]]:
     source = write_model(tmp_path / f"{architecture}.gguf", architecture)
     with Checkpoint(source) as opened:
-        loras = fit(read_adapter(write_adapter(tmp_path / "adapter")), opened.header, FAMILIES[architecture])
+        fitted = fit(read_adapter(write_adapter(tmp_path / "adapter")), opened.header)
     target = tmp_path / f"{architecture}-f16.gguf"
-    return target, write(source, target, loras)
+    return target, write(source, target, fitted)
 
 
 def expected(architecture: str) -> dict[str, np.ndarray]:
@@ -105,9 +106,19 @@ def test_slabs_of_any_size_give_the_same_file(tmp_path: Path, monkeypatch: pytes
     assert whole.read_bytes() == slabs.read_bytes()
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [(None, np.float16), (F16, np.float16), (F32, np.float32)])
+def test_rows_come_in_the_kind_that_is_asked_for(
+    tmp_path: Path, kind: gguf.GGMLQuantizationType | None, dtype: type
+) -> None:
+    with Checkpoint(write_model(tmp_path / "a.gguf")) as opened:
+        (rows,) = file_rows(opened, opened.header.tensors["blk.0.ffn_up.weight"], kind)
+    assert rows.dtype == dtype
+    np.testing.assert_array_equal(rows, weights()["blk.0.ffn_up.weight"])
+
+
 def test_a_quantized_source_is_dequantized(tmp_path: Path) -> None:
     source = write_model(tmp_path / "q8.gguf", kind=Q8_0)
-    hashes = write(source, tmp_path / "f16.gguf", {})
+    hashes = write(source, tmp_path / "f16.gguf")
     array = weights()["blk.1.ffn_down.weight"]
     widened = dequantize(quantize(array, Q8_0), Q8_0).astype(np.float16)
     assert hashes["blk.1.ffn_down.weight"] == hashlib.sha256(widened.tobytes()).hexdigest()
@@ -115,7 +126,7 @@ def test_a_quantized_source_is_dequantized(tmp_path: Path) -> None:
 
 def test_metadata_is_copied_byte_for_byte(tmp_path: Path) -> None:
     source = write_model(tmp_path / "a.gguf", template="{{ messages }}")
-    write(source, tmp_path / "b.gguf", {})
+    write(source, tmp_path / "b.gguf")
     theirs = [gguf.GGUFReader(path).fields for path in (source, tmp_path / "b.gguf")]
     assert {key: field.contents() for key, field in theirs[0].items()} == {
         key: field.contents() for key, field in theirs[1].items()
@@ -128,7 +139,7 @@ def test_a_value_that_half_precision_cannot_hold_is_refused(tmp_path: Path, valu
     array[3, 4] = value
     source = write_model(tmp_path / "a.gguf", changes={"blk.0.ffn_up.weight": array})
     with pytest.raises(SourceInvalid, match=r"'blk\.0\.ffn_up\.weight'") as caught:
-        write(source, tmp_path / "b.gguf", {})
+        write(source, tmp_path / "b.gguf")
     assert shown in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf"]
 
@@ -138,7 +149,7 @@ def test_a_type_that_cannot_be_dequantized_is_refused(tmp_path: Path) -> None:
     layout = Layout({}, [OutTensor("x", (1, 256), gguf.GGMLQuantizationType.Q8_K)], 32)
     write_gguf(source, layout, lambda name: iter([np.zeros(292, np.uint8)]), lambda n_bytes: None)
     with pytest.raises(SourceInvalid, match="tensor 'x' is Q8_K, which cannot be dequantized"):
-        write(source, tmp_path / "b.gguf", {})
+        write(source, tmp_path / "b.gguf")
 
 
 def pieces(*arrays: np.ndarray) -> Callable[[str], Iterator[np.ndarray]]:

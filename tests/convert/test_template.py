@@ -9,7 +9,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from convert.errors import TemplateInvalid
-from convert.template import choose_format
+from convert.template import choose_format, folder_format
 from models.gguf_fields import Field
 from models.gguf_header import Header, read_header
 from tests.convert.tiny import END, write_model
@@ -123,3 +123,42 @@ def test_an_unusable_template_is_refused(
         choose_format(header, tmp_path)
     assert reason in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_a_folders_template_is_found_in_either_place_and_the_file_goes_first(tmp_path: Path) -> None:
+    assert folder_format(tmp_path) is None
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "configured"}))
+    found = folder_format(tmp_path)
+    assert found is not None
+    assert (found.template, found.warnings) == ("configured", ())
+    (tmp_path / "chat_template.jinja").write_text("\n filed\n")
+    found = folder_format(tmp_path)
+    assert found is not None
+    assert found.template == "\n filed"  # what stands before is written by the template, the last line break is not
+    assert "different chat templates; the first is used" in found.warnings[0]
+
+
+def test_the_default_of_several_named_templates_is_taken_and_the_rest_told(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    found = folder_format(tmp_path)
+    assert found is not None
+    assert found.template == "plain"
+    assert found.warnings == ("chat templates of other names are left out, a GGUF has one: rag, tool_use",)
+
+
+def test_marks_of_what_is_trained_on_are_no_malformed_template(header: Header, tmp_path: Path) -> None:
+    template = "{%- generation -%} {{ messages[0]['content'] }} {%- endgeneration %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert choose_format(header, tmp_path).template == template
+
+
+def test_a_long_list_of_tokens_beside_the_template_is_read(tmp_path: Path) -> None:
+    listed = {str(index): {"content": f"<unused{index}>" + " " * 180} for index in range(6000)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x", "added_tokens_decoder": listed}))
+    found = folder_format(tmp_path)
+    assert found is not None
+    assert found.template == "x"

@@ -1,4 +1,4 @@
-"""Any text whose full tokenization uses kept tokens only is tokenized alike after the cut: by llama.cpp, and by hand."""
+"""A text whose full tokenization uses kept tokens only is tokenized alike after the cut: by llama.cpp, and by hand."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -210,7 +210,26 @@ def test_special_tokens_that_llama_takes_by_default_are_written_out() -> None:
     silent = replace(full, fields=fields)
     before, plan = tokenizer_of(silent), plan_trim(silent, ["c"], 262)
     after = tokenizer_of(silent, plan.fields)
-    assert (after.bos, after.eos) == tuple(plan.new_ids[[before.bos, before.eos]])
+    assert (after.bos, after.eos) == tuple(plan.new_ids[[before.bos or 0, before.eos or 0]])
+
+
+def test_what_is_merged_but_no_token_stays_as_it_was() -> None:
+    full = byte_level([("a", "b"), ("ab", "c"), ("b", "c"), ("y", "y")], nameless=["abc"])
+    plan = check(full, ["bc"], ["abc"], 0, simple_byte_level)  # spelled a b c; without the token "ab", it would be a bc
+    assert b"yy" not in tokens_of(replace(full, fields=plan.fields))
+
+
+def test_of_equal_scores_the_path_of_the_leftmost_is_kept() -> None:
+    full = sentencepiece({"bc": 0.0, "ab": 0.0, "abc": -1.0, "yy": -2.0})
+    plan = check(full, ["abc"], [], 0, simple_sentencepiece)
+    assert [tokens_of(full)[index] for index in plan.kept[259:]] == [b"ab", b"abc"]
+
+
+def test_what_unigrams_unknown_token_is_scored_by_is_kept() -> None:
+    low = {"a": -1.0, "ab": -2.0, "yy": -3.0, "zz": -40.0}
+    full = unigram(low, unused={"d": -60.0})  # an unknown character scores -50, so "ad" would be read as unknown
+    plan = check(full, ["a"], ["ad", "dd", "ax"], 0, simple_unigram)
+    assert {b"zz", b"d"} <= set(tokens_of(replace(full, fields=plan.fields)))
 
 
 def test_merges_go_with_their_parts() -> None:
@@ -255,7 +274,7 @@ def test_a_vocabulary_that_cannot_be_cut_is_refused(broken: Header, said: str) -
     [
         ([], 265, "hold no text"),
         (["", ""], 265, "hold no text"),
-        (["ab"], 12, "12 tokens .* at least 260"),
+        (["ab"], 12, r"12 tokens .* at least 260"),
         (["ab"], 268, "268 tokens is not cut by keeping 268"),
         (["ab", "\ud800"], 265, "example 1 cannot be tokenized"),
     ],

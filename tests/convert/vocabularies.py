@@ -1,6 +1,7 @@
 """Toy vocabularies of each kind, and tokenizers for them that are too simple to be wrong."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from models.gguf_fields import Field
@@ -75,9 +76,7 @@ def simple_sentencepiece(given: Header, text: str) -> list[bytes]:
     """Merge the best pair, leftmost of equals, again and again."""
     scores = scores_of(given)
     pieces = [char.encode() for char in text]
-    while pairs := [
-        (-scores[a + b], i) for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)) if a + b in scores
-    ]:
+    while pairs := [(-scores[a + b], i) for i, (a, b) in enumerate(pairwise(pieces)) if a + b in scores]:
         _, at = min(pairs)
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
     return [part for piece in pieces for part in ([piece] if piece in scores else [b"<0x%02X>" % b for b in piece])]
@@ -88,11 +87,7 @@ def simple_byte_level(given: Header, word: str) -> list[bytes]:
     lines = given.fields["tokenizer.ggml.merges"].strings or []
     ranks = {line: rank for rank, line in reversed(list(enumerate(lines)))}
     pieces = [char.encode() for char in word]
-    while pairs := [
-        (ranks[a + b" " + b], i)
-        for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False))
-        if a + b" " + b in ranks
-    ]:
+    while pairs := [(ranks[a + b" " + b], i) for i, (a, b) in enumerate(pairwise(pieces)) if a + b" " + b in ranks]:
         _, at = min(pairs)
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
     known = set(tokens_of(given))

@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from convert.architectures import FAMILIES
+from convert.families import BY_ARCHITECTURE
 from convert.lora import read_adapter
 
 PEFT_FOLDER = Path(__file__).parents[2] / "models" / "email_triage" / "adapter"
@@ -21,7 +21,7 @@ def write_adapter(path: Path, *, architecture: str = ARCHITECTURE, drop: int = 0
     (alpha,) = {lora.scale * lora.a.shape[0] for lora in adapter.loras.values()}  # llama.cpp scales by alpha / rank
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for module, lora in adapter.loras.items():
-        name = FAMILIES[ARCHITECTURE].tensor_name(module)
+        name = BY_ARCHITECTURE[ARCHITECTURE].tensor_name(module)
         writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(lora.a[:, : lora.a.shape[1] - drop]))
         writer.add_tensor(f"{name}.lora_b", lora.b)
     writer.write_header_to_file()

@@ -1,6 +1,7 @@
 """The recipe on a Gemma of a few thousand weights: exact label scores, and stopping changes nothing."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,24 @@ pytest.importorskip("peft", reason="needs the extra `finetune`")
 
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
+from convert.checkpoint import Checkpoint  # noqa: E402
+from convert.vocabulary import plan_trim  # noqa: E402
+from convert.vocabulary_source import TrimmedSource  # noqa: E402
 from models.email_triage import recipe  # noqa: E402
 from models.email_triage.data.prepare import LABELS, Example, write_jsonl_gz  # noqa: E402
 from models.email_triage.gemma import Example as Text  # noqa: E402
-from models.email_triage.gemma import _branch_scores, encode, encode_label, judge  # noqa: E402
+from models.email_triage.gemma import (  # noqa: E402
+    _branch_scores,
+    completion_loss,
+    encode,
+    encode_label,
+    judge,
+    load_base,
+)
+from models.gguf_fields import Field  # noqa: E402
+from runtime.llama import load_tokenizer  # noqa: E402
+from tests.convert.test_vocabulary_source import write  # noqa: E402
+from tests.convert.tiny import END, write_model  # noqa: E402
 
 pytestmark = [pytest.mark.finetune, pytest.mark.filterwarnings("ignore")]
 
@@ -137,3 +152,21 @@ def test_batches_hold_every_mail_once_and_little_padding() -> None:
     assert max(map(len, batches)) == 8
     padded = sum(len(batch) * max(map(len, batch)) for batch in batches)
     assert padded < 1.1 * sum(map(len, mails))
+
+
+def test_a_trimmed_vocabulary_is_trained_on_as_it_will_be_served(tmp_path: Path) -> None:
+    whole = write_model(tmp_path / "whole.gguf")
+    with Checkpoint(whole) as checkpoint:
+        plan = plan_trim(checkpoint.header, ["<start_of_turn>ello<end_of_turn>"], 266)
+        plan = replace(plan, fields={**plan.fields, "tokenizer.ggml.add_space_prefix": Field.boolean(False)})
+        trimmed = write(TrimmedSource(checkpoint, plan), tmp_path / "trimmed.gguf")
+    model, tokenizer = load_base(trimmed)
+    assert model.get_input_embeddings().weight.shape[0] == len(plan.kept) < plan.n_before
+    served = load_tokenizer(trimmed)
+    mail = encode(tokenizer, Text("1", "Hello ello \x07", "hell"))
+    prompt = "<start_of_turn>user\nHello ello \x07<end_of_turn>\n<start_of_turn>model\n"
+    assert list(mail.prompt[1:]) == served.encode(prompt, add_special=False, parse_special=True)
+    assert mail.answer[-1] == plan.new_ids[END]
+    assert served.is_end(mail.answer[-1])
+    completion_loss(model, [mail]).backward()
+    assert torch.isfinite(model.get_input_embeddings().weight.grad).all()

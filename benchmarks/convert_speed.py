@@ -1,0 +1,195 @@
+"""The same checkpoint converted to F16 by llama.cpp's own converter and by Deskside, each in a process of its own, in turn.
+
+llama.cpp's converter runs as its users run it: a Python with torch and transformers, which it imports. Deskside runs as
+`deskside convert FOLDER --quant F16`, with all it does beside writing: hashes, the proofs of tokenizer and template, a
+first decode, and the installation into a store. Both find the checkpoint in the page cache.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from models.gguf_header import read_header
+from models.store import Store
+
+from .console import Progress
+from .convert_checkpoint import make_checkpoint
+from .convert_record import Conversion, ConvertRun, ConvertSettings, Needs
+from .errors import ServerFailed
+from .machine import describe, load_average
+
+_NAME = "bench-convert"
+_NEEDS = Path(__file__).with_name("convert_needs.py")
+_VERSIONS = (
+    "import json, sys; from importlib.metadata import version as v; print(json.dumps({n: v(n) for n in sys.argv[1:]}))"
+)
+
+
+@dataclass(frozen=True)
+class Converter:
+    """A converter as a command. `roots` are the distributions it asks for, `code` what else of it lies on disk."""
+
+    name: Literal["deskside", "llama.cpp"]
+    python: Path
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    output: Path
+    roots: Sequence[str]
+    shown: Sequence[str]
+    code: Sequence[Path] = ()
+
+
+def compare_converters(settings: ConvertSettings, progress: Progress) -> ConvertRun:
+    """Make the checkpoint, run both converters in turn, and weigh what they need. Raises BenchError."""
+    gguf = Store().resolve(settings.model).gguf
+    checkpoint = settings.folder / f"{settings.model}-hf"
+    progress("make the checkpoint", 0, 1)
+    parameters = make_checkpoint(gguf, checkpoint)
+    progress("make the checkpoint", 1, 1)
+    converters = [_theirs(settings, checkpoint), _ours(settings, checkpoint)]
+    total = (settings.repetitions + 1) * len(converters)
+    needs, conversions = [], list[Conversion]()
+    for number, converter in enumerate(converters):
+        progress("convert", number, total)
+        needs.append(_weigh(converter))
+    equal, tensors = _compare(*(converter.output for converter in converters))
+    for repetition in range(settings.repetitions):
+        for number, converter in enumerate(converters):
+            progress("convert", (repetition + 1) * len(converters) + number, total)
+            conversions.append(_measure(converter))
+    progress("convert", total, total)
+    return ConvertRun(
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe(),
+        checkpoint=settings.model,
+        parameters=parameters,
+        checkpoint_bytes=sum(file.stat().st_size for file in checkpoint.iterdir()),
+        commands={one.name: " ".join(Path(word).name for word in one.command) for one in converters},
+        needs=tuple(needs),
+        tensors=tensors,
+        equal_tensors=equal,
+        conversions=tuple(conversions),
+    )
+
+
+def _theirs(settings: ConvertSettings, checkpoint: Path) -> Converter:
+    script = settings.oracle / "llama.cpp" / "convert_hf_to_gguf.py"
+    if not (settings.oracle / ".ready").is_file():
+        raise ServerFailed(
+            f"llama.cpp's converter is not in {str(settings.oracle)!r}: `make bench-convert` installs it"
+        )
+    output = settings.folder / "llama.cpp-F16.gguf"
+    roots = ("torch", "transformers", "numpy", "sentencepiece", "protobuf")
+    return Converter(
+        name="llama.cpp",
+        python=settings.oracle / "venv" / "bin" / "python",
+        command=(str(script), str(checkpoint), "--outtype", "f16", "--outfile", str(output)),
+        environment={**os.environ, "HF_HUB_OFFLINE": "1"},
+        output=output,
+        roots=roots,
+        shown=roots,
+        code=(script.parent,),
+    )
+
+
+def _ours(settings: ConvertSettings, checkpoint: Path) -> Converter:
+    home = settings.folder / "home"
+    return Converter(
+        name="deskside",
+        python=Path(sys.executable),
+        command=(
+            *("-c", "from runtime.cli import main; main()", "convert"),
+            *(str(checkpoint), "--name", _NAME, "--quant", "F16", "--replace"),
+        ),
+        environment={**os.environ, "DESKSIDE_HOME": str(home)},
+        output=home / "models" / _NAME / f"{_NAME}-F16.gguf",
+        roots=("deskside",),
+        shown=("deskside", "llama-cpp-python", "numpy"),
+        code=tuple(Path(__file__).parents[1] / folder for folder in ("models", "convert", "runtime")),
+    )
+
+
+def _measure(converter: Converter) -> Conversion:
+    load_before, started = load_average(), time.perf_counter()
+    command = [str(converter.python), *converter.command]
+    process = subprocess.Popen(
+        command, env=dict(converter.environment), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    said = process.stderr.read()  # to the end: the process closes it when it exits
+    _, status, usage = os.wait4(process.pid, 0)
+    wall_s = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stderr.close()
+    _check(converter, process.returncode, said.decode(errors="replace"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Conversion(
+        converter=converter.name,
+        wall_s=wall_s,
+        cpu_s=usage.ru_utime + usage.ru_stime,
+        peak_bytes=usage.ru_maxrss * unit,
+        load_before=load_before,
+    )
+
+
+def _weigh(converter: Converter) -> Needs:
+    """Run it once, unmeasured, for the modules it imports; then weigh the distributions they belong to."""
+    command = [str(converter.python), "-X", "importtime", *converter.command]
+    done = subprocess.run(command, env=dict(converter.environment), capture_output=True, text=True, check=False)
+    _check(converter, done.returncode, done.stderr)
+    lines = (line for line in done.stderr.splitlines() if line.startswith("import time:"))
+    modules = {line.rpartition("|")[2].strip() for line in lines}
+    weighed = _ask(converter, str(_NEEDS), *converter.roots, said="\n".join(modules))
+    own = sum(_tree_bytes(folder) for folder in converter.code)
+    return Needs(
+        converter=converter.name,
+        versions=_ask(converter, "-c", _VERSIONS, *converter.shown),
+        loaded_bytes=weighed["loaded"] + own,
+        installed_bytes=weighed["installed"] + own,
+    )
+
+
+def _ask(converter: Converter, *arguments: str, said: str = "") -> dict[str, Any]:
+    command = [str(converter.python), *arguments]
+    done = subprocess.run(command, input=said, capture_output=True, text=True, check=False)
+    _check(converter, done.returncode, done.stderr)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def _tree_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc")
+
+
+def _check(converter: Converter, code: int, said: str) -> None:
+    if code != 0:
+        raise ServerFailed(f"{converter.name}'s converter failed (exit {code}): {said.strip()[-800:]}")
+
+
+def _compare(theirs: Path, ours: Path) -> tuple[int, int]:
+    first, second = _hashes(theirs), _hashes(ours)
+    return sum(second.get(name) == found for name, found in first.items()), len(first.keys() | second.keys())
+
+
+def _hashes(path: Path) -> dict[str, tuple[str, str]]:
+    found = {}
+    with path.open("rb") as file:
+        for name, tensor in read_header(path).tensors.items():
+            file.seek(tensor.offset)
+            found[name] = (tensor.kind.name, hashlib.sha256(file.read(tensor.n_bytes)).hexdigest())
+    return found
+
+
+def clean(settings: ConvertSettings) -> None:
+    """Remove what was converted; the checkpoint stays for the next time."""
+    (settings.folder / "llama.cpp-F16.gguf").unlink(missing_ok=True)
+    shutil.rmtree(settings.folder / "home", ignore_errors=True)

@@ -1,0 +1,50 @@
+"""The real classifier measured beside itself and beside its base: what loses nothing, and what has lost it all."""
+
+from pathlib import Path
+
+import pytest
+
+from convert.examples import labels_of, split_examples
+from convert.measure import Reference, compare, take_reference
+from convert.measure_tasks import tasks_of
+from models.chat_records import read_chat_records
+from models.store import StoredModel
+
+pytestmark = pytest.mark.model
+
+TEST_SPLIT = Path(__file__).parents[2] / "models" / "email_triage" / "data" / "test.jsonl.gz"
+N_MAILS = 10
+
+
+def ignore(done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def reference(email_triage: StoredModel, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    assert email_triage.manifest is not None
+    records = read_chat_records(TEST_SPLIT)
+    labels = labels_of(records, email_triage.manifest.labels)
+    held_out = split_examples(records, N_MAILS).held_out
+    tasks = tasks_of(email_triage.gguf, held_out, "classify", labels, email_triage.manifest.prompt.template)
+    assert tasks.tasks[0].prompt.count(2) == 1, "one BOS"
+    return take_reference(email_triage.gguf, tasks, tmp_path_factory.mktemp("reference"), ignore)
+
+
+def test_the_fine_tune_beside_itself_has_lost_nothing(reference: Reference) -> None:
+    assert reference.totals.correct > N_MAILS // 2
+    (same,) = compare(reference.model, (reference,), ignore)
+    assert same.loss is not None
+    assert same.prompt_loss is not None
+    assert max(same.loss.kl_p99, same.prompt_loss.kl_p99) < 1e-4
+    assert min(same.loss.top1_agreement, same.prompt_loss.top1_agreement) > 0.99
+    assert same.answers.flips == 0
+
+
+def test_the_base_is_far_from_its_fine_tune(reference: Reference, base_gguf: Path) -> None:
+    """It has no chat template; the tokens are the fine-tune's."""
+    (base,) = compare(base_gguf, (reference,), ignore)
+    assert base.loss is not None
+    assert base.loss.kl_mean > 1
+    assert base.answers.flips > N_MAILS // 2
+    assert base.answers.difference_high < 0
