@@ -19,8 +19,6 @@ BETWEEN = {
         *("models", "runtime.llama", "runtime.errors", "runtime.config"),
         *("runtime.prompt", "runtime.scoring", "runtime.sequence"),
     },
-    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.config"},
-    "convert": {"models", "runtime.llama", "runtime.errors", "runtime.prompt"},
     "benchmarks": {"models"},
 }
 # This one measures the engine without HTTP, in a process of its own.

@@ -17,6 +17,7 @@ from convert.measure_tasks import Task, Tasks
 from convert.quantize import Written
 from convert.speed import Progress, Served, SpeedReport
 from models.errors import StoreError
+from models.gguf_header import read_header
 from models.quality import Answers, Loss, Speed
 from tests.convert.tiny import TOKENS, write_model
 
@@ -147,6 +148,17 @@ def test_the_fastest_that_keeps_the_fine_tune_is_chosen(inputs: LadderInputs, tm
     assert quality.base_distance == loss(1.5)
     assert quality.noise == loss(0.0001)
     assert (quality.machine, quality.held_out_examples, quality.calibration_examples) == ("here CPU", 10, 3)
+
+
+def test_the_grid_is_that_of_the_weights_that_were_merged_onto(inputs: LadderInputs, tmp_path: Path) -> None:
+    """With a trimmed vocabulary the base is written anew in half precision, and no longer shows on what grid it lay."""
+    assert inputs.base is not None
+    before = read_header(inputs.base)
+    trimmed = write_model(tmp_path / "trimmed.gguf", kind=gguf.GGMLQuantizationType.F16)
+    for header, named in ((None, "quantizing it loses more"), (before, "the very grid their base lay on (Q4_0)")):
+        changed = replace(inputs, base=trimmed, base_header=header, tuned=("blk.0.attn_q.weight",))
+        quality, _ = run_ladder(changed, ORIGIN, tmp_path / "work", Quiet(), Work().tools())
+        assert named in quality.candidates[3].reason
 
 
 def test_a_repeated_run_measures_nothing_again(inputs: LadderInputs, tmp_path: Path) -> None:
