@@ -80,15 +80,21 @@ class Tools:
 
 
 def run_ladder(
-    inputs: LadderInputs, origin: Provenance, workdir: Path, report: Reporter, tools: Tools | None = None
+    inputs: LadderInputs,
+    origin: Provenance,
+    workdir: Path,
+    report: Reporter,
+    tools: Tools | None = None,
+    *,
+    results: Path | None = None,
 ) -> tuple[Quality, Path]:
     """Make, measure and time the candidates; the report, and the chosen file: `half` itself or one in `workdir`.
 
     Raises StoreError when the disk cannot hold all files, RequestInvalid for specs and a wanted name that cannot be,
     MeasureFailed when the reference itself does not run. A candidate that fails is a line of the report. No other
-    candidate is left in `workdir`.
+    candidate is left in `workdir`. What was found is kept in `results` (None: a folder in `workdir`).
     """
-    ladder = _Ladder(inputs, workdir, report, tools or Tools())
+    ladder = _Ladder(inputs, workdir, report, tools or Tools(), results or workdir / "results")
     try:
         candidates = ladder.candidates()
         timed = ladder.timed(candidates)
@@ -138,7 +144,7 @@ class Timed:
 class _Ladder:
     """One run's state: what was computed so far, and where it lies."""
 
-    def __init__(self, inputs: LadderInputs, workdir: Path, report: Reporter, tools: Tools) -> None:
+    def __init__(self, inputs: LadderInputs, workdir: Path, report: Reporter, tools: Tools, results: Path) -> None:
         self._inputs, self._report, self._tools = inputs, report, tools
         self._workdir = workdir
         workdir.mkdir(parents=True, exist_ok=True)
@@ -149,7 +155,7 @@ class _Ladder:
         self._half_sha256 = sha256_file(inputs.half)
         self._base = inputs.base if inputs.base is not None and self._same_vocabulary(inputs.base) else None
         parts = [self._half_sha256, digest(inputs.tasks), *(sha256_file(file) for file in (self._base,) if file)]
-        self._cache = Cache(workdir, parts)
+        self._cache = Cache(results, parts)
         self._references: tuple[Reference, ...] = ()
 
     def candidates(self) -> list[Candidate]:

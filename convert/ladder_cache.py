@@ -25,7 +25,7 @@ class Cache:
     """Values by name in one folder; `parts` are what all of them depend on."""
 
     def __init__(self, folder: Path, parts: Iterable[Any]) -> None:
-        self._folder = folder / "results"
+        self._folder = folder
         self._parts = [*(f"{name} {_version(name)}" for name in _PACKAGES), *map(digest, parts)]
 
     def value(

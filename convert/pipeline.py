@@ -1,55 +1,48 @@
-"""The order of a conversion, and nothing else: gather, plan, merge and write, quantize, verify, install.
+"""The order of a conversion, and nothing else: gather, plan, prove, write, measure and choose, verify, install.
 
 A hot adapter is not merged and nothing of it is quantized: gather, plan, write, verify on its base, install.
 
 Everything that can be wrong with the inputs is found before the first byte is written; everything that is written lies
-in the store's staging folder until it is whole.
+in the store's staging folder until it is whole. Only what was measured outlives a stopped run, for the next one.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
-
 from models.card import render_card
-from models.files import check_free, sha256_file, write_atomic
-from models.gguf_fields import Field
-from models.gguf_header import Header, read_header
-from models.manifest import MANIFEST_FILE, Artefact, dump_manifest
+from models.files import check_free, discard, sha256_file, write_atomic
+from models.gguf_header import read_header
+from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
+from models.quality import QUALITY_FILE, Quality, write_quality
+from models.quality_plot import PLOT_FILE, render_plot
 from models.store import Store, StoredModel
 
-from .checkpoint import Checkpoint
-from .gguf_file import Layout, OutTensor, write_gguf
+from .candidates import plain
+from .gguf_file import write_gguf
+from .hf_folder import HfFolder
 from .hot import FULL_PRECISION, check_hot, plan_hot, verify_hot
 from .inputs import ConvertRequest, Inputs, gather
 from .lora_fit import Fitted, fit
-from .merge import Merged, file_rows, half_precision_kind, merged_header
+from .measured import choose_by_examples
+from .merge import merged_header
+from .plan import Plan, base_of, counted, layout_of, plan_file, write_half
 from .progress import Reporter
-from .quantize import HALF_PRECISION, QUANTIZATIONS, disk_need, quantize
-from .template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat, choose_format
+from .proof import prove
+from .quantize import HALF_PRECISION, disk_need, quantize
+from .source import Source, open_source
+from .template import ChatFormat, choose_format
+from .undone import cause, shared_grid
 from .verify import verify_runs
 
-# Kinds whose steps are so fine that a fine-tune survives being rounded to its base's grid (measured: Q8_0).
-_FINE_KINDS = {"F32", "F16", "BF16", "Q8_0"}
-_DROPPED_PREFIXES = ("split.", "quantize.imatrix.")
-
-
-@dataclass(frozen=True)
-class ConversionPlan:
-    """A conversion that was found possible: what the half-precision file will hold, and the changes by tensor name."""
-
-    layout: Layout
-    fitted: Fitted
-    chat: ChatFormat
+RESULTS = "measured"
 
 
 def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredModel:
     """Make the model the request describes and install it.
 
     Raises ConvertError for what is wrong with the request, the adapter or the weights, ModelError for the source file
-    and the store. An error or an interrupt at any time leaves the store as it was.
+    and the store. An error or an interrupt at any time leaves the models as they were.
     """
     inputs = gather(request, store, report)
     if request.hot:
@@ -62,131 +55,135 @@ def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredMo
 
 def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
     with (
-        Checkpoint(inputs.gguf) as checkpoint,
+        closing(open_source(inputs.origin.path)) as source,
         store.staging(inputs.manifest.name, replace=request.replace) as folder,
     ):
-        plan = plan_conversion(checkpoint.header, inputs)
-        _warn(plan.chat, plan.fitted, inputs, report)
-        check_free(folder, disk_need(plan.layout.file_bytes, plan.layout.matrix_bytes, inputs.quantization))
-        half = _write_half_precision(checkpoint, plan, folder / _file_name(inputs, HALF_PRECISION), report)
-        final = _quantize(half, folder, inputs, report)
-        _warn_same_grid(checkpoint.header, plan, final, report)
+        plan = plan_file(source, inputs)
+        _warn(source, plan.chat, plan.fitted, inputs, report)
+        work = folder / "work"
+        work.mkdir()
+        if inputs.origin.folder is not None:
+            records = inputs.examples.records if inputs.examples is not None else ()
+            prove(source.header, inputs.origin.folder, records, work, report)
+        check_free(folder, _disk_need(plan, inputs))
+        half = write_half(plan.source, plan.layout, work / _file_name(inputs, HALF_PRECISION), _stage(plan), report)
+        quality, final = _choose(half, source, plan, inputs, store, report)
+        if quality is None:
+            _warn_same_grid(source, plan, final, report)
         report.stage("verify")
         verify_runs(final, plan.chat)
         kept = [final, half] if request.keep_f16 and half != final else [final]
-        if half not in kept:
-            half.unlink()
-        _describe(folder, kept, inputs, inputs.quantization)
+        _describe(folder, [path.rename(folder / path.name) for path in kept], inputs, quality, plan)
+        discard(work)
+
+
+def _choose(
+    half: Path, source: Source, plan: Plan, inputs: Inputs, store: Store, report: Reporter
+) -> tuple[Quality | None, Path]:
+    """The file to install, and how it was chosen; without examples it is the one that was asked for."""
+    if inputs.examples is None:
+        return None, _quantized(half, inputs, report)
+    whole = base = None
+    if plan.trim is not None:
+        layout = layout_of(plan.header)
+        whole = write_half(plan.whole, layout, half.with_name("whole.gguf"), "write F16 before trimming", report)
+    if inputs.adapter is not None:
+        base = _base(source, plan, inputs, half.with_name("base.gguf"), report)
+    return choose_by_examples(half, base, whole, plan, inputs, store.home / RESULTS, report)
+
+
+def _base(source: Source, plan: Plan, inputs: Inputs, target: Path, report: Reporter) -> Path:
+    """A file of the model before its fine-tuning: the source itself, where that is a GGUF with the same vocabulary."""
+    if inputs.origin.path.is_file() and plan.trim is None:
+        return inputs.origin.path
+    before, layout = base_of(source, plan)
+    return write_half(before, layout, target, "write the base", report)
+
+
+def _quantized(half: Path, inputs: Inputs, report: Reporter) -> Path:
+    quantization = inputs.quantization
+    assert quantization is not None, "gather leaves the choice to examples only"
+    if quantization == HALF_PRECISION:
+        return half
+    report.stage(f"quantize to {quantization}")
+    final = half.with_name(_file_name(inputs, quantization))
+    quantize(half, final, plain(quantization), None, report.advance)
+    return final
+
+
+def _disk_need(plan: Plan, inputs: Inputs) -> int:
+    """Of the files that are surely written; what the ladder needs it checks when it knows the candidates."""
+    wanted = inputs.quantization or HALF_PRECISION
+    n_halves = 1 if inputs.examples is None else 1 + (plan.trim is not None) + (inputs.adapter is not None)
+    return disk_need(plan.layout.file_bytes, plan.layout.matrix_bytes, wanted) * n_halves
+
+
+def _stage(plan: Plan) -> str:
+    changes = plan.fitted.changes
+    trimmed = "" if plan.trim is None else f", {len(plan.trim.kept)} of {plan.trim.n_before} tokens"
+    return f"merge {len(changes)} tensors, write F16{trimmed}" if changes else f"write F16{trimmed}"
 
 
 def _make_hot(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
     assert inputs.adapter is not None, "gather lets no hot conversion without an adapter pass"
     check_hot(inputs.adapter)
     with store.staging(inputs.manifest.name, replace=request.replace) as folder:
-        header = read_header(inputs.gguf)
+        base = inputs.origin.path
+        header = read_header(base)
         fitted = fit(inputs.adapter, header)
         chat = choose_format(header, inputs.adapter.folder)
         plan = plan_hot(header, fitted.loras, chat, inputs.manifest.name, inputs.manifest.licence)
-        _warn(chat, fitted, inputs, report)
+        _warn(None, chat, fitted, inputs, report)
         check_free(folder, plan.layout.file_bytes)
         report.stage(f"write {len(fitted.loras)} pairs of matrices", plan.layout.data_bytes)
         target = folder / _file_name(inputs, FULL_PRECISION)
-        write_gguf(target, plan.layout, plan.rows, _counted(plan.layout, report))
+        write_gguf(target, plan.layout, plan.rows, counted(plan.layout, report))
         report.stage("verify")
-        verify_hot(inputs.gguf, target, chat, is_zero=inputs.adapter.is_zero)
-        _describe(folder, [target], inputs, FULL_PRECISION)
-
-
-def plan_conversion(header: Header, inputs: Inputs) -> ConversionPlan:
-    """Check that the adapter fits and the chat format is usable. Raises ConvertError; writes nothing."""
-    adapter = inputs.adapter
-    fitted = fit(adapter, header) if adapter is not None else Fitted()
-    chat = choose_format(header, adapter.folder if adapter is not None else None)
-    infos = merged_header(header, fitted).tensors.values()
-    tensors = [OutTensor(info.name, info.shape, half_precision_kind(info)) for info in infos]
-    return ConversionPlan(Layout(_fields(header, inputs, chat), tensors, header.alignment), fitted, chat)
-
-
-def _fields(header: Header, inputs: Inputs, chat: ChatFormat) -> dict[str, Field]:
-    fields = {key: field for key, field in header.fields.items() if not key.startswith(_DROPPED_PREFIXES)}
-    fields["general.name"] = Field.string(inputs.manifest.name)
-    fields["general.file_type"] = Field.uint32(QUANTIZATIONS[HALF_PRECISION])
-    if chat.template is not None:
-        fields[TEMPLATE_FIELD] = Field.string(chat.template)
-    if chat.end_of_turn is not None:
-        fields[END_OF_TURN_FIELD] = Field.uint32(chat.end_of_turn)
-    return fields
-
-
-def _write_half_precision(checkpoint: Checkpoint, plan: ConversionPlan, target: Path, report: Reporter) -> Path:
-    changes = plan.fitted.changes
-    stage = f"merge {len(changes)} tensors, write {HALF_PRECISION}" if changes else "write F16"
-    report.stage(stage, plan.layout.data_bytes)
-
-    merged = Merged(checkpoint, plan.fitted)
-
-    def rows(name: str) -> Iterator[np.ndarray]:
-        return file_rows(merged, merged.header.tensors[name])
-
-    write_gguf(target, plan.layout, rows, _counted(plan.layout, report))
-    return target
-
-
-def _counted(layout: Layout, report: Reporter) -> Callable[[int], None]:
-    done = 0
-
-    def advance(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        report.advance(done, layout.data_bytes)
-
-    return advance
-
-
-def _quantize(half: Path, folder: Path, inputs: Inputs, report: Reporter) -> Path:
-    if inputs.quantization == HALF_PRECISION:
-        return half
-    report.stage(f"quantize to {inputs.quantization}")
-    final = folder / _file_name(inputs, inputs.quantization)
-    quantize(half, final, inputs.quantization, report.advance)
-    return final
+        verify_hot(base, target, chat, is_zero=inputs.adapter.is_zero)
+        _describe(folder, [target], inputs, None, None)
 
 
 def _file_name(inputs: Inputs, quantization: str) -> str:
     return f"{inputs.manifest.name}-{quantization}.gguf"
 
 
-def _warn(chat: ChatFormat, fitted: Fitted, inputs: Inputs, report: Reporter) -> None:
-    for warning in (*chat.warnings, *fitted.warnings):
+def _warn(source: Source | None, chat: ChatFormat, fitted: Fitted, inputs: Inputs, report: Reporter) -> None:
+    of_folder = source.warnings if isinstance(source, HfFolder) else ()
+    for warning in dict.fromkeys((*of_folder, *chat.warnings, *fitted.warnings)):
         report.warn(warning)
     if inputs.adapter is not None and inputs.adapter.is_zero:
         report.warn(f"the adapter {str(inputs.adapter.folder)!r} is all zero: it was never trained and changes nothing")
 
 
-def _warn_same_grid(source: Header, plan: ConversionPlan, final: Path, report: Reporter) -> None:
+def _warn_same_grid(source: Source, plan: Plan, final: Path, report: Reporter) -> None:
     """A base that was quantized lies on a grid; rounding the merged weights to the same grid can undo the fine-tune."""
-    written, loras = read_header(final).tensors, plan.fitted.loras
-    before = merged_header(source, plan.fitted).tensors
-    same = [name for name in loras if written[name].kind == before[name].kind]
-    kinds = Counter(written[name].kind.name for name in same if written[name].kind.name not in _FINE_KINDS)
-    if kinds:
+    tuned = plan.fitted.loras
+    grid = shared_grid(merged_header(source.header, plan.fitted), read_header(final), tuned)
+    if grid:
         report.warn(
-            f"{kinds.total()} of {len(loras)} fine-tuned matrices are quantized to the grid their base lay on "
-            f"already ({', '.join(sorted(kinds))}). A LoRA's change is smaller than a step of it, so THE FINE-TUNE MAY "
-            "BE ROUNDED AWAY. Use --quant Q8_0 or F16, or a base in full precision, and measure on your own examples"
+            f"{cause(grid, len(tuned))}: THE FINE-TUNE MAY BE ROUNDED AWAY. Use --quant Q8_0 or F16, or a base in full "
+            "precision, and measure on your own examples (--examples)"
         )
 
 
-def _describe(folder: Path, files: list[Path], inputs: Inputs, quantization: str) -> None:
-    artefacts = tuple(
-        Artefact(
-            file=file.name,
-            quantization=quantization if index == 0 else HALF_PRECISION,
-            size_bytes=file.stat().st_size,
-            sha256=sha256_file(file),
-        )
-        for index, file in enumerate(files)
-    )
-    manifest = inputs.manifest.model_copy(update={"artefacts": artefacts})
+def _describe(folder: Path, files: list[Path], inputs: Inputs, quality: Quality | None, plan: Plan | None) -> None:
+    artefacts = tuple(_artefacts(files, inputs))
+    changes: dict[str, object] = {"artefacts": artefacts}
+    if inputs.manifest.conversion is None and plan is not None:
+        keep = len(plan.trim.kept) if plan.trim is not None else 0
+        changes["conversion"] = Conversion(quantization=artefacts[0].quantization, keep=keep)
+    manifest = inputs.manifest.model_copy(update=changes)
     write_atomic(folder / MANIFEST_FILE, dump_manifest(manifest))
-    write_atomic(folder / "README.md", render_card(manifest))
+    if quality is not None:
+        write_quality(folder, quality)
+        if (plot := render_plot(quality)) is not None:
+            write_atomic(folder / PLOT_FILE, plot)
+    write_atomic(folder / "README.md", render_card(manifest, quality))
+
+
+def _artefacts(files: list[Path], inputs: Inputs) -> Iterator[Artefact]:
+    for file in files:
+        quantization = file.stem.removeprefix(f"{inputs.manifest.name}-")
+        yield Artefact(
+            file=file.name, quantization=quantization, size_bytes=file.stat().st_size, sha256=sha256_file(file)
+        )

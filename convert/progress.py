@@ -18,6 +18,9 @@ class Reporter(Protocol):
     def advance(self, done: int, total: int | None = None) -> None:
         """The stage has done `done` in all; `total` when it is known only now."""
 
+    def note(self, message: str) -> None:
+        """Something that was found to be as it should be."""
+
     def warn(self, message: str) -> None:
         """Something the user should know; the conversion goes on."""
 
@@ -39,6 +42,10 @@ class LineReporter:
 
     def advance(self, done: int, total: int | None = None) -> None:
         """A log needs no steps."""
+
+    def note(self, message: str) -> None:
+        """Print the note."""
+        print(f"  {message}", file=sys.stderr, flush=True)
 
     def warn(self, message: str) -> None:
         """Print the warning."""
@@ -70,6 +77,10 @@ class BarReporter:
         if self._task is not None and now_s - self._shown_s > 0.1:
             self._shown_s = now_s
             self._progress.update(self._task, completed=done, total=total)
+
+    def note(self, message: str) -> None:
+        """Print the note above the bars."""
+        self._progress.console.print(Text(f"  {message}"))
 
     def warn(self, message: str) -> None:
         """Print the warning above the bars."""

@@ -1,0 +1,108 @@
+"""The choice by the user's own examples: an importance matrix from some of them, the ladder measured on the others."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from models.chat_records import ChatRecord
+from models.files import sha256_file
+from models.gguf_header import read_header
+from models.quality import Quality, Trim
+from runtime.llama import LoadOptions, load, load_tokenizer
+
+from .candidates import ladder, plain
+from .examples import labels_of, split_examples
+from .imatrix import collect
+from .inputs import Inputs
+from .ladder import LadderInputs, Provenance, run_ladder
+from .ladder_cache import digest
+from .measure_tasks import tasks_of
+from .plan import Plan
+from .progress import Reporter
+from .texts import prompts_of, texts_of
+from .vocabulary import tokenizer_of
+from .vocabulary_report import coverage, greedy_agreement
+
+# The agreement is answered one prompt at a time, with both models in memory.
+MAX_AGREEMENT_PROMPTS = 48
+
+
+def choose_by_examples(
+    half: Path, base: Path | None, whole: Path | None, plan: Plan, inputs: Inputs, results: Path, report: Reporter
+) -> tuple[Quality, Path]:
+    """Measure the ladder of `half` and pick: the report, and the chosen file, which lies beside `half`.
+
+    `base` is the model before its fine-tuning, `whole` the half-precision file before its vocabulary was trimmed. What
+    takes long is kept in `results` for the next run. Raises BadExamples, and as `run_ladder` does.
+    """
+    examples = inputs.examples
+    assert examples is not None, "without examples nothing is measured"
+    split = split_examples(examples.records)
+    labels = labels_of(examples.records, inputs.manifest.labels) if examples.work == "classify" else ()
+    tasks = tasks_of(half, split.held_out, examples.work, labels, inputs.manifest.prompt.template)
+    imatrix = _importance(half, split.calibration, inputs.manifest.prompt.template, results, report)
+    specs = ladder(read_header(half), examples.work, imatrix=True)
+    wanted = inputs.quantization
+    if wanted is not None and wanted not in {spec.name for spec in specs}:
+        specs = (*specs, replace(plain(wanted), imatrix=True))
+    trim = _trim_report(half, whole, plan, split.held_out, inputs.manifest.prompt.template, report)
+    return run_ladder(
+        LadderInputs(
+            half=half,
+            stem=inputs.manifest.name,
+            tasks=tasks,
+            specs=specs,
+            imatrix=imatrix,
+            base=base,
+            tuned=tuple(plan.fitted.changes),
+            budget=examples.budget,
+            wanted=wanted,
+        ),
+        Provenance(examples.path.name, examples.sha256, len(split.calibration), trim),
+        half.parent,
+        report,
+        results=results,
+    )
+
+
+def _importance(
+    half: Path, records: tuple[ChatRecord, ...], prompt_template: str, results: Path, report: Reporter
+) -> Path:
+    """The importance matrix of the calibration examples; collected anew only when these or the model are others."""
+    tokenizer = load_tokenizer(half)
+    texts = texts_of(read_header(half), tokenizer, records, prompt_template)
+    sequences = [tokenizer.encode(text, add_special=False, parse_special=True) for text in texts]
+    kept = results / f"imatrix-{digest([sha256_file(half), sequences])[:32]}.gguf"
+    if not kept.is_file():
+        report.stage(f"collect the importance matrix from {len(records)} examples")
+        results.mkdir(parents=True, exist_ok=True)
+        collect(half, sequences, kept, report.advance)
+    return Path(shutil.copyfile(kept, half.with_name("imatrix.gguf")))
+
+
+def _trim_report(
+    half: Path,
+    whole: Path | None,
+    plan: Plan,
+    records: tuple[ChatRecord, ...],
+    prompt_template: str,
+    report: Reporter,
+) -> Trim | None:
+    """What the cut vocabulary covers of the held-out examples, and how often it answers alike."""
+    if plan.trim is None or whole is None:
+        return None
+    tokenizer = tokenizer_of(plan.header)
+    found = coverage(plan.header, plan.trim, texts_of(plan.header, tokenizer, records, prompt_template))
+    prompts = prompts_of(plan.header, tokenizer, records, prompt_template)
+    report.stage("compare answers before and after trimming the vocabulary")
+    options = LoadOptions(n_ctx=4096, n_batch=512, n_seq_max=1)
+    before = load(whole, options)
+    try:
+        after = load(half, options)
+        try:
+            agreement = greedy_agreement(before, after, prompts[:MAX_AGREEMENT_PROMPTS], report.advance)
+        finally:
+            after.close()
+    finally:
+        before.close()
+    return found.report(plan.trim, agreement)

@@ -1,0 +1,110 @@
+"""What a half-precision file will hold, decided before the first byte of it is written; and the writing.
+
+Weights pass through a chain of sources: the checkpoint, with an adapter merged into it, with its vocabulary trimmed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from models.gguf_fields import Field
+from models.gguf_header import Header
+
+from .gguf_file import Layout, OutTensor, write_gguf
+from .inputs import Inputs
+from .lora_fit import Fitted, fit
+from .merge import Merged, file_rows, half_precision_kind
+from .progress import Reporter
+from .quantize import HALF_PRECISION, QUANTIZATIONS
+from .source import Source
+from .template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat, choose_format
+from .texts import texts_of
+from .vocabulary import TrimPlan, plan_trim, tokenizer_of
+from .vocabulary_source import TrimmedSource
+
+_DROPPED_PREFIXES = ("split.", "quantize.imatrix.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that was found possible. `source` is the end of the chain, `whole` what it is before trimming.
+
+    `header` is that of `whole`, with the fields that the file gets.
+    """
+
+    source: Source
+    whole: Source
+    header: Header
+    fitted: Fitted
+    chat: ChatFormat
+    trim: TrimPlan | None
+    layout: Layout
+
+
+def plan_file(source: Source, inputs: Inputs) -> Plan:
+    """Check that the adapter fits, the chat format is usable and the vocabulary can be cut. Writes nothing.
+
+    Raises AdapterInvalid, ArchitectureUnknown, TemplateInvalid, TrimImpossible, RequestInvalid, BadExamples.
+    """
+    adapter, manifest = inputs.adapter, inputs.manifest
+    fitted = fit(adapter, source.header) if adapter is not None else Fitted()
+    chat = choose_format(source.header, adapter.folder if adapter is not None else None)
+    whole = Merged(source, fitted)
+    header = replace(whole.header, fields=_fields(whole.header, manifest.name, chat))
+    if inputs.trim is None:
+        return Plan(whole, whole, header, fitted, chat, None, layout_of(header))
+    texts = texts_of(header, tokenizer_of(header), inputs.trim.records, manifest.prompt.template)
+    trim = plan_trim(header, texts, inputs.trim.keep)
+    last = TrimmedSource(whole, trim)
+    return Plan(last, whole, header, fitted, chat, trim, layout_of(last.header))
+
+
+def layout_of(header: Header) -> Layout:
+    """The half-precision file of what `header` describes."""
+    tensors = [OutTensor(info.name, info.shape, half_precision_kind(info)) for info in header.tensors.values()]
+    return Layout(header.fields, tensors, header.alignment)
+
+
+def base_of(source: Source, plan: Plan) -> tuple[Source, Layout]:
+    """The checkpoint without the adapter, asked and trimmed as the fine-tune: what that is compared with."""
+    header = replace(source.header, fields=plan.header.fields)
+    if plan.trim is None:
+        return source, layout_of(header)
+    trimmed = TrimmedSource(source, plan.trim)
+    return trimmed, layout_of(trimmed.header)
+
+
+def _fields(header: Header, name: str, chat: ChatFormat) -> dict[str, Field]:
+    fields = {key: field for key, field in header.fields.items() if not key.startswith(_DROPPED_PREFIXES)}
+    fields["general.name"] = Field.string(name)
+    fields["general.file_type"] = Field.uint32(QUANTIZATIONS[HALF_PRECISION])
+    if chat.template is not None:
+        fields[TEMPLATE_FIELD] = Field.string(chat.template)
+    if chat.end_of_turn is not None:
+        fields[END_OF_TURN_FIELD] = Field.uint32(chat.end_of_turn)
+    return fields
+
+
+def write_half(source: Source, layout: Layout, target: Path, stage: str, report: Reporter) -> Path:
+    """Write the half-precision file. Raises SourceInvalid and VerifyFailed; nothing is left then."""
+    report.stage(stage, layout.data_bytes)
+
+    def rows(name: str) -> Iterator[np.ndarray]:
+        return file_rows(source, source.header.tensors[name])
+
+    write_gguf(target, layout, rows, counted(layout, report))
+    return target
+
+
+def counted(layout: Layout, report: Reporter) -> Callable[[int], None]:
+    """What `write_gguf` tells of each piece, as the sum that the reporter wants."""
+    done = 0
+
+    def advance(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        report.advance(done, layout.data_bytes)
+
+    return advance
