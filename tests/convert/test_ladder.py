@@ -154,7 +154,8 @@ def test_the_grid_is_that_of_the_weights_that_were_merged_onto(inputs: LadderInp
     """With a trimmed vocabulary the base is written anew in half precision, and no longer shows on what grid it lay."""
     assert inputs.base is not None
     before = read_header(inputs.base)
-    trimmed = write_model(tmp_path / "trimmed.gguf", kind=gguf.GGMLQuantizationType.F16)
+    (tmp_path / "again").mkdir()
+    trimmed = write_model(tmp_path / "again" / "base.gguf", kind=gguf.GGMLQuantizationType.F16)
     for header, named in ((None, "quantizing it loses more"), (before, "the very grid their base lay on (Q4_0)")):
         changed = replace(inputs, base=trimmed, base_header=header, tuned=("blk.0.attn_q.weight",))
         quality, _ = run_ladder(changed, ORIGIN, tmp_path / "work", Quiet(), Work().tools())
