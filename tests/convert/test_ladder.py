@@ -51,6 +51,9 @@ class Quiet:
     def advance(self, done: int, total: int | None = None) -> None:
         pass
 
+    def note(self, message: str) -> None:
+        pass
+
     def warn(self, message: str) -> None:
         self.warnings.append(message)
 
