@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from models.files import check_free, sha256_file
-from models.gguf_header import read_header
+from models.gguf_header import Header, read_header
 from models.gguf_meta import read_meta
 from models.quality import Budget, Candidate, Loss, Quality, Trim
 
@@ -41,7 +41,8 @@ class LadderInputs:
     """What is to be measured. `half` is the half-precision GGUF; `specs` may or may not name it ("F16").
 
     `base`: a GGUF of the model before its fine-tuning, with the same vocabulary; `tuned`: the tensors that the
-    fine-tuning changed. `wanted` overrules the budget by a candidate's name.
+    fine-tuning changed. `base_header` is that of the weights they were merged onto, where `base` was made from them
+    and is quantized otherwise. `wanted` overrules the budget by a candidate's name.
     """
 
     half: Path
@@ -51,6 +52,7 @@ class LadderInputs:
     imatrix: Path | None = None
     base: Path | None = None
     tuned: tuple[str, ...] = ()
+    base_header: Header | None = None
     budget: Budget = field(default_factory=Budget)
     wanted: str | None = None
 
@@ -248,7 +250,9 @@ class _Ladder:
 
     def _candidate(self, spec: CandidateSpec) -> Candidate:
         matrix = self._inputs.imatrix if spec.imatrix else None
-        parts = [spec, sha256_file(matrix) if matrix is not None else "", sorted(self._inputs.tuned)]
+        before = self._inputs.base_header
+        kinds = {name: tensor.kind.name for name, tensor in before.tensors.items()} if before is not None else {}
+        parts = [spec, sha256_file(matrix) if matrix is not None else "", sorted(self._inputs.tuned), kinds]
         return self._cache.value(
             TypeAdapter(Candidate),
             spec.name,
@@ -284,7 +288,8 @@ class _Ladder:
             return found
         header = read_header(path)
         tuned = self._inputs.tuned or tuple(name for name, tensor in header.tensors.items() if len(tensor.shape) > 1)
-        reason = f"{why}. {cause(shared_grid(read_header(self._base), header, tuned), len(tuned))}"
+        grid = shared_grid(self._inputs.base_header or read_header(self._base), header, tuned)
+        reason = f"{why}. {cause(grid, len(tuned))}"
         self._report.warn(f"{found.name} UNDOES THE FINE-TUNE: {reason}")
         return found.model_copy(update={"verdict": "undoes the fine-tune", "reason": reason})
 

@@ -1,6 +1,5 @@
 """The card shows the whole ladder: every figure, the choice, what overruled it, and how it was measured."""
 
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -126,11 +125,8 @@ def test_one_file_alone_can_be_drawn(score: float) -> None:
 def test_a_name_cannot_break_out_of_the_picture() -> None:
     odd = candidate("<script>&", 5, 1.0, loss=loss(0.1), speed=speed(1, 1), verdict="chosen")
     picture = render_plot(ladder(candidates=(odd,), chosen="<script>&")) or ""
-    seen: list[str] = []
-    parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: seen.append(tag)  # type: ignore[method-assign]
-    parser.feed(picture)
-    assert "script" not in seen
+    assert "<script>" not in picture
+    assert "&lt;script&gt;&amp;" in picture
 
 
 def test_the_report_reads_back_as_it_was_written(tmp_path: Path) -> None:
