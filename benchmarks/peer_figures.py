@@ -8,7 +8,7 @@ TTFT   first text chunk - scheduled send, over all repetitions
 from collections.abc import Sequence
 from statistics import median
 
-from .peer_record import OfflinePass, Pass, PeerRun
+from .peer_record import BarePass, OfflinePass, Pass, PeerRun
 from .peer_tasks import HOP, REPLY, REPLY_ALONE, REPLY_TOKENS
 from .record import Noun, Sample
 from .stats import quantile
@@ -64,6 +64,19 @@ class OfflineRow(Noun):
         return median(self.rates) if self.rates else 0.0
 
 
+class BareRow(Noun):
+    """The engine's tokens/s over those of a bare `llama_decode` loop with the same batches, one for each repetition."""
+
+    task: str
+    ratios: tuple[float, ...]
+    tokens_per_s: float
+
+    @property
+    def ratio(self) -> float:
+        """The median of the repetitions."""
+        return median(self.ratios)
+
+
 class Figures(Noun):
     """All figures of a run. `hop_ms`: round trip less the engine's step, one client, one token; None: not counted."""
 
@@ -71,6 +84,7 @@ class Figures(Noun):
     offline: tuple[OfflineRow, ...]
     hop_ms: float | None
     round_trip_ms: float | None
+    bare: tuple[BareRow, ...] = ()
 
     def row(self, task: str, way: str, server: str) -> Row | None:
         """The row of that server, or None when it was not measured."""
@@ -97,6 +111,7 @@ def figures_of(run: PeerRun) -> Figures:
         offline=tuple(_offline_row(key, parts) for key, parts in offline.items()),
         hop_ms=_hop_ms(hops),
         round_trip_ms=_quantile([_e2e_ms(s) for made in hops for s in _whole(made.samples)], 0.5),
+        bare=tuple(_bare_row(one) for one in run.bare),
     )
 
 
@@ -145,6 +160,11 @@ def _offline_row(key: tuple[str, str], parts: Sequence[OfflinePass]) -> OfflineR
         right=sum(part.right for part in good),
         error=next((part.error for part in parts if part.error), None),
     )
+
+
+def _bare_row(one: BarePass) -> BareRow:
+    ratios = tuple(bare / engine for bare, engine in zip(one.bare_s, one.engine_s, strict=True))
+    return BareRow(task=one.task, ratios=ratios, tokens_per_s=one.tokens / median(one.engine_s))
 
 
 def _whole(samples: Sequence[Sample]) -> list[Sample]:

@@ -12,6 +12,7 @@ from models.store import Store
 
 from .local import deskside_command
 from .machine import describe
+from .peer_bare import run_bare
 from .peer_files import Files, prepare_files
 from .peer_install import install_peers, peer_versions
 from .peer_offline import run_offline
@@ -81,6 +82,8 @@ def compare_peers(settings: PeerSettings, progress: Progress) -> tuple[PeerRun, 
             run_stage(stage, comparison, recorder, progress)
     if "offline" in wanted:
         run_offline(files, offline, material.threads, python, comparison, recorder, progress)
+    if "bare" in wanted:
+        run_bare(files.tuned, slices, settings.repetitions, threads, recorder, progress)
     recorder.add(finished_at=datetime.now(UTC).isoformat(timespec="seconds"))
     return recorder.run, out
 

@@ -46,6 +46,16 @@ class OfflinePass(Noun):
     error: str | None = None
 
 
+class BarePass(Noun):
+    """The engine at one task, and the same batches decoded by a bare loop: seconds of each, by repetition."""
+
+    task: str
+    tokens: int
+    decodes: int
+    engine_s: tuple[float, ...]
+    bare_s: tuple[float, ...]
+
+
 class PeerRun(Noun):
     """One run of `deskside bench peers`."""
 
@@ -63,6 +73,7 @@ class PeerRun(Noun):
     servers: tuple[Server, ...] = ()
     passes: tuple[Pass, ...] = ()
     offline: tuple[OfflinePass, ...] = ()
+    bare: tuple[BarePass, ...] = ()
 
 
 def save_peer_run(path: Path, run: PeerRun) -> None:

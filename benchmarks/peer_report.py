@@ -106,6 +106,11 @@ def _notes(run: PeerRun, figures: Figures) -> Iterator[str]:
     shares = [f"{row.task}, {row.way} {row.decode_share:.3f}" for row in figures.rows if row.decode_share is not None]
     if shares:
         yield f"llama_decode's share of the engine's step: {'; '.join(shares)}"
+    for row in figures.bare:
+        yield (
+            f"engine over a bare llama_decode loop with the same batches, {row.task}: {row.ratio:.3f} "
+            f"[{min(row.ratios):.3f}, {max(row.ratios):.3f}], {row.tokens_per_s:.0f} tokens/s"
+        )
     if figures.round_trip_ms is not None:
         yield f"one token for one client: round trip p50 {figures.round_trip_ms:.1f} ms"
     ours = [row for row in figures.rows if row.server.startswith(f"{DESKSIDE},")]

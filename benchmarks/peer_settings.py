@@ -7,7 +7,7 @@ from pydantic import Field
 from .record import Noun
 
 QUICK = {"repetitions": 2, "requests": 16, "reply_requests": 8, "burst": 24, "alone": 4, "offline": 32}
-STAGES = ("fine-tune", "base", "cold", "offline")
+STAGES = ("fine-tune", "base", "cold", "offline", "bare")
 
 
 class PeerSettings(Noun):

@@ -46,6 +46,12 @@ class Sampler:
         self._bias = list(params.logit_bias), np.fromiter(params.logit_bias.values(), np.float32)
         self._penalises = bool(params.presence_penalty or params.frequency_penalty)
         self._edits_rows = bool(self._masked or params.logit_bias or self._penalises)
+        # Where nothing is raised, the likeliest of all is still so after the others were lowered.
+        self._only_lowers = (
+            max(params.logit_bias.values(), default=0) <= 0
+            and params.presence_penalty >= 0
+            and params.frequency_penalty >= 0
+        )
         self._drawn: Counter[int] = Counter()
         self._n_drawn = 0
 
@@ -55,10 +61,12 @@ class Sampler:
         `allowed`, bool of the same shape, says which tokens may come (None: all). Raises EngineError if no allowed
         token's logit is finite.
         """
-        row = self._edited(logits) if self._edits_rows else logits
-        if allowed is not None:
-            row = np.where(allowed, row, np.float32(-np.inf))
-        likeliest = int(row.argmax())
+        row, likeliest = logits, self._unmoved(logits) if allowed is None else None
+        if likeliest is None:
+            row = self._edited(logits) if self._edits_rows else logits
+            if allowed is not None:
+                row = np.where(allowed, row, np.float32(-np.inf))
+            likeliest = int(row.argmax())
         if not np.isfinite(row[likeliest]):
             raise EngineError(f"the model's logits are not numbers (the highest is {row[likeliest]})")
         params = self.params
@@ -72,6 +80,15 @@ class Sampler:
         """`token` is the next of the answer: one that was drawn, or that needed no draw."""
         self._drawn[token] += 1
         self._n_drawn += 1
+
+    def _unmoved(self, logits: np.ndarray) -> int | None:
+        """What a greedy draw takes, where no edit can change that: copying a row would cost more than the search."""
+        if not self._only_lowers or self.params.temperature >= GREEDY_BELOW:
+            return None
+        likeliest = int(logits.argmax())
+        penalised = self._penalises and likeliest in self._drawn
+        moved = penalised or likeliest in self._masked or likeliest in self.params.logit_bias
+        return None if moved else likeliest
 
     def _edited(self, logits: np.ndarray) -> np.ndarray:
         row = logits.copy()

@@ -7,8 +7,9 @@ compute is passed over and keeps its place. So nobody waits longer than for one 
 from dataclasses import dataclass
 
 # A turn lasts until so many tokens were computed, a step counting as `STEP_TOKENS` at least: four steps of a few rows,
-# two of sixteen, one that prefills. A change makes llama.cpp reserve its buffers anew (4-13 ms, Gemma 3 270M on 2 busy
-# cores, about half a step of one row), and a turn is what the other adapters' answers wait for.
+# two of sixteen, one that prefills. A change makes llama.cpp reserve its buffers anew (4-5 ms, Gemma 3 270M, Q4_K_M, on
+# 2 idle Xeon cores, a third of a step of one row; 7-9 ms in all before one of sixteen, a sixth of it), and a turn is
+# what the other adapters' answers wait for.
 TURN_TOKENS = 32
 STEP_TOKENS = 8
 

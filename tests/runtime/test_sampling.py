@@ -139,6 +139,28 @@ def test_greedy_is_the_first_of_the_highest(n_vocab: int) -> None:
     assert drawn(row, Sampler(SamplingParams(1, temperature=0))).token == 2
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_greedy_draws_with_edits_are_those_of_the_edited_row(sign: int) -> None:
+    """A small vocabulary with ties, so that edits meet the likeliest token often; and often they do not."""
+    rng = np.random.default_rng(7)
+    moved = 0
+    for _ in range(300):
+        row = rng.integers(0, 4, 12).astype(np.float32)
+        bias = {int(token): sign * float(rng.integers(0, 3)) for token in rng.integers(0, 12, 2)}
+        penalty = -0.75 * sign
+        params = SamplingParams(
+            max_tokens=9, temperature=0.0, logit_bias=bias, presence_penalty=penalty, frequency_penalty=penalty / 2
+        )
+        before = [int(token) for token in rng.integers(0, 12, 3)]
+        sampler = Sampler(params)
+        for token in before:
+            sampler.note(token)
+        wanted = edited(row, params, before, np.ones(12, bool))
+        assert sampler.draw(row).token == int(np.argmax(wanted))
+        moved += int(np.argmax(wanted)) != int(np.argmax(row))
+    assert 30 < moved < 270
+
+
 def test_a_seed_repeats_and_another_differs() -> None:
     row = row_of(1000, spread=0.1)
 
@@ -182,10 +204,11 @@ def test_penalties_count_what_was_generated() -> None:
     assert [drawn(row, frequency).token for _ in range(4)] == [3, 4, 3, 4]
 
 
-def test_ignore_eos_never_draws_an_end_token() -> None:
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_ignore_eos_never_draws_an_end_token(temperature: float) -> None:
     row = row_of(20)
     row[[5, 6]] = 50
-    sampler = Sampler(SamplingParams(1, temperature=1, ignore_eos=True, seed=1), end_tokens=(5, 6))
+    sampler = Sampler(SamplingParams(1, temperature=temperature, ignore_eos=True, seed=1), end_tokens=(5, 6))
     assert not {drawn(row, sampler).token for _ in range(50)} & {5, 6}
 
 
