@@ -25,45 +25,46 @@ _UNUSABLE = (SourceInvalid, yaml.YAMLError, OSError, ValueError, TypeError, Look
 
 def general_fields(folder: Path, n_parameters: int) -> tuple[dict[str, Field], tuple[str, ...]]:
     """The fields, and warnings about files that could not be used: no model is refused for its card."""
-    metadata, warnings = _load(folder, n_parameters)
+    try:
+        return _fields(_load(folder, n_parameters), folder, n_parameters), ()
+    except _UNUSABLE as error:
+        warning = f"{str(folder)!r}: neither its card nor {GENERATION_FILE!r} is used: {error}"
+        return _fields(Metadata(), folder, n_parameters), (warning,)
+
+
+def _load(folder: Path, n_parameters: int) -> Any:
+    card, generation = folder / CARD_FILE, folder / GENERATION_FILE
+    if card.is_file() and (size := card.stat().st_size) > MAX_CARD_BYTES:
+        raise SourceInvalid(f"{CARD_FILE!r} has {size} bytes, the limit is {MAX_CARD_BYTES}")
+    sampling = read_json(generation) if generation.is_file() else {}
+    metadata = Metadata.load(None, folder.resolve(), None, n_parameters)
+    # llama.cpp's converter reads this one since the library was last released
+    if metadata.sampling_penalty_repeat is None:
+        metadata.sampling_penalty_repeat = sampling.get("repetition_penalty")
+    return metadata
+
+
+def _fields(metadata: Any, folder: Path, n_parameters: int) -> dict[str, Field]:
     if metadata.name is None:
-        metadata.name = folder.name
+        metadata.name = folder.resolve().name
     if metadata.size_label is None:
         metadata.size_label = size_label(n_parameters, n_parameters, 0, 0)
     writer = GGUFWriter(path=None, arch="")
     metadata.set_gguf_meta_model(writer)
     fields = {key: _field(entry.type, entry.value) for key, entry in writer.kv_data[0].items()}
-    known = {key: field for key, field in fields.items() if field is not None and key != "general.architecture"}
-    return known, warnings
-
-
-def _load(folder: Path, n_parameters: int) -> tuple[Any, tuple[str, ...]]:
-    if (size := _size(folder / CARD_FILE)) > MAX_CARD_BYTES:
-        return Metadata(), (f"{str(folder / CARD_FILE)!r} has {size} bytes, the limit is {MAX_CARD_BYTES}: not read",)
-    try:
-        generation = read_json(folder / GENERATION_FILE) if _size(folder / GENERATION_FILE) else {}
-        metadata = Metadata.load(None, folder.resolve(), None, n_parameters)
-        # llama.cpp's converter reads this one since the library was last released
-        if metadata.sampling_penalty_repeat is None:
-            metadata.sampling_penalty_repeat = generation.get("repetition_penalty")
-        return metadata, ()
-    except _UNUSABLE as error:
-        return Metadata(), (f"{str(folder)!r}: neither its card nor {GENERATION_FILE!r} is used: {error}",)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    return {key: field for key, field in fields.items() if field is not None and key != "general.architecture"}
 
 
 def _field(kind: Any, value: Any) -> Field | None:
     """None for what has another type than its key should: a card may hold anything."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 31
     if kind == GGUFValueType.STRING and isinstance(value, str):
         return Field.string(value)
-    if kind == GGUFValueType.UINT32 and isinstance(value, int) and 0 <= value < 1 << 32:
+    if kind == GGUFValueType.UINT32 and is_number and value == int(value) >= 0:
         return Field.uint32(int(value))
-    if kind == GGUFValueType.INT32 and isinstance(value, int) and 0 <= value < 1 << 31:
+    if kind == GGUFValueType.INT32 and is_number and value == int(value):
         return Field.int32(int(value))
-    if kind == GGUFValueType.FLOAT32 and isinstance(value, int | float) and abs(value) < 1e30:
+    if kind == GGUFValueType.FLOAT32 and is_number:
         return Field.float32(value)
     if kind == GGUFValueType.ARRAY and isinstance(value, list) and all(isinstance(text, str) for text in value):
         return Field.string_array([text.encode() for text in value])

@@ -95,7 +95,7 @@ class SafetensorsFile:
         """
         if tensor.dtype not in READABLE:
             raise self._bad(f"has tensor {tensor.name!r} of type {tensor.dtype}; known are {', '.join(READABLE)}")
-        width = tensor.shape[-1]
+        width = tensor.shape[-1] if tensor.shape else 1
         row_bytes = width * tensor.element_bytes
         start, stop = tensor.start + first * row_bytes, tensor.start + (first + count) * row_bytes
         raw = self._data[start:stop]  # a copy, so that no array outlives the map

@@ -61,6 +61,7 @@ DOORS = {
     "starlette": {"runtime.server"},
     "huggingface_hub": {"models.download"},
     "genai_prices": {"benchmarks.cost"},
+    "yaml": {"convert.hf_folder_card"},
     "torch": {"models.email_triage"},
     "transformers": {"models.email_triage"},
     "peft": {"models.email_triage"},

@@ -46,6 +46,8 @@ class Family(Names):
     """What transformers assumes for keys config.json leaves out."""
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
     activations: ClassVar[tuple[str, ...]] = ("silu",)
+    rotates_part: ClassVar[bool] = False
+    """Rotary embeddings may be on part of each head."""
     fixed_head_dim: ClassVar[bool] = False
     """llama.cpp takes a head for as wide as the hidden size divided by the heads."""
     may_tie: ClassVar[bool] = True
@@ -60,12 +62,19 @@ class Family(Names):
 
     def check(self, config: Config) -> None:
         """Refuse, by name and value, what llama.cpp would not compute as the checkpoint means it."""
-        config.require("hidden_act", self.activations)
+        config.require(self.activation_key(config), self.activations)
         for key in ("num_local_experts", "num_experts", "n_routed_experts"):
             config.require(key, (None, 0, 1), "mixtures of experts are not supported")
         config.require("is_causal", (None, True))
+        config.require("rope_interleaved", (None, False))
+        if not self.rotates_part and self.rope(config).partial != 1:
+            raise config.bad("partial_rotary_factor", "in this family llama.cpp rotates whole heads")
         if self.is_tied(config) and not self.may_tie:
             raise config.bad("tie_word_embeddings", f"llama.cpp needs a {self.architecture} model's output matrix")
+
+    def activation_key(self, config: Config) -> str:
+        """Where config.json names the MLP's activation."""
+        return "hidden_act"
 
     def source_name(self, name: str) -> str | None:
         """What a tensor of the folder is called in `weights`; None for one that is nobody's weight."""

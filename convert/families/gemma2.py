@@ -31,8 +31,7 @@ class Gemma(Family):
 
     def check(self, config: Config) -> None:
         """llama.cpp derives the scale of the queries, which config.json states."""
-        activation = "hidden_activation" if config.get("hidden_activation") is not None else "hidden_act"
-        config.require(activation, self.activations)
+        super().check(config)
         config.require("attention_bias", (None, False))
         config.require("use_bidirectional_attention", (None, False))
         sizes = self.sizes(config)
@@ -40,6 +39,10 @@ class Gemma(Family):
         if config.number("query_pre_attn_scalar") != scale:
             raise config.bad("query_pre_attn_scalar", f"llama.cpp computes with {scale} in a model of these sizes")
         self.windowed(config)
+
+    def activation_key(self, config: Config) -> str:
+        """The first Gemma's configs had it wrong under the usual key, so there is another."""
+        return "hidden_activation" if config.get("hidden_activation") is not None else "hidden_act"
 
     def windowed(self, config: Config) -> list[bool]:
         """For each layer, whether it sees a window only."""

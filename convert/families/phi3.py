@@ -26,6 +26,7 @@ class Phi3(Family):
         **PRE_NORMS,
     }
     fixed_head_dim = True
+    rotates_part = True
     rope_kinds = ("default", "longrope")
     defaults: ClassVar[Mapping[str, Any]] = {
         "max_position_embeddings": 4096,

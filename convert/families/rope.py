@@ -1,7 +1,7 @@
 """Rotary position embeddings: how config.json describes them, in each of its spellings, and what of that a GGUF holds.
 
 transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`, for some families one set per
-kind of layer. https://huggingface.co/docs/transformers/internal/rope_utils
+kind of layer. What they mean is in transformers' `modeling_rope_utils`.
 """
 
 import math

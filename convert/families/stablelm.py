@@ -19,6 +19,7 @@ class StableLm(Family):
     architecture = "stablelm"
     layer_modules: ClassVar[Mapping[str, str]] = {**ATTENTION, **_QK_NORMS, **MLP, **PRE_NORMS}
     fixed_head_dim = True
+    rotates_part = True
     may_tie = False
     rope_kinds = ("default",)
     defaults: ClassVar[Mapping[str, Any]] = {
