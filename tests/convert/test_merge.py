@@ -106,6 +106,16 @@ def test_slabs_of_any_size_give_the_same_file(tmp_path: Path, monkeypatch: pytes
     assert whole.read_bytes() == slabs.read_bytes()
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [(None, np.float16), (F16, np.float16), (F32, np.float32)])
+def test_rows_come_in_the_kind_that_is_asked_for(
+    tmp_path: Path, kind: gguf.GGMLQuantizationType | None, dtype: type
+) -> None:
+    with Checkpoint(write_model(tmp_path / "a.gguf")) as opened:
+        (rows,) = file_rows(opened, opened.header.tensors["blk.0.ffn_up.weight"], kind)
+    assert rows.dtype == dtype
+    np.testing.assert_array_equal(rows, weights()["blk.0.ffn_up.weight"])
+
+
 def test_a_quantized_source_is_dequantized(tmp_path: Path) -> None:
     source = write_model(tmp_path / "q8.gguf", kind=Q8_0)
     hashes = write(source, tmp_path / "f16.gguf")
