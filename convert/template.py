@@ -20,7 +20,8 @@ from .errors import TemplateInvalid
 
 TEMPLATE_FIELD = "tokenizer.chat_template"
 END_OF_TURN_FIELD = "tokenizer.ggml.eot_token_id"
-MAX_TEMPLATE_BYTES = 1 << 20  # of tokenizer_config.json too, which lists added tokens
+MAX_TEMPLATE_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 24  # Gemma's tokenizer_config.json lists 6,000 tokens in more than a megabyte
 
 _GEMMA_TURNS = (b"<start_of_turn>", b"<end_of_turn>")
 END_OF_TURN_MARKS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
@@ -74,7 +75,7 @@ def folder_format(folder: Path) -> ChatFormat | None:
 def _configured(config: Path) -> dict[str, str]:
     """The templates in tokenizer_config.json by name; a single one is the default."""
     try:
-        raw = json.loads(_read(config))
+        raw = json.loads(_read(config, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
         raise TemplateInvalid(f"{str(config)!r} is no JSON: {error}") from error
     template: Any = raw.get("chat_template") if isinstance(raw, dict) else None
@@ -87,10 +88,10 @@ def _configured(config: Path) -> dict[str, str]:
     return {name: text for name, text in template.items() if isinstance(name, str) and isinstance(text, str)}
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, limit: int = MAX_TEMPLATE_BYTES) -> str:
     try:
-        if (size := file.stat().st_size) > MAX_TEMPLATE_BYTES:
-            raise TemplateInvalid(f"{str(file)!r} has {size} bytes, the limit is {MAX_TEMPLATE_BYTES}")
+        if (size := file.stat().st_size) > limit:
+            raise TemplateInvalid(f"{str(file)!r} has {size} bytes, the limit is {limit}")
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateInvalid(f"{str(file)!r} cannot be read: {error}") from error

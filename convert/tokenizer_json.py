@@ -134,9 +134,11 @@ def _merges(model: Mapping[str, Any], source: str) -> list[tuple[str, str]]:
     pairs = []
     for index, merge in enumerate(listed):
         halves = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(halves, list) or len(halves) != 2 or not all(isinstance(h, str) and h for h in halves):
-            raise TokenizerInvalid(f"{source}: merge {index} is {merge!r:.80}, two pieces are needed")
-        pairs.append((halves[0], halves[1]))
+        match halves:
+            case [str(left), str(right)] if left and right:
+                pairs.append((left, right))
+            case _:
+                raise TokenizerInvalid(f"{source}: merge {index} is {merge!r:.80}, two pieces are needed")
     return pairs
 
 
@@ -157,16 +159,17 @@ def _joined_otherwise(vocabulary: Mapping[str, int], merges: list[tuple[str, str
     """llama.cpp joins any two pieces that make a token, Hugging Face only those in the merges: is that the same?"""
     pairs = set(merges)
     texts = [text for text in vocabulary if text not in _BYTE_TEXTS]
-    extra = [text for text in texts for at in range(1, len(text)) if _is_extra(text[:at], text[at:], vocabulary, pairs)]
+    extra = [
+        text
+        for text in texts
+        for at in range(1, len(text))
+        if text[:at] in vocabulary and text[at:] in vocabulary and (text[:at], text[at:]) not in pairs
+    ]
     if extra:
         yield (
             f"{source} has {len(extra)} pairs of pieces that no merge joins but llama.cpp does ({extra[0]!r:.40}): "
             "texts may come out differently"
         )
-
-
-def _is_extra(left: str, right: str, vocabulary: Mapping[str, int], pairs: set[tuple[str, str]]) -> bool:
-    return left in vocabulary and right in vocabulary and (left, right) not in pairs
 
 
 def _added_tokens(raw: Mapping[str, Any], source: str) -> Iterator[AddedToken]:

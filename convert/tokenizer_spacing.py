@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .errors import TokenizerInvalid
 from .tokenizer_files import entries, part
 from .tokenizer_pieces import SPACE_MARK
@@ -117,10 +119,23 @@ def _charsmap(step: Mapping[str, Any], source: str) -> bytes:
 
 
 def checked_charsmap(data: bytes, source: str) -> bytes:
-    """`data` if its own length fits, which llama.cpp reads unasked. Raises TokenizerInvalid."""
+    """`data` if nothing in it leads out of it, where llama.cpp throws what nobody catches. Raises TokenizerInvalid.
+
+    The index is a double array (Darts): from a unit one comes to `place ^ base ^ byte`, and to a text by its offset.
+    """
+    if not data:
+        return data
     index = int.from_bytes(data[:4], "little")
-    if data and (index + 4 >= len(data) or index % 4 or data[-1]):
+    if not 4 <= index < len(data) - 4 or index % 4 or data[-1]:
         raise TokenizerInvalid(f"{source} has a precompiled_charsmap of {len(data)} bytes whose index claims {index}")
+    units = np.frombuffer(data, "<u4", index // 4, 4)
+    is_value = units >> 31 == 1
+    base = (units.astype(np.int64) >> 10) << ((units & 0x200) >> 6)
+    reached = np.where(is_value, 0, np.arange(units.size) ^ base)
+    texts = units[np.minimum(reached, units.size - 1)] & 0x7FFF_FFFF
+    has_text = ~is_value & (units >> 8 & 1 == 1)
+    if ((reached | 0xFF) >= units.size).any() or (texts[has_text] >= len(data) - 4 - index).any():
+        raise TokenizerInvalid(f"{source} has a precompiled_charsmap that leads out of itself")
     return data
 
 

@@ -154,3 +154,11 @@ def test_marks_of_what_is_trained_on_are_no_malformed_template(header: Header, t
     template = "{%- generation -%} {{ messages[0]['content'] }} {%- endgeneration %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     assert choose_format(header, tmp_path).template == template
+
+
+def test_a_long_list_of_tokens_beside_the_template_is_read(tmp_path: Path) -> None:
+    listed = {str(index): {"content": f"<unused{index}>" + " " * 180} for index in range(6000)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x", "added_tokens_decoder": listed}))
+    found = folder_format(tmp_path)
+    assert found is not None
+    assert found.template == "x"

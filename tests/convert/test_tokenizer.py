@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf.vocab import SpecialVocab
 
 from convert.errors import TemplateInvalid, TokenizerInvalid
 from convert.tokenizer import Vocabulary, read_vocabulary
@@ -249,6 +250,45 @@ def test_a_vocabulary_without_bos_does_not_take_a_comma_for_it(folder: Path) -> 
     tokenizer = load_vocabulary(tiny.vocabulary_gguf(folder / "v.gguf", vocabulary))
     assert (tokenizer.bos, tokenizer.adds_bos) == (701, False)
     assert value(vocabulary, "padding_token_id") == 700
+
+
+def around(*single: str) -> dict[str, Any]:
+    template = [{"Sequence": {"id": "A"}} if text == "$A" else {"SpecialToken": {"id": text}} for text in single]
+    return {"type": "TemplateProcessing", "single": template, "pair": []}
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "config", "model"),
+    [
+        (None, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|im_end|>"}, {}),
+        ({"type": "ByteLevel"}, {"bos_token": "<s>", "eos_token": "</s>"}, {}),
+        (around("<s>", "$A"), {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}, {}),
+        (around("<s>", "$A", "</s>"), {"bos_token": "<s>", "eos_token": "</s>"}, {}),
+        ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, around("<s>", "$A")]}, {"bos_token": "<s>"}, {}),
+        (None, {"eos_token": "</s>", "unk_token": "<s>", "add_bos_token": True}, {"bos_token_id": 702}),
+    ],
+)
+def test_the_gguf_librarys_own_reader_finds_the_same_tokens(
+    folder: Path, post_processor: dict[str, Any] | None, config: dict[str, Any], model: dict[str, Any]
+) -> None:
+    model = {"eos_token_id": 701, **model}
+    tiny.edit(folder, {"post_processor": post_processor})
+    configure(folder, **config)
+    (folder / "config.json").write_text(json.dumps(model))
+    vocabulary, judge = read_vocabulary(folder, model, 704), SpecialVocab(folder, n_vocab=704)
+    names = {"unk": "unknown", "pad": "padding"}
+    for role, index in judge.special_token_ids.items():
+        assert value(vocabulary, f"{names.get(role, role)}_token_id") == index, role
+    for role in ("bos", "eos"):
+        assert value(vocabulary, f"add_{role}_token") is judge.add_special_token.get(role, False), role
+
+
+def test_the_post_processor_goes_before_tokenizer_config_as_in_transformers(folder: Path) -> None:
+    tiny.edit(folder, {"post_processor": {"type": "ByteLevel"}})
+    configure(folder, bos_token="<s>", eos_token="</s>", add_bos_token=True)
+    vocabulary = read_vocabulary(folder, {}, 704)
+    assert value(vocabulary, "add_bos_token") is False
+    assert "add_bos_token = True, tokenizer.json does the opposite" in vocabulary.warnings[0]
 
 
 def test_composed_unicode_is_told(folder: Path) -> None:

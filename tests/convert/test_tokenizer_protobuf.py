@@ -11,6 +11,7 @@ from convert.errors import TokenizerInvalid
 from convert.tokenizer import read_vocabulary
 from convert.tokenizer_pieces import Kind
 from convert.tokenizer_protobuf import read_protobuf
+from convert.tokenizer_spacing import checked_charsmap
 
 from . import tiny_tokenizers as tiny
 
@@ -94,3 +95,12 @@ def test_a_truncated_model_is_refused_or_whole(model: bytes, tmp_path: Path) -> 
         write(tmp_path, model[:cut])
         with pytest.raises(TokenizerInvalid):
             read_vocabulary(tmp_path, {"eos_token_id": 2}, 1000)
+
+
+def test_a_table_of_replacements_that_leads_out_of_itself_is_refused(tmp_path: Path) -> None:
+    table = read_protobuf(write(tmp_path, tiny.sentence_model("unigram", normalization_rule_name="nfkc"))).charsmap
+    assert checked_charsmap(table, "x") == table
+    size = int.from_bytes(table[:4], "little")
+    for unit in (1 << 30, 0x0000_0100):  # a base far away; a text where there is none
+        with pytest.raises(TokenizerInvalid, match="leads out of itself"):
+            checked_charsmap(table[:4] + struct.pack("<I", unit) + table[8 : 4 + size] + b"\0\0", "x")
