@@ -59,11 +59,7 @@ def file_rows(source: Source, tensor: TensorInfo, kind: GGMLQuantizationType | N
 
     Raises SourceInvalid when a value is not finite, or too large for float16.
     """
-<<<<<<< HEAD
-    wanted = half_precision_kind(tensor) if kind is None else kind  # F32 is 0, which `or` would take for none
-=======
     wanted = half_precision_kind(tensor) if kind is None else kind
->>>>>>> lora
     dtype = np.float16 if wanted == GGMLQuantizationType.F16 else np.float32
     for _, rows in source.slabs(tensor):
         out = to_half(rows) if dtype == np.float16 else rows
