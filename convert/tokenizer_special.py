@@ -42,7 +42,6 @@ ENDS_BY_TEXT = frozenset(
     }
 )
 _ADDS_BOS_UNASKED = ("Llama", "CodeLlama", "Gemma")
-# llama.cpp's own guesses where the file says nothing, by tokenizer.ggml.model: wrong ones are worse than none.
 _ROLES = ("bos", "unk", "pad", "sep", "mask")
 _FIELD_NAMES = {"unk": "unknown", "pad": "padding", "sep": "seperator"}  # as GGUF spells it
 

@@ -12,6 +12,7 @@ from convert.errors import TemplateInvalid, TokenizerInvalid
 from convert.tokenizer import Vocabulary, read_vocabulary
 from convert.tokenizer_files import MAX_MERGES
 from convert.tokenizer_pieces import Kind
+from convert.tokenizer_special import ENDS_BY_TEXT
 from runtime.llama_vocab import load_vocabulary
 
 from . import tiny_tokenizers as tiny
@@ -223,6 +224,13 @@ def test_every_id_that_ends_an_answer_ends_it_in_llama_cpp(
     assert any(warned in warning for warning in vocabulary.warnings)
     ends = set(load_vocabulary(tiny.vocabulary_gguf(folder / "v.gguf", vocabulary)).end_tokens)
     assert {701, *listed} - ends == ({706} if warned else set())
+
+
+def test_llama_cpp_still_knows_the_same_ends_by_their_texts(folder: Path, saved: Mapping[str, Any]) -> None:
+    for text in sorted(ENDS_BY_TEXT - set(tiny.SPECIAL)):
+        tiny.edit(folder, {"added_tokens": [*saved["added_tokens"], {"id": 704, "content": text, "special": True}]})
+        gguf = tiny.vocabulary_gguf(folder / "v.gguf", read_vocabulary(folder, {"eos_token_id": 0}, 705))
+        assert load_vocabulary(gguf).is_end(704), text
 
 
 def test_the_templates_mark_ends_a_turn(folder: Path) -> None:
