@@ -1,6 +1,6 @@
 """float32 to float16 as fast as the machine can: by ggml's own loop, which uses the processor's instruction for it.
 
-numpy has no vectorised one and takes tens of times as long, which was most of what a conversion did. Both
+numpy takes some ten times as long for it (2.9 ns a number against 0.2), more than all else in a conversion. Both
 round to the nearest, ties to even, so the bytes are the same.
 """
 
