@@ -56,7 +56,9 @@ def check_vocabulary(path: Path, fields: Mapping[str, Field]) -> None:
     """Raise BadGguf for a token that is listed twice, which llama.cpp asserts not to be."""
     field = fields.get(_TOKENS)
     tokens = (field.strings if field is not None else None) or []
-    if b"" in tokens:  # llama.cpp gives each empty one a name of its own
+    if b"\0" in b"".join(tokens):  # to llama.cpp a token ends there
+        tokens = [token.split(b"\0", 1)[0] for token in tokens]
+    if b"" in tokens:  # and each empty one gets a name of its own
         tokens = [token or b"[EMPTY_%d]" % index for index, token in enumerate(tokens)]
     if len(set(tokens)) == len(tokens):
         return

@@ -74,6 +74,9 @@ def test_a_token_that_is_listed_twice_is_refused() -> None:
         check(b"a", b"b", b"c", b"b")
     with pytest.raises(BadGguf, match=r"the token b'\[EMPTY_1\]' twice: as 0 and as 1"):
         check(b"[EMPTY_1]", b"")
+    check(b"a", b"\0", b"\0b", b"b\0")
+    with pytest.raises(BadGguf, match="the token b'a' twice: as 0 and as 1"):
+        check(b"a", b"a\0b")
     check_vocabulary(HERE, {})
     check_vocabulary(HERE, {"tokenizer.ggml.tokens": Field.string("no array")})
 
