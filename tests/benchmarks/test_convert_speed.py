@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import convert_needs
 from benchmarks.convert_checkpoint import make_checkpoint
-from benchmarks.convert_record import Conversion, ConvertRun, Needs, judge
+from benchmarks.convert_record import Conversion, ConvertRun, judge
 from benchmarks.convert_vocabulary import USER_DEFINED, read_pieces, write_vocabulary
 from benchmarks.errors import BadWorkload
 from benchmarks.machine import describe
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 def run_of(*conversions: Conversion, loaded: tuple[int, int] = (10, 100)) -> ConvertRun:
     needs = [
-        Needs(converter=name, versions={}, loaded_bytes=n_mib * MIB, installed_bytes=(n_mib + 20) * MIB)
+        {"converter": name, "versions": {}, "loaded_bytes": n_mib * MIB, "installed_bytes": (n_mib + 20) * MIB}
         for name, n_mib in zip(("deskside", "llama.cpp"), loaded, strict=True)
     ]
     return ConvertRun.model_validate(
