@@ -126,11 +126,11 @@ def _stage(plan: Plan) -> str:
 
 def _make_hot(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
     assert inputs.adapter is not None, "gather lets no hot conversion without an adapter pass"
-    check_hot(inputs.adapter)
     with store.staging(inputs.manifest.name, replace=request.replace) as folder:
         base = inputs.origin.path
         header = read_header(base)
         fitted = fit(inputs.adapter, header)
+        check_hot(inputs.adapter, fitted)
         chat = choose_format(header, inputs.adapter.folder)
         plan = plan_hot(header, fitted.loras, chat, inputs.manifest.name, inputs.manifest.licence)
         _warn(None, chat, fitted, inputs, report)
