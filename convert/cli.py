@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from models.quality import Work
+
 if TYPE_CHECKING:
     from models.catalog import CatalogEntry
     from models.manifest import Manifest
@@ -20,19 +22,40 @@ def convert_command(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A recipe of the catalogue (email-triage), an installed or known model, hf://owner/name/file.gguf, "
-            "or a .gguf file.",
+            help="A Hugging Face folder, hf://owner/name@revision, an installed or known model, "
+            "hf://owner/name/file.gguf, a .gguf file, or a recipe of the catalogue (email-triage).",
         ),
     ],
     adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="PEFT LoRA adapter to merge.")] = None,
     hot: Annotated[
         bool, typer.Option("--hot", help="Do not merge: install the adapter, to be served as SOURCE:NAME.")
     ] = False,
+    examples: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSONL of chat records: choose the quantization by them.")
+    ] = None,
+    work: Annotated[
+        Work | None, typer.Option("--for", help="What they are examples of.", show_default="by their answers")
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="Mean KL divergence a candidate may have.", show_default="0.02"),
+    ] = None,
     quant: Annotated[
         str | None,
         typer.Option(
-            metavar="TYPE", help="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0 or IQ4_NL.", show_default="Q8_0"
+            metavar="TYPE",
+            help="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0 or IQ4_NL, whatever the examples say.",
+            show_default="Q8_0",
         ),
+    ] = None,
+    trim_vocab: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSONL of chat records: cut the vocabulary to what they need.")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens that a cut vocabulary has.", show_default="32768")
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights that another converter made of the folder SOURCE.")
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="What to call it; a recipe has a name.")] = None,
     manifest: Annotated[
@@ -44,6 +67,9 @@ def convert_command(
 ) -> None:
     """Make a model: merge an adapter into a checkpoint, quantize it, check that it runs, and install it.
 
+    With --examples every quantization worth trying is measured on this machine and on your own examples, and the
+    fastest that loses no more than the budget is installed, with the table on its card.
+
     With --hot the adapter stays a file of its own, which is applied while the untouched SOURCE is served: nothing of
     the fine-tune is rounded away, and many adapters share one SOURCE in memory.
     """
@@ -51,7 +77,23 @@ def convert_command(
 
     from .inputs import ConvertRequest
 
-    stored = _run(ConvertRequest(source, name, adapter, quant, manifest, replace, keep_f16, hot), Store())
+    request = ConvertRequest(
+        source=source,
+        name=name,
+        adapter=adapter,
+        quantization=quant,
+        manifest=manifest,
+        replace=replace,
+        keep_f16=keep_f16,
+        hot=hot,
+        gguf=gguf,
+        examples=examples,
+        work=work,
+        max_loss=max_loss,
+        trim=trim_vocab,
+        keep=keep,
+    )
+    stored = _run(request, Store())
     if as_json:
         shown = stored.manifest.model_dump(mode="json", exclude_none=True) if stored.manifest is not None else {}
         typer.echo(json.dumps({"name": stored.name, "gguf": str(stored.gguf), "manifest": shown}))

@@ -20,7 +20,7 @@ from .examples import MAX_LABELS
 from .lora import Adapter, read_adapter
 from .origin import Origin, find_origin
 from .progress import Reporter
-from .quantize import DEFAULT_QUANTIZATION
+from .quantize import DEFAULT_QUANTIZATION, check_quantization
 from .vocabulary import DEFAULT_KEEP
 
 
@@ -85,12 +85,12 @@ class Inputs:
 
 def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     """Find and check what the request names. Raises RequestInvalid, AdapterInvalid and ModelErrors."""
-    recipe = _recipe(request)
+    recipe, quantization = _recipe(request), _wanted(request)
     _check_options(request)
     if request.hot:
         _check_hot(request, recipe)
     if recipe is not None:
-        return _from_recipe(request, recipe, store, report)
+        return _from_recipe(request, recipe, quantization, store, report)
     if request.name is None:
         raise RequestInvalid(f"--name is missing: how is the model made from {request.source!r} to be called?")
     name = check_name(request.name)
@@ -99,7 +99,7 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     examples, trim = _examples(request, given), _trim(request)
     origin = find_origin(request.source, request.gguf, store, report)
     manifest = _complete(given or _inherited(origin, adapter), name, origin, adapter, hot=request.hot)
-    return Inputs(origin, adapter, _wanted(request), manifest, examples, trim)
+    return Inputs(origin, adapter, quantization, manifest, examples, trim)
 
 
 def _check_options(request: ConvertRequest) -> None:
@@ -132,7 +132,9 @@ def _recipe(request: ConvertRequest) -> CatalogEntry | None:
     return entry if entry is not None and entry.recipe else None
 
 
-def _from_recipe(request: ConvertRequest, entry: CatalogEntry, store: Store, report: Reporter) -> Inputs:
+def _from_recipe(
+    request: ConvertRequest, entry: CatalogEntry, quantization: str | None, store: Store, report: Reporter
+) -> Inputs:
     folder = entry.recipe_folder()
     recipe = read_manifest(request.manifest or folder / MANIFEST_FILE)
     if recipe.base is None or recipe.adapter is None:
@@ -148,7 +150,6 @@ def _from_recipe(request: ConvertRequest, entry: CatalogEntry, store: Store, rep
         )
     manifest = _complete(recipe, check_name(request.name or recipe.name), origin, adapter, hot=request.hot)
     examples, trim = _examples(request, recipe), _trim(request)
-    quantization = _wanted(request)
     chosen = recipe.conversion or Conversion()
     is_recipe = not (request.adapter or request.hot or request.quantization or request.examples or request.trim)
     if is_recipe:
@@ -161,7 +162,9 @@ def _from_recipe(request: ConvertRequest, entry: CatalogEntry, store: Store, rep
 
 
 def _wanted(request: ConvertRequest) -> str | None:
-    return request.quantization or (None if request.examples is not None else DEFAULT_QUANTIZATION)
+    if request.quantization is not None:
+        return check_quantization(request.quantization)
+    return None if request.examples is not None else DEFAULT_QUANTIZATION
 
 
 def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | None:

@@ -23,6 +23,9 @@ from .texts import prompts_of, texts_of
 from .vocabulary import tokenizer_of
 from .vocabulary_report import coverage, greedy_agreement
 
+# Sixteen of llama-imatrix's own chunks. Every operation of a step is looked at one by one, which takes many times as
+# long as computing it, the output matrix over a large vocabulary above all.
+MAX_CALIBRATION_TOKENS = 8192
 # The agreement is answered one prompt at a time, with both models in memory.
 MAX_AGREEMENT_PROMPTS = 48
 
@@ -71,13 +74,24 @@ def _importance(
     """The importance matrix of the calibration examples; collected anew only when these or the model are others."""
     tokenizer = load_tokenizer(half)
     texts = texts_of(read_header(half), tokenizer, records, prompt_template)
-    sequences = [tokenizer.encode(text, add_special=False, parse_special=True) for text in texts]
+    sequences = _first([tokenizer.encode(text, add_special=False, parse_special=True) for text in texts])
     kept = results / f"imatrix-{digest([sha256_file(half), sequences])[:32]}.gguf"
     if not kept.is_file():
-        report.stage(f"collect the importance matrix from {len(records)} examples")
+        report.stage(f"collect the importance matrix from {len(sequences)} examples")
         results.mkdir(parents=True, exist_ok=True)
-        collect(half, sequences, kept, report.advance)
+        collect(half, sequences, kept, report.advance, output=True)
     return Path(shutil.copyfile(kept, half.with_name("imatrix.gguf")))
+
+
+def _first(sequences: list[list[int]]) -> list[list[int]]:
+    """The sequences until MAX_CALIBRATION_TOKENS are reached, the first of them whole."""
+    taken, n_tokens = [], 0
+    for sequence in sequences:
+        if n_tokens >= MAX_CALIBRATION_TOKENS:
+            break
+        taken.append(sequence)
+        n_tokens += len(sequence)
+    return taken
 
 
 def _trim_report(

@@ -1,0 +1,217 @@
+"""A Hugging Face folder all the way to an installed model that llama.cpp runs: proof, examples, trimming, bad folders."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from convert.errors import ArchitectureUnknown, ConvertError, RequestInvalid, VerifyFailed
+from convert.inputs import ConvertRequest
+from convert.pipeline import RESULTS, convert
+from models.errors import BadExamples, StoreError
+from models.gguf_header import read_header
+from models.quality import read_quality
+from models.store import Store
+from tests.convert.hf_tiny import weights, write_folder
+from tests.convert.test_pipeline import Notes, files_under
+from tests.convert.tiny import grid
+from tests.convert.tiny_tokenizers import QWEN2, byte_level, save
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+N_TOKENS = 704
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 of 704 tokens with its tokenizer."""
+    folder = save(byte_level(QWEN2), tmp_path_factory.mktemp("hf") / "qwen", eos_token="<|im_end|>")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() == N_TOKENS
+    arrays = weights("qwen2") | {"model.embed_tokens.weight": grid((N_TOKENS, 64), 1, span=500, unit=1000)}
+    return write_folder(folder, "qwen2", arrays, vocab_size=N_TOKENS, eos_token_id=703)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty mails of two kinds."""
+    file = tmp_path_factory.mktemp("examples") / "mails.jsonl"
+    lines = [(f"Mail {n}: {'win money' if n % 2 else 'see you at noon'}", ("ham", "spam")[n % 2]) for n in range(40)]
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": label}] for text, label in lines]
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return file
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+def test_a_folder_is_proved_converted_and_installed(store: Store, checkpoint: Path) -> None:
+    notes = Notes()
+    stored = convert(ConvertRequest(str(checkpoint), "tiny"), store, notes)
+    store.verify("tiny")
+    assert stored.manifest is not None
+    assert stored.manifest.base is not None
+    assert stored.manifest.base.name == "qwen"
+    assert stored.manifest.conversion is not None
+    assert stored.manifest.conversion.quantization == "Q8_0"
+    assert any("same" in note and "tokens as in Hugging Face's" in note for note in notes.notes)
+    assert any(note.startswith("chat template:") for note in notes.notes)
+    assert read_header(stored.gguf).text("tokenizer.chat_template") == TEMPLATE
+    assert "work" not in {path.name for path in stored.folder.iterdir()}
+
+
+def test_a_changed_weight_gives_another_base(store: Store, checkpoint: Path, tmp_path: Path) -> None:
+    first = convert(ConvertRequest(str(checkpoint), "one"), store, Notes()).manifest
+    copy = tmp_path / "qwen"
+    copy.mkdir()
+    for file in checkpoint.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    again = convert(ConvertRequest(str(copy), "two"), store, Notes()).manifest
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    other = convert(ConvertRequest(str(copy), "three"), store, Notes()).manifest
+    assert first and again and other
+    assert first.base and again.base and other.base
+    assert first.base.sha256 == again.base.sha256 != other.base.sha256
+
+
+def test_a_tokenizer_that_reads_otherwise_is_found_before_anything_is_installed(
+    store: Store, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Weights made elsewhere, from a checkpoint with another tokenizer."""
+    made = convert(ConvertRequest(str(checkpoint), "made", quantization="F16"), store, Notes()).gguf
+    other = save(byte_level(QWEN2, size=600), tmp_path / "other", eos_token="<|im_end|>")
+    before = files_under(store)
+    with pytest.raises(VerifyFailed, match="the vocabulary is not the checkpoint's"):
+        convert(ConvertRequest(str(other), "mixed", gguf=made), store, Notes())
+    assert files_under(store) == before
+    notes = Notes()
+    convert(ConvertRequest(str(checkpoint), "mended", gguf=made), store, notes)
+    assert any("tokens as in Hugging Face's" in note for note in notes.notes)
+
+
+def test_the_examples_choose_and_the_card_says_how(store: Store, checkpoint: Path, examples: Path) -> None:
+    notes = Notes()
+    stored = convert(ConvertRequest(str(checkpoint), "chosen", examples=examples, max_loss=0.5), store, notes)
+    quality = read_quality(stored.folder)
+    assert stored.manifest is not None
+    assert quality.work == "classify"
+    assert quality.chosen == stored.manifest.artefacts[0].quantization
+    assert quality.budget.kl_mean == 0.5
+    assert (quality.calibration_examples, quality.held_out_examples) == (20, 20)
+    assert {"F16", "Q8_0", "Q4_0"} <= {one.name for one in quality.candidates}
+    assert sum(one.verdict == "chosen" for one in quality.candidates) == 1
+    assert quality.noise is not None
+    card = (stored.folder / "README.md").read_text()
+    assert quality.chosen in card
+    assert "noise floor" in card
+    names = {path.name for path in stored.folder.iterdir()}
+    assert names == {"README.md", "model.toml", "quality.json", "quality.svg", stored.gguf.name}
+
+
+def test_a_second_run_measures_nothing_again(store: Store, checkpoint: Path, examples: Path) -> None:
+    request = ConvertRequest(str(checkpoint), "twice", examples=examples, replace=True)
+    first, again = Notes(), Notes()
+    convert(request, store, first)
+    kept = {path.name for path in (store.home / RESULTS).iterdir()}
+    stored = convert(request, store, again)
+    assert {path.name for path in (store.home / RESULTS).iterdir()} == kept
+    busy = ("collect", "measure", "take", "time")
+    assert [stage for stage in first.stages if stage.startswith(busy)]
+    assert [stage for stage in again.stages if stage.startswith(busy)] == []
+    store.verify(stored.name)
+
+
+def test_quant_overrules_the_examples_and_the_card_says_so(store: Store, checkpoint: Path, examples: Path) -> None:
+    request = ConvertRequest(str(checkpoint), "mine", quantization="q5_0", examples=examples)
+    stored = convert(request, store, Notes())
+    quality = read_quality(stored.folder)
+    assert (quality.chosen, quality.overruled) == ("Q5_0", True)
+    assert "overruled" in (stored.folder / "README.md").read_text()
+
+
+def test_a_vocabulary_is_trimmed_and_the_report_says_what_it_covers(
+    store: Store, checkpoint: Path, examples: Path
+) -> None:
+    request = ConvertRequest(str(checkpoint), "small", examples=examples, trim=examples, keep=512)
+    stored = convert(request, store, Notes())
+    header = read_header(stored.gguf)
+    assert header.tensors["token_embd.weight"].shape[0] == 512
+    trim = read_quality(stored.folder).trim
+    assert trim is not None
+    assert (trim.tokens_before, trim.tokens_after) == (N_TOKENS, 512)
+    assert trim.covered_examples == trim.greedy_agreement == 1.0
+    assert stored.manifest is not None
+    assert stored.manifest.conversion is not None
+    assert stored.manifest.conversion.keep == 512
+
+
+@pytest.mark.parametrize("stage", ["write F16", "collect", "measure", "time", "quantize", "verify"])
+def test_an_interrupt_leaves_no_model_and_no_file(store: Store, checkpoint: Path, examples: Path, stage: str) -> None:
+    notes = Notes(stage, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        convert(ConvertRequest(str(checkpoint), "tiny", examples=examples), store, notes)
+    left = [path for path in files_under(store) if not path.startswith(f"{RESULTS}/")]
+    assert left == []
+    assert not [path for path in files_under(store) if path.endswith(".gguf") and "imatrix" not in path]
+
+
+def test_a_disk_that_is_too_small_is_found_first(
+    store: Store, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1 << 20})
+    monkeypatch.setattr("models.files.shutil.disk_usage", lambda _: usage)
+    notes = Notes()
+    with pytest.raises(StoreError, match="bytes are needed"):
+        convert(ConvertRequest(str(checkpoint), "tiny"), store, notes)
+    assert not [stage for stage in notes.stages if stage.startswith("write")]
+    assert files_under(store) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "says"),
+    [
+        ({"keep": 100}, RequestInvalid, "--keep 100 needs --trim-vocab"),
+        ({"max_loss": 0.1}, RequestInvalid, "--max-loss 0.1 needs --examples"),
+        ({"work": "write"}, RequestInvalid, "--for write needs --examples"),
+        ({"examples": Path("missing.jsonl")}, BadExamples, "missing.jsonl"),
+        ({"gguf": Path("missing.gguf")}, RequestInvalid, "missing.gguf"),
+        ({"max_loss": -1.0, "examples": Path("x")}, RequestInvalid, "got -1.0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    store: Store, checkpoint: Path, wrong: dict[str, object], kind: type[Exception], says: str
+) -> None:
+    request = dataclasses.replace(ConvertRequest(str(checkpoint), "tiny"), **wrong)  # type: ignore[arg-type]
+    with pytest.raises(kind, match=says):
+        convert(request, store, Notes())
+    assert files_under(store) == []
+
+
+def test_an_unknown_family_is_refused_with_the_way_out(store: Store, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "strange"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(ArchitectureUnknown, match=r"MambaForCausalLM.*--gguf"):
+        convert(ConvertRequest(str(folder), "tiny"), store, Notes())
+
+
+def test_few_examples_are_refused_before_the_weights_are_read(
+    store: Store, checkpoint: Path, examples: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(examples.read_text().splitlines(keepends=True)[:8]))
+    notes = Notes()
+    with pytest.raises((BadExamples, ConvertError), match="8"):
+        convert(ConvertRequest(str(checkpoint), "tiny", examples=few), store, notes)
+    assert not [stage for stage in notes.stages if stage.startswith("write")]
