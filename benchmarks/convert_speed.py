@@ -1,8 +1,8 @@
-"""The same checkpoint converted to F16 by llama.cpp's own converter and by Deskside, each in a process of its own, in turn.
+"""The same checkpoint converted to F16 by llama.cpp's own converter and by Deskside, each in a process of its own.
 
-llama.cpp's converter runs as its users run it: a Python with torch and transformers, which it imports. Deskside runs as
-`deskside convert FOLDER --quant F16`, with all it does beside writing: hashes, the proofs of tokenizer and template, a
-first decode, and the installation into a store. Both find the checkpoint in the page cache.
+They take turns. llama.cpp's converter runs as its users run it: in a Python with torch and transformers, which it
+imports. Deskside runs as `deskside convert FOLDER --quant F16`, with all it does beside writing: hashes, the proofs of
+tokenizer and template, a first decode, and the installation into a store. Both find the checkpoint in the page cache.
 """
 
 import hashlib

@@ -130,13 +130,14 @@ def _sentencepiece_model(pieces: Pieces) -> bytes:
     for text, score, kind in zip(pieces.texts, pieces.scores, pieces.kinds, strict=True):
         piece = _bytes(1, text.encode()) + _tag(2, 5) + struct.pack("<f", score) + _integer(3, kind)
         model += _bytes(1, piece)
-    special = zip((40, 41, 42, 43), (pieces.unknown, pieces.bos, pieces.eos, pieces.pad), strict=True)
-    trainer = _integer(3, _BPE) + _integer(4, len(pieces.texts)) + _integer(35, True)
-    model += _bytes(2, trainer + b"".join(_integer(number, index) for number, index in special))
+    trainer = _integer(3, _BPE) + _integer(4, len(pieces.texts)) + _integer(35, True)  # with byte fallback
+    special = (pieces.unknown, pieces.bos, pieces.eos, pieces.pad)
+    for number, index in enumerate(special):
+        trainer += _integer(40 + number, index) + _bytes(45 + number, pieces.texts[index].encode())
+    model += _bytes(2, trainer)
     # no dummy prefix, white space is kept and escaped
-    return bytes(
-        model + _bytes(3, _bytes(1, b"identity") + _integer(3, False) + _integer(4, False) + _integer(5, True))
-    )
+    normalizer = _bytes(1, b"identity") + _integer(3, False) + _integer(4, False) + _integer(5, True)
+    return bytes(model + _bytes(3, normalizer))
 
 
 def _tag(number: int, wire_type: int) -> bytes:

@@ -3,8 +3,11 @@
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -87,7 +90,10 @@ def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int]
     try:
         with partial.open("wb") as file:
             file.write(layout.head())
-            hashes = {tensor.name: _write_tensor(file, tensor, layout, rows, advance) for tensor in layout.tensors}
+            with closing(_ahead(_pieces(layout, rows))) as pieces:
+                hashes = {
+                    tensor.name: _write_tensor(file, tensor, layout, pieces, advance) for tensor in layout.tensors
+                }
             file.flush()
             os.fsync(file.fileno())
         _check(partial, hashes)
@@ -104,9 +110,35 @@ def hash_tensors(path: Path) -> dict[str, str]:
         return {name: _hash_range(file, tensor) for name, tensor in tensors.items()}
 
 
-def _write_tensor(file: BinaryIO, tensor: OutTensor, layout: Layout, rows: Rows, advance: Callable[[int], None]) -> str:
+def _pieces(layout: Layout, rows: Rows) -> Iterator[np.ndarray | None]:
+    """All tensors' pieces in order, None after each tensor's last."""
+    for tensor in layout.tensors:
+        yield from rows(tensor.name)
+        yield None
+
+
+def _ahead(pieces: Iterator[np.ndarray | None]) -> Generator[np.ndarray | None, None, None]:
+    """The same, each made by another thread while the one before it is hashed and written."""
+    with ThreadPoolExecutor(1) as worker:
+        upcoming = worker.submit(_one_of, pieces)
+        while piece := upcoming.result():
+            upcoming = worker.submit(_one_of, pieces)
+            yield piece[0]
+
+
+def _one_of(pieces: Iterator[np.ndarray | None]) -> list[np.ndarray | None]:
+    return list(islice(pieces, 1))
+
+
+def _write_tensor(
+    file: BinaryIO,
+    tensor: OutTensor,
+    layout: Layout,
+    pieces: Iterator[np.ndarray | None],
+    advance: Callable[[int], None],
+) -> str:
     digest, written = hashlib.sha256(), 0
-    for piece in rows(tensor.name):
+    while (piece := next(pieces)) is not None:
         data = np.ascontiguousarray(piece).data.cast("B")
         digest.update(data)
         file.write(data)

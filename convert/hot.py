@@ -23,6 +23,7 @@ from .errors import AdapterInvalid, VerifyFailed
 from .gguf_file import Layout, OutTensor
 from .lora import Adapter
 from .lora_changes import Lora
+from .lora_fit import HEAD, Fitted
 from .template import TEMPLATE_FIELD, ChatFormat
 from .verify import check_logits, probe
 
@@ -42,7 +43,7 @@ class HotPlan:
         yield self.matrices[name]
 
 
-def check_hot(adapter: Adapter) -> None:
+def check_hot(adapter: Adapter, fitted: Fitted) -> None:
     """Raise AdapterInvalid for what llama.cpp cannot apply while it serves: everything but LoRA on linear layers."""
     more = {
         "use_dora": [lora.module for lora in adapter.loras.values() if lora.magnitude is not None],
@@ -51,6 +52,7 @@ def check_hot(adapter: Adapter) -> None:
         "lora_bias": list(adapter.shifts),
         "trainable_token_indices": list(adapter.tokens),
         "a LoRA on the embedding": [lora.module for lora in adapter.loras.values() if lora.on_embedding],
+        "a LoRA on the output head, which this base ties to its embedding": [HEAD] if fitted.unties else [],
     }
     for what, where in more.items():
         if where:

@@ -63,7 +63,8 @@ def collect(
 
     A sequence begins as it is given, with its BOS if it is to have one. What is longer than `chunk_tokens` goes on in a
     chunk of its own, BOS in place of its first token if the vocabulary adds one: cut like `llama-imatrix -c`, which
-    leaves out the tail however. `output`: the output matrix too (`--process-output`). `progress` is told tokens.
+    leaves out the tail however. `output`: the output matrix too (`--process-output`), under the embedding's name where
+    they are one. `progress` is told tokens.
     Raises BadGguf, and ImatrixFailed for tokens the model does not have and whatever ends the process that collects.
     An interrupted or failed run leaves no `target`.
     """

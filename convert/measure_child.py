@@ -1,4 +1,4 @@
-"""The child that measures one file: `python -m convert.measure_child JOB OUTCOME`.
+"""The child that measures one file: `python -m convert.measure_child`, with its orders on standard input.
 
 The logits pass once: a row is compared with every reference, or written, while it is still in llama.cpp's memory.
 """
@@ -17,10 +17,11 @@ from runtime.errors import EngineError, RequestError
 from runtime.llama import LoadOptions, load
 from runtime.llama_protocol import LlamaLike
 
+from .child import read_job, tell
 from .errors import ConvertError
 from .measure_loss import RowFile, RowLoss, row_loss
 from .measure_pass import N_SEQ_MAX, cells_needed, run_pass
-from .measure_process import ERROR, STEP, Job, Outcome, RowSet, read_value
+from .measure_process import Job, Order, Outcome, RowSet
 from .measure_rows import Row
 
 N_BATCH = 512
@@ -73,28 +74,23 @@ class _Comparer:
         return tuple(self.found[row.number] for row in self.rows.values())
 
 
-def main(order: str, result: str) -> int:
-    """Do the job in the file `order`, write what was found to `result`; what goes wrong is one line on stdout."""
+def main() -> int:
+    """Do what stands on standard input; what goes wrong is one line on standard output."""
+    # If llama.cpp aborts, its reason is to be the last line.
+    os.environ["GGML_NO_BACKTRACE"] = "1"
     try:
-        job = read_value(Job, Path(order))
+        order = TypeAdapter(Order).validate_python(read_job())
+        job = order.job
         options = LoadOptions(
             n_ctx=cells_needed(job.tasks, job.together), n_batch=N_BATCH, n_seq_max=N_SEQ_MAX, n_outputs=N_SEQ_MAX
         )
-        llama = load(Path(job.model), options)
-        outcome = do_job(llama, job, _tell)
-        Path(result).write_bytes(TypeAdapter(Outcome).dump_json(outcome))
+        outcome = do_job(load(Path(job.model), options), job, tell)
+        Path(order.result).write_bytes(TypeAdapter(Outcome).dump_json(outcome))
     except (ConvertError, EngineError, RequestError, OSError) as error:
-        print(f"{ERROR}{error}".replace("\n", " "), flush=True)
+        tell(str(error).replace("\n", " "))
         return 1
     return 0
 
 
-def _tell(done: int, total: int) -> None:
-    try:
-        print(STEP, done, total, flush=True)
-    except BrokenPipeError:
-        os._exit(1)  # nobody waits for the result any more
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

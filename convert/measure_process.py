@@ -1,29 +1,23 @@
 """A file is measured in a process of its own: what aborts in llama.cpp is one candidate's fault, not the conversion's.
 
-What goes in and comes out are typed values as JSON files; the child's output tells how far it is, and what went wrong.
+What goes in and comes out are typed values, as JSON.
 """
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from .child import run_child
 from .errors import MeasureFailed
 from .measure_loss import RowLoss
 from .measure_pass import Answer
 from .measure_rows import Row
 from .measure_tasks import Tasks
 
-STEP, ERROR = "step", "error: "
-_ASSERTION = "GGML_ASSERT"
-
 Progress = Callable[[int, int], None]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +48,14 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """A job, and the file that its outcome is to be written to."""
+
+    job: Job
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a child found: an answer for each task, and for each comparison the losses in the order of its rows."""
 
@@ -62,48 +64,19 @@ class Outcome:
 
 
 def run_job(job: Job, folder: Path, progress: Progress) -> Outcome:
-    """Do `job` in a child process, with its files in `folder`. `progress` is told (examples done, in all).
+    """Do `job` in a child process, which leaves what it found in `folder`. `progress`: (examples done, in all).
 
-    Raises MeasureFailed with the child's last word. However it ends, the child has ended too and its files are gone.
+    Raises MeasureFailed with the child's last word. However this ends, the child has ended too and its file is gone.
     """
-    order, result = folder / "job.json", folder / "outcome.json"
+    result = folder / "outcome.json"
+    order = TypeAdapter(Order).dump_python(Order(job, str(result)), mode="json")
     try:
-        order.write_bytes(TypeAdapter(Job).dump_json(job))
-        complaint = _watch(job, [str(order), str(result)], progress)
-        if complaint is not None:
-            raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {complaint}")
-        return read_value(Outcome, result)
-    finally:
-        order.unlink(missing_ok=True)
-        result.unlink(missing_ok=True)
-
-
-def read_value(kind: type[T], file: Path) -> T:
-    """A value of type `kind` from a JSON file. Raises MeasureFailed."""
-    try:
-        return TypeAdapter(kind).validate_json(file.read_bytes())
+        code, complaint = run_child("convert.measure_child", order, progress)
+        if code != 0:
+            end = f"{signal.Signals(-code).name}: " if code < 0 else ""
+            raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {end}{complaint}")
+        return TypeAdapter(Outcome).validate_json(result.read_bytes())
     except (OSError, ValidationError) as error:
-        raise MeasureFailed(f"{str(file)!r} cannot be read: {error}") from error
-
-
-def _watch(job: Job, arguments: list[str], progress: Progress) -> str | None:
-    """Run the child to its end; why it failed, if it did."""
-    # -P: a folder called `convert` where the user stands must not be taken for ours
-    command = [sys.executable, "-P", "-m", "convert.measure_child", *arguments]
-    said = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as it:
-        try:
-            assert it.stdout is not None
-            for line in it.stdout:
-                if line.startswith(STEP):
-                    progress(*map(int, line.split()[1:3]))
-                elif line.strip() and not said.startswith(ERROR) and _ASSERTION not in said:
-                    said = line.strip()
-            code = it.wait()
-        except BaseException:
-            it.kill()
-            raise
-    if code == 0:
-        return None
-    end = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return said.removeprefix(ERROR) if said.startswith(ERROR) else f"{end}: {said or 'no word from it'}"
+        raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {error}") from error
+    finally:
+        result.unlink(missing_ok=True)

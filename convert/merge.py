@@ -7,6 +7,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from models.gguf_header import Header, TensorInfo
+from runtime.llama_half import to_half
 
 from .errors import SourceInvalid
 from .lora_fit import EMBEDDING, HEAD, Fitted
@@ -58,11 +59,10 @@ def file_rows(source: Source, tensor: TensorInfo, kind: GGMLQuantizationType | N
 
     Raises SourceInvalid when a value is not finite, or too large for float16.
     """
-    wanted = half_precision_kind(tensor) if kind is None else kind  # F32 is 0, which `or` would take for none
+    wanted = half_precision_kind(tensor) if kind is None else kind
     dtype = np.float16 if wanted == GGMLQuantizationType.F16 else np.float32
     for _, rows in source.slabs(tensor):
-        with np.errstate(over="ignore"):
-            out = rows.astype(dtype, copy=False)
+        out = to_half(rows) if dtype == np.float16 else rows
         if not _is_finite(out):
             worst = float(np.abs(rows).max())
             raise SourceInvalid(

@@ -76,8 +76,8 @@ def _made_elsewhere(source: str, gguf: Path, report: Reporter) -> Origin:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise RequestInvalid(
-            f"with --gguf SOURCE is the folder that {gguf.name!r} was made from, for its tokenizer: {source!r} is none; "
-            f"to convert a GGUF file alone, give it as SOURCE"
+            f"with --gguf SOURCE is the folder {gguf.name!r} was made from, for its tokenizer: {source!r} is none. "
+            f"To convert a GGUF file alone, give it as SOURCE"
         )
     if not gguf.is_file():
         raise RequestInvalid(f"--gguf {str(gguf)!r}: there is no such file")

@@ -14,7 +14,7 @@ from models.card import render_card
 from models.files import check_free, discard, sha256_file, write_atomic
 from models.gguf_header import read_header
 from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
-from models.quality import QUALITY_FILE, Quality, write_quality
+from models.quality import Quality, write_quality
 from models.quality_plot import PLOT_FILE, render_plot
 from models.store import Store, StoredModel
 
@@ -126,11 +126,11 @@ def _stage(plan: Plan) -> str:
 
 def _make_hot(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
     assert inputs.adapter is not None, "gather lets no hot conversion without an adapter pass"
-    check_hot(inputs.adapter)
     with store.staging(inputs.manifest.name, replace=request.replace) as folder:
         base = inputs.origin.path
         header = read_header(base)
         fitted = fit(inputs.adapter, header)
+        check_hot(inputs.adapter, fitted)
         chat = choose_format(header, inputs.adapter.folder)
         plan = plan_hot(header, fitted.loras, chat, inputs.manifest.name, inputs.manifest.licence)
         _warn(None, chat, fitted, inputs, report)

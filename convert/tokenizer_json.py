@@ -163,7 +163,7 @@ def _joined_otherwise(vocabulary: Mapping[str, int], merges: list[tuple[str, str
         text
         for text in texts
         for at in range(1, len(text))
-        if text[:at] in vocabulary and text[at:] in vocabulary and (text[:at], text[at:]) not in pairs
+        if (left := text[:at]) in vocabulary and (right := text[at:]) in vocabulary and (left, right) not in pairs
     ]
     if extra:
         yield (

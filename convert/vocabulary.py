@@ -27,7 +27,7 @@ from .vocabulary_merges import Rules, may_overlap, rules_for
 
 DEFAULT_KEEP = 32_768
 ROWS = 32
-"""Matrices are multiplied by up to this many rows at a time, so a vocabulary is a multiple of it where it can be."""
+"""llama.cpp repacks a matrix for its fast kernels only if its rows come in groups; Q4_0 decodes 1.2× faster so."""
 
 _TEMPLATE = "tokenizer.chat_template"
 _SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE)

@@ -7,8 +7,8 @@ import numpy as np
 
 from models.gguf_header import Header
 from models.quality import Trim
-from runtime.llama import Llama
-from runtime.sequence import Batch
+from runtime.llama_greedy import greedy_answer
+from runtime.llama_protocol import LlamaLike
 
 from .errors import RequestInvalid
 from .vocabulary import TrimPlan, tokenizer_of
@@ -45,7 +45,7 @@ def coverage(header: Header, plan: TrimPlan, texts: Iterable[str]) -> Coverage:
 
 
 def greedy_agreement(
-    whole: Llama, trimmed: Llama, prompts: Sequence[str], progress: Callable[[int, int], None]
+    whole: LlamaLike, trimmed: LlamaLike, prompts: Sequence[str], progress: Callable[[int, int], None]
 ) -> float:
     """The share of prompts that both models answer with the same text, up to its end or MAX_ANSWER_TOKENS.
 
@@ -62,7 +62,7 @@ def greedy_agreement(
     return same / len(prompts)
 
 
-def _answer(llama: Llama, prompt: str) -> str:
+def _answer(llama: LlamaLike, prompt: str) -> str:
     tokens = llama.tokenizer.encode(prompt, add_special=False, parse_special=True)
     if llama.tokenizer.adds_bos and llama.tokenizer.bos is not None and tokens[:1] != [llama.tokenizer.bos]:
         tokens.insert(0, llama.tokenizer.bos)
@@ -70,27 +70,4 @@ def _answer(llama: Llama, prompt: str) -> str:
     if room < MAX_ANSWER_TOKENS:
         message = f"a prompt of {len(tokens)} tokens leaves no room for an answer of {MAX_ANSWER_TOKENS} tokens"
         raise RequestInvalid(f"{message} in a context of {llama.info.n_ctx}")
-    llama.clear()
-    answer: list[int] = []
-    pending, position = tokens, 0
-    while len(answer) < MAX_ANSWER_TOKENS:
-        best = _greedy(llama, pending, position)
-        if llama.tokenizer.is_end(best):
-            break
-        position += len(pending)
-        pending = [best]
-        answer.append(best)
-    return llama.tokenizer.decode(answer)
-
-
-def _greedy(llama: Llama, tokens: Sequence[int], position: int) -> int:
-    """Decode `tokens` from `position` on, in as many batches as they need; the likeliest token after them."""
-    step = llama.info.n_batch
-    logits = np.empty((0, 0), np.float32)
-    for start in range(0, len(tokens), step):
-        part = np.asarray(tokens[start : start + step], np.int32)
-        wants = np.zeros(len(part), bool)
-        wants[-1] = start + step >= len(tokens)
-        positions = np.arange(len(part), dtype=np.int32) + position + start
-        logits = llama.decode(Batch(part, positions, np.zeros(len(part), np.int32), wants))
-    return int(logits[0].argmax())
+    return llama.tokenizer.decode(greedy_answer(llama, tokens, MAX_ANSWER_TOKENS))

@@ -19,6 +19,8 @@ MAGIC = b"GGUF"
 MAX_FIELDS = 65_536
 MAX_TENSORS = 65_536
 MAX_KEY_BYTES = 65_535
+# Ten times the largest vocabulary: what comes before the weights is held in memory.
+MAX_HEAD_BYTES = 1 << 28
 
 _UINT8, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 0, 4, 5, 6, 7, 8, 9
 # The other types by their number in the file: u8 i8 u16 i16 u32 i32 f32 bool, then u64 i64 f64.
@@ -27,6 +29,7 @@ _SCALARS: Mapping[int, struct.Struct] = {
     for kind, code in zip([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], "BbHhIif?Qqd", strict=True)
 }
 _LENGTH = struct.Struct("<Q")
+_LENGTH_BYTES = _LENGTH.size
 _ARRAY_HEAD = struct.Struct("<IIQ")
 
 
@@ -118,11 +121,11 @@ class Field:
         kind, length = self._elements
         if kind != _STRING:
             return None
-        found, at = [], _ARRAY_HEAD.size
-        for _ in range(length):
-            start = at + _LENGTH.size
-            at = start + _LENGTH.unpack_from(self.raw, at)[0]
-            found.append(self.raw[start:at])
+        found, at, raw, length_at = [], _ARRAY_HEAD.size, self.raw, _LENGTH.unpack_from
+        for _ in range(length):  # of a vocabulary, hundreds of thousands
+            start = at + _LENGTH_BYTES
+            at = start + length_at(raw, at)[0]
+            found.append(raw[start:at])
         return found
 
     @property
@@ -220,6 +223,8 @@ class HeadReader:
         left = self.size - self.at
         if n_bytes > left:
             raise self.bad(f"is truncated or corrupt: {what} at byte {self.at} needs {n_bytes} bytes, {left} are left")
+        if self.at + n_bytes > MAX_HEAD_BYTES:
+            raise self.bad(f"has {n_bytes} bytes of {what} at byte {self.at}; the head's limit is {MAX_HEAD_BYTES}")
         self.at += n_bytes
 
     def _field(self, key: str) -> Field:
@@ -249,6 +254,8 @@ class HeadReader:
         at, last, length_at, data = self.at, self.size - _LENGTH.size, _LENGTH.unpack_from, self._data
         if count * _LENGTH.size > self.size - at:
             raise self.bad(f"is truncated or corrupt: array {key!r} claims {count} strings")
+        if count * _LENGTH.size > MAX_HEAD_BYTES:
+            raise self.bad(f"has {count} strings in array {key!r}; the head's limit is {MAX_HEAD_BYTES} bytes")
         for index in range(count):  # of a vocabulary, hundreds of thousands
             if at > last:
                 raise self.bad(f"is truncated or corrupt: string {index} of {count} in array {key!r} is past its end")

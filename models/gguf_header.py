@@ -9,6 +9,7 @@ from pathlib import Path
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .errors import BadGguf
+from .gguf_check import check_fields, check_vocabulary
 from .gguf_fields import Field, HeadReader, open_head
 
 DEFAULT_ALIGNMENT = 32
@@ -71,6 +72,8 @@ def read_header(path: Path) -> Header:
     """Read and check the head of the GGUF file at `path`. Raises BadGguf naming the place and the value."""
     with open_head(path) as head:
         fields, n_tensors = head.fields()
+        check_fields(path, fields)
+        check_vocabulary(path, fields)
         alignment = _alignment(head, fields)
         return Header(path, fields, _tensors(head, n_tensors, alignment), alignment)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .gguf_check import check_fields
 from .gguf_fields import Field, read_fields
 
 # Numbers of an array that are kept: one for each layer of a model, say.
@@ -57,6 +58,7 @@ class GgufMeta:
 def read_meta(path: Path) -> GgufMeta:
     """Read the metadata of the GGUF file at `path`. Raises BadGguf naming the place and the value."""
     fields = read_fields(path)
+    check_fields(path, fields)
     lengths = {key: field.length for key, field in fields.items() if field.length is not None}
     return GgufMeta({key: _kept(field) for key, field in fields.items()}, lengths)
 

@@ -1,7 +1,7 @@
 """float32 to float16 as fast as the machine can: by ggml's own loop, which uses the processor's instruction for it.
 
-numpy's takes some eighty times as long (19 ns a number against 0.2), which is most of what a conversion does. Both
-round to the nearest, ties to even, so the bytes are the same.
+numpy takes some ten times as long for it (2.9 ns a number against 0.2). Both round to the nearest, ties to even, so
+the bytes are the same.
 """
 
 import ctypes

@@ -41,8 +41,8 @@ PLAIN = ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL"]
 @pytest.mark.parametrize(
     ("work", "mixes"),
     [
-        ("classify", ["F16-vocab-Q8_0", "F16-vocab-Q4_0", "Q8_0-vocab-Q4_0", "Q8_0-gate-up-Q4_0"]),
-        ("write", ["Q8_0-vocab-Q4_0", "Q8_0-vocab-IQ4_NL", "Q4_0-vocab-Q4_0", "Q8_0-gate-up-Q4_0"]),
+        ("classify", ["F16-vocab-Q8_0", "F16-vocab-Q4_0", "Q8_0-vocab-Q4_0"]),
+        ("write", ["Q8_0-vocab-Q4_0", "Q8_0-vocab-IQ4_NL", "Q4_0-vocab-Q4_0", "Q8_0-vocab-Q5_1"]),
     ],
 )
 def test_the_ladder_of_a_small_model(work: Work, mixes: list[str]) -> None:
@@ -55,7 +55,9 @@ def test_the_ladder_of_a_small_model(work: Work, mixes: list[str]) -> None:
 
 
 def test_rows_that_fit_a_k_quant_may_have_one() -> None:
-    assert "Q8_0-vocab-Q6_K" in names(ladder(header(tensors(width=768)), "write", imatrix=False))
+    found = names(ladder(header(tensors(width=768)), "write", imatrix=False))
+    assert "Q8_0-vocab-Q6_K" in found
+    assert "Q8_0-vocab-Q5_1" not in found
 
 
 def test_a_small_vocabulary_gets_no_layout_of_its_own() -> None:
@@ -66,7 +68,9 @@ def test_a_small_vocabulary_gets_no_layout_of_its_own() -> None:
 def test_the_importance_matrix_is_used_by_what_learns_from_it() -> None:
     specs = ladder(header(tensors()), "classify", imatrix=True)
     without = {spec.name for spec in specs if not spec.imatrix}
-    assert without == {"F16", "Q8_0", "F16-vocab-Q8_0", "F16-vocab-Q4_0", "Q8_0-vocab-Q4_0"}
+    assert without == {"F16", "Q8_0", "F16-vocab-Q8_0"}
+    mostly_layers = ladder(header(tensors(vocabulary=1000)), "classify", imatrix=True)
+    assert {spec.name: spec.imatrix for spec in mostly_layers}["Q8_0-gate-up-Q4_0"]
     assert not any(spec.imatrix for spec in ladder(header(tensors()), "write", imatrix=False))
 
 

@@ -35,7 +35,7 @@ def test_json_names_the_model_and_its_manifest(model: Path, capsys: pytest.Captu
     assert answer["name"] == "tiny"
     assert Path(answer["gguf"]).is_file()
     assert [artefact["quantization"] for artefact in answer["manifest"]["artefacts"]] == ["F16"]
-    assert printed.err.splitlines() == ["check base.gguf …", "merge 14 matrices, write F16 …", "verify …"]
+    assert printed.err.splitlines() == ["check base.gguf …", "merge 14 tensors, write F16 …", "verify …"]
 
 
 def test_a_person_gets_the_name_and_the_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

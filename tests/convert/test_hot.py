@@ -214,6 +214,22 @@ MORE: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
 }
 
 
+def test_a_head_that_the_base_ties_is_refused_and_its_own_is_not(
+    store: Store, tmp_path: Path, hot_request: ConvertRequest
+) -> None:
+    head = {
+        "base_model.model.lm_head.lora_A.weight": np.full((4, 64), 0.125),
+        "base_model.model.lm_head.lora_B.weight": np.full((267, 4), 0.125) * np.arange(267)[:, None],
+    }
+    request = dataclasses.replace(hot_request, adapter=write_adapter(tmp_path / "head", head))
+    with pytest.raises(
+        AdapterInvalid, match=r"which this base ties to its embedding \('output\.weight'\).*leave out --hot"
+    ):
+        convert(request, store, Notes())
+    own = write_model(tmp_path / "own.gguf", changes={"output.weight": np.ones((267, 64), np.float32)})
+    assert convert(dataclasses.replace(request, source=str(own)), store, Notes()).gguf.is_file()
+
+
 @pytest.mark.parametrize("what", MORE)
 def test_what_llama_cpp_cannot_apply_is_refused_with_the_way_out(
     store: Store, tmp_path: Path, hot_request: ConvertRequest, what: str
@@ -221,8 +237,9 @@ def test_what_llama_cpp_cannot_apply_is_refused_with_the_way_out(
     tensors, config, where = MORE[what]
     pair = {name: array for name, array in adapter_tensors().items() if name.startswith(Q0)}
     more = write_adapter(tmp_path / "more", pair | tensors, **config)
+    base = write_model(tmp_path / "biased.gguf", changes={"blk.0.attn_q.bias": np.zeros(64, np.float32)})
     with pytest.raises(AdapterInvalid) as caught:
-        convert(dataclasses.replace(hot_request, adapter=more), store, Notes())
+        convert(dataclasses.replace(hot_request, source=str(base), adapter=more), store, Notes())
     assert f"has {what} ({where!r}), which can be merged but not applied" in str(caught.value)
     assert "leave out --hot" in str(caught.value)
     assert files_under(store) == []

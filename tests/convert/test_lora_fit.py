@@ -45,6 +45,7 @@ def merged(tmp_path: Path, tensors: Tensors, architecture: str = "gemma3", **mor
     made, header = fitted(tmp_path, tensors, architecture, **more)
     with Checkpoint(header.path) as checkpoint:
         source = Merged(checkpoint, made)
+        assert made.changes.keys() <= source.header.tensors.keys()
         return {
             name: np.concatenate([rows for _, rows in source.slabs(info)]).reshape(info.shape)
             for name, info in source.header.tensors.items()

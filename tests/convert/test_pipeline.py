@@ -36,6 +36,7 @@ class Notes:
 
     def __init__(self, fail_at: str = "", error: BaseException | None = None) -> None:
         self.stages: list[str] = []
+        self.notes: list[str] = []
         self.warnings: list[str] = []
         self.steps: list[tuple[int, int | None]] = []
         self._fail_at, self._error = fail_at, error
@@ -47,6 +48,9 @@ class Notes:
 
     def advance(self, done: int, total: int | None = None) -> None:
         self.steps.append((done, total))
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)

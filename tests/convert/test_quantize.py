@@ -1,5 +1,6 @@
 """Quantizing through llama.cpp: real files of each kind, its errors as ours, nothing left behind."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_a_fallback_of_an_override_is_counted(tmp_path: Path, half: Path) -> Non
     spec = CandidateSpec("mixed", "Q8_0", overrides=(TypeOverride(VOCABULARY, Kind.Q4_K),))
     assert quantize(half, tmp_path / "out.gguf", spec, None, silent).fallbacks == 1
     assert kinds(tmp_path / "out.gguf")["token_embd.weight"] == "Q5_0"
+
+
+def test_a_matrix_collected_with_the_output_weighs_the_vocabulary(tmp_path: Path, half: Path) -> None:
+    collect(half, [[2, 10, 11, 200, 90]], tmp_path / "imatrix.gguf", silent, output=True)
+    spec = CandidateSpec("mixed", "Q8_0", imatrix=True, overrides=(TypeOverride(VOCABULARY, Kind.Q4_0),))
+    quantize(half, tmp_path / "weighted.gguf", spec, tmp_path / "imatrix.gguf", silent)
+    quantize(half, tmp_path / "plain.gguf", replace(spec, imatrix=False), None, silent)
+    before, after = hash_tensors(tmp_path / "plain.gguf"), hash_tensors(tmp_path / "weighted.gguf")
+    assert {name for name in before if before[name] != after[name]} == {"token_embd.weight"}
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "Q4_K_M", "Q8_0"])

@@ -1,19 +1,12 @@
 """Coverage is counted in the whole vocabulary's tokens; answers are compared as texts."""
 
-from pathlib import Path
-
 import pytest
 
-from convert.checkpoint import Checkpoint
 from convert.errors import RequestInvalid
 from convert.vocabulary import plan_trim
 from convert.vocabulary_report import coverage, greedy_agreement
-from convert.vocabulary_source import TrimmedSource
-from models.gguf_header import read_header
-from runtime.llama import LoadOptions, load
+from tests.fakes import FakeLlama
 
-from . import tiny
-from .test_vocabulary_source import write
 from .vocabularies import sentencepiece
 
 
@@ -34,22 +27,31 @@ def test_nothing_held_out_is_no_coverage(texts: list[str]) -> None:
         coverage(full, plan_trim(full, ["aa"], 260), texts)
 
 
-def test_answers_agree_where_the_likeliest_tokens_are_kept(tmp_path: Path) -> None:
-    whole = tiny.write_model(tmp_path / "whole.gguf")
-    plan = plan_trim(read_header(whole), ["oe"], 265)
-    with Checkpoint(whole) as checkpoint:
-        trimmed = write(TrimmedSource(checkpoint, plan), tmp_path / "trimmed.gguf")
-    options = LoadOptions(n_ctx=128, n_batch=8, n_seq_max=1, n_threads=1, gpu_layers=0)
-    models = load(whole, options), load(trimmed, options)
+def answering(by_prompt: dict[str, str]) -> FakeLlama:
+    """A model that gives each prompt its answer, whatever begins it."""
+    llama = FakeLlama(n_ctx=256, n_batch=4)
+
+    def next_token(history: tuple[int, ...]) -> int:
+        text = llama.tokenizer.decode(history)
+        prompt = next(prompt for prompt in by_prompt if text.startswith(prompt))
+        said = text[len(prompt) :]
+        return llama.tokenizer.encode(by_prompt[prompt][len(said) :] or "<eos>", add_special=False, parse_special=True)[
+            0
+        ]
+
+    llama.script = next_token
+    return llama
+
+
+def test_agreement_is_the_share_of_prompts_with_the_same_text_for_an_answer() -> None:
+    whole = answering({"a mail ": "spam", "b mail ": "ham", "c mail ": "ham", "d mail ": "x" * 200})
+    cut = answering({"a mail ": "spam", "b mail ": "hamlet", "c mail ": "spam", "d mail ": "x" * 100})
     steps: list[tuple[int, int]] = []
-    prompts = ["oe", "\x07\x08 a prompt of more tokens than a batch", "oeo"]
-    same = greedy_agreement(*models, prompts, lambda *step: steps.append(step))
-    assert steps == [(1, 3), (2, 3), (3, 3)]
-    assert greedy_agreement(models[0], models[0], prompts, lambda *_: None) == 1
-    assert 0 <= same <= 1
+    prompts = ["a mail ", "b mail ", "c mail ", "d mail "]
+    assert greedy_agreement(whole, cut, prompts, lambda *step: steps.append(step)) == 2 / 4
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert greedy_agreement(whole, whole, prompts, lambda *_: None) == 1
     with pytest.raises(RequestInvalid, match="no held-out prompts"):
-        greedy_agreement(*models, [], lambda *_: None)
-    with pytest.raises(RequestInvalid, match=r"leaves no room .* in a context of"):
-        greedy_agreement(*models, ["x" * 1000], lambda *_: None)
-    for model in models:
-        model.close()
+        greedy_agreement(whole, cut, [], lambda *_: None)
+    with pytest.raises(RequestInvalid, match=r"a prompt of \d+ tokens leaves no room .* in a context of 256"):
+        greedy_agreement(whole, cut, ["a mail " + "x" * 200], lambda *_: None)

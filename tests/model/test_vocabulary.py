@@ -1,75 +1,104 @@
-"""A real vocabulary of 262,144 tokens goes through a tokenizer.json and back, and stays what it was."""
+"""The real vocabulary of 262,144 tokens, cut by the default model's own examples."""
 
+import gzip
 import json
+from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from convert.parity import check_tokenizer, open_pair
-from convert.tokenizer import read_vocabulary
-from convert.tokenizer_pieces import Kind
-from models.gguf_fields import read_fields
-from tests.convert.tiny_tokenizers import vocabulary_gguf
+from convert.checkpoint import Checkpoint
+from convert.vocabulary import TrimPlan, plan_trim, tokenizer_of
+from convert.vocabulary_report import coverage
+from convert.vocabulary_source import TrimmedSource
+from models.gguf_header import Header, read_header
+from models.store import StoredModel
+from runtime.llama_tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model
-_ADDED = {Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED}
+
+KEEP = 16_384
+TEXTS = st.text(max_size=40) | st.text("eaoit nshrdlu.,\n<>_0123", max_size=60)
 
 
-def as_tokenizer_json(gguf: Path) -> dict[str, Any]:
-    """What transformers makes of SentencePiece's file: each pair of pieces that makes a piece is a merge."""
-    fields = read_fields(gguf)
-    spelled = [text.decode() for text in fields["tokenizer.ggml.tokens"].strings or []]
-    kinds = fields["tokenizer.ggml.token_type"].numbers or ()
-    scores = fields["tokenizer.ggml.scores"].numbers or ()
-    texts = [text.replace(" ", "▁") for text in spelled]
-    ids = {text: index for index, text in enumerate(texts)}
-    merges = [
-        (0 if kinds[index] == Kind.USER_DEFINED else -scores[index], ids[text[:at]], ids[text[at:]])
-        for text, index in ids.items()
-        if kinds[index] in {Kind.NORMAL, Kind.USER_DEFINED}
-        for at in range(1, len(text))
-        if text[:at] in ids and text[at:] in ids
-    ]
-    added = [
-        {"id": index, "content": texts[index], "special": kind != Kind.USER_DEFINED, "normalized": False}
-        | {"lstrip": False, "rstrip": False, "single_word": False}
-        for index, kind in enumerate(kinds)
-        if kind in _ADDED
-    ]
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"String": " "},
-            "behavior": "MergedWithPrevious",
-            "invert": False,
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": ids,
-            "merges": [[texts[left], texts[right]] for _, left, right in sorted(merges)],
-        },
-    }
+def mails(split: str) -> Iterator[str]:
+    data = files("models.email_triage").joinpath(f"data/{split}.jsonl.gz").read_bytes()
+    for line in gzip.decompress(data).decode().splitlines():
+        mail, label = (message["content"] for message in json.loads(line)["messages"])
+        yield f"<bos><start_of_turn>user\n{mail}<end_of_turn>\n<start_of_turn>model\n{label}<end_of_turn>\n"
 
 
-def test_gemmas_vocabulary_comes_back_as_it_was(base_gguf: Path, tmp_path: Path) -> None:
-    raw = json.dumps(as_tokenizer_json(base_gguf), ensure_ascii=False)
-    (tmp_path / "tokenizer.json").write_text(raw, encoding="utf-8")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}))
-    before = read_fields(base_gguf)
-    texts = before["tokenizer.ggml.tokens"].strings or []
-    vocabulary = read_vocabulary(tmp_path, {"model_type": "gemma3_text"}, len(texts))
-    assert vocabulary.fields["tokenizer.ggml.tokens"].strings == texts
-    for key in ("model", "pre", "bos_token_id", "eos_token_id", "add_space_prefix"):
-        assert vocabulary.fields[f"tokenizer.ggml.{key}"].value == before[f"tokenizer.ggml.{key}"].value
-    mails = ["Subject: [ilug] Re: kernel  panic\n\n> On Tue, 3 Sep 2002\n\n\n\tI'd try `dmesg | tail`.\n-- \nJoe"]
-    for gguf in (base_gguf, vocabulary_gguf(tmp_path / "vocabulary.gguf", vocabulary)):
-        parity = check_tokenizer(open_pair(gguf, tmp_path), mails)
-        assert parity.mismatches == ()
-        assert parity.n_tokens > 1500
+@pytest.fixture(scope="module")
+def header(email_triage: StoredModel) -> Header:
+    return read_header(email_triage.gguf)
+
+
+@pytest.fixture(scope="module")
+def plan(header: Header) -> TrimPlan:
+    return plan_trim(header, mails("train"), KEEP)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(header: Header, plan: TrimPlan) -> tuple[Tokenizer, Tokenizer]:
+    return tokenizer_of(header), tokenizer_of(header, plan.fields)
+
+
+def test_as_many_stay_as_asked_for_and_most_of_unseen_mail_is_covered(header: Header, plan: TrimPlan) -> None:
+    assert len(plan.kept) == KEEP
+    train, test = coverage(header, plan, mails("train")), coverage(header, plan, mails("test"))
+    assert (train.tokens, train.examples) == (1, 1)
+    assert test.tokens > 0.9
+
+
+def test_special_tokens_move_together(tokenizers: tuple[Tokenizer, Tokenizer], plan: TrimPlan) -> None:
+    before, after = tokenizers
+    marks = "<bos><start_of_turn><end_of_turn><eos><pad><unk>"
+    moved = plan.new_ids[before.encode(marks, add_special=False, parse_special=True)]
+    assert after.encode(marks, add_special=False, parse_special=True) == moved.tolist()
+    assert [plan.new_ids[token] for token in before.end_tokens] == list(after.end_tokens)
+    assert [after.bos, after.eos] == plan.new_ids[[before.bos or 0, before.eos or 0]].tolist()
+
+
+def alike(before: Tokenizer, after: Tokenizer, plan: TrimPlan, text: str) -> bool:
+    """Whether the text is covered; if so, it has to be read alike."""
+    whole = before.encode(text, add_special=False, parse_special=True)
+    mapped = plan.new_ids[whole]
+    if (mapped < 0).any():
+        return False
+    assert after.encode(text, add_special=False, parse_special=True) == mapped.tolist()
+    return True
+
+
+def test_mails_that_are_covered_are_read_alike(tokenizers: tuple[Tokenizer, Tokenizer], plan: TrimPlan) -> None:
+    words = [word for mail in mails("test") for word in mail.split("\n")]
+    assert sum(alike(*tokenizers, plan, text) for text in words) > len(words) / 3
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS)
+def test_any_text_that_is_covered_is_read_alike(
+    tokenizers: tuple[Tokenizer, Tokenizer], plan: TrimPlan, text: str
+) -> None:
+    alike(*tokenizers, plan, text)
+
+
+def test_texts_made_of_kept_tokens_are_read_alike(tokenizers: tuple[Tokenizer, Tokenizer], plan: TrimPlan) -> None:
+    before, after = tokenizers
+    random = np.random.default_rng(4)
+    texts = [before.decode(random.choice(plan.kept, 6).tolist()) for _ in range(3000)]
+    assert sum(alike(before, after, plan, text) for text in texts) > 1500
+
+
+def test_the_embedding_keeps_its_rows(email_triage: StoredModel, plan: TrimPlan) -> None:
+    with Checkpoint(Path(email_triage.gguf)) as checkpoint:
+        source = TrimmedSource(checkpoint, plan)
+        info = checkpoint.header.tensors["token_embd.weight"]
+        rows = np.concatenate([slab for _, slab in source.slabs(source.header.tensors[info.name])])
+        assert rows.shape == (KEEP, 640)
+        for start, slab in checkpoint.slabs(info):
+            inside = (plan.kept >= start) & (plan.kept < start + len(slab))
+            np.testing.assert_array_equal(rows[inside], slab[plan.kept[inside] - start])
