@@ -83,6 +83,8 @@ def _judged(candidate: Candidate, reference: Candidate, budget: Budget) -> Candi
     if candidate.name == REFERENCE:
         return candidate.model_copy(update={"verdict": "within budget", "reason": "the reference"})
     over = "; ".join(excesses(candidate, reference.answers, budget))
+    if over and candidate.grid:  # part of the fine-tune is gone, if not all of it
+        over = f"{over}. {candidate.grid}"
     verdict = "over budget" if over else "within budget"
     return candidate.model_copy(update={"verdict": verdict, "reason": over or "loses no more than the budget"})
 

@@ -282,16 +282,22 @@ class _Ladder:
     def _judged_by_base(self, found: Candidate, path: Path, measured: Sequence[Measured]) -> Candidate:
         assert self._base is not None
         nearness = nearness_of(*measured)
-        found = found.model_copy(update={"kl_to_base": nearness.kl_to_base})
+        grid, n_tuned = self._grid(path)
+        words = cause(grid, n_tuned)
+        found = found.model_copy(update={"kl_to_base": nearness.kl_to_base, "grid": words if grid else ""})
         why = undone(nearness, self._distance(), self._floor())
         if why is None:
             return found
-        header = read_header(path)
-        tuned = self._inputs.tuned or tuple(name for name, tensor in header.tensors.items() if len(tensor.shape) > 1)
-        grid = shared_grid(self._inputs.base_header or read_header(self._base), header, tuned)
-        reason = f"{why}. {cause(grid, len(tuned))}"
+        reason = f"{why}. {words}"
         self._report.warn(f"{found.name} UNDOES THE FINE-TUNE: {reason}")
         return found.model_copy(update={"verdict": "undoes the fine-tune", "reason": reason})
+
+    def _grid(self, path: Path) -> tuple[Mapping[str, int], int]:
+        """The grid that a candidate shares with the base, and of how many fine-tuned matrices."""
+        assert self._base is not None
+        header = read_header(path)
+        tuned = self._inputs.tuned or tuple(name for name, tensor in header.tensors.items() if len(tensor.shape) > 1)
+        return shared_grid(self._inputs.base_header or read_header(self._base), header, tuned), len(tuned)
 
     def _distance(self) -> float:
         loss = self.base_distance()

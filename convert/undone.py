@@ -65,7 +65,7 @@ def shared_grid(base: Header, candidate: Header, tuned: Collection[str]) -> Mapp
 
 
 def cause(grid: Mapping[str, int], n_tuned: int) -> str:
-    """The cause, in words, of an undone fine-tune whose `shared_grid` is `grid`."""
+    """The cause, in words, of a fine-tune that is undone or nearly so, where `shared_grid` is `grid`."""
     if not grid:
         return "quantizing it loses more than fine-tuning changed"
     return (

@@ -77,8 +77,8 @@ class Shape(_Part):
 class Candidate(_Part):
     """One file that was made and measured. `score_per_s`: what the pick compares, examples a second for the work.
 
-    `kl_to_base`: mean KL divergence to the model before its fine-tuning, where that was at hand. `verdict` is
-    "unjudged" until the choice was made.
+    `kl_to_base`: mean KL divergence to the model before its fine-tuning, where that was at hand. `grid`: what of the
+    fine-tuned matrices is rounded to the grid their base lay on, in words. `verdict` is "unjudged" until the choice.
     """
 
     name: str
@@ -92,6 +92,7 @@ class Candidate(_Part):
     speed: Speed | None = None
     score_per_s: float | None = None
     kl_to_base: float | None = None
+    grid: str = ""
     verdict: Verdict = "unjudged"
     reason: str = ""
 

@@ -100,9 +100,9 @@ def render_plot(quality: Quality) -> str | None:
         f"<style>{_STYLE}</style>",
         *_frame(scales, quality.work),
         *_limits(scales, budget, floor),
+        *_labels(dots, _reserved(scales, budget, floor)),
         # the largest first, so that none hides another
         *(_circle(dot) for dot in sorted(dots, key=lambda dot: -dot.radius)),
-        *_labels(dots, _reserved(scales, budget, floor)),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"

@@ -68,6 +68,13 @@ def test_each_part_of_the_budget_can_refuse(worse: dict[str, Any], why: str) -> 
     assert re.search(why, choice.candidates[1].reason)
 
 
+def test_a_shared_grid_is_named_where_something_was_lost_and_only_there() -> None:
+    lost, kept = made("Q4_K_M", kl=0.4, grid="3 of 3 matrices are rounded"), made("Q5_K_M", kl=0.01, grid="3 of 3")
+    _, refused, allowed = choose([F16, lost, kept], BUDGET).candidates
+    assert refused.reason.endswith("the budget is 0.02. 3 of 3 matrices are rounded")
+    assert "3 of 3" not in allowed.reason
+
+
 def test_better_accuracy_or_a_loss_of_it_by_chance_is_no_ground() -> None:
     better, chance = answers(correct=95, flips=2, p_value=0.001), answers(correct=79, flips=2, p_value=0.9)
     choice = choose([F16, made("a", answers=better), made("b", answers=chance)], BUDGET)
