@@ -1,7 +1,7 @@
 """float32 to float16 as fast as the machine can: by ggml's own loop, which uses the processor's instruction for it.
 
-numpy takes some ten times as long for it (2.9 ns a number against 0.2), more than all else in a conversion. Both
-round to the nearest, ties to even, so the bytes are the same.
+numpy takes some ten times as long for it (2.9 ns a number against 0.2). Both round to the nearest, ties to even, so
+the bytes are the same.
 """
 
 import ctypes
