@@ -26,6 +26,8 @@ _KNOWN: Mapping[str, Collection[str]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("factor", "short_factor", "long_factor"),
 }
+# Where a GGUF could say otherwise, llama.cpp does not read it for these families, and computes with this.
+_YARN_FIXED: Mapping[str, float] = {"beta_fast": 32.0, "beta_slow": 1.0, "extrapolation_factor": 1.0}
 _EVERYWHERE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 
 
@@ -121,6 +123,16 @@ def _check_known(rope: Rope) -> None:
             raise rope.bad(f"{name!r} of the {rope.kind!r} scaling is not supported")
     if rope.values.get("truncate") is False:
         raise rope.bad("'truncate' false is not supported: llama.cpp rounds YaRN's bounds")
+    if rope.kind == "yarn":
+        _check_yarn(rope)
+
+
+def _check_yarn(rope: Rope) -> None:
+    fixed = {**_YARN_FIXED, "attention_factor": 0.1 * math.log(max(1.0, rope.number("factor"))) + 1.0}
+    for name, value in fixed.items():
+        if rope.values.get(name) is not None and not math.isclose(rope.number(name), value, rel_tol=1e-6):
+            found = rope.values[name]
+            raise rope.bad(f"{name!r} is {found!r}, which llama.cpp ignores: it computes with {value:g} here")
 
 
 def _original(config: Config, values: Mapping[str, Any]) -> int:

@@ -180,6 +180,10 @@ def truncated(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def yarn(**settings: Any) -> Callable[[Path], None]:
+    return setting(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **settings})
+
+
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (no_config, "has no 'config.json'$"),
     "an adapter": (only_an_adapter, "holds an adapter, give it with --adapter"),
@@ -196,6 +200,9 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "modelopt": (text("hf_quant_config.json", "{}"), r"already \(hf_quant_config.json\)"),
     "nested quantization": (setting(text_config={"quantization_config": {"quant_method": "fp8"}}), r"\(fp8\)"),
     "text_config is no table": (setting(text_config=[1]), "'text_config' is"),
+    "YaRN's betas": (yarn(beta_fast=24.0), "'beta_fast' is 24.0, which llama.cpp ignores: it computes with 32 here"),
+    "YaRN's attention": (yarn(attention_factor=1.0), r"'attention_factor' is 1.0, .*computes with 1.13863 here"),
+    "YaRN unrounded": (yarn(truncate=False), "'truncate' false is not supported"),
     "truncated": (truncated, "model.safetensors' is truncated: its tensors end at byte"),
     "missing tensor": (
         tensor("model.layers.1.mlp.up_proj.weight", None),
@@ -222,6 +229,13 @@ def test_bad_input_is_refused_with_its_own_message(tmp_path: Path, case: str) ->
     folder = write_folder(tmp_path / "folder")
     spoil(folder)
     assert str(folder) in refused(folder, message)
+
+
+def test_yarn_settings_that_llama_cpp_computes_with_are_accepted(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", "llama")
+    yarn(beta_fast=32, beta_slow=1.0, attention_factor=1.138629436111989)(folder)
+    with open_tiny(folder) as source:
+        assert source.header.text("llama.rope.scaling.type") == "yarn"
 
 
 def test_an_unknown_architecture_is_named_with_the_known_ones_and_the_way_out(tmp_path: Path) -> None:

@@ -140,6 +140,25 @@ CASES = (
         dtype="float16",
     ),
     Case(
+        "llama-yarn",
+        "LlamaForCausalLM",
+        "llama-3",
+        {
+            **_SMALL,
+            "model_type": "llama",
+            "rope_theta": 10000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+                "beta_fast": 32.0,  # llama.cpp reads neither of the two here: these are what it has
+                "beta_slow": 1.0,
+            },
+        },
+        dtype="float32",
+        lengths=(40, 300),
+    ),
+    Case(
         "mistral",  # llama.cpp's llama graph has no sliding window: it is compared within the first one
         "MistralForCausalLM",
         "mistral-spm",
