@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.models import OptionInfo
 
 from models.quality import Work
 
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
     from models.store import Store, StoredModel
 
     from .inputs import ConvertRequest
+
+
+def _file(said: str) -> OptionInfo:
+    info: OptionInfo = typer.Option(metavar="FILE", help=said)
+    return info
+
+
+_work = typer.Option("--for", help="What they are examples of.", show_default="by their answers")
+_loss = typer.Option(metavar="NATS", help="Mean KL divergence a candidate may have.", show_default="0.02")
+_keep = typer.Option(metavar="N", help="Tokens that a cut vocabulary has.", show_default="32768")
 
 
 def convert_command(
@@ -30,16 +41,9 @@ def convert_command(
     hot: Annotated[
         bool, typer.Option("--hot", help="Do not merge: install the adapter, to be served as SOURCE:NAME.")
     ] = False,
-    examples: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSONL of chat records: choose the quantization by them.")
-    ] = None,
-    work: Annotated[
-        Work | None, typer.Option("--for", help="What they are examples of.", show_default="by their answers")
-    ] = None,
-    max_loss: Annotated[
-        float | None,
-        typer.Option(metavar="NATS", help="Mean KL divergence a candidate may have.", show_default="0.02"),
-    ] = None,
+    examples: Annotated[Path | None, _file("JSONL of chat records: choose the quantization by them.")] = None,
+    work: Annotated[Work | None, _work] = None,
+    max_loss: Annotated[float | None, _loss] = None,
     quant: Annotated[
         str | None,
         typer.Option(
@@ -48,15 +52,9 @@ def convert_command(
             show_default="Q8_0",
         ),
     ] = None,
-    trim_vocab: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSONL of chat records: cut the vocabulary to what they need.")
-    ] = None,
-    keep: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens that a cut vocabulary has.", show_default="32768")
-    ] = None,
-    gguf: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights that another converter made of the folder SOURCE.")
-    ] = None,
+    trim_vocab: Annotated[Path | None, _file("JSONL of chat records: cut the vocabulary to what they need.")] = None,
+    keep: Annotated[int | None, _keep] = None,
+    gguf: Annotated[Path | None, _file("Weights that another converter made of the folder SOURCE.")] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="What to call it; a recipe has a name.")] = None,
     manifest: Annotated[
         Path | None, typer.Option(metavar="FILE", help="model.toml with description, task, labels, prompt, licence.")

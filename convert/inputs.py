@@ -16,7 +16,7 @@ from models.quality import Budget, Work
 from models.store import Store, check_name
 
 from .errors import AdapterInvalid, RequestInvalid
-from .examples import MAX_LABELS
+from .examples import MAX_LABELS, Split, labels_of, split_examples
 from .lora import Adapter, read_adapter
 from .origin import Origin, find_origin
 from .progress import Reporter
@@ -51,13 +51,19 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class Examples:
-    """The user's examples, and what a candidate may lose on them."""
+    """The user's examples, and what a candidate may lose on them. `labels` to choose from; none where it writes."""
 
     path: Path
     sha256: str
-    records: tuple[ChatRecord, ...]
+    split: Split
+    labels: tuple[str, ...]
     work: Work
     budget: Budget
+
+    @property
+    def records(self) -> tuple[ChatRecord, ...]:
+        """All that are different."""
+        return self.split.calibration + self.split.held_out
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,8 @@ def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | 
     stated = manifest.task if manifest is not None else "general"
     work = request.work or ("classify" if stated == "classify" or is_classification(records) else "write")
     budget = Budget() if request.max_loss is None else Budget(kl_mean=request.max_loss)
-    return Examples(request.examples, sha256_file(request.examples), records, work, budget)
+    labels = labels_of(records, manifest.labels if manifest is not None else ()) if work == "classify" else ()
+    return Examples(request.examples, sha256_file(request.examples), split_examples(records), labels, work, budget)
 
 
 def is_classification(records: tuple[ChatRecord, ...]) -> bool:

@@ -11,7 +11,6 @@ from models.quality import Quality, Trim
 from runtime.llama import LoadOptions, load, load_tokenizer
 
 from .candidates import ladder, plain
-from .examples import labels_of, split_examples
 from .imatrix import collect
 from .inputs import Inputs
 from .ladder import LadderInputs, Provenance, run_ladder
@@ -40,15 +39,14 @@ def choose_by_examples(
     """
     examples = inputs.examples
     assert examples is not None, "without examples nothing is measured"
-    split = split_examples(examples.records)
-    labels = labels_of(examples.records, inputs.manifest.labels) if examples.work == "classify" else ()
-    tasks = tasks_of(half, split.held_out, examples.work, labels, inputs.manifest.prompt.template)
-    imatrix = _importance(half, split.calibration, inputs.manifest.prompt.template, results, report)
+    split, prompt_template = examples.split, inputs.manifest.prompt.template
+    tasks = tasks_of(half, split.held_out, examples.work, examples.labels, prompt_template)
+    imatrix = _importance(half, split.calibration, prompt_template, results, report)
     specs = ladder(read_header(half), examples.work, imatrix=True)
     wanted = inputs.quantization
     if wanted is not None and wanted not in {spec.name for spec in specs}:
         specs = (*specs, replace(plain(wanted), imatrix=True))
-    trim = _trim_report(half, whole, plan, split.held_out, inputs.manifest.prompt.template, report)
+    trim = _trim_report(half, whole, plan, split.held_out, prompt_template, report)
     return run_ladder(
         LadderInputs(
             half=half,
@@ -58,6 +56,7 @@ def choose_by_examples(
             imatrix=imatrix,
             base=base,
             tuned=tuple(plan.fitted.changes),
+            base_header=plan.base_header,
             budget=examples.budget,
             wanted=wanted,
         ),

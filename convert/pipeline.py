@@ -25,7 +25,6 @@ from .hot import FULL_PRECISION, check_hot, plan_hot, verify_hot
 from .inputs import ConvertRequest, Inputs, gather
 from .lora_fit import Fitted, fit
 from .measured import choose_by_examples
-from .merge import merged_header
 from .plan import Plan, base_of, counted, layout_of, plan_file, write_half
 from .progress import Reporter
 from .proof import prove
@@ -69,7 +68,7 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         half = write_half(plan.source, plan.layout, work / _file_name(inputs, HALF_PRECISION), _stage(plan), report)
         quality, final = _choose(half, source, plan, inputs, store, report)
         if quality is None:
-            _warn_same_grid(source, plan, final, report)
+            _warn_same_grid(plan, final, report)
         report.stage("verify")
         verify_runs(final, plan.chat)
         kept = [final, half] if request.keep_f16 and half != final else [final]
@@ -155,10 +154,10 @@ def _warn(source: Source | None, chat: ChatFormat, fitted: Fitted, inputs: Input
         report.warn(f"the adapter {str(inputs.adapter.folder)!r} is all zero: it was never trained and changes nothing")
 
 
-def _warn_same_grid(source: Source, plan: Plan, final: Path, report: Reporter) -> None:
+def _warn_same_grid(plan: Plan, final: Path, report: Reporter) -> None:
     """A base that was quantized lies on a grid; rounding the merged weights to the same grid can undo the fine-tune."""
     tuned = plan.fitted.loras
-    grid = shared_grid(merged_header(source.header, plan.fitted), read_header(final), tuned)
+    grid = shared_grid(plan.base_header, read_header(final), tuned)
     if grid:
         report.warn(
             f"{cause(grid, len(tuned))}: THE FINE-TUNE MAY BE ROUNDED AWAY. Use --quant Q8_0 or F16, or a base in full "

@@ -15,7 +15,7 @@ from models.gguf_header import Header
 from .gguf_file import Layout, OutTensor, write_gguf
 from .inputs import Inputs
 from .lora_fit import Fitted, fit
-from .merge import Merged, file_rows, half_precision_kind
+from .merge import Merged, file_rows, half_precision_kind, merged_header
 from .progress import Reporter
 from .quantize import HALF_PRECISION, QUANTIZATIONS
 from .source import Source
@@ -31,12 +31,14 @@ _DROPPED_PREFIXES = ("split.", "quantize.imatrix.")
 class Plan:
     """A conversion that was found possible. `source` is the end of the chain, `whole` what it is before trimming.
 
-    `header` is that of `whole`, with the fields that the file gets.
+    `header` is that of `whole`, with the fields that the file gets; `base_header` that of the checkpoint, whose kinds
+    tell what grid its weights lie on. `chat.end_of_turn` is numbered as in the file.
     """
 
     source: Source
     whole: Source
     header: Header
+    base_header: Header
     fitted: Fitted
     chat: ChatFormat
     trim: TrimPlan | None
@@ -52,13 +54,16 @@ def plan_file(source: Source, inputs: Inputs) -> Plan:
     fitted = fit(adapter, source.header) if adapter is not None else Fitted()
     chat = choose_format(source.header, adapter.folder if adapter is not None else None)
     whole = Merged(source, fitted)
+    base_header = merged_header(source.header, fitted)
     header = replace(whole.header, fields=_fields(whole.header, manifest.name, chat))
     if inputs.trim is None:
-        return Plan(whole, whole, header, fitted, chat, None, layout_of(header))
+        return Plan(whole, whole, header, base_header, fitted, chat, None, layout_of(header))
     texts = texts_of(header, tokenizer_of(header), inputs.trim.records, manifest.prompt.template)
     trim = plan_trim(header, texts, inputs.trim.keep)
     last = TrimmedSource(whole, trim)
-    return Plan(last, whole, header, fitted, chat, trim, layout_of(last.header))
+    if chat.end_of_turn is not None:
+        chat = replace(chat, end_of_turn=int(trim.new_ids[chat.end_of_turn]))
+    return Plan(last, whole, header, base_header, fitted, chat, trim, layout_of(last.header))
 
 
 def layout_of(header: Header) -> Layout:

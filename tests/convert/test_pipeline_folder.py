@@ -1,7 +1,8 @@
-"""A Hugging Face folder all the way to an installed model that llama.cpp runs: proof, examples, trimming, bad folders."""
+"""A Hugging Face folder all the way to an installed model: proof, examples, trimming, and what is refused."""
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from tokenizers import Tokenizer
 
 from convert.errors import ArchitectureUnknown, ConvertError, RequestInvalid, VerifyFailed
 from convert.inputs import ConvertRequest
+from convert.ladder import Tools
 from convert.pipeline import RESULTS, convert
+from convert.speed import measure_speeds
 from models.errors import BadExamples, StoreError
 from models.gguf_header import read_header
 from models.quality import read_quality
@@ -46,6 +49,12 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds are measured, but not well."""
+    monkeypatch.setattr("convert.ladder.Tools", partial(Tools, speeds=partial(measure_speeds, rounds=1, seconds=0.01)))
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "home")
@@ -67,19 +76,22 @@ def test_a_folder_is_proved_converted_and_installed(store: Store, checkpoint: Pa
 
 
 def test_a_changed_weight_gives_another_base(store: Store, checkpoint: Path, tmp_path: Path) -> None:
-    first = convert(ConvertRequest(str(checkpoint), "one"), store, Notes()).manifest
     copy = tmp_path / "qwen"
     copy.mkdir()
     for file in checkpoint.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    again = convert(ConvertRequest(str(copy), "two"), store, Notes()).manifest
+
+    def base(folder: Path, name: str) -> str:
+        manifest = convert(ConvertRequest(str(folder), name), store, Notes()).manifest
+        assert manifest is not None
+        assert manifest.base is not None
+        return manifest.base.sha256
+
+    first, again = base(checkpoint, "one"), base(copy, "two")
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
-    other = convert(ConvertRequest(str(copy), "three"), store, Notes()).manifest
-    assert first and again and other
-    assert first.base and again.base and other.base
-    assert first.base.sha256 == again.base.sha256 != other.base.sha256
+    assert first == again != base(copy, "three")
 
 
 def test_a_tokenizer_that_reads_otherwise_is_found_before_anything_is_installed(

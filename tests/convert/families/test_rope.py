@@ -33,15 +33,15 @@ def test_linear_scaling_in_both_spellings() -> None:
 
 
 def test_yarn_with_what_it_may_say() -> None:
-    said = {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2}
+    said = {"attention_factor": 0.1 * math.log(4.0) + 1.0, "beta_fast": 32, "beta_slow": 1}
     assert rope(fields("qwen2", rope_scaling={**YARN, **said})) == {
         "freq_base": 1e6,
         "scaling.type": "yarn",
         "scaling.factor": 4.0,
         "scaling.original_context_length": 256,
-        "scaling.yarn_attn_factor": 1.5,
-        "scaling.yarn_beta_fast": 16.0,
-        "scaling.yarn_beta_slow": 2.0,
+        "scaling.yarn_attn_factor": pytest.approx(1.1386294),
+        "scaling.yarn_beta_fast": 32.0,
+        "scaling.yarn_beta_slow": 1.0,
     }
     without_original = {"type": "yarn", "factor": 4.0}
     assert rope(fields("qwen2", rope_scaling=without_original))["scaling.original_context_length"] == 1024
