@@ -159,7 +159,8 @@ def test_a_vocabulary_is_trimmed_and_the_report_says_what_it_covers(
     trim = read_quality(stored.folder).trim
     assert trim is not None
     assert (trim.tokens_before, trim.tokens_after) == (N_TOKENS, 512)
-    assert trim.covered_examples == trim.greedy_agreement == 1.0
+    assert trim.covered_examples == trim.covered_tokens == 1.0
+    assert trim.greedy_agreement is not None  # of weights that mean nothing it may be anything
     assert stored.manifest is not None
     assert stored.manifest.conversion is not None
     assert stored.manifest.conversion.keep == 512
