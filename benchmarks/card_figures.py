@@ -14,8 +14,10 @@ from pathlib import Path
 
 import tomli_w
 
+from models.card_quality import render_quality
 from models.files import write_atomic
 from models.manifest import Quality
+from models.quality import read_quality
 from models.stats import Interval
 from models.store import Store
 
@@ -39,7 +41,7 @@ from .workload import Prompt, labels_of, read_examples, read_prompt
 
 TEST, TRAIN = recipe_file("data", "test.jsonl.gz"), recipe_file("data", "train.jsonl.gz")
 CONCURRENCY = 8
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+FIGURES, LADDER = "figures", "ladder"
 # Each of these asks for all labels' tokens at once, so few mails already fill the server.
 CONCURRENCY_SCORED = 4
 NAMES: Mapping[str, str] = {
@@ -147,11 +149,12 @@ def quality(scores: Mapping[str, Score]) -> str:
     return tomli_w.dumps({"quality": [entry.model_dump() for entry in entries]})
 
 
-def with_figures(card: str, text: str) -> str:
-    """The card with its figures replaced: they stand between two marks."""
-    before, _, rest = card.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{text}{END}{after}"
+def with_part(card: str, name: str, text: str) -> str:
+    """The card with one of its parts replaced: it stands between two marks."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = card.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{text}{end}{after}"
 
 
 def main() -> None:
@@ -171,7 +174,8 @@ def main() -> None:
     write_atomic(results / "figures.md", text)
     write_atomic(results / "quality.toml", quality(scores))
     card = recipe_file("README.md")
-    write_atomic(card, with_figures(card.read_text(encoding="utf-8"), text))
+    written = with_part(card.read_text(encoding="utf-8"), FIGURES, text)
+    write_atomic(card, with_part(written, LADDER, render_quality(read_quality(card.parent)) + "\n"))
     print(text, end="")
     print(f"figures, picture and the entries for model.toml are in {results}", file=sys.stderr)
 

@@ -12,7 +12,7 @@ from models.errors import HashMismatch
 from models.files import sha256_file
 from models.manifest import MANIFEST_FILE, Conversion, Manifest, read_manifest
 from models.manifest import Adapter as AdapterRecord
-from models.quality import Budget, Work
+from models.quality import QUALITY_FILE, Budget, Work
 from models.store import Store, check_name
 
 from .errors import AdapterInvalid, RequestInvalid
@@ -78,7 +78,7 @@ class TrimRequest:
 class Inputs:
     """Everything found and checked. `manifest` is the one to be installed, its artefacts still missing.
 
-    `quantization` None: the examples decide.
+    `quantization` None: the examples decide. `measured` is the folder of a recipe whose choice was measured before.
     """
 
     origin: Origin
@@ -87,6 +87,7 @@ class Inputs:
     manifest: Manifest
     examples: Examples | None = None
     trim: TrimRequest | None = None
+    measured: Path | None = None
 
 
 def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
@@ -164,7 +165,8 @@ def _from_recipe(
     else:
         # the recipe's figures were measured on its own adapter, converted as it says
         manifest = manifest.model_copy(update={"quality": (), "conversion": None})
-    return Inputs(origin, adapter, quantization, manifest, examples, trim)
+    has_ladder = is_recipe and (folder / QUALITY_FILE).is_file()
+    return Inputs(origin, adapter, quantization, manifest, examples, trim, folder if has_ladder else None)
 
 
 def _wanted(request: ConvertRequest) -> str | None:

@@ -14,7 +14,7 @@ from models.card import render_card
 from models.files import check_free, discard, sha256_file, write_atomic
 from models.gguf_header import read_header
 from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
-from models.quality import Quality, write_quality
+from models.quality import Quality, read_quality, write_quality
 from models.quality_plot import PLOT_FILE, render_plot
 from models.store import Store, StoredModel
 
@@ -71,9 +71,18 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
             _warn_same_grid(plan, final, report)
         report.stage("verify")
         verify_runs(final, plan.chat)
+        if inputs.measured is not None:
+            quality = _known_ladder(inputs.measured, final)
         kept = [final, half] if request.keep_f16 and half != final else [final]
         _describe(folder, [path.rename(folder / path.name) for path in kept], inputs, quality, plan)
         discard(work)
+
+
+def _known_ladder(folder: Path, final: Path) -> Quality | None:
+    """The recipe's own measurements, if they are of the very file that was made."""
+    quality = read_quality(folder)
+    chosen = next(one for one in quality.candidates if one.name == quality.chosen)
+    return quality if chosen.sha256 == sha256_file(final) else None
 
 
 def _choose(

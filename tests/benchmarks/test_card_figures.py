@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.card_figures import NAMES, majority, markdown, quality, with_figures
+from benchmarks.card_figures import NAMES, majority, markdown, quality, with_part
 from benchmarks.errors import BadRecord
 from benchmarks.evaluate import Evaluation, Prediction, load_evaluation, score_evaluation
 from benchmarks.plot import confusion_picture, latency_picture
@@ -75,4 +75,4 @@ def test_predictions_made_elsewhere_can_be_read(tmp_path: Path) -> None:
 
 def test_only_what_stands_between_the_marks_of_the_card_is_replaced() -> None:
     card = "before\n<!-- figures -->\nold\n<!-- /figures -->\nafter\n"
-    assert with_figures(card, "new\n") == "before\n<!-- figures -->\nnew\n<!-- /figures -->\nafter\n"
+    assert with_part(card, "figures", "new\n") == "before\n<!-- figures -->\nnew\n<!-- /figures -->\nafter\n"
