@@ -112,14 +112,18 @@ def _tokenizer_json(pieces: Pieces) -> dict[str, Any]:
 
 
 def merges(pieces: Pieces) -> Iterator[tuple[str, str]]:
-    """Every way to make a piece of two others, in the order SentencePiece would: the best score first."""
-    ids = {text: index for index, text in enumerate(pieces.texts) if pieces.kinds[index] == NORMAL}
+    """Every way to make a piece of two others, in the order SentencePiece would: the best score first.
+
+    Pieces of the user's own, runs of white space in Gemma, come before all: SentencePiece never cuts them.
+    """
+    ids = {text: index for index, text in enumerate(pieces.texts) if pieces.kinds[index] in (NORMAL, USER_DEFINED)}
     found = []
     for text, index in ids.items():
         for cut in range(1, len(text)):
             left, right = ids.get(text[:cut]), ids.get(text[cut:])
             if left is not None and right is not None:
-                found.append((-pieces.scores[index], left, right))
+                own = pieces.kinds[index] == USER_DEFINED
+                found.append((0.0 if own else -pieces.scores[index], left, right))
     for _, left, right in sorted(found):
         yield pieces.texts[left], pieces.texts[right]
 
