@@ -47,6 +47,7 @@ class Cast(Noun):
     best: str = f"{LLAMA_SERVER} {BEST}, Q8_0"
     python: str = f"{LLAMA_CPP_SERVER} {BEST}, Q8_0"
     ours_f16: str = f"{DESKSIDE}, F16"
+    ours_q4: str = f"{DESKSIDE}, Q4_K_M"
     best_q4: str = f"{LLAMA_SERVER} {BEST}, Q4_K_M"
     ours_base: str = f"{DESKSIDE}, base Q4_K_M"
     best_base: str = f"{LLAMA_SERVER} {BEST}, base Q4_K_M"
@@ -71,6 +72,10 @@ def judge(figures: Figures) -> tuple[Aim, ...]:
         _rates("cold burst, shared prompt", 2.5, _pair(figures, BURST, COMPLETION, cast.ours_base, cast.best_base)),
         _rates(f"{best_file}{_how(ours_any, best_q4)}", 1.7, ratio(ours_any, best_q4)),
         _rates(f"labels{_how(ours, python)} / llama_cpp.server", 3.0, ratio(ours, python)),
+        _rates(
+            "decisions, the chosen file / plain Q4_K_M", 1.5, _pair(figures, LABEL, DECISIONS, cast.ours, cast.ours_q4)
+        ),
+        _rates("replies, the chosen file / plain Q4_K_M", 1.5, _pair(figures, REPLY, CHAT, cast.ours, cast.ours_q4)),
         _rates("offline mails/s / CTranslate2 int8", 1.0, _offline(figures)),
         *(_ttft(figures, cast, percent) for percent in (50, 95)),
         _engine(figures),

@@ -131,7 +131,7 @@ def _deal(
 
 def _stages(m: _Material) -> list[tuple[str, Stage]]:
     files, threads = m.files, m.threads
-    ours, f16 = deskside_plan(files.tuned, threads), deskside_plan(files.tuned_f16, threads)
+    ours, f16, ours_q4 = (deskside_plan(file, threads) for file in (files.tuned, files.tuned_f16, files.tuned_q4))
     best, ram, shipped, q4 = (
         llama_server_plan(file, threads, profile, m.python)
         for file, profile in ((files.tuned, BEST), (files.tuned, RAM), (files.tuned, SHIPPED), (files.tuned_q4, BEST))
@@ -143,8 +143,8 @@ def _stages(m: _Material) -> list[tuple[str, Stage]]:
         return [(everything[name], frozenset(plan.name for plan in plans)) for name, plans in rows]
 
     tuned = work(
-        (LABEL, (ours, f16, best, ram, shipped, q4, python, python_shipped)),
-        (REPLY, (ours, best, shipped, python)),
+        (LABEL, (ours, f16, ours_q4, best, ram, shipped, q4, python, python_shipped)),
+        (REPLY, (ours, ours_q4, best, shipped, python)),
         (LABEL_ALONE, (ours, best, python)),
         (REPLY_ALONE, (ours, best, python)),
         (HOP, (ours,)),
@@ -153,7 +153,7 @@ def _stages(m: _Material) -> list[tuple[str, Stage]]:
     base += [llama_server_plan(files.base, threads, profile, m.python) for profile in (BEST, SHIPPED)]
     prompt = read_prompt(recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
     bare = Prompt("bare mail")
-    fine_tune = Stage((ours, best, f16, q4, ram, shipped, python, python_shipped), tuned, bare, m.warmup)
+    fine_tune = Stage((ours, best, f16, ours_q4, q4, ram, shipped, python, python_shipped), tuned, bare, m.warmup)
     return [
         ("fine-tune", fine_tune),
         ("base", Stage(base, work((FEW_SHOT, base)), prompt, m.warmup)),

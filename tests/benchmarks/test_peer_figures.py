@@ -116,6 +116,17 @@ def test_the_engine_beside_a_bare_loop_counts_by_its_slowest_task() -> None:
     assert aims(better)["engine tokens/s over a bare llama_decode loop with the same batches"].verdict == "met"
 
 
+def test_the_chosen_file_is_compared_with_the_plain_conversion_on_our_own_server() -> None:
+    plain = "deskside, Q4_K_M"
+    run = peer_run(
+        *(made(task, way, server, seconds) for task, way in ((LABEL, DECISIONS), (REPLY, CHAT))
+          for server, seconds in ((OURS, 1.0), (plain, 1.6)))
+    )  # fmt: skip
+    for aim in ("decisions", "replies"):
+        found = aims(run)[aim]
+        assert (found.found, found.verdict) == ("1.60 [1.60, 1.60]", "met")
+
+
 def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     assert {aim.verdict for aim in judge(figures_of(peer_run()))} == {"not measured"}
 
