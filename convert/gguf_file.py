@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from models.errors import BadGguf
+from models.errors import BadGguf, StoreError
 from models.gguf_fields import MAGIC, Field
 from models.gguf_header import TensorInfo, padded, read_header
 
@@ -84,7 +84,7 @@ def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int]
     """Write `target` and return tensor name -> sha256 of its bytes. `advance` is told each piece's bytes.
 
     The same input gives the same bytes. On an error nothing is left. Raises VerifyFailed when the disk holds
-    something else than was written, and whatever `rows` raises.
+    something else than was written, StoreError when the disk is full, and whatever `rows` raises.
     """
     partial = target.with_name(target.name + ".partial")
     try:
@@ -98,6 +98,11 @@ def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int]
             os.fsync(file.fileno())
         _check(partial, hashes)
         partial.replace(target)
+    except OSError as error:
+        raise StoreError(
+            f"{str(target)!r} ({layout.file_bytes} bytes) cannot be written: {error.strerror or error}; make room, "
+            "or set DESKSIDE_HOME to a folder on a larger disk"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     return hashes

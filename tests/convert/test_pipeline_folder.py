@@ -1,6 +1,7 @@
 """A Hugging Face folder all the way to an installed model: proof, examples, trimming, and what is refused."""
 
 import dataclasses
+import errno
 import json
 from functools import partial
 from pathlib import Path
@@ -185,6 +186,18 @@ def test_a_disk_that_is_too_small_is_found_first(
     with pytest.raises(StoreError, match="bytes are needed"):
         convert(ConvertRequest(str(checkpoint), "tiny"), store, notes)
     assert not [stage for stage in notes.stages if stage.startswith("write")]
+    assert files_under(store) == []
+
+
+def test_a_disk_that_fills_up_while_writing_is_told_with_the_file(
+    store: Store, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("convert.gguf_file.os.fsync", full)
+    with pytest.raises(StoreError, match=r"tiny-F16\.gguf' \(\d+ bytes\) cannot be written: No space left"):
+        convert(ConvertRequest(str(checkpoint), "tiny"), store, Notes())
     assert files_under(store) == []
 
 
