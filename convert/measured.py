@@ -41,7 +41,8 @@ def choose_by_examples(
     assert examples is not None, "without examples nothing is measured"
     split, prompt_template = examples.split, inputs.manifest.prompt.template
     tasks = tasks_of(half, split.held_out, examples.work, examples.labels, prompt_template)
-    imatrix = _importance(half, split.calibration, prompt_template, results, report)
+    sequences = _calibration(half, split.calibration, prompt_template)
+    imatrix = _importance(half, sequences, results, report)
     specs = ladder(read_header(half), examples.work, imatrix=True)
     wanted = inputs.quantization
     if wanted is not None and wanted not in {spec.name for spec in specs}:
@@ -60,37 +61,33 @@ def choose_by_examples(
             budget=examples.budget,
             wanted=wanted,
         ),
-        Provenance(examples.path.name, examples.sha256, len(split.calibration), trim),
+        Provenance(examples.path.name, examples.sha256, len(sequences), trim),
         half.parent,
         report,
         results=results,
     )
 
 
-def _importance(
-    half: Path, records: tuple[ChatRecord, ...], prompt_template: str, results: Path, report: Reporter
-) -> Path:
-    """The importance matrix of the calibration examples; collected anew only when these or the model are others."""
+def _calibration(half: Path, records: tuple[ChatRecord, ...], prompt_template: str) -> list[list[int]]:
+    """The token ids of whole examples, as many as reach MAX_CALIBRATION_TOKENS."""
     tokenizer = load_tokenizer(half)
-    texts = texts_of(read_header(half), tokenizer, records, prompt_template)
-    sequences = _first([tokenizer.encode(text, add_special=False, parse_special=True) for text in texts])
+    taken, n_tokens = [], 0
+    for text in texts_of(read_header(half), tokenizer, records, prompt_template):
+        if n_tokens >= MAX_CALIBRATION_TOKENS:
+            break
+        taken.append(tokenizer.encode(text, add_special=False, parse_special=True))
+        n_tokens += len(taken[-1])
+    return taken
+
+
+def _importance(half: Path, sequences: list[list[int]], results: Path, report: Reporter) -> Path:
+    """The importance matrix of the calibration examples; collected anew only when these or the model are others."""
     kept = results / f"imatrix-{digest([sha256_file(half), sequences])[:32]}.gguf"
     if not kept.is_file():
         report.stage(f"collect the importance matrix from {len(sequences)} examples")
         results.mkdir(parents=True, exist_ok=True)
         collect(half, sequences, kept, report.advance, output=True)
     return Path(shutil.copyfile(kept, half.with_name("imatrix.gguf")))
-
-
-def _first(sequences: list[list[int]]) -> list[list[int]]:
-    """The sequences until MAX_CALIBRATION_TOKENS are reached, the first of them whole."""
-    taken, n_tokens = [], 0
-    for sequence in sequences:
-        if n_tokens >= MAX_CALIBRATION_TOKENS:
-            break
-        taken.append(sequence)
-        n_tokens += len(sequence)
-    return taken
 
 
 def _trim_report(
