@@ -30,7 +30,9 @@ from .gemma import Example, Mail, Verdict, completion_loss, encode, judge, load_
 
 HOME = Path(__file__).parent
 SANITY_TEXT = "The capital of France is Paris, and the capital of Italy is Rome. Water freezes at zero degrees Celsius."
-SANITY_PERPLEXITY = 60.0
+# A file that is read wrongly gives thousands; this base gives tens, and 201 where its vocabulary was cut to 16,384
+# tokens, since words are then written in pieces it did not learn them in.
+SANITY_PERPLEXITY = 600.0
 CHECKPOINT_STEPS = 40
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
