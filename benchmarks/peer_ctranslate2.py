@@ -1,11 +1,11 @@
 """CTranslate2 on the weights of a Gemma 3 GGUF file. Run by the peers' Python, not by Deskside's.
 
     python peer_ctranslate2.py convert MODEL.gguf FOLDER
-    python peer_ctranslate2.py label FOLDER THREADS BATCH < prompts.json > answers.json
+    python peer_ctranslate2.py label FOLDER THREADS BATCH END… < prompts.json > answers.json
 
 CTranslate2's own converter wants the Hugging Face checkpoint and torch; its specification takes numpy arrays as well,
 so the weights come from the GGUF file, and int8 is CTranslate2's own quantization of them. Prompts and answers are
-lists of token ids. A GGUF file stores Gemma's norm weights with the 1 added already.
+lists of token ids, END are those that end an answer. A GGUF file stores Gemma's norm weights with the 1 added already.
 """
 
 import json
@@ -22,7 +22,7 @@ from gguf import GGUFReader, dequantize
 
 LOCAL_ROPE_BASE = 10000.0
 GLOBAL_EVERY = 6
-EOS, END_OF_TURN, BOS, UNKNOWN = 1, 106, 2, 3
+EOS, BOS, UNKNOWN = 1, 2, 3
 MAX_NEW_TOKENS = 12
 
 
@@ -112,8 +112,8 @@ def convert(gguf: str, folder: str) -> None:
     unfinished.rename(folder)
 
 
-def label(folder: str, threads: int, batch: int) -> None:
-    """Answer the prompts in their order, greedily, `batch` at a time."""
+def label(folder: str, threads: int, batch: int, ends: list[str]) -> None:
+    """Answer the prompts in their order, greedily, `batch` at a time, until one of `ends` is drawn."""
     prompts: list[list[int]] = json.load(sys.stdin)
     generator = ctranslate2.Generator(folder, compute_type="int8", inter_threads=1, intra_threads=threads)
     answers: list[list[int]] = []
@@ -121,7 +121,7 @@ def label(folder: str, threads: int, batch: int) -> None:
         results = generator.generate_batch(
             [[str(token) for token in prompt] for prompt in prompts[start : start + batch]],
             max_length=MAX_NEW_TOKENS,
-            end_token=[str(EOS), str(END_OF_TURN)],
+            end_token=ends,
             include_prompt_in_result=False,
         )
         answers += [list(result.sequences_ids[0]) for result in results]
@@ -133,7 +133,7 @@ def main() -> None:
     if sys.argv[1] == "convert":
         convert(*sys.argv[2:])
     else:
-        label(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        label(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The model files of a comparison, made where they are missing: F16 and Q4_K_M of the fine-tune, and CTranslate2's.
 
+The Q4_K_M one is the plain conversion of the same fine-tune, its vocabulary whole: what a user would serve elsewhere.
+
 They lie in a store of their own under the comparison's folder, so the user's models are left as they are.
 """
 
@@ -15,6 +17,7 @@ from .local import deskside_command
 from .peer_servers import ModelFile, script
 
 RECIPE, BASE = "email-triage", "gemma-3-270m"
+MADE = {"F16": (), "Q4_K_M": ("--whole-vocab",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +36,11 @@ def prepare_files(store: Store, folder: Path, peers_python: Path) -> Files:
     tuned, base = model_file(store.get(RECIPE)), model_file(store.get(BASE), "base ")
     own = Store(folder / "home")
     made = {}
-    for kind in ("F16", "Q4_K_M"):
-        name = f"{RECIPE}-{kind.lower()}"
+    for kind, options in MADE.items():
+        # of another fine-tune, or of one that was cut otherwise, it would be another file
+        name = f"{RECIPE}-{kind.lower()}-{tuned.sha256[:8]}"
         if name not in own.names():
-            command = deskside_command("convert", RECIPE, "--quant", kind, "--name", name)
+            command = deskside_command("convert", RECIPE, "--quant", kind, *options, "--name", name)
             _run(command, {"DESKSIDE_HOME": str(own.home)})
         made[kind] = model_file(own.get(name))
     ctranslate2 = folder / f"ctranslate2-{tuned.sha256[:16]}"

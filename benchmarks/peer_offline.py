@@ -18,7 +18,7 @@ from .local import deskside_command, free_port, serve_command, serving
 from .peer_files import Files
 from .peer_record import OfflinePass
 from .peer_run import Comparison, Progress, Recorder
-from .peer_servers import script
+from .peer_servers import end_tokens, script
 from .peer_tasks import CHAT, CONSTRAINED, DECISIONS, DESKSIDE, LABEL, asking
 from .workload import Example
 
@@ -113,12 +113,14 @@ def _deskside_batch(files: Files, way: str, threads: int, labels: Sequence[str])
 
 
 def _ctranslate2(files: Files, way: str, threads: int, python: Path, tokens: Tokens) -> Label:
+    ends = [str(token) for token in end_tokens(files.tuned.path)]
+
     def label(examples: Sequence[Example]) -> list[str]:
         order = list(examples)
         if way == SORTED:
             order.sort(key=lambda example: len(tokens.prompts[example.id]))
         prompts = json.dumps([tokens.prompts[example.id] for example in order])
-        arguments = ["label", str(files.ctranslate2), str(threads), str(BATCH)]
+        arguments = ["label", str(files.ctranslate2), str(threads), str(BATCH), *ends]
         answers = json.loads(_run([str(python), "-P", script("peer_ctranslate2.py"), *arguments], prompts))
         texts = {e.id: tokens.labels.get(tuple(ids), "") for e, ids in zip(order, answers, strict=True)}
         return [texts[example.id] for example in examples]

@@ -165,7 +165,7 @@ def _measure(
 async def _ask_all(
     turn: Turn, address: str, prompt: Prompt, examples: Sequence[Example], labels: Sequence[str]
 ) -> tuple[Sample, ...]:
-    asked = asking(turn.task.name, turn.way, turn.plan.peer, labels)
+    asked = asking(turn.task.name, turn.way, turn.plan.peer, labels, turn.plan.ends)
     if asked is None:
         return ()
     endpoint, fields = asked

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from models.gguf_meta import read_meta
+
 from .local import Running, free_port, serve_command, serving
 from .peer_record import Server
 from .peer_tasks import DESKSIDE, LLAMA_CPP_SERVER, LLAMA_SERVER
@@ -17,7 +19,7 @@ LLAMA_SERVER_SETTINGS = {
     RAM: "the same with the cache of prompts in RAM (8 GiB)",
     SHIPPED: "llama-server's own defaults: 4 slots, unified KV cache, sliding-window cache, prompt cache in RAM",
 }
-# Its defaults keep the logits of every prompt token, a MiB each with this vocabulary, and break a stream off as soon as
+# Its defaults keep the logits of every prompt token, a MiB each with Gemma's whole vocabulary, and break a stream off as soon as
 # another request arrives: as shipped, most of 16 clients get no whole answer.
 LLAMA_CPP_FLAGS = {
     BEST: [
@@ -26,6 +28,8 @@ LLAMA_CPP_FLAGS = {
     ],
     SHIPPED: [],
 }
+
+_ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +48,17 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class ServerPlan:
-    """A server to be measured. `slow`: it answers a third of the requests; `once`: in the first repetition only."""
+    """A server to be measured. `slow`: it answers a third of the requests; `once`: in the first repetition only.
+
+    `ends`: the tokens that end an answer, for a server that can be kept from ending only by naming them.
+    """
 
     facts: Server
     peer: str
     start: Callable[[Path], AbstractContextManager[Running]]
     slow: bool = False
     once: bool = False
+    ends: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -97,7 +105,13 @@ def llama_cpp_plan(file: ModelFile, threads: int, profile: str, python: Path) ->
 
     settings = " ".join(LLAMA_CPP_FLAGS[profile]) or "default settings"
     facts = _facts(LLAMA_CPP_SERVER, profile, settings, file)
-    return ServerPlan(facts, LLAMA_CPP_SERVER, start, slow=True, once=profile == SHIPPED)
+    return ServerPlan(facts, LLAMA_CPP_SERVER, start, slow=True, once=profile == SHIPPED, ends=end_tokens(file.path))
+
+
+def end_tokens(gguf: Path) -> tuple[int, ...]:
+    """The numbers that the file has for the end of text and of a turn: a cut vocabulary has its own."""
+    meta = read_meta(gguf)
+    return tuple(meta.number(key) for key in _ENDS if key in meta.values)
 
 
 def _facts(peer: str, profile: str, settings: str, file: ModelFile) -> Server:

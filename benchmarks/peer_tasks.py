@@ -18,7 +18,6 @@ DESKSIDE, LLAMA_SERVER, LLAMA_CPP_SERVER = "deskside", "llama-server", "llama_cp
 LABEL_TOKENS = 12
 REPLY_TOKENS = 64
 REPLY_CHARS = 1000
-END_TOKENS = (1, 106)
 INSTRUCTIONS = "Which list was this mail sent to, or is it spam?"
 
 LABEL, REPLY, FEW_SHOT, BURST = "label", "64-token reply", "few-shot label", "cold burst"
@@ -49,13 +48,18 @@ def tasks(burst: int) -> dict[str, Task]:
     return {task.name: task for task in made}
 
 
-def asking(task: str, way: str, peer: str, labels: Sequence[str]) -> tuple[Endpoint, dict[str, Any]] | None:
-    """The endpoint and the fields with which `peer` is asked, or None when it cannot be asked in this way."""
+def asking(
+    task: str, way: str, peer: str, labels: Sequence[str], ends: Sequence[int] = ()
+) -> tuple[Endpoint, dict[str, Any]] | None:
+    """The endpoint and the fields with which `peer` is asked, or None when it cannot be asked in this way.
+
+    `ends`: the tokens that llama_cpp.server must not draw where an answer is to have its full length.
+    """
     greedy: dict[str, Any] = {"temperature": 0}
     if task == HOP:
         return "chat", greedy | {"max_tokens": 1}
     if task in (REPLY, REPLY_ALONE):
-        return "chat", greedy | {"max_tokens": REPLY_TOKENS} | _no_end(peer)
+        return "chat", greedy | {"max_tokens": REPLY_TOKENS} | _no_end(peer, ends)
     if way == COMPLETION:
         return "completions", greedy | {"max_tokens": LABEL_TOKENS, "stop": ["\n"]}
     if way == DECISIONS:
@@ -68,9 +72,9 @@ def asking(task: str, way: str, peer: str, labels: Sequence[str]) -> tuple[Endpo
     return "chat", fields
 
 
-def _no_end(peer: str) -> dict[str, Any]:
+def _no_end(peer: str, ends: Sequence[int]) -> dict[str, Any]:
     if peer == LLAMA_CPP_SERVER:
-        return {"logit_bias": {str(token): -100 for token in END_TOKENS}}
+        return {"logit_bias": {str(token): -100 for token in ends}}
     return {"ignore_eos": True}
 
 

@@ -54,6 +54,7 @@ def convert_command(
     ] = None,
     trim_vocab: Annotated[Path | None, _file("JSONL of chat records: cut the vocabulary to what they need.")] = None,
     keep: Annotated[int | None, _keep] = None,
+    whole_vocab: Annotated[bool, typer.Option("--whole-vocab", help="Do not cut it, though the recipe does.")] = False,
     gguf: Annotated[Path | None, _file("Weights that another converter made of the folder SOURCE.")] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="What to call it; a recipe has a name.")] = None,
     manifest: Annotated[
@@ -67,6 +68,8 @@ def convert_command(
 
     With --examples every quantization worth trying is measured on this machine and on your own examples, and the
     fastest that loses no more than the budget is installed, with the table on its card.
+
+    A recipe that cuts its vocabulary does so whatever --quant and --examples say; --whole-vocab leaves it whole.
 
     With --hot the adapter stays a file of its own, which is applied while the untouched SOURCE is served: nothing of
     the fine-tune is rounded away, and many adapters share one SOURCE in memory.
@@ -90,6 +93,7 @@ def convert_command(
         max_loss=max_loss,
         trim=trim_vocab,
         keep=keep,
+        whole_vocabulary=whole_vocab,
     )
     stored = _run(request, Store())
     if as_json:
@@ -102,26 +106,33 @@ def convert_command(
 def build_recipe(entry: "CatalogEntry", store: "Store") -> "StoredModel":
     """Build a catalogue entry that is a recipe, with its own settings: what `deskside pull` does for such a name.
 
-    A second process that wants the same waits for the first and takes what it made. A model of that name that was made
-    from something else stays: it may be the user's own.
+    A second process that wants the same waits for the first and takes what it made. What an earlier version of the
+    recipe built is built anew. A model of that name that was made from something else stays: it may be the user's own.
     """
+    from models.manifest import read_manifest
+
     from .inputs import ConvertRequest
 
     with store.exclusive(entry.name):
         if entry.name not in store.names():
             return _run(ConvertRequest(entry.name), store)
-        stored = store.get(entry.name)
-    if _is_outdated(stored, entry):
+        stored, recipe = store.get(entry.name), read_manifest(entry.recipe_folder())
+        if _is_outdated(stored, recipe):
+            print(f"{entry.name!r} is converted otherwise by now: building it anew", file=sys.stderr)
+            return _run(ConvertRequest(entry.name, replace=True), store)
+    if _weights(recipe) != _weights(stored.manifest):
         fix = f"`deskside convert {entry.name} --replace` builds the recipe's"
         message = f"{entry.name!r} is installed, but from another adapter or base than the recipe's; {fix}"
         print(f"warning: {message}", file=sys.stderr)
     return stored
 
 
-def _is_outdated(stored: "StoredModel", entry: "CatalogEntry") -> bool:
-    from models.manifest import read_manifest
-
-    return _weights(read_manifest(entry.recipe_folder())) != _weights(stored.manifest)
+def _is_outdated(stored: "StoredModel", recipe: "Manifest") -> bool:
+    """Whether it is the recipe's own, of the same weights, but not converted as the recipe has it now."""
+    made = stored.manifest
+    # the recipe's figures go with what is built by its own settings, and with nothing else
+    is_its_own = made is not None and bool(made.quality) and _weights(made) == _weights(recipe)
+    return is_its_own and made is not None and made.conversion != recipe.conversion
 
 
 def _weights(manifest: "Manifest | None") -> tuple[str | None, str | None]:

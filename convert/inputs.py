@@ -30,7 +30,8 @@ class ConvertRequest:
 
     `gguf` are weights that were made elsewhere from the folder `source`. `examples` are measured with, for `work`, and
     `max_loss` is the mean KL divergence a candidate may have. `trim` are texts to cut the vocabulary by, to `keep`
-    tokens. `hot` asks for the adapter alone, to be applied while its base is served; then nothing is quantized.
+    tokens; a recipe may bring its own, which `whole_vocabulary` declines. `hot` asks for the adapter alone, to be
+    applied while its base is served; then nothing is quantized.
     """
 
     source: str
@@ -47,6 +48,7 @@ class ConvertRequest:
     max_loss: float | None = None
     trim: Path | None = None
     keep: int | None = None
+    whole_vocabulary: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,16 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     examples, trim = _examples(request, given), _trim(request)
     origin = find_origin(request.source, request.gguf, store, report)
     manifest = _complete(given or _inherited(origin, adapter), name, origin, adapter, hot=request.hot)
+    # how a manifest's own model was converted says nothing about this one
+    manifest = manifest.model_copy(update={"conversion": None})
     return Inputs(origin, adapter, quantization, manifest, examples, trim)
 
 
 def _check_options(request: ConvertRequest) -> None:
     if request.keep is not None and request.trim is None:
         raise RequestInvalid(f"--keep {request.keep} needs --trim-vocab FILE: which texts must stay as they are?")
+    if request.whole_vocabulary and request.trim is not None:
+        raise RequestInvalid(f"--whole-vocab and --trim-vocab {request.trim} exclude each other: leave out one of them")
     if request.examples is None:
         for option, value in (("--for", request.work), ("--max-loss", request.max_loss)):
             if value is not None:
@@ -156,12 +162,12 @@ def _from_recipe(
             f"{str(origin.path)!r} has sha256 {origin.base.sha256}, the recipe was made on {recipe.base.sha256}"
         )
     manifest = _complete(recipe, check_name(request.name or recipe.name), origin, adapter, hot=request.hot)
-    examples, trim = _examples(request, recipe), _trim(request)
     chosen = recipe.conversion or Conversion()
-    is_recipe = not (request.adapter or request.hot or request.quantization or request.examples or request.trim)
+    examples, trim = _examples(request, recipe), _trim(request) or _recipe_trim(request, folder, chosen)
+    otherwise = request.quantization or request.examples or request.trim or request.whole_vocabulary
+    is_recipe = not (request.adapter or request.hot or otherwise)
     if is_recipe:
-        quantization = chosen.quantization
-        trim = TrimRequest(read_chat_records(folder / chosen.trim), chosen.keep) if chosen.trim else None
+        quantization = check_quantization(chosen.quantization)
     else:
         # the recipe's figures were measured on its own adapter, converted as it says
         manifest = manifest.model_copy(update={"quality": (), "conversion": None})
@@ -199,13 +205,20 @@ def _trim(request: ConvertRequest) -> TrimRequest | None:
     return TrimRequest(read_chat_records(request.trim), request.keep if request.keep is not None else DEFAULT_KEEP)
 
 
+def _recipe_trim(request: ConvertRequest, folder: Path, chosen: Conversion) -> TrimRequest | None:
+    """As the recipe says, whatever the quantization; but its examples say nothing about what another adapter needs."""
+    if not chosen.trim or request.whole_vocabulary or request.hot or request.adapter is not None:
+        return None
+    return TrimRequest(read_chat_records(folder / chosen.trim), chosen.keep)
+
+
 def _inherited(origin: Origin, adapter: Adapter | None) -> Manifest:
     """Licence and notice come from the source; task, labels and prompt too, unless an adapter changes what it does."""
     known = origin.manifest
     if known is None:
         return Manifest(name="source", licence=origin.licence)
     if adapter is None:
-        return known.model_copy(update={"quality": (), "conversion": None})
+        return known.model_copy(update={"quality": ()})
     return Manifest(name="source", licence=known.licence, licence_notice=known.licence_notice)
 
 

@@ -1,7 +1,7 @@
 """`model.toml`: what a model folder says about itself. Read and written here, and nowhere else."""
 
 import tomllib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import tomli_w
@@ -49,15 +49,24 @@ class Prompt(_Part):
 
 
 class Conversion(_Part):
-    """How a recipe's model is made of its weights: the outcome of measuring, so that building it need not measure.
+    """How a model is made of its weights. In a recipe it is the outcome of measuring: building it need not measure.
 
-    `trim` names a file of examples beside the manifest, by which the vocabulary is cut to `keep` tokens; empty: it is
-    not.
+    `trim` names a file of examples in the recipe's folder, by which the vocabulary is cut to `keep` tokens. In a model
+    that was cut by other examples it is empty and `keep` tells the size; without either the vocabulary is whole.
     """
 
     quantization: str = "Q8_0"
     trim: str = ""
     keep: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _trim_is_inside_and_says_how_far(self) -> "Conversion":
+        path = PurePosixPath(self.trim)
+        if path.is_absolute() or ".." in path.parts or "\\" in self.trim:
+            raise ValueError(f"conversion.trim must be a path inside the recipe's folder, with /, got {self.trim!r}")
+        if self.trim and not self.keep:
+            raise ValueError(f"conversion.trim {self.trim!r} needs conversion.keep: how many tokens are to stay?")
+        return self
 
 
 class Artefact(_Part):

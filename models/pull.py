@@ -47,7 +47,7 @@ def pull(
 ) -> StoredModel:
     """Install a model from the catalogue, or any GGUF file by its hf:// address; returns it if it is there already.
 
-    `name` is what an hf:// model is to be called, by default derived from its file's name. Raises ModelNotFound,
+    `build` makes a recipe's model, and knows whether one that is there still is the recipe's. `name` is what an hf:// model is to be called, by default derived from its file's name. Raises ModelNotFound,
     DownloadFailed (naming every source and why it failed), HashMismatch, StoreError.
     """
     if "://" in name_or_uri:
@@ -60,11 +60,13 @@ def pull(
     target = check_name(name_or_uri)
     if name is not None and name != target:
         raise StoreError(f"--name {name!r} is for hf:// addresses; {target!r} keeps its name")
+    known = catalog if catalog is not None else load_catalog()
     with store.exclusive(target):
-        if target in store.names():
+        is_recipe = target in known.names() and known.get(target).recipe != ""
+        if target in store.names() and not (is_recipe and build is not None):
             return store.get(target)
-        entry = (catalog if catalog is not None else load_catalog()).get(target)
-        if not entry.recipe:
+        entry = known.get(target)
+        if not is_recipe:
             return _install(_in_catalog(entry), store, progress)
     if build is None:
         raise StoreError(f"{target!r} is built, not downloaded; run: deskside convert {target}")

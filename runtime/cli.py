@@ -115,7 +115,10 @@ def pull_command(
     name: Annotated[str | None, typer.Option(metavar="NAME", help="What to call an hf:// model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Install a model: download it, or build it where the catalogue holds its recipe. What is there already stays."""
+    """Install a model: download it, or build it where the catalogue holds its recipe. What is there already stays.
+
+    An earlier version of a recipe's own build is made anew; a model of that name that you made otherwise is not.
+    """
     from convert.cli import build_recipe
     from models.cli import pull_command as pull
 

@@ -46,10 +46,10 @@ def test_each_server_is_asked_for_the_same_thing_in_its_own_words() -> None:
     assert theirs == ("chat", {"temperature": 0, "max_tokens": 12, "grammar": 'root ::= "ham" | "spam"'})
     assert asking(LABEL, DECISIONS, LLAMA_SERVER, LABELS) is None
     for peer in (DESKSIDE, LLAMA_SERVER, LLAMA_CPP_SERVER):
-        reply = asking(REPLY, CHAT, peer, LABELS)
+        reply = asking(REPLY, CHAT, peer, LABELS, (1, 9))
         assert reply is not None
         assert reply[1]["max_tokens"] == 64
-        assert "ignore_eos" in reply[1] or reply[1]["logit_bias"] == {"1": -100, "106": -100}
+        assert "ignore_eos" in reply[1] or reply[1]["logit_bias"] == {"1": -100, "9": -100}
         assert asking(FEW_SHOT, COMPLETION, peer, LABELS) == (
             "completions",
             {"temperature": 0, "max_tokens": 12, "stop": ["\n"]},
