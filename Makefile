@@ -108,5 +108,5 @@ lock-oracle: ## Resolve tests/oracle/requirements.lock anew from requirements.in
 		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate --upgrade -q -o tests/oracle/requirements.lock
 
 clean: ## Remove .venv, the peers and caches; installed models stay (deskside models remove NAME)
-	@rm -rf $(VENV) $(ORACLE) .bench-peers .bench-convert .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(ORACLE) .bench-peers .bench-convert .bench-trim .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

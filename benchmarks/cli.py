@@ -16,6 +16,7 @@ from .options import with_options
 from .peer_cli import peers_command
 from .plan import Settings
 from .soak_cli import soak_command
+from .trim_cli import trim_command
 
 if TYPE_CHECKING:
     from .record import Run
@@ -33,6 +34,7 @@ def create_app() -> typer.Typer:
     app.command("peers")(peers_command)
     app.command("soak")(soak_command)
     app.command("convert")(convert_speed_command)
+    app.command("trim")(trim_command)
     return app
 
 

@@ -39,14 +39,19 @@ def prepare_files(store: Store, folder: Path, peers_python: Path) -> Files:
     for kind, options in MADE.items():
         # of another fine-tune, or of one that was cut otherwise, it would be another file
         name = f"{RECIPE}-{kind.lower()}-{tuned.sha256[:8]}"
-        if name not in own.names():
-            command = deskside_command("convert", RECIPE, "--quant", kind, *options, "--name", name)
-            _run(command, {"DESKSIDE_HOME": str(own.home)})
-        made[kind] = model_file(own.get(name))
+        made[kind] = converted(own, name, "--quant", kind, *options)
     ctranslate2 = folder / f"ctranslate2-{tuned.sha256[:16]}"
     if not ctranslate2.exists():
         _run([str(peers_python), "-P", script("peer_ctranslate2.py"), "convert", str(tuned.path), str(ctranslate2)], {})
     return Files(tuned, made["F16"], made["Q4_K_M"], base, ctranslate2)
+
+
+def converted(store: Store, name: str, *options: str) -> ModelFile:
+    """The recipe's model of that name, converted with these options where it is missing. Raises ServerFailed."""
+    if name not in store.names():
+        command = deskside_command("convert", RECIPE, *options, "--name", name)
+        _run(command, {"DESKSIDE_HOME": str(store.home)})
+    return model_file(store.get(name))
 
 
 def model_file(stored: StoredModel, prefix: str = "") -> ModelFile:

@@ -19,8 +19,8 @@ LLAMA_SERVER_SETTINGS = {
     RAM: "the same with the cache of prompts in RAM (8 GiB)",
     SHIPPED: "llama-server's own defaults: 4 slots, unified KV cache, sliding-window cache, prompt cache in RAM",
 }
-# Its defaults keep the logits of every prompt token, a MiB each with Gemma's whole vocabulary, and break a stream off as soon as
-# another request arrives: as shipped, most of 16 clients get no whole answer.
+# Its defaults keep the logits of every prompt token, a MiB each with Gemma's whole vocabulary, and break a stream off
+# as soon as another request arrives: as shipped, most of 16 clients get no whole answer.
 LLAMA_CPP_FLAGS = {
     BEST: [
         *("--n_ctx", "4096", "--logits_all", "false", "--flash_attn", "true", "--n_ubatch", "512"),

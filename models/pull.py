@@ -47,8 +47,9 @@ def pull(
 ) -> StoredModel:
     """Install a model from the catalogue, or any GGUF file by its hf:// address; returns it if it is there already.
 
-    `build` makes a recipe's model, and knows whether one that is there still is the recipe's. `name` is what an hf:// model is to be called, by default derived from its file's name. Raises ModelNotFound,
-    DownloadFailed (naming every source and why it failed), HashMismatch, StoreError.
+    `build` makes a recipe's model, and knows whether one that is there still is the recipe's. `name` is what an hf://
+    model is to be called, by default derived from its file's name. Raises ModelNotFound, DownloadFailed (naming every
+    source and why it failed), HashMismatch, StoreError.
     """
     if "://" in name_or_uri:
         source = parse_source(name_or_uri)

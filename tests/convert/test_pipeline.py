@@ -21,11 +21,10 @@ from convert.errors import (
 )
 from convert.inputs import ConvertRequest
 from convert.pipeline import convert
-from models.catalog import CatalogEntry
-from models.errors import BadGguf, HashMismatch, ModelError, ModelNotFound, StoreError
+from models.errors import BadGguf, ModelError, ModelNotFound, StoreError
 from models.files import sha256_file
-from models.manifest import MANIFEST_FILE, Base, Manifest, dump_manifest
 from models.manifest import Adapter as AdapterRecord
+from models.manifest import Base, Manifest, dump_manifest
 from models.store import Store
 from tests.convert.tiny import END, adapter_tensors, write_adapter, write_model
 from tests.gguf_heads import head
@@ -260,67 +259,6 @@ def test_a_model_whose_logits_are_not_finite_is_not_installed(store: Store, tmp_
 def test_every_error_is_one_of_ours() -> None:
     kinds = {kind for _, kind, _ in REFUSED.values()}
     assert all(issubclass(kind, ConvertError | ModelError) for kind in kinds)
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe folder in the place of email-triage's, on a base that is installed."""
-    convert(ConvertRequest(str(write_model(tmp_path / "b.gguf")), "tiny-base", quantization="F16"), store, Notes())
-    folder = tmp_path / "recipe"
-    write_adapter(folder / "adapter")
-    manifest = {
-        "name": "email-triage",
-        "licence": "L",
-        "task": "classify",
-        "labels": ["a", "b"],
-        "base": {"name": "tiny-base", "sha256": sha256_file(store.get("tiny-base").gguf)},
-        "adapter": {"path": "adapter"},
-        "quality": [
-            {"what": "as served", "split": "test", "correct": 1, "total": 2, "interval_low": 0.1, "interval_high": 0.9}
-        ],
-    }
-    (folder / MANIFEST_FILE).write_text(dump_manifest(Manifest.model_validate(manifest)))
-    monkeypatch.setattr(CatalogEntry, "recipe_folder", lambda entry: folder)
-    return folder
-
-
-def test_a_recipe_brings_everything_along(store: Store, recipe: Path) -> None:
-    stored = convert(ConvertRequest("email-triage"), store, Notes())
-    assert stored.name == "email-triage"
-    assert stored.manifest is not None
-    assert stored.manifest.labels == ("a", "b")
-    assert stored.manifest.quality[0].what == "as served"
-    assert "| as served | test | 1 of 2 | 0.500 |" in (stored.folder / "README.md").read_text()
-
-
-def test_a_recipes_figures_are_not_claimed_for_another_quantization(store: Store, recipe: Path) -> None:
-    stored = convert(ConvertRequest("email-triage", "triage-f16", quantization="F16"), store, Notes())
-    assert stored.manifest is not None
-    assert (stored.name, stored.manifest.quality, stored.manifest.labels) == ("triage-f16", (), ("a", "b"))
-
-
-def test_a_recipe_is_not_built_on_another_base(store: Store, recipe: Path, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "o.gguf", changes={"output_norm.weight": np.full(64, 2, np.float32)})
-    convert(ConvertRequest(str(other), "tiny-base", quantization="F16", replace=True), store, Notes())
-    with pytest.raises(HashMismatch, match="the recipe was made on"):
-        convert(ConvertRequest("email-triage"), store, Notes())
-    assert store.names() == ["tiny-base"]
-
-
-def test_a_recipe_whose_adapter_was_changed_is_refused(store: Store, recipe: Path) -> None:
-    text = (recipe / MANIFEST_FILE).read_text()
-    (recipe / MANIFEST_FILE).write_text(text.replace('path = "adapter"', f'path = "adapter"\nsha256 = "{"0" * 64}"'))
-    with pytest.raises(AdapterInvalid, match="the recipe expects 0000"):
-        convert(ConvertRequest("email-triage"), store, Notes())
-
-
-def test_a_damaged_base_in_the_store_is_noticed(store: Store, recipe: Path) -> None:
-    gguf_file = store.get("tiny-base").gguf
-    data = bytearray(gguf_file.read_bytes())
-    data[-1] ^= 1
-    gguf_file.write_bytes(data)
-    with pytest.raises(HashMismatch, match=r"its model\.toml says"):
-        convert(ConvertRequest("email-triage"), store, Notes())
 
 
 def test_the_adapter_config_that_peft_writes_is_understood(tmp_path: Path, store: Store) -> None:

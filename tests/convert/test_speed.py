@@ -1,8 +1,12 @@
 """Speed is measured with batches such as serving makes, in turns, within the cells there are; its figures add up."""
 
 import itertools
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from convert.errors import MeasureFailed
@@ -179,3 +183,34 @@ def test_a_tiny_model_is_measured_in_a_process_of_its_own(tmp_path: Path) -> Non
 
 def test_peak_memory_is_in_bytes() -> None:
     assert peak_memory_bytes() > 10 << 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere than on Linux a process counts itself")
+def test_peak_memory_is_the_processs_own_and_not_its_parents() -> None:
+    # the child is forked from a process that holds this much
+    ballast = np.ones(300 << 20, np.uint8)
+    command = [sys.executable, "-c", "from convert.speed_child import peak_memory_bytes as p; print(p())"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(found) < 200 << 20 < len(ballast)
+
+
+def test_files_are_timed_for_whoever_asks_with_a_job(tmp_path: Path) -> None:
+    job = {
+        "files": {"tiny": str(write_model(tmp_path / "tiny.gguf"))},
+        "prompt_tokens": 20,
+        "answer_tokens": 2,
+        "rounds": 1,
+        "threads": 1,
+    }
+    done = run_speed_files(job)
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["speeds"].keys()) == (0, {"tiny"})
+    assert report["speeds"]["tiny"]["decode_tokens_per_s"].keys() == {"1", "8", "16"}
+    refused = run_speed_files(job | {"files": {"none": str(tmp_path / "none.gguf")}})
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "none.gguf" in refused.stderr
+
+
+def run_speed_files(job: dict[str, object]) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "convert.speed_files"]
+    return subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from convert.inputs import ConvertRequest
+from convert.pipeline import convert
+from convert.progress import LineReporter
 from models.errors import ModelError
 from models.store import Store, StoredModel
 from runtime.llama import Llama, LoadOptions, load
+
+ADAPTER = Path(__file__).parents[2] / "models" / "email_triage" / "adapter"
 
 
 def installed(name: str) -> StoredModel:
@@ -27,6 +32,13 @@ def base_gguf() -> Path:
 def email_triage() -> StoredModel:
     """The default fine-tuned model."""
     return installed("email-triage")
+
+
+@pytest.fixture(scope="session")
+def whole_fine_tune(base_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredModel:
+    """The default model's adapter merged, the vocabulary left whole: its rows of logits are as long as the base's."""
+    store = Store(tmp_path_factory.mktemp("whole"))
+    return convert(ConvertRequest(str(base_gguf), "whole", ADAPTER), store, LineReporter())
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,8 @@ def hot(base_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 
 
 @pytest.fixture(scope="module")
-def merged(email_triage: StoredModel) -> Iterator[Llama]:
-    llama = load(email_triage.gguf, LoadOptions(n_ctx=512, n_batch=512, n_seq_max=1, n_threads=1))
+def merged(whole_fine_tune: StoredModel) -> Iterator[Llama]:
+    llama = load(whole_fine_tune.gguf, LoadOptions(n_ctx=512, n_batch=512, n_seq_max=1, n_threads=1))
     yield llama
     llama.close()
 

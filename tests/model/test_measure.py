@@ -21,14 +21,16 @@ def ignore(done: int, total: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(email_triage: StoredModel, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def reference(
+    email_triage: StoredModel, whole_fine_tune: StoredModel, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
     assert email_triage.manifest is not None
     records = read_chat_records(TEST_SPLIT)
     labels = labels_of(records, email_triage.manifest.labels)
     held_out = split_examples(records, N_MAILS).held_out
-    tasks = tasks_of(email_triage.gguf, held_out, "classify", labels, email_triage.manifest.prompt.template)
+    tasks = tasks_of(whole_fine_tune.gguf, held_out, "classify", labels, email_triage.manifest.prompt.template)
     assert tasks.tasks[0].prompt.count(2) == 1, "one BOS"
-    return take_reference(email_triage.gguf, tasks, tmp_path_factory.mktemp("reference"), ignore)
+    return take_reference(whole_fine_tune.gguf, tasks, tmp_path_factory.mktemp("reference"), ignore)
 
 
 def test_the_fine_tune_beside_itself_has_lost_nothing(reference: Reference) -> None:

@@ -16,7 +16,6 @@ from convert.vocabulary import TrimPlan, plan_trim, tokenizer_of
 from convert.vocabulary_report import coverage
 from convert.vocabulary_source import TrimmedSource
 from models.gguf_header import Header, read_header
-from models.store import StoredModel
 from runtime.llama_tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model
@@ -33,8 +32,8 @@ def mails(split: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def header(email_triage: StoredModel) -> Header:
-    return read_header(email_triage.gguf)
+def header(base_gguf: Path) -> Header:
+    return read_header(base_gguf)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +92,8 @@ def test_texts_made_of_kept_tokens_are_read_alike(tokenizers: tuple[Tokenizer, T
     assert sum(alike(before, after, plan, text) for text in texts) > 1500
 
 
-def test_the_embedding_keeps_its_rows(email_triage: StoredModel, plan: TrimPlan) -> None:
-    with Checkpoint(Path(email_triage.gguf)) as checkpoint:
+def test_the_embedding_keeps_its_rows(base_gguf: Path, plan: TrimPlan) -> None:
+    with Checkpoint(base_gguf) as checkpoint:
         source = TrimmedSource(checkpoint, plan)
         info = checkpoint.header.tensors["token_embd.weight"]
         rows = np.concatenate([slab for _, slab in source.slabs(source.header.tensors[info.name])])

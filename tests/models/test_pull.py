@@ -124,6 +124,16 @@ def test_a_recipe_is_handed_to_whoever_builds(hub: Hub, store: Store) -> None:
 
     assert pull("made", store, catalog=known, build=build).name == "made"
     assert pull("made", store, catalog=known).name == "made"
+    asked: list[str] = []
+
+    def again(entry: CatalogEntry, into: Store) -> StoredModel:
+        asked.append(entry.name)
+        return into.get(entry.name)
+
+    assert pull("made", store, catalog=known, build=again).name == "made"
+    pull("tiny", store, catalog=known, build=again)
+    pull("tiny", store, catalog=known, build=again)
+    assert asked == ["made"], "who builds a recipe knows whether an installed model still is the recipe's"
 
 
 @pytest.mark.parametrize(
