@@ -3,7 +3,8 @@
 Measured on the test split: the majority class, a linear classifier and the fine-tune before conversion (written by
 `baseline.py` and `recipe.py` there), the base with a zero-shot and with a few-shot prompt, each with the text it writes
 and with the labels scored (a base model need not have learnt to write nothing but a label), and the converted model as
-served. Every set of predictions is kept in `models/email_triage/results/`; what is there already is not asked again.
+served, and once more with `--whole-vocab` (`deskside eval --out`), which tells what trimming cost. Every set of
+predictions is kept in `models/email_triage/results/`; what is there already is not asked again.
 """
 
 import sys
@@ -52,9 +53,10 @@ NAMES: Mapping[str, str] = {
     "base_few_shot": "base, few-shot prompt (2 examples a class), greedy text",
     "base_few_shot_scored": "base, few-shot prompt (2 examples a class), labels scored",
     "finetune_torch": "fine-tune before conversion",
+    "whole_vocabulary": "fine-tune as served but for its vocabulary, left whole",
     "as_served": "fine-tune as served",
 }
-MADE_ELSEWHERE = ("tfidf_logistic", "finetune_torch")
+MADE_ELSEWHERE = ("tfidf_logistic", "finetune_torch", "whole_vocabulary")
 
 
 def majority() -> Evaluation:
@@ -117,7 +119,7 @@ def _interval(value: Interval) -> str:
 
 def _comparisons(found: Mapping[str, Evaluation]) -> Iterator[str]:
     served = predictions_of(found["as_served"])
-    for other in ("tfidf_logistic", "base_few_shot", "base_few_shot_scored", "finetune_torch"):
+    for other in ("tfidf_logistic", "base_few_shot", "base_few_shot_scored", "finetune_torch", "whole_vocabulary"):
         if other in found:
             earlier = predictions_of(found[other])
             paired = compare(served, earlier)

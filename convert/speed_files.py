@@ -27,14 +27,10 @@ class Job(BaseModel):
 def speeds_of(job: Job) -> SpeedReport:
     """Measure the files in turns. Raises MeasureFailed for the first of those that cannot be measured."""
     how = Served("classify", job.prompt_tokens, job.answer_tokens, threads=job.threads)
-    report = measure_speeds(job.files, how, _tell, rounds=job.rounds)
+    report = measure_speeds(job.files, how, lambda done, total: None, rounds=job.rounds)
     for reason in report.failures.values():
         raise MeasureFailed(reason)
     return report
-
-
-def _tell(done: int, total: int) -> None:
-    print(done, total, file=sys.stderr, flush=True)
 
 
 def main() -> int:
