@@ -23,8 +23,8 @@ _MAX_SCORE = float(np.finfo(np.float32).max)
 def read_json(raw: Mapping[str, Any], source: str, family: str, *, answers_chats: bool) -> Pieces:
     """The tokenizer that `source` holds. Raises TokenizerInvalid naming what is wrong, or what llama.cpp cannot do.
 
-    `family` is the model type of config.json; `answers_chats` that there is a chat template. The merges are taken out
-    of `raw`: they are most of what it holds in memory, and are not needed again.
+    `family` is the model type of config.json; `answers_chats` that there is a chat template. The merges in `raw` are
+    used up: they are most of what it holds in memory, and are not needed again.
     """
     model = part(raw, "model")
     kind = model.get("type") or ("BPE" if "merges" in model else None)
@@ -139,12 +139,12 @@ def _by_id(vocabulary: Mapping[str, Any], source: str) -> dict[int, str]:
 
 
 def _merges(model: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
-    """The pairs in order, from either spelling: "a b" or ["a", "b"]."""
+    """The pairs in order, from either spelling: "a b" or ["a", "b"]. What is made of them takes their place."""
     listed = entries(model, "merges")
-    model.pop("merges", None)
     if len(listed) > MAX_MERGES:
         raise TokenizerInvalid(f"{source} has {len(listed)} merges, the limit is {MAX_MERGES}")
     for index, merge in enumerate(listed):
+        listed[index] = None
         halves = merge.split(" ") if isinstance(merge, str) else merge
         if type(halves) is list and len(halves) == 2:
             left, right = halves
@@ -184,7 +184,7 @@ def _joined_otherwise(vocabulary: Mapping[str, int], cuts: Mapping[int | str, in
         cut = cuts.get(index, 0)
         for at in range(1, len(text)):
             # the cheapest question first: there are over a million places
-            if not cut >> at & 1 and text[:at] in vocabulary and text[at:] in vocabulary and text not in _BYTE_TEXTS:
+            if not cut >> at & 1 and text[at:] in vocabulary and text[:at] in vocabulary and text not in _BYTE_TEXTS:
                 extra.append(text)
     if extra:
         yield (

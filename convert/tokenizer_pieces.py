@@ -121,13 +121,13 @@ def padded(pieces: Pieces, n_rows: int, source: str) -> Tokens:
             f"the tokenizer is larger than the embedding: {source} has token ids up to {last}, "
             f"the model has {n_rows} rows; was a token added without resizing the model?"
         )
+    unused = [index for index in range(n_rows) if index not in pieces.texts]
+    odd = {index: Piece(f"[PAD{index}]", Kind.UNUSED, _UNUSED_SCORE) for index in unused} | dict(pieces.odd)
     texts = [pieces.texts.get(index, "") for index in range(n_rows)]
     kinds = np.full(n_rows, Kind.NORMAL, np.int32)
     scores = np.zeros(n_rows, np.float32)
     if pieces.scores is not None:
         scores[: len(pieces.scores)] = pieces.scores
-    unused = (index for index in range(n_rows) if index not in pieces.texts)
-    odd = {index: Piece(f"[PAD{index}]", Kind.UNUSED, _UNUSED_SCORE) for index in unused} | {**pieces.odd}
     for index, piece in odd.items():
         texts[index], kinds[index], scores[index] = piece.text, piece.kind, piece.score
     return Tokens(texts, kinds, scores, _ids(texts, source))
