@@ -10,8 +10,8 @@ from pathlib import Path
 from models.errors import BadGguf
 from models.gguf_fields import Field, read_fields
 from runtime.errors import EngineError, RequestError
+from runtime.llama import load_tokenizer
 from runtime.llama_tokenizer import Tokenizer
-from runtime.llama_vocab import load_vocabulary
 
 from .errors import VerifyFailed
 from .parity_reference import Reference, open_reference
@@ -75,7 +75,7 @@ class Pair:
 def open_pair(gguf: Path, folder: Path) -> Pair:
     """Load both, without any weights. Raises VerifyFailed when llama.cpp cannot read its side, TokenizerInvalid."""
     try:
-        tokenizer, fields = load_vocabulary(gguf), read_fields(gguf)
+        tokenizer, fields = load_tokenizer(gguf), read_fields(gguf)
     except (EngineError, BadGguf) as error:
         raise VerifyFailed(f"the converted vocabulary cannot be loaded: {error}") from error
     prefix = fields.get("tokenizer.ggml.add_space_prefix")

@@ -155,7 +155,7 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a GGUF model's vocabulary only. Raises LoadFailed."""
+    """The vocabulary of a GGUF, known in a moment and without reading the weights. Raises LoadFailed."""
     return Tokenizer(ModelHandle(path, vocab_only=True))
 
 
