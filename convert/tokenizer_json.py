@@ -67,8 +67,8 @@ def _sentence_bpe(
         raise TokenizerInvalid(f"{source} falls back to bytes, but has no token {missing[0]!r}")
     cuts = _cuts(_merges(model, source), vocabulary)
     unknown = model.get("unk_token")
-    bytes_ = {vocabulary[text]: Piece(text, Kind.BYTE) for text in _BYTE_TEXTS}
-    odd = bytes_ | _added_pieces(texts, added, source, unknown)
+    odd = {vocabulary[text]: Piece(text, Kind.BYTE) for text in _BYTE_TEXTS}
+    odd |= _added_pieces(texts, added, source, unknown)
     if isinstance(unknown, str) and unknown in vocabulary:
         odd[vocabulary[unknown]] = Piece(unknown, Kind.UNKNOWN, _ADDED_SCORE)
     spacing = sentence_spacing(raw, source, splits=False, answers_chats=answers_chats)
@@ -139,7 +139,7 @@ def _by_id(vocabulary: Mapping[str, Any], source: str) -> dict[int, str]:
 
 
 def _merges(model: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
-    """The pairs in order, from either spelling: "a b" or ["a", "b"]. What is made of them takes their place."""
+    """The pairs in order, from either spelling: "a b" or ["a", "b"]. Each is let go of when it has been read."""
     listed = entries(model, "merges")
     if len(listed) > MAX_MERGES:
         raise TokenizerInvalid(f"{source} has {len(listed)} merges, the limit is {MAX_MERGES}")
@@ -156,9 +156,9 @@ def _merges(model: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
 
 
 def _cuts(merges: Iterable[tuple[str, str]], vocabulary: Mapping[str, int]) -> dict[int | str, int]:
-    """What the merges make, in their order, and where they put it together: bit n is set for a cut after n characters.
+    """What the merges make, in their order, and of which halves: bit n is set when one of them ends after n characters.
 
-    Tokens stand there by their id, anything else by its text.
+    A token stands there by its id, which takes no memory of its own, and what is none by its text.
     """
     cuts: dict[int | str, int] = {}
     for left, right in merges:
@@ -170,10 +170,10 @@ def _cuts(merges: Iterable[tuple[str, str]], vocabulary: Mapping[str, int]) -> d
 
 def _scores(cuts: Mapping[int | str, int], n_scores: int) -> np.ndarray:
     """Scores by id, so that llama.cpp, which merges the best score first, keeps the merges' order."""
-    scores = np.full(n_scores, -len(cuts), np.float32)
+    scores = np.full(n_scores, -float(len(cuts)), np.float32)
     for rank, made in enumerate(cuts):
         if isinstance(made, int):
-            scores[made] = -rank
+            scores[made] = -float(rank)
     return scores
 
 

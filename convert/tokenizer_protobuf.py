@@ -21,6 +21,7 @@ from .tokenizer_spacing import checked_charsmap
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _MAX_VARINT_BYTES = 10
+_KINDS: Mapping[int, Kind] = {kind.value: kind for kind in Kind}
 _UNIGRAM, _BPE = 1, 2
 _ADDED_SCORE = -1000.0
 
@@ -98,7 +99,7 @@ def _piece(fields: Mapping[int, Value], index: int, source: str) -> Piece:
     text, score, kind = fields.get(1, b""), fields.get(2, b"\0" * 4), fields.get(3, 1)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
         raise TokenizerInvalid(f"{source}: token {index} has fields of the wrong type")
-    if len(score) != 4 or kind not in set(Kind):
+    if len(score) != 4 or kind not in _KINDS:
         raise TokenizerInvalid(f"{source}: token {index} has the type {kind} and a score of {len(score)} bytes")
     try:
         spelled = text.decode()
@@ -106,7 +107,7 @@ def _piece(fields: Mapping[int, Value], index: int, source: str) -> Piece:
         raise TokenizerInvalid(f"{source}: token {index} is not UTF-8: {text[:64]!r}") from error
     if kind == Kind.USER_DEFINED:
         return added_piece(AddedToken(index, spelled, special=False), struct.unpack("<f", score)[0], unknown=False)
-    return Piece(spelled, Kind(kind), struct.unpack("<f", score)[0])
+    return Piece(spelled, _KINDS[kind], struct.unpack("<f", score)[0])
 
 
 def _message(value: Value, source: str) -> dict[int, Value]:
@@ -138,6 +139,8 @@ def _fields(data: bytes, source: str) -> Iterator[tuple[int, Value]]:
 
 
 def _varint(data: bytes, at: int, source: str) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:  # nearly all of them, nearly two million in a vocabulary
+        return data[at], at + 1
     value = 0
     for place, byte in enumerate(data[at : at + _MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << (7 * place)
