@@ -11,8 +11,9 @@ from typing import Any
 from models.gguf_fields import Field
 
 from .errors import TokenizerInvalid
+from .heap import many_objects
 from .template import END_OF_TURN_MARKS, TEMPLATE_FIELD, ChatFormat, folder_format
-from .tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, read_object, without_garbage_collection
+from .tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, read_object
 from .tokenizer_json import read_json
 from .tokenizer_pieces import AddedToken, Pieces, Tokens, padded
 from .tokenizer_protobuf import read_protobuf
@@ -37,7 +38,7 @@ class Vocabulary:
     name_part: str = ""
 
 
-@without_garbage_collection()
+@many_objects()
 def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> Vocabulary:
     """The vocabulary of the checkpoint in `folder`: `config` is its config.json, `n_rows` the rows of its embedding.
 

@@ -1,8 +1,5 @@
 """Reading a tokenizer's JSON files strictly: sizes are bounded, and whatever is wrong names the file."""
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -42,18 +39,6 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TokenizerInvalid(f"{str(file)!r} holds a {type(found).__name__}, a JSON object is needed")
     return found
-
-
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Half a million new lists, none of them garbage, would be looked at again and again: a fifth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def part(parent: object, key: str) -> dict[str, Any]:

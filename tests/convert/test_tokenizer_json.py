@@ -1,6 +1,5 @@
 """A large tokenizer.json is read in columns: scores, kinds and joins are what each token by itself would tell."""
 
-import gc
 import json
 import random
 from collections.abc import Mapping
@@ -96,19 +95,3 @@ def test_what_is_nearly_json_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerInvalid, match=r"tokenizer.json' is no JSON: .* at line 1"):
         read_vocabulary(tmp_path, {}, 1000)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_is_collected_again_whatever_the_file_holds(
-    saved: Mapping[str, Any], enabled: bool, tmp_path: Path
-) -> None:
-    before = gc.isenabled()
-    try:
-        (gc.enable if enabled else gc.disable)()
-        read(tmp_path, saved)
-        assert gc.isenabled() is enabled
-        with pytest.raises(TokenizerInvalid):
-            read(tmp_path, with_model(saved, vocab={}))
-        assert gc.isenabled() is enabled
-    finally:
-        (gc.enable if before else gc.disable)()
