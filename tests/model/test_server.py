@@ -105,6 +105,17 @@ def test_the_official_client_gets_a_label_for_each_mail(server: Server, email_tr
     assert right >= 4, f"{right} of {len(asked)} right: the model does not do what it was trained for"
 
 
+def test_what_the_cut_vocabulary_has_no_token_for_is_read_and_written_in_bytes(server: Server) -> None:
+    text = "na\u00efve \u65e5\u672c\u8a9e, \U0001f9d1\u200d\U0001f680 \u20ac 12"
+    tokens = server.http.post("/tokenize", json={"content": text}).json()["tokens"]
+    assert len(tokens) > len(text), "some of it is in no train mail"
+    assert server.http.post("/detokenize", json={"tokens": tokens}).json()["content"] == text
+    pattern = "\u65e5\u672c (\U0001f680|\u00f1and\u00fa) \u20ac[0-9]{2}"
+    body = {"messages": mails(1)[0][:1], "temperature": 0, "max_tokens": 64, "regex": pattern}
+    written = server.http.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+    assert re.fullmatch(pattern, written)
+
+
 def test_a_second_look_at_the_same_mail_is_cached(server: Server) -> None:
     body = endless(2, stream=False, temperature=0)
     first, second = (server.http.post(CHAT, json=body).json() for _ in range(2))
