@@ -9,6 +9,10 @@ from dataclasses import dataclass
 # It pays: an idle token that is found saves 0.9 ms of prefill, and costs less than 1 us a step of 16 rows, so one use
 # in 900 steps is enough.
 IDLE_SHARE = 0.25
+# Cells that the sequences of decode rows may hold in all while they share a step with prompts on a CPU: see
+# `Scheduler`. Measured as above: 16 rows and a prompt of 40 … 480 tokens in one step cost 0.86 … 1.07 (median 0.97) of
+# two steps when the rows' sequences hold 128 cells, 0.85 … 1.25 (1.03) at 512 and 0.88 … 1.99 (1.41) at 2k.
+MIX_CELLS = 384
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +22,15 @@ class EngineOptions:
     A step computes at most `step_tokens` tokens (and never more than the model's `n_batch`) for at most `max_running`
     sequences. Finished prompts may keep `idle_cells` of the KV cache for others to share (None: a quarter); each of
     them needs a sequence id too, so load the model with `n_seq_max` ids. An answer that copies its input has at most
-    `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay).
+    `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay). Answers that hold more than
+    `mix_cells` cells in all share no step with prompts (None: what was measured; on a GPU they always do).
     """
 
     step_tokens: int = 512
     max_running: int = 16
     idle_cells: int | None = None
     max_drafts: int | None = 0
+    mix_cells: int | None = None
 
     @property
     def n_seq_max(self) -> int:
@@ -34,3 +40,10 @@ class EngineOptions:
     def idle_bound(self, n_ctx: int) -> int:
         """How many of `n_ctx` cells finished prompts may keep."""
         return int(n_ctx * IDLE_SHARE) if self.idle_cells is None else self.idle_cells
+
+    def mix_bound(self, gpu_layers: int) -> int | None:
+        """How many cells the answers may hold that share a step with prompts; None: any number.
+
+        A GPU's attention has no such tiles, so a model with `gpu_layers` on one has no bound unless it was given.
+        """
+        return MIX_CELLS if self.mix_cells is None and gpu_layers == 0 else self.mix_cells
