@@ -33,6 +33,15 @@ def test_a_turn_is_a_few_small_steps_or_one_large() -> None:
     assert made.order == ("a", "b")
 
 
+def test_each_adapter_remembers_whether_it_prefilled_last() -> None:
+    made = turns("a", "b")
+    made.computed("a", 500, prefilled=True)
+    made.computed("b", 5, prefilled=False)
+    assert (made.prefilled("a"), made.prefilled("b")) == (True, False)
+    made.computed("a", 5, prefilled=False)
+    assert not made.prefilled("a")
+
+
 def test_who_is_passed_over_keeps_the_place() -> None:
     made = turns("a", "b", "c")
     made.computed("b", 500, prefilled=False)
