@@ -3,16 +3,20 @@
 from dataclasses import dataclass
 
 # Part of the cache that finished prompts may keep, unless an option says otherwise. Every cell up to the last used one
-# is scanned by every step. Measured with Gemma 3 270M, Q8_0, on 2 otherwise idle Xeon cores with AMX (30 steps at each
+# is looked at by every step. Measured with Gemma 3 270M, Q8_0, on 2 nearly idle Xeon cores with AMX (30 steps at each
 # size, taken in turns, medians): 1k / 2k / 4k / 8k idle cells slow a step of 16 rows (37 ms) by 3 / 2 / 10 / 28 %, one
-# of 1 row (18 ms) by nothing that could be told from noise, whatever n_ctx is. A quarter is 2k of the default 8k cells.
-# It pays: an idle token that is found saves 0.9 ms of prefill, and costs less than 1 us a step of 16 rows, so one use
-# in 900 steps is enough.
+# of 1 row (18 ms) by nothing that could be told from noise, whatever n_ctx is. Prefill pays more, since each row of a
+# step does: 512 tokens take 416 ms, 460 beside 2k other cells, 510 beside 6k, so an idle cell costs about 20 us. An
+# idle token that is found saves 0.8 ms: one use in 40 such steps is enough, one in 800 where only rows are decoded.
+# Where nothing is ever found (48 replies of 64 tokens to prompts of 283, 16 clients) the quarter, 2k of the default 8k
+# cells, takes about a tenth of the processor time.
 IDLE_SHARE = 0.25
 # Cells that the sequences of decode rows may hold in all while they share a step with prompts on a CPU: see
-# `Scheduler`. Measured as above: 16 rows and a prompt of 40 … 480 tokens in one step cost 0.86 … 1.07 (median 0.97) of
-# two steps when the rows' sequences hold 128 cells, 0.85 … 1.25 (1.03) at 512 and 0.88 … 1.99 (1.41) at 2k.
-MIX_CELLS = 384
+# `Scheduler`. Processor time on the same cores, busy with other work (least of 3, the two ways in turns): 16 rows and a
+# prompt of 40 … 480 tokens in one step take 0.86 … 1.07 (median 0.97) of what two steps take when the rows' sequences
+# hold 128 cells, 0.85 … 1.25 (1.03) at 512, 0.88 … 1.99 (1.41) at 2k; 1.05 … 1.45 at 1k. Steps of more rows than 16 are
+# dearer (choices to score), so theirs break even later: with 640, 16 clients' decisions are planned as if always mixed.
+MIX_CELLS = 640
 
 
 @dataclass(frozen=True, slots=True)
