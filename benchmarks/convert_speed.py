@@ -26,6 +26,7 @@ from .convert_checkpoint import make_checkpoint
 from .convert_record import Conversion, ConvertRun, ConvertSettings, Needs
 from .errors import ServerFailed
 from .machine import describe, load_average
+from .process_memory import PeakWatch
 
 _NAME = "bench-convert"
 _NEEDS = Path(__file__).with_name("convert_needs.py")
@@ -125,7 +126,8 @@ def _measure(converter: Converter) -> Conversion:
         command, env=dict(converter.environment), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     assert process.stderr is not None
-    said = process.stderr.read()  # to the end: the process closes it when it exits
+    with PeakWatch(process.pid) as watch:
+        said = process.stderr.read()  # to the end: the process closes it when it exits
     _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -136,7 +138,7 @@ def _measure(converter: Converter) -> Conversion:
         converter=converter.name,
         wall_s=wall_s,
         cpu_s=usage.ru_utime + usage.ru_stime,
-        peak_bytes=usage.ru_maxrss * unit,
+        peak_bytes=max(watch.peak_bytes, usage.ru_maxrss * unit),
         load_before=load_before,
     )
 
