@@ -85,7 +85,7 @@ class Scheduler:
     def spare(self, plan: Plan) -> int:
         """How many tokens more, each with its row, the plan's step could compute; 0 unless all it does is decode.
 
-        Nobody gives way for them: neither a prompt, nor an idle prefix, nor the search for a guilty sequence.
+        Nobody gives way for them: no prompt that shares a step, no idle prefix, not the search for a guilty sequence.
         """
         if self._suspects or not all(chunk.count == chunk.n_rows == 1 for chunk in plan.chunks):
             return 0
@@ -175,14 +175,16 @@ class Scheduler:
         Prompts are planned beside the rows even if they are computed alone, so that there are cells for both.
         """
         mine = [sequence for sequence in self.running if sequence.request.adapter == adapter]
-        rows = self._fill([], sorted(filter(_has_few_left, mine), key=_is_prefilling))
-        chunks = self._fill(rows, [sequence for sequence in mine if not _has_few_left(sequence)])
+        chunks = self._fill(sorted(filter(_has_few_left, mine), key=_is_prefilling), [])
+        chunks = self._fill([sequence for sequence in mine if not _has_few_left(sequence)], chunks)
         if join:
             chunks = self._with_joined(chunks, adapter)
-        prompts = chunks[len(rows) :]
-        if not rows or not prompts or self._mixes(rows, _planned(chunks)):
+        rows = [chunk for chunk in chunks if _has_few_left(chunk.sequence)]
+        if len(rows) in (0, len(chunks)) or self._mixes(rows, _planned(chunks)):
             return chunks
-        return rows if self._turns.prefilled(adapter) else prompts
+        if self._turns.prefilled(adapter):
+            return rows
+        return [chunk for chunk in chunks if not _has_few_left(chunk.sequence)]
 
     def _mixes(self, rows: list[Chunk], n_tokens: int) -> bool:
         """Whether a step of `n_tokens` that holds these rows costs no more than two that part them from the prompts."""
@@ -191,17 +193,17 @@ class Scheduler:
         seq_ids = [chunk.sequence.seq_id for chunk in rows if chunk.sequence.seq_id is not None]
         return self._ledger.cells_held(seq_ids) <= self._mix_cells
 
-    def _fill(self, chunks: list[Chunk], sequences: Iterable[Sequence]) -> list[Chunk]:
-        """The chunks, and after them one for each of the running sequences, as far as there is room."""
-        chunks = chunks[:]
+    def _fill(self, sequences: Iterable[Sequence], others: list[Chunk]) -> list[Chunk]:
+        """The `others`, and after them a chunk of each of the running sequences, as far as there is room."""
+        chunks = others[:]
         for sequence in sequences:
             if chunk := self._chunk(sequence, chunks):
                 chunks.append(chunk)
         return chunks
 
-    def _with_joined(self, chunks: list[Chunk], adapter: str | None) -> list[Chunk]:
-        """The chunks, and after them those of who waited and can join."""
-        chunks = chunks[:]
+    def _with_joined(self, others: list[Chunk], adapter: str | None) -> list[Chunk]:
+        """The `others`, and after them the chunks of who waited and can join."""
+        chunks = others[:]
         n_held_back = 0
         for sequence in self.waiting[:]:
             if _planned(chunks) >= self._limit or len(self.running) >= self._max_running or n_held_back >= LOOK_PAST:

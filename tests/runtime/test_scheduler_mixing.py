@@ -81,6 +81,15 @@ def test_a_few_tokens_more_are_rows_still(n_forced: int, beside: str) -> None:
     assert (1 in dict(rows), 2 in dict(prompts)) == (True, True)
 
 
+def test_one_that_joins_with_little_to_compute_joins_the_rows() -> None:
+    desk = Desk(mix_cells=0, step_tokens=300, idle_cells=500)
+    desk.scheduler.finish(writing(desk, 90, shared=80))
+    writing(desk, 90)
+    desk.ask(250)
+    desk.ask(90, shared=80)
+    assert [desk.step() for _ in range(2)] == [[(1, 1), (3, 10)], [(2, 250)]]
+
+
 def test_what_rows_leave_over_is_spare_though_a_prompt_waits() -> None:
     desk = Desk(mix_cells=0)
     writing(desk, 80)
@@ -144,12 +153,11 @@ def test_neither_sort_waits_for_more_than_one_step_of_the_other(
 
 def watched_step(office: Office, missed: dict[int, int], mix_cells: int) -> None:
     """One step, if there is work. `missed` counts by arrival the steps of its own adapter that went by without one."""
-    before = office.scheduler.running[:]
     plan = office.scheduler.plan()
     if plan is None:
         return
     assert_one_sort(office, plan, mix_cells)
-    mine = [sequence for sequence in before if sequence.request.adapter == plan.adapter]
+    mine = [sequence for sequence in office.scheduler.running if sequence.request.adapter == plan.adapter]
     first_prompt = [sequence for sequence in mine if not is_row(sequence)][:1]
     for sequence in [*filter(is_row, mine), *first_prompt]:
         missed[sequence.arrival] += 1
@@ -175,8 +183,8 @@ def test_on_a_gpu_one_step_does_both(gpu_layers: int, mixed: bool) -> None:
     llama = FakeLlama(n_ctx=2048, script="an answer")
     llama.info = replace(llama.info, gpu_layers=gpu_layers)
     engine = Engine(llama, EngineOptions(step_tokens=128))
-    engine.add(Request("first", tuple(range(200)) * 3, SamplingParams(9, temperature=0)))
-    while len(llama.batches) < 6:
+    engine.add(Request("first", tuple(range(200)) * 4, SamplingParams(9, temperature=0)))
+    while len(llama.batches) < 8:
         engine.step()
     engine.add(Request("second", (7,) * 300, SamplingParams(9, temperature=0)))
     run(engine)
