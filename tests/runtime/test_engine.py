@@ -316,7 +316,7 @@ class Traffic(RuleBasedStateMachine):
         ids=st.integers(0, 6),
         mix_cells=st.sampled_from([0, 60, None]),
     )
-    def begin(self, n_ctx: int, step_tokens: int, running: int, ids: int, mix_cells: int | None) -> None:
+    def begin(self, n_ctx: int, step_tokens: int, running: int, ids: int, mix_cells: int | None = 0) -> None:
         self.llama = FakeLlama(n_ctx=n_ctx, n_seq_max=running + ids, adapters=("a", "b"))
         self.idle_cells = n_ctx // 4
         self.engine = Engine(self.llama, EngineOptions(step_tokens, running, self.idle_cells, mix_cells=mix_cells))
