@@ -24,7 +24,7 @@ class ConvertSettings(Noun):
 class Conversion(Noun):
     """One run of one converter: wall time, processor time and peak resident memory, of all its processes together.
 
-    What two processes share counts twice in `peak_bytes`, which is no less than the largest one's own high-water mark.
+    What they share counts once in `peak_bytes`, which is no less than the largest one's own high-water mark.
     """
 
     converter: Literal["deskside", "llama.cpp"]

@@ -60,6 +60,11 @@ class Child:
             self._process.stdin.flush()
 
     @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    @property
     def has_failed(self) -> bool:
         """Whether it has ended already, and not well."""
         return self._process.poll() not in {None, 0}

@@ -62,20 +62,27 @@ class Layout:
     @property
     def file_bytes(self) -> int:
         """The size of the whole file."""
-        return len(self.head()) + self.data_bytes
+        return sum(map(len, self.head())) + self.data_bytes
 
-    def head(self) -> bytes:
-        """Everything before the first tensor, padded."""
-        head = bytearray(MAGIC + struct.pack("<IQQ", _VERSION, len(self.tensors), len(self.fields)))
+    def head(self) -> Iterator[bytes]:
+        """Everything before the first tensor, padded, in pieces: a large vocabulary is not to be copied."""
+        n_bytes = 0
+        for piece in self._head():
+            n_bytes += len(piece)
+            yield piece
+        yield bytes(padded(n_bytes, self.alignment) - n_bytes)
+
+    def _head(self) -> Iterator[bytes]:
+        yield MAGIC + struct.pack("<IQQ", _VERSION, len(self.tensors), len(self.fields))
         for key, field in self.fields.items():
-            head += _text(key) + field.raw
+            yield _text(key)
+            yield field.raw
         offset = 0
         for tensor in self.tensors:
-            head += _text(tensor.name) + struct.pack("<I", len(tensor.shape))
-            head += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
-            head += struct.pack("<IQ", tensor.kind, offset)
+            yield _text(tensor.name) + struct.pack("<I", len(tensor.shape))
+            yield struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
+            yield struct.pack("<IQ", tensor.kind, offset)
             offset += padded(tensor.n_bytes, self.alignment)
-        return bytes(head.ljust(padded(len(head), self.alignment), b"\0"))
 
 
 def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int], None]) -> str:
@@ -93,7 +100,8 @@ def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int]
                 digest.update(data)
                 file.write(data)
 
-            put(layout.head())
+            for piece in layout.head():
+                put(piece)
             with closing(_ahead(_pieces(layout, rows))) as pieces:
                 for tensor in layout.tensors:
                     _write_tensor(put, tensor, layout, pieces, advance)
@@ -106,6 +114,12 @@ def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int]
     finally:
         partial.unlink(missing_ok=True)
     return digest.hexdigest()
+
+
+def write_head(target: Path, fields: Mapping[str, Field], alignment: int) -> None:
+    """A file of metadata alone: enough for llama.cpp to read a vocabulary from."""
+    with target.open("wb") as file:
+        file.writelines(Layout(fields, (), alignment).head())
 
 
 def check_written(path: Path, sha256: str) -> None:

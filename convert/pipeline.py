@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from models.card import render_card
-from models.files import check_free, discard, sha256_file, write_atomic
+from models.files import check_free, discard, sha256_file, sync, write_atomic
 from models.gguf_header import read_header
 from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
 from models.quality import Quality, read_quality, write_quality
@@ -21,6 +21,7 @@ from models.store import Store, StoredModel
 
 from .candidates import plain
 from .gguf_file import check_written, write_gguf
+from .heap import give_back_freed
 from .hf_folder import HfFolder
 from .hot import FULL_PRECISION, check_hot, plan_hot, verify_hot
 from .inputs import ConvertRequest, Inputs, gather
@@ -59,7 +60,9 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         if proof is not None:
             stack.enter_context(proof)
         source = stack.enter_context(closing(open_source(inputs.origin.path)))
-        folder = stack.enter_context(store.staging(inputs.manifest.name, replace=request.replace))
+        read_back: set[str] = set()
+        staging = store.staging(inputs.manifest.name, replace=request.replace, read_back=read_back)
+        folder = stack.enter_context(staging)
         if proof is not None:
             stack.callback(proof.close)  # before the folder goes that it reads from
         plan = plan_file(source, inputs)
@@ -77,14 +80,25 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         quality, final = _choose(half, sha256, source, plan, inputs, store, report)
         if quality is None:
             _warn_same_grid(plan, final, report)
+        hashes = {half: sha256}
         report.stage("verify")
-        verify_runs(final, plan.chat, report.advance)
-        hashes = {file: sha256 if file == half else sha256_file(file) for file in {final, half}}
+        give_back_freed()  # the model is in memory next, in a process of its own
+        verify_runs(final, plan.chat, partial(_read_back, final, hashes))
         if inputs.measured is not None:
             quality = _known_ladder(inputs.measured, hashes[final])
         kept = [final, half] if request.keep_f16 and half != final else [final]
+        read_back |= {path.name for path in kept}
         _describe(folder, {path.rename(folder / path.name): hashes[path] for path in kept}, inputs, quality, plan)
         discard(work)
+
+
+def _read_back(final: Path, hashes: dict[Path, str]) -> None:
+    """What is to be installed: its sha256, known or not, is what the disk holds, and it is really on the disk."""
+    if final in hashes:
+        check_written(final, hashes[final])
+    else:
+        hashes[final] = sha256_file(final)
+    sync(final)
 
 
 def _known_ladder(folder: Path, sha256: str) -> Quality | None:

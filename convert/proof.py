@@ -16,7 +16,7 @@ from models.gguf_header import Header
 
 from .child import Child
 from .errors import TokenizerInvalid, VerifyFailed
-from .gguf_file import Layout
+from .gguf_file import write_head
 from .progress import Reporter
 from .texts import messages_of
 
@@ -59,10 +59,15 @@ class Proof:
         """End it. Closing twice is harmless."""
         self._child.close()
 
+    @property
+    def pid(self) -> int:
+        """The id of the process that compares."""
+        return self._child.pid
+
     def begin(self, header: Header, records: tuple[ChatRecord, ...], workdir: Path) -> None:
         """Compare it with what llama.cpp makes of `header`, on the built-in texts and the user's own `records`."""
         vocabulary, self._result = workdir / "vocabulary.gguf", workdir / "proof.json"
-        vocabulary.write_bytes(Layout(header.fields, (), header.alignment).head())
+        write_head(vocabulary, header.fields, header.alignment)
         shown = [record for record in records[:MAX_EXAMPLES] if _is_short(record)]
         texts = [message.content for record in shown for message in record.prompt] + [one.answer for one in shown]
         conversations = [messages_of(record) for record in shown]

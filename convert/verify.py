@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,20 +13,24 @@ from runtime.errors import EngineError
 from runtime.llama import Llama, LoadOptions, load
 from runtime.llama_prefill import last_logits
 
-from .child import read_job, run_child, tell
+from .child import Child, read_job, tell
 from .errors import VerifyFailed
-from .template import ChatFormat
+
+if TYPE_CHECKING:
+    from .template import ChatFormat  # not in the child, which has the model to hold
 
 _PROBE = "Hello"
 
 
-def verify_runs(path: Path, chat: ChatFormat, progress: Callable[[int, int], None]) -> None:
+def verify_runs(path: Path, chat: "ChatFormat", meanwhile: Callable[[], None] = lambda: None) -> None:
     """Load the GGUF at `path` and decode one token after a short text, in a process of its own, which may abort.
 
-    Raises VerifyFailed saying what is wrong.
+    This process does `meanwhile` while it waits. Raises VerifyFailed saying what is wrong.
     """
     job = {"file": str(path), "template": chat.template, "end_of_turn": chat.end_of_turn}
-    code, complaint = run_child("convert.verify", job, progress)
+    with Child("convert.verify", job) as child:
+        meanwhile()
+        code, complaint = child.wait(lambda done, total: None)
     if code != 0:
         end = f"llama.cpp ended with {signal.Signals(-code).name}: " if code < 0 else ""
         raise VerifyFailed(f"{end}{complaint}")
