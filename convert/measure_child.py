@@ -19,7 +19,7 @@ from runtime.llama_protocol import LlamaLike
 
 from .child import read_job, tell
 from .errors import ConvertError
-from .measure_loss import RowFile, RowLoss, row_loss
+from .measure_loss import RowFile, RowLoss, log_norm, row_loss
 from .measure_pass import N_SEQ_MAX, cells_needed, run_pass
 from .measure_process import Job, Order, Outcome, RowSet
 from .measure_rows import Row
@@ -38,8 +38,9 @@ def do_job(llama: LlamaLike, job: Job, progress: Callable[[int, int], None]) -> 
         wanted = {(row.place, row.position): row for compared in job.compare for row in compared.rows}
 
         def compare(row: Row, logits: np.ndarray) -> None:
+            norm = log_norm(logits)
             for comparer in comparers:
-                comparer.see(row, logits)
+                comparer.see(row, logits, norm)
 
         answers = run_pass(llama, job.tasks, wanted.values(), compare, job.together, progress)
         return Outcome(answers, tuple(comparer.losses() for comparer in comparers))
@@ -65,10 +66,11 @@ class _Comparer:
         kept = None if compared.kept is None else np.array(compared.kept, np.int64)
         return cls(file, rows, kept, {})
 
-    def see(self, seen: Row, logits: np.ndarray) -> None:
+    def see(self, seen: Row, logits: np.ndarray, norm: float) -> None:
+        """Compare the row `seen`, whose `log_norm` is `norm`, if this reference has it."""
         row = self.rows.get((seen.place, seen.position))
         if row is not None:
-            self.found[row.number] = row_loss(self.file.read(row.number), logits, row.target, self.kept)
+            self.found[row.number] = row_loss(self.file.read(row.number), logits, row.target, self.kept, norm)
 
     def losses(self) -> tuple[RowLoss, ...]:
         return tuple(self.found[row.number] for row in self.rows.values())
