@@ -73,12 +73,10 @@ class ExampleResult:
 class Measured:
     """A file beside a reference.
 
-    `loss` is over the rows that answers are drawn from; a budget is applied to it. `prompt_loss` is over a sample of
-    the prompts' rows. Either is None where no row can be compared, which a trimmed vocabulary can bring about.
+    `loss` is None where no row can be compared, which a trimmed vocabulary can bring about.
     """
 
     loss: Loss | None
-    prompt_loss: Loss | None
     answers: Answers
     examples: tuple[ExampleResult, ...]
 
@@ -188,8 +186,7 @@ def _measured(
 ) -> Measured:
     of_answer: dict[int, list[float]] = {}
     for row, loss in losses:
-        if row.in_answer:
-            of_answer.setdefault(row.place, []).append(loss.kl)
+        of_answer.setdefault(row.place, []).append(loss.kl)
     theirs = {task.id: answer for task, answer in zip(reference.tasks.tasks, reference.answers, strict=True)}
     examples = tuple(
         _example(tasks.work, task, answer, theirs[task.id], of_answer.get(place, ()))
@@ -199,8 +196,7 @@ def _measured(
     by_id = {task.id: task for task in tasks.tasks}
     before = [is_right(tasks.work, theirs[one.id], by_id[one.id]) for one in examples]
     return Measured(
-        loss=summarise([loss for row, loss in losses if row.in_answer]),
-        prompt_loss=summarise([loss for row, loss in losses if not row.in_answer]),
+        loss=summarise([loss for _, loss in losses]),
         answers=_totals([one.is_right for one in examples], before, sum(one.is_flipped for one in examples)),
         examples=examples,
     )

@@ -87,12 +87,11 @@ def test_a_reference_keeps_its_rows_and_answers(reference: Reference, tasks: Tas
 def test_a_file_loses_nothing_against_itself(reference: Reference) -> None:
     for measured in (beside(reference.model, reference), noise(reference, ignore)):
         assert measured.loss is not None
-        assert measured.prompt_loss is not None
         assert measured.loss.kl_mean < 1e-4
         assert measured.loss.perplexity_ratio == pytest.approx(1, abs=1e-2)
         assert measured.answers.flips == 0
         assert measured.answers.correct == reference.totals.correct
-        assert measured.loss.positions + measured.prompt_loss.positions == len(reference.rows)
+        assert measured.loss.positions == len(reference.rows)
 
 
 def test_a_quantized_file_loses_little_and_another_model_much(
@@ -171,8 +170,7 @@ def test_tokens_with_other_ids_are_compared_by_their_map(
     assert tasks.tasks[0].prompt != reference.tasks.tasks[0].prompt
     measured = beside(permuted, reference, trimmed=Trimmed(tasks, kept))
     assert measured.loss is not None
-    assert measured.prompt_loss is not None
-    assert measured.loss.positions + measured.prompt_loss.positions == len(reference.rows)
+    assert measured.loss.positions == len(reference.rows)
     assert measured.loss.kl_mean < 1e-4
     assert measured.loss.perplexity_ratio == pytest.approx(1, abs=1e-2)
     assert measured.answers.flips == 0
