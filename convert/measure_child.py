@@ -30,24 +30,42 @@ N_BATCH = 512
 def do_job(llama: LlamaLike, job: Job, progress: Callable[[int, int], None]) -> Outcome:
     """Measure the loaded model. Raises EngineError, MeasureFailed, and OSError when the disk is full."""
     with ExitStack() as files:
-        if job.keep is not None:
-            target = files.enter_context(RowFile(Path(job.keep.file), job.keep.n_vocab, create=True))
-            rows, on_row = job.keep.rows, _keeper(target)
-            return Outcome(run_pass(llama, job.tasks, rows, on_row, job.together, progress), ())
+        keepers = [_Keeper.open(kept, files) for kept in (job.keep,) if kept is not None]
         comparers = [_Comparer.open(compared, files) for compared in job.compare]
-        wanted = {(row.place, row.position): row for compared in job.compare for row in compared.rows}
+        wanted = {place: row for one in (*keepers, *comparers) for place, row in one.rows.items()}
 
-        def compare(row: Row, logits: np.ndarray) -> None:
+        def on_row(row: Row, logits: np.ndarray) -> None:
             norm = log_norm(logits)
-            for comparer in comparers:
-                comparer.see(row, logits, norm)
+            for one in (*keepers, *comparers):
+                one.see(row, logits, norm)
 
-        answers = run_pass(llama, job.tasks, wanted.values(), compare, job.together, progress)
+        answers = run_pass(llama, job.tasks, wanted.values(), on_row, job.together, progress)
         return Outcome(answers, tuple(comparer.losses() for comparer in comparers))
 
 
-def _keeper(target: RowFile) -> Callable[[Row, np.ndarray], None]:
-    return lambda row, logits: target.write(row.number, logits)
+_Rows = dict[tuple[int, int], Row]
+
+
+def _by_place(row_set: RowSet) -> _Rows:
+    return {(row.place, row.position): row for row in row_set.rows}
+
+
+@dataclass(frozen=True, slots=True)
+class _Keeper:
+    """The file of a reference in the making, and its rows by where they are."""
+
+    file: RowFile
+    rows: _Rows
+
+    @classmethod
+    def open(cls, kept: RowSet, files: ExitStack) -> "_Keeper":
+        return cls(files.enter_context(RowFile(Path(kept.file), kept.n_vocab, create=True)), _by_place(kept))
+
+    def see(self, seen: Row, logits: np.ndarray, norm: float) -> None:
+        """Write the row `seen`, whose `log_norm` is `norm`, if it is to be kept."""
+        row = self.rows.get((seen.place, seen.position))
+        if row is not None:
+            self.file.write(row.number, logits, norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +73,15 @@ class _Comparer:
     """One reference: its file, its rows by where they are, and by their numbers the losses found."""
 
     file: RowFile
-    rows: dict[tuple[int, int], Row]
+    rows: _Rows
     kept: np.ndarray | None
     found: dict[int, RowLoss]
 
     @classmethod
     def open(cls, compared: RowSet, files: ExitStack) -> "_Comparer":
         file = files.enter_context(RowFile(Path(compared.file), compared.n_vocab))
-        rows = {(row.place, row.position): row for row in compared.rows}
         kept = None if compared.kept is None else np.array(compared.kept, np.int64)
-        return cls(file, rows, kept, {})
+        return cls(file, _by_place(compared), kept, {})
 
     def see(self, seen: Row, logits: np.ndarray, norm: float) -> None:
         """Compare the row `seen`, whose `log_norm` is `norm`, if this reference has it."""

@@ -119,10 +119,11 @@ class RowFile:
     ) -> None:
         self._file.close()
 
-    def write(self, number: int, logits: np.ndarray) -> None:
-        """Keep the distribution of `logits`, shape (n_vocab,), as row `number`."""
+    def write(self, number: int, logits: np.ndarray, norm: float | None = None) -> None:
+        """Keep the distribution of `logits`, shape (n_vocab,), as row `number`. `norm`: their `log_norm`, if known."""
+        norm = log_norm(logits) if norm is None else norm
         self._file.seek(number * self._row_bytes)
-        self._file.write(np.maximum(logits - np.float64(log_norm(logits)), _LOWEST).astype(STORED).tobytes())
+        self._file.write(np.maximum(logits - np.float64(norm), _LOWEST).astype(STORED).tobytes())
 
     def read(self, number: int) -> np.ndarray:
         """Row `number`, float16 of shape (n_vocab,). Raises MeasureFailed when the file does not hold it."""
