@@ -24,7 +24,7 @@ from .machine import describe_machine
 from .measure import NOISE_EXAMPLES, Measured, Reference, compare, noise, rows_bytes, take_reference
 from .measure_tasks import Tasks
 from .progress import Reporter
-from .quantize import Written, ladder_disk_need, quantize
+from .quantize import Written, disk_need, quantize
 from .speed import Progress, Served, SpeedReport, measure_speeds, served
 from .undone import Nearness, cause, shared_grid, undone
 
@@ -321,7 +321,7 @@ class _Ladder:
         header = read_header(self._inputs.half)
         tensors = [OutTensor(info.name, info.shape, info.kind) for info in header.tensors.values()]
         half_bytes = self._inputs.half.stat().st_size
-        needed = ladder_disk_need(half_bytes, tensors, specs) - half_bytes
+        needed = disk_need(half_bytes, tensors, specs) - half_bytes
         check_free(self._workdir, needed + (2 if self._inputs.base else 1) * rows_bytes(self._inputs.tasks))
 
     def _path(self, spec: CandidateSpec) -> Path:

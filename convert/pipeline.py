@@ -18,7 +18,6 @@ from models.quality import Quality, read_quality, write_quality
 from models.quality_plot import PLOT_FILE, render_plot
 from models.store import Store, StoredModel
 
-from .candidates import plain
 from .gguf_file import write_gguf
 from .hf_folder import HfFolder
 from .hot import FULL_PRECISION, check_hot, plan_hot, verify_hot
@@ -28,7 +27,7 @@ from .measured import choose_by_examples
 from .plan import Plan, base_of, counted, layout_of, plan_file, write_half
 from .progress import Reporter
 from .proof import prove
-from .quantize import HALF_PRECISION, disk_need, quantize
+from .quantize import HALF_PRECISION, disk_need, quantize, spec_named
 from .source import Source, open_source
 from .template import ChatFormat, choose_format
 from .undone import cause, shared_grid
@@ -115,15 +114,21 @@ def _quantized(half: Path, inputs: Inputs, report: Reporter) -> Path:
         return half
     report.stage(f"quantize to {quantization}")
     final = half.with_name(_file_name(inputs, quantization))
-    quantize(half, final, plain(quantization), None, report.advance)
+    spec = spec_named(quantization, imatrix=False)
+    written = quantize(half, final, spec, None, report.advance)
+    if spec.overrides and written.fallbacks:
+        report.warn(
+            f"{written.fallbacks} of the matrices have rows that do not fit the types of {quantization}: llama.cpp "
+            "stored them in wider ones"
+        )
     return final
 
 
 def _disk_need(plan: Plan, inputs: Inputs) -> int:
     """Of the files that are surely written; what the ladder needs it checks when it knows the candidates."""
-    wanted = inputs.quantization or HALF_PRECISION
+    specs = [spec_named(inputs.quantization or HALF_PRECISION, imatrix=False)]
     n_halves = 1 if inputs.examples is None else 1 + (plan.trim is not None) + (inputs.adapter is not None)
-    return disk_need(plan.layout.file_bytes, plan.layout.matrix_bytes, wanted) * n_halves
+    return disk_need(plan.layout.file_bytes, plan.layout.tensors, specs) * n_halves
 
 
 def _stage(plan: Plan) -> str:
