@@ -32,12 +32,13 @@ def do_job(llama: LlamaLike, job: Job, progress: Callable[[int, int], None]) -> 
     with ExitStack() as files:
         keepers = [_Keeper.open(kept, files) for kept in (job.keep,) if kept is not None]
         comparers = [_Comparer.open(compared, files) for compared in job.compare]
-        wanted = {place: row for one in (*keepers, *comparers) for place, row in one.rows.items()}
+        takers: list[_Keeper | _Comparer] = [*keepers, *comparers]
+        wanted = {place: row for taker in takers for place, row in taker.rows.items()}
 
         def on_row(row: Row, logits: np.ndarray) -> None:
             norm = log_norm(logits)
-            for one in (*keepers, *comparers):
-                one.see(row, logits, norm)
+            for taker in takers:
+                taker.see(row, logits, norm)
 
         answers = run_pass(llama, job.tasks, wanted.values(), on_row, job.together, progress)
         return Outcome(answers, tuple(comparer.losses() for comparer in comparers))

@@ -190,8 +190,8 @@ def test_a_row_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks, logits = tasks_for("classify"), FakeLlama.logits
     asked: list[tuple[int, ...]] = []
 
-    def counted(self: FakeLlama, history: Sequence[int]) -> np.ndarray:
-        asked.append(tuple(history))
+    def counted(self: FakeLlama, history: tuple[int, ...]) -> np.ndarray:
+        asked.append(history)
         return logits(self, history)
 
     monkeypatch.setattr(FakeLlama, "logits", counted)
