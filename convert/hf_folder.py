@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import count
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,7 +57,7 @@ class _Tensor:
 
 
 class HfFolder:
-    """A folder opened for reading; close it, or use it as a context manager."""
+    """A folder opened for reading; close it when done."""
 
     def __init__(self, folder: Path, read_vocabulary: ReadVocabulary) -> None:
         """Read config.json, the headers of the weights and the tokenizer.
@@ -81,14 +80,6 @@ class HfFolder:
             raise
         self.warnings = (*found.family.warnings(found.config), *warnings, *card_warnings, *vocabulary.warnings)
         self.header = Header(folder, fields, infos, DEFAULT_ALIGNMENT)
-
-    def __enter__(self) -> "HfFolder":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the files."""
