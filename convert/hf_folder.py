@@ -21,6 +21,7 @@ from .checkpoint import SLAB_ELEMENTS
 from .errors import SourceInvalid
 from .families.base import Family, Weight
 from .families.names import interleave_halves
+from .general_name import general_name
 from .hf_folder_card import general_fields
 from .hf_folder_config import FolderConfig, read_config
 from .hf_folder_shards import Place, Shards
@@ -41,6 +42,10 @@ class VocabularyFields(Protocol):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know about it."""
+
+    @property
+    def name_part(self) -> str:
+        """What `general.name` must say of it, and no other name may (see `general_name`)."""
 
 
 ReadVocabulary = Callable[[Path, Mapping[str, Any], int], VocabularyFields]
@@ -75,6 +80,8 @@ class HfFolder:
             vocabulary = read_vocabulary(folder, found.raw, found.family.sizes(found.config).n_vocab)
             general, card_warnings = general_fields(folder, sum(info.n_elements for info in infos.values()))
             fields = {**_fields(found, general), **vocabulary.fields}
+            called = fields["general.name"].value
+            fields["general.name"] = Field.string(general_name(str(called), vocabulary.name_part))
         except BaseException:
             self._shards.close()
             raise

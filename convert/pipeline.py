@@ -8,11 +8,12 @@ in the store's staging folder until it is whole. Only what was measured outlives
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from models.card import render_card
 from models.files import check_free, discard, sha256_file, write_atomic
-from models.gguf_header import read_header
+from models.gguf_header import Header, read_header
 from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
 from models.quality import Quality, read_quality, write_quality
 from models.quality_plot import PLOT_FILE, render_plot
@@ -62,7 +63,7 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         work.mkdir()
         if inputs.origin.folder is not None:
             records = inputs.examples.records if inputs.examples is not None else ()
-            prove(source.header, inputs.origin.folder, records, work, report)
+            prove(_named(source.header, plan), inputs.origin.folder, records, work, report)
         check_free(folder, _disk_need(plan, inputs))
         half = write_half(plan.source, plan.layout, work / _file_name(inputs, HALF_PRECISION), _stage(plan), report)
         quality, final = _choose(half, source, plan, inputs, store, report)
@@ -75,6 +76,11 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         kept = [final, half] if request.keep_f16 and half != final else [final]
         _describe(folder, [path.rename(folder / path.name) for path in kept], inputs, quality, plan)
         discard(work)
+
+
+def _named(header: Header, plan: Plan) -> Header:
+    """The checkpoint's own header under the model's name, by which llama.cpp tells habits of its tokenizer."""
+    return replace(header, fields={**header.fields, "general.name": plan.header.fields["general.name"]})
 
 
 def _known_ladder(folder: Path, final: Path) -> Quality | None:
