@@ -22,7 +22,10 @@ class ConvertSettings(Noun):
 
 
 class Conversion(Noun):
-    """One run of one converter: its process's wall time, processor time and peak resident memory."""
+    """One run of one converter: wall time, processor time and peak resident memory, of all its processes together.
+
+    What they share counts once in `peak_bytes`, which is no less than the largest one's own high-water mark.
+    """
 
     converter: Literal["deskside", "llama.cpp"]
     wall_s: float

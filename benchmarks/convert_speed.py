@@ -26,6 +26,7 @@ from .convert_checkpoint import make_checkpoint
 from .convert_record import Conversion, ConvertRun, ConvertSettings, Needs
 from .errors import ServerFailed
 from .machine import describe, load_average
+from .process_memory import PeakWatch
 
 _NAME = "bench-convert"
 _NEEDS = Path(__file__).with_name("convert_needs.py")
@@ -36,7 +37,10 @@ _VERSIONS = (
 
 @dataclass(frozen=True)
 class Converter:
-    """A converter as a command. `roots` are the distributions it asks for, `code` what else of it lies on disk."""
+    """A converter as a command. `roots` are the distributions it asks for, `code` what else of it lies on disk.
+
+    `children` are the modules that it runs in processes of their own.
+    """
 
     name: Literal["deskside", "llama.cpp"]
     python: Path
@@ -46,6 +50,7 @@ class Converter:
     roots: Sequence[str]
     shown: Sequence[str]
     code: Sequence[Path] = ()
+    children: Sequence[str] = ()
 
 
 def compare_converters(settings: ConvertSettings, progress: Progress) -> ConvertRun:
@@ -115,6 +120,7 @@ def _ours(settings: ConvertSettings, checkpoint: Path) -> Converter:
         roots=("deskside",),
         shown=("deskside", "llama-cpp-python", "numpy"),
         code=tuple(Path(__file__).parents[1] / folder for folder in ("models", "convert", "runtime")),
+        children=("convert.proof_child", "convert.verify"),
     )
 
 
@@ -125,7 +131,8 @@ def _measure(converter: Converter) -> Conversion:
         command, env=dict(converter.environment), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     assert process.stderr is not None
-    said = process.stderr.read()  # to the end: the process closes it when it exits
+    with PeakWatch(process.pid) as watch:
+        said = process.stderr.read()  # to the end: the process closes it when it exits
     _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -136,19 +143,17 @@ def _measure(converter: Converter) -> Conversion:
         converter=converter.name,
         wall_s=wall_s,
         cpu_s=usage.ru_utime + usage.ru_stime,
-        peak_bytes=usage.ru_maxrss * unit,
+        peak_bytes=max(watch.peak_bytes, usage.ru_maxrss * unit),
         load_before=load_before,
     )
 
 
 def _weigh(converter: Converter) -> Needs:
     """Run it once, unmeasured, for the modules it imports; then weigh the distributions they belong to."""
-    command = [str(converter.python), "-X", "importtime", *converter.command]
-    done = subprocess.run(command, env=dict(converter.environment), capture_output=True, text=True, check=False)
-    _check(converter, done.returncode, done.stderr)
-    lines = (line for line in done.stderr.splitlines() if line.startswith("import time:"))
-    modules = {line.rpartition("|")[2].strip() for line in lines}
-    weighed = _ask(converter, str(_NEEDS), *converter.roots, said="\n".join(modules))
+    modules = _imported(converter, converter.command)
+    if converter.children:
+        modules |= _imported(converter, ("-c", f"import {', '.join(converter.children)}"))
+    weighed = _ask(converter, str(_NEEDS), *converter.roots, said="\n".join(sorted(modules)))
     own = sum(_tree_bytes(folder) for folder in converter.code)
     return Needs(
         converter=converter.name,
@@ -156,6 +161,14 @@ def _weigh(converter: Converter) -> Needs:
         loaded_bytes=weighed["loaded"] + own,
         installed_bytes=weighed["installed"] + own,
     )
+
+
+def _imported(converter: Converter, command: Sequence[str]) -> set[str]:
+    words = [str(converter.python), "-X", "importtime", *command]
+    done = subprocess.run(words, env=dict(converter.environment), capture_output=True, text=True, check=False)
+    _check(converter, done.returncode, done.stderr)
+    lines = (line for line in done.stderr.splitlines() if line.startswith("import time:"))
+    return {line.rpartition("|")[2].strip() for line in lines}
 
 
 def _ask(converter: Converter, *arguments: str, said: str = "") -> dict[str, Any]:

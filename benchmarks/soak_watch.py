@@ -4,10 +4,10 @@ import os
 import signal
 from pathlib import Path
 
+from .process_memory import PROC, children, resident_bytes
 from .record import Noun
 
 ENGINE_BYTES = 64 << 20
-PROC = Path("/proc")
 
 
 class Memory(Noun):
@@ -17,26 +17,6 @@ class Memory(Noun):
     server_bytes: int
     engine_pid: int | None
     engine_bytes: int
-
-
-def resident_bytes(pid: int, proc: Path = PROC) -> int:
-    """The resident memory of a process; 0 when it is gone or the system has no /proc."""
-    try:
-        fields = (proc / str(pid) / "statm").read_text(encoding="ascii").split()
-    except OSError:
-        return 0
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def children(pid: int, proc: Path = PROC) -> list[int]:
-    """The processes whose parent is `pid`, of every thread of it."""
-    found = []
-    for tasks in (proc / str(pid)).glob("task/*/children"):
-        try:
-            found += [int(word) for word in tasks.read_text(encoding="ascii").split()]
-        except OSError:
-            continue
-    return sorted(found)
 
 
 def engine_of(pid: int, proc: Path = PROC) -> int | None:

@@ -1,7 +1,6 @@
-"""Writing a GGUF file: streamed to a name of its own, read back and compared by sha256 per tensor, then renamed."""
+"""Writing a GGUF file: streamed to a name of its own and hashed on the way, then renamed."""
 
 import hashlib
-import os
 import struct
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,19 +9,18 @@ from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from models.errors import BadGguf, StoreError
+from models.errors import StoreError
+from models.files import sha256_file
 from models.gguf_fields import MAGIC, Field
-from models.gguf_header import TensorInfo, padded, read_header
+from models.gguf_header import padded
 
 from .errors import VerifyFailed
 
 _VERSION = 3
-_CHUNK_BYTES = 1 << 20
 
 Rows = Callable[[str], Iterator[np.ndarray]]
 """Tensor name -> its data in order, in pieces."""
@@ -59,39 +57,49 @@ class Layout:
     @property
     def file_bytes(self) -> int:
         """The size of the whole file."""
-        return len(self.head()) + self.data_bytes
+        return sum(map(len, self.head())) + self.data_bytes
 
-    def head(self) -> bytes:
-        """Everything before the first tensor, padded."""
-        head = bytearray(MAGIC + struct.pack("<IQQ", _VERSION, len(self.tensors), len(self.fields)))
+    def head(self) -> Iterator[bytes]:
+        """Everything before the first tensor, padded, in pieces: a large vocabulary is not to be copied."""
+        n_bytes = 0
+        for piece in self._head():
+            n_bytes += len(piece)
+            yield piece
+        yield bytes(padded(n_bytes, self.alignment) - n_bytes)
+
+    def _head(self) -> Iterator[bytes]:
+        yield MAGIC + struct.pack("<IQQ", _VERSION, len(self.tensors), len(self.fields))
         for key, field in self.fields.items():
-            head += _text(key) + field.raw
+            yield _text(key)
+            yield field.raw
         offset = 0
         for tensor in self.tensors:
-            head += _text(tensor.name) + struct.pack("<I", len(tensor.shape))
-            head += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
-            head += struct.pack("<IQ", tensor.kind, offset)
+            yield _text(tensor.name) + struct.pack("<I", len(tensor.shape))
+            yield struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
+            yield struct.pack("<IQ", tensor.kind, offset)
             offset += padded(tensor.n_bytes, self.alignment)
-        return bytes(head.ljust(padded(len(head), self.alignment), b"\0"))
 
 
-def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int], None]) -> dict[str, str]:
-    """Write `target` and return tensor name -> sha256 of its bytes. `advance` is told each piece's bytes.
+def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int], None]) -> str:
+    """Write `target` and return the sha256 of what was written; whoever reads it back knows by that what it must be.
 
-    The same input gives the same bytes. On an error nothing is left. Raises VerifyFailed when the disk holds
-    something else than was written, StoreError when the disk is full, and whatever `rows` raises.
+    The same input gives the same bytes. On an error nothing is left. `advance` is told each piece's bytes. Raises
+    VerifyFailed for a tensor of another size than its shape, StoreError when the disk is full, and what `rows` raises.
     """
     partial = target.with_name(target.name + ".partial")
+    digest = hashlib.sha256()
     try:
         with partial.open("wb") as file:
-            file.write(layout.head())
+
+            def put(data: bytes | memoryview) -> None:
+                digest.update(data)
+                file.write(data)
+
+            for piece in layout.head():
+                put(piece)
             with closing(_ahead(_pieces(layout, rows))) as pieces:
-                hashes = {
-                    tensor.name: _write_tensor(file, tensor, layout, pieces, advance) for tensor in layout.tensors
-                }
-            file.flush()
-            os.fsync(file.fileno())
-        _check(partial, hashes)
+                for tensor in layout.tensors:
+                    _write_tensor(put, tensor, layout, pieces, advance)
         partial.replace(target)
     except OSError as error:
         raise StoreError(
@@ -100,14 +108,19 @@ def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int]
         ) from error
     finally:
         partial.unlink(missing_ok=True)
-    return hashes
+    return digest.hexdigest()
 
 
-def hash_tensors(path: Path) -> dict[str, str]:
-    """Tensor name -> sha256 of its bytes in the file. Raises BadGguf when the file is malformed."""
-    tensors = read_header(path).tensors
-    with path.open("rb") as file:
-        return {name: _hash_range(file, tensor) for name, tensor in tensors.items()}
+def write_head(target: Path, fields: Mapping[str, Field], alignment: int) -> None:
+    """A file of metadata alone: enough for llama.cpp to read a vocabulary from."""
+    with target.open("wb") as file:
+        file.writelines(Layout(fields, (), alignment).head())
+
+
+def check_written(path: Path, sha256: str) -> None:
+    """Read `path` back. Raises VerifyFailed unless its sha256 is that of what was written."""
+    if (found := sha256_file(path)) != sha256:
+        raise VerifyFailed(f"{path.name!r} was written with sha256 {sha256}, the disk has {found}")
 
 
 def _pieces(layout: Layout, rows: Rows) -> Iterator[np.ndarray | None]:
@@ -131,44 +144,23 @@ def _one_of(pieces: Iterator[np.ndarray | None]) -> list[np.ndarray | None]:
 
 
 def _write_tensor(
-    file: BinaryIO,
+    put: Callable[[bytes | memoryview], None],
     tensor: OutTensor,
     layout: Layout,
     pieces: Iterator[np.ndarray | None],
     advance: Callable[[int], None],
-) -> str:
-    digest, written = hashlib.sha256(), 0
+) -> None:
+    written = 0
     while (piece := next(pieces)) is not None:
         data = np.ascontiguousarray(piece).data.cast("B")
-        digest.update(data)
-        file.write(data)
+        put(data)
         written += len(data)
         advance(len(data))
     if written != tensor.n_bytes:
         raise VerifyFailed(
             f"tensor {tensor.name!r} has {written} bytes, its shape {tensor.shape} needs {tensor.n_bytes}"
         )
-    file.write(bytes(padded(written, layout.alignment) - written))
-    return digest.hexdigest()
-
-
-def _check(path: Path, hashes: Mapping[str, str]) -> None:
-    try:
-        found = hash_tensors(path)
-    except BadGguf as error:
-        raise VerifyFailed(f"what was written cannot be read back: {error}") from error
-    for name, expected in hashes.items():
-        if found.get(name) != expected:
-            raise VerifyFailed(f"tensor {name!r} was written with sha256 {expected}, the disk has {found.get(name)}")
-
-
-def _hash_range(file: BinaryIO, tensor: TensorInfo) -> str:
-    digest, left = hashlib.sha256(), tensor.n_bytes
-    file.seek(tensor.offset)
-    while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-        digest.update(chunk)
-        left -= len(chunk)
-    return digest.hexdigest()
+    put(bytes(padded(written, layout.alignment) - written))
 
 
 def _text(value: str) -> bytes:

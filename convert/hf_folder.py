@@ -17,7 +17,6 @@ from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
 from models.gguf_fields import Field
 from models.gguf_header import DEFAULT_ALIGNMENT, Header, TensorInfo
 
-from .checkpoint import SLAB_ELEMENTS
 from .errors import SourceInvalid
 from .families.base import Family, Weight
 from .families.names import interleave_halves
@@ -30,6 +29,8 @@ from .safetensors_file import READABLE
 _FILE_TYPE_F16 = 1
 _F32 = GGMLQuantizationType.F32
 _OUTPUT = "lm_head.weight"
+# A slab passes through several forms on its way to the file: small enough to stay in the processor's cache meanwhile.
+SLAB_ELEMENTS = 1 << 18
 
 
 class VocabularyFields(Protocol):

@@ -96,7 +96,7 @@ def _check_tokens(header: Header, sequences: Sequence[Sequence[int]], chunk_toke
         raise ImatrixFailed(f"chunks of {chunk_tokens} tokens: at least 1 is needed")
     if not any(len(sequence) for sequence in sequences):
         raise ImatrixFailed("there is no text to collect an importance matrix from")
-    n_vocab = len(header.vocabulary)
+    n_vocab = header.n_vocab
     for index, sequence in enumerate(sequences):
         if len(sequence) and not 0 <= min(sequence) <= max(sequence) < n_vocab:
             raise ImatrixFailed(

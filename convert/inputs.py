@@ -10,7 +10,7 @@ from models.catalog import CatalogEntry, load_catalog
 from models.chat_records import ChatRecord, read_chat_records
 from models.errors import HashMismatch
 from models.files import sha256_file
-from models.manifest import MANIFEST_FILE, Conversion, Manifest, read_manifest
+from models.manifest import MANIFEST_FILE, Base, Conversion, Manifest, read_manifest
 from models.manifest import Adapter as AdapterRecord
 from models.quality import QUALITY_FILE, Budget, Work
 from models.store import Store, check_name
@@ -76,7 +76,7 @@ class TrimRequest:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything found and checked. `manifest` is the one to be installed, its artefacts still missing.
+    """Everything found and checked. `manifest` is the one to be installed, its base and artefacts still missing.
 
     `quantization` None: the examples decide. `measured` is the folder of a recipe whose choice was measured before.
     """
@@ -88,6 +88,14 @@ class Inputs:
     examples: Examples | None = None
     trim: TrimRequest | None = None
     measured: Path | None = None
+
+    @property
+    def base(self) -> Base:
+        """What the manifest is to say of the weights; where they come from, if it knew that of these very ones."""
+        found, before = self.origin.base, self.manifest.base
+        if before is not None and before.source and before.sha256 == found.sha256:
+            return found.model_copy(update={"source": before.source})
+        return found
 
 
 def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
@@ -105,7 +113,7 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     given = read_manifest(request.manifest) if request.manifest is not None else None
     examples, trim = _examples(request, given), _trim(request)
     origin = find_origin(request.source, request.gguf, store, report)
-    manifest = _complete(given or _inherited(origin, adapter), name, origin, adapter, hot=request.hot)
+    manifest = _complete(given or _inherited(origin, adapter), name, adapter, hot=request.hot)
     return Inputs(origin, adapter, quantization, manifest, examples, trim)
 
 
@@ -151,11 +159,9 @@ def _from_recipe(
     if request.adapter is None and expected not in {None, adapter.sha256}:
         raise AdapterInvalid(f"{str(adapter.folder)!r} has sha256 {adapter.sha256}, the recipe expects {expected}")
     origin = find_origin(recipe.base.name, None, store, report)
-    if origin.base.sha256 != recipe.base.sha256:
-        raise HashMismatch(
-            f"{str(origin.path)!r} has sha256 {origin.base.sha256}, the recipe was made on {recipe.base.sha256}"
-        )
-    manifest = _complete(recipe, check_name(request.name or recipe.name), origin, adapter, hot=request.hot)
+    if (found := origin.base.sha256) != recipe.base.sha256:
+        raise HashMismatch(f"{str(origin.path)!r} has sha256 {found}, the recipe was made on {recipe.base.sha256}")
+    manifest = _complete(recipe, check_name(request.name or recipe.name), adapter, hot=request.hot)
     examples, trim = _examples(request, recipe), _trim(request)
     chosen = recipe.conversion or Conversion()
     is_recipe = not (request.adapter or request.hot or request.quantization or request.examples or request.trim)
@@ -209,13 +215,9 @@ def _inherited(origin: Origin, adapter: Adapter | None) -> Manifest:
     return Manifest(name="source", licence=known.licence, licence_notice=known.licence_notice)
 
 
-def _complete(manifest: Manifest, name: str, origin: Origin, adapter: Adapter | None, *, hot: bool) -> Manifest:
+def _complete(manifest: Manifest, name: str, adapter: Adapter | None, *, hot: bool) -> Manifest:
     made_with = manifest.adapter
     if adapter is not None:
         made_with = AdapterRecord(path=adapter.folder.name, sha256=adapter.sha256, rank=adapter.rank)
-    base = origin.base
-    if manifest.base is not None and manifest.base.source and manifest.base.sha256 == base.sha256:
-        base = base.model_copy(update={"source": manifest.base.source})
     kind = "adapter" if hot else "model"
-    changes = {"kind": kind, "name": name, "source": "", "base": base, "adapter": made_with, "artefacts": ()}
-    return manifest.model_copy(update=changes)
+    return manifest.model_copy(update={"kind": kind, "name": name, "source": "", "adapter": made_with, "artefacts": ()})

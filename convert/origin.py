@@ -6,8 +6,10 @@ Hugging Face folder. `--gguf FILE` brings weights that were made elsewhere: SOUR
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 from models.catalog import load_catalog
 from models.download_checkpoint import fetch_checkpoint
@@ -19,7 +21,7 @@ from models.pull import pull
 from models.sources import parse_repo
 from models.store import Store, StoredModel
 
-from .errors import RequestInvalid
+from .errors import RequestInvalid, SourceInvalid
 from .progress import Reporter
 
 # What a folder is known by: the weights, and all that decides what becomes of them.
@@ -31,13 +33,25 @@ class Origin:
     """Weights to convert: a GGUF file or a Hugging Face folder.
 
     `folder` holds the tokenizer that a converted vocabulary is compared with (None: a GGUF file, which has its own).
-    `manifest` is that of an installed model.
+    `digest` is their sha256, a folder's as soon as it is known. `manifest` is that of an installed model.
     """
 
     path: Path
     folder: Path | None
-    base: Base
+    name: str
+    digest: Future[str]
+    source: str = ""
+    revision: str = ""
     manifest: Manifest | None = None
+
+    @property
+    def base(self) -> Base:
+        """What a manifest says of them. Waits for `digest`; raises SourceInvalid when it could not be had."""
+        try:
+            sha256 = self.digest.result()
+        except OSError as error:
+            raise SourceInvalid(f"{str(self.path)!r} cannot be read: {error.strerror or error}") from error
+        return Base(name=self.name, source=self.source, revision=self.revision, sha256=sha256)
 
     @property
     def licence(self) -> str:
@@ -53,13 +67,14 @@ def find_origin(source: str, gguf: Path | None, store: Store, report: Reporter) 
     if repo is not None:
         report.stage(f"fetch {source}")
         folder = fetch_checkpoint(repo, report.advance)
-        return _folder(folder, repo.repo.rpartition("/")[2], f"hf://{repo.repo}@{folder.name}", report)
+        name, address = repo.repo.rpartition("/")[2], f"hf://{repo.repo}@{folder.name}"
+        return Origin(folder, folder, name, folder_digest(folder), source=address, revision=folder.name)
     if path.is_dir() and not (path / MANIFEST_FILE).is_file():
-        return _folder(path, path.resolve().name, "", report)
+        return Origin(path, path, path.resolve().name, folder_digest(path))
     stored = _stored(source, store, report)
     came_from = stored.manifest.source if stored.manifest is not None else ""
-    sha256 = checked_sha256(stored, report)
-    return Origin(stored.gguf, None, Base(name=stored.name, source=came_from, sha256=sha256), stored.manifest)
+    digest = _known(checked_sha256(stored, report))
+    return Origin(stored.gguf, None, stored.name, digest, source=came_from, manifest=stored.manifest)
 
 
 def checked_sha256(stored: StoredModel, report: Reporter) -> str:
@@ -82,27 +97,33 @@ def _made_elsewhere(source: str, gguf: Path, report: Reporter) -> Origin:
     if not gguf.is_file():
         raise RequestInvalid(f"--gguf {str(gguf)!r}: there is no such file")
     report.stage(f"check {gguf.name}")
-    base = Base(name=folder.resolve().name, sha256=sha256_file(gguf, report.advance))
-    return Origin(gguf, folder, base)
+    return Origin(gguf, folder, folder.resolve().name, _known(sha256_file(gguf, report.advance)))
 
 
-def _folder(folder: Path, name: str, source: str, report: Reporter) -> Origin:
-    report.stage(f"check {name}")
-    revision = source.rpartition("@")[2] if source else ""
-    sha256 = folder_sha256(folder, report)
-    return Origin(folder, folder, Base(name=name, source=source, revision=revision, sha256=sha256))
+def folder_digest(folder: Path) -> Future[str]:
+    """One hash for a checkpoint's folder, over the names and sha256 of its files in order of name.
+
+    Worked out by a thread of its own: weights are converted meanwhile, and nobody needs it before they are.
+    """
+    digest = Future[str]()
+    Thread(target=_settle, args=(digest, folder), daemon=True).start()
+    return digest
 
 
-def folder_sha256(folder: Path, report: Reporter) -> str:
-    """One hash for a checkpoint's folder: over the names and sha256 of its files in order of name."""
-    digest, done = hashlib.sha256(), 0
-    files = list(_hashed(folder))
-    total = sum(path.stat().st_size for path in files)
-    for path in files:
-        report.advance(done, total)
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
-        done += path.stat().st_size
-    return digest.hexdigest()
+def _settle(digest: Future[str], folder: Path) -> None:
+    total = hashlib.sha256()
+    try:
+        for path in _hashed(folder):
+            total.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
+        digest.set_result(total.hexdigest())
+    except OSError as error:
+        digest.set_exception(error)
+
+
+def _known(sha256: str) -> Future[str]:
+    digest = Future[str]()
+    digest.set_result(sha256)
+    return digest
 
 
 def _hashed(folder: Path) -> Iterator[Path]:

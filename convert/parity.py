@@ -10,8 +10,8 @@ from pathlib import Path
 from models.errors import BadGguf
 from models.gguf_fields import Field, read_fields
 from runtime.errors import EngineError, RequestError
+from runtime.llama import load_tokenizer
 from runtime.llama_tokenizer import Tokenizer
-from runtime.llama_vocab import load_vocabulary
 
 from .errors import VerifyFailed
 from .parity_reference import Reference, open_reference
@@ -72,14 +72,18 @@ class Pair:
     forced: frozenset[str]
 
 
-def open_pair(gguf: Path, folder: Path) -> Pair:
-    """Load both, without any weights. Raises VerifyFailed when llama.cpp cannot read its side, TokenizerInvalid."""
+def open_pair(gguf: Path, folder: Path, reference: Reference | None = None) -> Pair:
+    """Load both, without any weights; `reference` if it is loaded already.
+
+    Raises VerifyFailed when llama.cpp cannot read its side, TokenizerInvalid for the other.
+    """
     try:
-        tokenizer, fields = load_vocabulary(gguf), read_fields(gguf)
+        tokenizer, fields = load_tokenizer(gguf), read_fields(gguf)
     except (EngineError, BadGguf) as error:
         raise VerifyFailed(f"the converted vocabulary cannot be loaded: {error}") from error
     prefix = fields.get("tokenizer.ggml.add_space_prefix")
-    reference = open_reference(folder, space_prefix=prefix is not None and prefix.value is True)
+    reference = reference or open_reference(folder)
+    reference.match_spacing(space_prefix=prefix is not None and prefix.value is True)
     return Pair(folder, fields, tokenizer, reference, frozenset(tokenizer.special_texts) - reference.special)
 
 

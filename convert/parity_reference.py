@@ -4,6 +4,7 @@ Where llama.cpp is known to part from it, and `tokenizer` has warned, texts are 
 composed Unicode, no leading space, a special token before the text. `limits` tells which of these were needed.
 """
 
+import json
 import math
 import re
 import unicodedata
@@ -15,7 +16,7 @@ import sentencepiece
 import tokenizers
 
 from .errors import TokenizerInvalid
-from .tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, entries, part, read_object
+from .tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, read_object
 from .tokenizer_pieces import SPACE_MARK
 from .tokenizer_protobuf import added_in_folder, read_protobuf
 from .tokenizer_special import token_text
@@ -31,6 +32,9 @@ class Reference(Protocol):
     @property
     def knows_special(self) -> bool:
         """Whether text after a special token is treated as llama.cpp does."""
+
+    def match_spacing(self, *, space_prefix: bool) -> None:
+        """Texts are compared as llama.cpp spaces them: `space_prefix` says whether it puts a space before each run."""
 
     def comparable(self, text: str) -> str:
         """The text that both can be asked about."""
@@ -52,31 +56,30 @@ class Reference(Protocol):
         """The ids of `text` with what is put around it; None when the files do not say."""
 
 
-def open_reference(folder: Path, *, space_prefix: bool) -> Reference:
-    """The tokenizer of `folder`; `space_prefix` is what the GGUF says of it. Raises TokenizerInvalid."""
-    if (folder / TOKENIZER_JSON).is_file():
-        return _Json(folder, space_prefix=space_prefix)
-    return _SentencePiece(folder)
+def open_reference(folder: Path) -> Reference:
+    """The tokenizer of `folder`. Raises TokenizerInvalid."""
+    return _Json(folder) if (folder / TOKENIZER_JSON).is_file() else _SentencePiece(folder)
 
 
 class _Json:
     """tokenizer.json, read by the library that wrote it."""
 
-    def __init__(self, folder: Path, *, space_prefix: bool) -> None:
-        raw = read_object(folder / TOKENIZER_JSON)
+    def __init__(self, folder: Path) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
         except Exception as error:  # the library raises bare Exceptions
             raise TokenizerInvalid(f"{str(folder / TOKENIZER_JSON)!r} cannot be loaded: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._composes = "NFC" in {step.get("type") for step in _steps(raw.get("normalizer"), "normalizers")}
-        metaspace = [step for step in _steps(raw.get("pre_tokenizer"), "pretokenizers") if step["type"] == "Metaspace"]
+        self._composes = "NFC" in {step.get("type") for step in _steps(self._tokenizer.normalizer, "normalizers")}
+        splits = _steps(self._tokenizer.pre_tokenizer, "pretokenizers")
+        metaspace = [step for step in splits if step["type"] == "Metaspace"]
         self._scheme = metaspace[0].get("prepend_scheme", "always") if metaspace else None
-        self._post_processed = raw.get("post_processor") is not None
+        self._bos = token_text(read_object(folder / TOKENIZER_CONFIG).get("bos_token"))
         self._before = ""
-        if self._scheme == "first" and not space_prefix:
-            self._before = token_text(read_object(folder / TOKENIZER_CONFIG).get("bos_token"))
+
+    def match_spacing(self, *, space_prefix: bool) -> None:
+        self._before = self._bos if self._scheme == "first" and not space_prefix else ""
 
     @property
     def limits(self) -> tuple[str, ...]:
@@ -116,7 +119,7 @@ class _Json:
         return ids
 
     def encode_whole(self, text: str) -> list[int] | None:
-        if not self._post_processed or self._scheme == "first":
+        if self._tokenizer.post_processor is None or self._scheme == "first":
             return None
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
         return ids
@@ -149,6 +152,9 @@ class _SentencePiece:
         longest_first = sorted(map(re.escape, self._cut), key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
 
+    def match_spacing(self, *, space_prefix: bool) -> None:
+        """SentencePiece's own spaces are in the file."""
+
     def comparable(self, text: str) -> str:
         return text
 
@@ -179,7 +185,12 @@ class _SentencePiece:
         return None
 
 
-def _steps(step: object, inner: str) -> list[Mapping[str, Any]]:
-    if isinstance(step, dict) and step.get("type") == "Sequence":
-        return [one for nested in entries(step, inner) for one in _steps(nested, inner)]
-    return [step] if isinstance(step, dict) and part({"it": step}, "it").get("type") else []
+def _steps(stage: Any, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer or a pre-tokenizer, flat, as the library keeps them: in the words of tokenizer.json."""
+    return _flat(json.loads(stage.__getstate__()), inner) if stage is not None else []
+
+
+def _flat(step: Mapping[str, Any], inner: str) -> list[Mapping[str, Any]]:
+    if step["type"] == "Sequence":
+        return [one for nested in step[inner] for one in _flat(nested, inner)]
+    return [step]

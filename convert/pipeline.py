@@ -1,4 +1,4 @@
-"""The order of a conversion, and nothing else: gather, plan, prove, write, measure and choose, verify, install.
+"""The order of a conversion, and nothing else: gather, plan, write and prove, measure and choose, verify, install.
 
 A hot adapter is not merged and nothing of it is quantized: gather, plan, write, verify on its base, install.
 
@@ -6,20 +6,22 @@ Everything that can be wrong with the inputs is found before the first byte is w
 in the store's staging folder until it is whole. Only what was measured outlives a stopped run, for the next one.
 """
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from models.card import render_card
-from models.files import check_free, discard, sha256_file, write_atomic
+from models.files import check_free, discard, sha256_file, sync, write_atomic
 from models.gguf_header import Header, read_header
 from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
 from models.quality import Quality, read_quality, write_quality
 from models.quality_plot import PLOT_FILE, render_plot
 from models.store import Store, StoredModel
 
-from .gguf_file import write_gguf
+from .gguf_file import check_written, write_gguf
+from .heap import give_back_freed
 from .hf_folder import HfFolder
 from .hot import FULL_PRECISION, check_hot, plan_hot, verify_hot
 from .inputs import ConvertRequest, Inputs, gather
@@ -27,7 +29,7 @@ from .lora_fit import Fitted, fit
 from .measured import choose_by_examples
 from .plan import Plan, base_of, counted, layout_of, plan_file, write_half
 from .progress import Reporter
-from .proof import prove
+from .proof import Proof
 from .quantize import HALF_PRECISION, disk_need, quantize, spec_named
 from .source import Source, open_source
 from .template import ChatFormat, choose_format
@@ -53,28 +55,41 @@ def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredMo
 
 
 def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
-    with (
-        closing(open_source(inputs.origin.path)) as source,
-        store.staging(inputs.manifest.name, replace=request.replace) as folder,
-    ):
+    with ExitStack() as stack:
+        proof = Proof(inputs.origin.folder) if inputs.origin.folder is not None else None
+        if proof is not None:
+            stack.enter_context(proof)
+        source = stack.enter_context(closing(open_source(inputs.origin.path)))
+        read_back: set[str] = set()
+        staging = store.staging(inputs.manifest.name, replace=request.replace, read_back=read_back)
+        folder = stack.enter_context(staging)
+        if proof is not None:
+            stack.callback(proof.close)  # before the folder goes that it reads from
         plan = plan_file(source, inputs)
         _warn(source, plan.chat, plan.fitted, inputs, report)
         work = folder / "work"
         work.mkdir()
-        if inputs.origin.folder is not None:
+        if proof is not None:
             records = inputs.examples.records if inputs.examples is not None else ()
-            prove(_named(source.header, plan), inputs.origin.folder, records, work, report)
+            proof.begin(_named(source.header, plan), records, work)
         check_free(folder, _disk_need(plan, inputs))
-        half = write_half(plan.source, plan.layout, work / _file_name(inputs, HALF_PRECISION), _stage(plan), report)
-        quality, final = _choose(half, source, plan, inputs, store, report)
+        half = work / _file_name(inputs, HALF_PRECISION)
+        watch = (lambda: None) if proof is None else partial(proof.check, report)
+        sha256 = write_half(plan.source, plan.layout, half, _stage(plan), report, watch)
+        if proof is not None:
+            proof.end(report)
+        quality, final = _choose(half, sha256, source, plan, inputs, store, report)
         if quality is None:
             _warn_same_grid(plan, final, report)
+        hashes = {half: sha256}
         report.stage("verify")
-        verify_runs(final, plan.chat)
+        give_back_freed()  # the model is in memory next, in a process of its own
+        verify_runs(final, plan.chat, partial(_read_back, final, hashes))
         if inputs.measured is not None:
-            quality = _known_ladder(inputs.measured, final)
+            quality = _known_ladder(inputs.measured, hashes[final])
         kept = [final, half] if request.keep_f16 and half != final else [final]
-        _describe(folder, [path.rename(folder / path.name) for path in kept], inputs, quality, plan)
+        read_back |= {path.name for path in kept}
+        _describe(folder, {path.rename(folder / path.name): hashes[path] for path in kept}, inputs, quality, plan)
         discard(work)
 
 
@@ -83,23 +98,38 @@ def _named(header: Header, plan: Plan) -> Header:
     return replace(header, fields={**header.fields, "general.name": plan.header.fields["general.name"]})
 
 
-def _known_ladder(folder: Path, final: Path) -> Quality | None:
+def _read_back(final: Path, hashes: dict[Path, str]) -> None:
+    """What is to be installed: its sha256, known or not, is what the disk holds, and it is really on the disk."""
+    if final in hashes:
+        check_written(final, hashes[final])
+    else:
+        hashes[final] = sha256_file(final)
+    sync(final)
+
+
+def _known_ladder(folder: Path, sha256: str) -> Quality | None:
     """The recipe's own measurements, if they are of the very file that was made."""
     quality = read_quality(folder)
     chosen = next(one for one in quality.candidates if one.name == quality.chosen)
-    return quality if chosen.sha256 == sha256_file(final) else None
+    return quality if chosen.sha256 == sha256 else None
 
 
 def _choose(
-    half: Path, source: Source, plan: Plan, inputs: Inputs, store: Store, report: Reporter
+    half: Path, sha256: str, source: Source, plan: Plan, inputs: Inputs, store: Store, report: Reporter
 ) -> tuple[Quality | None, Path]:
-    """The file to install, and how it was chosen; without examples it is the one that was asked for."""
+    """The file to install, and how it was chosen; without examples it is the one that was asked for.
+
+    What others are made from is read back before. What is installed is, too, by the store.
+    """
+    if inputs.examples is None and inputs.quantization == HALF_PRECISION:
+        return None, half
+    check_written(half, sha256)
     if inputs.examples is None:
         return None, _quantized(half, inputs, report)
     whole = base = None
     if plan.trim is not None:
-        layout = layout_of(plan.header)
-        whole = write_half(plan.whole, layout, half.with_name("whole.gguf"), "write F16 before trimming", report)
+        whole = half.with_name("whole.gguf")
+        write_half(plan.whole, layout_of(plan.header), whole, "write F16 before trimming", report)
     if inputs.adapter is not None:
         base = _base(source, plan, inputs, half.with_name("base.gguf"), report)
     return choose_by_examples(half, base, whole, plan, inputs, store.home / RESULTS, report)
@@ -110,14 +140,13 @@ def _base(source: Source, plan: Plan, inputs: Inputs, target: Path, report: Repo
     if inputs.origin.path.is_file() and plan.trim is None:
         return inputs.origin.path
     before, layout = base_of(source, plan)
-    return write_half(before, layout, target, "write the base", report)
+    write_half(before, layout, target, "write the base", report)
+    return target
 
 
 def _quantized(half: Path, inputs: Inputs, report: Reporter) -> Path:
     quantization = inputs.quantization
     assert quantization is not None, "gather leaves the choice to examples only"
-    if quantization == HALF_PRECISION:
-        return half
     report.stage(f"quantize to {quantization}")
     final = half.with_name(_file_name(inputs, quantization))
     spec = spec_named(quantization, imatrix=False)
@@ -156,10 +185,10 @@ def _make_hot(inputs: Inputs, request: ConvertRequest, store: Store, report: Rep
         check_free(folder, plan.layout.file_bytes)
         report.stage(f"write {len(fitted.loras)} pairs of matrices", plan.layout.data_bytes)
         target = folder / _file_name(inputs, FULL_PRECISION)
-        write_gguf(target, plan.layout, plan.rows, counted(plan.layout, report))
+        sha256 = write_gguf(target, plan.layout, plan.rows, counted(plan.layout, report))
         report.stage("verify")
         verify_hot(base, target, chat, is_zero=inputs.adapter.is_zero)
-        _describe(folder, [target], inputs, None, None)
+        _describe(folder, {target: sha256}, inputs, None, None)
 
 
 def _file_name(inputs: Inputs, quantization: str) -> str:
@@ -177,17 +206,19 @@ def _warn(source: Source | None, chat: ChatFormat, fitted: Fitted, inputs: Input
 def _warn_same_grid(plan: Plan, final: Path, report: Reporter) -> None:
     """A base that was quantized lies on a grid; rounding the merged weights to the same grid can undo the fine-tune."""
     tuned = plan.fitted.loras
-    grid = shared_grid(plan.base_header, read_header(final), tuned)
-    if grid:
+    if tuned and (grid := shared_grid(plan.base_header, read_header(final), tuned)):
         report.warn(
             f"{cause(grid, len(tuned))}: THE FINE-TUNE MAY BE ROUNDED AWAY. Use --quant Q8_0 or F16, or a base in full "
             "precision, and measure on your own examples (--examples)"
         )
 
 
-def _describe(folder: Path, files: list[Path], inputs: Inputs, quality: Quality | None, plan: Plan | None) -> None:
-    artefacts = tuple(_artefacts(files, inputs))
-    changes: dict[str, object] = {"artefacts": artefacts}
+def _describe(
+    folder: Path, files: Mapping[Path, str], inputs: Inputs, quality: Quality | None, plan: Plan | None
+) -> None:
+    """Manifest and card of `files`, in the order of preference, each with its sha256."""
+    artefacts = tuple(_artefact(file, sha256, inputs) for file, sha256 in files.items())
+    changes: dict[str, object] = {"base": inputs.base, "artefacts": artefacts}
     if inputs.manifest.conversion is None and plan is not None:
         keep = len(plan.trim.kept) if plan.trim is not None else 0
         changes["conversion"] = Conversion(quantization=artefacts[0].quantization, keep=keep)
@@ -200,9 +231,6 @@ def _describe(folder: Path, files: list[Path], inputs: Inputs, quality: Quality 
     write_atomic(folder / "README.md", render_card(manifest, quality))
 
 
-def _artefacts(files: list[Path], inputs: Inputs) -> Iterator[Artefact]:
-    for file in files:
-        quantization = file.stem.removeprefix(f"{inputs.manifest.name}-")
-        yield Artefact(
-            file=file.name, quantization=quantization, size_bytes=file.stat().st_size, sha256=sha256_file(file)
-        )
+def _artefact(file: Path, sha256: str, inputs: Inputs) -> Artefact:
+    quantization = file.stem.removeprefix(f"{inputs.manifest.name}-")
+    return Artefact(file=file.name, quantization=quantization, size_bytes=file.stat().st_size, sha256=sha256)

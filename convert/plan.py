@@ -95,15 +95,30 @@ def _fields(header: Header, name: str, chat: ChatFormat) -> dict[str, Field]:
     return fields
 
 
-def write_half(source: Source, layout: Layout, target: Path, stage: str, report: Reporter) -> Path:
-    """Write the half-precision file. Raises SourceInvalid and VerifyFailed; nothing is left then."""
+def write_half(
+    source: Source,
+    layout: Layout,
+    target: Path,
+    stage: str,
+    report: Reporter,
+    watch: Callable[[], None] = lambda: None,
+) -> str:
+    """Write the half-precision file; its sha256. `watch` is called with each piece, and may stop it by raising.
+
+    Raises SourceInvalid and VerifyFailed; nothing is left then.
+    """
     report.stage(stage, layout.data_bytes)
 
     def rows(name: str) -> Iterator[np.ndarray]:
         return file_rows(source, source.header.tensors[name])
 
-    write_gguf(target, layout, rows, counted(layout, report))
-    return target
+    advance = counted(layout, report)
+
+    def written(n_bytes: int) -> None:
+        advance(n_bytes)
+        watch()
+
+    return write_gguf(target, layout, rows, written)
 
 
 def counted(layout: Layout, report: Reporter) -> Callable[[int], None]:

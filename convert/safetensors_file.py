@@ -99,16 +99,15 @@ class SafetensorsFile:
         row_bytes = width * tensor.element_bytes
         start, stop = tensor.start + first * row_bytes, tensor.start + (first + count) * row_bytes
         raw = self._data[start:stop]  # a copy, so that no array outlives the map
-        self._release(start, stop)
+        self._release()
         if not _is_finite(raw, tensor.dtype):
             raise self._bad(_not_finite(tensor.name, _widen(raw, tensor.dtype)))
         return _widen(raw, tensor.dtype).reshape(count, width)
 
-    def _release(self, start: int, stop: int) -> None:
-        """Give the pages back: they would count as ours until memory is low."""
+    def _release(self) -> None:
+        """Give all pages back, those too that the system mapped around what was read: they would count as ours."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            aligned = start - start % mmap.PAGESIZE
-            self._data.madvise(mmap.MADV_DONTNEED, aligned, stop - aligned)
+            self._data.madvise(mmap.MADV_DONTNEED)
 
     def _read_header(self) -> dict[str, StoredTensor]:
         size = len(self._data)

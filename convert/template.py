@@ -23,7 +23,7 @@ END_OF_TURN_FIELD = "tokenizer.ggml.eot_token_id"
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_CONFIG_BYTES = 1 << 24  # Gemma's tokenizer_config.json lists 6,000 tokens in more than a megabyte
 
-_GEMMA_TURNS = (b"<start_of_turn>", b"<end_of_turn>")
+_GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
 END_OF_TURN_MARKS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
 
 
@@ -42,7 +42,7 @@ def choose_format(header: Header, adapter: Path | None) -> ChatFormat:
     chosen = folder_format(adapter) if adapter is not None else None
     if chosen is None and TEMPLATE_FIELD in header.fields:
         chosen = ChatFormat(header.text(TEMPLATE_FIELD), None, "the source GGUF")
-    if chosen is None and all(mark in header.vocabulary for mark in _GEMMA_TURNS):
+    if chosen is None and all(header.token_id(mark) is not None for mark in _GEMMA_TURNS):
         gemma = files("convert").joinpath("templates/gemma.jinja").read_text(encoding="utf-8").strip()
         chosen = ChatFormat(gemma, None, "Gemma's turns (neither the adapter nor the source has a template)")
     if chosen is None or chosen.template is None:
@@ -116,8 +116,8 @@ def _check_syntax(template: str, origin: str) -> None:
 def _end_of_turn(header: Header, template: str) -> int | None:
     """The vocabulary's end-of-turn mark that the template writes; else what the source says."""
     for mark in END_OF_TURN_MARKS:
-        if mark in template and mark.encode() in header.vocabulary:
-            return header.vocabulary[mark.encode()]
+        if mark in template and (token := header.token_id(mark)) is not None:
+            return token
     return _known_end(header)
 
 

@@ -12,10 +12,11 @@ from models.gguf_fields import Field
 
 from .errors import TokenizerInvalid
 from .general_name import NAME_THAT_STRIPS
+from .heap import many_objects
 from .template import END_OF_TURN_MARKS, TEMPLATE_FIELD, ChatFormat, folder_format
 from .tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, read_object
 from .tokenizer_json import read_json
-from .tokenizer_pieces import AddedToken, Piece, Pieces, padded
+from .tokenizer_pieces import AddedToken, Pieces, Tokens, padded
 from .tokenizer_protobuf import read_protobuf
 from .tokenizer_special import Folder, special_fields
 
@@ -37,6 +38,7 @@ class Vocabulary:
     name_part: str = ""
 
 
+@many_objects()
 def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> Vocabulary:
     """The vocabulary of the checkpoint in `folder`: `config` is its config.json, `n_rows` the rows of its embedding.
 
@@ -51,19 +53,19 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> Voc
         pieces = read_protobuf(file)
     else:
         raise _missing(folder)
-    listed = padded(pieces.by_id, n_rows, repr(str(file)))
+    tokens = padded(pieces, n_rows, repr(str(file)))
     raw = Folder(
         tokenizer,
         read_object(folder / TOKENIZER_CONFIG),
         read_object(folder / "generation_config.json"),
         config,
     )
-    special = special_fields(raw, listed, _mark(chat, listed), sentence=pieces.model != "gpt2")
-    strips = _name_that_strips(pieces.added, listed)
-    fields = {**_token_fields(pieces, listed), **special.fields, **_chat_fields(chat)}
+    special = special_fields(raw, tokens, _mark(chat, tokens), sentence=pieces.model != "gpt2")
+    strips = _name_that_strips(pieces.added, tokens)
+    fields = {**_token_fields(pieces, tokens), **special.fields, **_chat_fields(chat)}
     told = chat.warnings if chat is not None else ("the folder has no chat template",)
     odd = () if strips else _odd_flags(pieces.added)
-    return Vocabulary(fields, len(listed), (*pieces.warnings, *_nfc(pieces), *odd, *special.warnings, *told), strips)
+    return Vocabulary(fields, n_rows, (*pieces.warnings, *_nfc(pieces), *odd, *special.warnings, *told), strips)
 
 
 def _missing(folder: Path) -> TokenizerInvalid:
@@ -75,17 +77,17 @@ def _missing(folder: Path) -> TokenizerInvalid:
     )
 
 
-def _token_fields(pieces: Pieces, listed: Sequence[Piece]) -> dict[str, Field]:
+def _token_fields(pieces: Pieces, tokens: Tokens) -> dict[str, Field]:
     fields = {
         "tokenizer.ggml.model": Field.string(pieces.model),
         "tokenizer.ggml.pre": Field.string(pieces.pre),
-        "tokenizer.ggml.tokens": Field.string_array([piece.text.encode() for piece in listed]),
-        "tokenizer.ggml.token_type": Field.int32_array([piece.kind for piece in listed]),
+        "tokenizer.ggml.tokens": Field.string_array([text.encode() for text in tokens.texts]),
+        "tokenizer.ggml.token_type": Field.int32_array(tokens.kinds.tolist()),
     }
     if pieces.merges is None:
-        fields["tokenizer.ggml.scores"] = Field.float32_array([piece.score for piece in listed])
+        fields["tokenizer.ggml.scores"] = Field.float32_array(tokens.scores.tolist())
     else:
-        fields["tokenizer.ggml.merges"] = Field.string_array([merge.encode() for merge in pieces.merges])
+        fields["tokenizer.ggml.merges"] = Field.string_array(pieces.merges)
     if pieces.add_space_prefix is not None:
         fields["tokenizer.ggml.add_space_prefix"] = Field.boolean(pieces.add_space_prefix)
     if pieces.remove_extra_whitespaces is not None:
@@ -99,10 +101,9 @@ def _chat_fields(chat: ChatFormat | None) -> dict[str, Field]:
     return {} if chat is None or chat.template is None else {TEMPLATE_FIELD: Field.string(chat.template)}
 
 
-def _mark(chat: ChatFormat | None, listed: Sequence[Piece]) -> str | None:
+def _mark(chat: ChatFormat | None, tokens: Tokens) -> str | None:
     template = (chat.template or "") if chat is not None else ""
-    texts = {piece.text for piece in listed}
-    return next((mark for mark in END_OF_TURN_MARKS if mark in template and mark in texts), None)
+    return next((mark for mark in END_OF_TURN_MARKS if mark in template and mark in tokens.ids), None)
 
 
 def _nfc(pieces: Pieces) -> tuple[str, ...]:
@@ -110,11 +111,10 @@ def _nfc(pieces: Pieces) -> tuple[str, ...]:
     return (note,) if pieces.nfc else ()
 
 
-def _name_that_strips(added: Sequence[AddedToken], listed: Sequence[Piece]) -> str:
-    texts = {piece.text for piece in listed}
+def _name_that_strips(added: Sequence[AddedToken], tokens: Tokens) -> str:
     special = [token for token in added if token.special]
     stripping = {token.text for token in special if token.strips_right}
-    known = _KEEP_SPACE | {"</s>"} <= texts
+    known = _KEEP_SPACE | {"</s>"} <= tokens.ids.keys()
     alike = known and stripping >= {token.text for token in special} - _KEEP_SPACE and not stripping & _KEEP_SPACE
     return NAME_THAT_STRIPS if alike and stripping else ""
 

@@ -1,8 +1,9 @@
 """Reading a tokenizer's JSON files strictly: sizes are bounded, and whatever is wrong names the file."""
 
-import json
 from pathlib import Path
 from typing import Any, TypeGuard
+
+from pydantic_core import from_json
 
 from .errors import TokenizerInvalid
 
@@ -31,8 +32,9 @@ def read_object(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        found = json.loads(read_bytes(file).decode())
-    except (ValueError, RecursionError) as error:
+        # strings that are kept for the next time would hold on to the memory of all others
+        found = from_json(read_bytes(file), cache_strings="none")
+    except ValueError as error:
         raise TokenizerInvalid(f"{str(file)!r} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise TokenizerInvalid(f"{str(file)!r} holds a {type(found).__name__}, a JSON object is needed")

@@ -4,8 +4,10 @@ Three kinds of tokenizer are known: byte-level BPE, BPE over characters with a b
 SentencePiece makes it), and Unigram. What llama.cpp would do otherwise than the file says is refused by name.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from .errors import TokenizerInvalid
 from .tokenizer_files import MAX_MERGES, MAX_TOKENS, entries, is_id, part
@@ -15,12 +17,14 @@ from .tokenizer_spacing import byte_level_spacing, sentence_spacing
 
 _BYTE_TEXTS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 _ADDED_SCORE = -1000.0
+_MAX_SCORE = float(np.finfo(np.float32).max)
 
 
 def read_json(raw: Mapping[str, Any], source: str, family: str, *, answers_chats: bool) -> Pieces:
     """The tokenizer that `source` holds. Raises TokenizerInvalid naming what is wrong, or what llama.cpp cannot do.
 
-    `family` is the model type of config.json; `answers_chats` that there is a chat template.
+    `family` is the model type of config.json; `answers_chats` that there is a chat template. The merges in `raw` are
+    used up: they are most of what it holds in memory, and are not needed again.
     """
     model = part(raw, "model")
     kind = model.get("type") or ("BPE" if "merges" in model else None)
@@ -35,69 +39,78 @@ def read_json(raw: Mapping[str, Any], source: str, family: str, *, answers_chats
 
 
 def _byte_bpe(
-    raw: Mapping[str, Any], model: Mapping[str, Any], added: tuple[AddedToken, ...], source: str, family: str
+    raw: Mapping[str, Any], model: dict[str, Any], added: Sequence[AddedToken], source: str, family: str
 ) -> Pieces:
     _check_bpe(model, source)
     name, warning = recognise(
         raw.get("pre_tokenizer"), ignores_merges=bool(model.get("ignore_merges")), family=family, source=source
     )
-    by_id = {index: Piece(text) for text, index in _vocabulary(model, source).items()}
-    by_id |= _added_pieces(by_id, added, None, 0.0, source)
+    texts = _by_id(part(model, "vocab"), source)
+    odd = _added_pieces(texts, added, source)
     # a space inside would end the first half of the pair
-    merges = [" ".join(half.replace(" ", "Ġ") for half in pair) for pair in _merges(model, source)]
+    pairs = ((left.replace(" ", "Ġ"), right.replace(" ", "Ġ")) for left, right in _merges(model, source))
+    merges = [f"{left} {right}".encode() for left, right in pairs]
     if not merges:
         raise TokenizerInvalid(f"{source} has no merges, without which llama.cpp loads no BPE vocabulary")
     nfc = byte_level_spacing(raw, source)
     warnings = () if warning is None else (warning,)
-    return Pieces("gpt2", name, by_id, merges=merges, added=added, nfc=nfc, warnings=warnings)
+    return Pieces("gpt2", name, texts, odd, merges=merges, added=added, nfc=nfc, warnings=warnings)
 
 
 def _sentence_bpe(
-    raw: Mapping[str, Any], model: Mapping[str, Any], added: tuple[AddedToken, ...], source: str, *, answers_chats: bool
+    raw: Mapping[str, Any], model: dict[str, Any], added: Sequence[AddedToken], source: str, *, answers_chats: bool
 ) -> Pieces:
     _check_bpe(model, source)
-    vocabulary = _vocabulary(model, source)
+    vocabulary = part(model, "vocab")
+    texts = _by_id(vocabulary, source)
     if missing := [text for text in _BYTE_TEXTS if text not in vocabulary]:
         raise TokenizerInvalid(f"{source} falls back to bytes, but has no token {missing[0]!r}")
-    merges = _merges(model, source)
-    scores = _scores(merges)
-    by_id = {index: _sentence_piece(text, scores) for text, index in vocabulary.items()}
-    by_id |= _added_pieces(by_id, added, model.get("unk_token"), _ADDED_SCORE, source)
+    cuts = _cuts(_merges(model, source), vocabulary)
+    unknown = model.get("unk_token")
+    odd = {vocabulary[text]: Piece(text, Kind.BYTE) for text in _BYTE_TEXTS}
+    odd |= _added_pieces(texts, added, source, unknown)
+    if isinstance(unknown, str) and unknown in vocabulary:
+        odd[vocabulary[unknown]] = Piece(unknown, Kind.UNKNOWN, _ADDED_SCORE)
     spacing = sentence_spacing(raw, source, splits=False, answers_chats=answers_chats)
     return Pieces(
         "llama",
         "default",
-        by_id,
+        texts,
+        odd,
+        _scores(cuts, max(texts) + 1),
         add_space_prefix=spacing.prefix,
         added=added,
-        warnings=(*spacing.warnings, *_joined_otherwise(vocabulary, merges, source)),
+        warnings=(*spacing.warnings, *_joined_otherwise(vocabulary, cuts, source)),
     )
 
 
 def _unigram(
-    raw: Mapping[str, Any], model: Mapping[str, Any], added: tuple[AddedToken, ...], source: str, *, answers_chats: bool
+    raw: Mapping[str, Any], model: Mapping[str, Any], added: Sequence[AddedToken], source: str, *, answers_chats: bool
 ) -> Pieces:
     if model.get("byte_fallback"):
         raise TokenizerInvalid(f"{source} is a Unigram tokenizer that falls back to bytes, which llama.cpp cannot")
     listed = entries(model, "vocab")
     if len(listed) > MAX_TOKENS:
         raise TokenizerInvalid(f"{source} has {len(listed)} tokens, the limit is {MAX_TOKENS}")
-    by_id = {}
+    texts: dict[int, str] = {}
+    scores = np.zeros(len(listed), np.float32)
     for index, entry in enumerate(listed):
-        if not isinstance(entry, list) or [type(one) for one in entry] not in ([str, float], [str, int]):
+        right = isinstance(entry, list) and [type(one) for one in entry] in ([str, float], [str, int])
+        if not right or not abs(entry[1]) <= _MAX_SCORE:
             raise TokenizerInvalid(f"{source}: token {index} is {entry!r:.80}, a text and a score are needed")
-        by_id[index] = Piece(entry[0], score=float(entry[1]))
+        texts[index], scores[index] = entry
     unknown = model.get("unk_id")
-    if not is_id(unknown) or unknown not in by_id:
+    if not is_id(unknown) or unknown not in texts:
         raise TokenizerInvalid(f"{source} names no token for the unknown (unk_id is {unknown!r})")
-    unknown_text = by_id[unknown].text
-    by_id[unknown] = Piece(unknown_text, Kind.UNKNOWN, by_id[unknown].score)
-    by_id |= _added_pieces(by_id, added, unknown_text, _ADDED_SCORE, source)
+    odd = _added_pieces(texts, added, source, texts[unknown])
+    odd[unknown] = Piece(texts[unknown], Kind.UNKNOWN, _ADDED_SCORE)
     spacing = sentence_spacing(raw, source, splits=True, answers_chats=answers_chats)
     return Pieces(
         "t5",
         "default",
-        by_id,
+        texts,
+        odd,
+        scores,
         add_space_prefix=spacing.prefix,
         remove_extra_whitespaces=spacing.removes_extra,
         charsmap=spacing.charsmap,
@@ -112,61 +125,67 @@ def _check_bpe(model: Mapping[str, Any], source: str) -> None:
             raise TokenizerInvalid(f"{source} has the BPE option {option} = {model[option]!r}, which llama.cpp cannot")
 
 
-def _vocabulary(model: Mapping[str, Any], source: str) -> dict[str, int]:
-    vocabulary = part(model, "vocab")
+def _by_id(vocabulary: Mapping[str, Any], source: str) -> dict[int, str]:
     if not 0 < len(vocabulary) <= MAX_TOKENS:
         raise TokenizerInvalid(f"{source} has {len(vocabulary)} tokens; between 1 and {MAX_TOKENS} are allowed")
-    owners: dict[int, str] = {}
+    texts: dict[int, str] = {}
     for text, index in vocabulary.items():
         if not is_id(index) or index > MAX_TOKENS:
             raise TokenizerInvalid(f"{source} gives token {text[:64]!r} the id {index!r}, limit {MAX_TOKENS}")
-        if index in owners:
-            raise TokenizerInvalid(f"{source} gives the id {index} to {owners[index][:64]!r} and to {text[:64]!r}")
-        owners[index] = text
-    return vocabulary
+        if index in texts:
+            raise TokenizerInvalid(f"{source} gives the id {index} to {texts[index][:64]!r} and to {text[:64]!r}")
+        texts[index] = text
+    return texts
 
 
-def _merges(model: Mapping[str, Any], source: str) -> list[tuple[str, str]]:
-    """The pairs in order, from either spelling: "a b" or ["a", "b"]."""
+def _merges(model: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
+    """The pairs in order, from either spelling: "a b" or ["a", "b"]. Each is let go of when it has been read."""
     listed = entries(model, "merges")
     if len(listed) > MAX_MERGES:
         raise TokenizerInvalid(f"{source} has {len(listed)} merges, the limit is {MAX_MERGES}")
-    pairs = []
     for index, merge in enumerate(listed):
+        listed[index] = None
         halves = merge.split(" ") if isinstance(merge, str) else merge
         if type(halves) is list and len(halves) == 2:
             left, right = halves
             # half a million of them: the exact type, which JSON gives, is the cheapest question
             if type(left) is str and type(right) is str and left and right:
-                pairs.append((left, right))
+                yield left, right
                 continue
         raise TokenizerInvalid(f"{source}: merge {index} is {merge!r:.80}, two pieces are needed")
-    return pairs
 
 
-def _scores(merges: list[tuple[str, str]]) -> dict[str, float]:
-    """What each merged token scores, so that llama.cpp, which merges the best score first, keeps the merges' order."""
-    scores: dict[str, float] = {}
+def _cuts(merges: Iterable[tuple[str, str]], vocabulary: Mapping[str, int]) -> dict[int | str, int]:
+    """What the merges make, in their order, and of which halves: bit n is set when one of them ends after n characters.
+
+    A token stands there by its id, which takes no memory of its own, and what is none by its text.
+    """
+    cuts: dict[int | str, int] = {}
     for left, right in merges:
-        scores.setdefault(left + right, -float(len(scores)))
+        text = left + right
+        made = vocabulary.get(text, text)
+        cuts[made] = cuts.get(made, 0) | 1 << len(left)
+    return cuts
+
+
+def _scores(cuts: Mapping[int | str, int], n_scores: int) -> np.ndarray:
+    """Scores by id, so that llama.cpp, which merges the best score first, keeps the merges' order."""
+    scores = np.full(n_scores, -float(len(cuts)), np.float32)
+    for rank, made in enumerate(cuts):
+        if isinstance(made, int):
+            scores[made] = -float(rank)
     return scores
 
 
-def _sentence_piece(text: str, scores: Mapping[str, float]) -> Piece:
-    kind = Kind.BYTE if text in _BYTE_TEXTS else Kind.NORMAL
-    return Piece(text, kind, 0.0 if kind is Kind.BYTE else scores.get(text, -float(len(scores))))
-
-
-def _joined_otherwise(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], source: str) -> Iterator[str]:
+def _joined_otherwise(vocabulary: Mapping[str, int], cuts: Mapping[int | str, int], source: str) -> Iterator[str]:
     """llama.cpp joins any two pieces that make a token, Hugging Face only those in the merges: is that the same?"""
-    pairs = set(merges)
-    texts = [text for text in vocabulary if text not in _BYTE_TEXTS]
-    extra = [
-        text
-        for text in texts
-        for at in range(1, len(text))
-        if (left := text[:at]) in vocabulary and (right := text[at:]) in vocabulary and (left, right) not in pairs
-    ]
+    extra = []
+    for text, index in vocabulary.items():
+        cut = cuts.get(index, 0)
+        for at in range(1, len(text)):
+            # the cheapest question first: there are over a million places
+            if not cut >> at & 1 and text[at:] in vocabulary and text[:at] in vocabulary and text not in _BYTE_TEXTS:
+                extra.append(text)
     if extra:
         yield (
             f"{source} has {len(extra)} pairs of pieces that no merge joins but llama.cpp does ({extra[0]!r:.40}): "
@@ -188,14 +207,10 @@ def _added_tokens(raw: Mapping[str, Any], source: str) -> Iterator[AddedToken]:
 
 
 def _added_pieces(
-    by_id: Mapping[int, Piece], added: tuple[AddedToken, ...], unknown: object, score: float, source: str
+    texts: Mapping[int, str], added: Sequence[AddedToken], source: str, unknown: object = None
 ) -> dict[int, Piece]:
     for token in added:
-        if token.id in by_id and by_id[token.id].text != token.text:
-            texts = f"{by_id[token.id].text[:64]!r} and to the added {token.text[:64]!r}"
-            raise TokenizerInvalid(f"{source} gives the id {token.id} to {texts}")
-    pieces = {token.id: added_piece(token, score, unknown=token.text == unknown) for token in added}
-    known = {piece.text: index for index, piece in by_id.items()}
-    if isinstance(unknown, str) and unknown in known:
-        pieces[known[unknown]] = Piece(unknown, Kind.UNKNOWN, score)
-    return pieces
+        if texts.get(token.id, token.text) != token.text:
+            both = f"{texts[token.id][:64]!r} and to the added {token.text[:64]!r}"
+            raise TokenizerInvalid(f"{source} gives the id {token.id} to {both}")
+    return {token.id: added_piece(token, _ADDED_SCORE, unknown=token.text == unknown) for token in added}

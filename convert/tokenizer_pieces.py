@@ -3,10 +3,13 @@
 Types as in SentencePiece: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import chain
 from typing import Literal
+
+import numpy as np
 
 from .errors import TokenizerInvalid
 from .tokenizer_files import MAX_TOKEN_BYTES
@@ -54,20 +57,34 @@ class AddedToken:
 class Pieces:
     """A tokenizer as llama.cpp understands it. `pre` names the pre-tokenizer, `merges` are of byte-level BPE only.
 
+    A vocabulary has hundreds of thousands of tokens, and nearly all are normal: these are a text by their id, and a
+    score where the model has scores. The `odd` ones are told in full, and count before a text of the same id.
     `add_space_prefix` puts a space before each run of text. `nfc` says that Hugging Face's tokenizer brings text to
     Unicode's composed form first, which llama.cpp leaves to whoever sends the text.
     """
 
     model: Model
     pre: str
-    by_id: dict[int, Piece]
-    merges: Sequence[str] | None = None
+    texts: Mapping[int, str]
+    odd: Mapping[int, Piece]
+    scores: np.ndarray | None = None
+    merges: Sequence[bytes] | None = None
     add_space_prefix: bool | None = None
     remove_extra_whitespaces: bool | None = None
     charsmap: bytes = b""
     added: Sequence[AddedToken] = ()
     nfc: bool = False
     warnings: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One token for each row of the embedding, in columns: float32 scores, int32 kinds, and the way back to the ids."""
+
+    texts: Sequence[str]
+    kinds: np.ndarray
+    scores: np.ndarray
+    ids: Mapping[str, int]
 
 
 def looks_special(text: str) -> bool:
@@ -90,27 +107,38 @@ def added_piece(token: AddedToken, score: float, *, unknown: bool) -> Piece:
     return Piece(token.text.replace(SPACE_MARK, " "), Kind.USER_DEFINED, score)
 
 
-def padded(by_id: dict[int, Piece], n_rows: int, source: str) -> list[Piece]:
-    """One piece for each row of the embedding. Ids that no token has are unused ones, named after their place.
+def padded(pieces: Pieces, n_rows: int, source: str) -> Tokens:
+    """One token for each row of the embedding. Ids that no token has are unused ones, named after their place.
 
     Raises TokenizerInvalid for a vocabulary that is empty, larger than the embedding, or spells two tokens alike,
     on which llama.cpp aborts.
     """
-    if not by_id:
+    last = max(chain(pieces.texts, pieces.odd), default=-1)
+    if last < 0:
         raise TokenizerInvalid(f"{source} holds no tokens")
-    size = max(by_id) + 1
-    if size > n_rows:
+    if last >= n_rows:
         raise TokenizerInvalid(
-            f"the tokenizer is larger than the embedding: {source} has token ids up to {size - 1}, "
+            f"the tokenizer is larger than the embedding: {source} has token ids up to {last}, "
             f"the model has {n_rows} rows; was a token added without resizing the model?"
         )
-    pieces = [by_id.get(index) or Piece(f"[PAD{index}]", Kind.UNUSED, _UNUSED_SCORE) for index in range(n_rows)]
-    first: dict[str, int] = {}
-    for index, piece in enumerate(pieces):
-        spelled = piece.text or f"[EMPTY_{index}]"  # llama.cpp's own name for an empty one
-        if spelled in first:
-            raise TokenizerInvalid(f"{source} spells token {first[spelled]} and token {index} alike: {spelled[:64]!r}")
+    unused = [index for index in range(n_rows) if index not in pieces.texts]
+    odd = {index: Piece(f"[PAD{index}]", Kind.UNUSED, _UNUSED_SCORE) for index in unused} | dict(pieces.odd)
+    texts = [pieces.texts.get(index, "") for index in range(n_rows)]
+    kinds = np.full(n_rows, Kind.NORMAL, np.int32)
+    scores = np.zeros(n_rows, np.float32)
+    if pieces.scores is not None:
+        scores[: len(pieces.scores)] = pieces.scores
+    for index, piece in odd.items():
+        texts[index], kinds[index], scores[index] = piece.text, piece.kind, piece.score
+    return Tokens(texts, kinds, scores, _ids(texts, source))
+
+
+def _ids(texts: Sequence[str], source: str) -> dict[str, int]:
+    ids: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        spelled = text or f"[EMPTY_{index}]"  # llama.cpp's own name for an empty one
+        if (first := ids.setdefault(spelled, index)) != index:
+            raise TokenizerInvalid(f"{source} spells token {first} and token {index} alike: {spelled[:64]!r}")
         if len(spelled) > MAX_TOKEN_BYTES:
             raise TokenizerInvalid(f"{source}: token {index} has {len(spelled)} characters, limit {MAX_TOKEN_BYTES}")
-        first[spelled] = index
-    return pieces
+    return ids

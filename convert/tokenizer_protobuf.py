@@ -7,8 +7,11 @@ Fields: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_mo
 """
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from .errors import TokenizerInvalid
 from .tokenizer_files import MAX_TOKENS, is_id, part, read_bytes, read_object
@@ -18,6 +21,7 @@ from .tokenizer_spacing import checked_charsmap
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _MAX_VARINT_BYTES = 10
+_KINDS: Mapping[int, Kind] = {kind.value: kind for kind in Kind}
 _UNIGRAM, _BPE = 1, 2
 _ADDED_SCORE = -1000.0
 
@@ -29,22 +33,29 @@ def read_protobuf(file: Path) -> Pieces:
     source = repr(str(file))
     trainer: dict[int, Value] = {}
     normalizer: dict[int, Value] = {}
-    by_id: dict[int, Piece] = {}
+    texts: dict[int, str] = {}
+    odd: dict[int, Piece] = {}
+    scores: list[float] = []
     for number, value in _fields(read_bytes(file), source):
         if number == 1:
-            if len(by_id) >= MAX_TOKENS:
+            if (index := len(texts)) >= MAX_TOKENS:
                 raise TokenizerInvalid(f"{source} has more than {MAX_TOKENS} tokens")
-            by_id[len(by_id)] = _piece(_message(value, source), len(by_id), source)
+            piece = _piece(_message(value, source), index, source)
+            texts[index] = piece.text
+            scores.append(piece.score)
+            if piece.kind is not Kind.NORMAL:
+                odd[index] = piece
         elif number in {2, 3}:
             (trainer if number == 2 else normalizer).update(_message(value, source))
-    if by_id and not (trainer and normalizer):
+    if texts and not (trainer and normalizer):
         raise TokenizerInvalid(f"{source} is truncated: it does not say how it was trained and how text is normalised")
     added = added_in_folder(file.parent)
-    pieces = _pieces(by_id, trainer, normalizer, added, source)
-    for token in added:
-        unknown = by_id.get(token.id, Piece("")).kind is Kind.UNKNOWN
-        pieces.by_id[token.id] = added_piece(token, _ADDED_SCORE, unknown=unknown)
-    return pieces
+    pieces = _settled(
+        Pieces("t5", "default", texts, odd, np.array(scores, np.float32), added=added), trainer, normalizer, source
+    )
+    unknown = {index for index, piece in odd.items() if piece.kind is Kind.UNKNOWN}
+    told = {token.id: added_piece(token, _ADDED_SCORE, unknown=token.id in unknown) for token in added}
+    return replace(pieces, odd=odd | told)
 
 
 def added_in_folder(folder: Path) -> tuple[AddedToken, ...]:
@@ -60,13 +71,8 @@ def added_in_folder(folder: Path) -> tuple[AddedToken, ...]:
     return tuple(found[index] for index in sorted(found))
 
 
-def _pieces(
-    by_id: dict[int, Piece],
-    trainer: Mapping[int, Value],
-    normalizer: Mapping[int, Value],
-    added: Sequence[AddedToken],
-    source: str,
-) -> Pieces:
+def _settled(pieces: Pieces, trainer: Mapping[int, Value], normalizer: Mapping[int, Value], source: str) -> Pieces:
+    """`pieces` with what the file says of its kind and of spaces. Raises TokenizerInvalid."""
     kind, prefix, removes = trainer.get(3, _UNIGRAM), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
     charsmap = normalizer.get(2, b"")
     if not isinstance(charsmap, bytes):
@@ -77,31 +83,23 @@ def _pieces(
         if trainer.get(35):
             raise TokenizerInvalid(f"{source} is a Unigram tokenizer that falls back to bytes, which llama.cpp cannot")
         charsmap = checked_charsmap(charsmap, source)
-        return Pieces(
-            "t5",
-            "default",
-            by_id,
-            add_space_prefix=prefix,
-            remove_extra_whitespaces=removes,
-            charsmap=charsmap,
-            added=added,
-        )
+        return replace(pieces, add_space_prefix=prefix, remove_extra_whitespaces=removes, charsmap=charsmap)
     if kind != _BPE:
         raise TokenizerInvalid(f"{source} has the model type {kind!r}; known are {_UNIGRAM} (Unigram) and {_BPE} (BPE)")
     if removes or charsmap:
         what = "removes extra white space" if removes else "replaces characters before it cuts text up"
         raise TokenizerInvalid(f"{source} {what}, which llama.cpp cannot repeat for BPE")
-    n_bytes = sum(piece.kind is Kind.BYTE for piece in by_id.values())
+    n_bytes = sum(piece.kind is Kind.BYTE for piece in pieces.odd.values())
     if n_bytes != 256:
         raise TokenizerInvalid(f"{source} has {n_bytes} byte tokens, llama.cpp needs all 256")
-    return Pieces("llama", "default", by_id, add_space_prefix=prefix, added=added)
+    return replace(pieces, model="llama", add_space_prefix=prefix)
 
 
 def _piece(fields: Mapping[int, Value], index: int, source: str) -> Piece:
     text, score, kind = fields.get(1, b""), fields.get(2, b"\0" * 4), fields.get(3, 1)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
         raise TokenizerInvalid(f"{source}: token {index} has fields of the wrong type")
-    if len(score) != 4 or kind not in set(Kind):
+    if len(score) != 4 or kind not in _KINDS:
         raise TokenizerInvalid(f"{source}: token {index} has the type {kind} and a score of {len(score)} bytes")
     try:
         spelled = text.decode()
@@ -109,7 +107,7 @@ def _piece(fields: Mapping[int, Value], index: int, source: str) -> Piece:
         raise TokenizerInvalid(f"{source}: token {index} is not UTF-8: {text[:64]!r}") from error
     if kind == Kind.USER_DEFINED:
         return added_piece(AddedToken(index, spelled, special=False), struct.unpack("<f", score)[0], unknown=False)
-    return Piece(spelled, Kind(kind), struct.unpack("<f", score)[0])
+    return Piece(spelled, _KINDS[kind], struct.unpack("<f", score)[0])
 
 
 def _message(value: Value, source: str) -> dict[int, Value]:
@@ -141,6 +139,8 @@ def _fields(data: bytes, source: str) -> Iterator[tuple[int, Value]]:
 
 
 def _varint(data: bytes, at: int, source: str) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:  # nearly all of them, nearly two million in a vocabulary
+        return data[at], at + 1
     value = 0
     for place, byte in enumerate(data[at : at + _MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << (7 * place)

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from models.gguf_fields import Field
 
 from .errors import TokenizerInvalid
 from .tokenizer_files import entries, is_id, part
-from .tokenizer_pieces import Kind, Piece
+from .tokenizer_pieces import Kind, Tokens
 
 # What llama.cpp takes for an end by its text, whatever the file says (src/llama-vocab.cpp).
 ENDS_BY_TEXT = frozenset(
@@ -64,23 +66,23 @@ class Special:
     warnings: tuple[str, ...]
 
 
-def special_fields(folder: Folder, pieces: Sequence[Piece], end_of_turn: str | None, *, sentence: bool) -> Special:
+def special_fields(folder: Folder, tokens: Tokens, end_of_turn: str | None, *, sentence: bool) -> Special:
     """Fields tokenizer.ggml.*_token_id and add_*_token. `end_of_turn` is the mark that the chat template writes.
 
     `sentence` tells a SentencePiece tokenizer. Raises TokenizerInvalid when no token ends an answer, or an id is none.
     """
-    ids = {piece.text: index for index, piece in enumerate(pieces)}
-    roles = {role: found for role in _ROLES if (found := _role(role, folder, ids, len(pieces))) is not None}
-    ends = _ends(folder, ids, len(pieces))
+    ids, texts = tokens.ids, tokens.texts
+    roles = {role: found for role in _ROLES if (found := _role(role, folder, ids, len(texts))) is not None}
+    ends = _ends(folder, ids, len(texts))
     warnings: list[str] = []
     if sentence and "unk" not in roles:
-        roles |= [("unk", index) for index, piece in enumerate(pieces) if piece.kind is Kind.UNKNOWN][:1]
-    places, homeless = _places(ends, pieces, ids.get(end_of_turn or ""))
+        roles |= [("unk", int(index)) for index in np.flatnonzero(tokens.kinds == Kind.UNKNOWN)[:1]]
+    places, homeless = _places(ends, texts, ids.get(end_of_turn or ""))
     if homeless:
-        texts = ", ".join(repr(pieces[index].text) for index in homeless)
-        warnings.append(f"llama.cpp has no place left for the ends {texts}: an answer goes on after them")
-    adds, told = _adds(folder, ids, roles.get("bos"), ends[0], sentence=sentence)
-    warnings += told
+        told = ", ".join(repr(texts[index]) for index in homeless)
+        warnings.append(f"llama.cpp has no place left for the ends {told}: an answer goes on after them")
+    adds, contradicted = _adds(folder, ids, roles.get("bos"), ends[0], sentence=sentence)
+    warnings += contradicted
     # without a word llama.cpp takes token 11 of a BPE vocabulary, which is a comma or the like
     roles.setdefault("bos", ends[0])
     fields = {f"tokenizer.ggml.{_FIELD_NAMES.get(role, role)}_token_id": index for role, index in roles.items()}
@@ -124,11 +126,11 @@ def _ends(folder: Folder, ids: Mapping[str, int], size: int) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def _places(ends: Sequence[int], pieces: Sequence[Piece], turn: int | None) -> tuple[dict[str, int], list[int]]:
+def _places(ends: Sequence[int], texts: Sequence[str], turn: int | None) -> tuple[dict[str, int], list[int]]:
     """eos, eot and eom, so that every end is one of them or known by its text; and the ends without a place."""
     places = {"eos": ends[0]}
-    rest = [index for index in ends[1:] if pieces[index].text not in ENDS_BY_TEXT]
-    if turn is not None and turn != ends[0] and (pieces[turn].text in ENDS_BY_TEXT or turn in rest or not rest):
+    rest = [index for index in ends[1:] if texts[index] not in ENDS_BY_TEXT]
+    if turn is not None and turn != ends[0] and (texts[turn] in ENDS_BY_TEXT or turn in rest or not rest):
         places["eot"] = turn
         rest = [index for index in rest if index != turn]
     for place in ("eot", "eom"):

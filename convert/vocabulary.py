@@ -21,7 +21,7 @@ from runtime.llama_tokenizer import Tokenizer
 from runtime.prompt_template import ChatTemplate
 
 from .errors import RequestInvalid, TrimImpossible
-from .gguf_file import Layout
+from .gguf_file import write_head
 from .vocabulary_fields import Model, TokenType, Vocabulary, read_vocabulary, trimmed_fields
 from .vocabulary_merges import Rules, may_overlap, rules_for
 
@@ -100,7 +100,7 @@ def tokenizer_of(header: Header, fields: Mapping[str, Field] | None = None) -> T
     """
     with tempfile.TemporaryDirectory(prefix="deskside-") as folder:
         path = Path(folder) / "vocabulary.gguf"
-        path.write_bytes(Layout(header.fields if fields is None else fields, (), header.alignment).head())
+        write_head(path, header.fields if fields is None else fields, header.alignment)
         try:
             return load_tokenizer(path)
         except EngineError as error:

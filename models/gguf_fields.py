@@ -118,15 +118,20 @@ class Field:
     @property
     def strings(self) -> list[bytes] | None:
         """The elements of an array of strings, which need not be UTF-8; None for anything else."""
-        kind, length = self._elements
-        if kind != _STRING:
+        return list(self._each_string()) if self._elements[0] == _STRING else None
+
+    def find(self, text: bytes) -> int | None:
+        """The place of the first string of the array that is `text`; None without one, and for anything else."""
+        if self._elements[0] != _STRING or _LENGTH.pack(len(text)) + text not in self.raw:
             return None
-        found, at, raw, length_at = [], _ARRAY_HEAD.size, self.raw, _LENGTH.unpack_from
-        for _ in range(length):  # of a vocabulary, hundreds of thousands
+        return next((place for place, string in enumerate(self._each_string()) if string == text), None)
+
+    def _each_string(self) -> Iterator[bytes]:
+        at, raw, length_at = _ARRAY_HEAD.size, self.raw, _LENGTH.unpack_from
+        for _ in range(self._elements[1]):  # of a vocabulary, hundreds of thousands
             start = at + _LENGTH_BYTES
             at = start + length_at(raw, at)[0]
-            found.append(raw[start:at])
-        return found
+            yield raw[start:at]
 
     @property
     def _kind(self) -> int:

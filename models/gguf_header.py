@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from .gguf_check import check_fields, check_vocabulary
 from .gguf_fields import Field, HeadReader, open_head
 
 DEFAULT_ALIGNMENT = 32
+_TOKENS = "tokenizer.ggml.tokens"
 MAX_DIMENSIONS = 4
 
 
@@ -60,12 +60,16 @@ class Header:
             raise BadGguf(f"{str(self.path)!r} has no integer field {key!r}")
         return field.value
 
-    @cached_property
-    def vocabulary(self) -> Mapping[bytes, int]:
-        """Token bytes as the vocabulary spells them -> token id (the first, where one is listed twice)."""
-        field = self.fields.get("tokenizer.ggml.tokens")
-        tokens = (field.strings or []) if field is not None else []
-        return {token: index for index, token in reversed(list(enumerate(tokens)))}
+    @property
+    def n_vocab(self) -> int:
+        """How many tokens the vocabulary has; 0 without one."""
+        field = self.fields.get(_TOKENS)
+        return (field.length or 0) if field is not None else 0
+
+    def token_id(self, text: str) -> int | None:
+        """The token that the vocabulary spells so (the first, where one is listed twice); None without one."""
+        field = self.fields.get(_TOKENS)
+        return field.find(text.encode()) if field is not None else None
 
 
 def read_header(path: Path) -> Header:

@@ -80,6 +80,7 @@ class Engine:
             step_tokens=min(options.step_tokens, info.n_batch),
             max_running=min(options.max_running, info.n_seq_max),
             max_rows=info.n_seq_max,  # a model gives no fewer in one decode
+            mix_cells=options.mix_bound(info.gpu_layers),
         )
         self._constrainer = constrainer
         self._guides = ThreadPoolExecutor(1, "deskside-guides")  # one: a grammar has one reader at a time

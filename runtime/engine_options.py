@@ -3,12 +3,20 @@
 from dataclasses import dataclass
 
 # Part of the cache that finished prompts may keep, unless an option says otherwise. Every cell up to the last used one
-# is scanned by every step. Measured with Gemma 3 270M, Q8_0, on 2 otherwise idle Xeon cores with AMX (30 steps at each
+# is looked at by every step. Measured with Gemma 3 270M, Q8_0, on 2 nearly idle Xeon cores with AMX (30 steps at each
 # size, taken in turns, medians): 1k / 2k / 4k / 8k idle cells slow a step of 16 rows (37 ms) by 3 / 2 / 10 / 28 %, one
-# of 1 row (18 ms) by nothing that could be told from noise, whatever n_ctx is. A quarter is 2k of the default 8k cells.
-# It pays: an idle token that is found saves 0.9 ms of prefill, and costs less than 1 us a step of 16 rows, so one use
-# in 900 steps is enough.
+# of 1 row (18 ms) by nothing that could be told from noise, whatever n_ctx is. Prefill pays more, since each row of a
+# step does: 512 tokens take 416 ms, 460 beside 2k other cells, 510 beside 6k, so an idle cell costs about 20 us. An
+# idle token that is found saves 0.8 ms: one use in 40 such steps is enough, one in 800 where only rows are decoded.
+# Where nothing is ever found (48 replies of 64 tokens to prompts of 283, 16 clients) the quarter, 2k of the default 8k
+# cells, takes about a tenth of the processor time.
 IDLE_SHARE = 0.25
+# Cells that the sequences of decode rows may hold in all while they share a step with prompts on a CPU: see
+# `Scheduler`. Processor time on the same cores, busy with other work (least of 3, the two ways in turns): 16 rows and a
+# prompt of 40 … 480 tokens in one step take 0.86 … 1.07 (median 0.97) of what two steps take when the rows' sequences
+# hold 128 cells, 0.85 … 1.25 (1.03) at 512, 0.88 … 1.99 (1.41) at 2k; 1.05 … 1.45 at 1k. Steps of more rows than 16 are
+# dearer (choices to score), so theirs break even later: with 640, 16 clients' decisions are planned as if always mixed.
+MIX_CELLS = 640
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +26,15 @@ class EngineOptions:
     A step computes at most `step_tokens` tokens (and never more than the model's `n_batch`) for at most `max_running`
     sequences. Finished prompts may keep `idle_cells` of the KV cache for others to share (None: a quarter); each of
     them needs a sequence id too, so load the model with `n_seq_max` ids. An answer that copies its input has at most
-    `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay).
+    `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay). Answers that hold more than
+    `mix_cells` cells in all share no step with prompts (None: what was measured; on a GPU they always do).
     """
 
     step_tokens: int = 512
     max_running: int = 16
     idle_cells: int | None = None
     max_drafts: int | None = 0
+    mix_cells: int | None = None
 
     @property
     def n_seq_max(self) -> int:
@@ -34,3 +44,10 @@ class EngineOptions:
     def idle_bound(self, n_ctx: int) -> int:
         """How many of `n_ctx` cells finished prompts may keep."""
         return int(n_ctx * IDLE_SHARE) if self.idle_cells is None else self.idle_cells
+
+    def mix_bound(self, gpu_layers: int) -> int | None:
+        """How many cells the answers may hold that share a step with prompts; None: any number.
+
+        A GPU's attention has no such tiles, so a model with `gpu_layers` on one has no bound unless it was given.
+        """
+        return MIX_CELLS if self.mix_cells is None and gpu_layers == 0 else self.mix_cells

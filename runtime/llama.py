@@ -37,7 +37,8 @@ class LoadOptions:
     `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
     most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is
     the physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
-    `adapters` are LoRA GGUF files for this model, by the name under which requests ask for them.
+    `repack` lets llama.cpp copy weights into the form its fast kernels want. `adapters` are LoRA GGUF files for this
+    model, by the name under which requests ask for them.
     """
 
     n_ctx: int = 8192
@@ -47,6 +48,7 @@ class LoadOptions:
     n_threads: int | None = None
     gpu_layers: int | None = None
     use_mmap: bool = True
+    repack: bool = True
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -146,7 +148,7 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
     if not 1 <= options.n_seq_max <= MAX_SEQUENCES:
         raise LoadFailed(f"n_seq_max must be 1 … {MAX_SEQUENCES}, got {options.n_seq_max}")
     gpu_layers = (-1 if can_offload else 0) if options.gpu_layers is None else options.gpu_layers
-    model = ModelHandle(path, gpu_layers=gpu_layers, use_mmap=options.use_mmap)
+    model = ModelHandle(path, gpu_layers=gpu_layers, use_mmap=options.use_mmap, repack=options.repack)
     if not llama_cpp.llama_model_has_decoder(model.pointer) or llama_cpp.llama_model_has_encoder(model.pointer):
         raise LoadFailed(f"{str(path)!r} is {model.description()}: only decoder-only models write text here")
     if llama_cpp.llama_model_is_recurrent(model.pointer) or llama_cpp.llama_model_is_hybrid(model.pointer):
@@ -155,7 +157,7 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a GGUF model's vocabulary only. Raises LoadFailed."""
+    """The vocabulary of a GGUF, known in a moment and without reading the weights. Raises LoadFailed."""
     return Tokenizer(ModelHandle(path, vocab_only=True))
 
 

@@ -20,14 +20,22 @@ AMX_UNUSED = "AMX unused"
 class ModelHandle:
     """llama.cpp's `llama_model`. Freed with the last reference, so that nobody reads a vocabulary that is gone."""
 
-    def __init__(self, path: Path, *, gpu_layers: int = 0, use_mmap: bool = True, vocab_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        gpu_layers: int = 0,
+        use_mmap: bool = True,
+        repack: bool = True,
+        vocab_only: bool = False,
+    ) -> None:
         """Open a GGUF file. Raises LoadFailed with llama.cpp's reason."""
         check_file(path)
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         params.vocab_only = vocab_only
-        params.use_extra_bufts = _trusts_amx()
+        params.use_extra_bufts = repack and _trusts_amx()
         with last_errors() as errors:
             llama_cpp.llama_backend_init()
             self.pointer: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)

@@ -10,6 +10,7 @@ computed: what is being written now is of use to others when it is finished.
 Changes are noted as edits, in order, for the engine to carry out on the real cache (`take_edits`).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,6 +57,10 @@ class PrefixCache:
     def n_idle(self) -> int:
         """Finished sequences that are still resident."""
         return len(self._idle)
+
+    def cells_held(self, seq_ids: Iterable[int]) -> int:
+        """Cells that these running sequences hold in all, shared ones counted once."""
+        return len(set().union(*(self._running[seq_id].cells for seq_id in seq_ids)))
 
     def match(self, tokens: np.ndarray, adapter: str | None = None) -> Match:
         """The resident that holds most of the beginning of `tokens`; the last token is always left to compute."""

@@ -1,8 +1,9 @@
 """Who runs in the next step, and with how many tokens. Pure policy: no binding, no clock, no thread, no wire type.
 
-Rows that decode come first, so that an answer being written never waits for a prompt; then prompts are prefilled in
-chunks, first come first served, with what the step has left; then waiting requests join. When cells run out the step
-does less; when nothing at all fits, the newest sequence is pre-empted and its tokens are computed again later. The
+Rows that decode come first; then prompts are prefilled in chunks, first come first served, with what the step has
+left; then waiting requests join. Where one step for both costs more than two (`mix_cells`), rows and prompts take turns
+instead: an answer being written waits for one prefill at most, a prompt for one step of rows. When cells run out the
+step does less; when nothing at all fits, the newest sequence is pre-empted and its tokens are computed again later. The
 oldest always gets on, so everyone does.
 
 A step computes under one LoRA adapter; the adapters take turns (`Turns`). Slots and cells are given first come first
@@ -11,6 +12,7 @@ served whatever the adapter: a request joins in its order, and computes when its
 
 from bisect import insort
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -26,19 +28,36 @@ HOLD_BACK_TOKENS = 32
 LOOK_PAST = 8
 # Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
 HEADROOM_TOKENS = 16
+# A sequence with so few tokens to compute counts as rows, not as a prompt: a drawn token with those that a grammar
+# forces after it, a choice to score, the end of a prompt. Its cells are many for so few tokens.
+FEW_TOKENS = 16
+# llama.cpp's CPU attention goes through a step of fewer tokens cell by cell and looks only at a row's own; through a
+# larger one in tiles of so many tokens, and each looks at every cell that any of its rows holds.
+TILE_TOKENS = 64
 
 
 class Scheduler:
     """Plans steps of at most `step_tokens` tokens for at most `max_running` sequences at a time.
 
-    A step gives at most `max_rows` rows of logits (None: as many as it has tokens); no fewer than `max_running`.
+    A step gives at most `max_rows` rows of logits (None: as many as it has tokens); no fewer than `max_running`. Rows
+    and prompts share a step of `TILE_TOKENS` or more only while the rows' sequences hold at most `mix_cells` cells in
+    all (None: always).
     """
 
-    def __init__(self, ledger: PrefixCache, *, step_tokens: int, max_running: int, max_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        ledger: PrefixCache,
+        *,
+        step_tokens: int,
+        max_running: int,
+        max_rows: int | None = None,
+        mix_cells: int | None = None,
+    ) -> None:
         self._ledger = ledger
         self._step_tokens = step_tokens
         self._max_running = max_running
         self._max_rows = step_tokens if max_rows is None else max_rows
+        self._mix_cells = mix_cells
         self._limit = step_tokens
         self._tokens: dict[int, np.ndarray] = {}
         self._promised = PrefixTree()  # by arrival: the running sequences' tokens, computed already or soon
@@ -66,7 +85,7 @@ class Scheduler:
     def spare(self, plan: Plan) -> int:
         """How many tokens more, each with its row, the plan's step could compute; 0 unless all it does is decode.
 
-        Nobody gives way for them: neither a prompt, nor an idle prefix, nor the search for a guilty sequence.
+        Nobody gives way for them: no prompt that shares a step, no idle prefix, not the search for a guilty sequence.
         """
         if self._suspects or not all(chunk.count == chunk.n_rows == 1 for chunk in plan.chunks):
             return 0
@@ -76,7 +95,8 @@ class Scheduler:
     def commit(self, plan: Plan) -> None:
         """The plan was computed."""
         self._limit = min(self._step_tokens, self._limit * 2)
-        self._turns.computed(plan.adapter, plan.n_tokens)
+        prefilled = not all(_has_few_left(chunk.sequence) for chunk in plan.chunks)
+        self._turns.computed(plan.adapter, plan.n_tokens, prefilled=prefilled)
         for chunk in plan.chunks:
             assert chunk.sequence.seq_id is not None
             self._ledger.extend(chunk.sequence.seq_id, chunk.count)
@@ -150,12 +170,42 @@ class Scheduler:
         return []
 
     def _chunks(self, adapter: str | None, *, join: bool) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        n_held_back = 0
-        for sequence in sorted(self.running, key=_is_prefilling):
-            if sequence.request.adapter == adapter and (chunk := self._chunk(sequence, chunks)):
+        """What `adapter` computes next: rows and prompts, or those of the two whose turn it is.
+
+        Prompts are planned beside the rows even if they are computed alone, so that there are cells for both.
+        """
+        mine = [sequence for sequence in self.running if sequence.request.adapter == adapter]
+        chunks = self._fill(sorted(filter(_has_few_left, mine), key=_is_prefilling), [])
+        chunks = self._fill([sequence for sequence in mine if not _has_few_left(sequence)], chunks)
+        if join:
+            chunks = self._with_joined(chunks, adapter)
+        rows = [chunk for chunk in chunks if _has_few_left(chunk.sequence)]
+        if len(rows) in (0, len(chunks)) or self._mixes(rows, _planned(chunks)):
+            return chunks
+        if self._turns.prefilled(adapter):
+            return rows
+        return [chunk for chunk in chunks if not _has_few_left(chunk.sequence)]
+
+    def _mixes(self, rows: list[Chunk], n_tokens: int) -> bool:
+        """Whether a step of `n_tokens` that holds these rows costs no more than two that part them from the prompts."""
+        if self._mix_cells is None or n_tokens < TILE_TOKENS:
+            return True
+        seq_ids = [chunk.sequence.seq_id for chunk in rows if chunk.sequence.seq_id is not None]
+        return self._ledger.cells_held(seq_ids) <= self._mix_cells
+
+    def _fill(self, sequences: Iterable[Sequence], others: list[Chunk]) -> list[Chunk]:
+        """The `others`, and after them a chunk of each of the running sequences, as far as there is room."""
+        chunks = others[:]
+        for sequence in sequences:
+            if chunk := self._chunk(sequence, chunks):
                 chunks.append(chunk)
-        for sequence in self.waiting[:] if join else ():
+        return chunks
+
+    def _with_joined(self, others: list[Chunk], adapter: str | None) -> list[Chunk]:
+        """The `others`, and after them the chunks of who waited and can join."""
+        chunks = others[:]
+        n_held_back = 0
+        for sequence in self.waiting[:]:
             if _planned(chunks) >= self._limit or len(self.running) >= self._max_running or n_held_back >= LOOK_PAST:
                 break
             match = self._match(sequence)
@@ -231,6 +281,10 @@ def _planned(chunks: list[Chunk]) -> int:
 
 def _is_prefilling(sequence: Sequence) -> bool:
     return len(sequence.tokens) - sequence.n_computed > 1
+
+
+def _has_few_left(sequence: Sequence) -> bool:
+    return len(sequence.tokens) - sequence.n_computed <= FEW_TOKENS
 
 
 def _outstanding(sequence: Sequence) -> int:

@@ -18,6 +18,7 @@ STEP_TOKENS = 8
 class _Group:
     live: int = 0
     spent: int = 0
+    prefilled: bool = False
 
 
 class Turns:
@@ -41,9 +42,14 @@ class Turns:
         if self._groups[adapter].live == 0:
             del self._groups[adapter]
 
-    def computed(self, adapter: str | None, n_tokens: int) -> None:
-        """A step computed `n_tokens` under `adapter`."""
+    def prefilled(self, adapter: str | None) -> bool:
+        """Whether the last step under `adapter` computed prompts."""
+        return self._groups[adapter].prefilled
+
+    def computed(self, adapter: str | None, n_tokens: int, *, prefilled: bool) -> None:
+        """A step computed `n_tokens` under `adapter`, prompts among them if it `prefilled`."""
         group = self._groups[adapter]
+        group.prefilled = prefilled
         group.spent += max(n_tokens, STEP_TOKENS)
         if group.spent >= TURN_TOKENS:
             group.spent = 0

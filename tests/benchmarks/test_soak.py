@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.process_memory import children, resident_bytes
 from benchmarks.soak_checks import Check, Kill, SoakRun, check
 from benchmarks.soak_client import KINDS, Outcome, SoakClient, StreamAccount
-from benchmarks.soak_watch import Memory, children, engine_of, look, resident_bytes
+from benchmarks.soak_watch import Memory, engine_of, look
 from tests.benchmarks.peer_examples import MACHINE
 from tests.benchmarks.stand_in import Send, read_json, running
 

@@ -63,7 +63,7 @@ def test_a_row_of_many_tokens_is_what_the_definition_says(size: int) -> None:
 def test_what_lay_on_disk_as_float16_is_off_by_little(seed: int, spread: float, change: float) -> None:
     logits = draw(seed, 400, spread)
     other = (logits + change * draw(seed + 1, 400, 1.0)).astype(np.float32)
-    exact = plain_kl(plain(logits), plain(other))
+    exact = max(plain_kl(plain(logits), plain(other)), 0.0)  # rounding can bring it below
     got = row_loss(log_softmax(logits).astype(STORED), other, 0).kl
     # to first order the error is the rounding's covariance with log(p/q), whose spread is the root of 2 KL
     assert got == pytest.approx(exact, abs=2e-6 + 5e-4 * math.sqrt(2 * exact))

@@ -13,12 +13,21 @@ from gguf.quants import dequantize, quantize
 from convert import checkpoint as checkpoint_module
 from convert.checkpoint import Checkpoint
 from convert.errors import SourceInvalid, VerifyFailed
-from convert.gguf_file import Layout, OutTensor, hash_tensors, write_gguf
+from convert.gguf_file import Layout, OutTensor, check_written, write_gguf
 from convert.lora import read_adapter
 from convert.lora_fit import Fitted, fit
 from convert.merge import Merged, file_rows, half_precision_kind
 from models.gguf_fields import Field
-from tests.convert.tiny import MODULES, N_HEADS, N_KV_HEADS, adapter_tensors, weights, write_adapter, write_model
+from tests.convert.tiny import (
+    MODULES,
+    N_HEADS,
+    N_KV_HEADS,
+    adapter_tensors,
+    hash_tensors,
+    weights,
+    write_adapter,
+    write_model,
+)
 
 F16, F32, Q8_0 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 
@@ -39,9 +48,9 @@ def write(source: Path, target: Path, fitted: Fitted | None = None) -> dict[str,
         def rows(name: str) -> Iterator[np.ndarray]:
             return file_rows(merged, infos[name])
 
-        hashes = write_gguf(target, layout, rows, lambda n_bytes: None)
+        check_written(target, write_gguf(target, layout, rows, lambda n_bytes: None))
         assert target.stat().st_size == layout.file_bytes
-    return hashes
+    return hash_tensors(target)
 
 
 def merge(tmp_path: Path, architecture: str) -> tuple[Path, dict[str, str]]:
@@ -164,16 +173,12 @@ def test_rows_that_do_not_fill_the_shape_are_noticed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_holds_something_else_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = Layout({}, [OutTensor("x", (2, 4), F32)], 32)
-
-    def spoil(path: Path) -> dict[str, str]:
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-        return hash_tensors(path)
-
-    monkeypatch.setattr("convert.gguf_file.hash_tensors", spoil)
-    with pytest.raises(VerifyFailed, match="tensor 'x' was written with sha256"):
-        write_gguf(tmp_path / "x.gguf", layout, pieces(np.zeros(8, np.float32)), lambda n_bytes: None)
-    assert not list(tmp_path.iterdir())
+def test_a_disk_that_holds_something_else_is_noticed(tmp_path: Path) -> None:
+    target, layout = tmp_path / "x.gguf", Layout({}, [OutTensor("x", (2, 4), F32)], 32)
+    sha256 = write_gguf(target, layout, pieces(np.zeros(8, np.float32)), lambda n_bytes: None)
+    check_written(target, sha256)
+    data = bytearray(target.read_bytes())
+    data[-1] ^= 1
+    target.write_bytes(data)
+    with pytest.raises(VerifyFailed, match=f"'x.gguf' was written with sha256 {sha256}, the disk has"):
+        check_written(target, sha256)

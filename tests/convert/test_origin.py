@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from convert.errors import RequestInvalid
-from convert.origin import find_origin, folder_sha256
+from convert.origin import find_origin, folder_digest
 from models.errors import ModelNotFound
 from models.sources import HubRepo
 from models.store import Store
@@ -25,10 +25,11 @@ def test_a_folder_is_its_own_tokenizer_and_is_known_by_its_files(store: Store, t
     folder = write_shards(tmp_path / "mine")
     origin = find_origin(str(folder), None, store, Notes())
     assert (origin.path, origin.folder, origin.base.name) == (folder, folder, "mine")
+    sha256 = origin.base.sha256
     (folder / "notes.txt").write_text("of no matter")
-    assert folder_sha256(folder, Notes()) == origin.base.sha256
+    assert folder_digest(folder).result() == sha256
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    assert folder_sha256(folder, Notes()) != origin.base.sha256
+    assert folder_digest(folder).result() != sha256
 
 
 def test_a_repository_is_fetched_whole_and_named_by_its_commit(

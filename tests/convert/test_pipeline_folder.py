@@ -217,10 +217,10 @@ def test_a_disk_that_is_too_small_is_found_first(
 def test_a_disk_that_fills_up_while_writing_is_told_with_the_file(
     store: Store, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: int) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("convert.gguf_file.os.fsync", full)
+    monkeypatch.setattr("convert.gguf_file._write_tensor", full)
     with pytest.raises(StoreError, match=r"tiny-F16\.gguf' \(\d+ bytes\) cannot be written: No space left"):
         convert(ConvertRequest(str(checkpoint), "tiny"), store, Notes())
     assert files_under(store) == []

@@ -10,13 +10,13 @@ import pytest
 
 from convert.candidates import VOCABULARY, CandidateSpec, TypeOverride, ladder, plain
 from convert.errors import ImatrixInvalid, QuantizationUnknown, QuantizeFailed, RequestInvalid
-from convert.gguf_file import OutTensor, hash_tensors
+from convert.gguf_file import OutTensor
 from convert.imatrix import Entry, Imatrix, collect, read_imatrix, write_imatrix
 from convert.quantize import QUANTIZATIONS, disk_need, quantize, spec_named
 from models.errors import BadGguf
 from models.gguf_header import Header, read_header
 from models.quality import Work
-from tests.convert.tiny import write_model
+from tests.convert.tiny import hash_tensors, write_model
 
 Kind = gguf.GGMLQuantizationType
 FFN_UP = r"ffn_up\.weight$"

@@ -13,7 +13,7 @@ from convert.tokenizer import Vocabulary, read_vocabulary
 from convert.tokenizer_files import MAX_MERGES
 from convert.tokenizer_pieces import Kind
 from convert.tokenizer_special import ENDS_BY_TEXT
-from runtime.llama_vocab import load_vocabulary
+from runtime.llama import load_tokenizer
 
 from . import tiny_tokenizers as tiny
 
@@ -222,7 +222,7 @@ def test_every_id_that_ends_an_answer_ends_it_in_llama_cpp(
     found = {place: value(vocabulary, f"{place}_token_id") for place in ("eos", "eot", "eom")}
     assert {place: index for place, index in found.items() if index is not None} == places
     assert any(warned in warning for warning in vocabulary.warnings)
-    ends = set(load_vocabulary(tiny.vocabulary_gguf(folder / "v.gguf", vocabulary)).end_tokens)
+    ends = set(load_tokenizer(tiny.vocabulary_gguf(folder / "v.gguf", vocabulary)).end_tokens)
     assert {701, *listed} - ends == ({706} if warned else set())
 
 
@@ -230,7 +230,7 @@ def test_llama_cpp_still_knows_the_same_ends_by_their_texts(folder: Path, saved:
     for text in sorted(ENDS_BY_TEXT - set(tiny.SPECIAL)):
         tiny.edit(folder, {"added_tokens": [*saved["added_tokens"], {"id": 704, "content": text, "special": True}]})
         gguf = tiny.vocabulary_gguf(folder / "v.gguf", read_vocabulary(folder, {"eos_token_id": 0}, 705))
-        assert load_vocabulary(gguf).is_end(704), text
+        assert load_tokenizer(gguf).is_end(704), text
 
 
 def test_the_templates_mark_ends_a_turn(folder: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_vocabulary_without_an_end_is_refused(folder: Path) -> None:
 def test_a_vocabulary_without_bos_does_not_take_a_comma_for_it(folder: Path) -> None:
     configure(folder, eos_token={"content": "</s>", "special": True}, add_bos_token=True)
     vocabulary = read_vocabulary(folder, {"pad_token_id": 700}, 704)
-    tokenizer = load_vocabulary(tiny.vocabulary_gguf(folder / "v.gguf", vocabulary))
+    tokenizer = load_tokenizer(tiny.vocabulary_gguf(folder / "v.gguf", vocabulary))
     assert (tokenizer.bos, tokenizer.adds_bos) == (701, False)
     assert value(vocabulary, "padding_token_id") == 700
 
@@ -322,7 +322,7 @@ def test_phi_3s_swallowing_tokens_need_its_name(tmp_path: Path) -> None:
     tiny.edit(folder, raw)
     vocabulary = read_vocabulary(folder, {}, last + 1)
     assert vocabulary.name_part == "phi-3"
-    tokenizer = load_vocabulary(tiny.vocabulary_gguf(folder / "v.gguf", vocabulary))
+    tokenizer = load_tokenizer(tiny.vocabulary_gguf(folder / "v.gguf", vocabulary))
     spaced, bare = (tokenizer.encode(f"<|im_end|>{gap}a", add_special=False, parse_special=True) for gap in ("\n", ""))
     assert spaced == bare
 

@@ -9,7 +9,7 @@ import sentencepiece
 
 from convert.errors import TokenizerInvalid
 from convert.tokenizer import read_vocabulary
-from convert.tokenizer_pieces import Kind
+from convert.tokenizer_pieces import Kind, padded
 from convert.tokenizer_protobuf import read_protobuf
 from convert.tokenizer_spacing import checked_charsmap
 
@@ -29,14 +29,16 @@ def write(folder: Path, data: bytes) -> Path:
 def test_pieces_scores_and_types_are_sentencepieces(model: bytes, tmp_path: Path) -> None:
     pieces = read_protobuf(write(tmp_path, model))
     judge = sentencepiece.SentencePieceProcessor(model_proto=model)
-    assert len(pieces.by_id) == judge.GetPieceSize()
-    for index, piece in pieces.by_id.items():
-        assert piece.text.replace(" ", "▁") == judge.IdToPiece(index)
-        assert piece.score == judge.GetScore(index)
-        assert (piece.kind == Kind.CONTROL) == judge.IsControl(index)
-        assert (piece.kind == Kind.BYTE) == judge.IsByte(index)
-        assert (piece.kind == Kind.UNKNOWN) == judge.IsUnknown(index)
-    assert {piece.text for piece in pieces.by_id.values() if piece.kind == Kind.USER_DEFINED} == {"<tag>", "  "}
+    assert len(pieces.texts) == judge.GetPieceSize()
+    tokens = padded(pieces, judge.GetPieceSize(), "x")
+    for index, (text, kind, score) in enumerate(zip(tokens.texts, tokens.kinds, tokens.scores, strict=True)):
+        assert text.replace(" ", "▁") == judge.IdToPiece(index)
+        assert score == judge.GetScore(index)
+        assert (kind == Kind.CONTROL) == judge.IsControl(index)
+        assert (kind == Kind.BYTE) == judge.IsByte(index)
+        assert (kind == Kind.UNKNOWN) == judge.IsUnknown(index)
+    own = tokens.kinds == Kind.USER_DEFINED
+    assert {text for text, is_own in zip(tokens.texts, own, strict=True) if is_own} == {"<tag>", "  "}
     assert (pieces.model, pieces.add_space_prefix) == ("llama", True)
 
 

@@ -4,6 +4,7 @@ Weights are multiples of 1/64 and adapters of 1/8, so W + scale · B · A is exa
 not depend on the order in which a BLAS adds, and hashes can be golden.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf.quants import quantize
+
+from models.gguf_header import read_header
 
 N_EMBD, N_FF, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM = 64, 96, 2, 2, 1, 32
 SHAPES = {
@@ -183,3 +186,12 @@ def _f16(array: np.ndarray) -> bytes:
 
 def _bf16(array: np.ndarray) -> bytes:
     return array.astype("<f4").view("<u4").__rshift__(16).astype("<u2").tobytes()
+
+
+def hash_tensors(path: Path) -> dict[str, str]:
+    """Tensor name -> sha256 of its bytes in the file."""
+    data = path.read_bytes()
+    tensors = read_header(path).tensors
+    return {
+        name: hashlib.sha256(data[one.offset : one.offset + one.n_bytes]).hexdigest() for name, one in tensors.items()
+    }

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.gguf_file import Layout
+from convert.gguf_file import write_head
 from models.errors import BadGguf
 from models.gguf_check import check_fields, check_vocabulary
 from models.gguf_fields import Field
@@ -44,7 +44,7 @@ BAD: dict[str, tuple[dict[str, Field], str]] = {
 def test_a_size_that_cannot_be_is_refused_with_the_limit(tmp_path: Path, name: str) -> None:
     fields, reason = BAD[name]
     file = tmp_path / "bad.gguf"
-    file.write_bytes(Layout(model(**fields), [], 32).head())
+    write_head(file, model(**fields), 32)
     for read in (read_header, read_meta):
         with pytest.raises(BadGguf) as caught:
             read(file)

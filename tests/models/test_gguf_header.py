@@ -51,10 +51,18 @@ def test_arrays_are_decoded_when_asked_for(model: Path) -> None:
     assert (Field.uint32(2).numbers, Field.uint32(2).strings, Field.uint32(2).length) == (None, None, None)
 
 
-def test_the_vocabulary_finds_tokens_by_their_bytes(model: Path) -> None:
-    vocabulary = read_header(model).vocabulary
-    assert vocabulary[b"<end_of_turn>"] == END
-    assert len(vocabulary) == len(TOKENS)
+def test_the_vocabulary_finds_tokens_by_their_spelling(model: Path) -> None:
+    header = read_header(model)
+    assert header.n_vocab == len(TOKENS)
+    assert header.token_id("<end_of_turn>") == END
+    assert [header.token_id(text) for text in ("end_of_turn", "<end_of_turn", "")] == [None, None, None]
+
+
+def test_a_string_is_found_at_its_first_place_only_as_a_whole() -> None:
+    inner = b"\x01\0\0\0\0\0\0\0a"  # spells "a" with its length, inside another string
+    assert Field.string_array([b"x" + inner, b"b", b"a", b"a"]).find(b"a") == 2
+    assert Field.string_array([b"x" + inner]).find(b"a") is None
+    assert Field.uint32(2).find(b"a") is None
 
 
 def test_fields_keep_the_bytes_of_the_file(model: Path) -> None:

@@ -311,14 +311,15 @@ class Traffic(RuleBasedStateMachine):
 
     @initialize(
         n_ctx=st.sampled_from([48, 64, 256]),
-        step_tokens=st.integers(1, 40),
+        step_tokens=st.integers(1, 40) | st.just(100),
         running=st.integers(1, 6),
         ids=st.integers(0, 6),
+        mix_cells=st.sampled_from([0, 60, None]),
     )
-    def begin(self, n_ctx: int, step_tokens: int, running: int, ids: int) -> None:
+    def begin(self, n_ctx: int, step_tokens: int, running: int, ids: int, mix_cells: int | None = 0) -> None:
         self.llama = FakeLlama(n_ctx=n_ctx, n_seq_max=running + ids, adapters=("a", "b"))
         self.idle_cells = n_ctx // 4
-        self.engine = Engine(self.llama, EngineOptions(step_tokens, running, self.idle_cells))
+        self.engine = Engine(self.llama, EngineOptions(step_tokens, running, self.idle_cells, mix_cells=mix_cells))
         self.requests: dict[str, Request] = {}
         self.events: list[Event] = []
 

@@ -342,7 +342,7 @@ class DraftTraffic(Traffic):
 
     @initialize(
         n_ctx=st.sampled_from([48, 64, 256]),
-        step_tokens=st.integers(1, 40),
+        step_tokens=st.integers(1, 40) | st.just(100),
         running=st.integers(1, 6),
         ids=st.integers(0, 6),
         row_s=st.sampled_from([0.0, 0.002, 0.01]),
@@ -357,7 +357,7 @@ class DraftTraffic(Traffic):
 
         super().begin(n_ctx, step_tokens, running, ids)
         self.llama.script = script
-        options = {"step_tokens": step_tokens, "max_running": running, "idle_cells": self.idle_cells}
+        options = {"step_tokens": step_tokens, "max_running": running, "idle_cells": self.idle_cells, "mix_cells": 0}
         self.engine = Timed(row=row_s).engine(self.llama, 8, **options)
 
 

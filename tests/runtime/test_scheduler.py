@@ -12,9 +12,16 @@ from runtime.sequence import Copy, Plan, Remove, Request, SamplingParams, Sequen
 class Desk:
     """A scheduler with its ledger, and a stand-in for the engine's part in the protocol."""
 
-    def __init__(self, n_cells: int = 1000, step_tokens: int = 100, max_running: int = 4, idle_cells: int = 0) -> None:
+    def __init__(
+        self,
+        n_cells: int = 1000,
+        step_tokens: int = 100,
+        max_running: int = 4,
+        idle_cells: int = 0,
+        mix_cells: int | None = None,
+    ) -> None:
         self.ledger = PrefixCache(n_cells, max_running + 2, idle_cells)
-        self.scheduler = Scheduler(self.ledger, step_tokens=step_tokens, max_running=max_running)
+        self.scheduler = Scheduler(self.ledger, step_tokens=step_tokens, max_running=max_running, mix_cells=mix_cells)
         self.n = 0
 
     def ask(self, n_prompt: int, *, max_tokens: int = 50, shared: int = 0) -> Sequence:

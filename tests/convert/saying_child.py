@@ -1,0 +1,21 @@
+"""A child process for tests: it says what its jobs tell it to, and ends as they tell it."""
+
+import os
+import sys
+
+from convert.child import read_job, tell
+
+
+def main() -> int:
+    while True:
+        job = read_job()
+        for line in job["say"]:
+            tell(line)
+        if job.get("abort"):
+            os.abort()
+        if not job.get("more"):
+            return int(job["exit"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
