@@ -29,6 +29,7 @@ OVERRIDE_KINDS = {
 # Kinds whose rounding does not ask which columns matter.
 _IGNORES_IMATRIX = {"F16", "BF16", "Q8_0"}
 
+WORKS: tuple[Work, ...] = ("classify", "write")
 LAYERS = r"^blk\."
 VOCABULARY = r"^(token_embd|output)\.weight$"
 _WIDE_FFN = r"^blk\.\d+\.ffn_(gate|up)\.weight$"
@@ -69,9 +70,9 @@ class Tensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def plain(quantization: str) -> CandidateSpec:
-    """The quantization of that name as llama.cpp mixes it, without an importance matrix."""
-    return CandidateSpec(quantization, quantization)
+def plain(quantization: str, *, imatrix: bool = False) -> CandidateSpec:
+    """The quantization of that name as llama.cpp mixes it; with the importance matrix, if any, where it matters."""
+    return CandidateSpec(quantization, quantization, imatrix and quantization not in _IGNORES_IMATRIX)
 
 
 def ladder(header: Header, work: Work, *, imatrix: bool) -> tuple[CandidateSpec, ...]:
@@ -84,16 +85,32 @@ def ladder(header: Header, work: Work, *, imatrix: bool) -> tuple[CandidateSpec,
     vocabulary = [tensor for tensor in matrices if re.search(VOCABULARY, tensor.name)]
     share = sum(tensor.n_elements for tensor in vocabulary) / max(1, sum(tensor.n_elements for tensor in matrices))
     blocks = all(tensor.shape[-1] % 256 == 0 for tensor in vocabulary)
-    specs = [CandidateSpec(name, name, imatrix and name not in _IGNORES_IMATRIX) for name in PLAIN]
+    specs = [plain(name, imatrix=imatrix) for name in PLAIN]
     if share >= _NOTABLE_SHARE:
         specs += _vocabulary_mixes(work, imatrix=imatrix, k_quants=blocks)
     if share < _MAJORITY and any(re.search(_WIDE_FFN, tensor.name) for tensor in matrices):
-        # Down-projections and attention suffer most from 4 bits; gate and up are half of a layer. In a model that is
-        # mostly vocabulary that saves too little to be worth its loss (Gemma 3 270M: 8 % of the file, 0.39 nats).
-        specs.append(
-            CandidateSpec("Q8_0-gate-up-Q4_0", "Q8_0", imatrix, (TypeOverride(_WIDE_FFN, GGMLQuantizationType.Q4_0),))
-        )
+        specs.append(_wide_ffn(imatrix=imatrix))
     return tuple(specs)
+
+
+def mixes(*, imatrix: bool) -> tuple[CandidateSpec, ...]:
+    """Every mixed layout that some ladder has, whatever the model and the work."""
+    found = [
+        spec
+        for work in WORKS
+        for k_quants in (True, False)
+        for spec in _vocabulary_mixes(work, imatrix=imatrix, k_quants=k_quants)
+    ]
+    return tuple(dict.fromkeys([*found, _wide_ffn(imatrix=imatrix)]))
+
+
+def _wide_ffn(*, imatrix: bool) -> CandidateSpec:
+    """Down-projections and attention suffer most from 4 bits; gate and up are half of a layer.
+
+    In a model that is mostly vocabulary that saves too little to be worth its loss (Gemma 3 270M: 8 % of the file, 0.39
+    nats).
+    """
+    return CandidateSpec("Q8_0-gate-up-Q4_0", "Q8_0", imatrix, (TypeOverride(_WIDE_FFN, GGMLQuantizationType.Q4_0),))
 
 
 def _vocabulary_mixes(work: Work, *, imatrix: bool, k_quants: bool) -> list[CandidateSpec]:

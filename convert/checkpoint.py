@@ -6,7 +6,6 @@ A slab, not a tensor, is what is in memory: the embedding of a 270M model alone 
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from gguf.quants import dequantize
@@ -19,7 +18,7 @@ SLAB_ELEMENTS = 1 << 22
 
 
 class Checkpoint:
-    """A GGUF file opened for reading; close it, or use it as a context manager."""
+    """A GGUF file opened for reading; close it when done."""
 
     def __init__(self, path: Path) -> None:
         """Map the file and read its header. Raises BadGguf, or SourceInvalid for one part of a split GGUF."""
@@ -29,14 +28,6 @@ class Checkpoint:
             raise SourceInvalid(f"{str(path)!r} is one of {parts.value} parts; join them with llama-gguf-split --merge")
         with path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the file."""

@@ -48,7 +48,8 @@ def convert_command(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0 or IQ4_NL, whatever the examples say.",
+            help="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0, IQ4_NL or a mixed layout such as Q8_0-vocab-Q4_0, "
+            "whatever the examples say.",
             show_default="Q8_0",
         ),
     ] = None,

@@ -55,11 +55,6 @@ class Layout:
         return sum(padded(tensor.n_bytes, self.alignment) for tensor in self.tensors)
 
     @property
-    def matrix_bytes(self) -> int:
-        """The size of the tensors in half precision, which a quantization makes smaller."""
-        return sum(tensor.n_bytes for tensor in self.tensors if tensor.kind == GGMLQuantizationType.F16)
-
-    @property
     def file_bytes(self) -> int:
         """The size of the whole file."""
         return sum(map(len, self.head())) + self.data_bytes

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import count
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from models.gguf_header import DEFAULT_ALIGNMENT, Header, TensorInfo
 from .errors import SourceInvalid
 from .families.base import Family, Weight
 from .families.names import interleave_halves
+from .general_name import general_name
 from .hf_folder_card import general_fields
 from .hf_folder_config import FolderConfig, read_config
 from .hf_folder_shards import Place, Shards
@@ -44,6 +44,10 @@ class VocabularyFields(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What the user should know about it."""
 
+    @property
+    def name_part(self) -> str:
+        """What `general.name` must say of it, and no other name may (see `general_name`)."""
+
 
 ReadVocabulary = Callable[[Path, Mapping[str, Any], int], VocabularyFields]
 """(folder, config.json's values, rows of the embedding) -> the vocabulary, padded to that many tokens."""
@@ -59,7 +63,7 @@ class _Tensor:
 
 
 class HfFolder:
-    """A folder opened for reading; close it, or use it as a context manager."""
+    """A folder opened for reading; close it when done."""
 
     def __init__(self, folder: Path, read_vocabulary: ReadVocabulary) -> None:
         """Read config.json, the headers of the weights and the tokenizer.
@@ -77,19 +81,13 @@ class HfFolder:
             vocabulary = read_vocabulary(folder, found.raw, found.family.sizes(found.config).n_vocab)
             general, card_warnings = general_fields(folder, sum(info.n_elements for info in infos.values()))
             fields = {**_fields(found, general), **vocabulary.fields}
+            called = fields["general.name"].value
+            fields["general.name"] = Field.string(general_name(str(called), vocabulary.name_part))
         except BaseException:
             self._shards.close()
             raise
         self.warnings = (*found.family.warnings(found.config), *warnings, *card_warnings, *vocabulary.warnings)
         self.header = Header(folder, fields, infos, DEFAULT_ALIGNMENT)
-
-    def __enter__(self) -> "HfFolder":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the files."""

@@ -20,7 +20,7 @@ from .examples import MAX_LABELS, Split, labels_of, split_examples
 from .lora import Adapter, read_adapter
 from .origin import Origin, find_origin
 from .progress import Reporter
-from .quantize import DEFAULT_QUANTIZATION, check_quantization
+from .quantize import DEFAULT_QUANTIZATION, spec_named
 from .vocabulary import DEFAULT_KEEP
 
 
@@ -183,7 +183,7 @@ def _from_recipe(
 
 def _wanted(request: ConvertRequest) -> str | None:
     if request.quantization is not None:
-        return check_quantization(request.quantization)
+        return spec_named(request.quantization, imatrix=False).name
     return None if request.examples is not None else DEFAULT_QUANTIZATION
 
 

@@ -21,10 +21,10 @@ from .errors import ImatrixInvalid, MeasureFailed, QuantizeFailed
 from .gguf_file import OutTensor
 from .ladder_cache import Cache, digest
 from .machine import describe_machine
-from .measure import Measured, Reference, compare, noise, rows_bytes, take_reference
+from .measure import NOISE_EXAMPLES, Measured, Reference, compare, noise, rows_bytes, take_reference
 from .measure_tasks import Tasks
 from .progress import Reporter
-from .quantize import Written, ladder_disk_need, quantize
+from .quantize import Written, disk_need, quantize
 from .speed import Progress, Served, SpeedReport, measure_speeds, served
 from .undone import Nearness, cause, shared_grid, undone
 
@@ -72,7 +72,7 @@ class Tools:
     """What does the work; tests put others in their place."""
 
     quantize: Callable[[Path, Path, CandidateSpec, Path | None, Progress], Written] = quantize
-    take_reference: Callable[[Path, Tasks, Path, Progress], Reference] = take_reference
+    take_reference: Callable[[Path, Tasks, Path, Progress, Sequence[Reference]], Reference] = take_reference
     compare: Callable[[Path, Sequence[Reference], Progress], tuple[Measured, ...]] = compare
     noise: Callable[[Reference, Progress], Measured] = noise
     speeds: Callable[[Mapping[str, Path], Served, Progress], SpeedReport] = measure_speeds
@@ -114,6 +114,7 @@ def run_ladder(
         held_out_examples=len(inputs.tasks.tasks),
         noise=noise_floor.loss,
         noise_flips=noise_floor.flips,
+        noise_examples=noise_floor.examples,
         base_distance=base_distance,
         base_check=ladder.base_check(),
         shape=timed.report.shape,
@@ -126,10 +127,11 @@ def run_ladder(
 
 @dataclass(frozen=True)
 class Noise:
-    """The reference beside itself in another batch shape."""
+    """The reference beside itself in another batch shape, on so many `examples`."""
 
     loss: Loss | None
     flips: int
+    examples: int
 
 
 @dataclass(frozen=True)
@@ -185,9 +187,9 @@ class _Ladder:
 
         def measure() -> Noise:
             reference = self._take_references()[0]
-            self._report.stage(f"measure the noise floor of {REFERENCE}", len(self._inputs.tasks.tasks))
+            self._report.stage(f"measure the noise floor of {REFERENCE}", NOISE_EXAMPLES)
             measured = self._tools.noise(reference, self._report.advance)
-            return Noise(measured.loss, measured.answers.flips)
+            return Noise(measured.loss, measured.answers.flips, measured.answers.total)
 
         return self._cache.value(TypeAdapter(Noise), "noise", [], measure)
 
@@ -195,15 +197,8 @@ class _Ladder:
         """How far the fine-tune lies from its base; None without one."""
         if self._base is None:
             return None
-        base = self._base
-
-        def measure() -> Loss | None:
-            references = self._take_references()[:1]
-            self._report.stage("compare the base with the fine-tune", len(self._inputs.tasks.tasks))
-            return self._tools.compare(base, references, self._report.advance)[0].loss
-
         kind: TypeAdapter[Loss | None] = TypeAdapter(Loss | None)
-        return self._cache.value(kind, "base", [], measure)
+        return self._cache.value(kind, "base", [], lambda: self._take_references()[1].beside[0].loss)
 
     def base_check(self) -> str:
         """What the comparison with the base was, or why there was none."""
@@ -308,14 +303,14 @@ class _Ladder:
         return loss.kl_mean if loss is not None else 0.0
 
     def _take_references(self) -> tuple[Reference, ...]:
-        """The half-precision file's rows and answers, and the base's where there is one; taken when first needed."""
+        """The half-precision file's rows and answers, and beside it the base's, if any; taken when first needed."""
         if not self._references:
-            tasks, taken = self._inputs.tasks, []
+            tasks, taken = self._inputs.tasks, list[Reference]()
             for file, place in ((self._inputs.half, "fine-tune"), (self._base, "base")):
                 if file is not None:
                     self._report.stage(f"take the reference: {place}", len(tasks.tasks))
                     folder = self._workdir / "rows" / place
-                    taken.append(self._tools.take_reference(file, tasks, folder, self._report.advance))
+                    taken.append(self._tools.take_reference(file, tasks, folder, self._report.advance, tuple(taken)))
             self._references = tuple(taken)
         return self._references
 
@@ -326,7 +321,7 @@ class _Ladder:
         header = read_header(self._inputs.half)
         tensors = [OutTensor(info.name, info.shape, info.kind) for info in header.tensors.values()]
         half_bytes = self._inputs.half.stat().st_size
-        needed = ladder_disk_need(half_bytes, tensors, specs) - half_bytes
+        needed = disk_need(half_bytes, tensors, specs) - half_bytes
         check_free(self._workdir, needed + (2 if self._inputs.base else 1) * rows_bytes(self._inputs.tasks))
 
     def _path(self, spec: CandidateSpec) -> Path:

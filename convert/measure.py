@@ -2,12 +2,13 @@
 
 The reference is computed once: its answers, and its log-probabilities at the rows that are compared, on disk. Any file
 with the same vocabulary can then be compared with it, or with several references in one pass: a candidate with the
-fine-tune and with its base, or the reference with itself in another batch shape, which is the noise floor.
+fine-tune and with its base, or the reference with itself in another batch shape, which is the noise floor. One that is
+to be a reference too, as the base is, is compared in the pass that takes it.
 """
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +19,29 @@ from models.stats import compare_paired
 from .errors import MeasureFailed
 from .measure_loss import STORED, RowLoss, summarise
 from .measure_pass import MAX_TOGETHER, Answer
-from .measure_process import Job, Progress, RowSet, run_job
+from .measure_process import Job, Outcome, Progress, RowSet, run_job
 from .measure_rows import Row, plan_rows, rows_in_common
 from .measure_tasks import Task, Tasks
 
 ALONE = 1
+# One at a time they take three times as long as together, and the floor lies orders of magnitude below any budget.
+NOISE_EXAMPLES = 32
 ROWS_FILE = "rows.f16"
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What others are compared with: `model`'s answer to each of `tasks`, and its `rows`, which lie in `rows_file`."""
+    """What others are compared with: `model`'s answer to each of `tasks`, and its `rows`, which lie in `rows_file`.
+
+    `beside` is what it was itself, beside each of the references that were taken before it.
+    """
 
     model: Path
     tasks: Tasks
     answers: tuple[Answer, ...]
     rows: tuple[Row, ...]
     rows_file: Path
+    beside: "tuple[Measured, ...]" = ()
 
     @property
     def totals(self) -> Answers:
@@ -73,12 +80,10 @@ class ExampleResult:
 class Measured:
     """A file beside a reference.
 
-    `loss` is over the rows that answers are drawn from; a budget is applied to it. `prompt_loss` is over a sample of
-    the prompts' rows. Either is None where no row can be compared, which a trimmed vocabulary can bring about.
+    `loss` is None where no row can be compared, which a trimmed vocabulary can bring about.
     """
 
     loss: Loss | None
-    prompt_loss: Loss | None
     answers: Answers
     examples: tuple[ExampleResult, ...]
 
@@ -88,24 +93,28 @@ def rows_bytes(tasks: Tasks) -> int:
     return len(plan_rows(tasks)) * tasks.n_vocab * STORED.itemsize
 
 
-def take_reference(model: Path, tasks: Tasks, folder: Path, progress: Progress) -> Reference:
+def take_reference(
+    model: Path, tasks: Tasks, folder: Path, progress: Progress, beside: Sequence[Reference] = ()
+) -> Reference:
     """Run the GGUF `model` through `tasks`; its rows come to lie in `folder`, which is made if it is missing.
 
-    `progress` is told (examples done, examples in all), here and below. Raises MeasureFailed, also when the disk is
-    full; no rows are left then.
+    In the same pass it is compared with the references `beside`, which were asked the same. `progress` is told
+    (examples done, examples in all), here and below. Raises MeasureFailed, also when the disk is full; no rows are left
+    then.
     """
+    for reference in beside:
+        _check(model, reference, tasks, tasks, None)
     folder.mkdir(parents=True, exist_ok=True)
     rows_file = folder / ROWS_FILE
     rows = plan_rows(tasks)
     rows_file.unlink(missing_ok=True)
+    keep, compared = RowSet(str(rows_file), tasks.n_vocab, rows), _row_sets(beside, tasks, None)
     try:
-        outcome = run_job(
-            Job(str(model), tasks, MAX_TOGETHER, keep=RowSet(str(rows_file), tasks.n_vocab, rows)), folder, progress
-        )
+        outcome = run_job(Job(str(model), tasks, MAX_TOGETHER, keep, compared), folder, progress)
     except BaseException:
         rows_file.unlink(missing_ok=True)
         raise
-    return Reference(model, tasks, outcome.answers, rows, rows_file)
+    return Reference(model, tasks, outcome.answers, rows, rows_file, _all_measured(outcome, tasks, beside, compared))
 
 
 def compare(
@@ -127,26 +136,21 @@ def compare(
     kept = None if trimmed is None else np.asarray(trimmed.kept, np.int64)
     for reference in references:
         _check(candidate, reference, references[0].tasks, tasks, kept)
-    row_sets = [
-        RowSet(
-            str(reference.rows_file),
-            reference.tasks.n_vocab,
-            tuple(rows_in_common(reference.rows, reference.tasks, tasks, kept)),
-            None if kept is None else tuple(kept.tolist()),
-        )
-        for reference in references
-    ]
-    job = Job(str(candidate), tasks, together, compare=tuple(row_sets))
+    compared = _row_sets(references, tasks, kept)
+    job = Job(str(candidate), tasks, together, compare=compared)
     outcome = run_job(job, references[0].rows_file.parent, progress)
-    return tuple(
-        _measured(tasks, outcome.answers, reference, list(zip(row_set.rows, losses, strict=True)))
-        for reference, row_set, losses in zip(references, row_sets, outcome.losses, strict=True)
-    )
+    return _all_measured(outcome, tasks, references, compared)
 
 
 def noise(reference: Reference, progress: Progress) -> Measured:
-    """The reference beside itself, with one example at a time: what the batch's shape alone does to its numbers."""
-    (measured,) = compare(reference.model, (reference,), progress, together=ALONE)
+    """The reference beside itself, with one example at a time: what the batch's shape alone does to its numbers.
+
+    On its first NOISE_EXAMPLES examples, which are any: held-out ones are in the order of their hashes.
+    """
+    asked = replace(reference.tasks, tasks=reference.tasks.tasks[:NOISE_EXAMPLES])
+    rows = tuple(row for row in reference.rows if row.place < NOISE_EXAMPLES)
+    part = replace(reference, tasks=asked, answers=reference.answers[:NOISE_EXAMPLES], rows=rows)
+    (measured,) = compare(reference.model, (part,), progress, together=ALONE)
     return measured
 
 
@@ -183,13 +187,34 @@ def _check(candidate: Path, reference: Reference, first: Tasks, tasks: Tasks, ke
         raise MeasureFailed(f"{name!r}: it was asked none of the reference's examples")
 
 
+def _row_sets(references: Sequence[Reference], tasks: Tasks, kept: np.ndarray | None) -> tuple[RowSet, ...]:
+    """The rows of each reference that a candidate which is asked `tasks` has too."""
+    return tuple(
+        RowSet(
+            str(reference.rows_file),
+            reference.tasks.n_vocab,
+            tuple(rows_in_common(reference.rows, reference.tasks, tasks, kept)),
+            None if kept is None else tuple(kept.tolist()),
+        )
+        for reference in references
+    )
+
+
+def _all_measured(
+    outcome: Outcome, tasks: Tasks, references: Sequence[Reference], compared: Sequence[RowSet]
+) -> tuple[Measured, ...]:
+    return tuple(
+        _measured(tasks, outcome.answers, reference, list(zip(row_set.rows, losses, strict=True)))
+        for reference, row_set, losses in zip(references, compared, outcome.losses, strict=True)
+    )
+
+
 def _measured(
     tasks: Tasks, answers: Sequence[Answer], reference: Reference, losses: Sequence[tuple[Row, RowLoss]]
 ) -> Measured:
     of_answer: dict[int, list[float]] = {}
     for row, loss in losses:
-        if row.in_answer:
-            of_answer.setdefault(row.place, []).append(loss.kl)
+        of_answer.setdefault(row.place, []).append(loss.kl)
     theirs = {task.id: answer for task, answer in zip(reference.tasks.tasks, reference.answers, strict=True)}
     examples = tuple(
         _example(tasks.work, task, answer, theirs[task.id], of_answer.get(place, ()))
@@ -199,8 +224,7 @@ def _measured(
     by_id = {task.id: task for task in tasks.tasks}
     before = [is_right(tasks.work, theirs[one.id], by_id[one.id]) for one in examples]
     return Measured(
-        loss=summarise([loss for row, loss in losses if row.in_answer]),
-        prompt_loss=summarise([loss for row, loss in losses if not row.in_answer]),
+        loss=summarise([loss for _, loss in losses]),
         answers=_totals([one.is_right for one in examples], before, sum(one.is_flipped for one in examples)),
         examples=examples,
     )

@@ -19,7 +19,7 @@ from runtime.llama_protocol import LlamaLike
 
 from .child import read_job, tell
 from .errors import ConvertError
-from .measure_loss import RowFile, RowLoss, row_loss
+from .measure_loss import RowFile, RowLoss, log_norm, row_loss
 from .measure_pass import N_SEQ_MAX, cells_needed, run_pass
 from .measure_process import Job, Order, Outcome, RowSet
 from .measure_rows import Row
@@ -30,23 +30,43 @@ N_BATCH = 512
 def do_job(llama: LlamaLike, job: Job, progress: Callable[[int, int], None]) -> Outcome:
     """Measure the loaded model. Raises EngineError, MeasureFailed, and OSError when the disk is full."""
     with ExitStack() as files:
-        if job.keep is not None:
-            target = files.enter_context(RowFile(Path(job.keep.file), job.keep.n_vocab, create=True))
-            rows, on_row = job.keep.rows, _keeper(target)
-            return Outcome(run_pass(llama, job.tasks, rows, on_row, job.together, progress), ())
+        keepers = [_Keeper.open(kept, files) for kept in (job.keep,) if kept is not None]
         comparers = [_Comparer.open(compared, files) for compared in job.compare]
-        wanted = {(row.place, row.position): row for compared in job.compare for row in compared.rows}
+        takers: list[_Keeper | _Comparer] = [*keepers, *comparers]
+        wanted = {place: row for taker in takers for place, row in taker.rows.items()}
 
-        def compare(row: Row, logits: np.ndarray) -> None:
-            for comparer in comparers:
-                comparer.see(row, logits)
+        def on_row(row: Row, logits: np.ndarray) -> None:
+            norm = log_norm(logits)
+            for taker in takers:
+                taker.see(row, logits, norm)
 
-        answers = run_pass(llama, job.tasks, wanted.values(), compare, job.together, progress)
+        answers = run_pass(llama, job.tasks, wanted.values(), on_row, job.together, progress)
         return Outcome(answers, tuple(comparer.losses() for comparer in comparers))
 
 
-def _keeper(target: RowFile) -> Callable[[Row, np.ndarray], None]:
-    return lambda row, logits: target.write(row.number, logits)
+_Rows = dict[tuple[int, int], Row]
+
+
+def _by_place(row_set: RowSet) -> _Rows:
+    return {(row.place, row.position): row for row in row_set.rows}
+
+
+@dataclass(frozen=True, slots=True)
+class _Keeper:
+    """The file of a reference in the making, and its rows by where they are."""
+
+    file: RowFile
+    rows: _Rows
+
+    @classmethod
+    def open(cls, kept: RowSet, files: ExitStack) -> "_Keeper":
+        return cls(files.enter_context(RowFile(Path(kept.file), kept.n_vocab, create=True)), _by_place(kept))
+
+    def see(self, seen: Row, logits: np.ndarray, norm: float) -> None:
+        """Write the row `seen`, whose `log_norm` is `norm`, if it is to be kept."""
+        row = self.rows.get((seen.place, seen.position))
+        if row is not None:
+            self.file.write(row.number, logits, norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +74,21 @@ class _Comparer:
     """One reference: its file, its rows by where they are, and by their numbers the losses found."""
 
     file: RowFile
-    rows: dict[tuple[int, int], Row]
+    rows: _Rows
     kept: np.ndarray | None
     found: dict[int, RowLoss]
 
     @classmethod
     def open(cls, compared: RowSet, files: ExitStack) -> "_Comparer":
         file = files.enter_context(RowFile(Path(compared.file), compared.n_vocab))
-        rows = {(row.place, row.position): row for row in compared.rows}
         kept = None if compared.kept is None else np.array(compared.kept, np.int64)
-        return cls(file, rows, kept, {})
+        return cls(file, _by_place(compared), kept, {})
 
-    def see(self, seen: Row, logits: np.ndarray) -> None:
+    def see(self, seen: Row, logits: np.ndarray, norm: float) -> None:
+        """Compare the row `seen`, whose `log_norm` is `norm`, if this reference has it."""
         row = self.rows.get((seen.place, seen.position))
         if row is not None:
-            self.found[row.number] = row_loss(self.file.read(row.number), logits, row.target, self.kept)
+            self.found[row.number] = row_loss(self.file.read(row.number), logits, row.target, self.kept, norm)
 
     def losses(self) -> tuple[RowLoss, ...]:
         return tuple(self.found[row.number] for row in self.rows.values())

@@ -2,12 +2,13 @@
 
 A few examples at a time: their prompts are prefilled together; the expected answers are branches of them, which give
 the rows; then come the model's own answers. To classify, every label is weighed whole, as branches under the shared
-prompt, by the very rule of `/v1/decisions` (`runtime/scoring.py`). To write, the prompts' sequences go on together with
-the likeliest token each, up to an end or as far as the tasks follow them. Each prompt is computed once.
+prompt, by the very rule of `/v1/decisions` (`runtime/scoring.py`); what the expected label's branch has computed is not
+computed again. To write, the prompts' sequences go on together with the likeliest token each, up to an end or as far as
+the tasks follow them. Each prompt is computed once.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -114,18 +115,16 @@ class _Group:
     def answers(self) -> list[Answer]:
         """Compute everything about these examples."""
         self._prefill()
-        self._follow_expected()
-        return self._choose() if self._tasks.work == "classify" else self._write()
+        if self._tasks.work == "classify":
+            return self._choose()
+        self._compute([branch for one in self._asked if (branch := self._expected(one)) is not None])
+        return self._write()
 
     def _prefill(self) -> None:
-        runs = [
-            Run(one.seq_id, 0, one.task.prompt, one.rows.keys() | {len(one.task.prompt) - 1}) for one in self._asked
-        ]
+        runs = [Run(one.seq_id, 0, one.task.prompt, {len(one.task.prompt) - 1}) for one in self._asked]
         for index, place, logits in decode_runs(self._llama, runs):
             one = self._asked[index]
             self._see(one, place, logits)
-            if place < len(one.task.prompt) - 1:
-                continue
             if self._tasks.work == "classify":
                 one.ballot = Ballot(Question(one.task.prompt, self._tasks.choices, self._tasks.ends))
                 one.ballot.read((), logits)
@@ -136,24 +135,46 @@ class _Group:
         if row := one.rows.get(position):
             self._on_row(row, logits)
 
-    def _follow_expected(self) -> None:
+    def _expected(self, one: _Asked) -> Branch | None:
         """The rows after the expected answer's tokens; nothing comes after its last one."""
-        branches = []
-        for one in self._asked:
-            n_prompt = len(one.task.prompt)
-            wanted = {position - n_prompt for position in one.rows if position >= n_prompt}
-            if wanted:
-                branches.append(self._branch(one, one.task.answer[: max(wanted) + 1], wanted, self._reader(one)))
-        self._compute(branches)
+        n_prompt = len(one.task.prompt)
+        wanted = {position - n_prompt for position in one.rows if position >= n_prompt}
+        if not wanted:
+            return None
 
-    def _reader(self, one: _Asked) -> Callable[[int, np.ndarray], None]:
-        return lambda place, logits: self._see(one, len(one.task.prompt) + place, logits)
+        def read(place: int, logits: np.ndarray) -> None:
+            self._see(one, n_prompt + place, logits)
+
+        return self._branch(one, one.task.answer[: max(wanted) + 1], wanted, read)
 
     def _choose(self) -> list[Answer]:
         ballots = [(one, one.ballot) for one in self._asked if one.ballot is not None]
-        while branches := [branch for one, ballot in ballots for branch in self._wave(one, ballot)]:
+        branches = [branch for one, ballot in ballots for branch in self._first_wave(one, ballot)]
+        while branches:
             self._compute(branches)
+            branches = [branch for one, ballot in ballots for branch in self._wave(one, ballot)]
         return [Answer(self._tasks.labels[_first_highest(ballot.logprobs())]) for _, ballot in ballots]
+
+    def _first_wave(self, one: _Asked, ballot: Ballot) -> list[Branch]:
+        """The ballot's branches and the expected answer's, which answers for the tokens that they share."""
+        wave, expected = self._wave(one, ballot), self._expected(one)
+        if expected is None:
+            return wave
+        shared: set[int] = set()
+        rest: list[Branch] = []
+        for branch in wave:
+            common = {place for place in branch.wanted if branch.tokens[: place + 1] == expected.tokens[: place + 1]}
+            shared |= common
+            if alone := frozenset(branch.wanted) - common:
+                rest.append(replace(branch, wanted=alone))
+
+        def read(place: int, logits: np.ndarray) -> None:
+            if place in expected.wanted:
+                expected.read(place, logits)
+            if place in shared:
+                ballot.read(tuple(expected.tokens[: place + 1]), logits)
+
+        return [replace(expected, wanted=frozenset(expected.wanted) | shared, read=read), *rest]
 
     def _wave(self, one: _Asked, ballot: Ballot) -> list[Branch]:
         def reader(path: tuple[int, ...]) -> Callable[[int, np.ndarray], None]:

@@ -37,7 +37,7 @@ class RowSet:
 class Job:
     """What a child does: `tasks` with the file `model`, `together` at once.
 
-    Of its own rows it writes `keep` to a new file; or it compares them with each of `compare`.
+    Of its own rows it writes `keep` to a new file, and compares them with each of `compare`.
     """
 
     model: str

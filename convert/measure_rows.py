@@ -1,9 +1,7 @@
-"""Which rows of logits are compared: those of the answers, and beside them a sample of the prompts'.
+"""Which rows of logits are compared: those that the answers are drawn from.
 
-What a row says of a prompt's next word is never served, and a fine-tune on answers has not learnt it. So the budget is
-applied to the rows from which the answer is drawn: after the prompt's last token, and after each token of the expected
-answer. The prompts' rows are reported apart from them: there are many, of all kinds, so they tell of damage that a few
-sure answers would hide.
+They are the rows after the prompt's last token, and after each token of the expected answer. What a row says of a
+prompt's own next word is never served, and a fine-tune on answers has not learnt it.
 
 A row is as wide as the vocabulary, so their number is bounded: every example gives as many as an even share allows,
 evenly spread, and its first one always.
@@ -16,8 +14,7 @@ import numpy as np
 
 from .measure_tasks import Tasks
 
-MAX_ANSWER_ROWS = 1024
-MAX_PROMPT_ROWS = 512
+MAX_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +27,18 @@ class Row:
     place: int
     position: int
     target: int
-    in_answer: bool
 
 
-def plan_rows(
-    tasks: Tasks, max_answer_rows: int = MAX_ANSWER_ROWS, max_prompt_rows: int = MAX_PROMPT_ROWS
-) -> tuple[Row, ...]:
-    """The rows to compare, numbered in order: example by example, the prompt's before the answer's.
-
-    Each example has one of either kind at least, whatever the limits.
-    """
-    answer_share = max(1, even_share([len(task.answer) for task in tasks.tasks], max_answer_rows))
-    prompt_share = max(1, even_share([len(task.prompt) - 1 for task in tasks.tasks], max_prompt_rows))
+def plan_rows(tasks: Tasks, max_rows: int = MAX_ROWS) -> tuple[Row, ...]:
+    """The rows to compare, numbered in order, example by example; each has one at least, whatever the limit."""
+    share = max(1, even_share([len(task.answer) for task in tasks.tasks], max_rows))
     rows: list[Row] = []
     for place, task in enumerate(tasks.tasks):
-        tokens, n_prompt = task.tokens, len(task.prompt)
-        in_prompt = spread(n_prompt - 1, prompt_share)
-        in_answer = [n_prompt - 1 + step for step in spread(len(task.answer), answer_share)]
-        for position in (*in_prompt, *in_answer):
-            rows.append(Row(len(rows), place, position, tokens[position + 1], position >= n_prompt - 1))
+        last = len(task.prompt) - 1
+        rows += [
+            Row(len(rows) + number, place, last + step, task.answer[step])
+            for number, step in enumerate(spread(len(task.answer), share))
+        ]
     return tuple(rows)
 
 
@@ -84,4 +74,4 @@ def rows_in_common(rows: Sequence[Row], theirs: Tasks, ours: Tasks, kept: np.nda
             continue
         wanted = np.asarray(task.tokens[: row.position + 2])
         if np.array_equal(mapped[place][: row.position + 2], wanted):
-            yield Row(row.number, place, row.position, int(tokens[place][row.position + 1]), row.in_answer)
+            yield Row(row.number, place, row.position, int(tokens[place][row.position + 1]))

@@ -1,7 +1,6 @@
 """The choice by the user's own examples: an importance matrix from some of them, the ladder measured on the others."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from models.chat_records import ChatRecord
@@ -10,7 +9,7 @@ from models.gguf_header import read_header
 from models.quality import Quality, Trim
 from runtime.llama import LoadOptions, load, load_tokenizer
 
-from .candidates import ladder, plain
+from .candidates import ladder
 from .imatrix import collect
 from .inputs import Inputs
 from .ladder import LadderInputs, Provenance, run_ladder
@@ -18,6 +17,7 @@ from .ladder_cache import digest
 from .measure_tasks import tasks_of
 from .plan import Plan
 from .progress import Reporter
+from .quantize import spec_named
 from .texts import prompts_of, texts_of
 from .vocabulary import tokenizer_of
 from .vocabulary_report import coverage, greedy_agreement
@@ -46,7 +46,7 @@ def choose_by_examples(
     specs = ladder(read_header(half), examples.work, imatrix=True)
     wanted = inputs.quantization
     if wanted is not None and wanted not in {spec.name for spec in specs}:
-        specs = (*specs, replace(plain(wanted), imatrix=True))
+        specs = (*specs, spec_named(wanted, imatrix=True))
     trim = _trim_report(half, whole, plan, split.held_out, prompt_template, report)
     return run_ladder(
         LadderInputs(

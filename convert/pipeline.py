@@ -8,18 +8,18 @@ in the store's staging folder until it is whole. Only what was measured outlives
 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from models.card import render_card
 from models.files import check_free, discard, sha256_file, sync, write_atomic
-from models.gguf_header import read_header
+from models.gguf_header import Header, read_header
 from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
 from models.quality import Quality, read_quality, write_quality
 from models.quality_plot import PLOT_FILE, render_plot
 from models.store import Store, StoredModel
 
-from .candidates import plain
 from .gguf_file import check_written, write_gguf
 from .heap import give_back_freed
 from .hf_folder import HfFolder
@@ -30,7 +30,7 @@ from .measured import choose_by_examples
 from .plan import Plan, base_of, counted, layout_of, plan_file, write_half
 from .progress import Reporter
 from .proof import Proof
-from .quantize import HALF_PRECISION, disk_need, quantize
+from .quantize import HALF_PRECISION, disk_need, quantize, spec_named
 from .source import Source, open_source
 from .template import ChatFormat, choose_format
 from .undone import cause, shared_grid
@@ -70,7 +70,8 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         work = folder / "work"
         work.mkdir()
         if proof is not None:
-            proof.begin(source.header, inputs.examples.records if inputs.examples is not None else (), work)
+            records = inputs.examples.records if inputs.examples is not None else ()
+            proof.begin(_named(source.header, plan), records, work)
         check_free(folder, _disk_need(plan, inputs))
         half = work / _file_name(inputs, HALF_PRECISION)
         watch = (lambda: None) if proof is None else partial(proof.check, report)
@@ -90,6 +91,11 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         read_back |= {path.name for path in kept}
         _describe(folder, {path.rename(folder / path.name): hashes[path] for path in kept}, inputs, quality, plan)
         discard(work)
+
+
+def _named(header: Header, plan: Plan) -> Header:
+    """The checkpoint's own header under the model's name, by which llama.cpp tells habits of its tokenizer."""
+    return replace(header, fields={**header.fields, "general.name": plan.header.fields["general.name"]})
 
 
 def _read_back(final: Path, hashes: dict[Path, str]) -> None:
@@ -143,15 +149,21 @@ def _quantized(half: Path, inputs: Inputs, report: Reporter) -> Path:
     assert quantization is not None, "gather leaves the choice to examples only"
     report.stage(f"quantize to {quantization}")
     final = half.with_name(_file_name(inputs, quantization))
-    quantize(half, final, plain(quantization), None, report.advance)
+    spec = spec_named(quantization, imatrix=False)
+    written = quantize(half, final, spec, None, report.advance)
+    if spec.overrides and written.fallbacks:
+        report.warn(
+            f"{written.fallbacks} of the matrices have rows that do not fit the types of {quantization}: llama.cpp "
+            "stored them in wider ones"
+        )
     return final
 
 
 def _disk_need(plan: Plan, inputs: Inputs) -> int:
     """Of the files that are surely written; what the ladder needs it checks when it knows the candidates."""
-    wanted = inputs.quantization or HALF_PRECISION
+    specs = [spec_named(inputs.quantization or HALF_PRECISION, imatrix=False)]
     n_halves = 1 if inputs.examples is None else 1 + (plan.trim is not None) + (inputs.adapter is not None)
-    return disk_need(plan.layout.file_bytes, plan.layout.matrix_bytes, wanted) * n_halves
+    return disk_need(plan.layout.file_bytes, plan.layout.tensors, specs) * n_halves
 
 
 def _stage(plan: Plan) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from models.gguf_fields import Field
 from models.gguf_header import Header
 
+from .general_name import general_name, name_part
 from .gguf_file import Layout, OutTensor, write_gguf
 from .inputs import Inputs
 from .lora_fit import Fitted, fit
@@ -83,7 +84,9 @@ def base_of(source: Source, plan: Plan) -> tuple[Source, Layout]:
 
 def _fields(header: Header, name: str, chat: ChatFormat) -> dict[str, Field]:
     fields = {key: field for key, field in header.fields.items() if not key.startswith(_DROPPED_PREFIXES)}
-    fields["general.name"] = Field.string(name)
+    before = header.fields.get("general.name")
+    habits = name_part(before.value) if before is not None and isinstance(before.value, str) else ""
+    fields["general.name"] = Field.string(general_name(name, habits))
     fields["general.file_type"] = Field.uint32(QUANTIZATIONS[HALF_PRECISION])
     if chat.template is not None:
         fields[TEMPLATE_FIELD] = Field.string(chat.template)

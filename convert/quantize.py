@@ -13,7 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from models.gguf_header import Header, TensorInfo, read_header
 
-from .candidates import CandidateSpec, Tensor, fits, is_matrix, need_imatrix, resolve
+from .candidates import CandidateSpec, Tensor, fits, is_matrix, mixes, need_imatrix, plain, resolve
 from .child import run_child
 from .errors import ImatrixInvalid, QuantizationUnknown, QuantizeFailed, RequestInvalid
 from .gguf_file import OutTensor
@@ -49,19 +49,19 @@ class Written:
     fallbacks: int
 
 
-def check_quantization(name: str) -> str:
-    """The name as we spell it. Raises QuantizationUnknown naming the known ones."""
-    if name.upper() not in QUANTIZATIONS:
-        raise QuantizationUnknown(f"unknown quantization {name!r}; known are {', '.join(QUANTIZATIONS)}")
-    return name.upper()
+def spec_named(name: str, *, imatrix: bool) -> CandidateSpec:
+    """What a ladder calls `name`, in whatever case: one of llama.cpp's own mixes, or a mixed layout of ours.
+
+    `imatrix`: there is one, and it is used where it matters. Raises QuantizationUnknown naming the known ones.
+    """
+    known = [*(plain(quantization, imatrix=imatrix) for quantization in QUANTIZATIONS), *mixes(imatrix=imatrix)]
+    found = next((spec for spec in known if spec.name.upper() == name.upper()), None)
+    if found is None:
+        raise QuantizationUnknown(f"unknown quantization {name!r}; known are {', '.join(spec.name for spec in known)}")
+    return found
 
 
-def disk_need(file_bytes: int, matrix_bytes: int, quantization: str) -> int:
-    """Bytes for the half-precision file, `matrix_bytes` of it F16 matrices, and the largest quantized one."""
-    return file_bytes if quantization == HALF_PRECISION else 2 * file_bytes - int(matrix_bytes * (1 - _MOST_BITS / 16))
-
-
-def ladder_disk_need(file_bytes: int, tensors: Sequence[OutTensor], specs: Iterable[CandidateSpec]) -> int:
+def disk_need(file_bytes: int, tensors: Sequence[OutTensor], specs: Iterable[CandidateSpec]) -> int:
     """Bytes for the half-precision file, which holds `tensors`, and at most for all candidates beside it.
 
     The half-precision file is its own candidate. Raises as `resolve` does.
@@ -82,7 +82,9 @@ def quantize(
     nothing, or an importance matrix is asked for or needed and missing; ImatrixInvalid when it is damaged or another
     model's; QuantizeFailed with llama.cpp's last error. An interrupted or failed run leaves no `target`.
     """
-    ftype = QUANTIZATIONS[check_quantization(spec.quantization)]
+    if spec.quantization not in QUANTIZATIONS:
+        raise QuantizationUnknown(f"candidate {spec.name!r}: llama.cpp has no mix {spec.quantization!r} here")
+    ftype = QUANTIZATIONS[spec.quantization]
     header = read_header(source)
     kinds = resolve(header.tensors.values(), spec)
     _check_imatrix(header, spec, kinds, imatrix)

@@ -11,6 +11,7 @@ from typing import Any
 from models.gguf_fields import Field
 
 from .errors import TokenizerInvalid
+from .general_name import NAME_THAT_STRIPS
 from .heap import many_objects
 from .template import END_OF_TURN_MARKS, TEMPLATE_FIELD, ChatFormat, folder_format
 from .tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, read_object
@@ -20,7 +21,6 @@ from .tokenizer_protobuf import read_protobuf
 from .tokenizer_special import Folder, special_fields
 
 # llama.cpp lets special tokens swallow the white space after them, except these three, for models of such a name only.
-NAME_THAT_STRIPS = "phi-3"
 _KEEP_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _LOST_FILES = ("vocab.json", "tekken.json", "vocab.txt", "spiece.model")
 

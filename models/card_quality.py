@@ -43,6 +43,7 @@ def _loss_rows(quality: Quality) -> Iterator[Sequence[str]]:
         yield (f"{mark}{one.name}{mark}", _mib(one.size_bytes), *_loss(one.loss), *_answers(one.answers), verdict)
     if quality.noise is not None:
         flips = _NOTHING if quality.noise_flips is None else str(quality.noise_flips)
+        flips += "" if quality.noise_examples is None else f" of {quality.noise_examples}"
         yield ("noise floor", _NOTHING, *_loss(quality.noise), _NOTHING, _NOTHING, flips, _NOTHING)
     if quality.base_distance is not None:
         yield ("the base", _NOTHING, *_loss(quality.base_distance), *[_NOTHING] * 4)
@@ -128,7 +129,10 @@ def _how(quality: Quality) -> str:
         f"`{quality.examples_sha256}`), {quality.calibration_examples} others for the importance matrix.",
     ]
     if quality.noise is not None:
-        lines.append("- Noise floor: F16 against itself in another batch shape. Differences below it mean nothing.")
+        on = f", on {quality.noise_examples} of the examples" if quality.noise_examples is not None else ""
+        lines.append(
+            f"- Noise floor: F16 against itself in another batch shape{on}. Differences below it mean nothing."
+        )
     if quality.base_check:
         lines.append(f"- Fine-tune kept: {quality.base_check}")
     lines.append(f"- Machine: {quality.machine}.{_shape(quality.shape, quality.work) if quality.shape else ''}")

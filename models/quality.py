@@ -116,6 +116,7 @@ class Trim(_Part):
 
 class Quality(_Part):
     """The whole report. `noise`: the reference against itself in another batch shape; nothing below it means anything.
+    It was measured on the first `noise_examples` of the held-out ones (None: on all of them).
 
     `base_distance` tells how far the fine-tune lies from its base, where there is a base to compare with, and
     `base_check` what that comparison was, or why there was none. `overruled`: the user chose, not the budget.
@@ -131,6 +132,7 @@ class Quality(_Part):
     held_out_examples: int
     noise: Loss | None
     noise_flips: int | None
+    noise_examples: int | None = None
     base_distance: Loss | None = None
     base_check: str = ""
     shape: Shape | None = None

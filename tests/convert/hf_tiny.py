@@ -92,6 +92,7 @@ class NoVocabulary:
 
     n_rows: int
     warnings: tuple[str, ...] = ()
+    name_part: str = ""
 
     @property
     def fields(self) -> Mapping[str, Field]:

@@ -5,6 +5,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def refused(folder: Path, message: str, kind: type[Exception] = SourceInvalid) -
 
 
 def test_the_head_says_what_llama_cpp_has_to_know(tmp_path: Path) -> None:
-    with open_tiny(write_folder(tmp_path / "Tiny-Llama-1M", "qwen3")) as source:
+    with closing(open_tiny(write_folder(tmp_path / "Tiny-Llama-1M", "qwen3"))) as source:
         header = source.header
         assert header.architecture == "qwen3"
         assert header.integer("qwen3.embedding_length") == N_EMBD
@@ -46,7 +47,7 @@ def test_the_head_says_what_llama_cpp_has_to_know(tmp_path: Path) -> None:
 
 def test_q_and_k_of_a_llama_are_reordered_and_v_is_not(tmp_path: Path) -> None:
     made = weights("mistral")
-    with open_tiny(write_folder(tmp_path / "folder", "mistral", dtype="F32")) as source:
+    with closing(open_tiny(write_folder(tmp_path / "folder", "mistral", dtype="F32"))) as source:
         for part, heads in (("q", 4), ("k", 2)):
             folder_rows = made[f"model.layers.1.self_attn.{part}_proj.weight"]
             head = len(folder_rows) // heads
@@ -57,7 +58,7 @@ def test_q_and_k_of_a_llama_are_reordered_and_v_is_not(tmp_path: Path) -> None:
 
 
 def test_gemmas_norms_are_one_more(tmp_path: Path) -> None:
-    with open_tiny(write_folder(tmp_path / "folder", "gemma3", dtype="F32")) as source:
+    with closing(open_tiny(write_folder(tmp_path / "folder", "gemma3", dtype="F32"))) as source:
         for name, part in (("model.norm", "output_norm"), ("model.layers.0.self_attn.k_norm", "blk.0.attn_k_norm")):
             wanted = weights("gemma3")[f"{name}.weight"] + 1
             np.testing.assert_array_equal(read(source, f"{part}.weight")[0], wanted)
@@ -65,7 +66,7 @@ def test_gemmas_norms_are_one_more(tmp_path: Path) -> None:
 
 
 def test_the_heads_norms_of_a_stablelm_are_stacked(tmp_path: Path) -> None:
-    with open_tiny(write_folder(tmp_path / "folder", "stablelm", dtype="F32")) as source:
+    with closing(open_tiny(write_folder(tmp_path / "folder", "stablelm", dtype="F32"))) as source:
         assert source.header.tensors["blk.0.attn_q_norm.weight"].shape == (4, 16)
         one = weights("stablelm")["model.layers.0.self_attn.q_layernorm.norms.3.weight"]
         np.testing.assert_array_equal(read(source, "blk.0.attn_q_norm.weight")[3], one)
@@ -75,7 +76,7 @@ def test_a_slab_is_all_that_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("convert.hf_folder.SLAB_ELEMENTS", 1 << 16)
     rows = 40_000
     made = {**weights("qwen2"), "model.embed_tokens.weight": np.ones((rows, N_EMBD), np.float32)}
-    with open_tiny(write_folder(tmp_path / "folder", "qwen2", made, vocab_size=rows)) as source:
+    with closing(open_tiny(write_folder(tmp_path / "folder", "qwen2", made, vocab_size=rows))) as source:
         gc.collect()
         tracemalloc.start()
         total = sum(len(slab) for _, slab in source.slabs(source.header.tensors["token_embd.weight"]))
@@ -94,17 +95,17 @@ def test_slabs_outlive_their_source(tmp_path: Path) -> None:
 
 def test_a_tied_head_is_left_out_with_a_word(tmp_path: Path) -> None:
     made = weights("qwen2") | {"lm_head.weight": weights("qwen2")["model.embed_tokens.weight"]}
-    with open_tiny(write_folder(tmp_path / "folder", "qwen2", made)) as source:
+    with closing(open_tiny(write_folder(tmp_path / "folder", "qwen2", made))) as source:
         assert "output.weight" not in source.header.tensors
         assert any("'lm_head.weight' is left out" in warning for warning in source.warnings)
-    with open_tiny(write_folder(tmp_path / "folder", "qwen2", made, tie_word_embeddings=False)) as source:
+    with closing(open_tiny(write_folder(tmp_path / "folder", "qwen2", made, tie_word_embeddings=False))) as source:
         assert "output.weight" in source.header.tensors
         assert source.warnings == ()
 
 
 def test_old_buffers_are_nobodys_weights(tmp_path: Path) -> None:
     made = weights("llama") | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
-    with open_tiny(write_folder(tmp_path / "folder", "llama", made)) as source:
+    with closing(open_tiny(write_folder(tmp_path / "folder", "llama", made))) as source:
         assert len(source.header.tensors) == len(weights("llama")) + 1  # and rope_freqs
 
 
@@ -118,7 +119,7 @@ def test_the_language_model_of_a_multimodal_gemma_is_taken_out(tmp_path: Path) -
         folder = write_folder(tmp_path / spelling, "gemma3", made)
         config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {}}
         (folder / "config.json").write_text(json.dumps(config))
-        with open_tiny(plain) as one, open_tiny(folder) as other:
+        with closing(open_tiny(plain)) as one, closing(open_tiny(folder)) as other:
             assert one.header.tensors.keys() == other.header.tensors.keys()
             own = {key: field for key, field in one.header.fields.items() if not key.startswith("general.")}
             assert own.items() <= other.header.fields.items()
@@ -234,7 +235,7 @@ def test_bad_input_is_refused_with_its_own_message(tmp_path: Path, case: str) ->
 def test_yarn_settings_that_llama_cpp_computes_with_are_accepted(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", "llama")
     yarn(beta_fast=32, beta_slow=1.0, attention_factor=1.138629436111989)(folder)
-    with open_tiny(folder) as source:
+    with closing(open_tiny(folder)) as source:
         assert source.header.text("llama.rope.scaling.type") == "yarn"
 
 
@@ -259,7 +260,7 @@ def test_values_that_are_not_finite_are_found_while_reading(tmp_path: Path) -> N
     made = weights("llama")
     made["model.layers.1.self_attn.q_proj.weight"][5, 7] = np.nan
     with (
-        open_tiny(write_folder(tmp_path / "folder", "llama", made)) as source,
+        closing(open_tiny(write_folder(tmp_path / "folder", "llama", made))) as source,
         pytest.raises(SourceInvalid, match=r"'model.layers.1.self_attn.q_proj.weight' that are not finite \(NaN\)"),
     ):
         read(source, "blk.1.attn_q.weight")

@@ -72,7 +72,7 @@ def measured(kl_mean: float, answer: str, reference_answer: str) -> Measured:
     )
     right = 10 if answer == "a" else 0
     answers = Answers(total=10, correct=right, flips=0, difference_low=0, difference_high=0, p_value=1.0)
-    return Measured(loss(kl_mean), None, answers, examples)
+    return Measured(loss(kl_mean), answers, examples)
 
 
 @dataclass
@@ -92,12 +92,15 @@ class Work:
         target.write_bytes(target.read_bytes() + spec.name.encode())
         return Written({}, 0)
 
-    def take_reference(self, model: Path, tasks: Tasks, folder: Path, told: Progress) -> Reference:
+    def take_reference(
+        self, model: Path, tasks: Tasks, folder: Path, told: Progress, beside: Sequence[Reference]
+    ) -> Reference:
         self.done.append(f"reference {folder.name}")
         folder.mkdir(parents=True, exist_ok=True)
         rows = folder / "rows"
         rows.write_bytes(b"x")
-        return Reference(model, tasks, tuple(Answer("a") for _ in tasks.tasks), (), rows)
+        distances = tuple(measured(FIGURES["base"][0], "b", "a") for _ in beside)
+        return Reference(model, tasks, tuple(Answer("a") for _ in tasks.tasks), (), rows, distances)
 
     def compare(self, file: Path, references: Sequence[Reference], told: Progress) -> tuple[Measured, ...]:
         name = file.stem.removeprefix("tuned-")
@@ -149,7 +152,15 @@ def test_the_fastest_that_keeps_the_fine_tune_is_chosen(inputs: LadderInputs, tm
     assert "rounded to the very grid their base lay on (Q4_0)" in undone.reason
     assert any("UNDOES THE FINE-TUNE" in warning for warning in quiet.warnings)
     assert quality.base_distance == loss(1.5)
-    assert quality.noise == loss(0.0001)
+    assert (quality.noise, quality.noise_examples) == (loss(0.0001), 10)
+    # the base is compared with the fine-tune in the pass that takes its rows
+    assert [what for what in work.done if what.startswith(("reference", "compare"))] == [
+        "reference fine-tune",
+        "reference base",
+        "compare Q8_0",
+        "compare Q4_0",
+        "compare Q4_K_M",
+    ]
     assert (quality.machine, quality.held_out_examples, quality.calibration_examples) == ("here CPU", 10, 3)
 
 

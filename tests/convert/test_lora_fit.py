@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def fitted(tmp_path: Path, tensors: Tensors, architecture: str = "gemma3", **mor
 def merged(tmp_path: Path, tensors: Tensors, architecture: str = "gemma3", **more: Any) -> dict[str, np.ndarray]:
     """Tensor name -> the merged tensor."""
     made, header = fitted(tmp_path, tensors, architecture, **more)
-    with Checkpoint(header.path) as checkpoint:
+    with closing(Checkpoint(header.path)) as checkpoint:
         source = Merged(checkpoint, made)
         assert made.changes.keys() <= source.header.tensors.keys()
         return {

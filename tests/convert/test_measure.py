@@ -87,12 +87,23 @@ def test_a_reference_keeps_its_rows_and_answers(reference: Reference, tasks: Tas
 def test_a_file_loses_nothing_against_itself(reference: Reference) -> None:
     for measured in (beside(reference.model, reference), noise(reference, ignore)):
         assert measured.loss is not None
-        assert measured.prompt_loss is not None
         assert measured.loss.kl_mean < 1e-4
         assert measured.loss.perplexity_ratio == pytest.approx(1, abs=1e-2)
         assert measured.answers.flips == 0
         assert measured.answers.correct == reference.totals.correct
-        assert measured.loss.positions + measured.prompt_loss.positions == len(reference.rows)
+        assert measured.loss.positions == len(reference.rows)
+
+
+def test_the_noise_floor_is_that_of_some_examples(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convert.measure.NOISE_EXAMPLES", 8)
+    told: list[tuple[int, int]] = []
+    floor = noise(reference, lambda *step: told.append(step))
+    assert floor.loss is not None
+    assert told[0] == (0, 8)
+    assert floor.answers.total == 8
+    assert [example.id for example in floor.examples] == [task.id for task in reference.tasks.tasks[:8]]
+    assert floor.loss.positions == sum(row.place < 8 for row in reference.rows)
+    assert floor.loss.kl_mean < 1e-4
 
 
 def test_a_quantized_file_loses_little_and_another_model_much(
@@ -128,6 +139,12 @@ def test_one_pass_serves_several_references(reference: Reference, other: Path, f
     assert near.loss.kl_mean < 1e-4 < far.loss.kl_mean
     assert near.answers.flips == 0
     assert far == beside(other, reference)
+    base = take_reference(other, tasks, folder / "beside", ignore, (reference,))
+    assert base.beside == (far,)
+    with RowFile(base.rows_file, len(TOKENS)) as ours, RowFile(second.rows_file, len(TOKENS)) as theirs:
+        assert all((ours.read(row.number) == theirs.read(row.number)).all() for row in base.rows)
+    with pytest.raises(MeasureFailed, match="not asked the same"):
+        take_reference(other, replace(tasks, ends=()), folder / "beside", ignore, (reference,))
     with pytest.raises(MeasureFailed, match="not asked the same"):
         compare(other, (second, replace(reference, tasks=replace(tasks, ends=()))), ignore)
 
@@ -171,8 +188,7 @@ def test_tokens_with_other_ids_are_compared_by_their_map(
     assert tasks.tasks[0].prompt != reference.tasks.tasks[0].prompt
     measured = beside(permuted, reference, trimmed=Trimmed(tasks, kept))
     assert measured.loss is not None
-    assert measured.prompt_loss is not None
-    assert measured.loss.positions + measured.prompt_loss.positions == len(reference.rows)
+    assert measured.loss.positions == len(reference.rows)
     assert measured.loss.kl_mean < 1e-4
     assert measured.loss.perplexity_ratio == pytest.approx(1, abs=1e-2)
     assert measured.answers.flips == 0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.errors import MeasureFailed
-from convert.measure_loss import STORED, RowFile, RowLoss, log_softmax, row_loss, summarise
+from convert.measure_loss import STORED, RowFile, RowLoss, log_norm, row_loss, summarise
 
 seeds = st.integers(0, 2**32 - 1)
 spreads = st.sampled_from([0.01, 1.0, 4.0, 20.0])
@@ -18,6 +18,10 @@ spreads = st.sampled_from([0.01, 1.0, 4.0, 20.0])
 
 def draw(seed: int, size: int, spread: float) -> np.ndarray:
     return np.random.default_rng(seed).normal(5, spread, size).astype(np.float32)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    return np.asarray(logits.astype(np.float64) - log_norm(logits))
 
 
 def plain(logits: np.ndarray) -> list[float]:
@@ -42,6 +46,17 @@ def test_a_row_is_what_the_definition_says(seed: int, spread: float, change: flo
     assert loss.agrees == (int(np.argmax(logits)) == int(np.argmax(other)))
     assert loss.reference_nll == pytest.approx(-reference[target])
     assert loss.candidate_nll == pytest.approx(-candidate[target])
+
+
+@pytest.mark.parametrize("size", [1 << 14, (1 << 14) + 1, 50_000])
+def test_a_row_of_many_tokens_is_what_the_definition_says(size: int) -> None:
+    logits = draw(3, size, 4.0)
+    other = logits + draw(4, size, 0.5)
+    loss = row_loss(log_softmax(logits), other, size - 1)
+    reference, candidate = plain(logits), plain(other)
+    assert loss.kl == pytest.approx(plain_kl(reference, candidate), rel=1e-9)
+    assert (loss.reference_nll, loss.candidate_nll) == pytest.approx((-reference[-1], -candidate[-1]))
+    assert row_loss(log_softmax(logits), other, size - 1, norm=log_norm(other)) == loss
 
 
 @given(seeds, spreads, st.floats(0, 2))

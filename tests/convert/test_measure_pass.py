@@ -88,28 +88,24 @@ def test_labels_of_the_same_tokens_are_refused() -> None:
         make_tasks(FakeTokenizer(), ASKING, records(), "classify", ("spam", "spam"), 512)
 
 
-def test_rows_are_those_the_answer_is_drawn_from_and_some_of_the_prompts() -> None:
+def test_rows_are_those_the_answer_is_drawn_from() -> None:
     tasks = tasks_for("classify")
-    rows = plan_rows(tasks, max_prompt_rows=3 * MIN_EXAMPLES)
+    rows = plan_rows(tasks)
     assert [row.number for row in rows] == list(range(len(rows)))
     for place, task in enumerate(tasks.tasks):
-        answer = [row for row in rows if row.place == place and row.in_answer]
-        assert [row.target for row in answer] == list(task.answer)
-        assert answer[0].position == len(task.prompt) - 1
-        prompt = [row for row in rows if row.place == place and not row.in_answer]
-        assert len(prompt) == 3
-        assert all(row.target == task.tokens[row.position + 1] for row in prompt)
-        assert max(row.position for row in prompt) < answer[0].position
+        mine = [row for row in rows if row.place == place]
+        assert [row.target for row in mine] == list(task.answer)
+        assert [row.position for row in mine] == list(range(len(task.prompt) - 1, len(task.tokens) - 1))
 
 
 def test_the_number_of_rows_is_bounded_whatever_the_answers() -> None:
     tasks = tasks_for("write", records(answer="a long answer " * 5))
-    rows = plan_rows(tasks, max_answer_rows=100, max_prompt_rows=40)
-    assert sum(row.in_answer for row in rows) == 100
-    assert sum(not row.in_answer for row in rows) == 40
+    rows = plan_rows(tasks, max_rows=100)
+    assert len(rows) == 100
+    assert all(row.target == tasks.tasks[row.place].tokens[row.position + 1] for row in rows)
     firsts = [row for row in rows if row.position == len(tasks.tasks[row.place].prompt) - 1]
     assert len(firsts) == MIN_EXAMPLES
-    assert len(plan_rows(tasks, 1, 1)) == 2 * MIN_EXAMPLES
+    assert len(plan_rows(tasks, 1)) == MIN_EXAMPLES
 
 
 @pytest.mark.parametrize(
@@ -187,6 +183,20 @@ def test_a_prompt_is_computed_once() -> None:
     n_prompts = sum(len(task.prompt) for task in tasks.tasks)
     assert n_computed < n_prompts + MIN_EXAMPLES * (len("spam filter") + sum(map(len, LABELS)))
     assert llama.used_cells <= cells_needed(tasks)
+
+
+def test_a_row_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expected label's and the labels' that are weighed, which begin alike."""
+    tasks, logits = tasks_for("classify"), FakeLlama.logits
+    asked: list[tuple[int, ...]] = []
+
+    def counted(self: FakeLlama, history: tuple[int, ...]) -> np.ndarray:
+        asked.append(history)
+        return logits(self, history)
+
+    monkeypatch.setattr(FakeLlama, "logits", counted)
+    passed(FakeLlama(n_ctx=4096), tasks)
+    assert len(asked) == len(set(asked)) > len(plan_rows(tasks))
 
 
 def test_an_example_as_long_as_the_context_fits() -> None:

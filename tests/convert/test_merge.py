@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import gguf
@@ -38,7 +39,7 @@ GOLDEN = {
 
 
 def write(source: Path, target: Path, fitted: Fitted | None = None) -> dict[str, str]:
-    with Checkpoint(source) as opened:
+    with closing(Checkpoint(source)) as opened:
         merged = Merged(opened, fitted or Fitted())
         infos = merged.header.tensors
         tensors = [OutTensor(info.name, info.shape, half_precision_kind(info)) for info in infos.values()]
@@ -54,7 +55,7 @@ def write(source: Path, target: Path, fitted: Fitted | None = None) -> dict[str,
 
 def merge(tmp_path: Path, architecture: str) -> tuple[Path, dict[str, str]]:
     source = write_model(tmp_path / f"{architecture}.gguf", architecture)
-    with Checkpoint(source) as opened:
+    with closing(Checkpoint(source)) as opened:
         fitted = fit(read_adapter(write_adapter(tmp_path / "adapter")), opened.header)
     target = tmp_path / f"{architecture}-f16.gguf"
     return target, write(source, target, fitted)
@@ -119,7 +120,7 @@ def test_slabs_of_any_size_give_the_same_file(tmp_path: Path, monkeypatch: pytes
 def test_rows_come_in_the_kind_that_is_asked_for(
     tmp_path: Path, kind: gguf.GGMLQuantizationType | None, dtype: type
 ) -> None:
-    with Checkpoint(write_model(tmp_path / "a.gguf")) as opened:
+    with closing(Checkpoint(write_model(tmp_path / "a.gguf"))) as opened:
         (rows,) = file_rows(opened, opened.header.tensors["blk.0.ffn_up.weight"], kind)
     assert rows.dtype == dtype
     np.testing.assert_array_equal(rows, weights()["blk.0.ffn_up.weight"])

@@ -101,6 +101,24 @@ def test_template_and_end_of_turn_are_in_the_file(store: Store, request_for_tiny
     assert fields["general.name"].contents() == "tiny"
 
 
+def test_a_mixed_layout_is_made_by_its_name(store: Store, request_for_tiny: ConvertRequest) -> None:
+    request = dataclasses.replace(request_for_tiny, quantization="q8_0-vocab-q4_0")
+    stored = convert(request, store, Notes())
+    assert stored.manifest is not None
+    assert [artefact.quantization for artefact in stored.manifest.artefacts] == ["Q8_0-vocab-Q4_0"]
+    assert stored.gguf.name == "tiny-Q8_0-vocab-Q4_0.gguf"
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(stored.gguf).tensors}
+    assert (kinds["token_embd.weight"], kinds["blk.0.ffn_up.weight"]) == ("Q4_0", "Q8_0")
+
+
+def test_rows_that_do_not_fit_a_mixed_layout_are_told(store: Store, request_for_tiny: ConvertRequest) -> None:
+    notes = Notes()
+    convert(dataclasses.replace(request_for_tiny, quantization="Q8_0-vocab-Q6_K"), store, notes)
+    assert notes.warnings == [
+        "1 of the matrices have rows that do not fit the types of Q8_0-vocab-Q6_K: llama.cpp stored them in wider ones"
+    ]
+
+
 def test_the_unquantized_file_is_kept_when_asked(store: Store, request_for_tiny: ConvertRequest) -> None:
     stored = convert(dataclasses.replace(request_for_tiny, keep_f16=True), store, Notes())
     assert stored.manifest is not None

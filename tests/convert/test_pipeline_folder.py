@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from convert.errors import ArchitectureUnknown, ConvertError, RequestInvalid, VerifyFailed
+from convert.errors import ArchitectureUnknown, RequestInvalid, VerifyFailed
 from convert.inputs import ConvertRequest
 from convert.ladder import Tools
 from convert.pipeline import RESULTS, convert
@@ -18,10 +18,11 @@ from models.errors import BadExamples, StoreError
 from models.gguf_header import read_header
 from models.quality import read_quality
 from models.store import Store
+from runtime.llama import load_tokenizer
 from tests.convert.hf_tiny import weights, write_folder
 from tests.convert.test_pipeline import Notes, files_under
 from tests.convert.tiny import grid
-from tests.convert.tiny_tokenizers import QWEN2, byte_level, save
+from tests.convert.tiny_tokenizers import QWEN2, byte_level, edit, save, sentence_bpe
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -108,6 +109,30 @@ def test_a_tokenizer_that_reads_otherwise_is_found_before_anything_is_installed(
     notes = Notes()
     convert(ConvertRequest(str(checkpoint), "mended", gguf=made), store, notes)
     assert any("tokens as in Hugging Face's" in note for note in notes.notes)
+
+
+def test_phi_3s_tokens_swallow_white_space_under_any_name(store: Store, tmp_path: Path) -> None:
+    """llama.cpp knows them by `general.name` only; a vocabulary of another kind must not be taken for theirs."""
+    plain = save(sentence_bpe(), tmp_path / "plain")
+    stripping = save(sentence_bpe(), tmp_path / "stripping")
+    for folder in (plain, stripping):
+        tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        tokens.append({**tokens[-1], "id": tokens[-1]["id"] + 1, "content": "<|endoftext|>"})
+        for token in tokens if folder == stripping else ():
+            token["rstrip"] = token["content"] not in {"<unk>", "<s>", "<|endoftext|>"}
+        edit(folder, {"added_tokens": tokens})
+        n_tokens = tokens[-1]["id"] + 1
+        arrays = weights("qwen2") | {"model.embed_tokens.weight": grid((n_tokens, 64), 1, span=500, unit=1000)}
+        write_folder(folder, "qwen2", arrays, vocab_size=n_tokens, eos_token_id=1)
+
+    def strips(source: Path, name: str) -> bool:
+        tokenizer = load_tokenizer(convert(ConvertRequest(str(source), name), store, Notes()).gguf)
+        spaced, bare = (tokenizer.encode(f"<|im_end|>{gap}a", add_special=False, parse_special=True) for gap in "\n ")
+        return spaced == bare
+
+    assert strips(stripping, "mails")
+    assert strips(store.get("mails").gguf, "letters")
+    assert not strips(plain, "phi3-letters")
 
 
 def test_the_examples_choose_and_the_card_says_how(store: Store, checkpoint: Path, examples: Path) -> None:
@@ -238,6 +263,6 @@ def test_few_examples_are_refused_before_the_weights_are_read(
     few = tmp_path / "few.jsonl"
     few.write_text("".join(examples.read_text().splitlines(keepends=True)[:8]))
     notes = Notes()
-    with pytest.raises((BadExamples, ConvertError), match="8"):
+    with pytest.raises(BadExamples, match="the examples hold 8 different prompts in 8 records; at least 20 are needed"):
         convert(ConvertRequest(str(checkpoint), "tiny", examples=few), store, notes)
     assert not [stage for stage in notes.stages if stage.startswith("write")]

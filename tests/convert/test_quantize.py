@@ -12,9 +12,10 @@ from convert.candidates import VOCABULARY, CandidateSpec, TypeOverride, ladder, 
 from convert.errors import ImatrixInvalid, QuantizationUnknown, QuantizeFailed, RequestInvalid
 from convert.gguf_file import OutTensor
 from convert.imatrix import Entry, Imatrix, collect, read_imatrix, write_imatrix
-from convert.quantize import QUANTIZATIONS, check_quantization, disk_need, ladder_disk_need, quantize
+from convert.quantize import QUANTIZATIONS, disk_need, quantize, spec_named
 from models.errors import BadGguf
 from models.gguf_header import Header, read_header
+from models.quality import Work
 from tests.convert.tiny import hash_tensors, write_model
 
 Kind = gguf.GGMLQuantizationType
@@ -54,8 +55,7 @@ def test_it_writes_the_quantization_asked_for(tmp_path: Path, half: Path, name: 
     assert written.kinds == {kind: list(found.values()).count(kind) for kind in found.values()}
     # rows of 64 and 96 do not fit a K-quant's block: llama.cpp falls back, tensor by tensor
     assert written.fallbacks == (15 if name == "Q4_K_M" else 0)
-    matrix_bytes = sum(t.n_bytes for t in read_header(half).tensors.values() if t.kind == Kind.F16)
-    need = disk_need(half.stat().st_size, matrix_bytes, name)
+    need = disk_need(half.stat().st_size, out_tensors(read_header(half)), [plain(name)])
     metadata_bytes = 1024  # llama.cpp adds a field or two
     assert half.stat().st_size + target.stat().st_size <= need + metadata_bytes
     assert need < 2 * half.stat().st_size
@@ -138,7 +138,7 @@ def test_a_spec_without_it_ignores_an_importance_matrix(tmp_path: Path, half: Pa
             r"'blk\.0\.ffn_up\.weight' cannot be stored as IQ2_XS without an importance matrix",
         ),
         (CandidateSpec("x", "Q8_0", overrides=(TypeOverride("nothing", Kind.Q4_0),)), "'nothing' decides about no"),
-        (CandidateSpec("x", "Q3_X"), "unknown quantization 'Q3_X'"),
+        (CandidateSpec("x", "Q3_X"), r"candidate 'x': llama\.cpp has no mix 'Q3_X' here"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_anything_is_written(
@@ -210,9 +210,17 @@ def test_what_a_dying_child_has_written_is_removed(tmp_path: Path, half: Path, m
 
 
 def test_names_are_checked_whatever_their_case() -> None:
-    assert check_quantization("q4_k_m") == "Q4_K_M"
-    with pytest.raises(QuantizationUnknown, match="'Q3_X'; known are F16, Q8_0"):
-        check_quantization("Q3_X")
+    assert spec_named("q4_k_m", imatrix=True) == CandidateSpec("Q4_K_M", "Q4_K_M", imatrix=True)
+    assert spec_named("q8_0", imatrix=True) == plain("Q8_0")
+    with pytest.raises(QuantizationUnknown, match=r"'Q3_X'; known are F16, Q8_0, .*, F16-vocab-Q8_0, .*-gate-up-Q4_0$"):
+        spec_named("Q3_X", imatrix=False)
+
+
+@pytest.mark.parametrize("work", ["classify", "write"])
+@pytest.mark.parametrize("imatrix", [True, False])
+def test_what_a_ladder_has_can_be_asked_for_by_its_name(half: Path, work: Work, imatrix: bool) -> None:
+    for spec in ladder(read_header(half), work, imatrix=imatrix):
+        assert spec_named(spec.name.lower(), imatrix=imatrix) == spec
 
 
 def test_the_mixes_of_a_ladder_are_made_and_fit_the_disk(tmp_path: Path, half: Path, imatrix: Path) -> None:
@@ -223,7 +231,7 @@ def test_the_mixes_of_a_ladder_are_made_and_fit_the_disk(tmp_path: Path, half: P
     for spec in mixes:
         quantize(half, tmp_path / "out.gguf", spec, imatrix, silent)
         made.append((tmp_path / "out.gguf").stat().st_size)
-    need = ladder_disk_need(half.stat().st_size, out_tensors(header), mixes)
+    need = disk_need(half.stat().st_size, out_tensors(header), mixes)
     metadata_bytes = 1024 * len(mixes)
     assert half.stat().st_size + sum(made) <= need + metadata_bytes
     assert need < half.stat().st_size * (1 + len(mixes))
@@ -231,7 +239,7 @@ def test_the_mixes_of_a_ladder_are_made_and_fit_the_disk(tmp_path: Path, half: P
 
 def test_the_half_precision_file_is_its_own_candidate(half: Path) -> None:
     n_bytes = half.stat().st_size
-    assert ladder_disk_need(n_bytes, out_tensors(read_header(half)), [plain("F16")]) == n_bytes
+    assert disk_need(n_bytes, out_tensors(read_header(half)), [plain("F16")]) == n_bytes
 
 
 def out_tensors(header: Header) -> list[OutTensor]:

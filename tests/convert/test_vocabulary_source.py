@@ -1,6 +1,7 @@
 """The rows that stay are the source's own, and so are the logits that llama.cpp makes of them."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def write(source: Source, target: Path) -> Path:
 def test_logits_of_kept_tokens_are_the_same(tmp_path: Path, architecture: str) -> None:
     whole = tiny.write_model(tmp_path / "whole.gguf", architecture)
     plan = plan_trim(read_header(whole), ["oe"], 265)
-    with Checkpoint(whole) as checkpoint:
+    with closing(Checkpoint(whole)) as checkpoint:
         trimmed = write(TrimmedSource(checkpoint, plan), tmp_path / "trimmed.gguf")
     written = kept_ids(read_header(trimmed))
     assert written is not None

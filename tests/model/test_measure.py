@@ -37,9 +37,8 @@ def test_the_fine_tune_beside_itself_has_lost_nothing(reference: Reference) -> N
     assert reference.totals.correct > N_MAILS // 2
     (same,) = compare(reference.model, (reference,), ignore)
     assert same.loss is not None
-    assert same.prompt_loss is not None
-    assert max(same.loss.kl_p99, same.prompt_loss.kl_p99) < 1e-4
-    assert min(same.loss.top1_agreement, same.prompt_loss.top1_agreement) > 0.99
+    assert same.loss.kl_p99 < 1e-4
+    assert same.loss.top1_agreement > 0.99
     assert same.answers.flips == 0
 
 

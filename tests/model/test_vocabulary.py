@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def test_texts_made_of_kept_tokens_are_read_alike(tokenizers: tuple[Tokenizer, T
 
 
 def test_the_embedding_keeps_its_rows(base_gguf: Path, plan: TrimPlan) -> None:
-    with Checkpoint(base_gguf) as checkpoint:
+    with closing(Checkpoint(base_gguf)) as checkpoint:
         source = TrimmedSource(checkpoint, plan)
         info = checkpoint.header.tensors["token_embd.weight"]
         rows = np.concatenate([slab for _, slab in source.slabs(source.header.tensors[info.name])])

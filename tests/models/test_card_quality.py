@@ -41,6 +41,9 @@ def test_noise_floor_and_base_stand_beside_the_candidates() -> None:
     (noise,), (base,) = rows(card, "noise floor"), rows(card, "the base")
     assert (noise[2], noise[8]) == ("8e-05", "1")
     assert base[2] == "1.5"
+    sampled = render_quality(ladder(noise_examples=32))
+    assert rows(sampled, "noise floor")[0][8] == "1 of 32"
+    assert "another batch shape, on 32 of the examples." in sampled
     bare = render_quality(ladder(noise=None, noise_flips=None, base_distance=None))
     assert "oise floor" not in bare
 

@@ -1,6 +1,7 @@
 """The recipe on a Gemma of a few thousand weights: exact label scores, and stopping changes nothing."""
 
 import random
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,7 +157,7 @@ def test_batches_hold_every_mail_once_and_little_padding() -> None:
 
 def test_a_trimmed_vocabulary_is_trained_on_as_it_will_be_served(tmp_path: Path) -> None:
     whole = write_model(tmp_path / "whole.gguf")
-    with Checkpoint(whole) as checkpoint:
+    with closing(Checkpoint(whole)) as checkpoint:
         plan = plan_trim(checkpoint.header, ["<start_of_turn>ello<end_of_turn>"], 266)
         plan = replace(plan, fields={**plan.fields, "tokenizer.ggml.add_space_prefix": Field.boolean(False)})
         trimmed = write(TrimmedSource(checkpoint, plan), tmp_path / "trimmed.gguf")

@@ -1,6 +1,7 @@
 """Every number of a config.json has its bounds, what llama.cpp would compute otherwise is refused by name."""
 
 import contextlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def test_a_parallel_stablelm_has_one_norm(tmp_path: Path) -> None:
 
 def test_a_window_that_llama_cpp_leaves_out_is_told(tmp_path: Path) -> None:
     def warnings(family: str, name: str, **changes: Any) -> tuple[str, ...]:
-        with open_tiny(write_folder(tmp_path / name, family, **changes)) as source:
+        with closing(open_tiny(write_folder(tmp_path / name, family, **changes))) as source:
             assert isinstance(source, HfFolder)
             return source.warnings
 

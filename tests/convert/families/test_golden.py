@@ -6,6 +6,7 @@ llama-cpp-python 0.3.36 writes with --outtype f16 (of StableLM without norms on 
 
 import hashlib
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def hashes(source: HfFolder) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_every_tensor_is_what_it_was(tmp_path: Path, family: str) -> None:
-    with open_tiny(write_folder(tmp_path / "folder", family)) as source:
+    with closing(open_tiny(write_folder(tmp_path / "folder", family))) as source:
         found = hashes(source)
     assert list(found) == list(GOLDEN[family]["tensors"])
     assert {k: v for k, v in found.items() if k not in COMPUTED} == {
@@ -51,13 +52,13 @@ def test_every_tensor_is_what_it_was(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_every_field_is_what_it_was(tmp_path: Path, family: str) -> None:
-    with open_tiny(write_folder(tmp_path / "folder", family)) as source:
+    with closing(open_tiny(write_folder(tmp_path / "folder", family))) as source:
         assert described(source) == GOLDEN[family]["fields"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_shards_hold_what_one_file_does(tmp_path: Path, family: str) -> None:
-    with open_tiny(write_shards(tmp_path / "shards", family)) as source:
+    with closing(open_tiny(write_shards(tmp_path / "shards", family))) as source:
         found = hashes(source)
     assert {k: v for k, v in found.items() if k not in COMPUTED} == {
         k: v for k, v in GOLDEN[family]["tensors"].items() if k not in COMPUTED
@@ -66,7 +67,7 @@ def test_shards_hold_what_one_file_does(tmp_path: Path, family: str) -> None:
 
 def test_small_slabs_hold_what_large_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("convert.hf_folder.SLAB_ELEMENTS", 3 * 64)
-    with open_tiny(write_folder(tmp_path / "folder", "mistral")) as source:
+    with closing(open_tiny(write_folder(tmp_path / "folder", "mistral"))) as source:
         assert hashes(source) == GOLDEN["mistral"]["tensors"]
         query = source.header.tensors["blk.0.attn_q.weight"]
         assert [len(rows) for _, rows in source.slabs(query)] == [32] * 4  # whole heads, or they could not be reordered
