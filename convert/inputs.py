@@ -173,7 +173,7 @@ def _from_recipe(
     otherwise = request.quantization or request.examples or request.trim or request.whole_vocabulary
     is_recipe = not (request.adapter or request.hot or otherwise)
     if is_recipe:
-        quantization = check_quantization(chosen.quantization)
+        quantization = spec_named(chosen.quantization, imatrix=False).name
     else:
         # the recipe's figures were measured on its own adapter, converted as it says
         manifest = manifest.model_copy(update={"quality": (), "conversion": None})
