@@ -119,7 +119,7 @@ def _choose(
 ) -> tuple[Quality | None, Path]:
     """The file to install, and how it was chosen; without examples it is the one that was asked for.
 
-    What others are made from is read back before. What is installed is, too, by the store.
+    What others are made from is read back before; what is installed, while it is verified.
     """
     if inputs.examples is None and inputs.quantization == HALF_PRECISION:
         return None, half
