@@ -77,7 +77,9 @@ def _files(settings: TrimSettings, progress: Progress) -> dict[str, tuple[str, b
         # a later recipe's files are others
         name = f"{RECIPE}-{(recipe.adapter.sha256 or '')[:8]}-{kind.lower()}"
         if trimmed:
-            file = converted(own, f"{name}-{recipe.conversion.keep}", "--quant", kind)
+            keep = settings.keep or recipe.conversion.keep
+            texts = str(recipe_file(recipe.conversion.trim))
+            file = converted(own, f"{name}-{keep}", "--quant", kind, "--trim-vocab", texts, "--keep", str(keep))
         else:
             file = converted(own, f"{name}-whole", "--quant", kind, "--whole-vocab")
         files[f"{kind}, {'trimmed' if trimmed else 'whole'}"] = (kind, trimmed, file)
