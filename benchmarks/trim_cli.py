@@ -40,7 +40,8 @@ def trim_command(settings: TrimSettings, as_json: _Json = False, report: _Again 
 
 def _print(run: TrimRun) -> None:
     machine = run.machine
-    print(f"{machine.cpu}, {machine.logical_cores} cores, {machine.system}; {run.backend}")
+    weights = "; weights as they lie in the file, not repacked" if run.as_stored else ""
+    print(f"{machine.cpu}, {machine.logical_cores} cores, {machine.system}; {run.backend}{weights}")
     for trimmed, whole, found in ratios(run):
         sizes = f"{trimmed.size_bytes / 2**20:.0f} MiB of {whole.size_bytes / 2**20:.0f} MiB"
         print(f"{trimmed.kind}: {trimmed.tokens} of {whole.tokens} tokens, {sizes}")

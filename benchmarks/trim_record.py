@@ -20,6 +20,9 @@ class TrimSettings(Noun):
     keep: int | None = Field(default=None, ge=1, description="Tokens to keep (default: as many as the recipe does).")
     repetitions: int = Field(default=5, ge=1, description="Times each file is measured, in turns.")
     threads: int | None = Field(default=None, ge=1, description="Threads (default: as the server takes).")
+    as_stored: bool = Field(
+        default=False, description="Compute with weights as they lie in the file, as on a processor without AMX."
+    )
     folder: Path = Field(default=Path(".bench-trim"), description="Where the files are made.")
     out: Path | None = Field(default=None, description="Where the JSON goes (default: results/trim-<time>.json).")
 
@@ -46,6 +49,7 @@ class TrimRun(Noun):
     repetitions: int
     prompt_tokens: int
     answer_tokens: int
+    as_stored: bool = False
     files: tuple[TrimFile, ...] = ()
 
 

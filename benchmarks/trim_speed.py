@@ -34,6 +34,7 @@ def compare_trimmed(settings: TrimSettings, progress: Progress) -> TrimRun:
         "files": {name: str(file.path) for name, (_, _, file) in files.items()},
         "rounds": settings.repetitions,
         "threads": settings.threads,
+        "repack": not settings.as_stored,
         "prompt_tokens": shape.prompt_tokens,
         "answer_tokens": shape.answer_tokens,
     }
@@ -59,6 +60,7 @@ def compare_trimmed(settings: TrimSettings, progress: Progress) -> TrimRun:
         repetitions=settings.repetitions,
         prompt_tokens=shape.prompt_tokens,
         answer_tokens=shape.answer_tokens,
+        as_stored=settings.as_stored,
         files=made,
     )
 

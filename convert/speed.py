@@ -39,6 +39,7 @@ class Served:
     step_tokens: int = RuntimeConfig.step_tokens
     context: int = RuntimeConfig.context
     threads: int | None = None
+    repack: bool = True
 
     @property
     def n_prompts(self) -> int:
@@ -148,6 +149,7 @@ def _in_child(file: Path, how: Served, seconds: float) -> Sample:
     """One measurement. Raises MeasureFailed with the child's last word."""
     # the server's settings: see EngineOptions.n_seq_max and served.load_model
     load = {"n_ctx": how.context, "n_batch": how.step_tokens, "n_seq_max": 2 * how.sequences, "n_threads": how.threads}
+    load["repack"] = how.repack
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "sample.json"
         job = {

@@ -15,18 +15,22 @@ from .speed import Served, SpeedReport, measure_speeds
 
 
 class Job(BaseModel):
-    """`files`: name -> path. An example has `prompt_tokens` and `answer_tokens`; they are measured `rounds` times."""
+    """`files`: name -> path. An example has `prompt_tokens` and `answer_tokens`; they are measured `rounds` times.
+
+    Without `repack` weights are computed with as they lie in the file, as on a processor without AMX.
+    """
 
     files: dict[str, Path]
     prompt_tokens: int
     answer_tokens: int
     rounds: int
     threads: int | None = None
+    repack: bool = True
 
 
 def speeds_of(job: Job) -> SpeedReport:
     """Measure the files in turns. Raises MeasureFailed for the first of those that cannot be measured."""
-    how = Served("classify", job.prompt_tokens, job.answer_tokens, threads=job.threads)
+    how = Served("classify", job.prompt_tokens, job.answer_tokens, threads=job.threads, repack=job.repack)
     report = measure_speeds(job.files, how, lambda done, total: None, rounds=job.rounds)
     for reason in report.failures.values():
         raise MeasureFailed(reason)

@@ -125,9 +125,10 @@ def test_each_quantization_is_made_as_the_recipe_has_it_and_whole_and_timed_in_o
     ]  # fmt: skip
     trim_speed.compare_trimmed(settings, lambda *_: None)
     assert len(commands) == 4, "what is there is not made again"
-    trim_speed.compare_trimmed(settings.model_copy(update={"keep": 300}), lambda *_: None)
+    trim_speed.compare_trimmed(settings.model_copy(update={"keep": 300, "as_stored": True}), lambda *_: None)
     again = [command[command.index("--keep") + 1] for command in commands[4:]]
     assert again == ["300", "300"], "the whole ones serve again"
+    assert [job["repack"] for job in jobs] == [True, True, False]
 
 
 def test_what_cannot_be_timed_says_why(tmp_path: Path) -> None:
