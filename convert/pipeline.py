@@ -58,7 +58,7 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
     with ExitStack() as stack:
         proof = Proof(inputs.origin.folder) if inputs.origin.folder is not None else None
         if proof is not None:
-            stack.enter_context(proof)
+            stack.callback(proof.close)
         source = stack.enter_context(closing(open_source(inputs.origin.path)))
         read_back: set[str] = set()
         staging = store.staging(inputs.manifest.name, replace=request.replace, read_back=read_back)

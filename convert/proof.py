@@ -7,7 +7,6 @@ Hugging Face's tokenizer of a large vocabulary takes seconds to load, and hundre
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from pydantic import TypeAdapter
 
@@ -40,23 +39,15 @@ class Proven:
 
 
 class Proof:
-    """The comparison, under way. Leaving its block ends it, done or not."""
+    """The comparison, under way. Close it when done."""
 
     def __init__(self, folder: Path) -> None:
         """Begin to load the tokenizer of `folder`."""
         self._child = Child("convert.proof_child", {"folder": str(folder)})
         self._result: Path | None = None
 
-    def __enter__(self) -> "Proof":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
-        """End it. Closing twice is harmless."""
+        """End it, done or not. Closing twice is harmless."""
         self._child.close()
 
     @property

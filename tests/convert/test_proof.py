@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def write_on(proof: Proof) -> None:
 def test_what_was_compared_is_told(checkpoint: Path, examples: Path, header: Header, tmp_path: Path) -> None:
     def told(n_records: int) -> list[str]:
         notes = Notes()
-        with Proof(checkpoint) as proof:
+        with closing(Proof(checkpoint)) as proof:
             proof.begin(header, read_chat_records(examples)[:n_records], tmp_path)
             proof.end(notes)
         return notes.notes
@@ -51,7 +52,7 @@ def test_what_was_compared_is_told(checkpoint: Path, examples: Path, header: Hea
 
 def test_a_difference_stops_the_writing(checkpoint: Path, header: Header, tmp_path: Path) -> None:
     other = save(byte_level(QWEN2, size=600), tmp_path / "other", eos_token="<|im_end|>")
-    with Proof(other) as proof:
+    with closing(Proof(other)) as proof:
         proof.begin(header, (), tmp_path)
         with pytest.raises(VerifyFailed, match="the vocabulary is not the checkpoint's"):
             write_on(proof)
@@ -59,14 +60,14 @@ def test_a_difference_stops_the_writing(checkpoint: Path, header: Header, tmp_pa
 
 def test_a_tokenizer_that_its_own_library_refuses_is_told_as_such(header: Header, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unheard"}}')
-    with Proof(tmp_path) as proof:
+    with closing(Proof(tmp_path)) as proof:
         proof.begin(header, (), tmp_path)
         with pytest.raises(TokenizerInvalid, match=r"tokenizer\.json' cannot be loaded"):
             proof.end(Notes())
 
 
 def test_a_process_that_dies_proves_nothing(checkpoint: Path, header: Header, tmp_path: Path) -> None:
-    with Proof(checkpoint) as proof:
+    with closing(Proof(checkpoint)) as proof:
         os.kill(proof.pid, signal.SIGKILL)
         proof.begin(header, (), tmp_path)
         with pytest.raises(VerifyFailed, match="the comparison ended with SIGKILL"):
