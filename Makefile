@@ -10,9 +10,12 @@ PORT ?= 8080
 MINUTES ?= 30
 # See runtime/cli.py: llama.cpp's threads give a busy core back instead of spinning on it.
 export GOMP_SPINCOUNT ?= 1000
-# What llama.cpp is compiled with where it is compiled; the header says why.
+# Of llama.cpp only the engine: not its image reader, nor what its wheel holds a second and a third time.
+COMPILE := CMAKE_ARGS='-DLLAVA_BUILD=OFF $(CMAKE_ARGS)' \
+	SKBUILD_WHEEL_EXCLUDE='/lib/**;/include/**;/bin/**;/llama_cpp/lib/*.so.*.*'
+# What it is compiled with on this processor; the header says why.
 ifeq ($(shell uname -m),x86_64)
-COMPILE := CFLAGS='$(CFLAGS) -include "$(CURDIR)/runtime/llama_amx.h"' \
+COMPILE += CFLAGS='$(CFLAGS) -include "$(CURDIR)/runtime/llama_amx.h"' \
 	CXXFLAGS='$(CXXFLAGS) -include "$(CURDIR)/runtime/llama_amx.h"'
 endif
 PIP := $(COMPILE) $(BIN)/pip --disable-pip-version-check install -q
@@ -31,7 +34,7 @@ $(READY): requirements.lock pyproject.toml
 		{ echo "Deskside compiles llama.cpp and found no C++ compiler. Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "==> Making $(VENV)" >&2; $(PYTHON) -m venv $(VENV); }
 	@echo "==> Installing what requirements.lock pins, every file checked by its hash (under a minute)." >&2
-	@echo "    The first time, llama.cpp is compiled for this very processor: about 10 minutes on 2 cores, 2 on 8." >&2
+	@echo "    The first time, llama.cpp is compiled for this very processor: about 4 minutes on 2 cores." >&2
 	@$(PIP) --require-hashes -r requirements.lock
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@

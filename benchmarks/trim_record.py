@@ -16,7 +16,9 @@ WIDTHS = (1, 16)
 class TrimSettings(Noun):
     """What a comparison of the default model with its vocabulary trimmed and whole can be told."""
 
-    kinds: str = Field(default="Q8_0,Q4_0,Q4_K_M", description="Quantizations, each measured trimmed and whole.")
+    kinds: str = Field(
+        default="Q8_0-attn-Q4_0,Q8_0,Q4_0,Q4_K_M", description="Quantizations, each measured trimmed and whole."
+    )
     keep: int | None = Field(default=None, ge=1, description="Tokens to keep (default: as many as the recipe does).")
     repetitions: int = Field(default=5, ge=1, description="Times each file is measured, in turns.")
     threads: int | None = Field(default=None, ge=1, description="Threads (default: as the server takes).")

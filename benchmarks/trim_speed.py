@@ -71,20 +71,22 @@ def _files(settings: TrimSettings, progress: Progress) -> dict[str, tuple[str, b
     if recipe.adapter is None or recipe.conversion is None or not recipe.conversion.trim:
         raise BadRecord(f"{str(recipe_file())!r}: the recipe does not trim its vocabulary: there is nothing to compare")
     own = Store(settings.folder.absolute() / "home")
-    kinds = [kind.strip().upper() for kind in settings.kinds.split(",")]
+    keep = settings.keep or recipe.conversion.keep
+    texts = str(recipe_file(recipe.conversion.trim))
+    kinds = [kind.strip() for kind in settings.kinds.split(",")]
     wanted = [(kind, trimmed) for kind in kinds for trimmed in (True, False)]
     files = {}
     for done, (kind, trimmed) in enumerate(wanted):
         progress("make the files", done, len(wanted))
         # a later recipe's files are others
         name = f"{RECIPE}-{(recipe.adapter.sha256 or '')[:8]}-{kind.lower()}"
-        if trimmed:
-            keep = settings.keep or recipe.conversion.keep
-            texts = str(recipe_file(recipe.conversion.trim))
-            file = converted(own, f"{name}-{keep}", "--quant", kind, "--trim-vocab", texts, "--keep", str(keep))
-        else:
+        if not trimmed:
             file = converted(own, f"{name}-whole", "--quant", kind, "--whole-vocab")
-        files[f"{kind}, {'trimmed' if trimmed else 'whole'}"] = (kind, trimmed, file)
+        elif (kind.lower(), keep) == (recipe.conversion.quantization.lower(), recipe.conversion.keep):
+            file = converted(own, f"{name}-recipe-{keep}")  # its importance matrix is used for nothing else
+        else:
+            file = converted(own, f"{name}-{keep}", "--quant", kind, "--trim-vocab", texts, "--keep", str(keep))
+        files[f"{file.quantization}, {'trimmed' if trimmed else 'whole'}"] = (file.quantization, trimmed, file)
     progress("make the files", len(wanted), len(wanted))
     return files
 

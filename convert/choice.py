@@ -13,6 +13,8 @@ from .errors import RequestInvalid
 REFERENCE = "F16"
 # Rates closer than this are a tie: the same file differs by as much from round to round on a machine that is in use.
 TIE = 0.03
+# So are those closer than this, unless the faster one was the faster in every round.
+UNSURE = 0.1
 SIGNIFICANT = 0.05
 
 
@@ -52,10 +54,19 @@ def choose(candidates: Sequence[Candidate], budget: Budget, wanted: str | None =
 
 
 def fastest(candidates: Sequence[Candidate]) -> Candidate:
-    """The one with the most examples a second; of those within `TIE` of it the smallest file, then the first name."""
-    best = max(candidate.score_per_s or 0.0 for candidate in candidates)
-    tied = [candidate for candidate in candidates if (candidate.score_per_s or 0.0) >= best * (1 - TIE)]
+    """The one with the most examples a second; of those that tie with it the smallest file, then the first name."""
+    best = max(candidates, key=lambda candidate: candidate.score_per_s or 0.0)
+    tied = [candidate for candidate in candidates if _ties(candidate, best)]
     return min(tied, key=lambda candidate: (candidate.size_bytes, candidate.name))
+
+
+def _ties(candidate: Candidate, best: Candidate) -> bool:
+    """Whether `best` may be the faster one by chance. The rounds were measured in turns, so they compare one by one."""
+    its, bests = candidate.score_per_s or 0.0, best.score_per_s or 0.0
+    if its >= bests * (1 - TIE) or candidate.speed is None or best.speed is None:
+        return its >= bests * (1 - TIE)
+    rounds = zip(candidate.speed.score_samples_per_s, best.speed.score_samples_per_s, strict=False)
+    return its >= bests * (1 - UNSURE) and any(one >= other for one, other in rounds)
 
 
 def excesses(candidate: Candidate, reference: Answers | None, budget: Budget) -> Iterator[str]:

@@ -20,6 +20,8 @@ from .errors import ImatrixFailed, ImatrixInvalid
 from .gguf_file import Layout, OutTensor, write_gguf
 
 CHUNK_TOKENS = 512
+# Where it lies beside the file that was made with it.
+IMATRIX_FILE = "imatrix.gguf"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 

@@ -80,7 +80,8 @@ class TrimRequest:
 class Inputs:
     """Everything found and checked. `manifest` is the one to be installed, its base and artefacts still missing.
 
-    `quantization` None: the examples decide. `measured` is the folder of a recipe whose choice was measured before.
+    `quantization` None: the examples decide. `measured` is the folder of a recipe whose choice was measured before,
+    `imatrix` the importance matrix to quantize by; with examples one is collected from these instead.
     """
 
     origin: Origin
@@ -90,6 +91,7 @@ class Inputs:
     examples: Examples | None = None
     trim: TrimRequest | None = None
     measured: Path | None = None
+    imatrix: Path | None = None
 
     @property
     def base(self) -> Base:
@@ -178,7 +180,8 @@ def _from_recipe(
         # the recipe's figures were measured on its own adapter, converted as it says
         manifest = manifest.model_copy(update={"quality": (), "conversion": None})
     has_ladder = is_recipe and (folder / QUALITY_FILE).is_file()
-    return Inputs(origin, adapter, quantization, manifest, examples, trim, folder if has_ladder else None)
+    imatrix = folder / chosen.imatrix if is_recipe and chosen.imatrix else None
+    return Inputs(origin, adapter, quantization, manifest, examples, trim, folder if has_ladder else None, imatrix)
 
 
 def _wanted(request: ConvertRequest) -> str | None:

@@ -10,7 +10,7 @@ from models.quality import Quality, Trim
 from runtime.llama import LoadOptions, load, load_tokenizer
 
 from .candidates import ladder
-from .imatrix import collect
+from .imatrix import IMATRIX_FILE, collect
 from .inputs import Inputs
 from .ladder import LadderInputs, Provenance, run_ladder
 from .ladder_cache import digest
@@ -87,7 +87,7 @@ def _importance(half: Path, sequences: list[list[int]], results: Path, report: R
         report.stage(f"collect the importance matrix from {len(sequences)} examples")
         results.mkdir(parents=True, exist_ok=True)
         collect(half, sequences, kept, report.advance, output=True)
-    return Path(shutil.copyfile(kept, half.with_name("imatrix.gguf")))
+    return Path(shutil.copyfile(kept, half.with_name(IMATRIX_FILE)))
 
 
 def _trim_report(

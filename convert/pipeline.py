@@ -24,6 +24,7 @@ from .gguf_file import check_written, write_gguf
 from .heap import give_back_freed
 from .hf_folder import HfFolder
 from .hot import FULL_PRECISION, check_hot, plan_hot, verify_hot
+from .imatrix import IMATRIX_FILE
 from .inputs import ConvertRequest, Inputs, gather
 from .lora_fit import Fitted, fit
 from .measured import choose_by_examples
@@ -89,6 +90,8 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
             quality = _known_ladder(inputs.measured, hashes[final])
         kept = [final, half] if request.keep_f16 and half != final else [final]
         read_back |= {path.name for path in kept}
+        if inputs.examples is not None and quality is not None and _used_imatrix(quality):
+            (work / IMATRIX_FILE).rename(folder / IMATRIX_FILE)
         _describe(folder, {path.rename(folder / path.name): hashes[path] for path in kept}, inputs, quality, plan)
         discard(work)
 
@@ -112,6 +115,10 @@ def _known_ladder(folder: Path, sha256: str) -> Quality | None:
     quality = read_quality(folder)
     chosen = next(one for one in quality.candidates if one.name == quality.chosen)
     return quality if chosen.sha256 == sha256 else None
+
+
+def _used_imatrix(quality: Quality) -> bool:
+    return next(one.imatrix for one in quality.candidates if one.name == quality.chosen)
 
 
 def _choose(
@@ -149,8 +156,8 @@ def _quantized(half: Path, inputs: Inputs, report: Reporter) -> Path:
     assert quantization is not None, "gather leaves the choice to examples only"
     report.stage(f"quantize to {quantization}")
     final = half.with_name(_file_name(inputs, quantization))
-    spec = spec_named(quantization, imatrix=False)
-    written = quantize(half, final, spec, None, report.advance)
+    spec = spec_named(quantization, imatrix=inputs.imatrix is not None)
+    written = quantize(half, final, spec, inputs.imatrix, report.advance)
     if spec.overrides and written.fallbacks:
         report.warn(
             f"{written.fallbacks} of the matrices have rows that do not fit the types of {quantization}: llama.cpp "
@@ -221,7 +228,8 @@ def _describe(
     changes: dict[str, object] = {"base": inputs.base, "artefacts": artefacts}
     if inputs.manifest.conversion is None and plan is not None:
         keep = len(plan.trim.kept) if plan.trim is not None else 0
-        changes["conversion"] = Conversion(quantization=artefacts[0].quantization, keep=keep)
+        imatrix = IMATRIX_FILE if (folder / IMATRIX_FILE).is_file() else ""
+        changes["conversion"] = Conversion(quantization=artefacts[0].quantization, imatrix=imatrix, keep=keep)
     manifest = inputs.manifest.model_copy(update=changes)
     write_atomic(folder / MANIFEST_FILE, dump_manifest(manifest))
     if quality is not None:

@@ -53,17 +53,20 @@ class Conversion(_Part):
 
     `trim` names a file of examples in the recipe's folder, by which the vocabulary is cut to `keep` tokens. In a model
     that was cut by other examples it is empty and `keep` tells the size; without either the vocabulary is whole.
+    `imatrix` names the importance matrix in the folder by which weights are rounded, in llama.cpp's format.
     """
 
     quantization: str = "Q8_0"
+    imatrix: str = ""
     trim: str = ""
     keep: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
-    def _trim_is_inside_and_says_how_far(self) -> "Conversion":
-        path = PurePosixPath(self.trim)
-        if path.is_absolute() or ".." in path.parts or "\\" in self.trim:
-            raise ValueError(f"conversion.trim must be a path inside the recipe's folder, with /, got {self.trim!r}")
+    def _files_are_inside_and_a_trim_says_how_far(self) -> "Conversion":
+        for field, name in (("trim", self.trim), ("imatrix", self.imatrix)):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise ValueError(f"conversion.{field} must be a path inside the recipe's folder, with /, got {name!r}")
         if self.trim and not self.keep:
             raise ValueError(f"conversion.trim {self.trim!r} needs conversion.keep: how many tokens are to stay?")
         return self

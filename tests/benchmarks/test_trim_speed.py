@@ -10,12 +10,17 @@ from benchmarks.cli import create_app
 from benchmarks.errors import BadRecord, ServerFailed
 from benchmarks.machine import describe
 from benchmarks.peer_files import prepare_files
+from benchmarks.plan import recipe_file
 from benchmarks.record import save_json
 from benchmarks.trim_record import TrimFile, TrimRun, TrimSettings, load_trim_run, ratios
 from models.files import sha256_file
-from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest
+from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest, read_manifest
 from models.store import Store
 from tests.convert.tiny import write_model
+
+_CONVERSION = read_manifest(recipe_file()).conversion
+assert _CONVERSION is not None
+RECIPES = _CONVERSION.quantization
 
 
 def file(kind: str, *, trimmed: bool, size: int, prefill: float, decode: dict[int, float]) -> TrimFile:
@@ -90,9 +95,9 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def convert_with(command: list[str], environment: dict[str, str]) -> None:
-    kind = command[command.index("--quant") + 1]
+    kind = command[command.index("--quant") + 1] if "--quant" in command else RECIPES
     name = command[command.index("--name") + 1]
-    install(Store(Path(environment["DESKSIDE_HOME"])), name, kind)
+    install(Store(Path(environment["DESKSIDE_HOME"])), name, kind.upper())
 
 
 def install(store: Store, name: str, kind: str) -> None:
@@ -118,7 +123,7 @@ def test_each_quantization_is_made_as_the_recipe_has_it_and_whole_and_timed_in_o
     settings = TrimSettings(kinds="q8_0,Q4_0", folder=tmp_path)
     run = trim_speed.compare_trimmed(settings, lambda *_: None)
     kinds = [(command[command.index("--quant") + 1], "--whole-vocab" in command) for command in commands]
-    assert kinds == [("Q8_0", False), ("Q8_0", True), ("Q4_0", False), ("Q4_0", True)]
+    assert kinds == [("q8_0", False), ("q8_0", True), ("Q4_0", False), ("Q4_0", True)]
     assert len(jobs) == 1, "both files of a pair are timed in the same run"
     assert [(file.kind, file.trimmed, file.decode_tokens_per_s[16]) for file in run.files] == [
         ("Q8_0", True, 4.0), ("Q8_0", False, 4.0), ("Q4_0", True, 4.0), ("Q4_0", False, 4.0)
@@ -129,6 +134,20 @@ def test_each_quantization_is_made_as_the_recipe_has_it_and_whole_and_timed_in_o
     again = [command[command.index("--keep") + 1] for command in commands[4:]]
     assert again == ["300", "300"], "the whole ones serve again"
     assert [job["repack"] for job in jobs] == [True, True, False]
+
+
+def test_the_recipes_own_quantization_is_the_recipes_own_file(
+    commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {"prefill_tokens_per_s": 3.0, "decode_tokens_per_s": {"1": 1.0, "8": 2.0, "16": 4.0}}
+    monkeypatch.setattr(
+        trim_speed, "_timed", lambda job: {"backend": "CPU", "speeds": dict.fromkeys(job["files"], speeds)}
+    )
+    settings = TrimSettings(kinds=RECIPES.lower(), folder=tmp_path)
+    trim_speed.compare_trimmed(settings, lambda *_: None)
+    trim_speed.compare_trimmed(settings.model_copy(update={"keep": 300}), lambda *_: None)
+    options = [{option for option in command if option in {"--quant", "--trim-vocab"}} for command in commands]
+    assert options == [set(), {"--quant"}, {"--quant", "--trim-vocab"}]
 
 
 def test_what_cannot_be_timed_says_why(tmp_path: Path) -> None:

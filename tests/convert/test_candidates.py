@@ -20,7 +20,8 @@ def tensors(width: int = 640, vocabulary: int = 262_144, *, tied: bool = True, l
     made = [("token_embd.weight", (vocabulary, width)), ("output_norm.weight", (width,))]
     made += [] if tied else [("output.weight", (vocabulary, width))]
     for layer in range(layers):
-        made += [(f"blk.{layer}.attn_norm.weight", (width,)), (f"blk.{layer}.attn_q.weight", (1024, width))]
+        made += [(f"blk.{layer}.attn_norm.weight", (width,)), (f"blk.{layer}.attn_k.weight", (256, width))]
+        made += [(f"blk.{layer}.attn_q.weight", (1024, width)), (f"blk.{layer}.attn_output.weight", (width, 1024))]
         made += [(f"blk.{layer}.ffn_{part}.weight", (2048, width)) for part in ("gate", "up")]
         made += [(f"blk.{layer}.ffn_down.weight", (width, 2048))]
     return [OutTensor(name, shape, Kind.F16 if len(shape) > 1 else Kind.F32) for name, shape in made]
@@ -62,7 +63,18 @@ def test_rows_that_fit_a_k_quant_may_have_one() -> None:
 
 def test_a_small_vocabulary_gets_no_layout_of_its_own() -> None:
     specs = ladder(header(tensors(vocabulary=1000, layers=20)), "write", imatrix=False)
-    assert names(specs) == [*PLAIN, "Q8_0-gate-up-Q4_0"]
+    assert names(specs) == [*PLAIN, "Q8_0-gate-up-Q4_0", "Q8_0-attn-Q4_0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("Q8_0-gate-up-Q4_0", {"ffn_gate", "ffn_up"}), ("Q8_0-attn-Q4_0", {"attn_q", "attn_output"})]
+)
+def test_one_kind_of_matrix_is_in_4_bits(name: str, parts: set[str]) -> None:
+    listed = tensors(vocabulary=1000)
+    spec = next(spec for spec in ladder(header(listed), "write", imatrix=False) if spec.name == name)
+    assert {tensor.split(".")[2] for tensor, kind in resolve(listed, spec).items() if kind == Kind.Q4_0} == parts
+    without = [tensor for tensor in listed if tensor.name.split(".")[-2] not in parts]
+    assert name not in names(ladder(header(without), "write", imatrix=False)), "it would be a plain one again"
 
 
 def test_the_importance_matrix_is_used_by_what_learns_from_it() -> None:
@@ -85,7 +97,7 @@ def test_the_first_pattern_that_matches_decides() -> None:
     first, second = TypeOverride(r"ffn_(up|down)", Kind.Q4_0), TypeOverride(LAYERS, Kind.Q6_K)
     found = resolve(tensors(layers=1), CandidateSpec("x", "Q8_0", overrides=(first, second)))
     assert {name: kind.name for name, kind in found.items()} == {
-        "blk.0.attn_q.weight": "Q6_K",
+        **{f"blk.0.attn_{part}.weight": "Q6_K" for part in ("k", "q", "output")},
         "blk.0.ffn_gate.weight": "Q6_K",
         "blk.0.ffn_up.weight": "Q4_0",
         "blk.0.ffn_down.weight": "Q4_0",

@@ -1,6 +1,7 @@
 """The pick is the fastest within the budget, whatever the figures; `--quant` overrules it and says so."""
 
 import re
+import statistics
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from convert.choice import TIE, choose
 from convert.errors import RequestInvalid
-from models.quality import Answers, Budget, Candidate, Loss
+from models.quality import Answers, Budget, Candidate, Loss, Speed
 
 BUDGET = Budget()
 
@@ -27,6 +28,11 @@ def made(name: str, score: float | None = 1.0, size: int = 100, kl: float = 0.0,
     return Candidate(name=name, file=f"{name}.gguf", size_bytes=size, sha256="a", score_per_s=score, **parts)
 
 
+def timed(name: str, rounds: tuple[float, ...], size: int) -> Candidate:
+    speed = Speed(prefill_tokens_per_s=1, decode_tokens_per_s={1: 1}, peak_memory_bytes=1, score_samples_per_s=rounds)
+    return made(name, statistics.median(rounds), size, speed=speed)
+
+
 F16 = made("F16", 1.0, 1000)
 
 
@@ -41,6 +47,20 @@ def test_the_fastest_within_the_budget_is_chosen() -> None:
 def test_a_tie_goes_to_the_smaller_file() -> None:
     choice = choose([F16, made("big", 2.0, 200), made("small", 2.0 * (1 - TIE / 2), 150)], BUDGET)
     assert choice.chosen == "small"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "chosen"),
+    [
+        pytest.param((1.85, 1.95, 1.85), "small", id="the faster in a round"),
+        pytest.param((1.85, 1.85, 1.85), "big", id="the slower in every round"),
+        pytest.param((1.7, 2.5, 1.7), "big", id="one good round, but far apart"),
+    ],
+)
+def test_what_is_faster_in_some_rounds_only_ties(rounds: tuple[float, ...], chosen: str) -> None:
+    small, big = timed("small", rounds, 150), timed("big", (2.0, 1.9, 2.0), 200)
+    assert choose([F16, small, big], BUDGET).chosen == chosen
+    assert choose([F16, big, small], BUDGET).chosen == chosen
 
 
 def test_without_speeds_the_smallest_is_chosen() -> None:

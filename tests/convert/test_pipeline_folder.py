@@ -10,11 +10,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from convert.errors import ArchitectureUnknown, RequestInvalid, VerifyFailed
+from convert.imatrix import IMATRIX_FILE
 from convert.inputs import ConvertRequest
 from convert.ladder import Tools
 from convert.pipeline import RESULTS, convert
+from convert.quantize import quantize, spec_named
 from convert.speed import measure_speeds
 from models.errors import BadExamples, StoreError
+from models.files import sha256_file
 from models.gguf_header import read_header
 from models.quality import read_quality
 from models.store import Store
@@ -150,8 +153,29 @@ def test_the_examples_choose_and_the_card_says_how(store: Store, checkpoint: Pat
     card = (stored.folder / "README.md").read_text()
     assert quality.chosen in card
     assert "noise floor" in card
-    names = {path.name for path in stored.folder.iterdir()}
+    by_imatrix = next(one.imatrix for one in quality.candidates if one.name == quality.chosen)
+    names = {path.name for path in stored.folder.iterdir()} - ({IMATRIX_FILE} if by_imatrix else set())
     assert names == {"README.md", "model.toml", "quality.json", "quality.svg", stored.gguf.name}
+
+
+def test_what_a_file_was_rounded_by_is_kept_with_it(store: Store, checkpoint: Path, examples: Path) -> None:
+    request = ConvertRequest(str(checkpoint), "mine", quantization="Q4_0", examples=examples, keep_f16=True)
+    stored = convert(request, store, Notes())
+    assert stored.manifest is not None
+    assert stored.manifest.conversion is not None
+    assert stored.manifest.conversion.imatrix == IMATRIX_FILE
+    half, again = stored.folder / stored.manifest.artefacts[1].file, stored.folder / "again.gguf"
+    spec = spec_named("Q4_0", imatrix=True)
+    quantize(half, again, spec, stored.folder / IMATRIX_FILE, lambda done, total: None)
+    assert sha256_file(again) == stored.manifest.artefacts[0].sha256
+
+
+def test_what_needs_no_importance_matrix_is_kept_without(store: Store, checkpoint: Path, examples: Path) -> None:
+    stored = convert(ConvertRequest(str(checkpoint), "mine", quantization="Q8_0", examples=examples), store, Notes())
+    assert stored.manifest is not None
+    assert stored.manifest.conversion is not None
+    assert stored.manifest.conversion.imatrix == ""
+    assert not (stored.folder / IMATRIX_FILE).exists()
 
 
 def test_a_second_run_measures_nothing_again(store: Store, checkpoint: Path, examples: Path) -> None:

@@ -212,7 +212,9 @@ def test_what_a_dying_child_has_written_is_removed(tmp_path: Path, half: Path, m
 def test_names_are_checked_whatever_their_case() -> None:
     assert spec_named("q4_k_m", imatrix=True) == CandidateSpec("Q4_K_M", "Q4_K_M", imatrix=True)
     assert spec_named("q8_0", imatrix=True) == plain("Q8_0")
-    with pytest.raises(QuantizationUnknown, match=r"'Q3_X'; known are F16, Q8_0, .*, F16-vocab-Q8_0, .*-gate-up-Q4_0$"):
+    with pytest.raises(
+        QuantizationUnknown, match=r"'Q3_X'; known are F16, Q8_0, .*, F16-vocab-Q8_0, .*-gate-up-Q4_0, Q8_0-attn-Q4_0$"
+    ):
         spec_named("Q3_X", imatrix=False)
 
 

@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 
 from convert.cli import build_recipe
-from convert.errors import AdapterInvalid, ConvertError, RequestInvalid
+from convert.errors import AdapterInvalid, ConvertError, ImatrixInvalid, RequestInvalid
+from convert.imatrix import Entry, Imatrix, write_imatrix
 from convert.inputs import ConvertRequest
 from convert.lora import read_adapter
 from convert.pipeline import convert
 from models.catalog import CatalogEntry, load_catalog
 from models.errors import BadExamples, BadManifest, HashMismatch, ModelError
 from models.files import sha256_file
+from models.gguf_header import read_header
 from models.gguf_meta import read_meta
 from models.manifest import MANIFEST_FILE, Conversion, Manifest, dump_manifest, read_manifest
 from models.store import Store
 from tests.convert.test_pipeline import Notes
-from tests.convert.tiny import TOKENS, write_adapter, write_model
+from tests.convert.tiny import N_LAYERS, SHAPES, TOKENS, write_adapter, write_model
 
 # of the tiny model's tokens only "H" is in no text of EXAMPLES and in no turn of the chat template
 KEEP = len(TOKENS) - 1
@@ -114,6 +116,52 @@ def test_a_recipe_cuts_its_vocabulary_by_its_own_examples(store: Store, recipe: 
     assert stored.manifest is not None
     assert stored.manifest.conversion == Conversion(quantization="F16", trim="data/train.jsonl", keep=KEEP)
     assert stored.manifest.quality[0].what == "as served"
+
+
+def steep(layers: int = N_LAYERS) -> Imatrix:
+    """An importance matrix in which the first columns matter most."""
+    columns = {f"blk.{n}.{name}.weight": shape[1] for n in range(layers) for name, shape in SHAPES.items()}
+    entries = {name: Entry(np.logspace(6, -6, n, dtype=np.float32)[None], np.ones(1)) for name, n in columns.items()}
+    return Imatrix(entries, 1, 1)
+
+
+def weights_of(path: Path) -> bytes:
+    """Everything but the head, which has the model's name."""
+    return path.read_bytes()[min(tensor.offset for tensor in read_header(path).tensors.values()) :]
+
+
+def test_a_recipe_rounds_by_its_importance_matrix(store: Store, recipe: Path) -> None:
+    conversions = {"plain": Conversion(quantization="Q4_0"), "steep": Conversion(quantization="Q4_0", imatrix="i.gguf")}
+    write_imatrix(recipe / "i.gguf", steep())
+    made = {}
+    for name, conversion in conversions.items():
+        changed = read_manifest(recipe).model_copy(update={"conversion": conversion})
+        (recipe / MANIFEST_FILE).write_text(dump_manifest(changed))
+        stored = convert(ConvertRequest("email-triage", name), store, Notes())
+        assert stored.manifest is not None
+        assert stored.manifest.conversion == conversion
+        made[name] = weights_of(stored.gguf)
+    # asked for otherwise it is what it would be without the recipe
+    asked = convert(ConvertRequest("email-triage", "asked", quantization="Q4_0"), store, Notes())
+    assert made["plain"] == weights_of(asked.gguf) != made["steep"]
+
+
+UNFIT: dict[str, tuple[str, type[Exception], str]] = {
+    "no such file": ("none.gguf", ImatrixInvalid, r"no importance matrix: .*none\.gguf"),
+    "another model's": ("deep.gguf", ImatrixInvalid, "collected on another model"),
+    "above its folder": ("../i.gguf", BadManifest, r"conversion\.imatrix must be a path inside the recipe's folder"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_an_importance_matrix_that_does_not_fit_is_refused(store: Store, recipe: Path, case: str) -> None:
+    name, kind, message = UNFIT[case]
+    write_imatrix(recipe / "deep.gguf", steep(N_LAYERS + 1))
+    text = dump_manifest(read_manifest(recipe).model_copy(update={"conversion": None}))
+    (recipe / MANIFEST_FILE).write_text(f'{text}\n[conversion]\nquantization = "Q4_0"\nimatrix = "{name}"\n')
+    with pytest.raises(kind, match=message):
+        convert(ConvertRequest("email-triage"), store, Notes())
+    assert store.names() == ["tiny-base"]
 
 
 OTHERWISE: dict[str, tuple[dict[str, Any], int]] = {

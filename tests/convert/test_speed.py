@@ -81,7 +81,7 @@ def test_a_measurement_goes_on_until_its_time_is_over_but_not_for_ever() -> None
     fresh = Meter(llama, 1e9, Clock(llama))
     fresh.warm_up()
     fresh.decode_tokens_per_s(1)
-    assert llama.decodes - before == 1 + 32
+    assert llama.decodes - before == 1 + 16
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [(1, 1), (100, 3), (4000, 64), (4096, 2048), (700, 700)])
