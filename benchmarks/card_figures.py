@@ -53,7 +53,7 @@ NAMES: Mapping[str, str] = {
     "base_few_shot": "base, few-shot prompt (2 examples a class), greedy text",
     "base_few_shot_scored": "base, few-shot prompt (2 examples a class), labels scored",
     "finetune_torch": "fine-tune before conversion",
-    "whole_vocabulary": "fine-tune in Q8_0, its vocabulary whole",
+    "whole_vocabulary": "fine-tune as served but for its vocabulary, left whole",
     "as_served": "fine-tune as served",
 }
 MADE_ELSEWHERE = ("tfidf_logistic", "finetune_torch", "whole_vocabulary")

@@ -172,15 +172,15 @@ def _from_recipe(
     manifest = _complete(recipe, check_name(request.name or recipe.name), adapter, hot=request.hot)
     chosen = recipe.conversion or Conversion()
     examples, trim = _examples(request, recipe), _trim(request) or _recipe_trim(request, folder, chosen)
-    otherwise = request.quantization or request.examples or request.trim or request.whole_vocabulary
-    is_recipe = not (request.adapter or request.hot or otherwise)
-    if is_recipe:
+    is_rounded_alike = not (request.adapter or request.hot or request.quantization or request.examples)
+    if is_rounded_alike:
         quantization = spec_named(chosen.quantization, imatrix=False).name
-    else:
+    is_recipe = is_rounded_alike and not (request.trim or request.whole_vocabulary)
+    if not is_recipe:
         # the recipe's figures were measured on its own adapter, converted as it says
         manifest = manifest.model_copy(update={"quality": (), "conversion": None})
     has_ladder = is_recipe and (folder / QUALITY_FILE).is_file()
-    imatrix = folder / chosen.imatrix if is_recipe and chosen.imatrix else None
+    imatrix = folder / chosen.imatrix if is_rounded_alike and chosen.imatrix else None
     return Inputs(origin, adapter, quantization, manifest, examples, trim, folder if has_ladder else None, imatrix)
 
 

@@ -6,6 +6,7 @@ Everything that can be wrong with the inputs is found before the first byte is w
 in the store's staging folder until it is whole. Only what was measured outlives a stopped run, for the next one.
 """
 
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -90,8 +91,8 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
             quality = _known_ladder(inputs.measured, hashes[final])
         kept = [final, half] if request.keep_f16 and half != final else [final]
         read_back |= {path.name for path in kept}
-        if inputs.examples is not None and quality is not None and _used_imatrix(quality):
-            (work / IMATRIX_FILE).rename(folder / IMATRIX_FILE)
+        if (imatrix := _imatrix_to_keep(inputs, quality, work)) is not None:
+            shutil.copyfile(imatrix, folder / IMATRIX_FILE)
         _describe(folder, {path.rename(folder / path.name): hashes[path] for path in kept}, inputs, quality, plan)
         discard(work)
 
@@ -117,8 +118,12 @@ def _known_ladder(folder: Path, sha256: str) -> Quality | None:
     return quality if chosen.sha256 == sha256 else None
 
 
-def _used_imatrix(quality: Quality) -> bool:
-    return next(one.imatrix for one in quality.candidates if one.name == quality.chosen)
+def _imatrix_to_keep(inputs: Inputs, quality: Quality | None, work: Path) -> Path | None:
+    """What the file was rounded by, if anything. What a recipe builds is told by the recipe, which has its own."""
+    if inputs.examples is None or quality is None:
+        return inputs.imatrix if inputs.manifest.conversion is None else None
+    chosen = next(one for one in quality.candidates if one.name == quality.chosen)
+    return work / IMATRIX_FILE if chosen.imatrix else None
 
 
 def _choose(

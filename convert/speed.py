@@ -157,6 +157,7 @@ def _in_child(file: Path, how: Served, seconds: float) -> Sample:
             "load": load,
             "prompt_tokens": how.prompt_tokens,
             "label_tokens": how.answer_tokens if how.work == "classify" else 0,
+            "answer_tokens": how.answer_tokens,
             "n_prompts": how.n_prompts,
             "decode_widths": DECODE_WIDTHS,
             "seconds": seconds,

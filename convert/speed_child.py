@@ -22,9 +22,9 @@ from .speed_steps import Limits, Work, decode_step, packed_steps
 # As runtime/cli.py sets it for serving: threads that wait give a busy core back.
 _SPINCOUNT = "1000"
 _WARM_UP_TOKENS = 32
-# Each step reads all that was written before: a faster file that took more of them would be timed on longer texts. So
-# many of 1, 8 and 16 sequences fit the eighth of the cells that is left to them.
-_MOST_STEPS = 16
+_MOST_STEPS = 32
+# Of an answer, before it begins again. So many of 16 sequences fit the eighth of the cells that is left to them.
+_MOST_WRITTEN = 16
 _STATUS = Path("/proc/self/status")
 
 
@@ -61,16 +61,27 @@ class Meter:
         """Examples a second of `work`, packed into whole steps."""
         return self._packed(work, n_sequences, self._llama.info.n_batch, self._seconds) / work.cycle
 
-    def decode_tokens_per_s(self, n_sequences: int) -> float:
-        """`n_sequences` that write a token each a step, after the prompts computed last: tokens a second."""
+    def decode_tokens_per_s(self, n_sequences: int, answer: int) -> float:
+        """`n_sequences` that write a token each a step, after the prompts computed last: tokens a second.
+
+        They begin again after `answer` tokens. A step reads all that stands before it, so a faster file that wrote on
+        and on would be timed on longer texts than a slower one.
+        """
         lengths = self._resident(n_sequences)
+        self._lengths = dict(enumerate(lengths))
         times: list[float] = []
         while not times or (sum(times) < self._seconds and len(times) < _MOST_STEPS):
-            batch = decode_step(lengths, self._llama.info.n_vocab)
+            written = len(times) % min(answer, _MOST_WRITTEN)
+            if written == 0:
+                self._begin_again(lengths)
+            batch = decode_step([length + written for length in lengths], self._llama.info.n_vocab)
             times.append(self._timed(batch))
-            lengths = [length + 1 for length in lengths]
-        self._lengths = dict(enumerate(lengths))
+        self._begin_again(lengths)
         return n_sequences / statistics.median(times)
+
+    def _begin_again(self, lengths: list[int]) -> None:
+        for seq_id, length in enumerate(lengths):
+            self._llama.remove(seq_id, length)
 
     def _packed(self, work: Work, n_sequences: int, n_batch: int, seconds: float) -> float:
         """Tokens a second."""
@@ -111,14 +122,14 @@ class Meter:
 
 
 def measure(
-    meter: Meter, work: Work, n_prompts: int, decode_widths: Sequence[int]
+    meter: Meter, work: Work, n_prompts: int, answer: int, decode_widths: Sequence[int]
 ) -> tuple[float, float | None, dict[int, float]]:
     """(prefill tokens a second, examples a second or None without labels, decode tokens a second by width)."""
     meter.warm_up()
     examples = meter.examples_per_s(work, n_prompts) if work.labels else None
     prefill = meter.tokens_per_s(work.prompt, n_prompts)
     # the widest first: each narrower one goes on with some of its sequences
-    decode = {n: meter.decode_tokens_per_s(n) for n in sorted(decode_widths, reverse=True)}
+    decode = {n: meter.decode_tokens_per_s(n, answer) for n in sorted(decode_widths, reverse=True)}
     return prefill, examples, dict(sorted(decode.items()))
 
 
@@ -134,7 +145,7 @@ def main() -> int:
         llama = load(Path(job["gguf"]), LoadOptions(**job["load"]))
         meter = Meter(llama, job["seconds"])
         work = Work(job["prompt_tokens"], job["label_tokens"])
-        prefill, examples, decode = measure(meter, work, job["n_prompts"], job["decode_widths"])
+        prefill, examples, decode = measure(meter, work, job["n_prompts"], job["answer_tokens"], job["decode_widths"])
     except EngineError as error:
         tell(str(error).replace("\n", " "))
         return 1

@@ -10,7 +10,7 @@ import pytest
 
 from convert.cli import build_recipe
 from convert.errors import AdapterInvalid, ConvertError, ImatrixInvalid, RequestInvalid
-from convert.imatrix import Entry, Imatrix, write_imatrix
+from convert.imatrix import IMATRIX_FILE, Entry, Imatrix, write_imatrix
 from convert.inputs import ConvertRequest
 from convert.lora import read_adapter
 from convert.pipeline import convert
@@ -116,6 +116,21 @@ def test_a_recipe_cuts_its_vocabulary_by_its_own_examples(store: Store, recipe: 
     assert stored.manifest is not None
     assert stored.manifest.conversion == Conversion(quantization="F16", trim="data/train.jsonl", keep=KEEP)
     assert stored.manifest.quality[0].what == "as served"
+
+
+def test_whatever_is_cut_the_recipe_says_how_it_is_rounded(store: Store, recipe: Path) -> None:
+    trimming(recipe, quantization="Q4_0")
+    write_imatrix(recipe / "i.gguf", steep())
+    with (recipe / MANIFEST_FILE).open("a") as manifest:
+        manifest.write('imatrix = "i.gguf"\n')
+    for options in ({"whole_vocabulary": True}, {"trim": recipe / "data" / "train.jsonl", "keep": KEEP}):
+        request = dataclasses.replace(ConvertRequest("email-triage", "other", replace=True), **options)
+        stored = convert(request, store, Notes())
+        assert stored.manifest is not None
+        assert stored.manifest.artefacts[0].quantization == "Q4_0"
+        assert stored.manifest.conversion is not None
+        assert stored.manifest.conversion.imatrix == IMATRIX_FILE
+        assert (stored.folder / IMATRIX_FILE).read_bytes() == (recipe / "i.gguf").read_bytes()
 
 
 def steep(layers: int = N_LAYERS) -> Imatrix:

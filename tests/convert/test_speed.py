@@ -67,8 +67,8 @@ def test_rates_are_work_by_time() -> None:
     meter = Meter(llama, 1.0, Clock(llama))
     assert meter.tokens_per_s(50, 4) == pytest.approx(110 / 120)
     assert meter.examples_per_s(Work(50, 5), 4) == pytest.approx(110 / 120 / 55)
-    assert meter.decode_tokens_per_s(4) == pytest.approx(4 / 14)
-    assert meter.decode_tokens_per_s(1) == pytest.approx(1 / 11)
+    assert meter.decode_tokens_per_s(4, 5) == pytest.approx(4 / 14)
+    assert meter.decode_tokens_per_s(1, 5) == pytest.approx(1 / 11)
 
 
 def test_a_measurement_goes_on_until_its_time_is_over_but_not_for_ever() -> None:
@@ -80,8 +80,23 @@ def test_a_measurement_goes_on_until_its_time_is_over_but_not_for_ever() -> None
     before = llama.decodes
     fresh = Meter(llama, 1e9, Clock(llama))
     fresh.warm_up()
-    fresh.decode_tokens_per_s(1)
-    assert llama.decodes - before == 1 + 16
+    fresh.decode_tokens_per_s(1, 5)
+    assert llama.decodes - before == 1 + 32
+
+
+@pytest.mark.parametrize("seconds", [50.0, 400.0])
+def test_a_faster_file_is_not_timed_on_longer_texts(seconds: float) -> None:
+    """A step takes the fake 14 s, so the time is over in the second answer, or in a much later one."""
+    llama = FakeLlama(n_ctx=2048, n_batch=80)
+    meter = Meter(llama, 0.0, Clock(llama))
+    meter.tokens_per_s(20, 4)
+    held, before = llama.sequences, llama.decodes
+    meter._seconds = seconds
+    meter.decode_tokens_per_s(4, 3)
+    written = [batch.positions.tolist() for batch in llama.batches[before:]]
+    assert len(written) == -(-int(seconds) // 14)
+    assert {tuple(positions) for positions in written} == {(20,) * 4, (21,) * 4, (22,) * 4}
+    assert llama.sequences == held, "what was written is gone"
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [(1, 1), (100, 3), (4000, 64), (4096, 2048), (700, 700)])
@@ -96,19 +111,19 @@ def test_every_shape_fits_the_cells(prompt: int, answer: int) -> None:
     meter.tokens_per_s(prompt, how.n_prompts)
     meter._seconds = 1e9
     for width in (16, 8, 1):
-        meter.decode_tokens_per_s(width)
+        meter.decode_tokens_per_s(width, answer)
         assert len(llama.sequences) == width
     assert llama.used_cells <= how.context
 
 
 def test_one_round_measures_all_there_is() -> None:
     llama = FakeLlama(n_ctx=8192)
-    prefill, examples, decode = measure(Meter(llama, 1.0, Clock(llama)), Work(20, 2), 16, (1, 8, 16))
+    prefill, examples, decode = measure(Meter(llama, 1.0, Clock(llama)), Work(20, 2), 16, 3, (1, 8, 16))
     assert prefill > 0
     assert examples is not None
     assert list(decode) == [1, 8, 16]
     assert decode[1] < decode[8] < decode[16]
-    assert measure(Meter(llama, 1.0, Clock(llama)), Work(20, 0), 16, (1,))[1] is None
+    assert measure(Meter(llama, 1.0, Clock(llama)), Work(20, 0), 16, 3, (1,))[1] is None
 
 
 def sample(prefill: float = 100.0, decode: float = 50.0, examples: float | None = None, memory: int = 7) -> Sample:
