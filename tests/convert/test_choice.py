@@ -47,6 +47,9 @@ def test_the_fastest_within_the_budget_is_chosen() -> None:
 def test_a_tie_goes_to_the_smaller_file() -> None:
     choice = choose([F16, made("big", 2.0, 200), made("small", 2.0 * (1 - TIE / 2), 150)], BUDGET)
     assert choice.chosen == "small"
+    assert choice.reason.startswith("the smallest of the fastest within the budget: 1.97 examples/s")
+    assert choice.reason.endswith("from big's 2")
+    assert choose([F16, made("big", 2.0, 200)], BUDGET).reason == "the fastest within the budget: 2 examples/s"
 
 
 @pytest.mark.parametrize(
