@@ -110,7 +110,7 @@ def mixes(*, imatrix: bool) -> tuple[CandidateSpec, ...]:
 
 
 def _layer_mixes(*, imatrix: bool) -> list[CandidateSpec]:
-    """One kind of matrix in 4 bits: what is lost there is lost once a layer, the others keep what they are told.
+    """One kind of the layers' matrices in 4 bits, all else in 8.
 
     Gate and up are half of a layer. Query and output are the wide ones of attention; key and value, which several heads
     share, would save little. With the importance matrix they lose the least for what they save in Gemma 3 270M (KL
