@@ -34,7 +34,7 @@ $(READY): requirements.lock pyproject.toml
 		{ echo "Deskside compiles llama.cpp and found no C++ compiler. Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "==> Making $(VENV)" >&2; $(PYTHON) -m venv $(VENV); }
 	@echo "==> Installing what requirements.lock pins, every file checked by its hash (under a minute)." >&2
-	@echo "    The first time, llama.cpp is compiled for this very processor: about 4 minutes on 2 cores." >&2
+	@echo "    The first time, llama.cpp is compiled for this very processor: about 3 minutes on 2 cores." >&2
 	@$(PIP) --require-hashes -r requirements.lock
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@

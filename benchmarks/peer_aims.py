@@ -3,7 +3,7 @@
 from typing import Literal
 
 from .peer_figures import Figures, Ratio, Row, ratio
-from .peer_servers import BEST
+from .peer_servers import BEST, CHOSEN
 from .peer_tasks import (
     BURST,
     CHAT,
@@ -43,9 +43,9 @@ class Aim(Noun):
 class Cast(Noun):
     """The names of the servers that are compared: all of one column serve the very same file."""
 
-    ours: str = f"{DESKSIDE}, Q8_0"
-    best: str = f"{LLAMA_SERVER} {BEST}, Q8_0"
-    python: str = f"{LLAMA_CPP_SERVER} {BEST}, Q8_0"
+    ours: str = f"{DESKSIDE}, {CHOSEN}"
+    best: str = f"{LLAMA_SERVER} {BEST}, {CHOSEN}"
+    python: str = f"{LLAMA_CPP_SERVER} {BEST}, {CHOSEN}"
     ours_f16: str = f"{DESKSIDE}, F16"
     ours_q4: str = f"{DESKSIDE}, Q4_K_M"
     best_q4: str = f"{LLAMA_SERVER} {BEST}, Q4_K_M"

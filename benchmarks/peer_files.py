@@ -7,14 +7,14 @@ They lie in a store of their own under the comparison's folder, so the user's mo
 
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.store import Store, StoredModel
 
 from .errors import ServerFailed
 from .local import deskside_command
-from .peer_servers import ModelFile, script
+from .peer_servers import CHOSEN, ModelFile, script
 
 RECIPE, BASE = "email-triage", "gemma-3-270m"
 MADE = {"F16": (), "Q4_K_M": ("--whole-vocab",)}
@@ -33,7 +33,8 @@ class Files:
 
 def prepare_files(store: Store, folder: Path, peers_python: Path) -> Files:
     """Find or make the files. Raises ModelNotFound, BadManifest, or ServerFailed when a conversion fails."""
-    tuned, base = model_file(store.get(RECIPE)), model_file(store.get(BASE), "base ")
+    tuned = replace(model_file(store.get(RECIPE)), title=CHOSEN)
+    base = model_file(store.get(BASE), "base ")
     own = Store(folder / "home")
     made = {}
     for kind, options in MADE.items():

@@ -98,7 +98,8 @@ def _notes(run: PeerRun, figures: Figures) -> Iterator[str]:
         "difference is the build. llama_cpp.server and Deskside run the same compiled library"
     )
     for server in {server.name: server for server in run.servers}.values():
-        yield f"{server.name}: {server.settings}; sha256 {server.sha256[:12]}…, {server.size_bytes / 2**20:.0f} MiB"
+        size = f"{server.size_bytes / 2**20:.0f} MiB"
+        yield f"{server.name}: {server.settings}; {server.quantization}, sha256 {server.sha256[:12]}…, {size}"
     yield (
         f"{run.examples}; no mail twice on one server; all is greedy; servers as shipped answer a third of the "
         "requests, once; llama_cpp.server and those with a RAM cache a third of them"

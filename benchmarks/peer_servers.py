@@ -13,6 +13,8 @@ from .peer_record import Server
 from .peer_tasks import DESKSIDE, LLAMA_CPP_SERVER, LLAMA_SERVER
 
 BEST, RAM, SHIPPED = "best", "best with RAM cache", "as shipped"
+# The title of the file that Deskside chose for the fine-tune, in whatever quantization.
+CHOSEN = "chosen"
 LLAMA_SERVER_PROFILES = {BEST: "best", RAM: "ram", SHIPPED: "shipped"}
 LLAMA_SERVER_SETTINGS = {
     BEST: "16 slots, unified KV cache of 32,768 cells, swa-full, continuous batching, prompt cache in the slots, warm",

@@ -14,8 +14,8 @@ from benchmarks.peer_report import render_peers
 from benchmarks.peer_tasks import BURST, CHAT, COMPLETION, CONSTRAINED, DECISIONS, HOP, LABEL, REPLY
 from tests.benchmarks.peer_examples import failed, made, offline, peer_run
 
-OURS, BEST, BEST_BASE = "deskside, Q8_0", "llama-server best, Q8_0", "llama-server best, base Q4_K_M"
-PYTHON, BASE = "llama_cpp.server best, Q8_0", "deskside, base Q4_K_M"
+OURS, BEST, BEST_BASE = "deskside, chosen", "llama-server best, chosen", "llama-server best, base Q4_K_M"
+PYTHON, BASE = "llama_cpp.server best, chosen", "deskside, base Q4_K_M"
 
 
 def aims(run: PeerRun) -> dict[str, Aim]:

@@ -10,6 +10,7 @@ from benchmarks.cli import create_app
 from benchmarks.errors import BadRecord, ServerFailed
 from benchmarks.machine import describe
 from benchmarks.peer_files import prepare_files
+from benchmarks.peer_servers import CHOSEN
 from benchmarks.plan import recipe_file
 from benchmarks.record import save_json
 from benchmarks.trim_record import TrimFile, TrimRun, TrimSettings, load_trim_run, ratios
@@ -160,7 +161,9 @@ def test_the_peers_q4_k_m_is_the_plain_conversion(commands: list[list[str]], tmp
     store = Store(tmp_path / "home")
     for name in ("email-triage", "gemma-3-270m"):
         install(store, name, "Q8_0")
-    prepare_files(store, tmp_path / "peers", Path("python"))
+    files = prepare_files(store, tmp_path / "peers", Path("python"))
     made = {command[command.index("--quant") + 1]: command for command in commands if "--quant" in command}
+    assert files.tuned.title == CHOSEN
+    assert (files.tuned.quantization, files.tuned_q4.title) == ("Q8_0", "Q4_K_M")
     assert "--whole-vocab" in made["Q4_K_M"]
     assert "--whole-vocab" not in made["F16"], "the same model as the one that is served"
