@@ -83,7 +83,7 @@ def _files(settings: TrimSettings, progress: Progress) -> dict[str, tuple[str, b
         if not trimmed:
             file = converted(own, f"{name}-whole", "--quant", kind, "--whole-vocab")
         elif (kind.lower(), keep) == (recipe.conversion.quantization.lower(), recipe.conversion.keep):
-            file = converted(own, f"{name}-recipe-{keep}")  # its importance matrix is used for nothing else
+            file = converted(own, f"{name}-recipe-{keep}")  # the one that is served, rounded by the recipe's matrix
         else:
             file = converted(own, f"{name}-{keep}", "--quant", kind, "--trim-vocab", texts, "--keep", str(keep))
         files[f"{file.quantization}, {'trimmed' if trimmed else 'whole'}"] = (file.quantization, trimmed, file)

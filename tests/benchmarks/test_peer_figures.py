@@ -139,6 +139,7 @@ def test_the_report_shows_every_row_and_aim() -> None:
     text = out.getvalue()
     for piece in (OURS, BEST, "2.00 [2.00, 2.00]", "[1.00, 1.00]", "AVX2 = 1", "--quick", "not measured", "14.29"):
         assert piece in text
+    assert f"{OURS}: 16 slots; Q8_0, sha256 000000000000…, 1 MiB" in text, "the name says no quantization"
 
 
 def test_a_run_is_read_as_it_was_saved(tmp_path: Path) -> None:
