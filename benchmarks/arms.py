@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from models.store import StoredModel
+from models.store.store import StoredModel
 
 from .hosted import load_recording, replaying
 from .local import Running, free_port, serve_command, serving

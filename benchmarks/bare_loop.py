@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from models.manifest import read_manifest
-from models.store import StoredModel
+from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.engine import Engine
 from runtime.engine_options import EngineOptions

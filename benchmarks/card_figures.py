@@ -15,12 +15,12 @@ from pathlib import Path
 
 import tomli_w
 
-from models.card_quality import render_quality
-from models.files import write_atomic
+from models.card.card import render_quality
+from models.common.files import write_atomic
+from models.common.stats import Interval
 from models.manifest import Quality
 from models.quality import read_quality
-from models.stats import Interval
-from models.store import Store
+from models.store.store import Store
 
 from .arms import base_arm, fine_tune_arm
 from .evaluate import (

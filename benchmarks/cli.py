@@ -49,7 +49,7 @@ def bench_command(
     """Measure the local fine-tune, the local base with a few-shot prompt, and a hosted prompt (or its replay)."""
     if context.invoked_subcommand is not None:
         return
-    from models.store import Store
+    from models.store.store import Store
 
     from .cost import check
     from .plan import make_plan
@@ -110,7 +110,7 @@ def eval_command(
     as_json: _Json = False,
 ) -> None:
     """Measure a model's accuracy on labelled examples, each answer kept."""
-    from models.store import Store
+    from models.store.store import Store
 
     from .evaluate import evaluate, score_evaluation
     from .evaluation_settings import make_task

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from gguf.quants import dequantize
 
-from models.files import write_atomic
-from models.gguf_header import Header, TensorInfo, read_header
+from models.common.files import write_atomic
+from models.gguf.header import Header, TensorInfo, read_header
 
 from .convert_vocabulary import read_pieces, write_vocabulary
 from .errors import BadWorkload

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from models.gguf_header import read_header
-from models.store import Store
+from models.gguf.header import read_header
+from models.store.store import Store
 
 from .console import Progress
 from .convert_checkpoint import make_checkpoint

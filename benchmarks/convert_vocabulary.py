@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.gguf_header import Header
+from models.gguf.header import Header
 
 from .errors import BadWorkload
 

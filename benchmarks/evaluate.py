@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from models.files import sha256_file
+from models.common.files import sha256_file
 
 from .arms import ArmPlan
 from .client import OpenAiClient

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field
 
 from models.manifest import Prompt as ManifestPrompt
-from models.store import Store
+from models.store.store import Store
 
 from .arms import base_arm, fine_tune_arm
 from .evaluate import Task

@@ -8,10 +8,11 @@ TTFT   first text chunk - scheduled send, over all repetitions
 from collections.abc import Sequence
 from statistics import median
 
+from models.common.stats import quantile
+
 from .peer_record import BarePass, OfflinePass, Pass, PeerRun
 from .peer_tasks import HOP, REPLY, REPLY_ALONE, REPLY_TOKENS
 from .record import Noun, Sample
-from .stats import quantile
 
 STEP, DECODE = "deskside_step_seconds_total", "deskside_decode_seconds_total"
 

@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from models.store import Store, StoredModel
+from models.store.store import Store, StoredModel
 
 from .errors import ServerFailed
 from .local import deskside_command

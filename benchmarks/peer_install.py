@@ -11,7 +11,7 @@ import venv
 from importlib import metadata, resources
 from pathlib import Path
 
-from models.files import sha256_file
+from models.common.files import sha256_file
 
 from .errors import ServerFailed
 

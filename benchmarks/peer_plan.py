@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from models.store import Store
+from models.store.store import Store
 
 from .local import deskside_command
 from .machine import describe
@@ -20,19 +20,7 @@ from .peer_record import PeerRun
 from .peer_run import Comparison, Progress, Recorder, Slices, Stage, run_stage
 from .peer_servers import BEST, RAM, SHIPPED, ServerPlan, deskside_plan, llama_cpp_plan, llama_server_plan, script
 from .peer_settings import PeerSettings
-from .peer_tasks import (
-    BURST,
-    FEW_SHOT,
-    HOP,
-    LABEL,
-    LABEL_ALONE,
-    REPLY,
-    REPLY_ALONE,
-    Task,
-    deal,
-    long_prompts,
-    tasks,
-)
+from .peer_tasks import BURST, FEW_SHOT, HOP, LABEL, LABEL_ALONE, REPLY, REPLY_ALONE, Task, deal, long_prompts, tasks
 from .plan import recipe_file
 from .workload import Example, Prompt, labels_of, read_examples, read_prompt
 

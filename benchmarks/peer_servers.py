@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from models.gguf_meta import read_meta
+from models.gguf.header import read_meta
 
 from .local import Running, free_port, serve_command, serving
 from .peer_record import Server

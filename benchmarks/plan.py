@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import Field
 
-from models.files import sha256_file
+from models.common.files import sha256_file
 from models.manifest import Prompt as ManifestPrompt
-from models.store import Store
+from models.store.store import Store
 
 from .arms import BASE, FINE_TUNE, HOSTED, ArmPlan, base_arm, fine_tune_arm, hosted_arm, replayed_arm
 from .errors import BadWorkload

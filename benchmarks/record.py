@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from models.files import write_atomic
+from models.common.files import write_atomic
 
 from .errors import BadRecord
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from models.common.stats import NEEDED
+
 from .record import Arm, Level, Run
-from .stats import NEEDED
 
 LOAD_PER_CORE = 0.25
 REUSED_SHARE = 0.5

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.stats import Interval, Paired, compare_paired, wilson
+from models.common.stats import Interval, Paired, compare_paired, wilson
 
 OTHER = "(other)"
 Predictions = Mapping[str, tuple[str, str]]

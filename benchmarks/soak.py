@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from models.store import Store
+from models.store.store import Store
 
 from .local import Running, free_port, serve_command, serving
 from .machine import describe

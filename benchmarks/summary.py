@@ -10,11 +10,10 @@ Pure functions of the recorded run; computing them again from the file gives the
 
 from collections.abc import Sequence
 
-from models.stats import wilson
+from models.common.stats import percentile, quantile, wilson
 
 from .record import Arm, Level, Noun, Run, Sample
 from .scoring import Predictions, compare
-from .stats import percentile, quantile
 
 
 class Spread(Noun):

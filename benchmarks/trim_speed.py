@@ -6,10 +6,10 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from models.gguf_meta import read_meta
+from models.gguf.header import read_meta
 from models.manifest import read_manifest
 from models.quality import read_quality
-from models.store import Store
+from models.store.store import Store
 
 from .console import Progress
 from .errors import BadRecord, ServerFailed

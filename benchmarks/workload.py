@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.chat_records import ChatRecord, read_chat_records
+from models.common.chat_records import ChatRecord, read_chat_records
 from models.errors import BadExamples
 
 from .errors import BadWorkload

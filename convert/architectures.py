@@ -1,10 +1,10 @@
 """The family of a checkpoint that an adapter is merged into, by the architecture its header names."""
 
-from models.gguf_header import Header
+from convert.families.base import Family
+from models.gguf.header import Header
 
 from .errors import ArchitectureUnknown
 from .families import BY_ARCHITECTURE
-from .families.base import Family
 
 
 class Gemma(Family):

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from models.gguf_header import Header
+from models.gguf.header import Header
 from models.quality import Work
 
 from .errors import QuantizationUnknown, RequestInvalid

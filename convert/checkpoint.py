@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from gguf.quants import dequantize
 
-from models.gguf_header import TensorInfo, read_header
+from models.gguf.header import TensorInfo, read_header
 
 from .errors import SourceInvalid
 

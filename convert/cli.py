@@ -11,9 +11,9 @@ from typer.models import OptionInfo
 from models.quality import Work
 
 if TYPE_CHECKING:
-    from models.catalog import CatalogEntry
     from models.manifest import Manifest
-    from models.store import Store, StoredModel
+    from models.store.catalog import CatalogEntry
+    from models.store.store import Store, StoredModel
 
     from .inputs import ConvertRequest
 
@@ -75,7 +75,7 @@ def convert_command(
     With --hot the adapter stays a file of its own, which is applied while the untouched SOURCE is served: nothing of
     the fine-tune is rounded away, and many adapters share one SOURCE in memory.
     """
-    from models.store import Store
+    from models.store.store import Store
 
     from .inputs import ConvertRequest
 
@@ -142,8 +142,9 @@ def _weights(manifest: "Manifest | None") -> tuple[str | None, str | None]:
 
 
 def _run(request: "ConvertRequest", store: "Store") -> "StoredModel":
+    from models.common.console import reporter
+
     from .pipeline import convert
-    from .progress import reporter
 
     report = reporter()
     try:

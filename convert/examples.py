@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.chat_records import ChatRecord
+from models.common.chat_records import ChatRecord
 from models.errors import BadExamples
 
 # With fewer held out than half of this, an interval says nothing.

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from models.common.files import sha256_file
 from models.errors import StoreError
-from models.files import sha256_file
-from models.gguf_fields import MAGIC, Field
-from models.gguf_header import padded
+from models.gguf.fields import MAGIC, Field
+from models.gguf.header import padded
 
 from .errors import VerifyFailed
 

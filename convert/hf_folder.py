@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
 
-from models.gguf_fields import Field
-from models.gguf_header import DEFAULT_ALIGNMENT, Header, TensorInfo
+from convert.families.base import Family, Weight
+from convert.families.names import interleave_halves
+from models.gguf.fields import Field
+from models.gguf.header import DEFAULT_ALIGNMENT, Header, TensorInfo
 
 from .errors import SourceInvalid
-from .families.base import Family, Weight
-from .families.names import interleave_halves
 from .general_name import general_name
 from .hf_folder_card import general_fields
 from .hf_folder_config import FolderConfig, read_config

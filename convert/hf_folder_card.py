@@ -11,7 +11,7 @@ from gguf import GGUFWriter, size_label
 from gguf.constants import GGUFValueType
 from gguf.metadata import Metadata
 
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 
 from .errors import SourceInvalid
 from .hf_folder_config import read_json

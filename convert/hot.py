@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from models.gguf_fields import Field
-from models.gguf_header import DEFAULT_ALIGNMENT, Header
+from models.gguf.fields import Field
+from models.gguf.header import DEFAULT_ALIGNMENT, Header
 from runtime.errors import EngineError
 from runtime.llama import Llama, LoadOptions, load
 from runtime.llama_prefill import last_logits

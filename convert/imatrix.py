@@ -12,8 +12,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from models.errors import BadGguf
-from models.gguf_fields import Field
-from models.gguf_header import DEFAULT_ALIGNMENT, Header, read_header
+from models.gguf.fields import Field
+from models.gguf.header import DEFAULT_ALIGNMENT, Header, read_header
 
 from .child import run_child
 from .errors import ImatrixFailed, ImatrixInvalid

@@ -6,20 +6,20 @@ SOURCE is a recipe of the catalogue (which brings adapter and manifest along), o
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.catalog import CatalogEntry, load_catalog
-from models.chat_records import ChatRecord, read_chat_records
+from models.common.chat_records import ChatRecord, read_chat_records
+from models.common.console import Reporter
+from models.common.files import sha256_file
 from models.errors import HashMismatch
-from models.files import sha256_file
 from models.manifest import MANIFEST_FILE, Base, Conversion, Manifest, read_manifest
 from models.manifest import Adapter as AdapterRecord
 from models.quality import QUALITY_FILE, Budget, Work
-from models.store import Store, check_name
+from models.store.catalog import CatalogEntry, load_catalog
+from models.store.store import Store, check_name
 
 from .errors import AdapterInvalid, RequestInvalid
 from .examples import MAX_LABELS, Split, labels_of, split_examples
 from .lora import Adapter, read_adapter
 from .origin import Origin, find_origin
-from .progress import Reporter
 from .quantize import DEFAULT_QUANTIZATION, spec_named
 from .vocabulary import DEFAULT_KEEP
 

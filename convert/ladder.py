@@ -10,9 +10,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from models.files import check_free, sha256_file
-from models.gguf_header import Header, read_header
-from models.gguf_meta import read_meta
+from models.common.console import Reporter
+from models.common.files import check_free, sha256_file
+from models.common.machine import describe_machine
+from models.gguf.header import Header, read_header, read_meta
 from models.quality import Budget, Candidate, Loss, Quality, Trim
 
 from .candidates import CandidateSpec
@@ -20,10 +21,8 @@ from .choice import REFERENCE, choose
 from .errors import ImatrixInvalid, MeasureFailed, QuantizeFailed
 from .gguf_file import OutTensor
 from .ladder_cache import Cache, digest
-from .machine import describe_machine
 from .measure import NOISE_EXAMPLES, Measured, Reference, compare, noise, rows_bytes, take_reference
 from .measure_tasks import Tasks
-from .progress import Reporter
 from .quantize import Written, disk_need, quantize
 from .speed import Progress, Served, SpeedReport, measure_speeds, served
 from .undone import Nearness, cause, shared_grid, undone

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from models.files import write_atomic
+from models.common.files import write_atomic
 
 T = TypeVar("T")
 

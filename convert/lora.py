@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.files import sha256_file
+from models.common.files import sha256_file
 
 from .errors import AdapterInvalid, SourceInvalid
 from .lora_changes import Lora, ReplaceRows, Saved

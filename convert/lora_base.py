@@ -2,7 +2,7 @@
 
 import re
 
-from models.gguf_header import Header
+from models.gguf.header import Header
 
 from .lora import Adapter
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from models.gguf_header import Header
+from convert.families.base import Family
+from models.gguf.header import Header
 
 from .architectures import family_of
 from .errors import AdapterInvalid
-from .families.base import Family
 from .lora import Adapter
 from .lora_base import base_warning
 from .lora_changes import Add, Change, Lora, Replace, ReplaceRows, Saved

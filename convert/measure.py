@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from models.common.stats import compare_paired
 from models.quality import Answers, Loss, Work
-from models.stats import compare_paired
 
 from .errors import MeasureFailed
 from .measure_loss import STORED, RowLoss, summarise

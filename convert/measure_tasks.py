@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from models.chat_records import ChatRecord
+from models.common.chat_records import ChatRecord
 from models.errors import BadExamples
-from models.gguf_meta import read_meta
+from models.gguf.header import read_meta
 from models.quality import Work
 from runtime.errors import ContextTooLong, RequestError
 from runtime.llama import load_tokenizer

@@ -3,9 +3,10 @@
 import shutil
 from pathlib import Path
 
-from models.chat_records import ChatRecord
-from models.files import sha256_file
-from models.gguf_header import read_header
+from models.common.chat_records import ChatRecord
+from models.common.console import Reporter
+from models.common.files import sha256_file
+from models.gguf.header import read_header
 from models.quality import Quality, Trim
 from runtime.llama import LoadOptions, load, load_tokenizer
 
@@ -16,7 +17,6 @@ from .ladder import LadderInputs, Provenance, run_ladder
 from .ladder_cache import digest
 from .measure_tasks import tasks_of
 from .plan import Plan
-from .progress import Reporter
 from .quantize import spec_named
 from .texts import prompts_of, texts_of
 from .vocabulary import tokenizer_of

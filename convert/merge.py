@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from models.gguf_header import Header, TensorInfo
+from models.gguf.header import Header, TensorInfo
 from runtime.llama_half import to_half
 
 from .errors import SourceInvalid

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
-from models.catalog import load_catalog
-from models.download_checkpoint import fetch_checkpoint
+from models.common.console import Reporter
+from models.common.files import sha256_file
 from models.errors import HashMismatch
-from models.files import sha256_file
-from models.gguf_meta import read_meta
+from models.gguf.header import read_meta
 from models.manifest import MANIFEST_FILE, Base, Manifest
-from models.pull import pull
-from models.sources import parse_repo
-from models.store import Store, StoredModel
+from models.store.catalog import load_catalog
+from models.store.hub import fetch_checkpoint
+from models.store.pull import pull
+from models.store.sources import parse_repo
+from models.store.store import Store, StoredModel
 
 from .errors import RequestInvalid, SourceInvalid
-from .progress import Reporter
 
 # What a folder is known by: the weights, and all that decides what becomes of them.
 _HASHED = (".safetensors", ".json", ".model", ".jinja")

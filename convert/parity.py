@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import BadGguf
-from models.gguf_fields import Field, read_fields
+from models.gguf.fields import Field, read_fields
 from runtime.errors import EngineError, RequestError
 from runtime.llama import load_tokenizer
 from runtime.llama_tokenizer import Tokenizer

@@ -13,16 +13,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from models.card import render_card
-from models.files import check_free, discard, sha256_file, sync, write_atomic
-from models.gguf_header import Header, read_header
+from models.card.card import render_card
+from models.card.plot import PLOT_FILE, render_plot
+from models.common.console import Reporter
+from models.common.files import check_free, discard, sha256_file, sync, write_atomic
+from models.common.machine import give_back_freed
+from models.gguf.header import Header, read_header
 from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
 from models.quality import Quality, read_quality, write_quality
-from models.quality_plot import PLOT_FILE, render_plot
-from models.store import Store, StoredModel
+from models.store.store import Store, StoredModel
 
 from .gguf_file import check_written, write_gguf
-from .heap import give_back_freed
 from .hf_folder import HfFolder
 from .hot import FULL_PRECISION, check_hot, plan_hot, verify_hot
 from .imatrix import IMATRIX_FILE
@@ -30,7 +31,6 @@ from .inputs import ConvertRequest, Inputs, gather
 from .lora_fit import Fitted, fit
 from .measured import choose_by_examples
 from .plan import Plan, base_of, counted, layout_of, plan_file, write_half
-from .progress import Reporter
 from .proof import Proof
 from .quantize import HALF_PRECISION, disk_need, quantize, spec_named
 from .source import Source, open_source

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from models.gguf_fields import Field
-from models.gguf_header import Header
+from models.common.console import Reporter
+from models.gguf.fields import Field
+from models.gguf.header import Header
 
 from .general_name import general_name, name_part
 from .gguf_file import Layout, OutTensor, write_gguf
 from .inputs import Inputs
 from .lora_fit import Fitted, fit
 from .merge import Merged, file_rows, half_precision_kind, merged_header
-from .progress import Reporter
 from .quantize import HALF_PRECISION, QUANTIZATIONS
 from .source import Source
 from .template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat, choose_format

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from models.chat_records import ChatRecord
-from models.gguf_header import Header
+from models.common.chat_records import ChatRecord
+from models.common.console import Reporter
+from models.gguf.header import Header
 
 from .child import Child
 from .errors import TokenizerInvalid, VerifyFailed
 from .gguf_file import write_head
-from .progress import Reporter
 from .texts import messages_of
 
 # What more than these would add is time: each is tokenised twice.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from models.gguf_header import Header, TensorInfo, read_header
+from models.gguf.header import Header, TensorInfo, read_header
 
 from .candidates import CandidateSpec, Tensor, fits, is_matrix, mixes, need_imatrix, plain, resolve
 from .child import run_child

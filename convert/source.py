@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from models.gguf_header import Header, TensorInfo
+from models.gguf.header import Header, TensorInfo
 
 from .checkpoint import Checkpoint
 from .errors import SourceInvalid

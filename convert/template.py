@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from models.gguf_header import Header
+from models.gguf.header import Header
 
 from .errors import TemplateInvalid
 

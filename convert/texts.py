@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from models.chat_records import ChatRecord
+from models.common.chat_records import ChatRecord
 from models.errors import BadExamples
-from models.gguf_header import Header
+from models.gguf.header import Header
 from runtime.errors import RequestError
 from runtime.llama_tokenizer import Tokenizer
 from runtime.prompt import Prompter

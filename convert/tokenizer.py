@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.gguf_fields import Field
+from models.common.machine import many_objects
+from models.gguf.fields import Field
 
 from .errors import TokenizerInvalid
 from .general_name import NAME_THAT_STRIPS
-from .heap import many_objects
 from .template import END_OF_TURN_MARKS, TEMPLATE_FIELD, ChatFormat, folder_format
 from .tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, read_object
 from .tokenizer_json import read_json

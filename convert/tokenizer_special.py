@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 
 from .errors import TokenizerInvalid
 from .tokenizer_files import entries, is_id, part

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from models.gguf_header import Header
+from models.gguf.header import Header
 
 # Kinds whose steps are so fine that a fine-tune survives being rounded to its base's grid (measured: Q8_0).
 FINE_KINDS = frozenset({"F32", "F16", "BF16", "Q8_0"})

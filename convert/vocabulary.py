@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.gguf_fields import Field
-from models.gguf_header import Header
+from models.gguf.fields import Field
+from models.gguf.header import Header
 from runtime.errors import EngineError, RequestError
 from runtime.llama import load_tokenizer
 from runtime.llama_tokenizer import Tokenizer

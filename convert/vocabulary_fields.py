@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from models.gguf_fields import Field
-from models.gguf_header import Header
+from models.gguf.fields import Field
+from models.gguf.header import Header
 
 from .errors import TrimImpossible
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.gguf_header import Header
+from models.gguf.header import Header
 from models.quality import Trim
 from runtime.llama_greedy import greedy_answer
 from runtime.llama_protocol import LlamaLike

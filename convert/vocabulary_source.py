@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from models.gguf_header import Header, TensorInfo
+from models.gguf.header import Header, TensorInfo
 
 from .errors import TrimImpossible
 from .source import Source

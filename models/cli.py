@@ -11,9 +11,9 @@ import typer
 from .errors import BadManifest, HashMismatch, ModelError
 
 if TYPE_CHECKING:
-    from .files import Progress
-    from .pull import Build
-    from .store import Store, StoredModel
+    from models.common.files import Progress
+    from models.store.pull import Build
+    from models.store.store import Store, StoredModel
 
 _NameArgument = Annotated[str, typer.Argument(help="An installed model.", metavar="NAME")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -31,8 +31,8 @@ def create_app() -> typer.Typer:
 
 def list_command(as_json: _Json = False) -> None:
     """List the installed models, and those that `deskside pull` knows by name."""
-    from .catalog import load_catalog
-    from .store import Store
+    from models.store.catalog import load_catalog
+    from models.store.store import Store
 
     store = Store()
     rows = [_row(store, name) for name in store.names()]
@@ -44,8 +44,8 @@ def list_command(as_json: _Json = False) -> None:
 
 def show_command(name: _NameArgument, as_json: _Json = False) -> None:
     """Show a model's card: what it is, how to ask it, licence, files and measured quality."""
-    from .card import render_card
-    from .store import Store
+    from models.card.card import render_card
+    from models.store.store import Store
 
     stored = Store().resolve(name)
     if as_json:
@@ -63,7 +63,7 @@ def verify_command(
     ] = None,
 ) -> None:
     """Read models again and compare every file with its sha256."""
-    from .store import Store
+    from models.store.store import Store
 
     store = Store()
     failures: list[ModelError] = []
@@ -81,7 +81,7 @@ def verify_command(
 
 def remove_command(name: _NameArgument) -> None:
     """Delete an installed model."""
-    from .store import Store
+    from models.store.store import Store
 
     Store().remove(name)
     typer.echo(f"{name}: removed", err=True)
@@ -98,8 +98,8 @@ def pull_command(
 
     The front door declares the options and gives `build`, since models converts nothing.
     """
-    from .pull import pull
-    from .store import Store
+    from models.store.pull import pull
+    from models.store.store import Store
 
     with _progress(f"pull {model}") as progress:
         stored = pull(model, Store(), progress=progress, name=name, build=build)

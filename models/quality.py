@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.common.files import write_atomic
+
 from .errors import BadManifest
-from .files import write_atomic
 
 QUALITY_FILE = "quality.json"
 

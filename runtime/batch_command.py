@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.store import Store
+from models.store.store import Store
 
 from .batch import BatchCounts, BatchFiles, BatchJob, BatchRun, open_files
 from .batch_answerer import EngineAnswerer, queue_for

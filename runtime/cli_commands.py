@@ -72,7 +72,7 @@ def chat_command(
 
 def doctor_command(as_json: Json = False) -> None:
     """Say what this machine has, what is installed, and what is missing, with the command that fixes it."""
-    from models.store import Store
+    from models.store.store import Store
 
     from .doctor import examine
     from .doctor_report import print_report

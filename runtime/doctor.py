@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ModelError
-from models.store import Store, StoredModel
+from models.store.store import Store, StoredModel
 
 from .config import physical_cores
 

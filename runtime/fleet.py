@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.store import StoredModel
+from models.store.store import StoredModel
 
 from .errors import EngineDown, EngineError, LoadFailed, ModelUnknown, NoRoom, Overloaded, ShuttingDown
 from .fleet_budget import Budget

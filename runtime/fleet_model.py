@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from models.gguf_meta import GgufMeta
-from models.store import StoredModel
+from models.gguf.header import GgufMeta
+from models.store.store import StoredModel
 
 from .errors import EngineError
 from .llama_protocol import ModelInfo

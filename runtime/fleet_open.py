@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from models.gguf_meta import read_meta
-from models.store import Store, StoredModel
+from models.gguf.header import read_meta
+from models.store.store import Store, StoredModel
 
 from .config import RuntimeConfig
 from .engine_options import EngineOptions

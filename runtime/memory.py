@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.gguf_meta import GgufMeta
+from models.gguf.header import GgufMeta
 
 # Left to the rest of the machine when the budget is found out.
 USABLE_SHARE = 0.9

@@ -11,7 +11,7 @@ from types import FrameType
 
 import uvicorn
 
-from models.store import Store
+from models.store.store import Store
 
 from .config import RuntimeConfig
 from .errors import EngineDown, LoadFailed

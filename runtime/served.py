@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.manifest import Manifest
-from models.store import Store, StoredModel
+from models.store.store import Store, StoredModel
 
 from .config import RuntimeConfig, physical_cores
 from .constrain import LlGuidance

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.common.files import sha256_file
 from models.errors import BadManifest, HashMismatch
-from models.files import sha256_file
-from models.gguf_meta import read_meta
+from models.gguf.header import read_meta
 from models.manifest import Manifest
-from models.store import Store, StoredModel
+from models.store.store import Store, StoredModel
 
 from .errors import LoadFailed
 

@@ -13,7 +13,7 @@ import openai
 import uvicorn
 
 from models.manifest import Manifest
-from models.store import StoredModel
+from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.constrain import LlGuidance
 from runtime.engine import Engine
@@ -30,7 +30,8 @@ from runtime.server import create_app
 from runtime.worker import Worker
 from runtime.worker_host import EngineHost
 from runtime.worker_stream import Stream
-from tests.fakes import FakeLlama
+
+from .fakes import FakeLlama
 
 # Bounds a hang; no verdict depends on it.
 PATIENCE_S = 120.0

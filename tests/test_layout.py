@@ -66,7 +66,7 @@ DOORS = {
     "sentencepiece": {"convert.parity_reference"},
     "fastapi": {"runtime.server"},
     "starlette": {"runtime.server"},
-    "huggingface_hub": {"models.download"},
+    "huggingface_hub": {"models.store.hub"},
     "genai_prices": {"benchmarks.cost"},
     "yaml": {"convert.hf_folder_card"},
     "torch": {"models.email_triage"},

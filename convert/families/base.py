@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 
 from .config import MAX_CONTEXT, Config, Sizes, read_sizes
 from .names import Names

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 
 from .config import Config
 from .gemma2 import GEMMA_NORMS, Gemma

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 
 from .base import Family
 from .config import Config

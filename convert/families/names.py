@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from models.gguf_header import Header
+from models.gguf.header import Header
 
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.([a-z_.]+)")
 

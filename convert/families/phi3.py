@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 
 from .base import Family, window_warning
 from .config import MAX_CONTEXT, Config, is_number

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from models.gguf_fields import Field
+from convert.errors import SourceInvalid
+from models.gguf.fields import Field
 
-from ..errors import SourceInvalid
 from .config import MAX_CONTEXT, Config, is_number
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 
 from .base import Family, Weight
 from .config import MAX_CONTEXT, Config, Sizes

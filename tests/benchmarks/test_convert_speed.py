@@ -14,7 +14,7 @@ from benchmarks.convert_vocabulary import USER_DEFINED, read_pieces, write_vocab
 from benchmarks.errors import BadWorkload
 from benchmarks.machine import describe
 from convert.source import open_source
-from models.gguf_header import read_header
+from models.gguf.header import read_header
 from tests.convert.tiny import TOKENS, weights, write_model
 
 MIB = 1 << 20

@@ -10,8 +10,8 @@ from benchmarks.client import OpenAiClient
 from benchmarks.errors import BadWorkload
 from benchmarks.hosted import Recording, load_recording, replaying
 from benchmarks.record import Sample
-from benchmarks.stats import quantile
 from benchmarks.workload import Example
+from models.common.stats import quantile
 
 FAST = Recording("t", "m", "h", 100, ((0.5, 1.0), (0.9, 2.0), (0.99, 3.0)), "w", "s", "d")
 

@@ -14,9 +14,9 @@ from benchmarks.peer_servers import CHOSEN
 from benchmarks.plan import recipe_file
 from benchmarks.record import save_json
 from benchmarks.trim_record import TrimFile, TrimRun, TrimSettings, load_trim_run, ratios
-from models.files import sha256_file
+from models.common.files import sha256_file
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest, read_manifest
-from models.store import Store
+from models.store.store import Store
 from tests.convert.tiny import write_model
 
 _CONVERSION = read_manifest(recipe_file()).conversion

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from convert.hf_folder import HfFolder
-from models.gguf_fields import Field
-from tests.convert.tiny import grid, safetensors_bytes
+from models.gguf.fields import Field
+
+from .tiny import grid, safetensors_bytes
 
 N_EMBD, N_FF, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM, N_VOCAB = 64, 96, 2, 4, 2, 16, 72
 _SIZES: Mapping[str, Any] = {

@@ -9,7 +9,7 @@ from convert.candidates import LAYERS, VOCABULARY, CandidateSpec, TypeOverride, 
 from convert.errors import QuantizationUnknown, RequestInvalid
 from convert.gguf_file import OutTensor
 from convert.quantize import QUANTIZATIONS
-from models.gguf_header import Header, TensorInfo
+from models.gguf.header import Header, TensorInfo
 from models.quality import Work
 
 Kind = gguf.GGMLQuantizationType

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from convert.cli import build_recipe
-from convert.progress import BarReporter, LineReporter, reporter
 from convert.quantize import DEFAULT_QUANTIZATION, QUANTIZATIONS
-from models.catalog import load_catalog
-from models.store import Store
+from models.common.console import BarReporter, LineReporter, reporter
+from models.store.catalog import load_catalog
+from models.store.store import Store
 from runtime.cli import main
-from tests.convert.tiny import write_adapter, write_model
+
+from .tiny import write_adapter, write_model
 
 
 @pytest.fixture

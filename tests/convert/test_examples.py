@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.examples import MAX_LABELS, MIN_EXAMPLES, labels_of, split_examples
-from models.chat_records import ChatRecord, Message
+from models.common.chat_records import ChatRecord, Message
 from models.errors import BadExamples
 
 

@@ -15,16 +15,17 @@ from convert.hot import verify_hot
 from convert.inputs import ConvertRequest
 from convert.pipeline import convert
 from convert.template import ChatFormat
-from models.catalog import CatalogEntry
+from models.common.files import sha256_file
 from models.errors import StoreError
-from models.files import sha256_file
 from models.manifest import MANIFEST_FILE, Base, Manifest, dump_manifest
 from models.manifest import Adapter as AdapterRecord
-from models.store import Store
+from models.store.catalog import CatalogEntry
+from models.store.store import Store
 from runtime.llama import LoadOptions, load
 from runtime.llama_prefill import last_logits
-from tests.convert.test_pipeline import Notes, files_under
-from tests.convert.tiny import MODULES, N_LAYERS, adapter_tensors, write_adapter, write_model
+
+from .test_pipeline import Notes, files_under
+from .tiny import MODULES, N_LAYERS, adapter_tensors, write_adapter, write_model
 
 PREFIX = "base_model.model.model."
 TEXT = [2, 263, 264, 265, 265, 266, 100, 50, 7, 200]

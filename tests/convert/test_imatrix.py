@@ -13,9 +13,10 @@ from convert.errors import ImatrixFailed, ImatrixInvalid
 from convert.imatrix import Entry, Imatrix, collect, read_imatrix, write_imatrix
 from convert.imatrix_collect import cut
 from models.errors import BadGguf
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 from runtime.llama import load_tokenizer
-from tests.convert.tiny import N_EMBD, TOKENS, weights, write_model
+
+from .tiny import N_EMBD, TOKENS, weights, write_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CHUNK = 64

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from models.store import Store
-from tests.convert.tiny import write_adapter, write_model
+from models.store.store import Store
+
+from .tiny import write_adapter, write_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,8 +19,8 @@ import sys
 from pathlib import Path
 from convert.inputs import ConvertRequest
 from convert.pipeline import convert
-from convert.progress import LineReporter
-from models.store import Store
+from models.common.console import LineReporter
+from models.store.store import Store
 
 class Waiting(LineReporter):
     def stage(self, name, total=None):

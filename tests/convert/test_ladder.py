@@ -17,9 +17,10 @@ from convert.measure_tasks import Task, Tasks
 from convert.quantize import Written
 from convert.speed import Progress, Served, SpeedReport
 from models.errors import StoreError
-from models.gguf_header import read_header
+from models.gguf.header import read_header
 from models.quality import Answers, Loss, Speed
-from tests.convert.tiny import TOKENS, write_model
+
+from .tiny import TOKENS, write_model
 
 TASKS = Tasks(
     "classify",

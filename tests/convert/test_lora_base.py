@@ -6,8 +6,8 @@ import pytest
 
 from convert.lora import Adapter
 from convert.lora_base import base_warning
-from models.gguf_fields import Field
-from models.gguf_header import Header
+from models.gguf.fields import Field
+from models.gguf.header import Header
 
 
 def warning(adapter_base: str, file: str, general_name: str | None = None) -> str | None:

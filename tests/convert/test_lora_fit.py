@@ -18,9 +18,10 @@ from convert.lora import read_adapter
 from convert.lora_changes import Add, Lora, Replace, ReplaceRows
 from convert.lora_fit import Fitted, fit
 from convert.merge import Merged
-from models.gguf_fields import Field
-from models.gguf_header import Header, read_header
-from tests.convert.tiny import N_HEADS, N_KV_HEADS, TOKENS, adapter_tensors, grid, weights, write_adapter, write_model
+from models.gguf.fields import Field
+from models.gguf.header import Header, read_header
+
+from .tiny import N_HEADS, N_KV_HEADS, TOKENS, adapter_tensors, grid, weights, write_adapter, write_model
 
 STEM = "base_model.model."
 EMBEDDING, HEAD, NORM = f"{STEM}model.embed_tokens", f"{STEM}lm_head", f"{STEM}model.norm.weight"

@@ -16,9 +16,10 @@ from convert.measure_loss import RowFile
 from convert.measure_pass import Answer
 from convert.measure_rows import plan_rows
 from convert.measure_tasks import Task, Tasks, tasks_of
-from models.chat_records import ChatRecord, Message
-from tests.convert import tiny
-from tests.convert.tiny import END, TOKENS, write_model
+from models.common.chat_records import ChatRecord, Message
+
+from . import tiny
+from .tiny import END, TOKENS, write_model
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}{{ message['content'] }}"

@@ -13,7 +13,7 @@ from convert.examples import MIN_EXAMPLES
 from convert.measure_pass import MAX_TOGETHER, Answer, cells_needed, run_pass
 from convert.measure_rows import Row, even_share, plan_rows, rows_in_common, spread
 from convert.measure_tasks import MAX_WRITTEN, Asking, Tasks, make_tasks
-from models.chat_records import ChatRecord, Message
+from models.common.chat_records import ChatRecord, Message
 from models.errors import BadExamples
 from models.quality import Work
 from runtime.errors import DecodeFailed

@@ -17,17 +17,9 @@ from convert.gguf_file import Layout, OutTensor, check_written, write_gguf
 from convert.lora import read_adapter
 from convert.lora_fit import Fitted, fit
 from convert.merge import Merged, file_rows, half_precision_kind
-from models.gguf_fields import Field
-from tests.convert.tiny import (
-    MODULES,
-    N_HEADS,
-    N_KV_HEADS,
-    adapter_tensors,
-    hash_tensors,
-    weights,
-    write_adapter,
-    write_model,
-)
+from models.gguf.fields import Field
+
+from .tiny import MODULES, N_HEADS, N_KV_HEADS, adapter_tensors, hash_tensors, weights, write_adapter, write_model
 
 F16, F32, Q8_0 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 

@@ -7,11 +7,12 @@ import pytest
 from convert.errors import RequestInvalid
 from convert.origin import find_origin, folder_digest
 from models.errors import ModelNotFound
-from models.sources import HubRepo
-from models.store import Store
-from tests.convert.hf_tiny import write_folder, write_shards
-from tests.convert.test_pipeline import Notes
-from tests.convert.tiny import write_model
+from models.store.sources import HubRepo
+from models.store.store import Store
+
+from .hf_tiny import write_folder, write_shards
+from .test_pipeline import Notes
+from .tiny import write_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

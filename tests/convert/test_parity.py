@@ -15,7 +15,7 @@ from convert.parity_template import check_template
 from convert.template import TEMPLATE_FIELD
 from convert.tokenizer import read_vocabulary
 from convert.torture import CONVERSATIONS, TEXTS
-from models.gguf_fields import Field, read_fields
+from models.gguf.fields import Field, read_fields
 
 from . import tiny_tokenizers as tiny
 

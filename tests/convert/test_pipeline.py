@@ -21,13 +21,14 @@ from convert.errors import (
 )
 from convert.inputs import ConvertRequest
 from convert.pipeline import convert
+from models.common.files import sha256_file
 from models.errors import BadGguf, ModelError, ModelNotFound, StoreError
-from models.files import sha256_file
 from models.manifest import Adapter as AdapterRecord
 from models.manifest import Base, Manifest, dump_manifest
-from models.store import Store
-from tests.convert.tiny import END, adapter_tensors, write_adapter, write_model
-from tests.gguf_heads import head
+from models.store.store import Store
+from tests.support.models.gguf_heads import head
+
+from .tiny import END, adapter_tensors, write_adapter, write_model
 
 
 class Notes:

@@ -16,16 +16,17 @@ from convert.ladder import Tools
 from convert.pipeline import RESULTS, convert
 from convert.quantize import quantize, spec_named
 from convert.speed import measure_speeds
+from models.common.files import sha256_file
 from models.errors import BadExamples, StoreError
-from models.files import sha256_file
-from models.gguf_header import read_header
+from models.gguf.header import read_header
 from models.quality import read_quality
-from models.store import Store
+from models.store.store import Store
 from runtime.llama import load_tokenizer
-from tests.convert.hf_tiny import weights, write_folder
-from tests.convert.test_pipeline import Notes, files_under
-from tests.convert.tiny import grid
-from tests.convert.tiny_tokenizers import QWEN2, byte_level, edit, save, sentence_bpe
+
+from .hf_tiny import weights, write_folder
+from .test_pipeline import Notes, files_under
+from .tiny import grid
+from .tiny_tokenizers import QWEN2, byte_level, edit, save, sentence_bpe
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -230,7 +231,7 @@ def test_a_disk_that_is_too_small_is_found_first(
     store: Store, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1 << 20})
-    monkeypatch.setattr("models.files.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("models.common.files.shutil.disk_usage", lambda _: usage)
     notes = Notes()
     with pytest.raises(StoreError, match="bytes are needed"):
         convert(ConvertRequest(str(checkpoint), "tiny"), store, notes)

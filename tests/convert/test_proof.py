@@ -11,11 +11,12 @@ import pytest
 from convert.errors import TokenizerInvalid, VerifyFailed
 from convert.proof import Proof
 from convert.source import open_source
-from models.chat_records import read_chat_records
-from models.gguf_header import Header
-from tests.convert.test_pipeline import Notes
-from tests.convert.test_pipeline_folder import checkpoint, examples
-from tests.convert.tiny_tokenizers import QWEN2, byte_level, save
+from models.common.chat_records import read_chat_records
+from models.gguf.header import Header
+
+from .test_pipeline import Notes
+from .test_pipeline_folder import checkpoint, examples
+from .tiny_tokenizers import QWEN2, byte_level, save
 
 __all__ = ["checkpoint", "examples"]
 

@@ -14,9 +14,10 @@ from convert.gguf_file import OutTensor
 from convert.imatrix import Entry, Imatrix, collect, read_imatrix, write_imatrix
 from convert.quantize import QUANTIZATIONS, disk_need, quantize, spec_named
 from models.errors import BadGguf
-from models.gguf_header import Header, read_header
+from models.gguf.header import Header, read_header
 from models.quality import Work
-from tests.convert.tiny import hash_tensors, write_model
+
+from .tiny import hash_tensors, write_model
 
 Kind = gguf.GGMLQuantizationType
 FFN_UP = r"ffn_up\.weight$"

@@ -10,9 +10,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from convert.errors import TemplateInvalid
 from convert.template import choose_format, folder_format
-from models.gguf_fields import Field
-from models.gguf_header import Header, read_header
-from tests.convert.tiny import END, write_model
+from models.gguf.fields import Field
+from models.gguf.header import Header, read_header
+
+from .tiny import END, write_model
 
 
 @pytest.fixture(scope="module")

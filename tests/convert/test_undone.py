@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.undone import Nearness, cause, shared_grid, undone
-from models.gguf_header import read_header
-from tests.convert.tiny import write_model
+from models.gguf.header import read_header
+
+from .tiny import write_model
 
 
 def test_nearer_the_base_by_distribution() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from convert.errors import RequestInvalid, TrimImpossible
 from convert.vocabulary import TrimPlan, plan_trim, tokenizer_of
 from convert.vocabulary_fields import KEPT_FIELD, kept_ids
-from models.gguf_fields import Field
-from models.gguf_header import Header
+from models.gguf.fields import Field
+from models.gguf.header import Header
 
 from .vocabularies import (
     BYTES,

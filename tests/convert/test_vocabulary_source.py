@@ -16,7 +16,7 @@ from convert.source import Source
 from convert.vocabulary import TrimPlan, plan_trim
 from convert.vocabulary_fields import kept_ids
 from convert.vocabulary_source import TrimmedSource
-from models.gguf_header import Header, TensorInfo, read_header
+from models.gguf.header import Header, TensorInfo, read_header
 from runtime.llama import LoadOptions, load
 from runtime.llama_prefill import last_logits
 

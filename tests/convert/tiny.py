@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from gguf.quants import quantize
 
-from models.gguf_header import read_header
+from models.gguf.header import read_header
 
 N_EMBD, N_FF, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM = 64, 96, 2, 2, 1, 32
 SHAPES = {

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from convert.gguf_file import Layout, write_gguf
 from convert.tokenizer import Vocabulary, read_vocabulary
 from convert.torture import TEXTS
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from models.gguf_fields import Field
-from models.gguf_header import Header
+from models.gguf.fields import Field
+from models.gguf.header import Header
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE, NORMAL = 2, 3, 4, 5, 6, 1
 SPECIAL = (b"<unk>", b"<s>", b"</s>")

@@ -7,9 +7,9 @@ import pytest
 
 from convert.inputs import ConvertRequest
 from convert.pipeline import convert
-from convert.progress import LineReporter
+from models.common.console import LineReporter
 from models.errors import ModelError
-from models.store import Store, StoredModel
+from models.store.store import Store, StoredModel
 from runtime.llama import Llama, LoadOptions, load
 
 ADAPTER = Path(__file__).parents[2] / "models" / "email_triage" / "adapter"

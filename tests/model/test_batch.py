@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from models.store import StoredModel
+from models.store.store import StoredModel
 
 ROOT = Path(__file__).parents[2]
 MAILS = 24

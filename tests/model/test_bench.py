@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from models.store import StoredModel
+from models.store.store import StoredModel
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 300

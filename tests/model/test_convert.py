@@ -11,9 +11,9 @@ from gguf.quants import dequantize
 from convert.errors import AdapterInvalid
 from convert.inputs import ConvertRequest
 from convert.pipeline import convert
-from convert.progress import LineReporter
-from models.gguf_header import read_header
-from models.store import Store, StoredModel
+from models.common.console import LineReporter
+from models.gguf.header import read_header
+from models.store.store import Store, StoredModel
 from runtime.llama import Llama, LoadOptions, load
 from runtime.llama_prefill import last_logits
 from runtime.prompt import Prompter

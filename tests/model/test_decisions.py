@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.store import StoredModel
+from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.intake import fold, prepare
 from runtime.intake_decisions import fold_decision, prepare_decision

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from models.manifest import read_manifest
-from models.store import StoredModel
+from models.store.store import StoredModel
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "models" / "email_triage"

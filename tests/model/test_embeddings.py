@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from llama_cpp import llama_cpp
 
-from models.store import StoredModel
+from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.intake import fold, prepare
 from runtime.intake_embeddings import fold_embedding, prepare_embedding

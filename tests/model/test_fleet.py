@@ -11,12 +11,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from models.files import sha256_file
+from models.common.files import sha256_file
 from models.manifest import MANIFEST_FILE, Artefact, Base, Manifest, dump_manifest
-from models.store import Store, StoredModel
+from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
 from runtime.fleet_open import open_fleet
-from tests.model.lora_gguf import write_adapter
+
+from .lora_gguf import write_adapter
 
 pytestmark = pytest.mark.model
 

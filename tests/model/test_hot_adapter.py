@@ -10,12 +10,13 @@ import pytest
 
 from convert.inputs import ConvertRequest
 from convert.pipeline import convert
-from convert.progress import LineReporter
-from models.store import Store, StoredModel
+from models.common.console import LineReporter
+from models.store.store import Store, StoredModel
 from runtime.llama import Llama, LoadOptions, load
 from runtime.llama_prefill import last_logits
 from runtime.prompt import Prompter
-from tests.model.test_embeddings import batch
+
+from .test_embeddings import batch
 
 pytestmark = pytest.mark.model
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from convert.imatrix import collect
-from models.gguf_header import read_header
-from models.store import StoredModel
+from models.gguf.header import read_header
+from models.store.store import StoredModel
 from runtime.llama import load_tokenizer
 
 pytestmark = pytest.mark.model

@@ -7,8 +7,8 @@ import pytest
 from convert.examples import labels_of, split_examples
 from convert.measure import Reference, compare, take_reference
 from convert.measure_tasks import tasks_of
-from models.chat_records import read_chat_records
-from models.store import StoredModel
+from models.common.chat_records import read_chat_records
+from models.store.store import StoredModel
 
 pytestmark = pytest.mark.model
 

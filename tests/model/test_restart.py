@@ -13,13 +13,14 @@ import httpx
 import openai
 import pytest
 
-from models.store import StoredModel
+from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.served import load_model
 from tests.engine_process import alive
-from tests.model.test_server import CHAT, Server, endless, mails, serve
 from tests.serving import wait_until
+
+from .test_server import CHAT, Server, endless, mails, serve
 
 pytestmark = pytest.mark.model
 

@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from models.store import StoredModel
+from models.store.store import StoredModel
 from tests.serving import wait_until
 
 pytestmark = pytest.mark.model

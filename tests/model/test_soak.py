@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.store import StoredModel
+from models.store.store import StoredModel
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 300

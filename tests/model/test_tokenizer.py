@@ -9,7 +9,7 @@ import pytest
 from convert.parity import check_tokenizer, open_pair
 from convert.tokenizer import read_vocabulary
 from convert.tokenizer_pieces import Kind
-from models.gguf_fields import read_fields
+from models.gguf.fields import read_fields
 from tests.convert.tiny_tokenizers import vocabulary_gguf
 
 pytestmark = pytest.mark.model

@@ -17,12 +17,12 @@ from convert.inputs import ConvertRequest
 from convert.ladder import LadderInputs, Provenance, Tools, run_ladder
 from convert.measure_tasks import tasks_of
 from convert.pipeline import convert
-from convert.progress import LineReporter
 from convert.speed import Progress, Served, SpeedReport
-from models.chat_records import read_chat_records
+from models.common.chat_records import read_chat_records
+from models.common.console import LineReporter
 from models.manifest import read_manifest
 from models.quality import Candidate, Quality
-from models.store import Store
+from models.store.store import Store
 
 HOME = Path(__file__).parents[2] / "models" / "email_triage"
 MAILS = HOME / "data" / "validation.jsonl.gz"

@@ -16,7 +16,7 @@ from convert.checkpoint import Checkpoint
 from convert.vocabulary import TrimPlan, plan_trim, tokenizer_of
 from convert.vocabulary_report import coverage
 from convert.vocabulary_source import TrimmedSource
-from models.gguf_header import Header, read_header
+from models.gguf.header import Header, read_header
 from runtime.llama_tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model

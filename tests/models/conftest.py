@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from models.store import Store
-from tests.models.hub import Hub, serving
+from models.store.store import Store
+from tests.support.models.hub import Hub, serving
 
 
 @pytest.fixture

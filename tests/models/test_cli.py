@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 from models.cli import create_app, pull_command
 from models.errors import HashMismatch, ModelNotFound
 from models.manifest import Adapter, Base, dump_manifest
-from models.store import Store
-from tests.models.build import CONTENT, artefact, fill, manifest
-from tests.models.hub import FILE, REPO, Hub
+from models.store.store import Store
+from tests.support.models.build import CONTENT, artefact, fill, manifest
+from tests.support.models.hub import FILE, REPO, Hub
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 
 _UNKNOWN, _NORMAL = 2, 1
 Fields = Mapping[str, Field]

@@ -10,8 +10,8 @@ from gguf.constants import GGMLQuantizationType
 from convert.gguf_file import Layout, OutTensor, write_gguf
 from convert.merge import file_rows, half_precision_kind
 from convert.source import Source, open_source
-from models.gguf_fields import Field
-from models.gguf_header import TensorInfo, read_header
+from models.gguf.fields import Field
+from models.gguf.header import TensorInfo, read_header
 
 Kind = Literal["f16", "f32"]
 _FILE_TYPES = {"f32": 0, "f16": 1}

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.gguf_fields import read_fields
-from tests.oracle.allowances import allowed
-from tests.oracle.conftest import ToGguf
-from tests.oracle.decoding import all_logits, encode
-from tests.oracle.families import BY_NAME, CASES
-from tests.oracle.ours import Kind, read_tensors, spelled
+from models.gguf.fields import read_fields
+
+from .allowances import allowed
+from .conftest import ToGguf
+from .decoding import all_logits, encode
+from .families import BY_NAME, CASES
+from .ours import Kind, read_tensors, spelled
 
 pytestmark = pytest.mark.oracle
 

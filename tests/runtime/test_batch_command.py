@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models.manifest import Base
-from models.store import Store, StoredModel
+from models.store.store import Store, StoredModel
 from runtime import batch_command
 from runtime.cli import main
 from runtime.config import RuntimeConfig
@@ -24,8 +24,9 @@ from runtime.sequence import Batch
 from runtime.served import ServedModel
 from runtime.worker import Worker
 from tests.fakes import FAKE_TEMPLATE, FakeLlama
-from tests.gguf_heads import LORA, head
-from tests.runtime.test_served_names import GGUF, install, sha
+from tests.support.models.gguf_heads import LORA, head
+
+from .test_served_names import GGUF, install, sha
 
 Run = Callable[..., int]
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest
-from models.store import Store
+from models.store.store import Store
 from runtime import doctor
 from runtime.cli import main
 from runtime.doctor import DEFAULT_MODEL, Report, examine, human_bytes

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from models.gguf_meta import GgufMeta, Value
+from models.gguf.header import GgufMeta, Value
 from runtime import memory
 from runtime.memory import OVERHEAD_BYTES, USABLE_SHARE, machine_budget, model_need
-from tests.gguf_heads import GEMMA
+from tests.support.models.gguf_heads import GEMMA
 
 GIB = 1 << 30
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from models.manifest import Artefact, Base, Manifest
-from models.store import StoredModel
+from models.store.store import StoredModel
 from runtime import served
 from runtime.config import RuntimeConfig
 from runtime.errors import ContextTooLong, LoadFailed

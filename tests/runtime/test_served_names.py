@@ -8,13 +8,13 @@ import pytest
 
 from models.errors import BadManifest, HashMismatch, ModelNotFound
 from models.manifest import MANIFEST_FILE, Adapter, Artefact, Base, Manifest, dump_manifest
-from models.store import Store
+from models.store.store import Store
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.fleet_open import open_fleet
 from runtime.served import load_model
 from runtime.served_names import find
-from tests.gguf_heads import GEMMA, LORA, head
+from tests.support.models.gguf_heads import GEMMA, LORA, head
 
 GGUF = head(GEMMA)
 LORA_GGUF = head({**LORA, "tokenizer.chat_template": "{{ messages }}"})

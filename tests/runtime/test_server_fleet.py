@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from models.manifest import Artefact, Base, Manifest
-from models.store import StoredModel
+from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.sequence import Request, Scoring
@@ -20,8 +20,9 @@ from runtime.serve import describe
 from runtime.served_names import Wanted
 from tests.connection import asked
 from tests.fakes import FakeLlama
-from tests.runtime.test_fleet import Barrier
 from tests.serving import PATIENCE_S, Gate, Running, Toys, serving_toys, wait_until
+
+from .test_fleet import Barrier
 
 CHAT = "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]

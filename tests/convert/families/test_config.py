@@ -11,7 +11,7 @@ from convert.errors import SourceInvalid
 from convert.families import BY_CLASS
 from convert.families.config import Config
 from convert.hf_folder import HfFolder
-from models.gguf_fields import Field
+from models.gguf.fields import Field
 from tests.convert.hf_tiny import CLASSES, config, open_tiny, write_folder
 
 

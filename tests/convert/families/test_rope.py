@@ -10,9 +10,10 @@ import pytest
 from convert.errors import SourceInvalid
 from convert.families import BY_CLASS
 from convert.families.config import Config
-from models.gguf_fields import Field
-from tests.convert.families.test_config import fields
+from models.gguf.fields import Field
 from tests.convert.hf_tiny import CLASSES, CONFIGS, config
+
+from .test_config import fields
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 

@@ -1,0 +1,276 @@
+"""A model's README.md: everything its manifest knows, for people. Pure; says "not measured" where nothing was."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from models.manifest import Artefact, Manifest
+from models.manifest import Quality as Accuracy
+from models.quality import Answers, Candidate, Loss, Quality, Shape, Speed, Trim
+
+from .plot import PLOT_FILE
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; bars and line breaks in a cell stay in it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+_NOTHING = "–"
+_LOSS_HEAD = (
+    *("File", "Size", "KL mean", "KL 99 %", "Top-1 agreement", "Perplexity ratio"),
+    *("Accuracy", "Difference, 95 % interval", "Answers changed", "Verdict"),
+)
+
+
+def render_quality(quality: Quality) -> str:
+    """The card's section about the choice, without its heading. Says what was not measured."""
+    parts = [
+        _summary(quality),
+        f"![Speed, loss and size of each file]({PLOT_FILE})" if _has_plot(quality) else "",
+        table(_LOSS_HEAD, _loss_rows(quality)),
+        _speed_table(quality),
+        "\n".join(_reasons(quality.candidates)),
+        _trimmed(quality.trim) if quality.trim is not None else "",
+        _how(quality),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _summary(quality: Quality) -> str:
+    chosen = next(one for one in quality.candidates if one.name == quality.chosen)
+    work = {"classify": "classifying", "write": "writing"}[quality.work]
+    if quality.overruled:
+        return f"**{chosen.name} was asked for by name; the choice was overruled.** {_sentence(chosen.reason)}"
+    return f"**{chosen.name} was chosen for {work}**: {_sentence(chosen.reason)}"
+
+
+def _loss_rows(quality: Quality) -> Iterator[Sequence[str]]:
+    for one in quality.candidates:
+        mark = "**" if one.name == quality.chosen else ""
+        verdict = "**chosen**, overruled" if mark and quality.overruled else f"{mark}{one.verdict}{mark}"
+        yield (f"{mark}{one.name}{mark}", _mib(one.size_bytes), *_loss(one.loss), *_answers(one.answers), verdict)
+    if quality.noise is not None:
+        flips = _NOTHING if quality.noise_flips is None else str(quality.noise_flips)
+        flips += "" if quality.noise_examples is None else f" of {quality.noise_examples}"
+        yield ("noise floor", _NOTHING, *_loss(quality.noise), _NOTHING, _NOTHING, flips, _NOTHING)
+    if quality.base_distance is not None:
+        yield ("the base", _NOTHING, *_loss(quality.base_distance), *[_NOTHING] * 4)
+
+
+def _loss(loss: Loss | None) -> Sequence[str]:
+    if loss is None:
+        return [_NOTHING] * 4
+    return (
+        f"{loss.kl_mean:.2g}",
+        f"{loss.kl_p99:.2g}",
+        f"{loss.top1_agreement:.1%}",
+        f"{loss.perplexity_ratio:.4f}",
+    )
+
+
+def _answers(answers: Answers | None) -> Sequence[str]:
+    if answers is None:
+        return [_NOTHING] * 3
+    share = answers.correct / answers.total
+    return (
+        f"{share:.3f} ({answers.correct} of {answers.total})",
+        f"{answers.difference_low:+.3f} to {answers.difference_high:+.3f} (p = {answers.p_value:.2g})",
+        f"{answers.flips} ({answers.flips / answers.total:.1%})",
+    )
+
+
+def _speed_table(quality: Quality) -> str:
+    widths = sorted({n for one in quality.candidates if one.speed for n in one.speed.decode_tokens_per_s})
+    measured = [(one, one.speed) for one in quality.candidates if one.speed is not None]
+    if not measured:
+        return "Speed was not measured."
+    head = ("File", "Prefill, tok/s", *(f"Decode ×{n}, tok/s" for n in widths), "Peak memory", "Examples/s")
+    return table(head, (_speed_row(one, speed, widths, quality.chosen) for one, speed in measured))
+
+
+def _speed_row(one: Candidate, speed: Speed, widths: Sequence[int], chosen: str) -> Sequence[str]:
+    mark = "**" if one.name == chosen else ""
+    decode = (f"{speed.decode_tokens_per_s[n]:.0f}" if n in speed.decode_tokens_per_s else _NOTHING for n in widths)
+    samples = speed.score_samples_per_s
+    spread = f" ({min(samples):.3g} to {max(samples):.3g})" if len(samples) > 1 else ""
+    score = _NOTHING if one.score_per_s is None else f"{one.score_per_s:.3g}{spread}"
+    return (
+        f"{mark}{one.name}{mark}",
+        f"{speed.prefill_tokens_per_s:.0f}",
+        *decode,
+        _mib(speed.peak_memory_bytes),
+        score,
+    )
+
+
+def _reasons(candidates: Sequence[Candidate]) -> Iterator[str]:
+    for one in candidates:
+        if one.verdict not in {"chosen", "within budget"}:
+            yield f"- {one.name} {_is(one.verdict)}: {_sentence(one.reason)}"
+        if one.overrides:
+            yield f"- {one.name} is mixed: " + ", ".join(f"`{override}`" for override in one.overrides)
+
+
+def _is(verdict: str) -> str:
+    return f"is {verdict}" if verdict in {"over budget", "unjudged"} else verdict
+
+
+def _trimmed(trim: Trim) -> str:
+    agreement = (
+        f" With it the likeliest answer was the untrimmed model's for {trim.greedy_agreement:.1%} of them."
+        if trim.greedy_agreement is not None
+        else ""
+    )
+    return (
+        f"The vocabulary was cut from {trim.tokens_before:,} tokens to {trim.tokens_after:,}. What stays covers "
+        f"{trim.covered_tokens:.1%} of the tokens of the held-out examples, and {trim.covered_examples:.1%} of these "
+        f"examples whole; other words are spelled in smaller pieces.{agreement}"
+    )
+
+
+def _how(quality: Quality) -> str:
+    budget = quality.budget
+    lines = [
+        f"- Budget: mean KL divergence ≤ {budget.kl_mean:g} nats, answers changed ≤ {budget.flips:.0%}, accuracy not "
+        "lower at 95 % on the paired test (exact McNemar; the interval is Newcombe's). All beside F16.",
+        f"- Examples: {quality.held_out_examples} held out of `{quality.examples_file}` (sha256 "
+        f"`{quality.examples_sha256}`), {quality.calibration_examples} others for the importance matrix.",
+    ]
+    if quality.noise is not None:
+        on = f", on {quality.noise_examples} of the examples" if quality.noise_examples is not None else ""
+        lines.append(
+            f"- Noise floor: F16 against itself in another batch shape{on}. Differences below it mean nothing."
+        )
+    if quality.base_check:
+        lines.append(f"- Fine-tune kept: {quality.base_check}")
+    lines.append(f"- Machine: {quality.machine}.{_shape(quality.shape, quality.work) if quality.shape else ''}")
+    return "How it was measured:\n\n" + "\n".join(lines)
+
+
+def _shape(shape: Shape, work: str) -> str:
+    task = "its answer weighed" if work == "classify" else "its answer written"
+    return (
+        f" {shape.threads} threads, {shape.rounds} rounds in turns, each file in a process of its own; medians. An "
+        f"example is {shape.prompt_tokens} tokens of prompt and {shape.answer_tokens} of answer, {task}, "
+        f"{shape.sequences} at a time in steps of {shape.step_tokens} tokens."
+    )
+
+
+def _has_plot(quality: Quality) -> bool:
+    return any(one.score_per_s is not None for one in quality.candidates)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / _MIB:.0f} MiB"
+
+
+def _sentence(reason: str) -> str:
+    return reason + "." if reason and not reason.endswith(".") else reason
+
+
+_MIB = 1 << 20
+
+
+def render_card(manifest: Manifest, measured: Quality | None = None) -> str:
+    """The model card as Markdown. `measured` is the model's `quality.json`, where its quantization was chosen."""
+    sections = [
+        f"# {manifest.name}\n\n{manifest.description or 'No description was given.'}",
+        _run(manifest),
+        _prompt(manifest),
+        _origin(manifest),
+        _licence(manifest),
+        "## Files\n\n" + _files(manifest.artefacts),
+        "## Quality\n\n" + _quality(manifest.quality) if manifest.quality or measured is None else "",
+        "## The choice of the file\n\n" + render_quality(measured) if measured is not None else "",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _run(manifest: Manifest) -> str:
+    base = manifest.base.name if manifest.kind == "adapter" and manifest.base is not None else ""
+    name = f"{base}:{manifest.name}" if base else manifest.name
+    return "## Run it\n\n" + _fenced(
+        f"deskside serve {name}     # an OpenAI-compatible server on 127.0.0.1:8080\n"
+        f"deskside chat {name}      # in the terminal\n"
+        f"deskside batch in.jsonl out.jsonl --model {name}",
+        "sh",
+    )
+
+
+def _prompt(manifest: Manifest) -> str:
+    lines = []
+    if manifest.prompt.template != "{text}":
+        lines.append("Ask it as it was trained, with your text in place of `{text}`:\n")
+        lines.append(_fenced(manifest.prompt.template) + "\n")
+    if manifest.labels:
+        lines.append("It answers with one of: " + ", ".join(f"`{label}`" for label in manifest.labels) + ".")
+    return "\n".join(["## How to ask", "", *lines]) if lines else ""
+
+
+def _origin(manifest: Manifest) -> str:
+    lines = []
+    if manifest.base is not None:
+        base = manifest.base
+        where = f", from {_sources(base.source)}" if base.source else ""
+        revision = f", revision `{base.revision}`" if base.revision else ""
+        lines.append(f"- Base model: {base.name}{where}{revision}, sha256 `{base.sha256}`")
+    if manifest.adapter is not None:
+        rank = f"LoRA of rank {manifest.adapter.rank}" if manifest.adapter.rank is not None else "LoRA"
+        digest = f", sha256 `{manifest.adapter.sha256}`" if manifest.adapter.sha256 is not None else ""
+        how = "applied while the base is served" if manifest.kind == "adapter" else "merged into the base"
+        lines.append(f"- Adapter: {rank}, {how}{digest}")
+    if manifest.source:
+        lines.append(f"- Fetched from: {_sources(manifest.source)}")
+    return "\n".join(["## Where it comes from", "", *lines]) if lines else ""
+
+
+def _sources(source: str) -> str:
+    return ", ".join(f"`{part}`" for part in source.split())
+
+
+def _licence(manifest: Manifest) -> str:
+    notice = f"\n\n> {manifest.licence_notice}" if manifest.licence_notice else ""
+    return f"## Licence\n\n{manifest.licence}{notice}"
+
+
+def _files(artefacts: Sequence[Artefact]) -> str:
+    if not artefacts:
+        return "Not built yet."
+    return table(
+        ("File", "Quantization", "Size", "sha256"),
+        (
+            (f"`{file.file}`", file.quantization, f"{file.size_bytes / _MIB:.1f} MiB", f"`{file.sha256}`")
+            for file in artefacts
+        ),
+    )
+
+
+def _quality(measured: Sequence[Accuracy]) -> str:
+    return _accuracies(measured) if measured else "Not measured. Try it on your own examples before you rely on it."
+
+
+def _accuracies(measured: Sequence[Accuracy]) -> str:
+    return table(
+        ("What", "Split", "Correct", "Accuracy", "95 % interval (Wilson)"),
+        (
+            (
+                one.what,
+                one.split,
+                f"{one.correct} of {one.total}",
+                f"{one.correct / one.total:.3f}",
+                f"{one.interval_low:.3f} to {one.interval_high:.3f}",
+            )
+            for one in measured
+        ),
+    )
+
+
+def _fenced(text: str, language: str = "") -> str:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

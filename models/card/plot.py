@@ -1,0 +1,206 @@
+"""Size, speed and loss of every measured file in one picture: an SVG, sharp in a README, readable in light and dark.
+
+Written by hand, since a model folder gets it without any plotting library: x is the loss, y the speed, the area of a
+dot the file's size. The budget is a line, the noise floor a grey band.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from models.quality import Candidate, Quality
+
+PLOT_FILE = "quality.svg"
+
+_WIDTH, _HEIGHT = 760, 440
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 735, 76, 380
+# Where the logarithmic axis begins; the reference, which loses nothing, stands to the left of it.
+_START, _REFERENCE = 106, 82
+_CHARACTER, _LINE = 7.0, 15.0
+_MIB = 1 << 20
+_CLASSES = {"chosen": "best", "within budget": "within", "undoes the fine-tune": "undone"}
+_LEGEND = (("best", "chosen"), ("within", "within budget"), ("over", "over budget"), ("undone", "undoes the fine-tune"))
+_STYLE = """
+text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #1f2328 }
+.small { font-size: 11px; fill: #59636e }
+.title { font-size: 14px; font-weight: 600 }
+.grid { stroke: #d1d9e0; stroke-width: 1 }
+.axis { stroke: #59636e; stroke-width: 1 }
+.noise { fill: #818b98; fill-opacity: 0.15 }
+.budget { stroke: #9a6700; stroke-width: 1.5; stroke-dasharray: 5 4 }
+.best { fill: #1a7f37; stroke: #1f2328; stroke-width: 2 }
+.within { fill: #0969da; fill-opacity: 0.75 }
+.over { fill: #bc4c00; fill-opacity: 0.75 }
+.undone { fill: #cf222e; fill-opacity: 0.75 }
+@media (prefers-color-scheme: dark) {
+text { fill: #f0f6fc } .small { fill: #9198a1 } .grid { stroke: #3d444d } .axis { stroke: #9198a1 }
+.budget { stroke: #d29922 } .best { fill: #3fb950; stroke: #f0f6fc } .within { fill: #4493f8 }
+.over { fill: #db6d28 } .undone { fill: #f85149 }
+}"""
+
+
+@dataclass(frozen=True)
+class _Dot:
+    x: float
+    y: float
+    radius: float
+    style: str
+    label: str
+
+
+@dataclass(frozen=True)
+class _Box:
+    """An axis-parallel box: left, top, right, bottom."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlap(self, other: "_Box") -> float:
+        wide = min(self.right, other.right) - max(self.left, other.left)
+        high = min(self.bottom, other.bottom) - max(self.top, other.top)
+        return max(wide, 0.0) * max(high, 0.0)
+
+
+class _Scales:
+    """Loss (log) and speed (linear) to pixels. What lost nothing, the reference, stands apart."""
+
+    def __init__(self, losses: Sequence[float], speeds: Sequence[float]) -> None:
+        positive = [loss for loss in losses if loss > 0]
+        self.low = math.floor(math.log10(min(positive)))
+        self.high = max(math.ceil(math.log10(max(positive))), self.low + 1)
+        self.step = _nice((max(speeds) - min(speeds)) / 4 or max(speeds) / 4)
+        self.bottom = self.step * max(math.floor(min(speeds) / self.step - 0.5), 0)
+        self.top = self.step * math.ceil(max(speeds) / self.step + 0.5)
+
+    def x(self, loss: float) -> float:
+        if loss <= 0:
+            return _REFERENCE
+        return _START + (_RIGHT - _START) * (math.log10(loss) - self.low) / (self.high - self.low)
+
+    def y(self, speed: float) -> float:
+        return _BOTTOM - (_BOTTOM - _TOP) * (speed - self.bottom) / (self.top - self.bottom)
+
+
+def render_plot(quality: Quality) -> str | None:
+    """The picture as SVG text, the same for the same figures; None if no candidate has both a loss and a speed."""
+    shown = [(one, one.score_per_s) for one in quality.candidates if one.score_per_s is not None and _is_placed(one)]
+    if not shown:
+        return None
+    floor = quality.noise.kl_mean if quality.noise is not None else 0.0
+    budget = quality.budget.kl_mean
+    scales = _Scales([budget, floor, *(_kl(one) for one, _ in shown)], [speed for _, speed in shown])
+    largest = max(one.size_bytes for one, _ in shown)
+    dots = [_dot(one, speed, scales, largest) for one, speed in shown]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
+        'role="img" aria-label="Speed, loss and size of each file">',
+        f"<style>{_STYLE}</style>",
+        *_frame(scales, quality.work),
+        *_limits(scales, budget, floor),
+        *_labels(dots, _reserved(scales, budget, floor)),
+        # the largest first, so that none hides another
+        *(_circle(dot) for dot in sorted(dots, key=lambda dot: -dot.radius)),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _is_placed(one: Candidate) -> bool:
+    return one.loss is not None and math.isfinite(one.loss.kl_mean)
+
+
+def _kl(one: Candidate) -> float:
+    return one.loss.kl_mean if one.loss is not None else 0.0
+
+
+def _dot(one: Candidate, speed: float, scales: _Scales, largest: int) -> _Dot:
+    style = _CLASSES.get(one.verdict, "over")
+    radius = 13 * math.sqrt(one.size_bytes / largest)
+    return _Dot(scales.x(_kl(one)), scales.y(speed), radius, style, f"{one.name}, {one.size_bytes / _MIB:.0f} MiB")
+
+
+def _frame(scales: _Scales, work: str) -> Iterator[str]:
+    yield _text(_LEFT, 24, f"Examples/s ({work}) by loss; the area of a dot is the file's size", "title")
+    x = float(_LEFT)
+    for style, name in _LEGEND:
+        yield f'<circle cx="{x + 6:.1f}" cy="44" r="5" class="{style}"/>'
+        yield _text(x + 16, 48, name, "small")
+        x += 36 + _CHARACTER * len(name)
+    for decade in range(scales.low, scales.high + 1):
+        at = scales.x(10.0**decade)
+        yield _line(at, _TOP, at, _BOTTOM, "grid")
+        yield _text(at, _BOTTOM + 18, f"{10.0**decade:g}", "small", "middle")
+    yield _text(_REFERENCE, _BOTTOM + 18, "0", "small", "middle")
+    for index in range(round((scales.top - scales.bottom) / scales.step) + 1):
+        speed = scales.bottom + index * scales.step
+        at = scales.y(speed)
+        yield _line(_LEFT, at, _RIGHT, at, "grid" if index else "axis")
+        yield _text(_LEFT - 8, at + 4, f"{speed:.4g}", "small", "end")
+    yield _line(_LEFT, _TOP, _LEFT, _BOTTOM, "axis")
+    middle = (_LEFT + _RIGHT) / 2
+    yield _text(middle, _BOTTOM + 42, "mean KL divergence to F16, nats (F16 itself at 0)", "small", "middle")
+
+
+def _limits(scales: _Scales, budget: float, floor: float) -> Iterator[str]:
+    if floor > 0:
+        width = scales.x(floor) - _LEFT
+        yield f'<rect x="{_LEFT}" y="{_TOP}" width="{width:.1f}" height="{_BOTTOM - _TOP}" class="noise"/>'
+        yield _text(_LEFT + 4, _BOTTOM - 6, "noise floor", "small")
+    if budget > 0:
+        at = scales.x(budget)
+        yield _line(at, _TOP, at, _BOTTOM, "budget")
+        yield _text(at - 6, _BOTTOM - 6, f"budget {budget:g}", "small", "end")
+
+
+def _reserved(scales: _Scales, budget: float, floor: float) -> list[_Box]:
+    """Where `_limits` writes."""
+    boxes = [_Box(_LEFT, _BOTTOM - 18, _LEFT + 11 * _CHARACTER, _BOTTOM)] if floor > 0 else []
+    if budget > 0:
+        at = scales.x(budget)
+        boxes += [_Box(at - 12 * _CHARACTER, _BOTTOM - 18, at + 2, _BOTTOM), _Box(at - 2, _TOP, at + 2, _BOTTOM)]
+    return boxes
+
+
+def _labels(dots: Sequence[_Dot], reserved: list[_Box]) -> Iterator[str]:
+    """Each label where it covers least: beside its dot, above, below, or a bit further off."""
+    taken = [*reserved, *(_Box(d.x - d.radius, d.y - d.radius, d.x + d.radius, d.y + d.radius) for d in dots)]
+    for dot in sorted(dots, key=lambda dot: (dot.x, dot.y)):
+        best = min(_places(dot), key=lambda box: sum(map(box.overlap, taken)) + 2 * abs(box.top + _LINE / 2 - dot.y))
+        taken.append(best)
+        if abs((best.top + best.bottom) / 2 - dot.y) > _LINE / 2:
+            near = min(max(dot.x, best.left), best.right)
+            yield _line(dot.x, dot.y, near, best.bottom if best.bottom < dot.y else best.top, "axis")
+        yield _text(best.left, best.bottom - 3.5, dot.label, "label")
+
+
+def _places(dot: _Dot) -> Iterator[_Box]:
+    """Where a label may stand, the likeliest first, all inside the frame."""
+    width = _CHARACTER * len(dot.label)
+    for shift in (0, 1, -1, 2, -2, 3, -3, 4, -4):
+        top = dot.y - _LINE / 2 + shift * _LINE
+        for left in (dot.x + dot.radius + 4, dot.x - dot.radius - 4 - width, dot.x - width / 2):
+            if left >= _LEFT and left + width <= _WIDTH and top >= _TOP - _LINE and top + _LINE <= _BOTTOM:
+                yield _Box(left, top, left + width, top + _LINE)
+    if width > (_RIGHT - _LEFT) / 2:  # a very long name fits nowhere else
+        yield _Box(_LEFT + 4, dot.y - 2 * _LINE, _LEFT + 4 + width, dot.y - _LINE)
+
+
+def _circle(dot: _Dot) -> str:
+    return f'<circle cx="{dot.x:.1f}" cy="{dot.y:.1f}" r="{dot.radius:.1f}" class="{dot.style}"/>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{style}"/>'
+
+
+def _text(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{style}">{escape(text)}</text>'
+
+
+def _nice(step: float) -> float:
+    """The next of 1, 2, 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
+    return next((power * factor for factor in (1, 2, 5, 10) if power * factor >= step), power)

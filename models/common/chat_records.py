@@ -1,0 +1,117 @@
+"""Training and evaluation examples as teams have them: JSONL of chat records that end with the answer that is right.
+
+    {"id": "…", "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+
+One reader for conversion and for benchmarks, so that both accept the same files and refuse them with the same words.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from models.errors import BadExamples
+
+# One record, and all of them unpacked: a packed file of a few kilobytes can hold gigabytes.
+MAX_LINE_BYTES = 16 << 20
+MAX_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Who said what."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRecord:
+    """One example: `prompt` (one message or more) and the `answer` to it, its outer white space left out.
+
+    `id` is the record's own, else its line number; `line` is counted from 1.
+    """
+
+    id: str
+    line: int
+    prompt: tuple[Message, ...]
+    answer: str
+
+
+def read_chat_records(path: Path) -> tuple[ChatRecord, ...]:
+    """Read a .jsonl or .jsonl.gz file in file order; empty lines are skipped.
+
+    Raises BadExamples naming the line and what is wrong with it.
+    """
+    try:
+        with _opened(path) as file:
+            records = tuple(_record(path, number, line) for number, line in _lines(path, file))
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadExamples(f"examples {str(path)!r} cannot be read: {error}") from error
+    if not records:
+        raise BadExamples(f"examples {str(path)!r} hold no record")
+    seen: dict[str, int] = {}
+    for record in records:
+        if (earlier := seen.setdefault(record.id, record.line)) != record.line:
+            message = f"line {record.line}: id {record.id!r} is that of line {earlier}; every example needs its own"
+            raise BadExamples(f"examples {str(path)!r}, {message}")
+    return records
+
+
+def _opened(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    return path.open("rb")
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines end with a line feed and nothing else: JSON texts may hold other line separators as they are."""
+    number = n_bytes = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        n_bytes += len(line)
+        if len(line) > MAX_LINE_BYTES:
+            message = f"line {number}: longer than the limit of {MAX_LINE_BYTES} bytes"
+            raise BadExamples(f"examples {str(path)!r}, {message}")
+        if n_bytes > MAX_FILE_BYTES:
+            message = f"line {number}: the file exceeds the limit of {MAX_FILE_BYTES} bytes; a part of it suffices"
+            raise BadExamples(f"examples {str(path)!r}, {message}")
+        if line.strip():
+            yield number, line
+
+
+def _record(path: Path, number: int, line: bytes) -> ChatRecord:
+    try:
+        return _parsed(number, line)
+    except (ValueError, RecursionError) as error:
+        raise BadExamples(f"examples {str(path)!r}, line {number}: not a chat record: {error}") from error
+
+
+def _parsed(number: int, line: bytes) -> ChatRecord:
+    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('expected an object {"messages": [{"role": …, "content": …}, …]}')
+    *prompt, answer = [_message(place, message) for place, message in enumerate(messages)]
+    if answer.role != "assistant":
+        raise ValueError(f"the last message must be the assistant's, who is to be measured, got role {answer.role!r}")
+    if not answer.content.strip():
+        raise ValueError("the assistant's answer is empty")
+    if not prompt:
+        raise ValueError("nothing is said before the assistant's answer")
+    given = record.get("id")
+    return ChatRecord(str(number if given is None else given), number, tuple(prompt), answer.content.strip())
+
+
+def _message(place: int, message: object) -> Message:
+    if not isinstance(message, dict):
+        raise ValueError(f"messages[{place}] is {type(message).__name__}, expected an object")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(f"messages[{place}] needs a role and a content, both text")
+    if any("\ud800" <= character <= "\udfff" for character in content):
+        raise ValueError(f"messages[{place}].content holds half a surrogate pair")
+    return Message(role, content)

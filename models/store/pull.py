@@ -1,0 +1,156 @@
+"""A name or an address -> an installed model: the catalogue says where from, the store says where to."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from models.card.card import render_card
+from models.common.files import Progress, sha256_file, write_atomic
+from models.errors import DownloadFailed, HashMismatch, ModelError, StoreError
+from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest
+
+from .catalog import Catalog, CatalogEntry, load_catalog
+from .hub import fetch, look_up
+from .sources import HubFile, parse_source
+from .store import Store, StoredModel, check_name
+
+Build = Callable[[CatalogEntry, Store], StoredModel]
+"""Builds a catalogue entry that is a recipe and installs it. Given by the front door: models converts nothing."""
+
+_QUANTIZATION = re.compile(r"(?<![A-Za-z0-9])(I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4|BF16|F16|F32)(?![A-Za-z0-9])", re.I)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What to fetch. The manifest is complete once the file is here: of some files the hash is not known before."""
+
+    name: str
+    description: str
+    licence: str
+    licence_notice: str
+    file: str
+    quantization: str
+    size_bytes: int | None
+    sha256: str | None
+    sources: tuple[str, ...]
+    hint: str = ""
+
+
+def pull(
+    name_or_uri: str,
+    store: Store,
+    *,
+    progress: Progress | None = None,
+    name: str | None = None,
+    catalog: Catalog | None = None,
+    build: Build | None = None,
+) -> StoredModel:
+    """Install a model from the catalogue, or any GGUF file by its hf:// address; returns it if it is there already.
+
+    `build` makes a recipe's model, and knows whether one that is there still is the recipe's. `name` is what an hf://
+    model is to be called, by default derived from its file's name. Raises ModelNotFound, DownloadFailed (naming every
+    source and why it failed), HashMismatch, StoreError.
+    """
+    if "://" in name_or_uri:
+        source = parse_source(name_or_uri)
+        if not isinstance(source, HubFile):
+            raise DownloadFailed(f"{name_or_uri!r} cannot be pulled by address; use hf://owner/name/file.gguf@revision")
+        target = name if name is not None else name_of(source)
+        with store.exclusive(target):
+            return _installed_from(store, target, source) or _install(_on_hub(target, source), store, progress)
+    target = check_name(name_or_uri)
+    if name is not None and name != target:
+        raise StoreError(f"--name {name!r} is for hf:// addresses; {target!r} keeps its name")
+    known = catalog if catalog is not None else load_catalog()
+    with store.exclusive(target):
+        is_recipe = target in known.names() and known.get(target).recipe != ""
+        if target in store.names() and not (is_recipe and build is not None):
+            return store.get(target)
+        entry = known.get(target)
+        if not is_recipe:
+            return _install(_in_catalog(entry), store, progress)
+    if build is None:
+        raise StoreError(f"{target!r} is built, not downloaded; run: deskside convert {target}")
+    return build(entry, store)
+
+
+def name_of(source: HubFile) -> str:
+    """The name a file on the Hub gets in the store: its own, in lower case, other characters made dashes."""
+    return check_name(re.sub(r"[^a-z0-9._-]+", "-", PurePosixPath(source.path).stem.lower()).strip("-._")[:64])
+
+
+def _installed_from(store: Store, name: str, source: HubFile) -> StoredModel | None:
+    if name not in store.names():
+        return None
+    stored = store.get(name)
+    came_from = stored.manifest.source if stored.manifest is not None else ""
+    if came_from.rpartition("@")[0] != str(source).rpartition("@")[0]:
+        raise StoreError(f"{name!r} is installed from {came_from or 'elsewhere'!r}; choose another name with --name")
+    return stored
+
+
+def _in_catalog(entry: CatalogEntry) -> _Wanted:
+    kept = {"name", "description", "licence", "licence_notice", "hint"}
+    artefact = entry.artefact()
+    return _Wanted(**entry.model_dump(include=kept), **artefact.model_dump(), sources=entry.sources)
+
+
+def _on_hub(name: str, source: HubFile) -> _Wanted:
+    facts = look_up(source)
+    found = _QUANTIZATION.search(PurePosixPath(source.path).stem)
+    return _Wanted(
+        name=name,
+        description=f"{PurePosixPath(source.path).name} from {source.repo}",
+        licence=f"as stated by its publisher, {source.repo}",
+        licence_notice="",
+        file=PurePosixPath(source.path).name,
+        quantization=found[0].upper() if found else "unknown",
+        size_bytes=facts.size_bytes,
+        sha256=facts.sha256,
+        sources=(str(HubFile(source.repo, source.path, facts.commit)),),
+    )
+
+
+def _install(wanted: _Wanted, store: Store, progress: Progress | None) -> StoredModel:
+    with store.staging(wanted.name) as folder:
+        file = folder / wanted.file
+        source = _fetch_first(wanted, file, progress)
+        with file.open("rb") as opened:
+            if (magic := opened.read(4)) != b"GGUF":
+                raise DownloadFailed(f"{source} is not a GGUF file: it starts with {magic!r}")
+        manifest = _manifest(wanted, file, source)
+        write_atomic(folder / MANIFEST_FILE, dump_manifest(manifest))
+        write_atomic(folder / "README.md", render_card(manifest))
+    return store.get(wanted.name)
+
+
+def _fetch_first(wanted: _Wanted, file: Path, progress: Progress | None) -> str:
+    failures: list[ModelError] = []
+    for source in wanted.sources:
+        try:
+            fetch(source, file, sha256=wanted.sha256, size_bytes=wanted.size_bytes, progress=progress)
+        except (DownloadFailed, HashMismatch) as error:
+            failures.append(error)
+        else:
+            return source
+    reasons = "".join(f"\n  - {error}" for error in failures)
+    kind = HashMismatch if all(isinstance(error, HashMismatch) for error in failures) else DownloadFailed
+    raise kind(f"no source delivered {wanted.name!r}:{reasons}" + (f"\n{wanted.hint}" if wanted.hint else ""))
+
+
+def _manifest(wanted: _Wanted, file: Path, source: str) -> Manifest:
+    artefact = Artefact(
+        file=wanted.file,
+        quantization=wanted.quantization,
+        size_bytes=file.stat().st_size,
+        sha256=wanted.sha256 or sha256_file(file),
+    )
+    return Manifest(
+        name=wanted.name,
+        description=wanted.description,
+        licence=wanted.licence,
+        licence_notice=wanted.licence_notice,
+        source=source,
+        artefacts=(artefact,),
+    )

@@ -1,0 +1,266 @@
+"""Where models lie on disk: a name or a path becomes a verified local file; installing is all or nothing.
+
+<home>/models/<name>/    model.toml, *.gguf, README.md: whole models only
+<home>/staging/<id>/     models in the making, each held by the lock file <id>.lock of a living process
+<home>/staging/.lock     held for the moments in which folders change places
+"""
+
+import builtins
+import os
+import re
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from platformdirs import user_data_path
+
+from models.common.files import Progress, discard, sha256_file, sync
+from models.errors import BadManifest, HashMismatch, ModelNotFound, StoreError
+from models.manifest import MANIFEST_FILE, Artefact, Manifest, read_manifest
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def default_home() -> Path:
+    """`$DESKSIDE_HOME`, else the platform's folder for user data."""
+    chosen = os.environ.get("DESKSIDE_HOME")
+    return Path(chosen).expanduser() if chosen else user_data_path("deskside", appauthor=False)
+
+
+def check_name(name: str) -> str:
+    """`name`, when it may be the name of a model. Raises StoreError: a name must not lead out of the store."""
+    if not _NAME.fullmatch(name):
+        raise StoreError(
+            f"{name!r} is not a model name: 1 to 64 of a-z, 0-9, '.', '_' and '-', starting with a letter or a digit"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model on this disk. `gguf` is the file to load; a bare GGUF file has no manifest and its stem as name."""
+
+    name: str
+    folder: Path
+    manifest: Manifest | None
+    gguf: Path
+
+
+class Store:
+    """The folder of installed models. Any number of processes may use it at once."""
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.home = home if home is not None else default_home()
+        self._models = self.home / "models"
+        self._staging = self.home / "staging"
+
+    def names(self) -> builtins.list[str]:
+        """The names of the installed models, sorted."""
+        if not self._models.is_dir():
+            return []
+        return sorted(path.name for path in self._models.iterdir() if (path / MANIFEST_FILE).is_file())
+
+    def list(self) -> builtins.list[StoredModel]:
+        """All installed models, by name. Raises BadManifest when one of them is damaged."""
+        return [self.get(name) for name in self.names()]
+
+    def get(self, name: str) -> StoredModel:
+        """The installed model of that name. Raises ModelNotFound, BadManifest, StoreError (not a name)."""
+        folder = self._models / check_name(name)
+        if not (folder / MANIFEST_FILE).is_file():
+            raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}; try: deskside pull {name}")
+        stored = _open_folder(folder)
+        if stored.name != name:
+            raise BadManifest(
+                f"{str(folder / MANIFEST_FILE)!r} names the model {stored.name!r}; rename the folder back"
+            )
+        return stored
+
+    def resolve(self, name_or_path: str | Path) -> StoredModel:
+        """An installed model's name, a model's folder, or a .gguf file. Hashes are not read; sizes are checked.
+
+        Raises ModelNotFound naming what is installed, BadManifest when the folder contradicts its manifest.
+        """
+        text = str(name_or_path)
+        if _NAME.fullmatch(text) and (self._models / text / MANIFEST_FILE).is_file():
+            return self.get(text)
+        path = Path(name_or_path).expanduser()
+        if path.suffix == ".gguf" and path.is_file():
+            return StoredModel(path.stem, path.parent, None, path)
+        if (path / MANIFEST_FILE).is_file():
+            return _open_folder(path)
+        fix = f"; try: deskside pull {text}" if _NAME.fullmatch(text) else ""
+        raise ModelNotFound(
+            f"{text!r} is neither an installed model, nor a model folder, nor a .gguf file; {self._installed()}{fix}"
+        )
+
+    @contextmanager
+    def staging(self, name: str, *, replace: bool = False, read_back: Collection[str] = frozenset()) -> Iterator[Path]:
+        """A temporary folder to build the model `name` in; leaving the block installs it.
+
+        On leaving, `model.toml` is read, each artefact's size and sha256 are verified, everything is flushed to disk
+        and renamed into place at once. Artefacts whose names are in `read_back` by then are not read again: the caller
+        has. When the block raises (KeyboardInterrupt included), the folder is removed.
+        Raises StoreError (name taken and not `replace`, or not a name), BadManifest, HashMismatch.
+        """
+        target = self._models / check_name(name)
+        if target.exists() and not replace:
+            raise _taken(name)
+        with self._workplace(name) as folder:
+            yield folder
+            self._check_staged(name, folder, read_back)
+            with self._moving():
+                self._put_in_place(folder, target, replace=replace)
+
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[None]:
+        """Held by whoever fetches `name`, so that a second process waits for the first instead of repeating it."""
+        self._prepare()
+        with FileLock(self._staging / f"{check_name(name)}.pull.lock"):
+            yield
+
+    def verify(self, name: str, progress: Progress | None = None) -> None:
+        """Read every artefact of the model again. Raises HashMismatch naming the file and both hashes."""
+        stored = self.get(name)
+        for artefact in stored.manifest.artefacts if stored.manifest is not None else ():
+            _check_hash(
+                stored.folder / artefact.file,
+                artefact,
+                progress,
+                fix=f"; fix: deskside models remove {name}, then install it again",
+            )
+
+    def remove(self, name: str) -> None:
+        """Delete the model. It is gone from the list at once, even when deleting its files takes a while."""
+        folder = self._models / check_name(name)
+        if not folder.exists() and not folder.is_symlink():
+            raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}")
+        with self._workplace(name) as trash, self._moving():
+            folder.rename(trash / name)
+
+    def _installed(self) -> str:
+        names = self.names()
+        return f"installed: {', '.join(names)}" if names else "no model is installed"
+
+    def _prepare(self) -> None:
+        try:
+            self._models.mkdir(parents=True, exist_ok=True)
+            self._staging.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"the store {str(self.home)!r} cannot be written: {error}; set DESKSIDE_HOME") from error
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        self._prepare()
+        with FileLock(self._staging / ".lock"):
+            yield
+
+    @contextmanager
+    def _workplace(self, name: str) -> Iterator[Path]:
+        """A folder under staging that lives as long as the block, known to be alive by the lock beside it."""
+        folder = self._staging / f"{name}.{uuid.uuid4().hex[:12]}"
+        alive = FileLock(_lock_of(folder))
+        with self._moving():
+            self._sweep()
+            alive.acquire()
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            discard(folder)
+            alive.release()
+            discard(_lock_of(folder))
+
+    def _sweep(self) -> None:
+        """Remove what dead processes left in staging; put back a model whose replacement was cut short."""
+        for folder in self._staging.iterdir():
+            if not folder.is_dir():
+                continue
+            lock = FileLock(_lock_of(folder))
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            for replaced in folder.glob("replaced/*"):
+                if not (self._models / replaced.name).exists():
+                    replaced.rename(self._models / replaced.name)
+            discard(folder)
+            lock.release()
+            discard(_lock_of(folder))
+
+    def _check_staged(self, name: str, folder: Path, read_back: Collection[str]) -> None:
+        manifest = read_manifest(folder)
+        if manifest.name != name:
+            raise BadManifest(f"model.toml names the model {manifest.name!r}, it is to be installed as {name!r}")
+        if not manifest.artefacts:
+            raise BadManifest(f"model.toml of {name!r} lists no artefact: nothing could be served")
+        for artefact in manifest.artefacts:
+            file = folder / artefact.file
+            _check_size(file, artefact)
+            if artefact.file not in read_back:
+                _check_hash(file, artefact)
+        for path in folder.rglob("*"):
+            sync(path)
+        sync(folder)
+
+    def _put_in_place(self, folder: Path, target: Path, *, replace: bool) -> None:
+        if target.exists() and not replace:
+            raise _taken(target.name)
+        with self._aside(target):
+            folder.rename(target)
+        sync(self._models)
+
+    @contextmanager
+    def _aside(self, target: Path) -> Iterator[None]:
+        """The old model steps aside; it comes back when the block fails, at once or at the next sweep."""
+        if not target.exists():
+            yield
+            return
+        aside = self._staging / f"{target.name}.{uuid.uuid4().hex[:12]}"
+        old = aside / "replaced" / target.name
+        old.parent.mkdir(parents=True)
+        target.rename(old)
+        try:
+            yield
+        finally:
+            if not target.exists():
+                old.rename(target)
+            discard(aside)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _taken(name: str) -> StoreError:
+    return StoreError(
+        f"a model named {name!r} is installed already; remove it (deskside models remove {name}), "
+        "replace it (--replace) or choose another name"
+    )
+
+
+def _open_folder(folder: Path) -> StoredModel:
+    manifest = read_manifest(folder)
+    if not manifest.artefacts:
+        raise ModelNotFound(
+            f"{str(folder)!r} holds a recipe that is not built yet; try: deskside convert {manifest.name}"
+        )
+    for artefact in manifest.artefacts:
+        _check_size(folder / artefact.file, artefact)
+    return StoredModel(manifest.name, folder, manifest, folder / manifest.artefacts[0].file)
+
+
+def _check_size(file: Path, artefact: Artefact) -> None:
+    if not file.is_file():
+        raise BadManifest(f"model.toml lists {artefact.file!r}, but there is no such file in {str(file.parent)!r}")
+    if (size_bytes := file.stat().st_size) != artefact.size_bytes:
+        raise BadManifest(f"{str(file)!r} has {size_bytes} bytes, model.toml says {artefact.size_bytes}")
+
+
+def _check_hash(file: Path, artefact: Artefact, progress: Progress | None = None, *, fix: str = "") -> None:
+    found = sha256_file(file, progress)
+    if found != artefact.sha256:
+        raise HashMismatch(f"{str(file)!r} has sha256 {found}, model.toml says {artefact.sha256}{fix}")

@@ -1,0 +1,63 @@
+"""Statistics against published values, and against what must hold for any numbers."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.common.stats import compare_paired, mcnemar_exact, newcombe_paired, wilson
+
+counts = st.integers(0, 60)
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    # Newcombe 1998 (Statistics in Medicine 17:857), table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_equals_the_published_intervals(successes: int, total: int, low: float, high: float) -> None:
+    interval = wilson(successes, total)
+    assert interval.estimate == successes / total
+    assert interval.low == pytest.approx(low, abs=5e-5)
+    assert interval.high == pytest.approx(high, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    # Newcombe 1998 (Statistics in Medicine 17:2635), table II, method 10.
+    [((36, 12, 2, 0), 0.0569, 0.3404), ((18, 12, 2, 18), 0.0562, 0.3290), ((53, 0, 0, 1), -0.0729, 0.0729)],
+)
+def test_newcombe_equals_the_published_intervals(table: tuple[int, int, int, int], low: float, high: float) -> None:
+    interval = newcombe_paired(*table)
+    assert interval.low == pytest.approx(low, abs=5e-5)
+    assert interval.high == pytest.approx(high, abs=5e-5)
+
+
+@given(counts, counts, counts, counts)
+def test_newcombe_holds_the_difference_and_mirrors(a: int, b: int, c: int, d: int) -> None:
+    if a + b + c + d == 0:
+        return
+    interval, mirrored = newcombe_paired(a, b, c, d), newcombe_paired(a, c, b, d)
+    assert -1 <= interval.low <= interval.estimate <= interval.high <= 1
+    assert mirrored.low == pytest.approx(-interval.high)
+    assert mirrored.high == pytest.approx(-interval.low)
+
+
+def test_mcnemar_equals_the_binomial_by_hand() -> None:
+    # Ten discordant pairs, one against nine: 2 * (C(10,0) + C(10,1)) / 2**10.
+    assert mcnemar_exact(1, 9) == pytest.approx(2 * 11 / 1024)
+    assert mcnemar_exact(9, 1) == mcnemar_exact(1, 9)
+    assert mcnemar_exact(0, 0) == 1.0
+    assert mcnemar_exact(5, 5) == 1.0
+    assert mcnemar_exact(0, 2000) == 0.0 or mcnemar_exact(0, 2000) < 1e-300
+
+
+def test_paired_comparison_counts_the_table() -> None:
+    paired = compare_paired([True, True, False, False, True], [True, False, True, False, False])
+    assert (paired.both, paired.only_first, paired.only_second, paired.neither) == (1, 2, 1, 1)
+    assert paired.difference.estimate == pytest.approx(0.2)
+    assert paired.p_value == 1.0
+
+
+def test_wilson_refuses_what_is_no_proportion() -> None:
+    with pytest.raises(ValueError, match="got 3 of 2"):
+        wilson(3, 2)
