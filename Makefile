@@ -8,15 +8,15 @@ ORACLE := .oracle
 DESKSIDE := $(BIN)/deskside
 PORT ?= 8080
 MINUTES ?= 30
-# See runtime/cli.py: llama.cpp's threads give a busy core back instead of spinning on it.
+# See runtime/cli/main.py: llama.cpp's threads give a busy core back instead of spinning on it.
 export GOMP_SPINCOUNT ?= 1000
 # Of llama.cpp only the engine: not its image reader, nor what its wheel holds a second and a third time.
 COMPILE := CMAKE_ARGS='-DLLAVA_BUILD=OFF $(CMAKE_ARGS)' \
 	SKBUILD_WHEEL_EXCLUDE='/lib/**;/include/**;/bin/**;/llama_cpp/lib/*.so.*.*'
 # What it is compiled with on this processor; the header says why.
 ifeq ($(shell uname -m),x86_64)
-COMPILE += CFLAGS='$(CFLAGS) -include "$(CURDIR)/runtime/llama_amx.h"' \
-	CXXFLAGS='$(CXXFLAGS) -include "$(CURDIR)/runtime/llama_amx.h"'
+COMPILE += CFLAGS='$(CFLAGS) -include "$(CURDIR)/runtime/llama/amx.h"' \
+	CXXFLAGS='$(CXXFLAGS) -include "$(CURDIR)/runtime/llama/amx.h"'
 endif
 PIP := $(COMPILE) $(BIN)/pip --disable-pip-version-check install -q
 

@@ -20,13 +20,13 @@ import numpy as np
 from models.manifest import read_manifest
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
-from runtime.engine import Engine
-from runtime.engine_options import EngineOptions
-from runtime.engine_recipe import LlamaRecipe
-from runtime.llama import load
-from runtime.llama_protocol import LlamaLike
-from runtime.sequence import Batch, Finished, Request, SamplingParams
-from runtime.served import recipe_of
+from runtime.engine.engine import Engine
+from runtime.engine.options import EngineOptions
+from runtime.engine.recipe import LlamaRecipe
+from runtime.llama.interface import LlamaLike
+from runtime.llama.model import load
+from runtime.requests import Batch, Finished, Request, SamplingParams
+from runtime.serving.model import recipe_of
 
 CLIENTS = 16
 

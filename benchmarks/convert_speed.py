@@ -112,7 +112,7 @@ def _ours(settings: ConvertSettings, checkpoint: Path) -> Converter:
         name="deskside",
         python=Path(sys.executable),
         command=(
-            *("-c", "from runtime.cli import main; main()", "convert"),
+            *("-c", "from runtime.cli.main import main; main()", "convert"),
             *(str(checkpoint), "--name", _NAME, "--quant", "F16", "--replace"),
         ),
         environment={**os.environ, "DESKSIDE_HOME": str(home)},

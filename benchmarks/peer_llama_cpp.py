@@ -1,6 +1,6 @@
 """llama-cpp-python's own server. Run by the peers' Python; the arguments are those of `python -m llama_cpp.server`.
 
-The one thing added is the guard that Deskside uses as well (runtime/llama_handle.py): a llama.cpp that was compiled for
+The one thing added is the guard that Deskside uses as well (runtime/llama/handle.py): a llama.cpp that was compiled for
 AMX, but not by Deskside's Makefile, may crash or answer garbage with AMX's layouts, so it runs without them.
 """
 

@@ -16,8 +16,8 @@ from gguf.constants import GGMLQuantizationType
 from models.gguf.fields import Field
 from models.gguf.header import DEFAULT_ALIGNMENT, Header
 from runtime.errors import EngineError
-from runtime.llama import Llama, LoadOptions, load
-from runtime.llama_prefill import last_logits
+from runtime.llama.decode import last_logits
+from runtime.llama.model import Llama, LoadOptions, load
 
 from .errors import AdapterInvalid, VerifyFailed
 from .gguf_file import Layout, OutTensor

@@ -13,8 +13,8 @@ from llama_cpp import llama_cpp
 
 from runtime.config import physical_cores
 from runtime.errors import EngineError
-from runtime.llama_batch import decode_error
-from runtime.llama_handle import ModelHandle
+from runtime.llama.decode import decode_error
+from runtime.llama.handle import ModelHandle
 
 from .child import read_job, tell
 from .errors import ImatrixFailed

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from runtime.errors import EngineError, RequestError
-from runtime.llama import LoadOptions, load
-from runtime.llama_protocol import LlamaLike
+from runtime.llama.interface import LlamaLike
+from runtime.llama.model import LoadOptions, load
 
 from .child import read_job, tell
 from .errors import ConvertError

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.llama_protocol import LlamaLike
-from runtime.sequence import Batch
+from runtime.llama.interface import LlamaLike
+from runtime.requests import Batch
 
 
 @dataclass(frozen=True, slots=True)

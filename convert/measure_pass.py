@@ -2,9 +2,9 @@
 
 A few examples at a time: their prompts are prefilled together; the expected answers are branches of them, which give
 the rows; then come the model's own answers. To classify, every label is weighed whole, as branches under the shared
-prompt, by the very rule of `/v1/decisions` (`runtime/scoring.py`); what the expected label's branch has computed is not
-computed again. To write, the prompts' sequences go on together with the likeliest token each, up to an end or as far as
-the tasks follow them. Each prompt is computed once.
+prompt, by the very rule of `/v1/decisions` (`runtime/decoding/choice_tree.py`); what the expected label's branch has
+computed is not computed again. To write, the prompts' sequences go on together with the likeliest token each,
+up to an end or as far as the tasks follow them. Each prompt is computed once.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from runtime.llama_protocol import LlamaLike
-from runtime.scoring import Ballot
-from runtime.sequence import Question
+from runtime.decoding.choice_tree import Ballot
+from runtime.llama.interface import LlamaLike
+from runtime.requests import Question
 
 from .errors import MeasureFailed
 from .measure_decode import Branch, Run, decode_branches, decode_runs

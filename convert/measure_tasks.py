@@ -14,10 +14,9 @@ from models.errors import BadExamples
 from models.gguf.header import read_meta
 from models.quality import Work
 from runtime.errors import ContextTooLong, RequestError
-from runtime.llama import load_tokenizer
-from runtime.llama_protocol import TokenizerLike
-from runtime.prompt import Prompter
-from runtime.prompt_decision import ANSWER_MARK, input_text
+from runtime.llama.interface import TokenizerLike
+from runtime.llama.model import load_tokenizer
+from runtime.prompt.prompter import ANSWER_MARK, Prompter, input_text
 
 from .examples import MIN_EXAMPLES
 from .template import END_OF_TURN_FIELD, TEMPLATE_FIELD

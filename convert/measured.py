@@ -8,7 +8,7 @@ from models.common.console import Reporter
 from models.common.files import sha256_file
 from models.gguf.header import read_header
 from models.quality import Quality, Trim
-from runtime.llama import LoadOptions, load, load_tokenizer
+from runtime.llama.model import LoadOptions, load, load_tokenizer
 
 from .candidates import ladder
 from .imatrix import IMATRIX_FILE, collect

@@ -7,7 +7,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from models.gguf.header import Header, TensorInfo
-from runtime.llama_half import to_half
+from runtime.llama.ggml import to_half
 
 from .errors import SourceInvalid
 from .lora_fit import EMBEDDING, HEAD, Fitted

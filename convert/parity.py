@@ -10,8 +10,8 @@ from pathlib import Path
 from models.errors import BadGguf
 from models.gguf.fields import Field, read_fields
 from runtime.errors import EngineError, RequestError
-from runtime.llama import load_tokenizer
-from runtime.llama_tokenizer import Tokenizer
+from runtime.llama.model import load_tokenizer
+from runtime.llama.tokenizer import Tokenizer
 
 from .errors import VerifyFailed
 from .parity_reference import Reference, open_reference

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runtime.errors import EngineError, RequestError
-from runtime.prompt import Prompter
+from runtime.prompt.prompter import Prompter
 
 from .errors import VerifyFailed
 from .parity import Mismatch, Pair

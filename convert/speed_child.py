@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from runtime.llama_protocol import LlamaLike
-from runtime.sequence import Batch
+from runtime.llama.interface import LlamaLike
+from runtime.requests import Batch
 
 from .child import read_job, tell
 from .speed_steps import Limits, Work, decode_step, packed_steps
 
-# As runtime/cli.py sets it for serving: threads that wait give a busy core back.
+# As runtime/cli/main.py sets it for serving: threads that wait give a busy core back.
 _SPINCOUNT = "1000"
 _WARM_UP_TOKENS = 32
 _MOST_STEPS = 32
@@ -139,7 +139,7 @@ def main() -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", _SPINCOUNT)
     # llama.cpp's threads read the environment when they are loaded
     from runtime.errors import EngineError
-    from runtime.llama import LoadOptions, load
+    from runtime.llama.model import LoadOptions, load
 
     try:
         llama = load(Path(job["gguf"]), LoadOptions(**job["load"]))

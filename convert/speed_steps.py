@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.sequence import Batch
+from runtime.requests import Batch
 
 _SEED = 7
 

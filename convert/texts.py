@@ -6,9 +6,8 @@ from models.common.chat_records import ChatRecord
 from models.errors import BadExamples
 from models.gguf.header import Header
 from runtime.errors import RequestError
-from runtime.llama_tokenizer import Tokenizer
-from runtime.prompt import Prompter
-from runtime.prompt_decision import ANSWER_MARK, input_text
+from runtime.llama.tokenizer import Tokenizer
+from runtime.prompt.prompter import ANSWER_MARK, Prompter, input_text
 
 from .template import END_OF_TURN_FIELD, TEMPLATE_FIELD
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtime.errors import EngineError
-from runtime.llama import Llama, LoadOptions, load
-from runtime.llama_prefill import last_logits
+from runtime.llama.decode import last_logits
+from runtime.llama.model import Llama, LoadOptions, load
 
 from .child import Child, read_job, tell
 from .errors import VerifyFailed
 
 if TYPE_CHECKING:
-    from .template import ChatFormat  # not in the child, which has the model to hold
+    from .template import ChatFormat
 
 _PROBE = "Hello"
 

@@ -16,9 +16,9 @@ import numpy as np
 from models.gguf.fields import Field
 from models.gguf.header import Header
 from runtime.errors import EngineError, RequestError
-from runtime.llama import load_tokenizer
-from runtime.llama_tokenizer import Tokenizer
-from runtime.prompt_template import ChatTemplate
+from runtime.llama.model import load_tokenizer
+from runtime.llama.tokenizer import Tokenizer
+from runtime.prompt.template import ChatTemplate
 
 from .errors import RequestInvalid, TrimImpossible
 from .gguf_file import write_head

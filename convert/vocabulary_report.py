@@ -7,8 +7,8 @@ import numpy as np
 
 from models.gguf.header import Header
 from models.quality import Trim
-from runtime.llama_greedy import greedy_answer
-from runtime.llama_protocol import LlamaLike
+from runtime.llama.decode import greedy_answer
+from runtime.llama.interface import LlamaLike
 
 from .errors import RequestInvalid
 from .vocabulary import TrimPlan, tokenizer_of

@@ -7,9 +7,9 @@ from http import HTTPStatus
 
 import pytest
 
-from runtime.cli import EXIT_CODES, exit_code
+from runtime.cli.main import EXIT_CODES, exit_code
 from runtime.errors import EngineError, Overloaded, RequestError
-from runtime.openai_error import HTTP_ERRORS, to_error
+from runtime.openai.wire import HTTP_ERRORS, to_error
 
 MODULES = ("models.errors", "runtime.errors", "convert.errors", "benchmarks.errors")
 CLASSES = [

@@ -16,8 +16,8 @@ BETWEEN = {
     "runtime": {"models"},
     # The prompt, the labels' weighing and the batch's nouns: what is measured is what serving does.
     "convert": {
-        *("models", "runtime.llama", "runtime.errors", "runtime.config"),
-        *("runtime.prompt", "runtime.scoring", "runtime.sequence"),
+        *("models", "runtime.llama.model", "runtime.errors", "runtime.config"),
+        *("runtime.prompt.prompter", "runtime.decoding.choice_tree", "runtime.requests"),
     },
     "benchmarks": {"models"},
 }
@@ -57,15 +57,15 @@ ONLY_NOUNS = {"openai": {"sequence", "errors"}, "scheduler": {"sequence", "prefi
 # foreign library -> the only modules that may import it
 DOORS = {
     # The peer script runs in the peers' own venv, never in Deskside's process.
-    "llama_cpp": {"runtime.llama", "convert.quantize", "convert.imatrix_collect", "benchmarks.peer_llama_cpp"},
+    "llama_cpp": {"runtime.llama.model", "convert.quantize", "convert.imatrix_collect", "benchmarks.peer_llama_cpp"},
     "xllamacpp": {"benchmarks.peer_xllamacpp"},
     "ctranslate2": {"benchmarks.peer_ctranslate2"},
-    "llguidance": {"runtime.constrain"},
+    "llguidance": {"runtime.decoding.grammar"},
     # The judges of a vocabulary: what is converted is read by our own code.
     "tokenizers": {"convert.parity_reference"},
     "sentencepiece": {"convert.parity_reference"},
-    "fastapi": {"runtime.server"},
-    "starlette": {"runtime.server"},
+    "fastapi": {"runtime.server.app"},
+    "starlette": {"runtime.server.app"},
     "huggingface_hub": {"models.store.hub"},
     "genai_prices": {"benchmarks.cost"},
     "yaml": {"convert.hf_folder_card"},
@@ -116,7 +116,7 @@ def level(name: str) -> int:
 def test_folders_import_only_what_the_design_allows(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     composed = {f"{other}.{part}" for other in FOLDERS for part in ("cli", "errors")}
-    own = {"runtime.cli": composed, ENGINE_BENCHMARK: {"runtime"}}.get(module_name(path), set())
+    own = {"runtime.cli.main": composed, ENGINE_BENCHMARK: {"runtime"}}.get(module_name(path), set())
     for imported in imports(path):
         if imported.split(".")[0] in set(FOLDERS) - {folder}:
             assert within(imported, BETWEEN[folder] | own), f"{module_name(path)} imports {imported}"
@@ -168,6 +168,6 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
 def test_the_checks_see_what_they_should(tmp_path: Path) -> None:
     """A checker that finds no imports passes everything: show that it reads each form."""
     assert "runtime.errors" in set(imports(ROOT / "runtime" / "engine.py"))
-    assert within("runtime.llama_load", {"runtime.llama"})
-    assert not within("runtime.engine", {"runtime.llama", "runtime.errors"})
+    assert within("runtime.llama_load", {"runtime.llama.model"})
+    assert not within("runtime.engine.engine", {"runtime.llama.model", "runtime.errors"})
     assert level("cli") > level("server") > level("engine") > level("llama") > level("errors")

@@ -1,10 +1,10 @@
 """The bare loop makes the engine's own calls again, and no others; on the toy model, so nothing is timed."""
 
 from benchmarks.bare_loop import Recorder, compare
-from runtime.engine import Engine
-from runtime.engine_options import EngineOptions
-from runtime.sequence import Finished, Request, SamplingParams
-from tests.fakes import FakeLlama
+from runtime.engine.engine import Engine
+from runtime.engine.options import EngineOptions
+from runtime.requests import Finished, Request, SamplingParams
+from tests.support.runtime.fakes import FakeLlama
 
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 REQUESTS = [Request(str(n), tuple(f"prompt {n % 3} and more".encode()), PARAMS) for n in range(20)]

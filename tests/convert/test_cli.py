@@ -10,7 +10,7 @@ from convert.quantize import DEFAULT_QUANTIZATION, QUANTIZATIONS
 from models.common.console import BarReporter, LineReporter, reporter
 from models.store.catalog import load_catalog
 from models.store.store import Store
-from runtime.cli import main
+from runtime.cli.main import main
 
 from .tiny import write_adapter, write_model
 

@@ -21,8 +21,8 @@ from models.manifest import MANIFEST_FILE, Base, Manifest, dump_manifest
 from models.manifest import Adapter as AdapterRecord
 from models.store.catalog import CatalogEntry
 from models.store.store import Store
-from runtime.llama import LoadOptions, load
-from runtime.llama_prefill import last_logits
+from runtime.llama.decode import last_logits
+from runtime.llama.model import LoadOptions, load
 
 from .test_pipeline import Notes, files_under
 from .tiny import MODULES, N_LAYERS, adapter_tensors, write_adapter, write_model

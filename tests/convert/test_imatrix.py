@@ -14,7 +14,7 @@ from convert.imatrix import Entry, Imatrix, collect, read_imatrix, write_imatrix
 from convert.imatrix_collect import cut
 from models.errors import BadGguf
 from models.gguf.fields import Field
-from runtime.llama import load_tokenizer
+from runtime.llama.model import load_tokenizer
 
 from .tiny import N_EMBD, TOKENS, weights, write_model
 

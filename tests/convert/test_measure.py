@@ -232,7 +232,7 @@ def test_a_full_disk_is_an_error_in_words(
 ) -> None:
     from convert.measure_child import do_job
     from convert.measure_process import Job, RowSet
-    from tests.fakes import FakeLlama
+    from tests.support.runtime.fakes import FakeLlama
 
     llama = FakeLlama(n_ctx=4096)
     small = replace(

@@ -17,7 +17,7 @@ from models.common.chat_records import ChatRecord, Message
 from models.errors import BadExamples
 from models.quality import Work
 from runtime.errors import DecodeFailed
-from tests.fakes import BOS, END_OF_TURN, EOS, FAKE_TEMPLATE, FakeLlama, FakeTokenizer
+from tests.support.runtime.fakes import BOS, END_OF_TURN, EOS, FAKE_TEMPLATE, FakeLlama, FakeTokenizer
 
 LABELS = ("spam", "spam filter", "ham")
 ASKING = Asking(FAKE_TEMPLATE, END_OF_TURN)

@@ -21,7 +21,7 @@ from models.errors import BadExamples, StoreError
 from models.gguf.header import read_header
 from models.quality import read_quality
 from models.store.store import Store
-from runtime.llama import load_tokenizer
+from runtime.llama.model import load_tokenizer
 
 from .hf_tiny import weights, write_folder
 from .test_pipeline import Notes, files_under

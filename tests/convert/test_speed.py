@@ -14,8 +14,9 @@ from convert.measure_tasks import Task, Tasks
 from convert.speed import Served, measure_speeds, order_of, score, served
 from convert.speed_child import Meter, Sample, measure, peak_memory_bytes
 from convert.speed_steps import Limits, Work, packed_steps
-from tests.convert.tiny import write_model
-from tests.fakes import FakeLlama
+from tests.support.runtime.fakes import FakeLlama
+
+from .tiny import write_model
 
 
 class Clock:

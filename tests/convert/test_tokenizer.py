@@ -13,7 +13,7 @@ from convert.tokenizer import Vocabulary, read_vocabulary
 from convert.tokenizer_files import MAX_MERGES
 from convert.tokenizer_pieces import Kind
 from convert.tokenizer_special import ENDS_BY_TEXT
-from runtime.llama import load_tokenizer
+from runtime.llama.model import load_tokenizer
 
 from . import tiny_tokenizers as tiny
 

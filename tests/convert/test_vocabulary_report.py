@@ -5,7 +5,7 @@ import pytest
 from convert.errors import RequestInvalid
 from convert.vocabulary import plan_trim
 from convert.vocabulary_report import coverage, greedy_agreement
-from tests.fakes import FakeLlama
+from tests.support.runtime.fakes import FakeLlama
 
 from .vocabularies import sentencepiece
 

@@ -17,8 +17,8 @@ from convert.vocabulary import TrimPlan, plan_trim
 from convert.vocabulary_fields import kept_ids
 from convert.vocabulary_source import TrimmedSource
 from models.gguf.header import Header, TensorInfo, read_header
-from runtime.llama import LoadOptions, load
-from runtime.llama_prefill import last_logits
+from runtime.llama.decode import last_logits
+from runtime.llama.model import LoadOptions, load
 
 from . import tiny
 

@@ -10,7 +10,7 @@ from convert.pipeline import convert
 from models.common.console import LineReporter
 from models.errors import ModelError
 from models.store.store import Store, StoredModel
-from runtime.llama import Llama, LoadOptions, load
+from runtime.llama.model import Llama, LoadOptions, load
 
 ADAPTER = Path(__file__).parents[2] / "models" / "email_triage" / "adapter"
 

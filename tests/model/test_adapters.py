@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from runtime.engine import Engine
-from runtime.engine_options import EngineOptions
+from runtime.engine.engine import Engine
+from runtime.engine.options import EngineOptions
 from runtime.errors import LoadFailed
-from runtime.llama import Llama, LoadOptions, load
-from runtime.sequence import Request, SamplingParams
-from tests.model.lora_gguf import write_adapter
-from tests.model.test_engine import agree, cached, run, written
+from runtime.llama.model import Llama, LoadOptions, load
+from runtime.requests import Request, SamplingParams
+
+from .lora_gguf import write_adapter
+from .test_engine import agree, cached, run, written
 
 pytestmark = pytest.mark.model
 

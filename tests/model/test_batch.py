@@ -46,7 +46,7 @@ def write_requests(folder: Path) -> Path:
 def start(source: Path, output: Path, model: StoredModel) -> subprocess.Popen[str]:
     # One slot and short steps: answers come one by one, so that a kill lands between them.
     options = ["--model", str(model.folder), "--json", "--slots", "1", "--step-tokens", "128"]
-    command = [sys.executable, "-m", "runtime.cli", "batch", str(source), str(output), *options]
+    command = [sys.executable, "-m", "runtime.cli.main", "batch", str(source), str(output), *options]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.model
 
 
 def deskside(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "runtime.cli", *arguments]
+    command = [sys.executable, "-m", "runtime.cli.main", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 

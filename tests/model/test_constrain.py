@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from runtime.constrain import LlGuidance
-from runtime.engine import Engine
-from runtime.llama import Llama
-from runtime.sequence import Event, Finished, Grammar, Request, SamplingParams, TextDelta
+from runtime.decoding.grammar import LlGuidance
+from runtime.engine.engine import Engine
+from runtime.llama.model import Llama
+from runtime.requests import Event, Finished, Grammar, Request, SamplingParams, TextDelta
 
 pytestmark = pytest.mark.model
 

@@ -14,9 +14,9 @@ from convert.pipeline import convert
 from models.common.console import LineReporter
 from models.gguf.header import read_header
 from models.store.store import Store, StoredModel
-from runtime.llama import Llama, LoadOptions, load
-from runtime.llama_prefill import last_logits
-from runtime.prompt import Prompter
+from runtime.llama.decode import last_logits
+from runtime.llama.model import Llama, LoadOptions, load
+from runtime.prompt.prompter import Prompter
 from tests.convert.tiny import safetensors_bytes
 
 pytestmark = pytest.mark.model

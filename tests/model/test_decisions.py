@@ -13,11 +13,11 @@ import pytest
 
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
-from runtime.intake import fold, prepare
-from runtime.intake_decisions import fold_decision, prepare_decision
-from runtime.llama import LoadOptions, load
-from runtime.sequence import Batch, Question, Scored
-from runtime.served import ServedModel, load_model
+from runtime.llama.model import LoadOptions, load
+from runtime.requests import Batch, Question, Scored
+from runtime.serving.chat import fold, prepare
+from runtime.serving.decisions import fold_decision, prepare_decision
+from runtime.serving.model import ServedModel, load_model
 
 pytestmark = pytest.mark.model
 

@@ -5,11 +5,12 @@ from itertools import count
 
 import pytest
 
-from runtime.engine import Engine
-from runtime.engine_options import EngineOptions
-from runtime.llama import Llama
-from runtime.sequence import Event, Request, SamplingParams
-from tests.model.test_engine import agree, ask, ids, run, written
+from runtime.engine.engine import Engine
+from runtime.engine.options import EngineOptions
+from runtime.llama.model import Llama
+from runtime.requests import Event, Request, SamplingParams
+
+from .test_engine import agree, ask, ids, run, written
 
 pytestmark = pytest.mark.model
 

@@ -47,7 +47,8 @@ def run_batch(mails: list[dict[str, Any]], model: StoredModel, folder: Path) -> 
         ),
         encoding="utf-8",
     )
-    command = [sys.executable, "-m", "runtime.cli", "batch", str(source), str(output), "--model", str(model.folder)]
+    command = [sys.executable, "-m", "runtime.cli.main", "batch", str(source), str(output)]
+    command += ["--model", str(model.folder)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=DEADLINE_S)
     answers = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     return {a["custom_id"]: a["response"]["body"]["choices"][0]["message"]["content"] for a in answers}

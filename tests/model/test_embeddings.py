@@ -11,13 +11,13 @@ from llama_cpp import llama_cpp
 
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
-from runtime.intake import fold, prepare
-from runtime.intake_embeddings import fold_embedding, prepare_embedding
-from runtime.llama import Llama
-from runtime.llama_batch import BatchArrays
-from runtime.llama_handle import ModelHandle
-from runtime.sequence import Batch
-from runtime.served import ServedModel, load_model
+from runtime.llama.decode import BatchArrays
+from runtime.llama.handle import ModelHandle
+from runtime.llama.model import Llama
+from runtime.requests import Batch
+from runtime.serving.chat import fold, prepare
+from runtime.serving.embeddings import fold_embedding, prepare_embedding
+from runtime.serving.model import ServedModel, load_model
 
 pytestmark = pytest.mark.model
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from runtime.engine import Engine
-from runtime.engine_options import EngineOptions
-from runtime.llama import Llama
-from runtime.sequence import Batch, Event, Failed, Finished, Request, SamplingParams, TextDelta, TokenLogprob
+from runtime.engine.engine import Engine
+from runtime.engine.options import EngineOptions
+from runtime.llama.model import Llama
+from runtime.requests import Batch, Event, Failed, Finished, Request, SamplingParams, TextDelta, TokenLogprob
 
 pytestmark = pytest.mark.model
 

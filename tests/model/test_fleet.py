@@ -15,7 +15,7 @@ from models.common.files import sha256_file
 from models.manifest import MANIFEST_FILE, Artefact, Base, Manifest, dump_manifest
 from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
-from runtime.fleet_open import open_fleet
+from runtime.pool.pool import open_fleet
 
 from .lora_gguf import write_adapter
 
@@ -28,7 +28,7 @@ FLAGS = {"slots": "2", "context": "1024", "threads": "1"}
 def serve(names: list[str], *more: str, home: Path | None = None) -> Iterator[tuple[httpx.Client, str]]:
     """A `deskside serve` of `names`, with what it says at its start, up to the line about the last of them."""
     flags = [word for name, value in FLAGS.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "runtime.cli", "serve", *names, "--port", "0", *flags, *more]
+    command = [sys.executable, "-m", "runtime.cli.main", "serve", *names, "--port", "0", *flags, *more]
     environment = os.environ | ({} if home is None else {"DESKSIDE_HOME": str(home)})
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None

@@ -12,9 +12,9 @@ from convert.inputs import ConvertRequest
 from convert.pipeline import convert
 from models.common.console import LineReporter
 from models.store.store import Store, StoredModel
-from runtime.llama import Llama, LoadOptions, load
-from runtime.llama_prefill import last_logits
-from runtime.prompt import Prompter
+from runtime.llama.decode import last_logits
+from runtime.llama.model import Llama, LoadOptions, load
+from runtime.prompt.prompter import Prompter
 
 from .test_embeddings import batch
 

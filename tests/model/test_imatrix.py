@@ -8,7 +8,7 @@ import pytest
 from convert.imatrix import collect
 from models.gguf.header import read_header
 from models.store.store import StoredModel
-from runtime.llama import load_tokenizer
+from runtime.llama.model import load_tokenizer
 
 pytestmark = pytest.mark.model
 

@@ -16,9 +16,9 @@ import pytest
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
-from runtime.served import load_model
-from tests.engine_process import alive
-from tests.serving import wait_until
+from runtime.serving.model import load_model
+from tests.support.runtime.engine_process import alive
+from tests.support.runtime.serving import wait_until
 
 from .test_server import CHAT, Server, endless, mails, serve
 
@@ -108,7 +108,7 @@ def test_llama_cpps_own_reason_is_told_for_weights_that_are_cut_off(email_triage
         cut.write_bytes(whole.read(email_triage.gguf.stat().st_size // 2))
     with pytest.raises(LoadFailed, match=r"cut\.gguf' cannot be loaded: .*(data|bounds|corrupted|incomplete)"):
         load_model(StoredModel("cut", tmp_path, None, cut), RuntimeConfig(slots=2))
-    command = [sys.executable, "-m", "runtime.cli", "serve", str(cut), "--port", "0"]
+    command = [sys.executable, "-m", "runtime.cli.main", "serve", str(cut), "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "cut.gguf" in done.stderr

@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from models.store.store import StoredModel
-from tests.serving import wait_until
+from tests.support.runtime.serving import wait_until
 
 pytestmark = pytest.mark.model
 
@@ -46,7 +46,7 @@ class Server:
 
 @contextmanager
 def serve(model: StoredModel, *flags: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "runtime.cli", "serve", str(model.folder), "--port", "0", *flags]
+    command = [sys.executable, "-m", "runtime.cli.main", "serve", str(model.folder), "--port", "0", *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.model
 
 def test_a_short_soak_holds(email_triage: StoredModel, tmp_path: Path) -> None:
     out = tmp_path / "soak.json"
-    command = [sys.executable, "-m", "runtime.cli", "bench", "soak", "--minutes", "0.25", "--kills", "1", "--json"]
+    command = [sys.executable, "-m", "runtime.cli.main", "bench", "soak", "--minutes", "0.25", "--kills", "1", "--json"]
     command += ["--model", str(email_triage.folder), "--slots", "4", "--queue", "4", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from runtime.constrain import LlGuidance
-from runtime.engine import Engine
-from runtime.intake_tools import control_tokens
-from runtime.llama import Llama
-from runtime.openai_tool_calls import ToolCallReader
-from runtime.openai_tool_formats import FORMATS, tool_grammar
-from runtime.openai_tools import Tool
-from runtime.sequence import Event, Finished, Request, SamplingParams, TextDelta
+from runtime.decoding.grammar import LlGuidance
+from runtime.engine.engine import Engine
+from runtime.llama.model import Llama
+from runtime.openai.tool_calls import FORMATS, ToolCallReader, tool_grammar
+from runtime.openai.tools import Tool
+from runtime.requests import Event, Finished, Request, SamplingParams, TextDelta
+from runtime.serving.chat import control_tokens
 
 pytestmark = pytest.mark.model
 

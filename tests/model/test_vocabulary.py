@@ -17,7 +17,7 @@ from convert.vocabulary import TrimPlan, plan_trim, tokenizer_of
 from convert.vocabulary_report import coverage
 from convert.vocabulary_source import TrimmedSource
 from models.gguf.header import Header, read_header
-from runtime.llama_tokenizer import Tokenizer
+from runtime.llama.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model
 

@@ -22,7 +22,7 @@ from models.email_triage.data.prepare import LABELS, Example, write_jsonl_gz  # 
 from models.email_triage.gemma import Example as Text  # noqa: E402
 from models.email_triage.gemma import _branch_scores, completion_loss, encode, encode_label, judge, load_base  # noqa: E402
 from models.gguf.fields import Field  # noqa: E402
-from runtime.llama import load_tokenizer  # noqa: E402
+from runtime.llama.model import load_tokenizer  # noqa: E402
 from tests.convert.test_vocabulary_source import write  # noqa: E402
 from tests.convert.tiny import END, write_model  # noqa: E402
 

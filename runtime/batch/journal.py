@@ -1,0 +1,164 @@
+"""The files a batch writes: answers appended whole, so that a run killed at any moment can go on where it stopped.
+
+The answers file is its own journal. Each line's id is made from the request it answers, so a resumed run can tell
+what is done, and can refuse to mix the answers of another input or another model into it.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from runtime.errors import BatchRefused
+
+from .lines import BatchLine, key_of, read_lines
+
+ID_PREFIX = "batch_req_"
+_FIRST_BYTES = b'{"id": "' + ID_PREFIX.encode()
+
+
+def errors_path(output: Path) -> Path:
+    """Where the lines that failed go: `answers.jsonl` -> `answers.errors.jsonl`."""
+    name = output.name.removesuffix(".jsonl")
+    return output.with_name(f"{name}.errors.jsonl")
+
+
+def answer_record(line: BatchLine, body: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's line for an answered request."""
+    response = {"status_code": 200, "request_id": f"req_{line.fingerprint}", "body": body}
+    return {"id": ID_PREFIX + line.fingerprint, "custom_id": line.custom_id, "response": response, "error": None}
+
+
+def error_record(number: int, custom_id: str | None, error: Mapping[str, Any]) -> dict[str, Any]:
+    """The errors file's line: the input line's number (from 1), its custom_id, and OpenAI's error object."""
+    return {"line": number, "custom_id": custom_id, "error": error}
+
+
+class JsonlFile:
+    """A file of JSON lines that one process at a time may append to, each line by one write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise BatchRefused(f"{str(path)!r} is being written by another process; wait for it to end") from None
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line. A kill leaves either none of it, or a torn tail that the next run cuts off.
+
+        A full disk leaves none of it: another line may still come to stand after this one.
+        """
+        rest = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        whole = os.fstat(self._fd).st_size
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError:
+            self.cut(whole)
+            raise
+
+    def cut(self, size: int) -> None:
+        """Drop everything after the first `size` bytes."""
+        os.ftruncate(self._fd, size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Bring what was written to the disk and let go of the file."""
+        try:
+            os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+
+
+class ErrorsFile:
+    """What failed in this run. It is written anew by each run, since each run judges every open line again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: JsonlFile | None = None
+        if path.exists():
+            _require_ours(path)
+
+    def __enter__(self) -> Self:
+        self._path.unlink(missing_ok=True)
+        return self
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line; the file is made by the first."""
+        if self._file is None:
+            self._file = JsonlFile(self._path)
+        self._file.append(record)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def resume(answers: JsonlFile, model: str) -> dict[int, int]:
+    """What `answers` holds already: custom_id's key -> fingerprint. A torn last line is cut off.
+
+    Raises BatchRefused if the file is not a batch's, or holds answers of another model.
+    """
+    done: dict[int, int] = {}
+    size = 0
+    with answers.path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                if not (raw.startswith(_FIRST_BYTES) or _FIRST_BYTES.startswith(raw)):
+                    raise _foreign(answers.path, number)
+                answers.cut(size)
+                break
+            key, fingerprint, answered_by = _read_answer(answers.path, number, raw)
+            if answered_by != model:
+                raise BatchRefused(
+                    f"{str(answers.path)!r} line {number} is an answer of model {answered_by!r}, not of {model!r}; "
+                    "choose another output file"
+                )
+            done[key] = fingerprint
+            size += len(raw)
+    return done
+
+
+def require_same_input(source: Path, max_line_bytes: int, done: Mapping[int, int], output: Path) -> None:
+    """Raise BatchRefused unless every answer in `output` belongs to a request in `source`, unchanged."""
+    missing = dict(done)
+    for line in read_lines(source, max_line_bytes):
+        if isinstance(line, BatchLine) and missing.get(line.key) == int(line.fingerprint, 16):
+            del missing[line.key]
+    if missing:
+        raise BatchRefused(
+            f"{len(missing)} of the {len(done)} answers in {str(output)!r} belong to requests that {str(source)!r} "
+            "does not hold (or holds changed); resume with the same input, or choose another output file"
+        )
+
+
+def _read_answer(path: Path, number: int, raw: bytes) -> tuple[int, int, str]:
+    try:
+        record = json.loads(raw)
+        custom_id, model = record["custom_id"], record["response"]["body"]["model"]
+        if record["id"].startswith(ID_PREFIX) and isinstance(model, str):
+            return key_of(custom_id), int(record["id"].removeprefix(ID_PREFIX), 16), model
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise _foreign(path, number)
+
+
+def _require_ours(path: Path) -> None:
+    with path.open("rb") as file:
+        first = file.readline(1 << 20)
+    if first and not first.startswith(b'{"line": '):
+        raise _foreign(path, 1)
+
+
+def _foreign(path: Path, number: int) -> BatchRefused:
+    return BatchRefused(f"{str(path)!r} line {number} was not written by a batch; choose another output file")

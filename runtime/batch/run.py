@@ -1,0 +1,295 @@
+"""Offline batches: a file of requests through the engine to a file of answers, with nothing lost.
+
+The input is read once, in order, with a bounded window of requests in flight; answers are written as they finish, so
+`custom_id` is the key, not the order. A resumed run passes over what is answered and judges every other line again.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from models.store.store import Store
+from runtime.config import RuntimeConfig
+from runtime.errors import BatchRefused, EngineError, InvalidRequest, RequestError
+from runtime.serving.model import ServedModel, load_model, under_name
+from runtime.serving.names import find
+
+from .answers import EngineAnswerer, queue_for
+from .journal import ErrorsFile, JsonlFile, answer_record, error_record, errors_path, require_same_input, resume
+from .lines import BadLine, BatchLine, count_lines, read_lines
+
+MAX_LINE_BYTES = 4 << 20
+
+_log = logging.getLogger("deskside.batch")
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """What to run: requests of `source` for `model`, answers to `output`, `window` requests in flight."""
+
+    source: Path
+    output: Path
+    model: str
+    window: int
+    max_line_bytes: int = MAX_LINE_BYTES
+
+
+@dataclass
+class BatchCounts:
+    """How far a run is. `skipped` were answered by an earlier run; tokens are of this run, cached ones not computed."""
+
+    answered: int = 0
+    skipped: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    started_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def lines(self) -> int:
+        """Requests dealt with."""
+        return self.answered + self.skipped + self.failed
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens computed, prompt and answer together, per second of this run."""
+        computed = self.prompt_tokens - self.cached_tokens + self.completion_tokens
+        return computed / max(time.monotonic() - self.started_s, 1e-9)
+
+
+@dataclass(frozen=True)
+class BatchFiles:
+    """The files of a run, opened, checked and held: `done` maps answered custom_ids to their fingerprints."""
+
+    answers: JsonlFile
+    errors: ErrorsFile
+    done: Mapping[int, int]
+
+
+class Answerer(Protocol):
+    """The engine as a batch sees it."""
+
+    async def answer(self, line: BatchLine) -> Mapping[str, Any]:
+        """OpenAI's response body. Whatever it raises, this one line failed."""
+
+    def describe(self, error: Exception) -> Mapping[str, Any]:
+        """OpenAI's error object."""
+
+    def require_alive(self) -> None:
+        """Raise EngineError if no request will be answered any more."""
+
+
+class BatchRun:
+    """One run of a job. `counts` can be read while it goes on."""
+
+    def __init__(
+        self, job: BatchJob, files: BatchFiles, answerer: Answerer, on_progress: Callable[[BatchCounts], None]
+    ) -> None:
+        self.counts = BatchCounts()
+        self._job = job
+        self._files = files
+        self._answerer = answerer
+        self._on_progress = on_progress
+        self._window = asyncio.Semaphore(job.window)
+
+    async def run(self) -> None:
+        """Answer every line. Cancelled, it stops what is in flight; what is written stays and can be resumed.
+
+        Raises EngineError when the engine is gone, OSError when a file cannot be written.
+        """
+        self.counts.started_s = time.monotonic()
+        seen: set[int] = set()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for line in read_lines(self._job.source, self._job.max_line_bytes):
+                    await asyncio.sleep(0)  # also when a million lines in a row are passed over
+                    if request := self._open_request(line, seen):
+                        await self._window.acquire()
+                        group.create_task(self._answer(request))
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
+
+    def _open_request(self, line: BatchLine | BadLine, seen: set[int]) -> BatchLine | None:
+        """`line`, if it is still to be answered. A bad one is written down, an answered one passed over."""
+        if isinstance(line, BadLine):
+            self._fail(line.number, line.custom_id, line.error)
+            return None
+        if line.key in seen:
+            message = f"custom_id {line.custom_id!r:.80} was used by an earlier line"
+            error = InvalidRequest(message, param="custom_id", code="duplicate_custom_id")
+            self._fail(line.number, line.custom_id, error)
+            return None
+        seen.add(line.key)
+        if line.key not in self._files.done:
+            return line
+        self.counts.skipped += 1
+        self._on_progress(self.counts)
+        return None
+
+    async def _answer(self, line: BatchLine) -> None:
+        try:
+            body = await self._answerer.answer(line)
+        except Exception as error:  # noqa: BLE001  (whatever one line brings about, the others go on)
+            self._answerer.require_alive()
+            if not isinstance(error, RequestError | EngineError):
+                _log.error("line %d failed unexpectedly", line.number, exc_info=error)
+            self._fail(line.number, line.custom_id, error)
+        else:
+            self._files.answers.append(answer_record(line, body))
+            self._count(body.get("usage") or {})
+        finally:
+            self._window.release()
+
+    def _fail(self, number: int, custom_id: str | None, error: Exception) -> None:
+        self._files.errors.append(error_record(number, custom_id, self._answerer.describe(error)))
+        self.counts.failed += 1
+        self._on_progress(self.counts)
+
+    def _count(self, usage: Mapping[str, Any]) -> None:
+        counts = self.counts
+        counts.answered += 1
+        # Newer routes of OpenAI's call what goes in input, and what comes of it output.
+        into, out = ("input", "output") if "input_tokens" in usage else ("prompt", "completion")
+        counts.prompt_tokens += usage.get(f"{into}_tokens", 0)
+        counts.completion_tokens += usage.get(f"{out}_tokens", 0)
+        counts.cached_tokens += (usage.get(f"{into}_tokens_details") or {}).get("cached_tokens", 0)
+        self._on_progress(counts)
+
+
+@contextmanager
+def open_files(job: BatchJob) -> Iterator[BatchFiles]:
+    """Hold the job's files for one run. Raises BatchRefused when they cannot be used together."""
+    check_files(job.source, job.output)
+    with JsonlFile(job.output) as answers:
+        done = resume(answers, job.model)
+        if done:
+            require_same_input(job.source, job.max_line_bytes, done, job.output)
+        with ErrorsFile(errors_path(job.output)) as errors:
+            yield BatchFiles(answers, errors, done)
+
+
+def check_files(source: Path, output: Path) -> None:
+    """Raise BatchRefused unless `source` can be read twice and `output` is a file of its own."""
+    if not source.is_file():
+        raise BatchRefused(f"input {str(source)!r} is not a regular file (a resumed run reads it again)")
+    for target in (output, errors_path(output)):
+        if target.exists() and not target.is_file():
+            raise BatchRefused(f"output {str(target)!r} is not a regular file")
+        if target.exists() and source.samefile(target):
+            raise BatchRefused(f"input and output are the same file, {str(source)!r}; choose another output file")
+    if not output.parent.is_dir():
+        raise BatchRefused(f"the folder of output {str(output)!r} does not exist")
+    if not os.access(output.parent, os.W_OK):
+        raise BatchRefused(f"the folder of output {str(output)!r} cannot be written")
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[BatchCounts], None]]:
+    """Draws done, failed, tokens/s and time left; `total` counts lines."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda counts: None
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]} failed"),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=total, failed=0, rate=0.0)
+        drawn_s = 0.0
+
+        def draw(counts: BatchCounts) -> None:
+            nonlocal drawn_s
+            if time.monotonic() - drawn_s > 0.1:
+                drawn_s = time.monotonic()
+                bars.update(task, completed=counts.lines, failed=counts.failed, rate=counts.tokens_per_s)
+
+        yield draw
+
+
+def summarise(job: BatchJob, counts: BatchCounts, interrupted: bool) -> dict[str, Any]:
+    """The run as a JSON object: counts, tokens of this run, seconds, files."""
+    return {
+        "model": job.model,
+        "answered": counts.answered,
+        "answered_before": counts.skipped,
+        "failed": counts.failed,
+        "interrupted": interrupted,
+        "prompt_tokens": counts.prompt_tokens,
+        "cached_tokens": counts.cached_tokens,
+        "completion_tokens": counts.completion_tokens,
+        "seconds": round(time.monotonic() - counts.started_s, 3),
+        "output": str(job.output),
+        "errors": str(errors_path(job.output)) if counts.failed else None,
+    }
+
+
+def closing_line(summary: dict[str, Any]) -> str:
+    """The run in one line."""
+    line = f"{summary['answered']} answered"
+    if summary["answered_before"]:
+        line += f", {summary['answered_before']} answered before"
+    line += f", {summary['failed']} failed"
+    if summary["errors"]:
+        line += f" (see {summary['errors']})"
+    tokens = summary["prompt_tokens"] - summary["cached_tokens"] + summary["completion_tokens"]
+    line += f", {tokens} tokens computed in {summary['seconds']:.1f} s"
+    return f"interrupted: {line}; the same command goes on from here" if summary["interrupted"] else line
+
+
+LINES_PER_SLOT = 4
+
+
+def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> dict[str, Any]:
+    """Answer `source` into `output` and return the summary; SIGINT and SIGTERM end it early and say so there.
+
+    Raises BatchRefused (before anything is loaded), ModelNotFound, LoadFailed, EngineError, OSError.
+    """
+    wanted = find(model, Store())
+    window = config.slots * LINES_PER_SLOT
+    job = BatchJob(source, output, wanted.id, window)
+    with open_files(job) as files:
+        loaded = load_model(wanted.base, replace(config, queue=queue_for(window)), wanted.adapters)
+        served = under_name(wanted, loaded)
+        try:
+            served.worker.start()
+            counts, interrupted = _run(job, files, served)
+        finally:
+            served.worker.stop()
+    summary = summarise(job, counts, interrupted)
+    print(closing_line(summary), file=sys.stderr)
+    return summary
+
+
+def _run(job: BatchJob, files: BatchFiles, served: ServedModel) -> tuple[BatchCounts, bool]:
+    with progress_bar(count_lines(job.source)) as draw:
+        batch = BatchRun(job, files, EngineAnswerer(served, served.worker), draw)
+        try:
+            asyncio.run(_until_signalled(batch))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            return batch.counts, True
+    return batch.counts, False
+
+
+async def _until_signalled(batch: BatchRun) -> None:
+    """`batch.run()`, cancelled by SIGTERM as asyncio.run lets SIGINT do."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await batch.run()

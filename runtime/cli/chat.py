@@ -1,0 +1,215 @@
+"""A chat in the terminal: one conversation over the same worker that serves HTTP.
+
+On a terminal it prompts, streams, and lets Ctrl-C stop an answer; from a pipe it reads a message a line and writes an
+answer a line, so that it can stand in a shell script.
+"""
+
+import asyncio
+import secrets
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+
+from models.manifest import Manifest
+from runtime.config import RuntimeConfig
+from runtime.errors import ContextTooLong, RequestError
+from runtime.prompt.prompter import Prompter
+from runtime.requests import Failed, Request, SamplingParams, TextDelta
+from runtime.serving.model import open_model
+from runtime.worker.supervisor import Worker
+
+LABEL_TOKENS = 32
+HELP = (
+    '/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, """ opens and closes many lines'
+)
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What may be asked for an answer; None leaves it to the model's task."""
+
+    temperature: float | None = None
+    top_p: float = 1.0
+    max_tokens: int | None = None
+    seed: int | None = None
+    system: str | None = None
+
+
+@dataclass
+class Conversation:
+    """What was said, as the model wants to see it. A classifier judges each text by itself, so it keeps nothing."""
+
+    manifest: Manifest | None
+    options: ChatOptions
+    turns: list[dict[str, str]] = field(default_factory=list)
+    asked: int = 0
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model answers with one of its labels."""
+        return self.manifest is not None and self.manifest.task == "classify"
+
+    def messages(self, text: str) -> list[dict[str, str]]:
+        """The messages of the next request."""
+        template = self.manifest.prompt.template if self.manifest else "{text}"
+        system = [{"role": "system", "content": self.options.system}] if self.options.system else []
+        return [*system, *self.turns, {"role": "user", "content": template.replace("{text}", text)}]
+
+    def remember(self, text: str, answer: str) -> None:
+        """Keep an exchange, unless each text stands by itself."""
+        if not self.classifies:
+            asked = self.messages(text)[-1]
+            self.turns += [asked, {"role": "assistant", "content": answer}]
+
+    def forget_oldest(self) -> bool:
+        """Drop the oldest exchange; False if there is none."""
+        dropped = bool(self.turns)
+        del self.turns[:2]
+        return dropped
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """How long the answer may be; None: as long as the context allows."""
+        return self.options.max_tokens or (LABEL_TOKENS if self.classifies else None)
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """How the answer is drawn: greedily for a label."""
+        given = self.options.temperature
+        temperature = given if given is not None else 0.0 if self.classifies else 0.8
+        return SamplingParams(max_tokens, temperature=temperature, top_p=self.options.top_p, seed=self.seed())
+
+    def seed(self) -> int:
+        """The next answer's seed: drawn, or counted up from the given one, so that a conversation can be repeated."""
+        self.asked += 1
+        return secrets.randbits(63) if self.options.seed is None else self.options.seed + self.asked - 1
+
+
+class Chat:
+    """One conversation with one model."""
+
+    def __init__(
+        self, worker: Worker, prompter: Prompter, conversation: Conversation, adapter: str | None = None
+    ) -> None:
+        self._worker = worker
+        self._prompter = prompter
+        self._adapter = adapter
+        self.conversation = conversation
+
+    async def answer(self, text: str) -> AsyncGenerator[str, None]:
+        """The answer to `text`, piece by piece; remembered once it is whole. Closed early, it is cancelled.
+
+        Raises RequestError or EngineError. Old exchanges are forgotten while the context is too small.
+        """
+        stream = self._worker.submit(self._request(text))
+        pieces: list[str] = []
+        try:
+            async for event in stream:
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, TextDelta) and event.text:
+                    pieces.append(event.text)
+                    yield event.text
+        finally:
+            stream.cancel()
+        self.conversation.remember(text, "".join(pieces))
+
+    def _request(self, text: str) -> Request:
+        turns = list(self.conversation.turns)
+        while True:
+            prompt = self._prompter.chat(self.conversation.messages(text))
+            try:
+                limit = self._prompter.limit(prompt, self.conversation.wanted_tokens, param="--max-tokens")
+            except ContextTooLong:
+                if self.conversation.forget_oldest():
+                    continue
+                self.conversation.turns = turns  # the text alone is too long: nothing said before is to blame
+                raise
+            params = self.conversation.sampling(limit)
+            return Request(f"chat-{self.conversation.asked}", prompt, params, self._adapter)
+
+
+def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
+    """Load a model and talk to it until the input ends. Raises ModelNotFound, LoadFailed, RequestError, EngineError."""
+    served = open_model(model, config)
+    try:
+        served.worker.start()
+        conversation = Conversation(served.manifest, options)
+        served.prompter.chat(conversation.messages("?"))  # a model without a template says so before anyone types
+        if sys.stdin.isatty():
+            with suppress(ImportError):
+                import readline  # noqa: F401  (gives `input` line editing)
+            print(greeting(served.name, conversation), file=sys.stderr)
+        with asyncio.Runner() as runner:
+            talk(Chat(served.worker, served.prompter, conversation, served.adapter), runner)
+    finally:
+        served.worker.stop()
+
+
+def greeting(name: str, conversation: Conversation) -> str:
+    """What the model is for, and how to leave."""
+    manifest = conversation.manifest
+    about = f"{name}: {manifest.description}" if manifest and manifest.description else name
+    if manifest and conversation.classifies:
+        about += f"\nIt answers each text by itself with one of: {', '.join(manifest.labels)}."
+    return f"{about}\n{HELP}"
+
+
+def talk(chat: Chat, runner: asyncio.Runner) -> None:
+    """Read messages and write answers until the input ends. Ctrl-C stops an answer on a terminal, all from a pipe."""
+    interactive = sys.stdin.isatty()
+    while (text := _next_message(interactive)) is not None:
+        if text == "/exit":
+            return
+        if text == "/reset":
+            chat.conversation.turns.clear()
+        elif text.startswith("/") and interactive and "\n" not in text:
+            print(HELP, file=sys.stderr)
+        elif text:
+            _say(chat, text, runner, interactive)
+
+
+def _say(chat: Chat, text: str, runner: asyncio.Runner, interactive: bool) -> None:
+    try:
+        runner.run(_write_answer(chat, text))
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        print("\n(stopped)", file=sys.stderr)
+    except RequestError as error:
+        if not interactive:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+
+
+async def _write_answer(chat: Chat, text: str) -> None:
+    async with aclosing(chat.answer(text)) as pieces:
+        async for piece in pieces:
+            print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _next_message(interactive: bool) -> str | None:
+    """The next message, without the blanks around it; None at the end of the input."""
+    try:
+        line = _read_line("> " if interactive else "")
+        if not line.startswith('"""'):
+            return line.strip()
+        lines = [line.removeprefix('"""')]
+        while not lines[-1].rstrip().endswith('"""'):
+            lines.append(_read_line(". " if interactive else ""))
+        return "\n".join(lines).rstrip().removesuffix('"""').strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        print("\n(Ctrl-D leaves)", file=sys.stderr)
+        return ""
+
+
+def _read_line(prompt: str) -> str:
+    if prompt and not sys.stdout.isatty():
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
+    return input(prompt)

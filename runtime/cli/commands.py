@@ -1,0 +1,84 @@
+"""The verbs of the runtime, as the front door calls them: options in, one call, output and exit code.
+
+Everything heavy is imported inside a command, so that its help text costs nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime.config import RuntimeConfig
+from runtime.config_flags import with_config
+
+SOME_FAILED = 3
+DEFAULT_MODEL = "email-triage"
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+MODEL_HELP = "An installed model, a path to a GGUF file, or BASE:ADAPTER."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[MODEL]…", help=MODEL_HELP, show_default=DEFAULT_MODEL)
+]
+
+
+@with_config("engine", "server")
+def serve_command(config: RuntimeConfig, models: ModelsArgument = None) -> None:
+    """Serve models to any OpenAI client, until SIGINT or SIGTERM; running answers are finished first.
+
+    A request chooses by its field `model`; one that names none goes to the first.
+    """
+    from runtime.server.serve import serve
+
+    serve(config, models or [DEFAULT_MODEL])
+
+
+@with_config("engine")
+def batch_command(
+    config: RuntimeConfig,
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="OpenAI batch lines: custom_id, url, body.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, in the order they are finished.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)],
+    as_json: Json = False,
+) -> None:
+    """Answer a file of requests. Run again after a kill, it goes on. Failed lines go to OUT.errors.jsonl (exit 3)."""
+    from runtime.batch.run import run_files
+
+    summary = run_files(source, output, model, config)
+    if as_json:
+        print(json.dumps(summary), flush=True)
+    if summary["interrupted"]:
+        raise KeyboardInterrupt
+    raise typer.Exit(SOME_FAILED if summary["failed"] else 0)
+
+
+@with_config("engine")
+def chat_command(
+    config: RuntimeConfig,
+    model: ModelArgument = DEFAULT_MODEL,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0: always the likeliest token.")] = None,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw among the likeliest that make up this much.")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Repeat a conversation's draws.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Instruction put before the conversation.")] = None,
+) -> None:
+    """Talk to a model. From a pipe: a message a line in, an answer a line out."""
+    from .chat import ChatOptions, chat_with
+
+    options = ChatOptions(temperature, top_p, max_tokens, seed, system)
+    chat_with(model, config, options)
+
+
+def doctor_command(as_json: Json = False) -> None:
+    """Say what this machine has, what is installed, and what is missing, with the command that fixes it."""
+    from models.store.store import Store
+
+    from .doctor import examine, print_report
+
+    report = examine(Store())
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        print_report(report)
+    raise typer.Exit(0 if report.healthy else 1)

@@ -1,0 +1,235 @@
+"""What this machine has, what is installed, and what is missing for the default model, each with the fix.
+
+The first thing to ask for in a bug report, so it never fails itself: what cannot be found out says so.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from models.errors import ModelError
+from models.store.store import Store, StoredModel
+from runtime.config import physical_cores
+
+DEFAULT_MODEL = "email-triage"
+DISK_NEEDED_BYTES = 2 << 30
+GPU_HELP = "README, 'GPU': how to install llama-cpp-python for CUDA, Metal or Vulkan"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Sizes in bytes; None where the system does not say."""
+
+    system: str
+    cpu: str
+    physical_cores: int
+    logical_cores: int
+    memory_bytes: int | None
+    memory_available_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that must hold. `fix` is what to do where it does not."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All of it; `healthy` when every check holds."""
+
+    machine: Machine
+    python: str
+    deskside: str
+    llama_cpp_python: str
+    backend: str
+    gpu_offload: bool
+    store: str
+    disk_free_bytes: int
+    models: tuple[dict[str, Any], ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the default model can be served right now."""
+        return all(check.ok for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**asdict(self), "healthy": self.healthy}
+
+
+def examine(store: Store) -> Report:
+    """Look at everything. Slow parts: loading llama.cpp (under a second), reading manifests."""
+    backend, gpu_offload, trouble = llama_cpp_state()
+    disk_free = shutil.disk_usage(_existing(store.home)).free
+    models, damaged = _installed(store)
+    return Report(
+        machine=_machine(),
+        python=f"{platform.python_version()} ({sys.executable})",
+        deskside=_version("deskside"),
+        llama_cpp_python=_version("llama-cpp-python"),
+        backend=backend,
+        gpu_offload=gpu_offload,
+        store=str(store.home),
+        disk_free_bytes=disk_free,
+        models=tuple(_model_row(model) for model in models),
+        checks=(
+            _check_python(),
+            Check("llama.cpp", not trouble, trouble or backend + _slow_amx(backend), "make rebuild"),
+            _check_store(store.home, disk_free, bool(models)),
+            *damaged,
+            *_check_default(models),
+        ),
+    )
+
+
+def human_bytes(count: int | None) -> str:
+    """`count` in the unit people read it in."""
+    if count is None:
+        return "unknown"
+    size, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1024 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.0f} {unit}" if unit in ("B", "KiB", "MiB") else f"{size:.1f} {unit}"
+
+
+def _machine() -> Machine:
+    return Machine(
+        system=f"{platform.system()} {platform.release()} ({platform.machine()})",
+        cpu=_cpu_name(),
+        physical_cores=physical_cores(),
+        logical_cores=os.cpu_count() or 1,
+        memory_bytes=_sysconf("SC_PHYS_PAGES"),
+        memory_available_bytes=_sysconf("SC_AVPHYS_PAGES"),
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        if sys.platform == "darwin":
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, subprocess.CalledProcessError):
+        return platform.processor() or "unknown"
+
+
+def _sysconf(pages: str) -> int | None:
+    try:
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def llama_cpp_state() -> tuple[str, bool, str]:
+    """(backend, can offload to a GPU, what is wrong)."""
+    try:
+        from runtime.llama.model import describe_build
+
+        return *describe_build(), ""
+    except (ImportError, OSError, RuntimeError) as error:
+        return "unknown", False, f"llama-cpp-python cannot be loaded: {error}"
+
+
+def _slow_amx(backend: str) -> str:
+    return ": compiled without the mend for AMX; `make rebuild` puts it in" if "AMX unused" in backend else ""
+
+
+def _installed(store: Store) -> tuple[list[StoredModel], list[Check]]:
+    models, damaged = [], []
+    for name in store.names():
+        try:
+            models.append(store.get(name))
+        except (ModelError, OSError) as error:
+            fix = f"deskside models remove {name} && deskside pull {name}"
+            damaged.append(Check(f"model {name}", False, str(error), fix))
+    return models, damaged
+
+
+def _model_row(model: StoredModel) -> dict[str, Any]:
+    artefacts = model.manifest.artefacts if model.manifest else ()
+    quantization = artefacts[0].quantization if artefacts else ""
+    return {"name": model.name, "quantization": quantization, "size_bytes": model.gguf.stat().st_size}
+
+
+def _check_python() -> Check:
+    return Check("python", sys.version_info >= (3, 11), platform.python_version(), "install Python 3.11 or newer")
+
+
+def _check_store(home: Path, disk_free: int, has_models: bool) -> Check:
+    if not os.access(_existing(home), os.W_OK):
+        fix = "set DESKSIDE_HOME to a folder you may write to"
+        return Check("store", False, f"{str(home)!r} cannot be written", fix)
+    enough = has_models or disk_free >= DISK_NEEDED_BYTES
+    detail = f"{str(home)!r}, {human_bytes(disk_free)} free"
+    if not enough:
+        detail += f"; building the default model needs {human_bytes(DISK_NEEDED_BYTES)}"
+    return Check("store", enough, detail, "free some disk, or set DESKSIDE_HOME to a folder on a larger one")
+
+
+def _check_default(models: list[StoredModel]) -> Iterator[Check]:
+    found = next((model for model in models if model.name == DEFAULT_MODEL), None)
+    detail = f"installed, {human_bytes(found.gguf.stat().st_size)}" if found else "not installed"
+    yield Check(f"model {DEFAULT_MODEL}", found is not None, detail, f"deskside pull {DEFAULT_MODEL}")
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print facts, models and checks to stdout; each failed check is followed by its fix."""
+    console = console or Console(soft_wrap=True, highlight=False)
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(report).items():
+        facts.add_row(name, value)
+    console.print(facts)
+    console.print()
+    for check in report.checks:
+        mark = "[green]ok     [/]" if check.ok else "[red]missing[/]"
+        console.print(f"{mark}  {check.name}: ", end="")
+        console.print(check.detail, markup=False)
+        if not check.ok:
+            console.print(f"         fix: {check.fix}", markup=False)
+
+
+def _facts(report: Report) -> dict[str, str]:
+    machine = report.machine
+    memory = f"{human_bytes(machine.memory_bytes)}, {human_bytes(machine.memory_available_bytes)} available"
+    offload = "yes" if report.gpu_offload else f"no ({GPU_HELP})"
+    models = [f"{model['name']} {model['quantization']} {human_bytes(model['size_bytes'])}" for model in report.models]
+    return {
+        "system": machine.system,
+        "cpu": f"{machine.cpu}, {machine.physical_cores} physical cores, {machine.logical_cores} logical",
+        "memory": memory,
+        "python": report.python,
+        "deskside": report.deskside,
+        "llama-cpp-python": f"{report.llama_cpp_python}, {report.backend}",
+        "gpu offload": offload,
+        "store": f"{report.store}, {human_bytes(report.disk_free_bytes)} free",
+        "models": "; ".join(models) or "none",
+    }

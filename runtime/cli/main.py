@@ -1,0 +1,181 @@
+"""The front door, `deskside`: composes every folder's verbs, and turns each error into one line and an exit code.
+
+A verb's module is imported when the verb is called, so that `deskside --help` and the small verbs answer at once.
+Exit codes: 0 done, 1 failed, 2 usage, 3 finished with some items failed, 130 interrupted.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from benchmarks.errors import BenchError
+from convert.errors import ConvertError, RequestInvalid
+from models.errors import ModelError
+from runtime.errors import BatchRefused, EngineError, RequestError
+
+FAILED, USAGE, SOME_FAILED, INTERRUPTED = 1, 2, 3, 130
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """Where a verb lives: `factory` of `module` is a typer app maker (`create_app`) or the command function itself."""
+
+    module: str
+    factory: str
+    help: str
+
+
+VERBS: Mapping[str, Verb] = {
+    "models": Verb("models.cli", "create_app", "List, show, verify and remove installed models."),
+    "pull": Verb("runtime.cli.main", "pull_command", "Install a model of the catalogue, or any GGUF on the Hub."),
+    "convert": Verb("convert.cli", "convert_command", "Make a model: checkpoint + LoRA adapter to quantized GGUF."),
+    "eval": Verb("benchmarks.cli", "eval_command", "Measure a model's accuracy on labelled examples."),
+    "serve": Verb("runtime.cli.commands", "serve_command", "Serve models to any OpenAI client."),
+    "batch": Verb("runtime.cli.commands", "batch_command", "Answer a file of requests; resumable, nothing lost."),
+    "chat": Verb("runtime.cli.commands", "chat_command", "Talk to a model in the terminal."),
+    "bench": Verb("benchmarks.cli", "create_app", "Measure speed and cost against a hosted prompt."),
+    "doctor": Verb("runtime.cli.commands", "doctor_command", "Say what this machine has, and what is missing."),
+}
+
+# type -> exit code, for everything we raise on purpose. The first row an error is an instance of decides.
+EXIT_CODES: Mapping[type[BaseException], int] = {
+    RequestInvalid: USAGE,
+    ConvertError: FAILED,
+    BenchError: FAILED,
+    ModelError: FAILED,
+    RequestError: FAILED,
+    EngineError: FAILED,
+    BatchRefused: FAILED,
+    OSError: FAILED,
+    KeyboardInterrupt: INTERRUPTED,
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group that lists its verbs by their summaries and loads only the one that is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        """Put the real verb in the place of its summary."""
+        name, summary, rest = super().resolve_command(ctx, args)
+        return name, summary if name is None else load_verb(name), rest
+
+
+@dataclass
+class Flags:
+    """What was said before the verb."""
+
+    debug: bool = False
+
+
+def load_verb(name: str) -> Any:
+    """Import a verb and make its command."""
+    verb = VERBS[name]
+    target = getattr(importlib.import_module(verb.module), verb.factory)
+    if verb.factory == "create_app":
+        app = target()
+    else:
+        app = typer.Typer(add_completion=False)
+        app.command(name)(target)
+    command: Any = get_command(app)
+    command.name = name
+    return command
+
+
+def create_app(flags: Flags | None = None) -> Any:
+    """The command `deskside`, with a summary in the place of each verb."""
+    flags = flags or Flags()
+    app = typer.Typer(name="deskside", cls=LazyGroup, no_args_is_help=True, add_completion=False)
+
+    @app.callback(help="Runs a team's own fine-tuned small model on the machines it already has.")
+    def root(
+        debug: Annotated[bool, typer.Option("--debug", envvar="DESKSIDE_DEBUG", help="Show tracebacks.")] = False,
+        show_version: Annotated[
+            bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+        ] = False,
+    ) -> None:
+        flags.debug = debug
+
+    for name, verb in VERBS.items():
+        app.command(name, help=verb.help)(_summary)
+    return get_command(app)
+
+
+def pull_command(
+    model: Annotated[str, typer.Argument(metavar="NAME", help="A catalogue name, or hf://owner/name/file@revision.")],
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="What to call an hf:// model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Install a model: download it, or build it where the catalogue holds its recipe. What is there already stays.
+
+    An earlier version of a recipe's own build is made anew; a model of that name that you made otherwise is not.
+    """
+    from convert.cli import build_recipe
+    from models.cli import pull_command as pull
+
+    pull(model, name=name, as_json=as_json, build=build_recipe)
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The table's answer for `error`; None if nobody raises it on purpose."""
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `deskside`. Always ends in SystemExit."""
+    # Before llama.cpp is loaded: its OpenMP threads spin for milliseconds at each barrier, so that beside any other
+    # busy program a step takes up to ten times as long. On an idle machine the shorter spin costs nothing measurable.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    flags = Flags()
+    try:
+        create_app(flags).main(list(sys.argv[1:] if argv is None else argv), prog_name="deskside")
+    except SystemExit as leaving:
+        sys.exit(_flushed(leaving.code))
+    except BaseException as error:  # noqa: BLE001  (the last door: whatever comes, one line and an exit code)
+        sys.exit(_flushed(_report(error, flags.debug)))
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    code = exit_code(error)
+    if debug:
+        traceback.print_exception(error)
+    if code == INTERRUPTED:
+        return INTERRUPTED
+    if code is None:
+        hint = "" if debug else "; `deskside --debug …` shows where"
+        print(f"error: {type(error).__name__}: {error} (a fault of Deskside{hint})", file=sys.stderr)
+        return FAILED
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _flushed(code: str | int | None) -> str | int | None:
+    """`code`, once stdout is flushed: a reader that went away (`| head`) is no news."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return code
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"deskside {version('deskside')}")
+        raise typer.Exit
+
+
+def _summary() -> None:
+    raise AssertionError("a summary stands for its verb in the help text only")
+
+
+if __name__ == "__main__":
+    main()

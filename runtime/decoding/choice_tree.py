@@ -1,0 +1,106 @@
+"""How likely each choice is to be what the model says next: exact, on a tree of the choices' tokens. Pure.
+
+P(choice) is the product over its tokens of the model's probability for each after the prompt and the tokens before it.
+Where another choice goes on from this one's tokens (`spam`, `spam filter`), what ends an answer is a factor too, since
+only that tells the two apart. So a choice's last token is computed only where another goes on from it, and one of a
+single token is known from the prompt's own last row.
+
+Choices that begin alike share those nodes of the tree. A node's logits answer for all of its children: the prompt's own
+last row is the root's, and every further node costs one token and one row of logits.
+
+What is known of a choice so far bounds it from above, since a longer text is never likelier than its beginning. A
+choice that is bounded below `NEGLIGIBLE` of the best one is not computed. In the first wave the highest bound stands
+for the best one: whatever it lets pass would be needed for every possible best. So there are two waves at most, and a
+second one only if the likeliest beginning was that of a much less likely choice.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.errors import EngineError
+from runtime.requests import Question
+
+NEGLIGIBLE = 1e-4
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Tokens to compute after the prompt. The logits after the `first`-th (1 …) and every later one are wanted."""
+
+    path: Path
+    first: int
+
+
+class Ballot:
+    """One question: take `next_wave`, compute its branches, `read` their rows, until there is no further wave."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self._ends = np.asarray(question.ends, np.int64)
+        self._children: dict[Path, set[int]] = {}
+        for choice in question.choices:
+            for depth in range(len(choice)):
+                self._children.setdefault(choice[:depth], set()).add(choice[depth])
+        # How many tokens of each choice are computed: not the last one, unless another choice goes on from it.
+        self._depths = {choice: len(choice) - (choice not in self._children) for choice in question.choices}
+        # The log-probability of a path's last token, and of an end after the path.
+        self._token: dict[Path, float] = {}
+        self._end: dict[Path, float] = {}
+        self._read: set[Path] = set()
+
+    def read(self, path: Path, logits: np.ndarray) -> None:
+        """Take in the logits after `path`, float32 of shape (n_vocab,). Raises EngineError if they are not numbers."""
+        highest = logits.max()
+        if not math.isfinite(highest):
+            raise EngineError(f"the model's logits are not numbers (the highest is {highest})")
+        weights = logits - highest
+        np.exp(weights, out=weights)
+        total = float(weights.sum())  # in pairs: float32 is exact enough, and twice as fast
+        norm = float(highest) + math.log(total)
+        self._read.add(path)
+        for token in self._children[path]:
+            self._token[(*path, token)] = float(logits[token]) - norm
+        if path in self._depths:
+            ended = float(weights[self._ends].sum())
+            self._end[path] = math.log(ended / total) if ended else -math.inf
+
+    def next_wave(self) -> tuple[Branch, ...]:
+        """What to compute next, after the prompt's own row has been read; empty when the answer is known."""
+        bounds = dict(zip(self.question.choices, self.logprobs(), strict=True))
+        is_first = len(self._read) == 1
+        best = max(bound for choice, bound in bounds.items() if is_first or self._is_known(choice))
+        floor = best + math.log(NEGLIGIBLE)
+        return self._branches(choice for choice, bound in bounds.items() if bound >= floor)
+
+    def logprobs(self) -> tuple[float, ...]:
+        """The choices' log-probabilities, in the question's order; an upper bound for what was not computed."""
+        return tuple(map(self._bound, self.question.choices))
+
+    def _bound(self, choice: Path) -> float:
+        bound = 0.0
+        for depth in range(1, len(choice) + 1):
+            step = self._token.get(choice[:depth])
+            if step is None:
+                return bound
+            bound += step
+        return bound + self._end.get(choice, 0.0)
+
+    def _is_known(self, choice: Path) -> bool:
+        return all(choice[:depth] in self._read for depth in range(1, self._depths[choice] + 1))
+
+    def _branches(self, choices: Iterable[Path]) -> tuple[Branch, ...]:
+        """Longest first, so that a choice that begins another needs no branch of its own."""
+        asked = set(self._read)
+        branches: list[Branch] = []
+        for path in sorted({choice[: self._depths[choice]] for choice in choices}, key=lambda path: (-len(path), path)):
+            nodes = [path[:depth] for depth in range(1, len(path) + 1)]
+            known = sum(node in asked for node in nodes)
+            if known < len(nodes):
+                branches.append(Branch(path, known + 1))
+                asked.update(nodes)
+        return tuple(branches)

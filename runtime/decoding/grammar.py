@@ -1,0 +1,231 @@
+"""JSON schemas, grammars, regular expressions and choices → allowed and forced tokens: the door to llguidance.
+
+llguidance walks a grammar over the model's own vocabulary. It needs its own form of that vocabulary, which takes a
+second or two for 262k tokens: it is made when the first grammar comes, in the thread that brought it. A compiled
+grammar is kept for a while, so that the edge checks it, and the answers are constrained by it, at the price of one.
+
+Grammars come from clients. Their size is bounded at the edge, the work and memory they may cause by the limits here,
+and they are compiled on a large stack. Nothing is fetched: a `$ref` to another document is refused.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import cached_property
+from threading import Lock
+from typing import Protocol, TypeVar
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from runtime.errors import GrammarFailed, InvalidRequest
+from runtime.llama.interface import TokenizerLike
+from runtime.requests import Grammar
+
+
+class Constraint(Protocol):
+    """One answer's place in its grammar. Not thread-safe: one thread at a time."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is whole and nothing may follow but its end."""
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next, bool of shape (n_vocab,); the end tokens among them where the answer may end.
+
+        Raises GrammarFailed when the grammar leaves no token, or runs into a limit.
+        """
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next, whatever the model says; often none. Does not accept them."""
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """These tokens came next. Raises GrammarFailed if the grammar does not allow them."""
+
+
+class Constrainer(Protocol):
+    """Grammars over one model's vocabulary. Any thread may use it."""
+
+    def check(self, grammar: Grammar) -> None:
+        """Raises InvalidRequest, with the grammar's `param`, if it cannot be used."""
+
+    def start(self, grammar: Grammar) -> Constraint:
+        """The grammar at its beginning, for one answer. Raises InvalidRequest as `check` does."""
+
+
+# Measured: 6,000 Lark rules that each name the next, or 5,000 schema references, compile within 64 MiB; an accepted
+# grammar is too small in bytes for more than about 8,000. Only what is used of it becomes memory.
+STACK_BYTES = 256 << 20
+# The size is one setting of the whole process.
+_STACK_SIZE_LOCK = threading.Lock()
+
+T = TypeVar("T")
+
+
+def on_large_stack(call: Callable[[], T]) -> T:
+    """`call()`, in a thread of its own with STACK_BYTES of stack. Raises what it raises."""
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - handed over to the caller
+            done.set_exception(error)
+
+    thread = threading.Thread(target=work, name="deskside-grammar", daemon=True)
+    with _STACK_SIZE_LOCK:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return done.result()
+
+
+KEPT_GRAMMARS = 32
+# A state of the lexer takes 1-2 kB, and each answer has its own.
+MAX_LEXER_STATES = 1 << 14
+_REASON_CHARS = 300
+# Marks the start of a text for tokenizers that put a space there.
+_MARK = "\x02"
+
+
+class LlGuidance:
+    """`Constrainer` over llguidance, for the vocabulary of one model."""
+
+    def __init__(self, tokenizer: TokenizerLike) -> None:
+        self._source = tokenizer
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._lock = Lock()
+
+    def check(self, grammar: Grammar) -> None:
+        """Raises InvalidRequest, with the grammar's `param`, if it cannot be used."""
+        self._matcher(grammar)
+
+    def start(self, grammar: Grammar) -> "GuidedAnswer":
+        """The grammar at its beginning, for one answer. Raises InvalidRequest as `check` does."""
+        return GuidedAnswer(self._matcher(grammar).deep_copy(), self._source)
+
+    def _matcher(self, grammar: Grammar) -> LLMatcher:
+        with self._lock:
+            if grammar in self._compiled:
+                self._compiled.move_to_end(grammar)
+                return self._compiled[grammar]
+            tokenizer = self._tokenizer
+        matcher = on_large_stack(lambda: _compile(grammar, tokenizer))
+        with self._lock:
+            self._compiled[grammar] = matcher
+            while len(self._compiled) > KEPT_GRAMMARS:
+                self._compiled.popitem(last=False)
+        return matcher
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        source = self._source
+        return LLTokenizer(TokenizerWrapper(_Vocabulary(source)), source.n_vocab, list(source.end_tokens))
+
+
+class GuidedAnswer:
+    """`Constraint` over one of llguidance's matchers."""
+
+    def __init__(self, matcher: LLMatcher, tokenizer: TokenizerLike) -> None:
+        self._matcher = matcher
+        self._n_vocab = tokenizer.n_vocab
+        self._is_end = tokenizer.is_end
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is whole and nothing may follow but its end."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next, bool of shape (n_vocab,). Raises GrammarFailed."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._raise_if_failed()
+        allowed = np.unpackbits(bits, count=self._n_vocab, bitorder="little").view(np.bool_)
+        if not allowed.any():
+            raise GrammarFailed("the grammar allows no token here")
+        return allowed
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next; often none."""
+        tokens = self._matcher.compute_ff_tokens()
+        ends = next((place for place, token in enumerate(tokens) if self._is_end(token)), len(tokens))
+        return tokens[:ends]
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """These tokens came next. Raises GrammarFailed."""
+        if not self._matcher.consume_tokens(list(tokens)):
+            self._raise_if_failed()
+            raise GrammarFailed(f"the grammar does not allow the tokens {tokens!r}")
+
+    def _raise_if_failed(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarFailed(f"the grammar failed while the answer was written: {_reason(self._matcher)}")
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants it: every token's bytes, control tokens marked by a byte no text holds."""
+
+    def __init__(self, tokenizer: TokenizerLike) -> None:
+        self._source = tokenizer
+        self.eos_token_id = tokenizer.eos if tokenizer.eos is not None else tokenizer.end_tokens[0]
+        self.bos_token_id = tokenizer.bos
+        self.tokens = [self._spelled(token) for token in range(tokenizer.n_vocab)]
+        self.special_token_ids = [token for token, raw in enumerate(self.tokens) if raw.startswith(b"\xff")]
+
+    def _spelled(self, token: int) -> bytes:
+        raw = self._source.token_bytes(token)
+        control = b"" if raw else self._source.token_bytes(token, special=True)
+        return b"\xff" + control if control else raw
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """Token ids of exactly this text, with no space or BOS in front."""
+        plain = text.decode() if isinstance(text, bytes) else text
+        tokens = self._encode(plain)
+        if b"".join(self.tokens[token] for token in tokens) == plain.encode():
+            return tokens
+        return self._encode(_MARK + plain)[len(self._encode(_MARK)) :]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._source.encode(text, add_special=False, parse_special=False)
+
+
+def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
+    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+    try:
+        matcher = LLMatcher(tokenizer, _translated(grammar), log_level=0, limits=limits)
+        matcher.compute_bitmask()  # the most work comes with the first: here it delays no step of the engine
+    except ValueError as error:
+        raise InvalidRequest(f"{grammar.param}: {str(error)[:_REASON_CHARS]}", param=grammar.param) from None
+    if matcher.is_error():
+        message = f"{grammar.param} cannot be used as {_NAMES[grammar.kind]}: {_reason(matcher)}"
+        raise InvalidRequest(message, param=grammar.param, code="invalid_grammar")
+    return matcher
+
+
+_NAMES = {
+    "json_schema": "a JSON schema",
+    "lark": "a Lark grammar",
+    "regex": "a regular expression",
+    "choice": "a list of choices",
+}
+
+
+def _translated(grammar: Grammar) -> str:
+    """llguidance's own form of a grammar."""
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(grammar.source)
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_regex(grammar.source)
+    if grammar.kind == "choice":
+        texts = json.loads(grammar.source)
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, texts)))
+    # Without free white space more tokens are forced, and a small model cannot fill its answer with blanks.
+    return LLMatcher.grammar_from_json_schema(grammar.source, defaults={"whitespace_flexible": False})
+
+
+def _reason(matcher: LLMatcher) -> str:
+    return matcher.get_error().split("<state>")[0].replace("<non-verbose/>", "").strip()[:_REASON_CHARS]

@@ -1,0 +1,180 @@
+"""A row of logits → a token id, with numpy over the whole vocabulary; log-probabilities when asked.
+
+What happens to a row, in this order:
+
+1. What a grammar does not allow is taken out. `ignore_eos` takes the end tokens out; logit bias and penalties are added
+   to the raw logits. The penalties look at the generated text only: presence once, frequency for every time a token
+   was drawn or forced.
+2. Temperature 0 (below 1e-5): the likeliest token, of equals the lowest id. Otherwise:
+3. top-k leaves the k likeliest; temperature divides their logits; softmax makes them probabilities.
+4. min-p leaves tokens at least `min_p` times as likely as the likeliest, top-p the smallest set of the likeliest that
+   reaches `top_p`. Both look at the distribution of step 3; what both leave is drawn from.
+
+The random number of a draw depends on the request's seed and the token's place in the answer only (Philox, a
+counter-based generator), so that a seed repeats whatever else is in the batch. Log-probabilities are those of the
+model: the log-softmax of the raw logits, before any of these steps.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.errors import EngineError
+from runtime.requests import SamplingParams
+
+GREEDY_BELOW = 1e-5
+BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A drawn token; `logprob` and the likeliest `top` (token id, log-probability) when asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """What one answer's draws depend on: its parameters, its seed and what was drawn before."""
+
+    def __init__(self, params: SamplingParams, end_tokens: Iterable[int] = ()) -> None:
+        self.params = params
+        self._masked = list(end_tokens) if params.ignore_eos else []
+        self._bias = list(params.logit_bias), np.fromiter(params.logit_bias.values(), np.float32)
+        self._penalises = bool(params.presence_penalty or params.frequency_penalty)
+        self._edits_rows = bool(self._masked or params.logit_bias or self._penalises)
+        # Where nothing is raised, the likeliest of all is still so after the others were lowered.
+        self._only_lowers = (
+            max(params.logit_bias.values(), default=0) <= 0
+            and params.presence_penalty >= 0
+            and params.frequency_penalty >= 0
+        )
+        self._drawn: Counter[int] = Counter()
+        self._n_drawn = 0
+
+    def draw(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> Draw:
+        """The next token of the answer, from one row of logits, float32 of shape (n_vocab,), which is left as it is.
+
+        `allowed`, bool of the same shape, says which tokens may come (None: all). Raises EngineError if no allowed
+        token's logit is finite.
+        """
+        row, likeliest = logits, self._unmoved(logits) if allowed is None else None
+        if likeliest is None:
+            row = self._edited(logits) if self._edits_rows else logits
+            if allowed is not None:
+                row = np.where(allowed, row, np.float32(-np.inf))
+            likeliest = int(row.argmax())
+        if not np.isfinite(row[likeliest]):
+            raise EngineError(f"the model's logits are not numbers (the highest is {row[likeliest]})")
+        params = self.params
+        token = likeliest if params.temperature < GREEDY_BELOW else _draw(row, row[likeliest], params, self._uniform())
+        self.note(token)
+        if params.logprobs is None:
+            return Draw(token)
+        return _with_logprobs(logits, token, params.logprobs)
+
+    def note(self, token: int) -> None:
+        """`token` is the next of the answer: one that was drawn, or that needed no draw."""
+        self._drawn[token] += 1
+        self._n_drawn += 1
+
+    def _unmoved(self, logits: np.ndarray) -> int | None:
+        """What a greedy draw takes, where no edit can change that: copying a row would cost more than the search."""
+        if not self._only_lowers or self.params.temperature >= GREEDY_BELOW:
+            return None
+        likeliest = int(logits.argmax())
+        penalised = self._penalises and likeliest in self._drawn
+        moved = penalised or likeliest in self._masked or likeliest in self.params.logit_bias
+        return None if moved else likeliest
+
+    def _edited(self, logits: np.ndarray) -> np.ndarray:
+        row = logits.copy()
+        ids, biases = self._bias
+        row[ids] += biases
+        if self._penalises and self._drawn:
+            counts = np.fromiter(self._drawn.values(), np.float32)
+            row[list(self._drawn)] -= self.params.presence_penalty + self.params.frequency_penalty * counts
+        row[self._masked] = -np.inf
+        return row
+
+    def _uniform(self) -> float:
+        generator = np.random.Philox(key=self.params.seed & (2**64 - 1), counter=self._n_drawn)
+        return float(np.random.Generator(generator).random())
+
+
+def _draw(row: np.ndarray, highest: np.float32, params: SamplingParams, uniform: float) -> int:
+    ids = None
+    if 0 < params.top_k < len(row):
+        ids = _likeliest(row, params.top_k)
+        row = row[ids]
+    weights = row - highest  # one new array of the vocabulary's size, then in place: fresh memory costs most here
+    if params.temperature != 1:
+        weights /= np.float32(params.temperature)
+    np.exp(weights, out=weights)
+    if params.top_p < 1:
+        kept = _nucleus(weights, params.top_p)
+        weights, ids = weights[kept], kept if ids is None else ids[kept]
+    if params.min_p > 0:
+        kept = np.flatnonzero(weights >= np.float32(params.min_p))
+        weights, ids = weights[kept], kept if ids is None else ids[kept]
+    place = _pick(weights, uniform)
+    return place if ids is None else int(ids[place])
+
+
+def _likeliest(row: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the `count` highest logits, highest first, of equals the lowest id; fewer if the others are -inf."""
+    count = min(count, len(row))
+    maxima = np.maximum.reduceat(row, np.arange(0, len(row), BLOCK))
+    # At least `count` logits reach the count-th highest of the blocks' maxima: only those need sorting.
+    threshold = np.partition(maxima, -count)[-count] if count <= len(maxima) else -np.inf
+    reach = np.flatnonzero(row >= max(threshold, np.finfo(np.float32).min))
+    ids: np.ndarray = reach[_highest(row[reach], count)]
+    return ids[np.argsort(-row[ids], kind="stable")[:count]]
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Places of the fewest highest weights whose sum reaches `top_p` of the whole, highest first."""
+    total = float(weights.sum(dtype=np.float64))
+    # All weights below this together are less than 1 - top_p, so they cannot belong: no need to sort them.
+    places = np.flatnonzero(weights >= total * (1 - top_p) / len(weights))
+    count = BLOCK
+    while count < len(places):  # of those that are left a few are mostly enough
+        highest = places[_highest(weights[places], count)]
+        if weights[highest].sum(dtype=np.float64) >= top_p * total:
+            places = highest
+        count *= 8
+    places = places[np.argsort(-weights[places], kind="stable")]
+    reached = np.cumsum(weights[places], dtype=np.float64)
+    return places[: np.searchsorted(reached, top_p * total) + 1]
+
+
+def _highest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places, in their order, of the `count` highest values and of all that equal the lowest of these."""
+    if count >= len(values):
+        return np.arange(len(values))
+    return np.flatnonzero(values >= np.partition(values, -count)[-count])
+
+
+def _pick(weights: np.ndarray, uniform: float) -> int:
+    """The place at `uniform` (0 … 1) of the cumulated weights; a weight of 0 is never picked."""
+    n_whole = len(weights) // BLOCK * BLOCK
+    sums = weights[:n_whole].reshape(-1, BLOCK).sum(axis=1)
+    blocks = np.cumsum([*sums, weights[n_whole:].sum()], dtype=np.float64)
+    target = min(uniform * blocks[-1], np.nextafter(blocks[-1], 0))
+    block = int(np.searchsorted(blocks, target, side="right"))
+    start = block * BLOCK
+    inside = np.cumsum(weights[start : start + BLOCK], dtype=np.float64)
+    target = min(target - (blocks[block - 1] if block else 0), np.nextafter(inside[-1], 0))
+    return start + int(np.searchsorted(inside, max(target, 0), side="right"))
+
+
+def _with_logprobs(logits: np.ndarray, token: int, n_top: int) -> Draw:
+    highest = logits.max()
+    weights = logits - highest
+    np.exp(weights, out=weights)
+    norm = float(highest) + float(np.log(weights.sum()))
+    top = _likeliest(logits, n_top) if n_top else ()
+    return Draw(token, float(logits[token]) - norm, tuple((int(i), float(logits[i]) - norm) for i in top))

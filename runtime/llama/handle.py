@@ -1,0 +1,147 @@
+"""A model file in memory: opened, described, and freed when the last user of its weights or vocabulary is gone."""
+
+import ctypes
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp
+
+from runtime.errors import LoadFailed
+
+_log = logging.getLogger("deskside.llama")
+
+# ggml.h's levels. What fails also raises, with these lines in it where they explain: nothing is above a warning.
+_LEVELS = {2: logging.DEBUG, 3: logging.INFO, 4: logging.INFO}
+_ERROR = 4
+_KEPT_LINES = 4
+
+
+def _write(level: int, text: bytes, _user_data: object) -> None:
+    _log.log(_LEVELS.get(level, logging.DEBUG), "%s", text.decode(errors="replace").rstrip())
+
+
+# C keeps the pointer only: the callback object must live as long as the process.
+_TO_LOGGING = llama_cpp.llama_log_callback(_write)
+
+
+def route_log() -> None:
+    """Send llama.cpp's log to the logger `deskside.llama`."""
+    llama_cpp.llama_log_set(_TO_LOGGING, ctypes.c_void_p(None))
+
+
+@contextmanager
+def last_errors() -> Iterator[deque[str]]:
+    """Collect the last error lines that llama.cpp writes meanwhile (in the whole process)."""
+    lines: deque[str] = deque(maxlen=_KEPT_LINES)
+
+    def collect(level: int, text: bytes, user_data: object) -> None:
+        if level == _ERROR and text.strip():
+            lines.append(text.decode(errors="replace").strip())
+        _write(level, text, user_data)
+
+    callback = llama_cpp.llama_log_callback(collect)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(None))
+    try:
+        yield lines
+    finally:
+        route_log()
+
+
+def reason(errors: Iterable[str]) -> str:
+    """What `last_errors` gathered, in one line."""
+    return "; ".join(errors) or "llama.cpp gives no reason"
+
+
+_GGUF_MAGIC = b"GGUF"
+_BUILT_FOR_AMX = "AMX_INT8 = 1"
+_AMX_MENDED = "deskside_amx_mended"  # the symbol that `llama_amx.h` leaves in a library
+AMX_UNUSED = "AMX unused"
+
+
+class ModelHandle:
+    """llama.cpp's `llama_model`. Freed with the last reference, so that nobody reads a vocabulary that is gone."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        gpu_layers: int = 0,
+        use_mmap: bool = True,
+        repack: bool = True,
+        vocab_only: bool = False,
+    ) -> None:
+        """Open a GGUF file. Raises LoadFailed with llama.cpp's reason."""
+        check_file(path)
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
+        params.vocab_only = vocab_only
+        params.use_extra_bufts = repack and _trusts_amx()
+        with last_errors() as errors:
+            llama_cpp.llama_backend_init()
+            self.pointer: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self.pointer:
+            raise LoadFailed(f"{str(path)!r} cannot be loaded: {reason(errors)}")
+        # Not at interpreter exit: a thread may still be decoding then, and the process gives the memory back anyway.
+        weakref.finalize(self, llama_cpp.llama_model_free, self.pointer).atexit = False
+
+    def context(self, params: Any, purpose: str) -> object:
+        """A new `llama_context` of the model, the caller's to free. Raises LoadFailed with llama.cpp's reason."""
+        with last_errors() as errors:
+            context: object = llama_cpp.llama_init_from_model(self.pointer, params)
+        if not context:
+            raise LoadFailed(f"no context of {params.n_ctx} tokens for {purpose}: {reason(errors)}")
+        return context
+
+    def metadata(self) -> dict[str, str]:
+        """The file's scalar metadata as text."""
+        count = llama_cpp.llama_model_meta_count(self.pointer)
+        keys = (_text(llama_cpp.llama_model_meta_key_by_index, self.pointer, i) for i in range(count))
+        values = (_text(llama_cpp.llama_model_meta_val_str_by_index, self.pointer, i) for i in range(count))
+        return dict(zip(keys, values, strict=True))
+
+    def description(self) -> str:
+        """llama.cpp's own words: family, size, quantization."""
+        return _text(llama_cpp.llama_model_desc, self.pointer)
+
+
+def system_info() -> str:
+    """llama.cpp's line on what it was built for; AMX that is not trusted is not said to be on."""
+    line: str = llama_cpp.llama_print_system_info().decode()
+    return line if _trusts_amx() else line.replace(_BUILT_FOR_AMX, f"{AMX_UNUSED} = 1")
+
+
+def _trusts_amx() -> bool:
+    """Whether llama.cpp may repack weights, which it does for AMX tiles if it was built for them.
+
+    Built by some releases of GCC, it crashes or answers garbage then: `llama_amx.h` tells why, and leaves a symbol
+    where it was compiled in. Which compiler built a library without it cannot be asked.
+    """
+    return _BUILT_FOR_AMX not in llama_cpp.llama_print_system_info().decode() or hasattr(llama_cpp._lib, _AMX_MENDED)
+
+
+def check_file(path: Path) -> None:
+    """What llama.cpp would say less clearly."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_GGUF_MAGIC))
+    except OSError as error:
+        raise LoadFailed(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    if magic != _GGUF_MAGIC:
+        raise LoadFailed(f"{str(path)!r} is not a GGUF file: it begins with {magic!r}, expected {_GGUF_MAGIC!r}")
+
+
+def _text(function: Callable[..., int], *arguments: object) -> str:
+    """Call a C function that fills a buffer as snprintf does: it tells how long the text is."""
+    room = 256
+    while True:
+        buffer = ctypes.create_string_buffer(room)
+        length = function(*arguments, buffer, room)
+        if length < room:
+            return buffer.value.decode(errors="replace")
+        room = length + 1

@@ -1,0 +1,136 @@
+"""The seam of the model: what the engine needs from llama.cpp, as protocols.
+
+`runtime/llama/model.py` stands behind it with the real library, `tests/support/runtime/fakes.py`
+with a toy whose answers can be foretold.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from runtime.requests import Batch
+
+Pooling = Literal["mean", "cls", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is loaded and how. Sizes in tokens unless the name says otherwise.
+
+    `n_ctx` counts the cells of the unified KV cache: all sequences together hold no more tokens than that.
+    `n_seq_max` bounds sequence ids (0 … n_seq_max-1), `n_batch` the tokens of one decode. `gpu_layers` -1 is all.
+    The `embed_…` fields bound `LlamaLike.embed` alike; a text of at most `embed_n_ctx` tokens can be embedded.
+    `pooling` says which of a text's rows, each `n_embd` wide, make up its vector.
+    `adapters` are the names of the LoRA adapters that are loaded with it.
+    """
+
+    n_vocab: int
+    n_ctx: int
+    n_ctx_train: int
+    n_seq_max: int
+    n_batch: int
+    n_params: int
+    size_bytes: int
+    description: str
+    architecture: str
+    backend: str
+    n_threads: int
+    gpu_layers: int
+    chat_template: str | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    n_embd: int = 0
+    embed_n_ctx: int = 0
+    embed_n_seq_max: int = 0
+    embed_n_batch: int = 0
+    pooling: Pooling = "mean"
+    adapters: tuple[str, ...] = ()
+
+
+class TokenizerLike(Protocol):
+    """Text ↔ token ids. Reads an immutable vocabulary: any thread may use it."""
+
+    @property
+    def n_vocab(self) -> int:
+        """How many token ids there are."""
+
+    @property
+    def bos(self) -> int | None:
+        """The token that begins a text, if the model has one."""
+
+    @property
+    def eos(self) -> int | None:
+        """The token that ends a text, if the model has one."""
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the model wants `bos` in front of every text."""
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Every token that ends an answer (end of text, end of turn …), ascending."""
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts that `encode(parse_special=True)` reads as control tokens."""
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text`. `add_special` adds BOS as the model wants it; `parse_special` reads control tokens.
+
+        Raises InvalidRequest if the text is not valid Unicode, TokenizeFailed if it cannot be tokenised.
+        """
+
+    def token_bytes(self, token: int, *, special: bool = False) -> bytes:
+        """The token's bytes: maybe half a character. Control tokens are empty unless `special`."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, control tokens left out, invalid UTF-8 as U+FFFD."""
+
+    def is_end(self, token: int) -> bool:
+        """Whether `token` ends an answer."""
+
+
+class LlamaLike(Protocol):
+    """One loaded model with one KV cache. Not thread-safe: one thread owns it."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is loaded and how."""
+
+    @property
+    def tokenizer(self) -> TokenizerLike:
+        """The model's tokenizer."""
+
+    def decode(self, batch: Batch) -> np.ndarray:
+        """Compute `batch`; the logits, float32 of shape (rows that want logits, n_vocab), valid until the next decode.
+
+        Raises NoKvSlot and BatchInvalid (nothing was changed), DecodeAborted and DecodeFailed (part of the batch may
+        lie in the cache).
+        """
+
+    def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
+        """Compute `batch` beside the KV cache, under `adapter` of `info.adapters` (None: with none).
+
+        The last layer's rows, float32 of shape (tokens, n_embd). Sequence ids are a space of their own: a sequence goes
+        on from the call before, or begins anew at position 0; one that is not in the batch is forgotten. Raises
+        EngineError, after which every sequence is.
+        """
+
+    def use_adapter(self, name: str | None) -> None:
+        """Compute with adapter `name` of `info.adapters` from the next decode on; None: with none.
+
+        Costs nothing if it is applied already. What is in the cache stays as it was computed.
+        """
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Let `target`, an empty sequence, share the first `length` cells of `source`. Moves no data."""
+
+    def remove(self, seq_id: int, start: int = 0, end: int = -1) -> None:
+        """Take `seq_id` out of its cells at positions start … end-1 (-1: to the end)."""
+
+    def clear(self) -> None:
+        """Empty the KV cache."""
+
+    def close(self) -> None:
+        """Free the model. Closing twice is harmless; nothing else may be called afterwards."""

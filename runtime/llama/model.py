@@ -1,0 +1,213 @@
+"""The door to llama.cpp: load a model, decode batches, edit the KV cache. Its return codes become our errors here.
+
+The low-level binding is used, since the package's own `Llama` class serialises requests. One unified KV cache is
+shared by all sequences, so that sharing a prefix moves no data (`llama_memory_seq_cp` of a part of a sequence aborts
+the process when the cache is not unified), and sliding-window layers keep every cell, so that prefixes can be reused.
+"""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from llama_cpp import llama_cpp
+
+from runtime.config import physical_cores
+from runtime.errors import BatchInvalid, EngineError, LoadFailed
+from runtime.requests import Batch
+
+from .decode import BatchArrays, decode_error
+from .embeddings import EmbedContext, embed_info
+from .handle import AMX_UNUSED, ModelHandle, system_info
+from .interface import ModelInfo
+from .lora import Adapters
+from .tokenizer import Tokenizer
+
+MAX_SEQUENCES = 256
+_NOTABLE_FEATURES = (
+    *("AVX2", "AVX512", "AVX512_VNNI", "AVX_VNNI", "AMX_INT8", AMX_UNUSED, "FMA"),
+    *("NEON", "DOTPROD", "SVE", "BLAS"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load a model.
+
+    `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
+    most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is
+    the physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
+    `repack` lets llama.cpp copy weights into the form its fast kernels want. `adapters` are LoRA GGUF files for this
+    model, by the name under which requests ask for them.
+    """
+
+    n_ctx: int = 8192
+    n_batch: int = 512
+    n_seq_max: int = 32
+    n_outputs: int | None = None
+    n_threads: int | None = None
+    gpu_layers: int | None = None
+    use_mmap: bool = True
+    repack: bool = True
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+
+
+class Llama:
+    """A loaded model and its KV cache; `LlamaLike` over the real library. One thread owns it."""
+
+    def __init__(self, model: ModelHandle, path: Path, options: LoadOptions, gpu_layers: int) -> None:
+        """Make a context. Use `load`, which also opens the model. Raises LoadFailed."""
+        # llama.cpp aborts the process if it may not give each sequence a row.
+        n_outputs = max(options.n_outputs or 0, options.n_seq_max)
+        self._adapters = Adapters(model, options.adapters)
+        self._context = _new_context(model, path, options, n_outputs)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._finalizer = weakref.finalize(self, llama_cpp.llama_free, self._context)
+        self._finalizer.atexit = False
+        self._n_outputs = n_outputs
+        self.tokenizer = Tokenizer(model)
+        self.info = _info(model, self._context, options, gpu_layers)
+        self._arrays = BatchArrays(options.n_batch)
+        self._model = model
+        self._embedder: EmbedContext | None = None
+
+    def decode(self, batch: Batch) -> np.ndarray:
+        """Compute `batch`; the logits, float32 of shape (rows that want logits, n_vocab), valid until the next decode.
+
+        Raises NoKvSlot and BatchInvalid (nothing was changed), DecodeAborted and DecodeFailed (part of the batch may
+        lie in the cache).
+        """
+        self._require_open()
+        n_tokens, n_rows = len(batch.tokens), int(np.count_nonzero(batch.wants_logits))
+        # llama.cpp aborts the process on these two.
+        if not 0 < n_tokens <= self.info.n_batch:
+            raise BatchInvalid(f"a batch of {n_tokens} tokens, limit {self.info.n_batch}")
+        if n_rows > self._n_outputs:
+            raise BatchInvalid(f"a batch with {n_rows} rows of logits, limit {self._n_outputs}")
+        code = llama_cpp.llama_decode(self._context, self._arrays.fill(batch))
+        if code != 0:
+            raise decode_error(code, n_tokens)
+        if n_rows == 0:
+            return np.empty((0, self.info.n_vocab), np.float32)
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (n_rows, self.info.n_vocab))
+
+    def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
+        """The last layer's rows for `batch`, float32 of shape (tokens, n_embd), as `LlamaLike.embed` says.
+
+        The first call makes a second, small context on the same weights, so that text is never in its way. Raises
+        LoadFailed if there is no memory for it.
+        """
+        self._require_open()
+        if self._embedder is None:
+            self._embedder = EmbedContext(self._model, self.info, self._adapters.again())
+        try:
+            return self._embedder.embed(batch, adapter)
+        except EngineError:
+            self._embedder = None  # whatever state it is in, the next call begins with another
+            raise
+
+    def use_adapter(self, name: str | None) -> None:
+        """Compute with adapter `name` of `info.adapters` from the next decode on; None: with none."""
+        self._require_open()
+        self._adapters.apply(self._context, name)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Let `target`, an empty sequence, share the first `length` cells of `source`. Moves no data."""
+        self._require_open()
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def remove(self, seq_id: int, start: int = 0, end: int = -1) -> None:
+        """Take `seq_id` out of its cells at positions start … end-1 (-1: to the end)."""
+        self._require_open()
+        llama_cpp.llama_memory_seq_rm(self._memory, seq_id, start, end)
+
+    def clear(self) -> None:
+        """Empty the KV cache."""
+        self._require_open()
+        llama_cpp.llama_memory_clear(self._memory, False)
+
+    def close(self) -> None:
+        """Free the context; the weights follow when nobody holds the tokenizer any more. Closing twice is harmless."""
+        self._finalizer()
+        self._embedder = None
+
+    def _require_open(self) -> None:
+        if not self._finalizer.alive:
+            raise EngineError("the model is closed")
+
+
+def load(path: Path, options: LoadOptions | None = None) -> Llama:
+    """Load a GGUF model. Raises LoadFailed: no such file, not GGUF, damaged, no memory, not for this engine."""
+    options = options or LoadOptions()
+    can_offload = bool(llama_cpp.llama_supports_gpu_offload())
+    if options.gpu_layers and not can_offload:
+        raise LoadFailed(
+            f"gpu_layers is {options.gpu_layers}, but the installed llama-cpp-python has no GPU backend; "
+            "reinstall it for CUDA, Metal or Vulkan, or leave gpu_layers on auto"
+        )
+    if not 1 <= options.n_seq_max <= MAX_SEQUENCES:
+        raise LoadFailed(f"n_seq_max must be 1 … {MAX_SEQUENCES}, got {options.n_seq_max}")
+    gpu_layers = (-1 if can_offload else 0) if options.gpu_layers is None else options.gpu_layers
+    model = ModelHandle(path, gpu_layers=gpu_layers, use_mmap=options.use_mmap, repack=options.repack)
+    if not llama_cpp.llama_model_has_decoder(model.pointer) or llama_cpp.llama_model_has_encoder(model.pointer):
+        raise LoadFailed(f"{str(path)!r} is {model.description()}: only decoder-only models write text here")
+    if llama_cpp.llama_model_is_recurrent(model.pointer) or llama_cpp.llama_model_is_hybrid(model.pointer):
+        raise LoadFailed(f"{str(path)!r} is {model.description()}: recurrent models cannot share prefixes")
+    return Llama(model, path, options, gpu_layers)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The vocabulary of a GGUF, known in a moment and without reading the weights. Raises LoadFailed."""
+    return Tokenizer(ModelHandle(path, vocab_only=True))
+
+
+def _new_context(model: ModelHandle, path: Path, options: LoadOptions, n_outputs: int) -> object:
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = options.n_ctx
+    params.n_batch = params.n_ubatch = options.n_batch
+    params.n_seq_max = options.n_seq_max
+    params.n_outputs_max = n_outputs
+    params.n_threads = params.n_threads_batch = options.n_threads or physical_cores()
+    params.kv_unified = True
+    params.swa_full = True
+    params.offload_kqv = True
+    return model.context(params, repr(str(path)))
+
+
+def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers: int) -> ModelInfo:
+    metadata = model.metadata()
+    return ModelInfo(
+        n_vocab=llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model.pointer)),
+        n_ctx=llama_cpp.llama_n_ctx(context),
+        n_ctx_train=llama_cpp.llama_model_n_ctx_train(model.pointer),
+        n_seq_max=options.n_seq_max,
+        n_batch=llama_cpp.llama_n_batch(context),
+        n_params=llama_cpp.llama_model_n_params(model.pointer),
+        size_bytes=llama_cpp.llama_model_size(model.pointer),
+        description=model.description(),
+        architecture=metadata.get("general.architecture", ""),
+        backend=backend_name(system_info(), offloads=gpu_layers != 0),
+        n_threads=llama_cpp.llama_n_threads(context),
+        gpu_layers=gpu_layers,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        metadata=metadata,
+        adapters=tuple(options.adapters),
+        **embed_info(model, metadata, options.n_batch),
+    )
+
+
+def backend_name(line: str, *, offloads: bool) -> str:
+    """`CPU (AVX2, FMA)` or `CUDA + CPU (…)` from llama.cpp's line: `CPU : SSE3 = 1 | AVX2 = 1 | …`."""
+    fields = [field.strip() for field in line.split("|")]
+    devices = [field.partition(" : ")[0] for field in fields if " : " in field]
+    on = {field.rpartition(" : ")[2].removesuffix(" = 1") for field in fields if field.endswith(" = 1")}
+    features = ", ".join(feature for feature in _NOTABLE_FEATURES if feature in on)
+    gpus = [device for device in devices if device != "CPU"] if offloads else []
+    return " + ".join([*gpus, f"CPU ({features})" if features else "CPU"])
+
+
+def describe_build() -> tuple[str, bool]:
+    """(the backend a model would run on, whether layers can be offloaded to a GPU)."""
+    offloads = bool(llama_cpp.llama_supports_gpu_offload())
+    return backend_name(system_info(), offloads=offloads), offloads

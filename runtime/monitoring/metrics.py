@@ -1,0 +1,125 @@
+"""Prometheus metrics of one app, in a registry of its own, so that two apps in one process do not mix."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from runtime.requests import EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+_GAUGES = {
+    "running": "Answers being written",
+    "waiting": "Answers waiting for a slot in the engine",
+    "kv_cells_used": "KV cache cells in use",
+    "kv_cells_total": "KV cache cells there are",
+}
+_COUNTERS = {
+    "prompt_tokens_total": "Prompt tokens of all answers",
+    "cached_tokens_total": "Prompt tokens that were found in the KV cache",
+    "generated_tokens_total": "Tokens generated",
+    "steps_total": "Engine steps",
+    "preemptions_total": "Sequences set back because the KV cache was full",
+    "draft_tokens_total": "Tokens that were looked up and verified ahead of being drawn",
+    "draft_tokens_accepted_total": "Of these, the tokens that were then drawn",
+    "decode_seconds_total": "Seconds inside the model's decode",
+    "step_seconds_total": "Seconds inside engine steps: decode, planning, sampling and emitting",
+    "engine_restarts_total": "Times the engine's process was started again",
+}
+
+
+_MODEL_COUNTERS = {
+    "loads": "Times the model was loaded",
+    "load_failures": "Times the model could not be loaded, or its engine stopped",
+    "unloads": "Times the model was unloaded",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSample:
+    """A model at the moment of a scrape. `stats` is None while it is not loaded; its engine then counts from 0 again.
+
+    `live` counts accepted answers that have not ended.
+    """
+
+    model: str
+    live: int
+    stats: EngineStats | None
+    loads: int = 1
+    load_failures: int = 0
+    unloads: int = 0
+
+
+class _EngineCollector(Collector):
+    """Reads the engines' own counts at the moment of a scrape, one time series for each model."""
+
+    def __init__(self, models: Callable[[], Iterable[ModelSample]]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        models = list(self._models())
+        yield _gauge("live", "Accepted answers that have not ended", {m.model: m.live for m in models})
+        yield _gauge("model_loaded", "Whether the model is in memory", {m.model: m.stats is not None for m in models})
+        for name, text in _MODEL_COUNTERS.items():
+            yield _counter(f"model_{name}", text, {m.model: getattr(m, name) for m in models})
+        engines = {m.model: m.stats for m in models if m.stats is not None}
+        for name, text in _GAUGES.items():
+            yield _gauge(name, text, {model: getattr(stats, name) for model, stats in engines.items()})
+        for name, text in _COUNTERS.items():
+            values = {model: getattr(stats, name) for model, stats in engines.items()}
+            yield _counter(name.removesuffix("_total"), text, values)
+
+
+def _gauge(name: str, text: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(f"deskside_{name}", text, labels=["model"])
+    for model, value in values.items():
+        family.add_metric([model], value)
+    return family
+
+
+def _counter(name: str, text: str, values: Mapping[str, float]) -> Metric:
+    family = CounterMetricFamily(f"deskside_{name}", text, labels=["model"])
+    for model, value in values.items():
+        family.add_metric([model], value)
+    return family
+
+
+class Metrics:
+    """What the server counts, and each model's counts beside it. All names begin with `deskside_`."""
+
+    def __init__(self, models: Callable[[], Iterable[ModelSample]]) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_EngineCollector(models))
+        self._requests = Counter(
+            "deskside_http_requests", "HTTP requests answered", ["route", "status"], registry=self._registry
+        )
+        self._seconds = Histogram(
+            "deskside_http_request_seconds",
+            "From the first byte of the request to the last of the answer",
+            ["route"],
+            buckets=SECONDS_BUCKETS,
+            registry=self._registry,
+        )
+        self._first_token = Histogram(
+            "deskside_time_to_first_token_seconds",
+            "From acceptance to the first token of a call",
+            buckets=SECONDS_BUCKETS,
+            registry=self._registry,
+        )
+
+    def request_ended(self, route: str, status: int, seconds: float) -> None:
+        """Count an answered HTTP request. `route` must come from a fixed set, since each makes a time series."""
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def first_token(self, seconds: float) -> None:
+        """Note how long a call waited for its first token."""
+        self._first_token.observe(seconds)
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._registry)

@@ -1,0 +1,258 @@
+"""OpenAI's wire answers: engine events become stream chunks, and the whole answer is a fold over the same events."""
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.requests import Event, Failed, Finished, FinishReason, Request, TextDelta, TokenLogprob, Usage
+
+from .tool_calls import CallDelta, Told, ToolCallReader, ToolFormat
+from .wire import Kind
+
+# JSON has no infinity; OpenAI writes this for a token that cannot come.
+LEAST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A wire request that became `requests`: `choices_per_prompt` for each prompt, in order of choice index.
+
+    `tools` is how the model writes calls, if it may call any.
+    """
+
+    id: str
+    kind: Kind
+    model: str
+    created_s: int
+    fingerprint: str
+    requests: tuple[Request, ...]
+    choices_per_prompt: int
+    stream: bool
+    include_usage: bool
+    tools: ToolFormat | None = None
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether log-probabilities were asked for."""
+        return self.requests[0].params.logprobs is not None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice as far as it has come."""
+
+    index: int
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class Answer:
+    """What has been answered to a call: feed it every event, and send the chunks it returns or ask for the response."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.choices = [Choice(index) for index in range(len(call.requests))]
+        self._by_id = {request.id: choice for request, choice in zip(call.requests, self.choices, strict=True)}
+        self._offsets = [TextOffsets() for _ in self.choices]
+        self._readers = [call_reader(call, choice.index) for choice in self.choices]
+
+    def feed(self, event: Event) -> dict[str, Any] | None:
+        """Take in an event; the chunk that tells it, or None if it shows nothing. Raises the error of a `Failed`."""
+        choice = self._by_id[event.request_id]
+        if isinstance(event, Finished):
+            choice.finish_reason, choice.usage = event.reason, event.usage
+            reader = self._readers[choice.index]
+            told = Told(reader.finish()) if reader else Told()
+            reason = finish_reason(event.reason, reader)
+            return to_chunk(self.call, choice.index, told.content or None, finish_reason=reason)
+        if isinstance(event, Failed):
+            raise event.error
+        assert isinstance(event, TextDelta), "a call for text has been given scores"
+        if not self.call.stream:
+            choice.text.append(event.text)
+            choice.logprobs.extend(event.logprobs)
+            return None
+        if not event.text and not event.logprobs:
+            return None
+        logprobs = to_logprobs(self.call, event.logprobs, self._offsets[choice.index])
+        if (reader := self._readers[choice.index]) is None:
+            return to_chunk(self.call, choice.index, event.text, logprobs)
+        told = reader.feed(event.text)
+        if not told.content and not told.calls and not event.logprobs:
+            return None
+        return to_chunk(self.call, choice.index, told.content or None, logprobs, calls=told.calls)
+
+    def first_chunks(self) -> Iterator[dict[str, Any]]:
+        """What is sent before the first token: for a chat, who speaks."""
+        if self.call.kind == "chat":
+            for choice in self.choices:
+                first = to_chunk(self.call, choice.index, "", role="assistant")
+                if self.call.tools is not None:
+                    first["choices"][0]["delta"]["content"] = None
+                yield first
+
+    def last_chunks(self) -> Iterator[dict[str, Any]]:
+        """What is sent after the last choice has finished: the token counts, if asked for."""
+        if self.call.include_usage:
+            yield _envelope(self.call, chunk=True) | {"choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """The token counts of all choices so far; see `to_usage`."""
+        return to_usage([choice.usage for choice in self.choices if choice.usage], self.call.choices_per_prompt)
+
+    def response(self) -> dict[str, Any]:
+        """The whole answer, once every choice has finished."""
+        choices = [to_choice(self.call, choice) for choice in self.choices]
+        return _envelope(self.call, chunk=False) | {"choices": choices, "usage": self.usage()}
+
+
+class TextOffsets:
+    """Counts characters token by token, for the `text_offset` of a completion's log-probabilities."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def take(self, token: bytes) -> int:
+        """Where `token` begins; half a character counts once it is whole."""
+        start = self._characters
+        self._characters += len(self._decoder.decode(token))
+        return start
+
+
+def _envelope(call: Call, *, chunk: bool) -> dict[str, Any]:
+    kind = "text_completion" if call.kind == "completion" else "chat.completion.chunk" if chunk else "chat.completion"
+    envelope: dict[str, Any] = {"id": call.id, "object": kind, "created": call.created_s, "model": call.model}
+    return envelope | {"system_fingerprint": call.fingerprint}
+
+
+def to_chunk(
+    call: Call,
+    index: int,
+    text: str | None = None,
+    logprobs: dict[str, Any] | None = None,
+    *,
+    finish_reason: str | None = None,
+    role: str | None = None,
+    calls: Sequence[CallDelta] = (),
+) -> dict[str, Any]:
+    """One chunk of a streamed choice."""
+    choice: dict[str, Any] = {"index": index}
+    if call.kind == "completion":
+        choice["text"] = text or ""
+    else:
+        choice["delta"] = ({"role": role} if role else {}) | ({} if text is None else {"content": text})
+        if calls:
+            choice["delta"]["tool_calls"] = [_call_delta(delta) for delta in calls]
+    choice |= {"logprobs": logprobs, "finish_reason": finish_reason}
+    chunk = _envelope(call, chunk=True) | {"choices": [choice]}
+    return chunk | {"usage": None} if call.include_usage else chunk
+
+
+def to_choice(call: Call, choice: Choice) -> dict[str, Any]:
+    """One whole choice of a response."""
+    text = "".join(choice.text)
+    reader = call_reader(call, choice.index)
+    said = {"text": text} if call.kind == "completion" else {"message": _message(text, reader)}
+    logprobs = to_logprobs(call, choice.logprobs, TextOffsets())
+    reason = choice.finish_reason and finish_reason(choice.finish_reason, reader)
+    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason}
+
+
+def call_reader(call: Call, index: int) -> ToolCallReader | None:
+    """What reads the calls out of a choice, if it may hold any."""
+    return None if call.tools is None else ToolCallReader(call.tools, call.requests[index].id)
+
+
+def finish_reason(reason: FinishReason, reader: ToolCallReader | None) -> str:
+    """OpenAI's word for why a choice ended; `reader` has read all of it."""
+    return "tool_calls" if reason == "stop" and reader is not None and reader.n_calls else reason
+
+
+def _message(text: str, reader: ToolCallReader | None) -> dict[str, Any]:
+    if reader is None:
+        return {"role": "assistant", "content": text}
+    told = reader.feed(text)
+    content = told.content + reader.finish()
+    if not told.calls:
+        return {"role": "assistant", "content": content}
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in told.calls
+    ]
+    return {"role": "assistant", "content": content or None, "tool_calls": calls}
+
+
+def _call_delta(delta: CallDelta) -> dict[str, Any]:
+    if delta.name is None:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    function = {"name": delta.name, "arguments": delta.arguments}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+
+
+def to_usage(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]:
+    """OpenAI's token counts. A prompt counts once, however many choices share it.
+
+    Of its tokens, those count as cached that no choice had to compute: the least that any of them found.
+    """
+    prompt, cached = 0, 0
+    for start in range(0, len(usages), choices_per_prompt):
+        shared = usages[start : start + choices_per_prompt]
+        prompt += shared[0].prompt_tokens
+        cached += min(usage.cached_tokens for usage in shared)
+    completion = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def to_input_output_usage(usage: Usage) -> dict[str, Any]:
+    """The token counts of one answer, in the words of `/v1/responses` and `/v1/decisions`."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def to_logprobs(call: Call, tokens: Sequence[TokenLogprob], offsets: TextOffsets) -> dict[str, Any] | None:
+    """The log-probabilities of some tokens in the call's form, None if they were not asked for."""
+    if not call.logprobs:
+        return None
+    if call.kind == "chat":
+        return {"content": [_chat_token(token) for token in tokens], "refusal": None}
+    wants_top = bool(call.requests[0].params.logprobs)
+    return {
+        "tokens": [_name(token.token_bytes) for token in tokens],
+        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "top_logprobs": [{_name(raw): _finite(p) for _, raw, p in t.top} for t in tokens] if wants_top else None,
+        "text_offset": [offsets.take(token.token_bytes) for token in tokens],
+    }
+
+
+def _chat_token(token: TokenLogprob) -> dict[str, Any]:
+    return _token(token.token_bytes, token.logprob) | {"top_logprobs": [_token(raw, p) for _, raw, p in token.top]}
+
+
+def _token(raw: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _name(raw: bytes) -> str:
+    """A token as a dictionary key; half a character is written out in bytes, so that two halves stay apart."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _finite(logprob: float) -> float:
+    return max(float(logprob), LEAST_LOGPROB)

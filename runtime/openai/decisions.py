@@ -1,0 +1,242 @@
+"""OpenAI's `/v1/decisions`: the types of its body, and the wire answer made of the choices' probabilities. Pure.
+
+A question is a predicate (how likely is it that this is true), a choice (which of these) or a score (where on this
+scale); all are asked about one input. The shapes are those of the `openai` package's `types/decision*.py`.
+"""
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+
+from runtime.errors import EngineError, InvalidRequest
+from runtime.requests import Usage
+
+from .answer import to_input_output_usage
+from .chat import MAX_MESSAGES, invalid_request
+from .wire import FieldRule, read_fields
+
+MAX_QUESTIONS = 400
+MAX_CHOICES = 255
+MAX_CHOICE_CHARS = 1024
+MAX_NAME_CHARS = 256
+
+DECISION_FIELDS: Mapping[str, FieldRule] = {
+    **{name: FieldRule(name, "used") for name in ("model", "input", "questions")},
+    # These say who asks, or where a hosted cache should break; every prefix is shared here anyway.
+    **{name: FieldRule(name, "ignored") for name in ("prompt_cache_key", "prompt_cache_options", "safety_identifier")},
+}
+# part type -> the field that holds its text
+_TEXT_PARTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+def _text(content: object) -> str:
+    """A string, or a list of text and JSON parts, as one text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise ValueError("must be a string or a non-empty list of parts")
+    return "\n".join(_part_text(index, part) for index, part in enumerate(content))
+
+
+def _part_text(index: int, part: object) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and kind == "input_json" and isinstance(part.get("data"), dict | list):
+        return json.dumps(part["data"], ensure_ascii=False)
+    text = part.get(_TEXT_PARTS[kind]) if isinstance(part, dict) and kind in _TEXT_PARTS else None
+    if not isinstance(text, str):
+        raise ValueError(f"part {index} must be text or JSON, not {reprlib.repr(kind or part)}")
+    return text
+
+
+def _said(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+def _value(value: object) -> str | bool:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or len(value) > MAX_CHOICE_CHARS:
+        raise ValueError(f"must be a boolean or a string of at most {MAX_CHOICE_CHARS} characters")
+    return _said(value)
+
+
+Text = Annotated[str, PlainValidator(_text), AfterValidator(_said)]
+Option = Annotated[str, Field(max_length=MAX_CHOICE_CHARS), AfterValidator(_said)]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class InputMessage(_Wire):
+    """One message of the input, its parts joined to one text."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text
+    type: Literal["message"] = "message"
+    phase: Literal["commentary", "final_answer"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _messages_only(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("type", "message") != "message":
+            raise ValueError(f"items of type {reprlib.repr(value['type'])} are not supported, only messages")
+        return value
+
+
+class _Question(_Wire):
+    instructions: Text
+    name: str | None = Field(None, max_length=MAX_NAME_CHARS)
+
+
+class Predicate(_Question):
+    """How likely is it that a statement about the input is true."""
+
+    type: Literal["predicate"]
+
+
+class ChoiceOption(_Wire):
+    """One of the values to choose from. The model reads `text`."""
+
+    value: Annotated[str | bool, PlainValidator(_value)]
+    description: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The value in words."""
+        return self.value if isinstance(self.value, str) else str(self.value).lower()
+
+
+class Choice(_Question):
+    """Which of the values fits the input."""
+
+    type: Literal["choice"]
+    choices: tuple[ChoiceOption, ...] = Field(min_length=2, max_length=MAX_CHOICES, strict=False)
+
+
+class ScoreLevel(_Wire):
+    """One step of a scale."""
+
+    label: Option
+    description: str | None = None
+
+
+class Score(_Question):
+    """Where the input stands on a scale, whose levels are given from the lowest to the highest."""
+
+    type: Literal["score"]
+    levels: tuple[ScoreLevel, ...] = Field(min_length=2, max_length=MAX_CHOICES, strict=False)
+
+
+Question = Predicate | Choice | Score
+_KINDS: Mapping[str, type[Predicate] | type[Choice] | type[Score]] = {
+    "predicate": Predicate,
+    "choice": Choice,
+    "score": Score,
+}
+
+
+def _input(value: object) -> tuple[InputMessage, ...]:
+    if isinstance(value, str):
+        return (InputMessage(role="user", content=_said(value)),)
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
+        raise ValueError(f"must be a text or a list of 1 … {MAX_MESSAGES} messages")
+    return tuple(InputMessage.model_validate(item) for item in value)
+
+
+class _Body(_Wire):
+    model: str | None = None
+    input: Annotated[tuple[InputMessage, ...], PlainValidator(_input)]
+    questions: list[Any] = Field(min_length=1, max_length=MAX_QUESTIONS)
+
+
+class DecisionBody(_Wire):
+    """The used fields of `/v1/decisions`; a text as input is one message of the user."""
+
+    model: str | None
+    input: tuple[InputMessage, ...]
+    questions: tuple[Question, ...]
+
+
+def parse_decision(payload: object) -> DecisionBody:
+    """The body, checked field by field. Raises InvalidRequest with `param` and the value given."""
+    try:
+        body = _Body.model_validate(read_fields(DECISION_FIELDS, payload))
+    except ValidationError as error:
+        raise invalid_request(error) from None
+    questions = tuple(_question(place, item) for place, item in enumerate(body.questions))
+    return DecisionBody(model=body.model, input=body.input, questions=questions)
+
+
+def _question(place: int, item: object) -> Question:
+    param = f"questions[{place}]"
+    kind = _KINDS.get(str(item.get("type"))) if isinstance(item, dict) else None
+    if kind is None or not isinstance(item, dict):
+        given = item.get("type") if isinstance(item, dict) else item
+        message = f"{param}.type must be one of {', '.join(_KINDS)}, got {reprlib.repr(given)}"
+        raise InvalidRequest(message, param=f"{param}.type", code="invalid_value")
+    try:
+        question = kind.model_validate({name: value for name, value in item.items() if value is not None})
+    except ValidationError as error:
+        fault = invalid_request(error)
+        path = f"{param}.{fault.param}" if fault.param else param
+        raise InvalidRequest(f"{param}: {fault}", param=path, code=fault.code) from None
+    texts = [text for text, _ in options(question)]
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        field = "levels" if isinstance(question, Score) else "choices"
+        raise InvalidRequest(f"{param}.{field}: {twice!r} reads the same twice", param=f"{param}.{field}")
+    return question
+
+
+def options(question: Question) -> list[tuple[str, str | None]]:
+    """What may be answered, in order: each option as the model reads it, and its description."""
+    if isinstance(question, Choice):
+        return [(option.text, option.description) for option in question.choices]
+    if isinstance(question, Score):
+        return [(level.label, level.description) for level in question.levels]
+    return [("yes", None), ("no", None)]
+
+
+def to_decision(
+    model: str, questions: Sequence[Question], logprobs: Sequence[Sequence[float]], usage: Usage
+) -> dict[str, Any]:
+    """The wire answer; `logprobs` holds for each question those of its options. Raises EngineError if all are zero."""
+    return {
+        "answers": [to_answer(question, shares(row)) for question, row in zip(questions, logprobs, strict=True)],
+        "model": model,
+        "usage": to_input_output_usage(usage),
+    }
+
+
+def to_answer(question: Question, probabilities: Sequence[float]) -> dict[str, Any]:
+    """One answer. Its confidence is the likeliest option's probability; a score is the expected level, from 0."""
+    named = {"type": question.type, "name": question.name}
+    if isinstance(question, Predicate):
+        return named | {"probability": probabilities[0]}
+    confidence = max(probabilities)
+    if isinstance(question, Choice):
+        values = [option.value for option in question.choices]
+        shown = [{"value": v, "probability": p} for v, p in zip(values, probabilities, strict=True)]
+        best = values[probabilities.index(confidence)]
+        return named | {"choice": best, "confidence": confidence, "probabilities": shown}
+    levels = enumerate(zip(question.levels, probabilities, strict=True))
+    shown = [{"label": level.label, "value": value, "probability": p} for value, (level, p) in levels]
+    score = sum(value * p for value, p in enumerate(probabilities))
+    return named | {"score": score, "confidence": confidence, "probabilities": shown}
+
+
+def shares(logprobs: Sequence[float]) -> list[float]:
+    """Log-probabilities as probabilities that sum to 1. Raises EngineError if none is above zero."""
+    highest = max(logprobs)
+    if highest == -math.inf:
+        raise EngineError("the model gives none of the choices any probability")
+    weights = [math.exp(logprob - highest) for logprob in logprobs]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]

@@ -1,0 +1,250 @@
+"""How models write tool calls, one row per family of chat templates, and the grammar of an answer that may hold calls.
+
+Pure. A call is `lead`, the function's name, `middle`, its arguments as a JSON object, and `tail`. The grammar holds the
+model to that form and to each function's schema, so that whatever is read as a call can be parsed.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from runtime.requests import Grammar
+
+from .tools import Function, Tool
+
+# As Python's json.dumps and the templates' `tojson` write them, which is what models were trained on.
+_SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """One form of writing calls.
+
+    `marker` begins the first call and never stands in text; without one, an answer that begins with `{` is a call.
+    `between` stands between two calls; None if a model writes only one. `id_chars` is how long a call's id is where the
+    template minds. `hints` are texts that a template of this family holds, all of them, if it writes no calls itself.
+    """
+
+    name: str
+    marker: str
+    opening: str
+    lead: str
+    middle: str
+    tail: str
+    between: str | None
+    closing: str
+    hints: tuple[str, ...] = ()
+    id_chars: int | None = None
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """Every text of it that may hold a control token."""
+        return self.marker, self.opening, self.lead, self.middle, self.tail, self.between or "", self.closing
+
+    def writes(self, conversation: str, turn: str) -> bool:
+        """Whether a template that wrote PROBE as `conversation`, its call beginning `turn`, does so in this form."""
+        head = f"{self.marker}{self.opening}{self.lead}{PROBE_NAME}{self.middle}{PROBE_ARGUMENTS}"
+        return head in conversation if self.marker else turn.lstrip().startswith(head)
+
+
+# A call that a template is let write, to see how it does.
+PROBE_NAME, PROBE_ARGUMENTS = "get_weather", '{"city": "Oslo"}'
+# Nine letters or digits, as some templates insist.
+_PROBE_ID = "abcdefghi"
+_NAME, _ARGUMENTS, _PARAMETERS = '{"name": "', '", "arguments": ', '", "parameters": '
+
+FORMATS: tuple[ToolFormat, ...] = (
+    ToolFormat(
+        "hermes", "<tool_call>", "\n", _NAME, _ARGUMENTS, "}\n</tool_call>", "\n<tool_call>\n", "",
+        hints=("<tool_call>", '"name"', '"arguments"'),
+    ),
+    ToolFormat("mistral", "[TOOL_CALLS]", "[", _NAME, _ARGUMENTS, "}", ", ", "]", id_chars=9),
+    ToolFormat("mistral-spaced", "[TOOL_CALLS]", " [", _NAME, _ARGUMENTS, "}", ", ", "]", id_chars=9),
+    ToolFormat("mistral-args", "[TOOL_CALLS]", "", "", "[ARGS]", "", "[TOOL_CALLS]", "", id_chars=9),
+    ToolFormat(
+        "granite", "<|tool_call|>", "[", _NAME, _ARGUMENTS, "}", ", ", "]", hints=("<|tool_call|>",)
+    ),
+    ToolFormat("nemotron", "<TOOLCALL>", "[", _NAME, _ARGUMENTS, "}", ", ", "]</TOOLCALL>"),
+    ToolFormat("minimax", "<tool_calls>", "\n", _NAME, _ARGUMENTS, "}", "\n", "\n</tool_calls>"),
+    ToolFormat("apriel", "<tool_calls>", "[", _NAME, _ARGUMENTS, "}", ", ", "]</tool_calls>"),
+    ToolFormat("llama", "", "", _NAME, _PARAMETERS, "}", None, ""),
+    ToolFormat("json", "", "", _NAME, _ARGUMENTS, "}", None, ""),
+)  # fmt: skip
+
+
+def probe() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Messages with a call and its result, and the tools, for a template to write."""
+    function: dict[str, Any] = {"name": PROBE_NAME, "arguments": json.loads(PROBE_ARGUMENTS)}
+    call = {"id": _PROBE_ID, "type": "function", "function": function}
+    asked = {"role": "user", "content": "?"}
+    answered = {"role": "tool", "tool_call_id": _PROBE_ID, "content": "8 C"}
+    tool = Tool(type="function", function=Function(name=PROBE_NAME, description="weather"))
+    return [asked, {"role": "assistant", "content": "", "tool_calls": [call]}, answered], [tool.for_template()]
+
+
+def recognise(conversation: str, turn: str, template_text: str) -> ToolFormat | None:
+    """The format in which a template wrote PROBE; where it wrote no call at all, the one it hints at.
+
+    `turn` is the conversation from where the model's turn begins, `template_text` all text that the template may write.
+    None for a form that is not known.
+    """
+    if json.loads(PROBE_ARGUMENTS)["city"] in conversation:
+        return next((form for form in FORMATS if form.writes(conversation, turn)), None)
+    return next((form for form in FORMATS if form.hints and all(hint in template_text for hint in form.hints)), None)
+
+
+def tool_grammar(
+    form: ToolFormat, tools: Sequence[Tool], control: Mapping[str, int], *, must_call: bool, parallel: bool
+) -> Grammar:
+    """The grammar of an answer: calls, or unless it must call, any text. `control` are control tokens by their text."""
+    rules = [f"one: {_terms(form.lead, control)} called {_terms(form.tail, control)}"]
+    called = []
+    for number, tool in enumerate(tools):
+        called.append(f"{_terms(tool.function.name + form.middle, control)} arguments{number}")
+        schema = json.dumps({**tool.function.schema_of_arguments, "x-guidance": _SEPARATORS}, ensure_ascii=False)
+        rules.append(f"arguments{number}: %json {schema}")
+    rules.append(f"called: {' | '.join(called)}")
+    more = f"({_terms(form.between, control)} one)*" if parallel and form.between is not None else ""
+    rules.append(f"calls: {_terms(form.opening, control)} one {more} {_terms(form.closing, control)}")
+    return Grammar("lark", "\n".join([*_start(form, control, must_call=must_call), *rules]), "tools")
+
+
+def _start(form: ToolFormat, control: Mapping[str, int], *, must_call: bool) -> list[str]:
+    if must_call:
+        return [f"start: {_terms(form.marker, control)} calls"]
+    if not form.marker:
+        return ["start: TEXT | calls", r"TEXT: /(\s*[^{\s](.|\n)*)?/"]
+    mark = re.escape(form.marker).replace("/", r"\/")
+    text = rf"TEXT: /(.|\n)*/ & ~/(.|\n)*{mark}(.|\n)*/"
+    if form.marker in control:
+        return [f"start: TEXT | TEXT? {_terms(form.marker, control)} calls", text]
+    return ["start: TEXT | begun calls", text, rf"begun[lazy]: /(.|\n)*{mark}/"]
+
+
+def _terms(text: str | None, control: Mapping[str, int]) -> str:
+    """A text as Lark terms: control tokens by their number, the rest quoted."""
+    if not text:
+        return ""
+    known = "|".join(map(re.escape, control)) or "(?!)"
+    parts = (part for part in re.split(f"({known})", text) if part)
+    return " ".join(f"<[{control[part]}]>" if part in control else json.dumps(part) for part in parts)
+
+
+_SPACE = " \t\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class CallDelta:
+    """News of call number `index`: its `name`, with the first news only, and more of its arguments."""
+
+    index: int
+    id: str
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a piece of an answer said: content, then calls; at most one delta for each call."""
+
+    content: str = ""
+    calls: tuple[CallDelta, ...] = ()
+
+
+class ToolCallReader:
+    """Splits the text of one answer. Feed it every piece, then `finish`."""
+
+    def __init__(self, form: ToolFormat, request_id: str) -> None:
+        self._form = form
+        self._request_id = request_id
+        self._state: Literal["text", "only text", "head", "arguments"] = "text"
+        self._buffer = ""
+        self._head = re.compile(re.escape(form.lead) + "([a-zA-Z0-9_-]+)" + re.escape(form.middle))
+        self._depth, self._in_string, self._escaped = 0, False, False
+        self.n_calls = 0
+
+    def feed(self, text: str) -> Told:
+        """What `text` lets be told; maybe nothing yet."""
+        self._buffer += text
+        content, deltas = "", dict[int, CallDelta]()
+        state = None
+        while state != self._state:
+            state = self._state
+            if state in ("text", "only text"):
+                content += self._text()
+            elif state == "head":
+                self._read_head(deltas)
+            else:
+                self._read_arguments(deltas)
+        return Told(content, tuple(deltas.values()))
+
+    def finish(self) -> str:
+        """The content that was held back, in case it would turn out to begin a call."""
+        held, self._buffer = self._buffer, ""
+        return held if self._state in ("text", "only text") else ""
+
+    def _text(self) -> str:
+        marker = self._form.marker
+        if self._state == "only text":
+            return self._take(len(self._buffer))
+        if not marker:
+            if self._buffer:
+                self._state = "head" if self._buffer[0] == "{" else "only text"
+            return ""
+        start = self._buffer.find(marker)
+        if start >= 0:
+            content = self._take(start).rstrip(_SPACE)
+            self._take(len(marker))
+            self._state = "head"
+            return content
+        longest = min(len(self._buffer), len(marker) - 1)
+        keep = next((n for n in range(longest, 0, -1) if marker.startswith(self._buffer[-n:])), 0)
+        # The white space before a call belongs to neither.
+        return self._take(len(self._buffer[: len(self._buffer) - keep].rstrip(_SPACE)))
+
+    def _read_head(self, deltas: dict[int, CallDelta]) -> None:
+        found = self._head.search(self._buffer)
+        if found is None:
+            return
+        self._take(found.end())
+        index, self.n_calls = self.n_calls, self.n_calls + 1
+        deltas[index] = CallDelta(index, self._id(index), found[1], "")
+        self._state = "arguments"
+
+    def _read_arguments(self, deltas: dict[int, CallDelta]) -> None:
+        index = self.n_calls - 1
+        piece = self._take(self._end_of_arguments())
+        if piece:
+            before = deltas.get(index, CallDelta(index, self._id(index), None, ""))
+            deltas[index] = CallDelta(index, before.id, before.name, before.arguments + piece)
+
+    def _end_of_arguments(self) -> int:
+        """How much of the buffer belongs to the arguments; where they end, what follows is a head again."""
+        for place, character in enumerate(self._buffer):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped = character == "\\"
+                self._in_string = character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self._state = "head"
+                    return place + 1
+        return len(self._buffer)
+
+    def _take(self, count: int) -> str:
+        taken, self._buffer = self._buffer[:count], self._buffer[count:]
+        return taken
+
+    def _id(self, index: int) -> str:
+        """The same for the same answer, so that a stream and a fold agree."""
+        drawn = hashlib.sha256(f"{self._request_id}/{index}".encode()).hexdigest()
+        return drawn[: self._form.id_chars] if self._form.id_chars else f"call_{drawn[:24]}"

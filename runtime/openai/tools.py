@@ -1,0 +1,170 @@
+"""OpenAI's tools on the wire: what may be called, whether it must be, and the calls and results in a conversation.
+
+Pure. Sizes are bounded here; how a model writes its calls stands in `openai_tool_formats`.
+"""
+
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NoReturn, Protocol
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from runtime.errors import InvalidRequest
+
+from .wire import MAX_GRAMMAR_BYTES, bound_depth
+
+MAX_TOOLS = 128
+MAX_CALLS = 128
+MAX_CALL_ID_CHARS = 128
+NAME_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+Mode = Literal["none", "auto", "required"]
+
+
+def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
+    bound_depth(schema)
+    if schema.get("type", "object") != "object":
+        raise ValueError("must be a JSON schema of type 'object'")
+    return schema if "type" in schema else {"type": "object", **schema}
+
+
+def _arguments(text: str) -> str:
+    try:
+        arguments = json.loads(text or "{}", parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise ValueError("must be a JSON object written as a string") from None
+    if not isinstance(arguments, dict):
+        raise ValueError("must be a JSON object written as a string")
+    bound_depth(arguments)
+    return text or "{}"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Function(_Wire):
+    """A function that the model may call. Its arguments are held to `parameters` whether it is `strict` or not."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    description: str | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_parameters)] | None = None
+    strict: bool | None = None
+
+    @property
+    def schema_of_arguments(self) -> Mapping[str, Any]:
+        """What its arguments must be; none may be given where it names none."""
+        return NO_PARAMETERS if self.parameters is None else self.parameters
+
+
+class Tool(_Wire):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates write it into the prompt."""
+        described = {} if self.function.description is None else {"description": self.function.description}
+        function = {"name": self.function.name} | described | {"parameters": dict(self.function.schema_of_arguments)}
+        return {"type": self.type, "function": function}
+
+
+class CalledFunction(_Wire):
+    """A function that was called, and the JSON text of its arguments."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    arguments: Annotated[str, AfterValidator(_arguments)]
+
+
+class ToolCall(_Wire):
+    """A call that the model made in an earlier turn."""
+
+    id: str = Field(min_length=1, max_length=MAX_CALL_ID_CHARS)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates read it: they write the arguments as JSON themselves."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the model may or must call, and if it must call one function, its `name`."""
+
+    mode: Mode = "auto"
+    name: str | None = None
+
+
+def tool_choice(value: object) -> ToolChoice:
+    """OpenAI's `tool_choice`. Raises ValueError for what is none of its forms."""
+    if value == "none" or value == "auto" or value == "required":
+        return ToolChoice(value)
+    if isinstance(value, dict) and set(value) == {"type", "function"} and value["type"] == "function":
+        function = value["function"]
+        if isinstance(function, dict) and set(function) == {"name"} and isinstance(function["name"], str):
+            return ToolChoice("required", function["name"])
+    raise ValueError("must be 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': …}}")
+
+
+def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
+    """What the tools allow or forbid one another, and the choice. Raises InvalidRequest."""
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise InvalidRequest(f"tools: two functions are called {twice!r}", param="tools", code="invalid_value")
+    n_bytes = sum(len(json.dumps(tool.function.schema_of_arguments, ensure_ascii=False).encode()) for tool in tools)
+    if n_bytes > MAX_GRAMMAR_BYTES:
+        message = f"tools: the parameters of all functions take at most {MAX_GRAMMAR_BYTES} bytes, got {n_bytes}"
+        raise InvalidRequest(message, param="tools", code="invalid_value")
+    if choice.mode == "required" and not tools:
+        raise InvalidRequest("tool_choice asks for a call, but there are no tools", param="tool_choice")
+    if choice.name is not None and choice.name not in names:
+        message = f"tool_choice names the function {choice.name[:64]!r}, which is not among the tools"
+        raise InvalidRequest(message, param="tool_choice", code="invalid_value")
+
+
+class Turn(Protocol):
+    """What of a message says who called what."""
+
+    @property
+    def role(self) -> str:
+        """Who speaks."""
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """What it calls."""
+
+    @property
+    def tool_call_id(self) -> str | None:
+        """Which call it answers."""
+
+
+def check_turns(messages: Sequence[Turn]) -> None:
+    """Every result must answer a call before it, once, and no two calls share an id. Raises InvalidRequest."""
+    called: set[str] = set()
+    answered: set[str] = set()
+    for place, message in enumerate(messages):
+        for number, call in enumerate(message.tool_calls):
+            if call.id in called:
+                param = f"messages[{place}].tool_calls[{number}].id"
+                raise InvalidRequest(f"{param}: {reprlib.repr(call.id)} is the id of an earlier call", param=param)
+            called.add(call.id)
+        if message.tool_call_id is not None:
+            param = f"messages[{place}].tool_call_id"
+            if message.tool_call_id not in called:
+                shown = reprlib.repr(message.tool_call_id)
+                raise InvalidRequest(f"{param}: no earlier message calls a tool with id {shown}", param=param)
+            if message.tool_call_id in answered:
+                shown = reprlib.repr(message.tool_call_id)
+                raise InvalidRequest(f"{param}: the call {shown} is answered already", param=param)
+            answered.add(message.tool_call_id)

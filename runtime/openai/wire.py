@@ -1,0 +1,250 @@
+"""OpenAI's body fields, row by row: which are used, which ignored, which refused. Each row has a test.
+
+A field that is not here is refused by name. `null` counts as absent everywhere.
+"""
+
+import difflib
+import json
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from runtime.errors import (
+    BatchInvalid,
+    BodyTooLarge,
+    BodyTooSlow,
+    Cancelled,
+    ContextTooLong,
+    DecodeAborted,
+    DecodeFailed,
+    EngineDied,
+    EngineDown,
+    EngineError,
+    GrammarFailed,
+    InvalidRequest,
+    LoadFailed,
+    ModelUnknown,
+    NoKvSlot,
+    NoRoom,
+    Overloaded,
+    RequestError,
+    ShuttingDown,
+    TemplateFailed,
+    TokenizeFailed,
+    Unauthorized,
+)
+from runtime.requests import Grammar
+
+Kind = Literal["chat", "completion"]
+Treatment = Literal["used", "ignored", "refused"]
+
+_BOTH: tuple[Kind, ...] = ("chat", "completion")
+
+
+@dataclass(frozen=True, slots=True)
+class FieldRule:
+    """What happens to a body field. A refused one is let pass with a value of `harmless`, which asks for nothing."""
+
+    name: str
+    treatment: Treatment
+    kinds: tuple[Kind, ...] = _BOTH
+    harmless: tuple[Any, ...] = ()
+
+
+FIELDS: tuple[FieldRule, ...] = (
+    *(FieldRule(name, "used") for name in ("model", "stream", "stream_options", "max_tokens", "temperature", "top_p")),
+    *(FieldRule(name, "used") for name in ("top_k", "min_p", "seed", "stop", "n", "logprobs", "logit_bias")),
+    *(FieldRule(name, "used") for name in ("presence_penalty", "frequency_penalty", "ignore_eos")),
+    *(FieldRule(name, "used") for name in ("grammar", "regex", "choice")),
+    *(
+        FieldRule(name, "used", ("chat",))
+        for name in ("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice")
+    ),
+    FieldRule("prompt", "used", ("completion",)),
+    # These say who asks, what to keep or how to bill; no answer depends on them.
+    *(FieldRule(name, "ignored") for name in ("user", "metadata", "store", "service_tier", "safety_identifier")),
+    *(FieldRule(name, "ignored") for name in ("prompt_cache_key", "prompt_cache_retention")),
+    FieldRule("parallel_tool_calls", "used", ("chat",)),
+    FieldRule("functions", "refused", ("chat",), ([],)),
+    FieldRule("function_call", "refused", ("chat",), ("none", "auto")),
+    FieldRule("modalities", "refused", ("chat",), (["text"],)),
+    *(FieldRule(name, "refused", ("chat",)) for name in ("audio", "prediction", "web_search_options", "verbosity")),
+    FieldRule("reasoning_effort", "refused", ("chat",), ("none",)),
+    FieldRule("cache_prompt", "refused", _BOTH, (True,)),
+    FieldRule("echo", "refused", ("completion",), (False,)),
+    FieldRule("suffix", "refused", ("completion",), ("",)),
+    FieldRule("best_of", "refused", ("completion",), (1,)),
+)
+
+MESSAGE_FIELDS_REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "name": (),
+    "function_call": (),
+    "audio": (),
+    "refusal": (),
+    "annotations": ([],),
+}
+
+
+def rules(kind: Kind) -> dict[str, FieldRule]:
+    """The rows of FIELDS that hold for `kind`, by name."""
+    return {rule.name: rule for rule in FIELDS if kind in rule.kinds}
+
+
+def used_fields(kind: Kind, payload: object) -> dict[str, Any]:
+    """What of a body is to be read. Raises InvalidRequest if it is no object, and for unknown and refused fields."""
+    return read_fields(rules(kind), payload)
+
+
+def read_fields(known: Mapping[str, FieldRule], payload: object) -> dict[str, Any]:
+    """As `used_fields`, by the rows of any table."""
+    if not isinstance(payload, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {reprlib.repr(payload)}")
+    used = {}
+    for name, value in payload.items():
+        rule = known.get(name)
+        if rule is None:
+            near = difflib.get_close_matches(name[:64], known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InvalidRequest(f"unknown field {reprlib.repr(name)}{hint}", param=name[:64], code="unknown_parameter")
+        if value is None or rule.treatment == "ignored":
+            continue
+        if rule.treatment == "used":
+            used[name] = value
+        elif not any(type(value) is type(fine) and value == fine for fine in rule.harmless):
+            allowed = " or ".join(["null", *(json.dumps(fine) for fine in rule.harmless)])
+            message = f"{name!r} is not supported; only {allowed} is accepted, got {reprlib.repr(value)}"
+            raise InvalidRequest(message, param=name, code="unsupported_parameter")
+    return used
+
+
+@dataclass(frozen=True, slots=True)
+class WireError:
+    """How a kind of error looks on the wire."""
+
+    status: int
+    type: str
+    code: str | None = None
+
+
+HTTP_ERRORS: dict[type[Exception], WireError] = {
+    RequestError: WireError(400, "invalid_request_error"),
+    InvalidRequest: WireError(400, "invalid_request_error"),
+    Unauthorized: WireError(401, "invalid_request_error", "invalid_api_key"),
+    ModelUnknown: WireError(404, "invalid_request_error", "model_not_found"),
+    ContextTooLong: WireError(400, "invalid_request_error", "context_length_exceeded"),
+    BodyTooLarge: WireError(413, "invalid_request_error", "body_too_large"),
+    BodyTooSlow: WireError(408, "invalid_request_error", "body_too_slow"),
+    Overloaded: WireError(429, "rate_limit_error", "queue_full"),
+    Cancelled: WireError(499, "request_cancelled", "cancelled"),
+    EngineError: WireError(500, "server_error", "engine_error"),
+    LoadFailed: WireError(503, "server_error", "model_not_loaded"),
+    NoRoom: WireError(503, "server_error", "model_has_no_room"),
+    NoKvSlot: WireError(503, "server_error", "kv_cache_full"),
+    DecodeAborted: WireError(500, "server_error", "decode_aborted"),
+    BatchInvalid: WireError(500, "server_error", "engine_error"),
+    DecodeFailed: WireError(500, "server_error", "decode_failed"),
+    GrammarFailed: WireError(500, "server_error", "grammar_failed"),
+    TokenizeFailed: WireError(500, "server_error", "tokenize_failed"),
+    TemplateFailed: WireError(500, "server_error", "template_failed"),
+    EngineDied: WireError(500, "server_error", "engine_died"),
+    EngineDown: WireError(503, "server_error", "engine_down"),
+    ShuttingDown: WireError(503, "server_error", "shutting_down"),
+}
+UNEXPECTED = WireError(500, "server_error", "internal_error")
+
+
+def error_body(message: str, error_type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error shape."""
+    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+
+
+def to_error(error: BaseException) -> tuple[int, dict[str, Any]]:
+    """(HTTP status, body) of an error. What is not ours is reported without its text, which may hold anything."""
+    wire = next((HTTP_ERRORS[kind] for kind in type(error).__mro__ if kind in HTTP_ERRORS), UNEXPECTED)
+    if wire is UNEXPECTED:
+        return wire.status, error_body("internal error; the server's log has the details", wire.type, None, wire.code)
+    code, param = (error.code, error.param) if isinstance(error, RequestError) else (None, None)
+    return wire.status, error_body(str(error), wire.type, param, code or wire.code)
+
+
+MAX_GRAMMAR_BYTES = 64 << 10
+MAX_SCHEMA_DEPTH = 64
+MAX_CHOICE_TEXTS = 1024
+_FORMATS = {
+    "text": {"type"},
+    "json_object": {"type"},
+    "json_schema": {"type", "json_schema"},
+}
+_SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
+
+
+def response_format(value: object) -> Grammar | None:
+    """OpenAI's `response_format`; None for plain text. A schema is enforced whether it calls itself strict or not."""
+    fields = _object(value, "an object with a type")
+    kind = fields.get("type")
+    if kind not in _FORMATS:
+        raise ValueError(f"takes the types {', '.join(_FORMATS)}")
+    _no_others(fields, _FORMATS[kind])
+    if kind == "text":
+        return None
+    schema: object = {"type": "object"}
+    if kind == "json_schema":
+        described = _object(fields.get("json_schema"), "json_schema with a schema")
+        _no_others(described, _SCHEMA_FIELDS)
+        schema = _object(described.get("schema"), "json_schema.schema, a JSON schema")
+    bound_depth(schema)
+    return _bounded(Grammar("json_schema", json.dumps(schema, ensure_ascii=False), "response_format"))
+
+
+def lark(value: object) -> Grammar:
+    """`grammar`: a grammar in llguidance's dialect of Lark."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("must be the text of a Lark grammar, which defines the rule start")
+    return _bounded(Grammar("lark", value, "grammar"))
+
+
+def regex(value: object) -> Grammar:
+    """`regex`: a regular expression that the whole answer matches."""
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be a regular expression")
+    return _bounded(Grammar("regex", value, "regex"))
+
+
+def choice(value: object) -> Grammar:
+    """`choice`: texts of which the answer is one."""
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
+        raise ValueError("must be a non-empty list of non-empty strings")
+    if len(value) > MAX_CHOICE_TEXTS:
+        raise ValueError(f"takes at most {MAX_CHOICE_TEXTS} strings, got {len(value)}")
+    return _bounded(Grammar("choice", json.dumps(value, ensure_ascii=False), "choice"))
+
+
+def _object(value: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"must hold {what}")
+    return value
+
+
+def _no_others(fields: Mapping[str, Any], known: set[str]) -> None:
+    for name, value in fields.items():
+        if name not in known and value is not None:
+            raise ValueError(f"has an unknown field {reprlib.repr(name)}")
+
+
+def _bounded(grammar: Grammar) -> Grammar:
+    n_bytes = len(grammar.source.encode())
+    if n_bytes > MAX_GRAMMAR_BYTES:
+        raise ValueError(f"takes at most {MAX_GRAMMAR_BYTES} bytes, got {n_bytes}")
+    return grammar
+
+
+def bound_depth(schema: object) -> None:
+    """Raises ValueError for what nests too deeply. Level by level, so that it takes no stack itself."""
+    level, depth = [schema], 0
+    while level:
+        depth += 1
+        if depth > MAX_SCHEMA_DEPTH:
+            raise ValueError(f"holds a schema nested deeper than {MAX_SCHEMA_DEPTH} levels, the limit")
+        parents = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [child for children in parents for child in children]

@@ -1,0 +1,334 @@
+"""Several models behind one server: which are loaded, who uses them, and which must go to make room.
+
+A request leases the model it names for as long as its answer takes. A model is loaded when first asked for, once for
+all who wait; it is unloaded when it was idle for long, or when another needs its memory: the least recently used goes
+first, and one that is leased never. Everything but loading and stopping happens on one event loop, so that no two
+decisions overlap; loads and unloads come one after another.
+"""
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.gguf.header import read_meta
+from models.store.store import Store, StoredModel
+from runtime.config import RuntimeConfig
+from runtime.engine.options import EngineOptions
+from runtime.errors import EngineDown, EngineError, LoadFailed, ModelUnknown, NoRoom, Overloaded, ShuttingDown
+from runtime.serving.model import ServedModel, load_model, under_name
+from runtime.serving.names import Wanted, find
+
+from .memory import machine_budget, model_need
+from .slot import Budget, Host, Loaded
+
+Load = Callable[[StoredModel, Mapping[str, Path]], ServedModel]
+"""Loads a base model with adapters (name -> file). Blocks. Raises EngineError."""
+
+# A failed load is tried again no sooner than this, doubled each time it fails again.
+RETRY_SECONDS = 15.0
+MOST_DOUBLINGS = 5
+
+_log = logging.getLogger("deskside.fleet")
+
+
+@dataclass(frozen=True)
+class FleetOptions:
+    """Bounds of a fleet.
+
+    `budget_bytes` bounds what the loaded models need together (None: nothing does). At most `capacity` requests wait
+    for the load of one model. `idle_s` 0 keeps idle models for ever. `room_wait_s` is how long a load waits for a
+    leased model to become idle.
+    """
+
+    budget_bytes: int | None = None
+    capacity: int = 256
+    idle_s: float = 0.0
+    room_wait_s: float = 5.0
+
+
+class Fleet:
+    """The models of one server, by the names they are served under; the first one answers requests that name none."""
+
+    def __init__(
+        self, hosts: Sequence[Host], load: Load, options: FleetOptions, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.hosts = tuple(hosts)
+        self.options = options
+        self.served: Mapping[str, tuple[Host, Wanted]] = {w.id: (host, w) for host in hosts for w in host.wanted}
+        self.default = next(iter(self.served))
+        self._budget = Budget(self.hosts, options.budget_bytes)
+        self._load_model = load
+        self._clock = clock
+        self._moving = asyncio.Lock()
+        self._released = asyncio.Event()
+        self._closed = False
+        self._closing: asyncio.Future[None] | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether new requests are refused, since the server is about to stop."""
+        return self._closed
+
+    @property
+    def live(self) -> int:
+        """Accepted answers that have not ended, of all models."""
+        return sum(loaded.base.worker.live for _, loaded in self._all_loaded())
+
+    @property
+    def broken(self) -> bool:
+        """Whether every model's engine has stopped for good."""
+        return all(host.broken for host in self.hosts)
+
+    @property
+    def last_cause(self) -> str:
+        """Why the engines that ended last did so."""
+        causes = {host.name: host.loaded.base.worker.last_cause for host in self.hosts if host.loaded is not None}
+        return "; ".join(f"{name}: {cause}" for name, cause in causes.items() if cause)
+
+    def find(self, name: str | None) -> tuple[Host, Wanted]:
+        """Who serves `name` (None: the first). Raises ModelUnknown naming what is served."""
+        if name is not None and name not in self.served:
+            known = ", ".join(map(repr, self.served))
+            raise ModelUnknown(f"model {name[:200]!r} is not served here; this server has {known}", param="model")
+        return self.served[name or self.default]
+
+    def require_open(self) -> None:
+        """Raise ShuttingDown once the server stops."""
+        if self._closed:
+            raise ShuttingDown("the server takes no requests while it is draining")
+
+    def load_at_start(self) -> None:
+        """Load the first model, and of the others those that fit beside it. Blocks; before the event loop runs.
+
+        Raises LoadFailed, also for a model that will never fit.
+        """
+        for host in self.hosts:
+            self._budget.require_fits_alone(host)
+        try:
+            for host in self.hosts:
+                if host is self.hosts[0] or self._budget.fits(host):
+                    self._arrive(host, self._load_now(host))
+        except BaseException:
+            self.close()
+            raise
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Within it models are loaded and unloaded as requests come; at its end all are stopped."""
+        self._closing = asyncio.get_running_loop().create_future()
+        reaper = asyncio.create_task(self._reap()) if self.options.idle_s else None
+        try:
+            yield
+        finally:
+            self._close_doors()
+            if reaper is not None:
+                reaper.cancel()
+                await asyncio.wait([reaper])
+            if loading := [host.loading for host in self.hosts if host.loading is not None]:
+                await asyncio.wait(loading)
+            async with self._moving:
+                await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Stop every engine that is loaded. Blocks."""
+        for host, loaded in self._all_loaded():
+            host.loaded, host.state = None, "unloaded"
+            loaded.base.worker.stop()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests; let the accepted answers finish for `timeout_s`, then fail the rest."""
+        self._close_doors()
+        await asyncio.gather(*(loaded.base.worker.drain(timeout_s) for _, loaded in self._all_loaded()))
+
+    @asynccontextmanager
+    async def lease(self, name: str | None = None) -> AsyncIterator[ServedModel]:
+        """The model of that name (None: the first), loaded if need be; it stays loaded until the block ends.
+
+        Raises ModelUnknown, ShuttingDown, Overloaded (too many wait for the same load), LoadFailed, NoRoom, EngineDown.
+        """
+        self.require_open()
+        host, wanted = self.find(name)
+        host.leases += 1
+        try:
+            if not host.usable:
+                await self._wait_for(host)
+            assert host.loaded is not None, "what is leased stays loaded"
+            yield host.loaded.views[wanted.id]
+        finally:
+            host.leases -= 1
+            host.last_used_s = self._clock()
+            self._released.set()
+
+    async def unload_idle(self) -> None:
+        """Unload what nobody has used for `idle_s`."""
+        async with self._moving:
+            for host in self.hosts:
+                if host.idle and self._clock() - host.last_used_s >= self.options.idle_s:
+                    await self._unload(host)
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(min(self.options.idle_s / 4, 30.0))
+            try:
+                await self.unload_idle()
+            except Exception:  # noqa: BLE001 - one that cannot be stopped must not keep the others in memory
+                _log.exception("an idle model could not be unloaded")
+
+    async def _wait_for(self, host: Host) -> None:
+        """Until `host` is usable. Raises what the load ended in, or that it failed a moment ago."""
+        if host.broken and host.state == "ready":
+            self._note_breakdown(host)
+        if host.state == "failed" and host.refusal is not None and self._clock() < host.retry_at_s:
+            kind, text = host.refusal
+            raise kind(f"{text}; it is tried again in {host.retry_at_s - self._clock():.0f} s at the earliest")
+        if host.waiting >= self.options.capacity:
+            message = f"{host.waiting} requests wait for {host.name!r} to be loaded, limit {self.options.capacity}"
+            raise Overloaded(message, retry_after_s=1)
+        if host.loading is None:
+            host.loading = asyncio.create_task(self._load(host))
+        assert self._closing is not None, "models are leased while the fleet is running"
+        host.waiting += 1
+        try:
+            await asyncio.wait({host.loading, self._closing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            host.waiting -= 1
+        self.require_open()
+        if host.refusal is not None:
+            kind, text = host.refusal
+            raise kind(text)
+
+    def _note_breakdown(self, host: Host) -> None:
+        assert host.loaded is not None, "only an engine that was loaded breaks"
+        try:
+            host.loaded.base.worker.require_room(0)
+        except EngineError as error:
+            self._fail(host, EngineDown(f"{host.name!r}: {error}"))
+
+    async def _load(self, host: Host) -> None:
+        """Make room and load. Raises nothing: what went wrong stands in `host.refusal`, for everyone who waits."""
+        try:
+            async with self._moving:
+                if host.broken:
+                    await self._unload(host)
+                await self._make_room(host)
+                host.state = "loading"
+                loaded = await asyncio.to_thread(self._load_now, host)
+                self._arrive(host, loaded)
+        except (NoRoom, ShuttingDown) as error:
+            host.state, host.refusal = "unloaded", (type(error), str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it was, those who wait must hear of it
+            self._fail(host, error)
+        finally:
+            host.loading = None
+
+    def _load_now(self, host: Host) -> Loaded:
+        started_s = time.monotonic()
+        base = self._load_model(host.stored, host.adapters)
+        try:
+            views = {wanted.id: under_name(wanted, base) for wanted in host.wanted}
+            base.worker.start()
+        except BaseException:
+            base.worker.stop()
+            raise
+        return Loaded(base, views, time.monotonic() - started_s)
+
+    def _arrive(self, host: Host, loaded: Loaded) -> None:
+        host.loaded, host.info, host.state = loaded, loaded.base.info, "ready"
+        host.refusal, host.failures_in_a_row = None, 0
+        host.loads += 1
+        host.last_used_s = self._clock()
+        _log.info("%s is loaded (%.1f s)", host.name, loaded.load_seconds)
+
+    def _fail(self, host: Host, error: Exception) -> None:
+        _log.error("%s: %s", host.name, error, exc_info=None if isinstance(error, EngineError) else error)
+        kind = type(error) if isinstance(error, EngineError) else LoadFailed
+        text = str(error) if isinstance(error, EngineError) else f"{host.name!r} cannot be loaded: {error!r}"
+        host.state, host.refusal = "failed", (kind, text)
+        host.failures += 1
+        host.retry_at_s = self._clock() + RETRY_SECONDS * 2 ** min(host.failures_in_a_row, MOST_DOUBLINGS)
+        host.failures_in_a_row += 1
+
+    async def _make_room(self, host: Host) -> None:
+        """Unload idle models, least recently used first, until `host` fits. Raises LoadFailed, NoRoom, ShuttingDown."""
+        self._budget.require_fits_alone(host)
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self.options.room_wait_s
+        while not self._budget.can_fit(host):
+            self._released.clear()
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await self._released.wait()
+            except TimeoutError:
+                raise self._budget.no_room(host) from None
+            self.require_open()
+        while not self._budget.fits(host):
+            await self._unload(min((h for h in self.hosts if h.idle), key=lambda h: h.last_used_s))
+        self.require_open()
+
+    async def _unload(self, host: Host) -> None:
+        going, host.loaded = [host.loaded], None
+        host.state = "unloading"
+        host.unloads += 1
+        try:
+            await asyncio.to_thread(_stop_and_free, going)
+        finally:
+            host.state = "unloaded"
+        _log.info("%s is unloaded", host.name)
+
+    def _close_doors(self) -> None:
+        self._closed = True
+        self._released.set()
+        if self._closing is not None and not self._closing.done():
+            self._closing.set_result(None)
+
+    def _all_loaded(self) -> list[tuple[Host, Loaded]]:
+        return [(host, host.loaded) for host in self.hosts if host.loaded is not None]
+
+
+def _stop_and_free(going: list[Loaded | None]) -> None:
+    """Stop the engine that `going` holds, and no one else any more, and give its memory back."""
+    loaded = going.pop()
+    assert loaded is not None, "only what is loaded is unloaded"
+    loaded.base.worker.stop()
+    del loaded
+    # An engine's parts refer to one another: without this its weights stay until the collector comes by.
+    gc.collect()
+
+
+def open_fleet(names: Sequence[str], config: RuntimeConfig, store: Store) -> Fleet:
+    """The models `names`, none loaded yet; the first of them answers requests that name none.
+
+    Raises what `find` raises, BadGguf, or LoadFailed if two different models have one name.
+    """
+    by_base: dict[Path, dict[str, Wanted]] = {}
+    seen: dict[str, Wanted] = {}
+    for name in names:
+        wanted = find(name, store)
+        known = seen.setdefault(wanted.id, wanted)
+        if known.base.gguf.resolve() != wanted.base.gguf.resolve():
+            files = f"{str(known.base.gguf)!r} and {str(wanted.base.gguf)!r}"
+            raise LoadFailed(f"two models would be served as {wanted.id!r}: {files}; rename one of the files")
+        by_base.setdefault(wanted.base.gguf.resolve(), {})[wanted.id] = wanted
+
+    def load(stored: StoredModel, adapters: Mapping[str, Path]) -> ServedModel:
+        return load_model(stored, config, adapters)
+
+    hosts = [_host(tuple(wanted.values()), config) for wanted in by_base.values()]
+    budget = machine_budget() if config.memory_budget is None else int(config.memory_budget * 2**30)
+    return Fleet(hosts, load, FleetOptions(budget, config.slots + config.queue, config.idle_minutes * 60))
+
+
+def _host(wanted: tuple[Wanted, ...], config: RuntimeConfig) -> Host:
+    stored = wanted[0].base
+    meta = read_meta(stored.gguf)
+    if meta.is_adapter:
+        raise LoadFailed(f"{str(stored.gguf)!r} is a LoRA adapter and no model; install it and serve it as BASE:NAME")
+    files = {stored.gguf, *(path for one in wanted for path in one.adapters.values())}
+    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots)
+    size_bytes = sum(file.stat().st_size for file in files)
+    return Host(stored, wanted, model_need(meta, size_bytes, n_ctx=config.context, n_rows=options.n_seq_max), meta)

@@ -1,0 +1,125 @@
+"""One base model of the fleet, loaded or not, with all the names that are served from it."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from models.gguf.header import GgufMeta
+from models.store.store import StoredModel
+from runtime.errors import EngineError, LoadFailed, NoRoom
+from runtime.llama.interface import ModelInfo
+from runtime.serving.model import ServedModel
+from runtime.serving.names import Wanted
+
+from .memory import Need, mebibytes
+
+State = Literal["unloaded", "loading", "ready", "unloading", "failed"]
+
+
+@dataclass
+class Loaded:
+    """An engine in memory: the base model as loaded, and each served name's view of it."""
+
+    base: ServedModel
+    views: Mapping[str, ServedModel]
+    load_seconds: float = 0.0
+
+
+@dataclass
+class Host:
+    """What is known of one base model. Only the fleet changes it, on its event loop.
+
+    `leases` counts requests that use it or wait for it, `waiting` those that wait for it to be loaded. `refusal` says
+    what the last load ended in, unless it is loaded; after a failure nothing is tried before `retry_at_s`. `info` is
+    kept when the model is unloaded. Times are of the fleet's clock, in seconds.
+    """
+
+    stored: StoredModel
+    wanted: tuple[Wanted, ...]
+    need: Need
+    meta: GgufMeta | None = None
+    state: State = "unloaded"
+    loaded: Loaded | None = None
+    info: ModelInfo | None = None
+    leases: int = 0
+    waiting: int = 0
+    last_used_s: float = 0.0
+    loading: asyncio.Task[None] | None = None
+    refusal: tuple[type[EngineError], str] | None = None
+    retry_at_s: float = 0.0
+    failures_in_a_row: int = 0
+    loads: int = 0
+    unloads: int = 0
+    failures: int = 0
+
+    @property
+    def name(self) -> str:
+        """The base model's own name."""
+        return self.stored.name
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Every adapter to load with it: its name -> its LoRA GGUF file."""
+        return {name: path for wanted in self.wanted for name, path in wanted.adapters.items()}
+
+    @property
+    def broken(self) -> bool:
+        """Whether it is loaded but its engine has stopped for good."""
+        return self.loaded is not None and self.loaded.base.worker.state == "failed"
+
+    @property
+    def usable(self) -> bool:
+        """Whether a request may have it right now."""
+        return self.state == "ready" and not self.broken
+
+    @property
+    def idle(self) -> bool:
+        """Whether it holds memory that nobody uses."""
+        return self.loaded is not None and self.leases == 0
+
+    @property
+    def shown_state(self) -> State:
+        """`state`, or `failed` when the engine has stopped without being asked to."""
+        return "failed" if self.broken else self.state
+
+
+class Budget:
+    """The memory that the models `hosts` may take together; `limit_bytes` None: as much as they like."""
+
+    def __init__(self, hosts: Sequence[Host], limit_bytes: int | None) -> None:
+        self._hosts = hosts
+        self._limit_bytes = limit_bytes
+
+    def fits(self, host: Host) -> bool:
+        """Whether `host` fits beside all that are loaded."""
+        return self._has_room(host, [other for other in self._hosts if other.loaded is not None])
+
+    def can_fit(self, host: Host) -> bool:
+        """Whether `host` fits beside those that cannot go, since requests lease them."""
+        return self._has_room(host, self._busy())
+
+    def require_fits_alone(self, host: Host) -> None:
+        """Raise LoadFailed, with the numbers and what to change, if `host` will never fit."""
+        if not self._has_room(host, []):
+            raise LoadFailed(
+                f"{host.name!r} needs {host.need}. The memory budget is {mebibytes(self._limit_bytes or 0)}; "
+                "try a smaller --context, fewer --slots, a smaller quantization, or another --memory-budget"
+            )
+
+    def no_room(self, host: Host) -> NoRoom:
+        """The error for a model that would fit if others were not answering."""
+        busy = ", ".join(f"{other.name!r} ({mebibytes(other.need.total)})" for other in self._busy())
+        return NoRoom(
+            f"{host.name!r} needs about {mebibytes(host.need.total)}, the memory budget is "
+            f"{mebibytes(self._limit_bytes or 0)}, and these are answering: {busy}; try again in a moment, or serve "
+            "with a larger --memory-budget"
+        )
+
+    def _busy(self) -> list[Host]:
+        return [host for host in self._hosts if host.loaded is not None and host.leases > 0]
+
+    def _has_room(self, host: Host, beside: Sequence[Host]) -> bool:
+        needed_bytes = host.need.total + sum(other.need.total for other in beside)
+        return self._limit_bytes is None or needed_bytes <= self._limit_bytes

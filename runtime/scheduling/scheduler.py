@@ -1,0 +1,344 @@
+"""Who runs in the next step, and with how many tokens. Pure policy: no binding, no clock, no thread, no wire type.
+
+Rows that decode come first; then prompts are prefilled in chunks, first come first served, with what the step has
+left; then waiting requests join. Where one step for both costs more than two (`mix_cells`), rows and prompts take turns
+instead: an answer being written waits for one prefill at most, a prompt for one step of rows. When cells run out the
+step does less; when nothing at all fits, the newest sequence is pre-empted and its tokens are computed again later. The
+oldest always gets on, so everyone does.
+
+A step computes under one LoRA adapter; the adapters take turns (`Turns`). Slots and cells are given first come first
+served whatever the adapter: a request joins in its order, and computes when its adapter's turn comes.
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.requests import Chunk, Match, Plan, Sequence
+
+from .prefix_cache import PrefixCache
+from .radix_tree import PrefixTree
+
+# A turn lasts until so many tokens were computed, a step counting as `STEP_TOKENS` at least: four steps of a few rows,
+# two of sixteen, one that prefills. A change makes llama.cpp reserve its buffers anew (4-5 ms, Gemma 3 270M, Q4_K_M, on
+# 2 idle Xeon cores, a third of a step of one row; 7-9 ms in all before one of sixteen, a sixth of it), and a turn is
+# what the other adapters' answers wait for.
+TURN_TOKENS = 32
+STEP_TOKENS = 8
+
+
+@dataclass(slots=True)
+class _Group:
+    live: int = 0
+    spent: int = 0
+    prefilled: bool = False
+
+
+class Turns:
+    """The adapters of the live sequences (None: the bare model), first whose turn it is."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str | None, _Group] = {}
+
+    @property
+    def order(self) -> tuple[str | None, ...]:
+        """Every adapter with a live sequence, in the order in which they may compute."""
+        return tuple(self._groups)
+
+    def join(self, adapter: str | None) -> None:
+        """One more sequence wants `adapter`."""
+        self._groups.setdefault(adapter, _Group()).live += 1
+
+    def leave(self, adapter: str | None) -> None:
+        """One sequence that wanted `adapter` is gone."""
+        self._groups[adapter].live -= 1
+        if self._groups[adapter].live == 0:
+            del self._groups[adapter]
+
+    def prefilled(self, adapter: str | None) -> bool:
+        """Whether the last step under `adapter` computed prompts."""
+        return self._groups[adapter].prefilled
+
+    def computed(self, adapter: str | None, n_tokens: int, *, prefilled: bool) -> None:
+        """A step computed `n_tokens` under `adapter`, prompts among them if it `prefilled`."""
+        group = self._groups[adapter]
+        group.prefilled = prefilled
+        group.spent += max(n_tokens, STEP_TOKENS)
+        if group.spent >= TURN_TOKENS:
+            group.spent = 0
+            self._groups[adapter] = self._groups.pop(adapter)
+
+
+# A waiting request holds back while another computes at least so many tokens that both begin with. Fewer are sooner
+# computed twice than waited for.
+HOLD_BACK_TOKENS = 32
+# Held-back requests that others may overtake in one step: bounds the look-ups.
+LOOK_PAST = 8
+# Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
+HEADROOM_TOKENS = 16
+# A sequence with so few tokens to compute counts as rows, not as a prompt: a drawn token with those that a grammar
+# forces after it, a choice to score, the end of a prompt. Its cells are many for so few tokens.
+FEW_TOKENS = 16
+# llama.cpp's CPU attention goes through a step of fewer tokens cell by cell and looks only at a row's own; through a
+# larger one in tiles of so many tokens, and each looks at every cell that any of its rows holds.
+TILE_TOKENS = 64
+
+
+class Scheduler:
+    """Plans steps of at most `step_tokens` tokens for at most `max_running` sequences at a time.
+
+    A step gives at most `max_rows` rows of logits (None: as many as it has tokens); no fewer than `max_running`. Rows
+    and prompts share a step of `TILE_TOKENS` or more only while the rows' sequences hold at most `mix_cells` cells in
+    all (None: always).
+    """
+
+    def __init__(
+        self,
+        ledger: PrefixCache,
+        *,
+        step_tokens: int,
+        max_running: int,
+        max_rows: int | None = None,
+        mix_cells: int | None = None,
+    ) -> None:
+        self._ledger = ledger
+        self._step_tokens = step_tokens
+        self._max_running = max_running
+        self._max_rows = step_tokens if max_rows is None else max_rows
+        self._mix_cells = mix_cells
+        self._limit = step_tokens
+        self._tokens: dict[int, np.ndarray] = {}
+        self._promised = PrefixTree()  # by arrival: the running sequences' tokens, computed already or soon
+        self._suspects: deque[Sequence] = deque()
+        self._turns = Turns()
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.n_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence waits for its turn."""
+        self._turns.join(sequence.request.adapter)
+        self._wait(sequence)
+
+    def plan(self) -> Plan | None:
+        """The next step, or None when there is nothing to do. Follow it with `commit`, `shrink` or `isolate`."""
+        chunks = self._alone() or self._by_turns(join=True)
+        while not chunks and self.running:
+            self._preempt(self.running[-1])
+            chunks = self._by_turns(join=not self.running)
+        if not chunks:
+            return None
+        return Plan(self._ledger.take_edits(), tuple(chunks), chunks[0].sequence.request.adapter)
+
+    def spare(self, plan: Plan) -> int:
+        """How many tokens more, each with its row, the plan's step could compute; 0 unless all it does is decode.
+
+        Nobody gives way for them: no prompt that shares a step, no idle prefix, not the search for a guilty sequence.
+        """
+        if self._suspects or not all(chunk.count == chunk.n_rows == 1 for chunk in plan.chunks):
+            return 0
+        free = self._ledger.n_cells - self._ledger.used_cells
+        return max(min(self._limit, self._max_rows, free) - plan.n_tokens, 0)
+
+    def commit(self, plan: Plan) -> None:
+        """The plan was computed."""
+        self._limit = min(self._step_tokens, self._limit * 2)
+        prefilled = not all(_has_few_left(chunk.sequence) for chunk in plan.chunks)
+        self._turns.computed(plan.adapter, plan.n_tokens, prefilled=prefilled)
+        for chunk in plan.chunks:
+            assert chunk.sequence.seq_id is not None
+            self._ledger.extend(chunk.sequence.seq_id, chunk.count)
+            chunk.sequence.n_computed += chunk.count
+
+    def trim(self, sequence: Sequence, length: int) -> None:
+        """Take back what was computed after the first `length` tokens of a running sequence, if anything was."""
+        if sequence.n_computed > length:
+            assert sequence.seq_id is not None
+            self._ledger.trim(sequence.seq_id, length)
+            sequence.n_computed = length
+
+    def shrink(self, plan: Plan) -> bool:
+        """The plan found no room in the real cache: do less next time. False when nothing less can be done."""
+        if self._ledger.evict_idle():
+            return True
+        if plan.n_tokens > 1:
+            self._limit = plan.n_tokens // 2
+            return True
+        if len(self.running) > 1:
+            self._preempt(self.running[-1])
+            return True
+        return False
+
+    def isolate(self, plan: Plan) -> bool:
+        """The plan failed: next run its sequences one by one, to find the guilty one. False when there was only one."""
+        if len(plan.chunks) == 1:
+            return False
+        self._suspects = deque(chunk.sequence for chunk in plan.chunks)
+        return True
+
+    def finish(self, sequence: Sequence) -> None:
+        """The answer is whole; what was computed stays in the cache for others to share."""
+        assert sequence.seq_id is not None
+        self.trim(sequence, len(sequence.tokens))
+        self._ledger.retire(sequence.seq_id, np.asarray(sequence.tokens[: sequence.n_computed], np.int32))
+        self._forget(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """The sequence failed or was cancelled, wherever it is; its cells are free with the next edits."""
+        if sequence.seq_id is not None:
+            self._ledger.release(sequence.seq_id)
+        self._forget(sequence)
+
+    def clear(self) -> None:
+        """Nobody waits or runs any more: the engine is dead, and nothing is planned again."""
+        self.waiting.clear()
+        self.running.clear()
+
+    def _forget(self, sequence: Sequence) -> None:
+        (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
+        self._promised.discard(sequence.arrival)
+        self._turns.leave(sequence.request.adapter)
+        sequence.seq_id = None
+        del self._tokens[sequence.arrival]
+
+    def _alone(self) -> list[Chunk]:
+        while self._suspects:
+            suspect = self._suspects.popleft()
+            chunk = self._chunk(suspect, []) if suspect.seq_id is not None else None
+            if chunk is not None:
+                return [chunk]
+        return []
+
+    def _by_turns(self, *, join: bool) -> list[Chunk]:
+        """The chunks of the first adapter, in turn, that has something to compute."""
+        for adapter in self._turns.order:
+            if chunks := self._chunks(adapter, join=join):
+                return chunks
+            join = False  # who could join has joined
+        return []
+
+    def _chunks(self, adapter: str | None, *, join: bool) -> list[Chunk]:
+        """What `adapter` computes next: rows and prompts, or those of the two whose turn it is.
+
+        Prompts are planned beside the rows even if they are computed alone, so that there are cells for both.
+        """
+        mine = [sequence for sequence in self.running if sequence.request.adapter == adapter]
+        chunks = self._fill(sorted(filter(_has_few_left, mine), key=_is_prefilling), [])
+        chunks = self._fill([sequence for sequence in mine if not _has_few_left(sequence)], chunks)
+        if join:
+            chunks = self._with_joined(chunks, adapter)
+        rows = [chunk for chunk in chunks if _has_few_left(chunk.sequence)]
+        if len(rows) in (0, len(chunks)) or self._mixes(rows, _planned(chunks)):
+            return chunks
+        if self._turns.prefilled(adapter):
+            return rows
+        return [chunk for chunk in chunks if not _has_few_left(chunk.sequence)]
+
+    def _mixes(self, rows: list[Chunk], n_tokens: int) -> bool:
+        """Whether a step of `n_tokens` that holds these rows costs no more than two that part them from the prompts."""
+        if self._mix_cells is None or n_tokens < TILE_TOKENS:
+            return True
+        seq_ids = [chunk.sequence.seq_id for chunk in rows if chunk.sequence.seq_id is not None]
+        return self._ledger.cells_held(seq_ids) <= self._mix_cells
+
+    def _fill(self, sequences: Iterable[Sequence], others: list[Chunk]) -> list[Chunk]:
+        """The `others`, and after them a chunk of each of the running sequences, as far as there is room."""
+        chunks = others[:]
+        for sequence in sequences:
+            if chunk := self._chunk(sequence, chunks):
+                chunks.append(chunk)
+        return chunks
+
+    def _with_joined(self, others: list[Chunk], adapter: str | None) -> list[Chunk]:
+        """The `others`, and after them the chunks of who waited and can join."""
+        chunks = others[:]
+        n_held_back = 0
+        for sequence in self.waiting[:]:
+            if _planned(chunks) >= self._limit or len(self.running) >= self._max_running or n_held_back >= LOOK_PAST:
+                break
+            match = self._match(sequence)
+            if match is None:
+                n_held_back += 1
+            elif not self._join(sequence, match):
+                break
+            elif sequence.request.adapter == adapter:
+                if not (chunk := self._chunk(sequence, chunks)):
+                    break
+                chunks.append(chunk)
+        return chunks
+
+    def _chunk(self, sequence: Sequence, others: list[Chunk]) -> Chunk | None:
+        """As much of `sequence` as the step, its rows and the cells allow beside the `others`."""
+        start, planned = sequence.n_computed, _planned(others)
+        without_rows = max(_first_row(sequence) - start, 0)
+        rows_left = self._max_rows - sum(chunk.n_rows for chunk in others)
+        wanted = min(len(sequence.tokens) - start, self._limit - planned, without_rows + rows_left)
+        count = self._ledger.make_room(planned + wanted) - planned
+        return Chunk(sequence, start, count, max(count - without_rows, 0)) if count > 0 else None
+
+    def _match(self, sequence: Sequence) -> Match | None:
+        """The prefix `sequence` would start from; None if another one is just computing a much longer one."""
+        tokens = self._tokens[sequence.arrival][: _first_row(sequence) + 1]
+        match = self._ledger.match(tokens, sequence.request.adapter)
+        _, promised = self._promised.match(tokens[:-1], sequence.request.adapter)
+        return match if promised - match.length < HOLD_BACK_TOKENS else None
+
+    def _join(self, sequence: Sequence, match: Match) -> bool:
+        """Let `sequence` run if there is an id for it and, unless it would be alone, room for all of its tokens."""
+        needed = len(sequence.tokens) - match.length + sum(map(_outstanding, self.running))
+        if self.running and not self._ledger.can_hold(needed, match):
+            return False
+        tokens, adapter = self._tokens[sequence.arrival], sequence.request.adapter
+        seq_id = self._ledger.admit(tokens, match, adapter)
+        if seq_id is None:
+            return False
+        self._promised.add(sequence.arrival, tokens, adapter)
+        found = min(match.length, len(sequence.request.prompt))
+        sequence.n_cached = found if sequence.n_generated == sequence.n_ahead else min(found, sequence.n_cached)
+        sequence.seq_id, sequence.n_computed = seq_id, match.length
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_arrival)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence.seq_id is not None
+        self._ledger.release(sequence.seq_id)
+        self._promised.discard(sequence.arrival)
+        self.running.remove(sequence)
+        sequence.seq_id, sequence.n_computed = None, 0
+        self.n_preemptions += 1
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        self._tokens[sequence.arrival] = np.asarray(sequence.tokens, np.int32)
+        insort(self.waiting, sequence, key=_arrival)
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+def _first_row(sequence: Sequence) -> int:
+    """The first token whose logits are wanted. What is computed already gives none, so a match must end before it."""
+    return len(sequence.tokens) - 1 if sequence.first_row is None else sequence.first_row
+
+
+def _planned(chunks: list[Chunk]) -> int:
+    return sum(chunk.count for chunk in chunks)
+
+
+def _is_prefilling(sequence: Sequence) -> bool:
+    return len(sequence.tokens) - sequence.n_computed > 1
+
+
+def _has_few_left(sequence: Sequence) -> bool:
+    return len(sequence.tokens) - sequence.n_computed <= FEW_TOKENS
+
+
+def _outstanding(sequence: Sequence) -> int:
+    """Cells a running sequence will soon need: the rest of its prompt and a bit of its answer."""
+    answer = sequence.request.params.max_tokens - sequence.n_generated
+    return len(sequence.tokens) - sequence.n_computed + min(answer, HEADROOM_TOKENS)

@@ -1,0 +1,95 @@
+"""llama-server's own routes that tools rely on: /tokenize, /detokenize and /apply-template, in its shapes."""
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+
+from runtime.errors import InvalidRequest
+from runtime.openai.chat import MAX_MESSAGES, Message, invalid_request
+from runtime.serving.chat import Serving, require_chat, require_model
+
+# Tokenising can take time with the square of the text's length: texts and lists far beyond any prompt are refused.
+MOST_PER_CELL = 16
+
+
+class _Native(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    model: str | None = None
+
+
+B = TypeVar("B", bound=_Native)
+
+
+class TokenizeBody(_Native):
+    """What `/tokenize` takes. `parse_special` reads control tokens written out in the text."""
+
+    content: str
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class DetokenizeBody(_Native):
+    """What `/detokenize` takes."""
+
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
+
+
+class TemplateBody(_Native):
+    """What `/apply-template` takes."""
+
+    messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES, strict=False)
+
+
+def tokenize(payload: object, served: Serving) -> dict[str, Any]:
+    """{content} -> {tokens}: ids, or with `with_pieces` {id, piece}, where a piece that is no text is a byte list."""
+    body = _parse(TokenizeBody, payload, served)
+    _check_size("content", "characters", len(body.content), served)
+    tokens = served.tokenizer.encode(body.content, add_special=body.add_special, parse_special=body.parse_special)
+    if not body.with_pieces:
+        return {"tokens": tokens}
+    return {"tokens": [{"id": token, "piece": _piece(served, token)} for token in tokens]}
+
+
+def detokenize(payload: object, served: Serving) -> dict[str, Any]:
+    """{tokens} -> {content}, control tokens written out, bytes that are no text as U+FFFD."""
+    body = _parse(DetokenizeBody, payload, served)
+    _check_size("tokens", "ids", len(body.tokens), served)
+    largest = max(body.tokens, default=0)
+    if largest >= served.tokenizer.n_vocab:
+        message = f"tokens holds id {largest}, the vocabulary has {served.tokenizer.n_vocab}"
+        raise InvalidRequest(message, param="tokens")
+    raw = b"".join(served.tokenizer.token_bytes(token, special=True) for token in body.tokens)
+    return {"content": raw.decode("utf-8", "replace")}
+
+
+def apply_template(payload: object, served: Serving) -> dict[str, Any]:
+    """{messages} -> {prompt}: the text that a chat completion would be asked with."""
+    body = _parse(TemplateBody, payload, served)
+    require_chat(served)
+    return {"prompt": served.prompter.render([message.model_dump() for message in body.messages])}
+
+
+def _parse(kind: type[B], payload: object, served: Serving) -> B:
+    try:
+        body = kind.model_validate(payload)
+    except ValidationError as error:
+        raise invalid_request(error) from None
+    require_model(body.model, served.name)
+    return body
+
+
+def _check_size(field: str, unit: str, size: int, served: Serving) -> None:
+    limit = MOST_PER_CELL * served.info.n_ctx
+    if size > limit:
+        message = f"{field} has {size} {unit}, limit {limit} ({MOST_PER_CELL} for each token of the context)"
+        raise InvalidRequest(message, param=field)
+
+
+def _piece(served: Serving, token: int) -> str | list[int]:
+    raw = served.tokenizer.token_bytes(token, special=True)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return list(raw)

@@ -1,0 +1,153 @@
+"""`deskside serve`: load models, say what was loaded, answer until told to stop, and stop without dropping answers."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import uvicorn
+
+from models.store.store import Store
+from runtime.config import RuntimeConfig
+from runtime.errors import EngineDown, LoadFailed
+from runtime.pool.memory import mebibytes
+from runtime.pool.pool import Fleet, open_fleet
+from runtime.pool.slot import Host, Loaded
+from runtime.serving.names import Wanted
+
+from .app import create_app
+
+INTERRUPTED = 130
+# After draining, for the last bytes to leave; connections that take longer are cut.
+FLUSH_SECONDS = 5
+
+
+class DrainingServer(uvicorn.Server):
+    """Drains at the first signal, with the port still open so that clients are told 503; the second signal ends it."""
+
+    def __init__(self, config: uvicorn.Config, fleet: Fleet, drain_seconds: float, greeting: str) -> None:
+        super().__init__(config)
+        self._fleet = fleet
+        self.broke: str | None = None
+        self._drain_seconds = drain_seconds
+        self._greeting = greeting
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say so."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        _say(self._greeting)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Stop by itself when every engine is gone: whoever started the process can start it again."""
+        if self._fleet.broken:
+            self.broke, self.should_exit = self._fleet.last_cause, True
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called in the main thread, between any two instructions: it only leaves word for the loop."""
+        self._signals += 1
+        if self._signals > 1 or self._loop is None:
+            os._exit(INTERRUPTED)
+        self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
+
+    def _begin_drain(self, name: str) -> None:
+        _say(f"{name}: finishing what was accepted ({self._fleet.live}), for {self._drain_seconds:g} s at most")
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await self._fleet.drain(self._drain_seconds)
+        self.should_exit = True
+
+
+def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = None) -> None:
+    """Serve models until SIGTERM or SIGINT; the first answers requests that name none. Returns once it has drained.
+
+    Raises what `open_fleet` raises, LoadFailed (the address is taken included), EngineDown if the engines broke.
+    """
+    _set_up_logging(config.log_level)
+    fleet = open_fleet(names, config, store or Store())
+    with listen(config.host, config.port) as listener:
+        fleet.load_at_start()
+        settings = uvicorn.Config(
+            create_app(fleet, config),
+            log_config=None,
+            access_log=config.log_level == "debug",
+            lifespan="on",
+            http="h11",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=FLUSH_SECONDS,
+        )
+        server = DrainingServer(settings, fleet, config.drain_seconds, describe(fleet, config, url_of(listener)))
+        try:
+            server.run(sockets=[listener])
+        finally:
+            fleet.close()
+    if server.broke is not None:
+        raise EngineDown(f"the engine stopped for good, and the server with it: {server.broke}")
+
+
+def _set_up_logging(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if level == "info":  # what these two say at that level is not for the user of a served model
+        for talkative in ("uvicorn.error", "deskside.llama"):
+            logging.getLogger(talkative).setLevel(logging.WARNING)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound before the model is loaded, so that a taken port is told at once. Raises LoadFailed."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise LoadFailed(f"cannot listen on host {host!r}: {error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise LoadFailed(f"cannot listen on {host}:{port}: {error.strerror}; try another --port") from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where clients reach a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def describe(fleet: Fleet, config: RuntimeConfig, url: str) -> str:
+    """The start-up lines, one for each name: what was loaded, where it runs, what it can hold, where it answers."""
+    return "\n".join(_describe(host, wanted, config, url) for host, wanted in fleet.served.values())
+
+
+def _describe(host: Host, wanted: Wanted, config: RuntimeConfig, url: str) -> str:
+    if host.loaded is None:
+        return f"{wanted.id} is loaded when it is asked for (needs about {mebibytes(host.need.total)}): {url}/v1"
+    if wanted.adapter is not None:
+        size = mebibytes(wanted.adapter.gguf.stat().st_size)
+        return f"{wanted.id} (LoRA adapter, {size}) on {host.name}: {url}/v1"
+    return _describe_loaded(host.loaded, config, url)
+
+
+def _describe_loaded(loaded: Loaded, config: RuntimeConfig, url: str) -> str:
+    served, info = loaded.base, loaded.base.info
+    gpu = f", GPU layers {'all' if info.gpu_layers < 0 else info.gpu_layers}" if info.gpu_layers else ""
+    return (
+        f"{served.name} ({served.quantization}, {info.size_bytes / 2**20:.0f} MiB) on {info.backend}{gpu}, "
+        f"{info.n_threads} threads, {config.slots} slots, context {info.n_ctx}, loaded in {loaded.load_seconds:.1f} s: "
+        f"{url}/v1"
+    )
+
+
+def _say(text: str) -> None:
+    for part in text.splitlines():
+        print(f"deskside: {part}", file=sys.stderr, flush=True)

@@ -1,0 +1,121 @@
+"""A model, loaded and ready to answer: what server, batch and chat hold in their hands."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from models.manifest import Manifest
+from models.store.store import Store, StoredModel
+from runtime.config import RuntimeConfig, physical_cores
+from runtime.decoding.grammar import Constrainer, LlGuidance
+from runtime.engine.options import EngineOptions
+from runtime.engine.recipe import LlamaRecipe
+from runtime.llama.interface import ModelInfo, TokenizerLike
+from runtime.llama.model import LoadOptions, load_tokenizer
+from runtime.prompt.prompter import Prompter
+from runtime.worker.messages import EngineRecipe
+from runtime.worker.process import ProcessHost
+from runtime.worker.supervisor import Worker
+
+from .names import Wanted, find, require_weights
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model under one name. Its worker is not started yet.
+
+    With an adapter, `adapter` is the name its requests carry, `manifest` is the adapter's own and `base` that of the
+    weights; worker, tokenizer and grammars are shared with whatever else is served from the same base.
+    """
+
+    name: str
+    manifest: Manifest | None
+    worker: Worker
+    prompter: Prompter
+    tokenizer: TokenizerLike
+    info: ModelInfo
+    constrainer: Constrainer
+    adapter: str | None = None
+    base: Manifest | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights and the backend: a seed repeats its answer only under the same one."""
+        weights = [made.artefacts[0].sha256[:12] for made in (self.base, self.manifest) if made and made.artefacts]
+        return "-".join(["deskside", *(weights or [self.name]), self.info.backend.split(" ", maxsplit=1)[0].lower()])
+
+    @property
+    def quantization(self) -> str:
+        """Of the weights, as the manifest says; else what the file says of itself."""
+        weights = self.manifest if self.adapter is None else self.base
+        if weights and weights.artefacts:
+            return weights.artefacts[0].quantization
+        return self.info.description
+
+
+def open_model(name_or_path: str, config: RuntimeConfig, store: Store | None = None) -> ServedModel:
+    """Find a model in the store, at a path, or as BASE:ADAPTER, and load it. The caller starts and stops its worker.
+
+    Raises what `find` raises, or LoadFailed.
+    """
+    wanted = find(name_or_path, store or Store())
+    return under_name(wanted, load_model(wanted.base, config, wanted.adapters))
+
+
+def under_name(wanted: Wanted, loaded: ServedModel) -> ServedModel:
+    """`loaded`, which is the base, as what was wanted. Raises TemplateFailed if the adapter's does not parse."""
+    if wanted.adapter is None:
+        return loaded
+    prompter, info = loaded.prompter, loaded.info
+    if wanted.template is not None:
+        info = replace(info, chat_template=wanted.template)
+        prompter = Prompter(loaded.tokenizer, wanted.template, prompter.n_ctx)
+    return replace(
+        loaded,
+        name=wanted.id,
+        manifest=wanted.adapter.manifest,
+        prompter=prompter,
+        info=info,
+        adapter=wanted.adapter.name,
+        base=loaded.manifest,
+    )
+
+
+def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path] | None = None) -> ServedModel:
+    """Load a model that was found, and with it LoRA adapters (name -> GGUF file), in a process of its own.
+
+    This process reads the vocabulary meanwhile, and never the weights. Blocks. Raises LoadFailed.
+    """
+    require_weights(stored)
+    # Slower than a token a second no engine is of use.
+    host = ProcessHost(recipe_of(stored, config, adapters or {}), stored.name, silence_s=600.0 + config.step_tokens)
+    try:
+        tokenizer = load_tokenizer(stored.gguf)
+        info = host.await_loaded()
+    except BaseException:  # an interrupt too must leave no process behind
+        host.close()
+        raise
+    return ServedModel(
+        name=stored.name,
+        manifest=stored.manifest,
+        worker=Worker(host, queue=config.queue, slots=config.slots),
+        # Beyond the length it was trained on a model writes nonsense, however many cells the cache has.
+        prompter=Prompter(tokenizer, info.chat_template, min(info.n_ctx, info.n_ctx_train or info.n_ctx)),
+        tokenizer=tokenizer,
+        constrainer=LlGuidance(tokenizer),
+        info=info,
+    )
+
+
+def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path]) -> EngineRecipe:
+    """What the engine for a model is made of."""
+    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots, max_drafts=config.speculate)
+    load = LoadOptions(
+        n_ctx=config.context,
+        n_batch=config.step_tokens,
+        n_seq_max=options.n_seq_max,
+        n_threads=config.threads or physical_cores(),
+        gpu_layers=config.gpu_layers,
+        adapters=adapters,
+    )
+    return LlamaRecipe(stored.gguf, load, options)

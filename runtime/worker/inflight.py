@@ -1,0 +1,193 @@
+"""The requests that were accepted and have not ended, and the way of their events to those who wait for them."""
+
+import asyncio
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Self, TypeVar
+
+from runtime.errors import Cancelled, InvalidRequest
+from runtime.requests import Event, Failed, TextDelta, Work
+
+AnyEvent = TypeVar("AnyEvent", bound=Event)
+
+
+class Stream:
+    """The events of the requests of one call, merged. An async iterator that ends after the last terminal event."""
+
+    def __init__(self, request_ids: Iterable[str], cancel: Callable[[tuple[str, ...]], None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._cancel = cancel
+        self._open = set(request_ids)
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._accepted_s = time.monotonic()
+        self.on_first_token: Callable[[float], None] | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self._open:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if not isinstance(event, TextDelta):
+            self._open.discard(event.request_id)
+        return event
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next event, or the end, comes without waiting."""
+        return not self._open or not self._events.empty()
+
+    def put(self, event: Event) -> None:
+        """Hand in an event; on the stream's own loop only. The first text reports the seconds since acceptance."""
+        if self.on_first_token is not None and isinstance(event, TextDelta):
+            report, self.on_first_token = self.on_first_token, None
+            report(time.monotonic() - self._accepted_s)
+        self._events.put_nowait(event)
+
+    def cancel(self) -> None:
+        """Ask for an early end. Each request that is still live fails with Cancelled; calling twice is harmless."""
+        self._cancel(tuple(self._open))
+
+
+def put_all(handed: Iterable[tuple[Stream, Event]]) -> None:
+    """Hand many events to their streams at once; on the loop they share."""
+    for stream, event in handed:
+        stream.put(event)
+
+
+@contextmanager
+def cancelling(stream: Stream) -> Iterator[None]:
+    """Cancel what the stream still waits for if its reader fails or is cancelled."""
+    try:
+        yield
+    except (Exception, asyncio.CancelledError):
+        stream.cancel()
+        raise
+
+
+async def only_event(stream: Stream, kind: type[AnyEvent]) -> AnyEvent:
+    """The one event, a `kind`, of a stream of a single request. Raises the request's error if it failed."""
+    with cancelling(stream):
+        async for event in stream:
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, kind):
+                return event
+    raise Cancelled("the stream ended without an answer")
+
+
+MAX_RETRY_AFTER_S = 60
+# How much the newest interval between two finished requests counts in their running mean.
+PACE_WEIGHT = 0.1
+# A request that was with so many engines when they ended is not given to another one.
+MAX_ENGINES = 2
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """An accepted request. `engines` were given it; `heard` says whether its reader got anything of it.
+
+    `ending` is why it must end early. Of a `whole` answer the reader gets nothing before its end: it is `held`.
+    """
+
+    request: Work
+    stream: Stream
+    whole: bool
+    engines: int = 0
+    heard: bool = False
+    ending: Exception | None = None
+    held: list[Event] = field(default_factory=list)
+
+    def end_with_engine(self, error: Exception) -> Exception | None:
+        """Why it ends with the engine that had it, which ended by `error`; None if the next one is to answer it."""
+        if self.ending is not None or self.heard or self.engines >= MAX_ENGINES:
+            return self.ending or error
+        self.held.clear()
+        return None
+
+
+class LiveRequests:
+    """By id. `changed` guards them; `on_lost` is told of requests whose event loop is closed."""
+
+    def __init__(self, changed: threading.Condition, on_lost: Callable[[tuple[str, ...]], None]) -> None:
+        self.by_id: dict[str, LiveRequest] = {}
+        self._changed = changed
+        self._on_lost = on_lost
+        self._emptied: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._pace_s = 0.0
+        self._last_end_s = time.monotonic()
+
+    def __len__(self) -> int:
+        return len(self.by_id)
+
+    def add(self, requests: Sequence[Work], stream: Stream, *, whole: bool) -> list[LiveRequest]:
+        """Add all of them. Raises InvalidRequest, before any, if one is live already."""
+        added: dict[str, LiveRequest] = {}
+        for request in requests:
+            if request.id in self.by_id or request.id in added:
+                raise InvalidRequest(f"a request of id {request.id!r} is live already")
+            added[request.id] = LiveRequest(request, stream, whole)
+        if not self.by_id:
+            self._last_end_s = time.monotonic()
+        self.by_id |= added
+        return list(added.values())
+
+    def deliver(self, events: Iterable[Event]) -> None:
+        """Hand the events of a step over: one call for each event loop, whatever the number of streams."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
+        with self._changed:
+            for event in events:
+                entry = self.by_id.get(event.request_id)
+                if entry is not None and (told := self._told(entry, event)):
+                    by_loop.setdefault(entry.stream.loop, []).extend((entry.stream, event) for event in told)
+            emptied, self._emptied = (self._emptied, []) if not self.by_id else ([], self._emptied)
+        for loop, handed in by_loop.items():
+            self._call(loop, handed)
+        for loop, empty in emptied:
+            with contextlib.suppress(RuntimeError):  # closed: nobody waits any more
+                loop.call_soon_threadsafe(empty.set)
+
+    def _told(self, entry: LiveRequest, event: Event) -> list[Event]:
+        """What the reader gets now that `event` has come."""
+        if not isinstance(event, TextDelta):
+            self._retire(event.request_id)
+        elif entry.whole:
+            entry.held.append(event)
+            return []
+        entry.heard = True
+        return [*entry.held, event]
+
+    def _retire(self, request_id: str) -> None:
+        del self.by_id[request_id]
+        now = time.monotonic()
+        interval, self._last_end_s = now - self._last_end_s, now
+        self._pace_s += PACE_WEIGHT * (interval - self._pace_s)
+
+    def _call(self, loop: asyncio.AbstractEventLoop, handed: list[tuple[Stream, Event]]) -> None:
+        try:
+            loop.call_soon_threadsafe(put_all, handed)
+        except RuntimeError:  # the loop is closed: nobody reads these answers any more
+            self._on_lost(tuple({event.request_id for _, event in handed}))
+
+    async def wait_empty(self, timeout_s: float) -> bool:
+        """Whether all have ended within the time."""
+        emptied = asyncio.Event()
+        with self._changed:
+            if not self.by_id:
+                return True
+            self._emptied.append((asyncio.get_running_loop(), emptied))
+        try:
+            await asyncio.wait_for(emptied.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def retry_after_s(self) -> int:
+        """Until a tenth of the live requests have finished, at the pace of late."""
+        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._pace_s * len(self.by_id) / 10)))

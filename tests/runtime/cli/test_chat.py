@@ -1,0 +1,219 @@
+"""The terminal chat, on the toy model: what is said, what is remembered, and how it ends."""
+
+import asyncio
+import io
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, nullcontext
+
+import pytest
+
+from models.manifest import Manifest
+from runtime.cli import chat as chat_module
+from runtime.cli.chat import Chat, ChatOptions, Conversation, chat_with, greeting, talk
+from runtime.config import RuntimeConfig
+from runtime.decoding.grammar import LlGuidance
+from runtime.engine.engine import Engine
+from runtime.engine.options import EngineOptions
+from runtime.errors import ContextTooLong, TemplateFailed
+from runtime.prompt.prompter import Prompter
+from runtime.serving.model import ServedModel
+from runtime.worker.supervisor import Worker
+from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama
+
+SORTER = Manifest(name="sorter", description="Sorts mail.", task="classify", labels=("ham", "spam"), licence="none")
+
+
+@contextmanager
+def chatting(llama: FakeLlama, options: ChatOptions | None = None, manifest: Manifest | None = None) -> Iterator[Chat]:
+    worker = Worker(Engine(llama, EngineOptions()), queue=8, slots=4)
+    worker.start()
+    prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
+    try:
+        yield Chat(worker, prompter, Conversation(manifest, options or ChatOptions()))
+    finally:
+        worker.stop()
+
+
+async def say(chat: Chat, text: str) -> str:
+    return "".join([piece async for piece in chat.answer(text)])
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, chat: Chat, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    with asyncio.Runner() as runner:
+        talk(chat, runner)
+
+
+def test_an_answer_comes_in_pieces_and_is_remembered() -> None:
+    async def pieces(chat: Chat) -> list[str]:
+        return [piece async for piece in chat.answer("hello")]
+
+    with chatting(FakeLlama(script="Good day!"), ChatOptions(temperature=0)) as chat:
+        answered = asyncio.run(pieces(chat))
+        assert "".join(answered) == "Good day!"
+        assert len(answered) > 1
+        assert chat.conversation.messages("again") == [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "Good day!"},
+            {"role": "user", "content": "again"},
+        ]
+
+
+def test_a_system_text_stands_first() -> None:
+    conversation = Conversation(None, ChatOptions(system="Be brief."))
+    assert conversation.messages("hi")[0] == {"role": "system", "content": "Be brief."}
+
+
+def test_a_classifier_is_asked_its_way_greedily_and_without_history() -> None:
+    manifest = SORTER.model_copy(update={"prompt": SORTER.prompt.model_copy(update={"template": "Mail: {text}"})})
+    conversation = Conversation(manifest, ChatOptions())
+    conversation.remember("a", "spam")
+    assert conversation.messages("win {text} money") == [{"role": "user", "content": "Mail: win {text} money"}]
+    assert conversation.sampling(9).temperature == 0
+    told = greeting("sorter", conversation)
+    assert "Sorts mail." in told
+    assert "ham, spam" in told
+
+
+def test_a_seed_repeats_a_conversation() -> None:
+    async def two(chat: Chat) -> list[str]:
+        return [await say(chat, "one"), await say(chat, "two")]
+
+    answers = []
+    for _ in range(2):
+        with chatting(FakeLlama(), ChatOptions(seed=7, max_tokens=8, temperature=1.5)) as chat:
+            answers.append(asyncio.run(two(chat)))
+    assert answers[0] == answers[1]
+
+
+def test_old_exchanges_make_room_for_new_ones() -> None:
+    async def many(chat: Chat) -> None:
+        for number in range(9):
+            assert await say(chat, f"message {number} " + "x" * 20) == "yes"
+
+    with chatting(FakeLlama(n_ctx=160, script="yes"), ChatOptions(temperature=0, max_tokens=4)) as chat:
+        asyncio.run(many(chat))
+        assert 2 <= len(chat.conversation.turns) < 18
+        with pytest.raises(ContextTooLong):
+            asyncio.run(say(chat, "x" * 200))
+
+
+def test_an_answer_that_is_left_is_cancelled_and_forgotten() -> None:
+    async def leave(chat: Chat) -> None:
+        async with aclosing(chat.answer("hello")) as pieces:
+            async for _ in pieces:
+                break
+        await chat_worker(chat).drain(30)
+
+    with chatting(FakeLlama(script=lambda history: ord("a")), ChatOptions(temperature=0)) as chat:
+        asyncio.run(leave(chat))
+        assert chat.conversation.turns == []
+        assert chat_worker(chat).live == 0
+
+
+def chat_worker(chat: Chat) -> Worker:
+    return chat._worker
+
+
+def test_from_a_pipe_lines_become_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with chatting(FakeLlama(script="ham"), manifest=SORTER) as chat:
+        piped(monkeypatch, chat, 'first\n\n"""two\nlines"""\n/reset\nlast\n/exit\nnot reached\n')
+    assert capsys.readouterr() == ("ham\nham\nham\n", "")
+
+
+def test_from_a_pipe_a_wrong_message_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with chatting(FakeLlama(n_ctx=64), manifest=SORTER) as chat, pytest.raises(ContextTooLong):
+        piped(monkeypatch, chat, "x" * 200)
+
+
+class Terminal(io.StringIO):
+    """Standard input that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def typing(*lines: str | type[BaseException]) -> Callable[[str], str]:
+    """`input` for someone who types these lines; an exception is a key: Ctrl-C or Ctrl-D."""
+    typed = iter(lines)
+
+    def read(prompt: str = "") -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    return read
+
+
+def at_terminal(monkeypatch: pytest.MonkeyPatch, chat: Chat, lines: Sequence[str | type[BaseException]]) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(chat_module, "input", typing(*lines), raising=False)
+    with asyncio.Runner() as runner:
+        talk(chat, runner)
+
+
+def test_at_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with chatting(FakeLlama(n_ctx=200, script="yes"), ChatOptions(temperature=0)) as chat:
+        at_terminal(monkeypatch, chat, ["one", KeyboardInterrupt, "/help", "x" * 400, "two", EOFError])
+        assert [turn["content"] for turn in chat.conversation.turns] == ["one", "yes", "two", "yes"]
+    out, err = capsys.readouterr()
+    assert out == "yes\nyes\n"
+    assert "Ctrl-D leaves" in err
+    assert "/reset" in err
+    assert "error: " in err
+
+
+@pytest.mark.parametrize("template", [FAKE_TEMPLATE, None])
+def test_the_command_opens_and_closes_the_model(
+    template: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama = FakeLlama(script="ham")
+    worker = Worker(Engine(llama, EngineOptions()), queue=8, slots=4)
+    prompter = Prompter(llama.tokenizer, template, llama.info.n_ctx)
+    constrainer = LlGuidance(llama.tokenizer)
+    served = ServedModel("sorter", SORTER, worker, prompter, llama.tokenizer, llama.info, constrainer)
+    monkeypatch.setattr(chat_module, "open_model", lambda name, config: served)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a mail\n"))
+    with nullcontext() if template else pytest.raises(TemplateFailed):
+        chat_with("sorter", RuntimeConfig(), ChatOptions())
+    assert capsys.readouterr().out == ("ham\n" if template else "")
+    assert worker.state == "stopped"
+    assert llama.closed
+
+
+def test_reset_forgets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with chatting(FakeLlama(script="yes"), ChatOptions(temperature=0)) as chat:
+        at_terminal(monkeypatch, chat, ["one", "/reset", "/exit"])
+        assert chat.conversation.turns == []
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The signal is a real one, sent while the model babbles."""
+    spoken = itertools.count()
+
+    def babble(history: tuple[int, ...]) -> int:
+        if next(spoken) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return ord("a")
+
+    with chatting(FakeLlama(n_ctx=4096, script=babble), ChatOptions(temperature=0)) as chat:
+        at_terminal(monkeypatch, chat, ["one", EOFError])
+        assert chat.conversation.turns == []
+    out, err = capsys.readouterr()
+    assert set(out) <= {"a", "\n"}
+    assert "(stopped)" in err
+
+
+def test_an_adapters_chat_asks_for_the_adapter() -> None:
+    llama = FakeLlama(script="yes", adapters=("mail",))
+    with chatting(llama) as chat:
+        with_adapter = Chat(chat_worker(chat), chat._prompter, chat.conversation, "mail")
+        assert asyncio.run(say(with_adapter, "hello")) == "yes"
+    assert set(llama.applied) == {"mail"}

@@ -1,0 +1,178 @@
+"""The front door: every verb has its help, every error its exit code, and what is not called is not imported."""
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.cli import main as cli
+from runtime.cli.main import EXIT_CODES, VERBS, Verb, exit_code, load_verb, main
+from runtime.config import flag, settings
+
+ROOT = Path(__file__).parents[3]
+ERROR_TREES = ("models.errors", "runtime.errors", "convert.errors", "benchmarks.errors")
+ERRORS = [
+    error
+    for tree in ERROR_TREES
+    for _, error in inspect.getmembers(importlib.import_module(tree), inspect.isclass)
+    if issubclass(error, Exception) and error.__module__ == tree
+]
+
+
+def run(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as leaving:
+        main(argv)
+    out, err = capsys.readouterr()
+    code = leaving.value.code
+    assert isinstance(code, int)
+    return code, out, err
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make `deskside doctor` raise `error`."""
+
+    def verb() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "VERBS", {"doctor": Verb("tests.stub", "verb", "Raises.")})
+    monkeypatch.setitem(sys.modules, "tests.stub", type(sys)("tests.stub"))
+    monkeypatch.setattr(sys.modules["tests.stub"], "verb", verb, raising=False)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(verb, "--help", capsys=capsys)
+    assert (code, err) == (0, "")
+    assert f"Usage: deskside {verb}" in out
+    assert VERBS[verb].help.endswith(".")
+
+
+def test_help_lists_every_verb_and_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("--help", capsys=capsys)
+    assert code == 0
+    for name, verb in VERBS.items():
+        assert f"{name} " in out
+        assert verb.help.split()[0] in out
+
+
+@pytest.mark.parametrize(("verb", "groups"), [("serve", 2), ("batch", 1), ("chat", 1)])
+def test_the_flags_are_made_from_the_config(verb: str, groups: int) -> None:
+    wanted = settings() if groups == 2 else settings("engine")
+    options = {option for parameter in load_verb(verb).params for option in parameter.opts}
+    assert {flag(name) for name in wanted} <= options
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--nope"],
+        ["nope"],
+        ["batch"],
+        ["batch", "a", "b"],
+        ["doctor", "--nope"],
+        ["doctor", "extra"],
+        ["chat", "--temperature", "3"],
+        ["chat", "--slots", "0"],
+        ["serve", "--port", "http"],
+        ["models", "nope"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(*argv, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert "Usage: deskside" in err
+
+
+def test_a_typing_mistake_is_met_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'batch'" in run("bacth", capsys=capsys)[2]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("--version", capsys=capsys)
+    assert code == 0
+    assert out.startswith("deskside 0.")
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{error.__module__}.{error.__name__}")
+def test_every_error_of_ours_has_an_exit_code(error: type[Exception]) -> None:
+    code = exit_code(error.__new__(error))
+    assert code in (1, 2)
+    assert code == next(row for kind, row in EXIT_CODES.items() if issubclass(error, kind))
+
+
+@pytest.mark.parametrize("kind", EXIT_CODES, ids=lambda kind: kind.__name__)
+def test_an_error_is_one_line(
+    kind: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raising(monkeypatch, kind("what and why"))
+    code, out, err = run("doctor", capsys=capsys)
+    assert (code, out) == (EXIT_CODES[kind], "")
+    assert err == ("" if kind is KeyboardInterrupt else "error: what and why\n")
+
+
+@pytest.mark.parametrize("way", ["flag", "variable"])
+def test_debug_shows_the_traceback(
+    way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raising(monkeypatch, OSError("no disk"))
+    if way == "variable":
+        monkeypatch.setenv("DESKSIDE_DEBUG", "1")
+    _, _, err = run(*(["--debug"] if way == "flag" else []), "doctor", capsys=capsys)
+    assert "Traceback" in err
+    assert err.endswith("error: no disk\n")
+
+
+def test_a_fault_of_our_own_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    raising(monkeypatch, KeyError("x"))
+    code, _, err = run("doctor", capsys=capsys)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert err.startswith("error: KeyError: 'x' (a fault of Deskside")
+
+
+def test_a_reader_that_goes_away_is_no_news() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from runtime.cli.main import main; main(['--help'])"],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    child.stderr.close()
+    assert child.wait() == 1
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["serve", "--help"], ["batch", "--help"]], ids=" ".join)
+def test_help_imports_nothing_heavy(argv: list[str]) -> None:
+    program = f"""
+import sys
+from runtime.cli.main import main
+try:
+    main({argv!r})
+except SystemExit:
+    print(sorted({{name.split('.')[0] for name in sys.modules}}), file=sys.stderr)
+"""
+    child = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"numpy", "fastapi", "llama_cpp", "httpx", "huggingface_hub", "jinja2", "gguf"}
+    assert heavy.isdisjoint(eval(child.stderr))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("7", "7")])
+def test_threads_spin_briefly_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", given or "")
+    if given is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ["GOMP_SPINCOUNT"] == expected

@@ -1,0 +1,40 @@
+"""float16 by ggml's loop: every float32 it may meet becomes the float16 that numpy makes of it."""
+
+import llama_cpp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from runtime.llama.ggml import to_half
+
+# Where rounding changes its ways: around float16's smallest number, its smallest normal one and its largest.
+EDGES = [0x32FF_F000, 0x337F_F000, 0x387F_E000, 0x477F_D000]
+
+
+def reference(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16)
+
+
+def test_it_rounds_as_numpy_does() -> None:
+    spread = np.random.default_rng(0).integers(0, 1 << 32, 1 << 18, dtype=np.uint32)
+    around = [np.arange(edge, edge + 0x4000, dtype=np.uint32) for edge in EDGES]
+    bits = np.concatenate([spread, *around, *(edge | np.uint32(1 << 31) for edge in around)])
+    values = bits.view(np.float32)
+    values = values[~np.isnan(values)]
+    np.testing.assert_array_equal(to_half(values).view(np.uint16), reference(values).view(np.uint16))
+
+
+@given(arrays(np.float32, array_shapes(min_dims=1, max_dims=3, max_side=9), elements=st.floats(width=32)))
+def test_shapes_and_views_are_kept(values: np.ndarray) -> None:
+    for view in (values, values[::2], values.T):
+        np.testing.assert_array_equal(to_half(view), reference(view))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_without_ggmls_loop_numpys_is_used(monkeypatch: pytest.MonkeyPatch, dtype: type) -> None:
+    monkeypatch.setattr(llama_cpp.llama_cpp, "_lib", object())
+    values: np.ndarray = np.array([1 / 3, 70_000, -1e-8], dtype)
+    np.testing.assert_array_equal(to_half(values), reference(values))

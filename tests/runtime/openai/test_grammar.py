@@ -1,0 +1,115 @@
+"""The wire fields of structured output, without a server: what they become, and what is refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from runtime.errors import InvalidRequest
+from runtime.openai.chat import MAX_CHOICES, parse, to_requests
+from runtime.openai.wire import MAX_CHOICE_TEXTS, MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, Kind
+from runtime.requests import Grammar
+
+MINIMAL: dict[Kind, dict[str, Any]] = {
+    "chat": {"messages": [{"role": "user", "content": "hi"}]},
+    "completion": {"prompt": "hi"},
+}
+SCHEMA = {"type": "object", "properties": {"ä": {"type": "string"}}}
+
+
+def grammars_of(kind: Kind, **fields: Any) -> list[Grammar | None]:
+    body = parse(kind, MINIMAL[kind] | fields)
+    return [request.params.grammar for request in to_requests(body, "c", [(1,)], [9], range(MAX_CHOICES))]
+
+
+def refusal(kind: Kind, **fields: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(kind, MINIMAL[kind] | fields)
+    return caught.value
+
+
+def formatted(schema: object, **more: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "mail", "schema": schema} | more}
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_the_extensions_reach_every_choice(kind: Kind) -> None:
+    asked = Grammar("regex", "a+", "regex")
+    assert grammars_of(kind, regex="a+", n=3) == [asked] * 3
+    assert grammars_of(kind, grammar='start: "a"') == [Grammar("lark", 'start: "a"', "grammar")]
+    assert grammars_of(kind, choice=["é", "b"]) == [Grammar("choice", '["é", "b"]', "choice")]
+    assert grammars_of(kind, choice=None, regex=None) == [None]
+
+
+def test_response_format_is_a_schema_or_nothing() -> None:
+    (plain,) = grammars_of("chat", response_format={"type": "text"})
+    assert plain is None
+    (any_object,) = grammars_of("chat", response_format={"type": "json_object"})
+    assert any_object == Grammar("json_schema", '{"type": "object"}', "response_format")
+    for more in ({}, {"strict": True}, {"strict": None, "description": "of a mail"}):
+        (asked,) = grammars_of("chat", response_format=formatted(SCHEMA, **more))
+        assert asked is not None
+        assert (asked.kind, json.loads(asked.source), asked.param) == ("json_schema", SCHEMA, "response_format")
+
+
+def test_response_format_is_the_chats_alone() -> None:
+    assert refusal("completion", response_format={"type": "text"}).code == "unknown_parameter"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("response_format", "json", "object"),
+        ("response_format", {"type": "xml"}, "json_schema"),
+        ("response_format", {}, "json_schema"),
+        ("response_format", {"type": "json_object", "schema": {}}, "'schema'"),
+        ("response_format", {"type": "json_schema"}, "json_schema"),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
+        ("response_format", formatted(True), "schema"),
+        ("response_format", formatted(SCHEMA, grammar="x"), "'grammar'"),
+        ("grammar", "", "Lark"),
+        ("grammar", {"lark": "x"}, "Lark"),
+        ("regex", "", "regular expression"),
+        ("regex", 7, "regular expression"),
+        ("choice", [], "non-empty"),
+        ("choice", "spam", "list"),
+        ("choice", ["a", ""], "non-empty"),
+        ("choice", ["a", 1], "strings"),
+    ],
+)
+def test_what_is_malformed_is_refused_by_name(field: str, value: object, said: str) -> None:
+    error = refusal("chat", **{field: value})
+    assert (error.param, error.code) == (field, "invalid_value")
+    assert said in str(error)
+
+
+def test_sizes_are_bounded_to_the_byte_and_the_limit_is_named() -> None:
+    longest = "ü" * (MAX_GRAMMAR_BYTES // 2)
+    for field in ("grammar", "regex"):
+        assert grammars_of("chat", **{field: longest})
+        said = str(refusal("chat", **{field: longest + "x"}))
+        assert (str(MAX_GRAMMAR_BYTES) in said, str(MAX_GRAMMAR_BYTES + 1) in said) == (True, True)
+    assert str(MAX_GRAMMAR_BYTES) in str(refusal("chat", choice=[longest]))
+    assert str(MAX_GRAMMAR_BYTES) in str(refusal("chat", response_format=formatted({"const": longest})))
+    assert grammars_of("chat", choice=["a"] * MAX_CHOICE_TEXTS)
+    assert str(MAX_CHOICE_TEXTS + 1) in str(refusal("chat", choice=["a"] * (MAX_CHOICE_TEXTS + 1)))
+
+
+def test_the_depth_of_a_schema_is_bounded() -> None:
+    def deep(levels: int) -> dict[str, Any]:
+        schema: dict[str, Any] = {}
+        for place in range(levels - 1):
+            schema = {"items": schema} if place % 2 else {"anyOf": schema}
+        return schema
+
+    assert grammars_of("chat", response_format=formatted(deep(MAX_SCHEMA_DEPTH)))
+    assert str(MAX_SCHEMA_DEPTH) in str(refusal("chat", response_format=formatted(deep(MAX_SCHEMA_DEPTH + 1))))
+    refusal("chat", response_format=formatted(deep(900)))
+
+
+def test_one_grammar_at_a_time_and_none_that_may_never_end() -> None:
+    error = refusal("chat", regex="a", choice=["a"])
+    assert (error.param, "regex" in str(error)) == ("choice", True)
+    assert refusal("chat", response_format={"type": "json_object"}, grammar="start: /a/").param == "grammar"
+    assert grammars_of("chat", response_format={"type": "text"}, regex="a") == [Grammar("regex", "a", "regex")]
+    assert refusal("completion", regex="a", ignore_eos=True).param == "ignore_eos"

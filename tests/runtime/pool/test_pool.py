@@ -1,0 +1,396 @@
+"""The fleet over toy models: loaded once for all who wait, never unloaded under a request, within its budget."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from runtime.errors import DecodeFailed, EngineDown, LoadFailed, ModelUnknown, NoRoom, Overloaded, ShuttingDown
+from runtime.pool.pool import RETRY_SECONDS, Fleet, FleetOptions
+from runtime.pool.slot import Host
+from runtime.requests import Failed, Request, SamplingParams
+from tests.support.runtime.fakes import FakeLlama
+from tests.support.runtime.serving import PATIENCE_S, Toys
+
+NAMES = ("a", "b", "c")
+
+
+class Clock:
+    """Time that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Barrier:
+    """Holds loads, in the thread that loads, until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self, _: str = "") -> None:
+        self.reached.set()
+        assert self._open.wait(PATIENCE_S)
+
+    async def wait(self) -> None:
+        assert await asyncio.to_thread(self.reached.wait, PATIENCE_S)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def make_toys(on_load: Callable[[str], None] = lambda _: None, **special: Callable[[], FakeLlama]) -> Toys:
+    plain = {name: lambda: FakeLlama(script="hello") for name in NAMES}
+    return Toys(plain | special, on_load=on_load)
+
+
+def make_fleet(
+    toys: Toys, hosts: Iterable[Host] = (), clock: Callable[[], float] | None = None, **options: Any
+) -> Fleet:
+    """Of `hosts`, or of three toys that need a byte each."""
+    chosen = FleetOptions(**{"room_wait_s": 0.0} | options)
+    return Fleet(list(hosts) or [toys.host(name) for name in NAMES], toys.load, chosen, clock or Clock())
+
+
+def run(fleet: Fleet, work: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(PATIENCE_S), fleet.running():
+            await work()
+        assert [(host.leases, host.waiting, host.loaded, host.loading) for host in fleet.hosts] == [
+            (0, 0, None, None) for _ in fleet.hosts
+        ]
+
+    asyncio.run(limited())
+
+
+def states(fleet: Fleet) -> dict[str, str]:
+    return {host.name: host.shown_state for host in fleet.hosts}
+
+
+async def use(fleet: Fleet, name: str | None = None) -> None:
+    async with fleet.lease(name):
+        pass
+
+
+async def answer(fleet: Fleet, name: str) -> str:
+    """What the model writes, or the error it fails with."""
+    async with fleet.lease(name) as served:
+        stream = served.worker.submit(Request(f"r{random.random()}", (1, 2, 3), SamplingParams(max_tokens=9)))
+        events = [event async for event in stream]
+    if isinstance(events[-1], Failed):
+        raise events[-1].error
+    return "".join(getattr(event, "text", "") for event in events)
+
+
+def test_two_requests_for_an_unloaded_model_load_it_once() -> None:
+    barrier = Barrier()
+    toys = make_toys(barrier)
+    fleet = make_fleet(toys)
+
+    async def work() -> None:
+        answers = [asyncio.create_task(answer(fleet, "b")) for _ in range(2)]
+        await barrier.wait()
+        assert (states(fleet)["b"], fleet.hosts[1].waiting) == ("loading", 2)
+        barrier.open()
+        assert await asyncio.gather(*answers) == ["hello", "hello"]
+
+    run(fleet, work)
+    assert [name for name, _ in toys.made] == ["b"]
+    assert all(llama.closed for _, llama in toys.made)
+
+
+def test_a_request_without_a_model_goes_to_the_first_and_an_unknown_one_is_told_what_there_is() -> None:
+    fleet = make_fleet(make_toys())
+
+    async def work() -> None:
+        async with fleet.lease() as served:
+            assert served.name == "a"
+        with pytest.raises(ModelUnknown, match=r"'gpt-9' is not served here; this server has 'a', 'b', 'c'"):
+            await use(fleet, "gpt-9")
+
+    run(fleet, work)
+
+
+def test_a_waiter_that_leaves_stops_no_load() -> None:
+    barrier = Barrier()
+    fleet = make_fleet(make_toys(barrier))
+
+    async def work() -> None:
+        leaving, staying = (asyncio.create_task(answer(fleet, "a")) for _ in range(2))
+        await barrier.wait()
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        barrier.open()
+        assert await staying == "hello"
+
+    run(fleet, work)
+    assert fleet.hosts[0].loads == 1
+
+
+def test_the_least_recently_used_idle_model_makes_room() -> None:
+    clock = Clock()
+    fleet = make_fleet(make_toys(), clock=clock, budget_bytes=2)
+
+    async def work() -> None:
+        for name in ("a", "b", "a", "c"):
+            clock.now_s += 1
+            await use(fleet, name)
+        assert states(fleet) == {"a": "ready", "b": "unloaded", "c": "ready"}
+        async with fleet.lease("a"):  # now the oldest, but in use
+            clock.now_s += 1
+            await use(fleet, "c")
+            await use(fleet, "b")
+        assert states(fleet) == {"a": "ready", "b": "ready", "c": "unloaded"}
+
+    run(fleet, work)
+
+
+def test_no_room_beside_busy_models_names_need_budget_and_who_is_busy() -> None:
+    toys = make_toys()
+    hosts = [toys.host("a", needs=3 << 20), toys.host("b", needs=2 << 20), toys.host("c", needs=4 << 20)]
+    fleet = make_fleet(toys, hosts, budget_bytes=6 << 20)
+
+    async def work() -> None:
+        await use(fleet, "b")
+        async with fleet.lease("a"):
+            with pytest.raises(
+                NoRoom, match=r"'c' needs about 4 MiB, the memory budget is 6 MiB.*'a' \(3 MiB\)"
+            ) as hit:
+                await use(fleet, "c")
+            assert hit.value.retry_after_s >= 1
+            assert states(fleet) == {"a": "ready", "b": "ready", "c": "unloaded"}, "b went for nothing"
+        await use(fleet, "c")
+        assert states(fleet) == {"a": "unloaded", "b": "ready", "c": "ready"}
+
+    run(fleet, work)
+
+
+def test_a_load_waits_a_while_for_a_busy_model_to_become_idle() -> None:
+    fleet = make_fleet(make_toys(), budget_bytes=1, room_wait_s=PATIENCE_S)
+
+    async def work() -> None:
+        async with AsyncExitStack() as busy:
+            await busy.enter_async_context(fleet.lease("a"))
+            waiting = asyncio.create_task(answer(fleet, "b"))
+            while not fleet.hosts[1].waiting:
+                await asyncio.sleep(0)
+            await busy.aclose()
+            assert await waiting == "hello"
+
+    run(fleet, work)
+
+
+def test_a_model_that_never_fits_is_refused_before_anything_is_loaded() -> None:
+    toys = make_toys()
+    fleet = make_fleet(toys, [toys.host("a"), toys.host("b", needs=3 << 20)], budget_bytes=1 << 20)
+    with pytest.raises(LoadFailed, match=r"'b' needs about 3 MiB.*budget is 1 MiB; try a smaller --context"):
+        fleet.load_at_start()
+    assert toys.made == []
+
+
+def test_at_the_start_the_first_is_loaded_and_others_as_far_as_they_fit() -> None:
+    toys = make_toys()
+    fleet = make_fleet(
+        toys, [toys.host("a", needs=2), toys.host("b", needs=3), toys.host("c", needs=1)], budget_bytes=4
+    )
+    fleet.load_at_start()
+    assert states(fleet) == {"a": "ready", "b": "unloaded", "c": "ready"}
+    fleet.close()
+    assert all(llama.closed for _, llama in toys.made)
+
+
+def test_a_load_that_fails_at_the_start_leaves_nothing_running() -> None:
+    def on_load(name: str) -> None:
+        if name == "b":
+            raise LoadFailed("damaged")
+
+    toys = make_toys(on_load)
+    fleet = make_fleet(toys)
+    with pytest.raises(LoadFailed, match="damaged"):
+        fleet.load_at_start()
+    assert [(name, llama.closed) for name, llama in toys.made] == [("a", True)]
+
+
+@pytest.mark.parametrize("error", [LoadFailed("'b' is damaged"), MemoryError()], ids=["ours", "foreign"])
+def test_a_failed_load_reaches_all_who_wait_and_is_not_tried_again_at_once(error: Exception) -> None:
+    clock, tries, barrier = Clock(), list[str](), Barrier()
+
+    def on_load(name: str) -> None:
+        tries.append(name)
+        if len(tries) < 3:
+            barrier()
+            raise error
+
+    fleet = make_fleet(make_toys(on_load), clock=clock)
+
+    async def work() -> None:
+        waiting = [asyncio.create_task(answer(fleet, "b")) for _ in range(3)]
+        await barrier.wait()
+        barrier.open()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results] == [LoadFailed] * 3
+        assert all("'b'" in str(result) for result in results)
+        for wait_s in (RETRY_SECONDS, 2 * RETRY_SECONDS):
+            clock.now_s += wait_s - 1
+            with pytest.raises(LoadFailed, match=r"'b'.*tried again in 1 s"):
+                await use(fleet, "b")
+            clock.now_s += 1
+            if len(tries) == 1:
+                with pytest.raises(LoadFailed):
+                    await use(fleet, "b")
+        assert await answer(fleet, "b") == "hello"
+        assert (states(fleet)["b"], fleet.hosts[1].failures, len(tries)) == ("ready", 2, 3)
+
+    run(fleet, work)
+
+
+def test_only_so_many_wait_for_one_load() -> None:
+    barrier = Barrier()
+    fleet = make_fleet(make_toys(barrier), capacity=2)
+
+    async def work() -> None:
+        waiting = [asyncio.create_task(answer(fleet, "a")) for _ in range(2)]
+        await barrier.wait()
+        with pytest.raises(Overloaded, match="2 requests wait for 'a' to be loaded, limit 2"):
+            await use(fleet, "a")
+        barrier.open()
+        await asyncio.gather(*waiting)
+
+    run(fleet, work)
+
+
+def test_draining_tells_those_who_wait_at_once_and_stops_what_is_loaded_meanwhile() -> None:
+    barrier = Barrier()
+    toys = make_toys(barrier)
+    fleet = make_fleet(toys)
+
+    async def work() -> None:
+        waiting = [asyncio.create_task(answer(fleet, "a")) for _ in range(2)]
+        await barrier.wait()
+        await fleet.drain(0)
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results] == [ShuttingDown] * 2
+        with pytest.raises(ShuttingDown):
+            await use(fleet, "b")
+        barrier.open()
+
+    run(fleet, work)
+    assert [(name, llama.closed) for name, llama in toys.made] == [("a", True)]
+
+
+def test_idle_models_go_when_their_time_is_over_and_come_back_when_asked_for() -> None:
+    clock = Clock()
+    fleet = make_fleet(make_toys(), clock=clock, idle_s=60)
+
+    async def work() -> None:
+        async with fleet.lease("b"):
+            await use(fleet, "a")
+            clock.now_s += 59
+            await fleet.unload_idle()
+            assert states(fleet) == {"a": "ready", "b": "ready", "c": "unloaded"}
+            clock.now_s += 1
+            await fleet.unload_idle()
+            assert states(fleet) == {"a": "unloaded", "b": "ready", "c": "unloaded"}
+        await fleet.unload_idle()
+        assert states(fleet)["b"] == "ready", "it was in use a moment ago"
+        assert await answer(fleet, "a") == "hello"
+        assert (fleet.hosts[0].loads, fleet.hosts[0].unloads) == (2, 1)
+
+    run(fleet, work)
+
+
+class SlowToClose(FakeLlama):
+    """Takes its time to be freed."""
+
+    barrier: Barrier
+
+    def close(self) -> None:
+        self.barrier()
+        super().close()
+
+
+def test_a_request_for_a_model_on_its_way_out_waits_and_gets_it_again() -> None:
+    barrier = SlowToClose.barrier = Barrier()
+    toys = make_toys(a=lambda: SlowToClose(script="hello"))
+    fleet = make_fleet(toys)
+
+    async def work() -> None:
+        await use(fleet, "a")
+        unloading = asyncio.create_task(fleet.unload_idle())
+        await barrier.wait()
+        assert states(fleet)["a"] == "unloading"
+        asked = asyncio.create_task(answer(fleet, "a"))
+        while not fleet.hosts[0].waiting:
+            await asyncio.sleep(0)
+        barrier.open()
+        assert await asked == "hello"
+        await unloading
+
+    run(fleet, work)
+    assert len(toys.made) == 2
+
+
+def test_an_engine_that_breaks_harms_no_other_and_is_loaded_again_later() -> None:
+    clock = Clock()
+    made = iter([FakeLlama(script="hello", fail_at={0: DecodeFailed("-3")}), FakeLlama(script="again")])
+    fleet = make_fleet(make_toys(b=lambda: next(made)), clock=clock)
+
+    async def work() -> None:
+        with pytest.raises(DecodeFailed):
+            await answer(fleet, "b")
+        assert await answer(fleet, "a") == "hello"
+        assert states(fleet)["b"] == "failed"
+        assert not fleet.broken
+        for _ in range(2):
+            with pytest.raises(EngineDown, match="'b': the engine stopped: -3; it is tried again in 15 s"):
+                await use(fleet, "b")
+        clock.now_s += RETRY_SECONDS
+        assert await answer(fleet, "b") == "again"
+
+    run(fleet, work)
+
+
+def test_a_fleet_is_broken_when_every_engine_is() -> None:
+    toys = make_toys(a=lambda: FakeLlama(script="hello", fail_at={0: DecodeFailed("-3")}))
+    fleet = make_fleet(toys, [toys.host("a")])
+
+    async def work() -> None:
+        with pytest.raises(DecodeFailed):
+            await answer(fleet, "a")
+        assert fleet.broken
+
+    run(fleet, work)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_comes_the_budget_holds_and_what_is_leased_is_loaded(seed: int) -> None:
+    draw, toys = random.Random(seed), make_toys()
+    hosts = [toys.host("a", needs=2), toys.host("b", needs=1), toys.host("c", needs=2)]
+    fleet = make_fleet(toys, hosts, budget_bytes=3, room_wait_s=PATIENCE_S)
+
+    def check() -> None:
+        assert sum(host.need.total for host in hosts if host.loaded or host.state in ("loading", "unloading")) <= 3
+
+    async def client() -> None:
+        for _ in range(6):
+            async with fleet.lease(draw.choice(NAMES)) as served:
+                check()
+                assert fleet.find(served.name)[0].loaded is not None
+                for _ in range(draw.randrange(4)):
+                    await asyncio.sleep(0)
+                check()
+                assert served.worker.state == "ready"
+
+    async def work() -> None:
+        await asyncio.gather(*(client() for _ in range(5)))
+
+    run(fleet, work)
+    assert sum(host.loads for host in hosts) >= 3

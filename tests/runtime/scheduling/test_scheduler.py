@@ -1,0 +1,298 @@
+"""The policy, step by step: who is planned, in what order, and what gives way when cells run out."""
+
+from dataclasses import replace
+
+import pytest
+
+from runtime.requests import Copy, Plan, Remove, Request, SamplingParams, Sequence
+from runtime.scheduling.prefix_cache import PrefixCache
+from runtime.scheduling.scheduler import HOLD_BACK_TOKENS, Scheduler
+
+
+class Desk:
+    """A scheduler with its ledger, and a stand-in for the engine's part in the protocol."""
+
+    def __init__(
+        self,
+        n_cells: int = 1000,
+        step_tokens: int = 100,
+        max_running: int = 4,
+        idle_cells: int = 0,
+        mix_cells: int | None = None,
+    ) -> None:
+        self.ledger = PrefixCache(n_cells, max_running + 2, idle_cells)
+        self.scheduler = Scheduler(self.ledger, step_tokens=step_tokens, max_running=max_running, mix_cells=mix_cells)
+        self.n = 0
+
+    def ask(self, n_prompt: int, *, max_tokens: int = 50, shared: int = 0) -> Sequence:
+        """A request whose prompt is its own but for the first `shared` tokens."""
+        prompt = (*range(shared), *(1000 * (self.n + 1) + i for i in range(n_prompt - shared)))
+        sequence = Sequence(Request(str(self.n), prompt, SamplingParams(max_tokens)), self.n, list(prompt))
+        self.n += 1
+        self.scheduler.add(sequence)
+        return sequence
+
+    def plan(self) -> Plan:
+        plan = self.scheduler.plan()
+        assert plan is not None
+        return plan
+
+    def step(self) -> list[tuple[int, int]]:
+        """One computed step; (arrival, tokens) of its chunks. Who is sampled writes a token."""
+        plan = self.plan()
+        self.scheduler.commit(plan)
+        for chunk in plan.chunks:
+            if chunk.samples:
+                chunk.sequence.tokens.append(7)
+        return [(chunk.sequence.arrival, chunk.count) for chunk in plan.chunks]
+
+
+def test_nothing_to_do_is_no_plan() -> None:
+    assert Desk().scheduler.plan() is None
+
+
+def test_prompts_are_prefilled_in_chunks_first_come_first_served() -> None:
+    desk = Desk(step_tokens=100)
+    desk.ask(150), desk.ask(30), desk.ask(60)
+    assert desk.step() == [(0, 100)]
+    assert desk.step() == [(0, 50), (1, 30), (2, 20)]
+    assert desk.step() == [(0, 1), (1, 1), (2, 40)]
+
+
+def test_rows_that_decode_come_before_older_prompts() -> None:
+    desk = Desk(step_tokens=10)
+    desk.ask(5)
+    desk.step()
+    desk.ask(50)
+    assert desk.step() == [(0, 1), (1, 9)]
+    assert desk.step() == [(0, 1), (1, 9)]
+
+
+def test_only_the_last_token_of_what_is_known_is_sampled() -> None:
+    desk = Desk(step_tokens=10)
+    desk.ask(15)
+    assert [chunk.samples for chunk in desk.plan().chunks] == [False]
+    desk.step()
+    assert [(chunk.start, chunk.count, chunk.samples) for chunk in desk.plan().chunks] == [(10, 5, True)]
+
+
+def test_slots_bound_who_runs_and_the_next_joins_when_one_leaves() -> None:
+    desk = Desk(max_running=2)
+    first, _, third = desk.ask(5), desk.ask(5), desk.ask(5)
+    assert [arrival for arrival, _ in desk.step()] == [0, 1]
+    desk.scheduler.finish(first)
+    assert [arrival for arrival, _ in desk.step()] == [1, 2]
+    assert third.seq_id is not None
+
+
+def test_a_new_one_waits_until_its_tokens_fit() -> None:
+    desk = Desk(n_cells=100)
+    first = desk.ask(60, max_tokens=30)
+    desk.ask(50)
+    desk.step()
+    assert desk.step() == [(0, 1)]
+    desk.scheduler.finish(first)
+    assert desk.step() == [(1, 50)]
+
+
+def test_nobody_overtakes_one_that_waits_for_cells() -> None:
+    desk = Desk(n_cells=100)
+    desk.ask(60, max_tokens=30)
+    desk.step()
+    desk.ask(50), desk.ask(2)
+    assert desk.step() == [(0, 1)]
+
+
+def test_without_cells_the_newest_is_preempted_and_comes_back() -> None:
+    desk = Desk(n_cells=40)
+    old, new = desk.ask(10, max_tokens=30), desk.ask(10, max_tokens=30)
+    while desk.scheduler.n_preemptions == 0:
+        desk.step()
+    assert (old.seq_id is not None, new.seq_id, new.n_computed) == (True, None, 0)
+    kept = list(new.tokens)
+    while old.n_generated < 30:
+        desk.step()
+    desk.scheduler.finish(old)
+    assert desk.step() == [(1, len(kept))], "its written tokens are computed again with its prompt"
+    assert new.tokens[: len(kept)] == kept
+
+
+def test_one_that_was_preempted_does_not_wait_for_itself() -> None:
+    desk = Desk(n_cells=120)
+    old = desk.ask(50, max_tokens=30)
+    new = desk.ask(50, max_tokens=30)
+    while desk.scheduler.n_preemptions == 0:
+        desk.step()
+    desk.scheduler.finish(old)
+    assert [arrival for arrival, _ in desk.step()] == [new.arrival]
+
+
+def test_a_full_cache_still_lets_the_oldest_finish() -> None:
+    desk = Desk(n_cells=40, max_running=4)
+    live = [desk.ask(8, max_tokens=32) for _ in range(6)]
+    order = []
+    for _ in range(1000):
+        if not live:
+            break
+        desk.step()
+        for sequence in [s for s in live if s.n_generated >= 32]:
+            desk.scheduler.finish(sequence)
+            live.remove(sequence)
+            order.append(sequence.arrival)
+    assert order == sorted(order)
+    assert len(order) == 6
+
+
+def test_a_shared_prefix_is_copied_and_the_rest_computed() -> None:
+    desk = Desk(idle_cells=500)
+    first = desk.ask(60, shared=50)
+    desk.step()
+    desk.scheduler.finish(first)
+    second = desk.ask(70, shared=50)
+    plan = desk.plan()
+    assert plan.edits == (Copy(0, 1, 50),)
+    assert [(c.start, c.count) for c in plan.chunks] == [(50, 20)]
+    assert second.n_cached == 50
+
+
+def test_the_whole_prompt_known_still_computes_its_last_token() -> None:
+    desk = Desk(idle_cells=500)
+    desk.scheduler.finish(_written(desk, desk.ask(40, shared=40)))
+    again = desk.ask(40, shared=40)
+    assert [(c.start, c.count, c.samples) for c in desk.plan().chunks] == [(39, 1, True)]
+    assert again.n_cached == 39
+
+
+def _written(desk: Desk, sequence: Sequence) -> Sequence:
+    desk.step()
+    return sequence
+
+
+def test_arrivals_with_one_new_prefix_compute_it_once() -> None:
+    desk = Desk(step_tokens=100, max_running=8)
+    together = [desk.ask(90, shared=80) for _ in range(5)]
+    assert desk.step() == [(0, 90)]
+    assert desk.step() == [(0, 1), *((n, 10) for n in range(1, 5))]
+    assert [s.n_cached for s in together] == [0, 80, 80, 80, 80]
+
+
+def test_others_overtake_one_that_is_held_back_but_not_for_ever() -> None:
+    desk = Desk(step_tokens=100)
+    desk.ask(190, shared=180)
+    held, other = desk.ask(190, shared=180), desk.ask(5)
+    assert desk.step() == [(0, 100)]
+    assert desk.step() == [(0, 90), (2, 5)]
+    assert desk.step() == [(0, 1), (2, 1), (1, 10)]
+    assert (held.n_cached, other.n_cached) == (180, 0)
+
+
+def test_a_short_common_beginning_is_not_waited_for() -> None:
+    desk = Desk()
+    for _ in range(2):
+        desk.ask(40, shared=HOLD_BACK_TOKENS - 1)
+    assert desk.step() == [(0, 40), (1, 40)]
+
+
+def test_no_room_in_the_real_cache_evicts_then_halves_then_preempts() -> None:
+    desk = Desk(idle_cells=500)
+    desk.scheduler.finish(_written(desk, desk.ask(20)))
+    desk.ask(8), desk.ask(8)
+    plan = desk.plan()
+    assert desk.scheduler.shrink(plan)
+    plan = desk.plan()
+    assert (plan.edits, plan.n_tokens) == ((Remove(0),), 16)
+    sizes = []
+    while desk.scheduler.shrink(plan) and desk.scheduler.n_preemptions == 0:
+        plan = desk.plan()
+        sizes.append(plan.n_tokens)
+    assert sizes == [8, 4, 2, 1]
+    assert [c.sequence.arrival for c in desk.plan().chunks] == [1], "the older goes on alone"
+
+
+def test_a_single_token_that_finds_no_room_cannot_be_helped() -> None:
+    desk = Desk()
+    desk.ask(1)
+    assert not desk.scheduler.shrink(desk.plan())
+
+
+def test_after_success_steps_grow_again() -> None:
+    desk = Desk(step_tokens=64)
+    desk.ask(500)
+    desk.scheduler.shrink(desk.plan())
+    assert [desk.step()[0][1] for _ in range(3)] == [32, 64, 64]
+
+
+def test_what_a_decoding_step_leaves_over_is_spare_and_a_prefilling_one_leaves_nothing() -> None:
+    desk = Desk(n_cells=40, step_tokens=20, idle_cells=10)
+    desk.scheduler.finish(_written(desk, desk.ask(5)))
+    desk.ask(8), desk.ask(8)
+    assert desk.scheduler.spare(desk.plan()) == 0
+    desk.step()
+    assert desk.scheduler.spare(desk.plan()) == 40 - (5 + 8 + 8) - 2, "free cells, the idle prefix left alone"
+    desk = Desk(step_tokens=20)
+    for _ in range(2):
+        desk.ask(8)
+    desk.step()
+    assert desk.scheduler.spare(desk.plan()) == 20 - 2
+    desk.scheduler.shrink(desk.plan())
+    desk.scheduler.shrink(desk.plan())
+    assert desk.scheduler.spare(desk.plan()) == 0
+
+
+def test_rows_bound_what_is_spare() -> None:
+    desk = Desk(step_tokens=100)
+    desk.scheduler = Scheduler(desk.ledger, step_tokens=100, max_running=4, max_rows=6)
+    desk.ask(8), desk.ask(8)
+    desk.step()
+    assert desk.scheduler.spare(desk.plan()) == 4
+
+
+def test_nothing_is_spare_while_a_guilty_one_is_looked_for() -> None:
+    desk = Desk()
+    for _ in range(3):
+        desk.ask(5)
+    desk.step()
+    desk.scheduler.isolate(desk.plan())
+    assert desk.scheduler.spare(desk.plan()) == 0
+
+
+def test_trimming_takes_back_cells_and_finishing_trims_to_what_was_written() -> None:
+    desk = Desk(idle_cells=500)
+    sequence = desk.ask(10)
+    desk.step()
+    plan = desk.plan()
+    [chunk] = plan.chunks
+    drafted = replace(chunk, count=5, n_rows=5, drafts=(8, 8, 8, 8))
+    desk.scheduler.commit(replace(plan, chunks=(drafted,)))
+    assert (sequence.n_computed, desk.ledger.used_cells) == (15, 15)
+    desk.scheduler.trim(sequence, 13)
+    desk.scheduler.trim(sequence, 14)
+    assert (sequence.n_computed, desk.ledger.used_cells) == (13, 13)
+    desk.scheduler.finish(sequence)
+    assert desk.ledger.used_cells == len(sequence.tokens) == 11
+    assert desk.ledger.take_edits() == (Remove(0, 13), Remove(0, 11))
+
+
+def test_a_failed_batch_is_taken_apart() -> None:
+    desk = Desk()
+    sequences = [desk.ask(5), desk.ask(6), desk.ask(7)]
+    assert desk.scheduler.isolate(desk.plan())
+    assert desk.step() == [(0, 5)]
+    guilty = desk.plan()
+    assert [c.sequence for c in guilty.chunks] == [sequences[1]]
+    assert not desk.scheduler.isolate(guilty)
+    desk.scheduler.drop(sequences[1])
+    assert desk.step() == [(2, 7)]
+    assert desk.step() == [(0, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_dropping_frees_everything_wherever_it_is(steps: int) -> None:
+    desk = Desk(max_running=1, step_tokens=10)
+    running, waiting = desk.ask(15), desk.ask(15)
+    for _ in range(steps):
+        desk.step()
+    desk.scheduler.drop(running)
+    desk.scheduler.drop(waiting)
+    assert desk.ledger.used_cells == 0
+    assert desk.scheduler.plan() is None

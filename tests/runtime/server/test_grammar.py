@@ -1,0 +1,117 @@
+"""Structured output over HTTP, by the official client: it parses, streams, repeats, and refuses before it begins."""
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel
+
+from runtime.decoding.grammar import LlGuidance
+from runtime.requests import Grammar
+from tests.support.runtime.fakes import FakeLlama
+from tests.support.runtime.serving import Running, serving
+
+MESSAGES: list[Any] = [{"role": "user", "content": "which list?"}]
+CHAT = "/v1/chat/completions"
+LISTS = ["exmh-users", "exmh-workers", "spam"]
+
+
+class Mail(BaseModel):
+    label: Literal["spam", "ham"]
+    urgent: bool
+
+
+@pytest.fixture(scope="module")
+def noisy() -> Iterator[Running]:
+    """A server whose model says anything."""
+    with serving(FakeLlama(n_ctx=2048)) as running:
+        yield running
+
+
+def test_the_clients_parse_gets_its_type(noisy: Running) -> None:
+    chat = noisy.client().chat.completions
+    for seed in range(5):
+        answer = chat.parse(model="toy", messages=MESSAGES, response_format=Mail, seed=seed).choices[0]
+        assert isinstance(answer.message.parsed, Mail)
+        assert answer.finish_reason == "stop"
+
+
+def test_choices_with_n_seed_logprobs_and_stream(noisy: Running) -> None:
+    body: dict[str, Any] = {"messages": MESSAGES, "choice": LISTS, "n": 8, "seed": 7, "temperature": 1.5}
+    whole = noisy.http.post(CHAT, json=body).raise_for_status().json()
+    texts = [choice["message"]["content"] for choice in whole["choices"]]
+    assert set(texts) <= set(LISTS)
+    assert len(set(texts)) > 1
+    again = noisy.http.post(CHAT, json=body | {"logprobs": True, "top_logprobs": 1}).json()
+    assert [choice["message"]["content"] for choice in again["choices"]] == texts
+    spelled = ["".join(t["token"] for t in choice["logprobs"]["content"]) for choice in again["choices"]]
+    assert spelled == texts
+    assert again["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == sum(map(len, texts))
+    streamed = [""] * 8
+    with noisy.http.stream("POST", CHAT, json=body | {"stream": True}) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    streamed[choice["index"]] += choice["delta"].get("content") or ""
+    assert streamed == texts
+
+
+def test_a_stop_string_works_within_a_grammar(noisy: Running) -> None:
+    body = {"prompt": "x", "regex": "ab(c|d)ef", "stop": "e", "max_tokens": 9}
+    answer = noisy.http.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]
+    assert (answer["text"] in ("abc", "abd"), answer["finish_reason"]) == (True, "stop")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": MESSAGES, "regex": "(a"}, "regex"),
+        (CHAT, {"messages": MESSAGES, "grammar": "start: missing"}, "grammar"),
+        (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}, "choice": ["a"]}, "choice"),
+        ("/v1/completions", {"prompt": "x", "choice": []}, "choice"),
+        ("/v1/completions", {"prompt": "x", "regex": "a" * 70_000}, "regex"),
+        (
+            CHAT,
+            {
+                "messages": MESSAGES,
+                "stream": True,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}},
+            },
+            "response_format",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_a_400_before_the_engine_sees_it(
+    noisy: Running, path: str, body: dict[str, Any], param: str
+) -> None:
+    decodes = noisy.llama.decodes
+    response = noisy.http.post(path, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert noisy.llama.decodes == decodes
+
+
+def test_others_are_answered_while_the_first_grammar_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making the tokenizer ready and compiling happen off the event loop."""
+    arrived, go_on = threading.Event(), threading.Event()
+    check = LlGuidance.check
+
+    def slowly(self: LlGuidance, grammar: Grammar) -> None:
+        arrived.set()
+        assert go_on.wait(60)
+        check(self, grammar)
+
+    monkeypatch.setattr(LlGuidance, "check", slowly)
+    with serving(FakeLlama(script="hello")) as toy:
+        answers: list[Any] = []
+        body = {"prompt": "x", "choice": ["hello"]}
+        first = threading.Thread(target=lambda: answers.append(toy.http.post("/v1/completions", json=body)))
+        first.start()
+        assert arrived.wait(60)
+        plain = toy.http.post("/v1/completions", json={"prompt": "x"})
+        assert plain.json()["choices"][0]["text"] == "hello"
+        assert not answers
+        go_on.set()
+        first.join()
+        assert answers[0].json()["choices"][0]["text"] == "hello"

@@ -1,0 +1,46 @@
+"""What of a streamed answer goes out together."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from runtime.openai.answer import Call
+from runtime.requests import Event, Finished, Request, SamplingParams, TextDelta, Usage
+from runtime.server.stream import EventStream
+from runtime.worker.inflight import Stream
+
+REQUEST = Request("c-0", (1, 2), SamplingParams(max_tokens=3))
+CALL = Call("c", "chat", "toy", 0, "f", (REQUEST,), 1, stream=True, include_usage=True)
+STEPS: tuple[tuple[Event, ...], ...] = (
+    (TextDelta("c-0", "he", (3,)),),
+    (TextDelta("c-0", "llo", (4,)), Finished("c-0", "stop", Usage(2, 0, 3))),
+)
+
+
+async def bodies(steps: Sequence[Sequence[Event]]) -> list[bytes]:
+    """What is sent when the events of each step come together, and the next only when all was sent."""
+    stream = Stream(["c-0"], lambda _: None)
+    left, sent, gone = list(steps), list[bytes](), asyncio.Event()
+
+    async def receive() -> dict[str, str]:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.extend([message["body"]] if "body" in message else [])
+        for event in left.pop(0) if left else ():
+            stream.put(event)
+
+    await EventStream(CALL, stream)({"type": "http"}, receive, send)
+    return sent
+
+
+def test_the_events_of_a_step_are_sent_in_one_piece_and_none_waits_for_the_next_step() -> None:
+    first, second = asyncio.run(bodies(STEPS))
+    assert first.count(b"data: ") == 2  # who speaks, and the first text
+    assert b'"content":"he"' in first
+    assert second.count(b"data: ") == 4  # text, why it ended, usage, [DONE]
+    assert second.endswith(b"data: [DONE]\n\n")
+    opening, *_ = asyncio.run(bodies(((), *STEPS)))
+    assert opening.count(b"data: ") == 1
+    assert b'"role":"assistant"' in opening

@@ -1,0 +1,193 @@
+"""A real server on a free port of 127.0.0.1 over toy models: the way every HTTP test reaches the code."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+
+from models.manifest import Manifest
+from models.store.store import StoredModel
+from runtime.config import RuntimeConfig
+from runtime.decoding.grammar import LlGuidance
+from runtime.engine.engine import Engine
+from runtime.engine.options import EngineOptions
+from runtime.pool.memory import Need
+from runtime.pool.pool import Fleet, FleetOptions
+from runtime.pool.slot import Host
+from runtime.prompt.prompter import Prompter
+from runtime.requests import Work
+from runtime.server.app import create_app
+from runtime.server.serve import DrainingServer, listen, url_of
+from runtime.serving.model import ServedModel
+from runtime.serving.names import Wanted
+from runtime.worker.inflight import Stream
+from runtime.worker.process import EngineHost
+from runtime.worker.supervisor import Worker
+
+from .fakes import FakeLlama
+
+# Bounds a hang; no verdict depends on it.
+PATIENCE_S = 120.0
+
+
+class Gate:
+    """Holds the engine before each decode until `open` lets so many pass. `on_decode` of a FakeLlama."""
+
+    def __init__(self) -> None:
+        self._passes = threading.Semaphore(0)
+        self.arrived = threading.Semaphore(0)
+
+    def __call__(self, *_: object) -> None:
+        self.arrived.release()
+        assert self._passes.acquire(timeout=PATIENCE_S)
+
+    def open(self, times: int = 100_000) -> None:
+        self._passes.release(times)
+
+    def wait(self) -> None:
+        """Until the engine stands before a decode."""
+        assert self.arrived.acquire(timeout=PATIENCE_S)
+
+
+@dataclass
+class Running:
+    """A server that runs in a thread of this process. `served` and `llama` are its first model."""
+
+    url: str
+    fleet: Fleet
+    served: ServedModel
+    server: DrainingServer
+    llama: FakeLlama
+    http: httpx.Client
+    clients: list[openai.OpenAI] = field(default_factory=list)
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        """The official client, which gives up at the first error."""
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=PATIENCE_S)
+        self.clients.append(made)
+        return made
+
+    @property
+    def worker(self) -> Worker:
+        """The engine's owner."""
+        return self.served.worker
+
+
+class Toys:
+    """Toy models by name, loaded as often as a fleet asks for them.
+
+    `make` gives each its model; `made` holds those that were loaded, in order, and `submitted` all requests.
+    `on_load` is called before each load with the name, in the thread that loads, and may block or raise.
+    """
+
+    def __init__(
+        self,
+        make: Mapping[str, Callable[[], FakeLlama]],
+        config: RuntimeConfig | None = None,
+        on_load: Callable[[str], None] = lambda _: None,
+        manifests: Mapping[str, Manifest] | None = None,
+        engine_host: EngineHost | None = None,
+    ) -> None:
+        self.config = config or RuntimeConfig(slots=4, queue=8)
+        self.made: list[tuple[str, FakeLlama]] = []
+        self.submitted: list[Work] = []
+        self.on_load = on_load
+        self._make = make
+        self._manifests = manifests or {}
+        self._engine_host = engine_host
+
+    def stored(self, name: str) -> StoredModel:
+        """Where the toy would lie."""
+        return StoredModel(name, Path(), self._manifests.get(name), Path(f"{name}.gguf"))
+
+    def host(self, name: str, *, needs: int = 1, adapters: Iterable[Wanted] = ()) -> Host:
+        """A toy that is not loaded, and claims to need so many bytes."""
+        stored = self.stored(name)
+        return Host(stored, (Wanted(name, stored), *adapters), Need(needs, 512, 0, 0, 0, overhead=0))
+
+    def load(self, stored: StoredModel, _: Mapping[str, Path]) -> ServedModel:
+        """A fleet's loader."""
+        self.on_load(stored.name)
+        llama = self._make[stored.name]()
+        self.made.append((stored.name, llama))
+        constrainer = LlGuidance(llama.tokenizer)
+        engine = self._engine_host or Engine(llama, EngineOptions(max_running=self.config.slots), constrainer)
+        return ServedModel(
+            name=stored.name,
+            manifest=stored.manifest,
+            worker=_Noting(
+                self._engine_host or engine, self.submitted, queue=self.config.queue, slots=self.config.slots
+            ),
+            prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
+            tokenizer=llama.tokenizer,
+            constrainer=constrainer,
+            info=llama.info,
+        )
+
+
+class _Noting(Worker):
+    """Notes what is submitted."""
+
+    def __init__(self, engine: Engine | EngineHost, submitted: list[Work], *, queue: int, slots: int) -> None:
+        super().__init__(engine, queue=queue, slots=slots)
+        self._submitted = submitted
+
+    def submit(self, *requests: Work, whole: bool = False) -> Stream:
+        stream = super().submit(*requests, whole=whole)
+        self._submitted += requests
+        return stream
+
+
+@contextmanager
+def serving(
+    llama: FakeLlama | None = None,
+    config: RuntimeConfig | None = None,
+    manifest: Manifest | None = None,
+    host: EngineHost | None = None,
+) -> Iterator[Running]:
+    """Serve `llama` under the name `toy` until the block ends. A `host` runs its own engine, and `llama` none."""
+    toy = llama or FakeLlama(script="hello")
+    toys = Toys({"toy": lambda: toy}, config, manifests={} if manifest is None else {"toy": manifest}, engine_host=host)
+    with serving_toys(toys, [toys.host("toy")]) as running:
+        yield running
+
+
+@contextmanager
+def serving_toys(toys: Toys, hosts: Sequence[Host], **options: Any) -> Iterator[Running]:
+    """Serve several toys until the block ends; `options` are those of the fleet. The first is loaded at the start."""
+    capacity = toys.config.slots + toys.config.queue
+    fleet = Fleet(hosts, toys.load, FleetOptions(capacity=capacity, **options))
+    fleet.load_at_start()
+    first = hosts[0].loaded
+    assert first is not None
+    listener = listen("127.0.0.1", 0)
+    settings = uvicorn.Config(create_app(fleet, toys.config), log_config=None, lifespan="on", http="h11", ws="none")
+    server = DrainingServer(settings, fleet, toys.config.drain_seconds, "toys")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    wait_until(lambda: server.started)
+    with httpx.Client(base_url=url_of(listener), timeout=PATIENCE_S) as http:
+        running = Running(url_of(listener), fleet, first.base, server, toys.made[0][1], http)
+        try:
+            yield running
+        finally:
+            for client in running.clients:
+                client.close()
+            http.close()
+            server.should_exit = True
+            thread.join()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Return once `condition` holds; fail if it never does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        time.sleep(0.002)
