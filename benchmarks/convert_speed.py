@@ -120,7 +120,7 @@ def _ours(settings: ConvertSettings, checkpoint: Path) -> Converter:
         roots=("deskside",),
         shown=("deskside", "llama-cpp-python", "numpy"),
         code=tuple(Path(__file__).parents[1] / folder for folder in ("models", "convert", "runtime")),
-        children=("convert.proof_child", "convert.verify"),
+        children=("convert.proof.proof_child", "convert.proof.runs"),
     )
 
 

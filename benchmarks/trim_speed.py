@@ -93,7 +93,7 @@ def _files(settings: TrimSettings, progress: Progress) -> dict[str, tuple[str, b
 
 def _timed(job: dict[str, object]) -> dict[str, Any]:
     # -P: a folder called `convert` where the user stands must not be taken for ours
-    command = [sys.executable, "-P", "-m", "convert.speed_files"]
+    command = [sys.executable, "-P", "-m", "convert.measure.speed"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
     if done.returncode:
         raise ServerFailed(f"the files cannot be timed (exit {done.returncode}): {done.stderr.strip()[-800:]}")

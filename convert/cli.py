@@ -11,11 +11,10 @@ from typer.models import OptionInfo
 from models.quality import Work
 
 if TYPE_CHECKING:
+    from convert.planning.inputs import ConvertRequest
     from models.manifest import Manifest
     from models.store.catalog import CatalogEntry
     from models.store.store import Store, StoredModel
-
-    from .inputs import ConvertRequest
 
 
 def _file(said: str) -> OptionInfo:
@@ -75,9 +74,8 @@ def convert_command(
     With --hot the adapter stays a file of its own, which is applied while the untouched SOURCE is served: nothing of
     the fine-tune is rounded away, and many adapters share one SOURCE in memory.
     """
+    from convert.planning.inputs import ConvertRequest
     from models.store.store import Store
-
-    from .inputs import ConvertRequest
 
     request = ConvertRequest(
         source=source,
@@ -110,9 +108,8 @@ def build_recipe(entry: "CatalogEntry", store: "Store") -> "StoredModel":
     A second process that wants the same waits for the first and takes what it made. What an earlier version of the
     recipe built is built anew. A model of that name that was made from something else stays: it may be the user's own.
     """
+    from convert.planning.inputs import ConvertRequest
     from models.manifest import read_manifest
-
-    from .inputs import ConvertRequest
 
     with store.exclusive(entry.name):
         if entry.name not in store.names():

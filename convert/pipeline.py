@@ -13,6 +13,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from convert.checkpoint.folder import HfFolder
+from convert.checkpoint.source import Source, open_source
+from convert.lora.fit import Fitted, fit
+from convert.lora.gguf_adapter import FULL_PRECISION, check_hot, plan_hot, verify_hot
+from convert.planning.inputs import ConvertRequest, Inputs, gather
+from convert.planning.plan import Plan, base_of, counted, layout_of, plan_file, write_half
+from convert.proof.proof import Proof
+from convert.proof.runs import verify_runs
+from convert.quantize.imatrix import IMATRIX_FILE
+from convert.quantize.quantize import HALF_PRECISION, disk_need, quantize, spec_named
+from convert.selection.by_examples import choose_by_examples
+from convert.selection.choice import cause, shared_grid
+from convert.tokenizer.chat_template import ChatFormat, choose_format
 from models.card.card import render_card
 from models.card.plot import PLOT_FILE, render_plot
 from models.common.console import Reporter
@@ -23,20 +36,7 @@ from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
 from models.quality import Quality, read_quality, write_quality
 from models.store.store import Store, StoredModel
 
-from .gguf_file import check_written, write_gguf
-from .hf_folder import HfFolder
-from .hot import FULL_PRECISION, check_hot, plan_hot, verify_hot
-from .imatrix import IMATRIX_FILE
-from .inputs import ConvertRequest, Inputs, gather
-from .lora_fit import Fitted, fit
-from .measured import choose_by_examples
-from .plan import Plan, base_of, counted, layout_of, plan_file, write_half
-from .proof import Proof
-from .quantize import HALF_PRECISION, disk_need, quantize, spec_named
-from .source import Source, open_source
-from .template import ChatFormat, choose_format
-from .undone import cause, shared_grid
-from .verify import verify_runs
+from .gguf_writer import check_written, write_gguf
 
 RESULTS = "measured"
 

@@ -57,18 +57,23 @@ ONLY_NOUNS = {"openai": {"sequence", "errors"}, "scheduler": {"sequence", "prefi
 # foreign library -> the only modules that may import it
 DOORS = {
     # The peer script runs in the peers' own venv, never in Deskside's process.
-    "llama_cpp": {"runtime.llama.model", "convert.quantize", "convert.imatrix_collect", "benchmarks.peer_llama_cpp"},
+    "llama_cpp": {
+        "runtime.llama.model",
+        "convert.quantize.quantize",
+        "convert.quantize.imatrix_child",
+        "benchmarks.peer_llama_cpp",
+    },
     "xllamacpp": {"benchmarks.peer_xllamacpp"},
     "ctranslate2": {"benchmarks.peer_ctranslate2"},
     "llguidance": {"runtime.decoding.grammar"},
     # The judges of a vocabulary: what is converted is read by our own code.
-    "tokenizers": {"convert.parity_reference"},
-    "sentencepiece": {"convert.parity_reference"},
+    "tokenizers": {"convert.proof.reference"},
+    "sentencepiece": {"convert.proof.reference"},
     "fastapi": {"runtime.server.app"},
     "starlette": {"runtime.server.app"},
     "huggingface_hub": {"models.store.hub"},
     "genai_prices": {"benchmarks.cost"},
-    "yaml": {"convert.hf_folder_card"},
+    "yaml": {"convert.checkpoint.card"},
     "torch": {"models.email_triage"},
     "transformers": {"models.email_triage"},
     "peft": {"models.email_triage"},

@@ -4,15 +4,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from .base import Family
-from .gemma2 import Gemma2
-from .gemma3 import Gemma3
-from .granite import Granite
-from .llama import Llama
-from .mistral import Mistral
+from .gemma import Gemma2, Gemma3
+from .llama import Granite, Llama, Mistral
 from .olmo2 import Olmo2
 from .phi3 import Phi3
-from .qwen2 import Qwen2
-from .qwen3 import Qwen3
+from .qwen import Qwen2, Qwen3
 from .stablelm import StableLm
 
 BY_CLASS: Mapping[str, Family] = MappingProxyType(

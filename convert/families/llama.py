@@ -7,7 +7,7 @@ import numpy as np
 
 from models.gguf.fields import Field
 
-from .base import Family
+from .base import Family, window_warning
 from .config import Config
 from .names import ATTENTION, MLP
 from .rope import llama3_factors
@@ -52,3 +52,53 @@ class Llama(Family):
         return frozenset(ATTENTION if config.flag("attention_bias") else ()) | frozenset(
             MLP if config.flag("mlp_bias") else ()
         )
+
+
+class Mistral(Llama):
+    """`MistralForCausalLM`"""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **Llama.defaults,
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    }
+
+    def biases(self, config: Config) -> frozenset[str]:
+        """None: its config has no such switch."""
+        return frozenset()
+
+    def warnings(self, config: Config) -> tuple[str, ...]:
+        """llama.cpp's Llama has no window."""
+        return window_warning(config)
+
+
+_SCALES = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+
+
+class Granite(Llama):
+    """`GraniteForCausalLM`"""
+
+    architecture = "granite"
+    fixed_head_dim = True
+    defaults: ClassVar[Mapping[str, Any]] = {**Llama.defaults, **dict.fromkeys(_SCALES, 1.0)}
+
+    def check(self, config: Config) -> None:
+        """A scale of zero would be taken for none."""
+        super().check(config)
+        for key in _SCALES:
+            if config.number(key) == 0:
+                raise config.bad(key, "it must not be zero")
+
+    def fields(self, config: Config) -> dict[str, Field]:
+        """With the four scales."""
+        return super().fields(config) | {key: Field.float32(config.number(name)) for name, key in _SCALES.items()}
+
+    def head_fields(self, config: Config) -> dict[str, Field]:
+        """None: llama.cpp takes the width from the sizes."""
+        return {}

@@ -13,9 +13,9 @@ from benchmarks.convert_record import Conversion, ConvertRun, judge
 from benchmarks.convert_vocabulary import USER_DEFINED, read_pieces, write_vocabulary
 from benchmarks.errors import BadWorkload
 from benchmarks.machine import describe
-from convert.source import open_source
+from convert.checkpoint.source import open_source
 from models.gguf.header import read_header
-from tests.convert.tiny import TOKENS, weights, write_model
+from tests.support.convert.tiny import TOKENS, weights, write_model
 
 MIB = 1 << 20
 

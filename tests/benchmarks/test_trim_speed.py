@@ -17,7 +17,7 @@ from benchmarks.trim_record import TrimFile, TrimRun, TrimSettings, load_trim_ru
 from models.common.files import sha256_file
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest, read_manifest
 from models.store.store import Store
-from tests.convert.tiny import write_model
+from tests.support.convert.tiny import write_model
 
 _CONVERSION = read_manifest(recipe_file()).conversion
 assert _CONVERSION is not None

@@ -6,7 +6,7 @@ import pytest
 
 from convert.child import Child, run_child
 
-SAYS = "tests.convert.saying_child"
+SAYS = "tests.support.convert.saying_child"
 
 
 def test_progress_and_the_last_complaint_come_back() -> None:

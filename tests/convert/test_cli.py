@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 
 from convert.cli import build_recipe
-from convert.quantize import DEFAULT_QUANTIZATION, QUANTIZATIONS
+from convert.quantize.quantize import DEFAULT_QUANTIZATION, QUANTIZATIONS
 from models.common.console import BarReporter, LineReporter, reporter
 from models.store.catalog import load_catalog
 from models.store.store import Store
 from runtime.cli.main import main
-
-from .tiny import write_adapter, write_model
+from tests.support.convert.tiny import write_adapter, write_model
 
 
 @pytest.fixture

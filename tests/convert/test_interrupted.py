@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.store.store import Store
-
-from .tiny import write_adapter, write_model
+from tests.support.convert.tiny import write_adapter, write_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys
 from pathlib import Path
-from convert.inputs import ConvertRequest
+from convert.planning.inputs import ConvertRequest
 from convert.pipeline import convert
 from models.common.console import LineReporter
 from models.store.store import Store

@@ -19,16 +19,15 @@ from convert.errors import (
     SourceInvalid,
     VerifyFailed,
 )
-from convert.inputs import ConvertRequest
 from convert.pipeline import convert
+from convert.planning.inputs import ConvertRequest
 from models.common.files import sha256_file
 from models.errors import BadGguf, ModelError, ModelNotFound, StoreError
 from models.manifest import Adapter as AdapterRecord
 from models.manifest import Base, Manifest, dump_manifest
 from models.store.store import Store
+from tests.support.convert.tiny import END, adapter_tensors, write_adapter, write_model
 from tests.support.models.gguf_heads import head
-
-from .tiny import END, adapter_tensors, write_adapter, write_model
 
 
 class Notes:

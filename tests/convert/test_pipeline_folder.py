@@ -10,23 +10,23 @@ import pytest
 from tokenizers import Tokenizer
 
 from convert.errors import ArchitectureUnknown, RequestInvalid, VerifyFailed
-from convert.imatrix import IMATRIX_FILE
-from convert.inputs import ConvertRequest
-from convert.ladder import Tools
+from convert.measure.speed import measure_speeds
 from convert.pipeline import RESULTS, convert
-from convert.quantize import quantize, spec_named
-from convert.speed import measure_speeds
+from convert.planning.inputs import ConvertRequest
+from convert.quantize.imatrix import IMATRIX_FILE
+from convert.quantize.quantize import quantize, spec_named
+from convert.selection.ladder import Tools
 from models.common.files import sha256_file
 from models.errors import BadExamples, StoreError
 from models.gguf.header import read_header
 from models.quality import read_quality
 from models.store.store import Store
 from runtime.llama.model import load_tokenizer
+from tests.support.convert.hf_tiny import weights, write_folder
+from tests.support.convert.tiny import grid
+from tests.support.convert.tiny_tokenizers import QWEN2, byte_level, edit, save, sentence_bpe
 
-from .hf_tiny import weights, write_folder
 from .test_pipeline import Notes, files_under
-from .tiny import grid
-from .tiny_tokenizers import QWEN2, byte_level, edit, save, sentence_bpe
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -58,7 +58,9 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds are measured, but not well."""
-    monkeypatch.setattr("convert.ladder.Tools", partial(Tools, speeds=partial(measure_speeds, rounds=1, seconds=0.01)))
+    monkeypatch.setattr(
+        "convert.selection.ladder.Tools", partial(Tools, speeds=partial(measure_speeds, rounds=1, seconds=0.01))
+    )
 
 
 @pytest.fixture
@@ -245,7 +247,7 @@ def test_a_disk_that_fills_up_while_writing_is_told_with_the_file(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("convert.gguf_file._write_tensor", full)
+    monkeypatch.setattr("convert.gguf_writer._write_tensor", full)
     with pytest.raises(StoreError, match=r"tiny-F16\.gguf' \(\d+ bytes\) cannot be written: No space left"):
         convert(ConvertRequest(str(checkpoint), "tiny"), store, Notes())
     assert files_under(store) == []

@@ -10,19 +10,19 @@ import pytest
 
 from convert.cli import build_recipe
 from convert.errors import AdapterInvalid, ConvertError, ImatrixInvalid, RequestInvalid
-from convert.imatrix import IMATRIX_FILE, Entry, Imatrix, write_imatrix
-from convert.inputs import ConvertRequest
-from convert.lora import read_adapter
+from convert.lora.adapter import read_adapter
 from convert.pipeline import convert
+from convert.planning.inputs import ConvertRequest
+from convert.quantize.imatrix import IMATRIX_FILE, Entry, Imatrix, write_imatrix
 from models.common.files import sha256_file
 from models.errors import BadExamples, BadManifest, HashMismatch, ModelError
 from models.gguf.header import read_header, read_meta
 from models.manifest import MANIFEST_FILE, Conversion, Manifest, dump_manifest, read_manifest
 from models.store.catalog import CatalogEntry, load_catalog
 from models.store.store import Store
+from tests.support.convert.tiny import N_LAYERS, SHAPES, TOKENS, write_adapter, write_model
 
 from .test_pipeline import Notes
-from .tiny import N_LAYERS, SHAPES, TOKENS, write_adapter, write_model
 
 # of the tiny model's tokens only "H" is in no text of EXAMPLES and in no turn of the chat template
 KEEP = len(TOKENS) - 1

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.inputs import ConvertRequest
 from convert.pipeline import convert
+from convert.planning.inputs import ConvertRequest
 from models.common.console import LineReporter
 from models.errors import ModelError
 from models.store.store import Store, StoredModel

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 
 from convert.families import BY_ARCHITECTURE
-from convert.lora import read_adapter
+from convert.lora.adapter import read_adapter
 
 PEFT_FOLDER = Path(__file__).parents[2] / "models" / "email_triage" / "adapter"
 ARCHITECTURE = "gemma3"

@@ -9,15 +9,15 @@ import pytest
 from gguf.quants import dequantize
 
 from convert.errors import AdapterInvalid
-from convert.inputs import ConvertRequest
 from convert.pipeline import convert
+from convert.planning.inputs import ConvertRequest
 from models.common.console import LineReporter
 from models.gguf.header import read_header
 from models.store.store import Store, StoredModel
 from runtime.llama.decode import last_logits
 from runtime.llama.model import Llama, LoadOptions, load
 from runtime.prompt.prompter import Prompter
-from tests.convert.tiny import safetensors_bytes
+from tests.support.convert.tiny import safetensors_bytes
 
 pytestmark = pytest.mark.model
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.inputs import ConvertRequest
 from convert.pipeline import convert
+from convert.planning.inputs import ConvertRequest
 from models.common.console import LineReporter
 from models.store.store import Store, StoredModel
 from runtime.llama.decode import last_logits

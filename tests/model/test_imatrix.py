@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.imatrix import collect
+from convert.quantize.imatrix import collect
 from models.gguf.header import read_header
 from models.store.store import StoredModel
 from runtime.llama.model import load_tokenizer

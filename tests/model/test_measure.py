@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.examples import labels_of, split_examples
-from convert.measure import Reference, compare, take_reference
-from convert.measure_tasks import tasks_of
+from convert.measure.compare import Reference, compare, take_reference
+from convert.measure.examples import labels_of, split_examples
+from convert.measure.tasks import tasks_of
 from models.common.chat_records import read_chat_records
 from models.store.store import StoredModel
 

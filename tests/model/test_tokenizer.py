@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from convert.parity import check_tokenizer, open_pair
-from convert.tokenizer import read_vocabulary
-from convert.tokenizer_pieces import Kind
+from convert.proof.parity import check_tokenizer, open_pair
+from convert.tokenizer.pieces import Kind
+from convert.tokenizer.read import read_vocabulary
 from models.gguf.fields import read_fields
-from tests.convert.tiny_tokenizers import vocabulary_gguf
+from tests.support.convert.tiny_tokenizers import vocabulary_gguf
 
 pytestmark = pytest.mark.model
 _ADDED = {Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED}

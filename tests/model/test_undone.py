@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from convert.candidates import plain
-from convert.examples import split_examples
-from convert.inputs import ConvertRequest
-from convert.ladder import LadderInputs, Provenance, Tools, run_ladder
-from convert.measure_tasks import tasks_of
+from convert.measure.examples import split_examples
+from convert.measure.speed import Progress, Served, SpeedReport
+from convert.measure.tasks import tasks_of
 from convert.pipeline import convert
-from convert.speed import Progress, Served, SpeedReport
+from convert.planning.inputs import ConvertRequest
+from convert.quantize.layouts import plain
+from convert.selection.ladder import LadderInputs, Provenance, Tools, run_ladder
 from models.common.chat_records import read_chat_records
 from models.common.console import LineReporter
 from models.manifest import read_manifest

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.checkpoint import Checkpoint
-from convert.vocabulary import TrimPlan, plan_trim, tokenizer_of
-from convert.vocabulary_report import coverage
-from convert.vocabulary_source import TrimmedSource
+from convert.checkpoint.source import Checkpoint
+from convert.trim.plan import TrimPlan, plan_trim, tokenizer_of
+from convert.trim.source import TrimmedSource, coverage
 from models.gguf.header import Header, read_header
 from runtime.llama.tokenizer import Tokenizer
 

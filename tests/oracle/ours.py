@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from convert.gguf_file import Layout, OutTensor, write_gguf
-from convert.merge import file_rows, half_precision_kind
-from convert.source import Source, open_source
+from convert.checkpoint.source import Source, open_source
+from convert.gguf_writer import Layout, OutTensor, write_gguf
+from convert.lora.merge import file_rows, half_precision_kind
 from models.gguf.fields import Field
 from models.gguf.header import TensorInfo, read_header
 

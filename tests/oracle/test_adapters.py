@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.lora import read_adapter
-from convert.lora_fit import fit
-from convert.merge import Merged
-from convert.source import open_source
-from tests.oracle.families import ADAPTERS, AdapterCase
-from tests.oracle.ours import read_tensors, write
+from convert.checkpoint.source import open_source
+from convert.lora.adapter import read_adapter
+from convert.lora.fit import fit
+from convert.lora.merge import Merged
+
+from .families import ADAPTERS, AdapterCase
+from .ours import read_tensors, write
 
 pytestmark = pytest.mark.oracle
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from convert.checkpoint.folder import HfFolder
 from convert.errors import SourceInvalid
 from convert.families import BY_CLASS
 from convert.families.config import Config
-from convert.hf_folder import HfFolder
 from models.gguf.fields import Field
-from tests.convert.hf_tiny import CLASSES, config, open_tiny, write_folder
+from tests.support.convert.hf_tiny import CLASSES, config, open_tiny, write_folder
 
 
 def fields(family: str, **changes: Any) -> dict[str, Field]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.hf_folder import HfFolder
-from convert.merge import half_precision_kind
-from tests.convert.hf_tiny import CLASSES, open_tiny, write_folder, write_shards
+from convert.checkpoint.folder import HfFolder
+from convert.lora.merge import half_precision_kind
+from tests.support.convert.hf_tiny import CLASSES, open_tiny, write_folder, write_shards
 
 GOLDEN: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "golden.json").read_text())
 # It holds {family: {"fields": …, "tensors": …}}. Powers of a real base: the last bit is the machine's.
@@ -66,7 +66,7 @@ def test_shards_hold_what_one_file_does(tmp_path: Path, family: str) -> None:
 
 
 def test_small_slabs_hold_what_large_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.hf_folder.SLAB_ELEMENTS", 3 * 64)
+    monkeypatch.setattr("convert.checkpoint.folder.SLAB_ELEMENTS", 3 * 64)
     with closing(open_tiny(write_folder(tmp_path / "folder", "mistral"))) as source:
         assert hashes(source) == GOLDEN["mistral"]["tensors"]
         query = source.header.tensors["blk.0.attn_q.weight"]

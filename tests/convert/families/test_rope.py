@@ -11,7 +11,7 @@ from convert.errors import SourceInvalid
 from convert.families import BY_CLASS
 from convert.families.config import Config
 from models.gguf.fields import Field
-from tests.convert.hf_tiny import CLASSES, CONFIGS, config
+from tests.support.convert.hf_tiny import CLASSES, CONFIGS, config
 
 from .test_config import fields
 

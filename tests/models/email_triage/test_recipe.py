@@ -14,17 +14,17 @@ pytest.importorskip("peft", reason="needs the extra `finetune`")
 
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
-from convert.checkpoint import Checkpoint  # noqa: E402
-from convert.vocabulary import plan_trim  # noqa: E402
-from convert.vocabulary_source import TrimmedSource  # noqa: E402
+from convert.checkpoint.source import Checkpoint  # noqa: E402
+from convert.trim.plan import plan_trim  # noqa: E402
+from convert.trim.source import TrimmedSource  # noqa: E402
 from models.email_triage import recipe  # noqa: E402
 from models.email_triage.data.prepare import LABELS, Example, write_jsonl_gz  # noqa: E402
 from models.email_triage.gemma import Example as Text  # noqa: E402
 from models.email_triage.gemma import _branch_scores, completion_loss, encode, encode_label, judge, load_base  # noqa: E402
 from models.gguf.fields import Field  # noqa: E402
 from runtime.llama.model import load_tokenizer  # noqa: E402
-from tests.convert.test_vocabulary_source import write  # noqa: E402
-from tests.convert.tiny import END, write_model  # noqa: E402
+from tests.convert.trim.test_source import write  # noqa: E402
+from tests.support.convert.tiny import END, write_model  # noqa: E402
 
 pytestmark = [pytest.mark.finetune, pytest.mark.filterwarnings("ignore")]
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.gguf_file import write_head
+from convert.gguf_writer import write_head
 from models.errors import BadGguf
 from models.gguf.fields import Field, check_fields, check_vocabulary
 from models.gguf.header import Header, read_header, read_meta
-from tests.convert.tiny import write_model
+from tests.support.convert.tiny import write_model
 from tests.support.models.gguf_heads import ARRAY, STRING, text
 
 HERE = Path("x.gguf")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models.errors import BadGguf
 from models.gguf.fields import Field
 from models.gguf.header import read_header
-from tests.convert.tiny import END, TOKENS, write_model
+from tests.support.convert.tiny import END, TOKENS, write_model
 from tests.support.models.gguf_heads import text
 
 

@@ -1,0 +1,86 @@
+"""The config.json of a Hugging Face folder: of which family it is, and the values of its text model."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.errors import ArchitectureUnknown, SourceInvalid
+from convert.families import BY_CLASS
+from convert.families.base import Family
+from convert.families.config import Config
+
+CONFIG_FILE = "config.json"
+MAX_JSON_BYTES = 64 << 20
+_DEQUANTIZE = "load it with transformers, call `model.dequantize()`, then `save_pretrained`, or better: "
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """What config.json says. `raw` is the text model's part over the rest, as it is in the file."""
+
+    family: Family
+    config: Config
+    raw: Mapping[str, Any]
+
+
+def read_config(folder: Path) -> FolderConfig:
+    """Read and check the folder's config.json.
+
+    Raises SourceInvalid naming the file and what is wrong, ArchitectureUnknown for a family that is not known.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        hint = ": it holds an adapter, give it with --adapter" if (folder / "adapter_config.json").is_file() else ""
+        raise SourceInvalid(f"{str(folder)!r} has no {CONFIG_FILE!r}{hint}")
+    raw = read_json(path)
+    _refuse_quantized(path, raw)
+    family = _family(path, raw)
+    text = raw.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise SourceInvalid(f"{str(path)!r}: 'text_config' is {str(text)[:80]!r}; it must be a table")
+    merged = {**raw, **(text or {})}
+    _refuse_quantized(path, merged)
+    config = Config(path, merged, family.defaults)
+    family.check(config)
+    return FolderConfig(family, config, merged)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file of bounded size. Raises SourceInvalid naming the file."""
+    try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise SourceInvalid(f"{str(path)!r} has {size} bytes, the limit is {MAX_JSON_BYTES}")
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceInvalid(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceInvalid(f"{str(path)!r} is no JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise SourceInvalid(f"{str(path)!r} holds a {type(parsed).__name__}; it must be a table")
+    return parsed
+
+
+def _family(path: Path, raw: Mapping[str, Any]) -> Family:
+    named = raw.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    family = BY_CLASS.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise ArchitectureUnknown(
+            f"{str(path)!r} names the architecture {name!r}; known are {', '.join(BY_CLASS)}. The way out: convert it "
+            "with llama.cpp's convert_hf_to_gguf.py, or take a GGUF that others made, and pass it with --gguf FILE"
+        )
+    return family
+
+
+def _refuse_quantized(path: Path, raw: Mapping[str, Any]) -> None:
+    found = raw.get("quantization_config") or raw.get("compression_config")
+    if not found and not (path.parent / "hf_quant_config.json").is_file():
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    fix = _DEQUANTIZE if method == "bitsandbytes" else ""
+    raise SourceInvalid(
+        f"{str(path)!r}: the weights are quantized already ({method or 'hf_quant_config.json'!s}), and another "
+        f"quantization of them would lose twice; {fix}convert the full-precision checkpoint they were made from"
+    )

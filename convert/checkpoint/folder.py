@@ -1,0 +1,194 @@
+"""A Hugging Face folder as a source to convert: its head in GGUF's terms, its weights in slabs, without PyTorch.
+
+Everything that can be found wrong without reading the weights is found when it is opened: every tensor's name, shape
+and type is checked against config.json before anything is written.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
+
+from convert.errors import SourceInvalid
+from convert.families.base import Family, Weight
+from convert.families.names import interleave_halves
+from convert.tokenizer.spacing import general_name
+from models.gguf.fields import Field
+from models.gguf.header import DEFAULT_ALIGNMENT, Header, TensorInfo
+
+from .card import general_fields
+from .config import FolderConfig, read_config
+from .safetensors import READABLE
+from .shards import Place, Shards
+
+_FILE_TYPE_F16 = 1
+_F32 = GGMLQuantizationType.F32
+_OUTPUT = "lm_head.weight"
+# A slab passes through several forms on its way to the file: small enough to stay in the processor's cache meanwhile.
+SLAB_ELEMENTS = 1 << 18
+
+
+class VocabularyFields(Protocol):
+    """What a folder's tokenizer becomes."""
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """All `tokenizer.*` fields."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know about it."""
+
+    @property
+    def name_part(self) -> str:
+        """What `general.name` must say of it, and no other name may (see `general_name`)."""
+
+
+ReadVocabulary = Callable[[Path, Mapping[str, Any], int], VocabularyFields]
+"""(folder, config.json's values, rows of the embedding) -> the vocabulary, padded to that many tokens."""
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the GGUF: computed already, or to be made of the places its weight names."""
+
+    weight: Weight | None
+    places: Sequence[Place]
+    values: np.ndarray | None = None
+
+
+class HfFolder:
+    """A folder opened for reading; close it when done."""
+
+    def __init__(self, folder: Path, read_vocabulary: ReadVocabulary) -> None:
+        """Read config.json, the headers of the weights and the tokenizer.
+
+        Raises SourceInvalid naming the file, the tensor or the setting that is wrong, ArchitectureUnknown, and what
+        `read_vocabulary` raises.
+        """
+        if not folder.is_dir():
+            raise SourceInvalid(f"{str(folder)!r} is no folder")
+        found = read_config(folder)
+        self._shards = Shards(folder)
+        try:
+            self._tensors, warnings = _plan(folder, found, self._shards.places)
+            infos = {name: _info(name, tensor) for name, tensor in self._tensors.items()}
+            vocabulary = read_vocabulary(folder, found.raw, found.family.sizes(found.config).n_vocab)
+            general, card_warnings = general_fields(folder, sum(info.n_elements for info in infos.values()))
+            fields = {**_fields(found, general), **vocabulary.fields}
+            called = fields["general.name"].value
+            fields["general.name"] = Field.string(general_name(str(called), vocabulary.name_part))
+        except BaseException:
+            self._shards.close()
+            raise
+        self.warnings = (*found.family.warnings(found.config), *warnings, *card_warnings, *vocabulary.warnings)
+        self.header = Header(folder, fields, infos, DEFAULT_ALIGNMENT)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._shards.close()
+
+    def slabs(self, tensor: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, float32 array of shape (rows, n_in)), in the GGUF's order and form.
+
+        Raises SourceInvalid naming a tensor that has values which are not finite.
+        """
+        planned = self._tensors[tensor.name]
+        if planned.values is not None:
+            yield 0, planned.values.reshape(-1, planned.values.shape[-1])
+        elif planned.weight is not None and len(planned.places) > 1:
+            yield 0, np.concatenate([place.file.rows(place.tensor, 0, 1) for place in planned.places])
+        elif planned.weight is not None:
+            yield from _read(planned.weight, planned.places[0])
+
+
+def _read(weight: Weight, place: Place) -> Iterator[tuple[int, np.ndarray]]:
+    if len(weight.shape) == 1:
+        values = place.file.rows(place.tensor, 0, 1)
+        if weight.heads is not None:
+            values = interleave_halves(values.reshape(-1), weight.heads).reshape(1, -1)
+        yield 0, values + np.float32(weight.offset) if weight.offset else values
+        return
+    n_rows, width = weight.shape
+    group = 1 if weight.heads is None else n_rows // weight.heads
+    step = max(1, SLAB_ELEMENTS // (width * group)) * group
+    for first in range(0, n_rows, step):
+        rows = place.file.rows(place.tensor, first, min(step, n_rows - first))
+        yield first, rows if weight.heads is None else interleave_halves(rows, len(rows) // group)
+
+
+def _plan(folder: Path, found: FolderConfig, places: Mapping[str, Place]) -> tuple[dict[str, _Tensor], tuple[str, ...]]:
+    """The GGUF's tensors in the order of llama.cpp's converter: computed ones, then as the folder has them."""
+    family, config = found.family, found.config
+    named = _named(folder, family, places)
+    warnings: tuple[str, ...] = ()
+    if family.is_tied(config) and named.pop(_OUTPUT, None) is not None:
+        warnings = (f"{_OUTPUT!r} is left out: 'tie_word_embeddings' says that the embedding is the output, too",)
+    weights = [(weight, _sources(folder, weight, named)) for weight in family.weights(config)]
+    expected = {source for weight, _ in weights for source in weight.sources}
+    if unknown := sorted(named.keys() - expected):
+        raise SourceInvalid(
+            f"{str(folder)!r} holds {len(unknown)} tensors that config.json does not explain, such as {unknown[0]!r}"
+        )
+    order = dict(zip(named, count(), strict=False))
+    weights.sort(key=lambda entry: max(order[source] for source in entry[0].sources))
+    computed = {name: _Tensor(None, (), values) for name, values in family.extras(config).items()}
+    return {**computed, **{weight.name: _Tensor(weight, sources) for weight, sources in weights}}, warnings
+
+
+def _named(folder: Path, family: Family, places: Mapping[str, Place]) -> dict[str, Place]:
+    named: dict[str, Place] = {}
+    for name, place in places.items():
+        known = family.source_name(name)
+        if known in named:
+            raise SourceInvalid(f"{str(folder)!r} holds {known!r} twice, the second time as {name!r}")
+        if known is not None:
+            named[known] = place
+    return named
+
+
+def _sources(folder: Path, weight: Weight, named: Mapping[str, Place]) -> list[Place]:
+    found = []
+    for source in weight.sources:
+        place = named.get(source)
+        if place is None:
+            raise SourceInvalid(f"{str(folder)!r} has no tensor {source!r}, which config.json asks for")
+        path, tensor = str(place.file.path), place.tensor
+        if tensor.shape != weight.shape:
+            raise SourceInvalid(
+                f"{path!r}: tensor {tensor.name!r} has shape {tensor.shape}; by config.json it is {weight.shape}"
+            )
+        if tensor.dtype not in READABLE:
+            raise SourceInvalid(
+                f"{path!r}: tensor {tensor.name!r} has type {tensor.dtype}; known are {', '.join(READABLE)}"
+            )
+        found.append(place)
+    return found
+
+
+def _info(name: str, tensor: _Tensor) -> TensorInfo:
+    if tensor.values is not None or tensor.weight is None:
+        assert tensor.values is not None, f"{name!r} is computed or read"
+        return TensorInfo(name, tensor.values.shape, _F32, 0, tensor.values.nbytes)
+    types = {place.tensor.dtype for place in tensor.places}
+    kind = GGMLQuantizationType[types.pop()] if len(types) == 1 and not tensor.weight.offset else _F32
+    shape = tensor.weight.out_shape
+    return TensorInfo(name, shape, kind, 0, prod(shape) * (4 if kind == _F32 else 2))
+
+
+def _fields(found: FolderConfig, general: Mapping[str, Field]) -> dict[str, Field]:
+    architecture = found.family.architecture
+    own = {f"{architecture}.{key}": field for key, field in found.family.fields(found.config).items()}
+    return {
+        "general.architecture": Field.string(architecture),
+        "general.type": Field.string("model"),
+        **general,
+        **own,
+        "general.file_type": Field.uint32(_FILE_TYPE_F16),
+        "general.quantization_version": Field.uint32(GGML_QUANT_VERSION),
+    }

@@ -1,0 +1,201 @@
+"""A PEFT LoRA or DoRA adapter, read from its folder: what each module learned, under Hugging Face's names.
+
+Everything is checked before anything is written: a half-copied file or a variant whose merge is another formula would
+otherwise give a model that loads, runs and babbles. Whole tensors that were trained beside the LoRA stay in the file
+until they are written: an embedding can be larger than the rest of the adapter by far.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from convert.checkpoint.safetensors import SafetensorsFile
+from convert.errors import AdapterInvalid, SourceInvalid
+from models.common.files import sha256_file
+
+from .changes import Lora, ReplaceRows, Saved
+from .config import LoraConfig, read_config
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+_EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+_MAGNITUDE = "lora_magnitude_vector"
+_TOKENS = "token_adapter.trainable_tokens_delta"
+_WHOLE = ("weight", "bias")
+# PEFT's name of a tensor inside a wrapped module, and ours for it
+_PARTS: Mapping[str, str] = {
+    **{name: name for name in (_A, _B, _BIAS, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _TOKENS)},
+    f"{_MAGNITUDE}.weight": _MAGNITUDE,
+    "base_layer.weight": "weight",
+    "base_layer.bias": "bias",
+    **{name: name for name in _WHOLE},
+}
+_NAME = re.compile(rf"{re.escape(_PREFIX)}([A-Za-z0-9_.]+?)\.({'|'.join(map(re.escape, _PARTS))})")
+
+_Parts = Mapping[str, Saved]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter as its folder has it: changes by module, whole tensors and biases' shifts by parameter.
+
+    `rank` is the configuration's; single modules may have another. `base` is what it says it was trained on.
+    """
+
+    folder: Path
+    sha256: str
+    rank: int
+    base: str
+    loras: Mapping[str, Lora]
+    saved: Mapping[str, Saved] = field(default_factory=dict)
+    shifts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    tokens: Mapping[str, ReplaceRows] = field(default_factory=dict)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether merging changes nothing (PEFT starts with B = 0, so this is an adapter that was never trained).
+
+        Of a DoRA and of whole tensors that cannot be told without the base: they count as trained.
+        """
+        more = self.saved or self.tokens or any(np.any(shift) for shift in self.shifts.values())
+        return not more and not any(
+            lora.magnitude is not None or (np.any(lora.b) and np.any(lora.a)) for lora in self.loras.values()
+        )
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read a PEFT folder. Raises AdapterInvalid naming the file, the setting or the tensor that is wrong."""
+    config = read_config(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = folder / "adapter_model.bin"
+        hint = f"; {pickled.name!r} is a pickle and is not opened: save it as safetensors" if pickled.exists() else ""
+        raise AdapterInvalid(f"{str(folder)!r} has no {WEIGHTS_FILE!r}{hint}")
+    try:
+        modules = _modules(SafetensorsFile(path))
+    except SourceInvalid as error:
+        raise AdapterInvalid(f"the adapter's weights cannot be used: {error}") from error
+    _check_complete(modules, config)
+    return Adapter(
+        folder=folder,
+        sha256=sha256_file(path),
+        rank=config.rank,
+        base=config.base,
+        loras={module: lora for module, parts in modules.items() if (lora := _lora(module, parts, config)) is not None},
+        saved={
+            f"{module}.{kind}": parts[kind] for module, parts in modules.items() for kind in _WHOLE if kind in parts
+        },
+        shifts={f"{module}.bias": _shift(module, parts, config) for module, parts in modules.items() if _BIAS in parts},
+        tokens={
+            module: _tokens(module, parts[_TOKENS], config) for module, parts in modules.items() if _TOKENS in parts
+        },
+    )
+
+
+def _modules(file: SafetensorsFile) -> dict[str, dict[str, Saved]]:
+    """Module -> its tensors by what they are, each found to be readable and finite."""
+    modules: dict[str, dict[str, Saved]] = {}
+    for name, tensor in file.tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise AdapterInvalid(
+                f"adapter tensor {name!r} is not supported: known are '{_PREFIX}MODULE.' and one of {', '.join(_PARTS)}"
+            )
+        parts, part = modules.setdefault(match[1], {}), _PARTS[match[2]]
+        if part in parts:
+            raise AdapterInvalid(f"adapter tensor {name!r} is {part!r} of {match[1]!r}, which is there twice")
+        parts[part] = _checked(Saved(file, tensor))
+    if not modules:
+        raise AdapterInvalid(f"{str(file.path)!r} holds no tensors")
+    return modules
+
+
+def _checked(saved: Saved) -> Saved:
+    if len(saved.shape) not in {1, 2} or 0 in saved.shape:
+        raise AdapterInvalid(
+            f"adapter tensor {saved.tensor.name!r} has shape {saved.shape}: neither a matrix nor a vector"
+        )
+    for _ in saved.slabs():  # reading finds what is not finite
+        pass
+    return saved
+
+
+def _check_complete(modules: Mapping[str, _Parts], config: LoraConfig) -> None:
+    """What adapter_config.json says was trained has to be there: what is missing was lost on the way."""
+    for name in config.modules_to_save:
+        if not any(
+            _is_called(module, name) and any(kind in parts for kind in _WHOLE) for module, parts in modules.items()
+        ):
+            raise AdapterInvalid(f"modules_to_save names {name!r}, but the adapter holds no tensor of such a module")
+    for name in config.tokens:
+        if not any(_is_called(module, name) and _TOKENS in parts for module, parts in modules.items()):
+            raise AdapterInvalid(f"trainable_token_indices names {name!r}, but the adapter holds no rows of it")
+
+
+def _is_called(module: str, name: str) -> bool:
+    return module == name or module.endswith("." + name)
+
+
+def _lora(module: str, parts: _Parts, config: LoraConfig) -> Lora | None:
+    on_embedding = _EMBEDDING_A in parts or _EMBEDDING_B in parts
+    names = (_EMBEDDING_A, _EMBEDDING_B) if on_embedding else (_A, _B)
+    given = {_A, _B, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _BIAS} & parts.keys()
+    if not given:
+        return None
+    for part in (*names, *([_MAGNITUDE] if config.use_dora else [])):
+        if part not in parts:
+            raise AdapterInvalid(f"adapter tensor '{_PREFIX}{module}.{part}' is missing")
+    a, b = parts[names[0]].array, parts[names[1]].array
+    rank = config.rank_of(module)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterInvalid(
+            f"adapter tensors of {module!r} have shapes A {a.shape} and B {b.shape}; "
+            f"with rank {rank} they must be ({rank}, n_in) and (n_out, {rank})"
+        )
+    magnitude = _magnitude(module, parts, len(b), config)
+    if on_embedding:
+        if magnitude is not None:
+            raise AdapterInvalid(
+                f"adapter target {module!r} is an embedding under DoRA, which scales columns and needs all rows for "
+                "that: merge it with PEFT (merge_and_unload) and convert the merged folder"
+            )
+        a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
+    return Lora(module, a, b, config.scale_of(module), magnitude, on_embedding)
+
+
+def _magnitude(module: str, parts: _Parts, n_out: int, config: LoraConfig) -> np.ndarray | None:
+    if _MAGNITUDE not in parts:
+        return None
+    if not config.use_dora:
+        raise AdapterInvalid(f"adapter tensor '{_PREFIX}{module}.{_MAGNITUDE}' is there, but use_dora is not set")
+    return _vector(module, _MAGNITUDE, parts, n_out)
+
+
+def _shift(module: str, parts: _Parts, config: LoraConfig) -> np.ndarray:
+    """A bias of B is scaled like B itself."""
+    if not config.lora_bias:
+        raise AdapterInvalid(f"adapter tensor '{_PREFIX}{module}.{_BIAS}' is there, but lora_bias is not set")
+    return _vector(module, _BIAS, parts, parts[_B].shape[0]) * np.float32(config.scale_of(module))
+
+
+def _vector(module: str, part: str, parts: _Parts, n_out: int) -> np.ndarray:
+    if parts[part].shape != (n_out,):
+        raise AdapterInvalid(
+            f"adapter tensor '{_PREFIX}{module}.{part}' has shape {parts[part].shape}; its B has {n_out} rows"
+        )
+    return parts[part].array
+
+
+def _tokens(module: str, saved: Saved, config: LoraConfig) -> ReplaceRows:
+    ids = next((ids for name, ids in config.tokens.items() if _is_called(module, name)), ())
+    if len(saved.shape) != 2 or len(ids) != saved.shape[0] or len(set(ids)) != len(ids):
+        raise AdapterInvalid(
+            f"adapter target {module!r} has trained rows of shape {saved.shape} for {len(ids)} "
+            f"trainable_token_indices, {len(set(ids))} of them different: there must be one row for each"
+        )
+    order = np.argsort(ids)
+    return ReplaceRows(np.asarray(ids)[order], saved.array[order])

@@ -1,0 +1,246 @@
+"""An adapter fitted to a base: which tensor of the GGUF each change belongs to, in the order the GGUF has its rows in.
+
+A base of another shape, with fewer layers or other modules is refused before anything is written. Where the base ties
+its output head to the embedding and the adapter trained one of them apart, the head becomes a tensor of its own: that
+is what the adapter was trained with (PEFT's merge_and_unload, which works in place, changes both then).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from convert.errors import AdapterInvalid, ArchitectureUnknown
+from convert.families import BY_ARCHITECTURE
+from convert.families.base import Family
+from models.gguf.header import Header
+
+from .adapter import Adapter
+from .changes import Add, Change, Lora, Replace, ReplaceRows, Saved
+
+_NAMES = ("general.name", "general.basename", "general.base_model.0.name", "general.source.huggingface.repository")
+# Endings that say how the weights are stored, not which they are.
+_STORAGE = re.compile(
+    r"(gguf|hf|unsloth|bnb|[248]bit|gptq|awq|fp?16|fp?32|bf16|i?q[1-8]|[01]|k|nl|xxs|xs|s|m|l|xl|ud)", re.IGNORECASE
+)
+
+
+def base_warning(adapter: Adapter, header: Header) -> str | None:
+    """What to tell the user when the adapter names another base than `header` is of; None when nothing is known."""
+    if not _is_hub_name(adapter.base):
+        return None
+    own = [header.path.stem, header.path.name, header.path.parent.name]
+    own += [str(header.fields[key].value) for key in _NAMES if key in header.fields]
+    if _essence(adapter.base) in {_essence(name) for name in own}:
+        return None
+    called = header.fields["general.name"].value if "general.name" in header.fields else header.path.name
+    return (
+        f"the adapter {str(adapter.folder)!r} says that it was trained on {adapter.base!r}, this base calls itself "
+        f"{called!r}: on another model than its own an adapter does harm, even where it fits"
+    )
+
+
+def _is_hub_name(name: str) -> bool:
+    """True for OWNER/NAME and for a plain name. A path on the machine it was trained on says nothing."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.startswith(".")
+
+
+def _essence(name: str) -> str:
+    words = re.split(r"[^a-z0-9]+", name.rsplit("/", 1)[-1].lower())
+    while len(words) > 1 and _STORAGE.fullmatch(words[-1]):
+        words.pop()
+    return "".join(words)
+
+
+class Gemma(Family):
+    """The first Gemma. Its folders are not converted, but GGUF files of it can take an adapter."""
+
+    architecture = "gemma"
+    norm_offset = 1.0
+
+
+def family_of(header: Header) -> Family:
+    """The family of a checkpoint. Raises ArchitectureUnknown naming it and the known ones."""
+    families = {Gemma.architecture: Gemma(), **BY_ARCHITECTURE}
+    family = families.get(header.architecture)
+    if family is None:
+        raise ArchitectureUnknown(
+            f"no adapter can be merged into architecture {header.architecture!r} ({str(header.path)!r}); "
+            f"known are {', '.join(sorted(families))}"
+        )
+    return family
+
+
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+# In these families llama.cpp knows no head but the embedding (its src/models/gemma.cpp and gemma2.cpp).
+_ALWAYS_TIED = ("gemma", "gemma2")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The changes by the base's tensor names, to be applied in turn. `warnings` are for the user.
+
+    `unties`: the base has no output head of its own and gets one, which starts as a copy of the embedding.
+    """
+
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    unties: bool = False
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def loras(self) -> dict[str, Lora]:
+        """Tensor name -> its low-rank change, where it has one."""
+        return {name: one for name, changes in self.changes.items() for one in changes if isinstance(one, Lora)}
+
+
+def fit(adapter: Adapter, header: Header) -> Fitted:
+    """Fit `adapter` to the base of `header`. Raises AdapterInvalid naming the misfit, and ArchitectureUnknown."""
+    return _Fitting(adapter, header, family_of(header)).fitted()
+
+
+class _Fitting:
+    def __init__(self, adapter: Adapter, header: Header, family: Family) -> None:
+        self._adapter = adapter
+        self._header = header
+        self._family = family
+        self._changes: dict[str, tuple[Change, ...]] = {}
+
+    def fitted(self) -> Fitted:
+        for parameter, saved in self._adapter.saved.items():
+            self._replace(parameter, saved)
+        for module, lora in self._adapter.loras.items():
+            self._add_lora(module, lora)
+        for parameter, values in self._adapter.shifts.items():
+            self._add_bias(parameter, values)
+        for module, rows in self._adapter.tokens.items():
+            self._replace_rows(module, rows)
+        unties = self._settle_head()
+        warnings = [base_warning(self._adapter, self._header)]
+        if unties:
+            size = self._header.tensors[EMBEDDING].n_elements * 2 / 2**20
+            warnings.append(
+                f"the base ties its output head to the embedding, the adapter trained them apart: {HEAD!r} becomes a "
+                f"tensor of its own ({size:.0f} MiB more at F16)"
+            )
+        return Fitted(self._changes, unties, tuple(warning for warning in warnings if warning is not None))
+
+    def _replace(self, parameter: str, saved: Saved) -> None:
+        module, _, kind = parameter.rpartition(".")
+        name, wanted = self._target(module, kind)
+        if saved.shape != wanted:
+            self._refuse_vocabulary(name, saved.shape, wanted)
+            raise self._misfit(
+                f"adapter tensor {parameter!r} has shape {saved.shape}, {name!r} of the base has {wanted}"
+            )
+        offset = self._family.offset(module) if kind == "weight" else 0.0
+        self._append(name, Replace(saved, self._order(module, wanted[0]), offset))
+
+    def _add_lora(self, module: str, lora: Lora) -> None:
+        name, wanted = self._target(module)
+        shape = (lora.b.shape[0], lora.a.shape[1])
+        if shape != wanted:
+            self._refuse_vocabulary(name, shape, wanted)
+            raise self._misfit(
+                f"adapter tensors of {module!r} make a change of shape {shape}, {name!r} of the base has {wanted}"
+            )
+        order = self._order(module, wanted[0])
+        if order is not None:
+            magnitude = lora.magnitude[order] if lora.magnitude is not None else None
+            lora = Lora(module, lora.a, lora.b[order], lora.scale, magnitude, lora.on_embedding)
+        self._append(name, lora)
+
+    def _add_bias(self, parameter: str, values: np.ndarray) -> None:
+        module = parameter.removesuffix(".bias")
+        name, wanted = self._target(module, "bias")
+        if values.shape != wanted:
+            raise self._misfit(
+                f"adapter bias {parameter!r} has shape {values.shape}, {name!r} of the base has {wanted}"
+            )
+        order = self._order(module, wanted[0])
+        self._append(name, Add(values if order is None else values[order]))
+
+    def _replace_rows(self, module: str, rows: ReplaceRows) -> None:
+        name, (n_rows, n_in) = self._target(module)
+        if int(rows.ids[-1]) >= n_rows or rows.values.shape[1] != n_in:
+            raise self._misfit(
+                f"adapter target {module!r} has trained rows of {rows.values.shape[1]} numbers up to token "
+                f"{rows.ids[-1]}, {name!r} of the base has {(n_rows, n_in)}"
+            )
+        self._append(name, rows)
+        if name == EMBEDDING and self._is_tied:  # PEFT ties these rows where the model ties them
+            self._append(HEAD, rows)
+
+    @property
+    def _is_tied(self) -> bool:
+        return HEAD not in self._header.tensors and EMBEDDING in self._header.tensors
+
+    def _append(self, name: str, change: Change) -> None:
+        self._changes[name] = (*self._changes.get(name, ()), change)
+
+    def _target(self, module: str, kind: str = "weight") -> tuple[str, tuple[int, ...]]:
+        """The GGUF tensor that a module's parameter became, and its shape."""
+        known = self._family.source_name(f"{module}.{kind}") or ""
+        name = self._family.tensor_name(known.removesuffix(f".{kind}"), kind)
+        if name is None:
+            raise AdapterInvalid(
+                f"adapter target {module!r} is no module of {self._family.architecture!r} that is known "
+                f"({str(self._header.path)!r})"
+            )
+        found = self._header.tensors.get(EMBEDDING if name == HEAD and self._is_tied else name)
+        if found is not None:
+            return name, found.shape
+        if kind == "bias":
+            raise self._misfit(f"adapter target {module!r} has a bias, which the base does not ({name!r})")
+        layers = self._header.integer(f"{self._header.architecture}.block_count")
+        raise self._misfit(f"adapter target {module!r} is not in the base, which has {layers} layers and no {name!r}")
+
+    def _order(self, module: str, n_out: int) -> np.ndarray | None:
+        """Where the rows of `module` move: row `order[i]` of Hugging Face's is row i of the GGUF's. None: they stay."""
+        rows = np.arange(n_out)
+        try:
+            order = self._family.repack_rows(module, rows, self._header)
+        except (ValueError, ZeroDivisionError):
+            raise self._misfit(f"adapter target {module!r} has {n_out} rows, which are no whole heads") from None
+        return None if order is rows else order
+
+    def _refuse_vocabulary(self, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if name in {EMBEDDING, HEAD} and shape[1:] == wanted[1:]:
+            raise self._misfit(
+                f"the adapter's {name!r} has {shape[0]} tokens, the base's {wanted[0]}: the vocabulary was changed in "
+                "training (merge it with PEFT's merge_and_unload and convert the merged folder)"
+            )
+
+    def _misfit(self, what: str) -> AdapterInvalid:
+        trained = f", trained on {self._adapter.base!r}," if self._adapter.base else ""
+        adapter, base = str(self._adapter.folder), str(self._header.path)
+        return AdapterInvalid(f"{what}: the adapter {adapter!r}{trained} does not fit the base {base!r}")
+
+    def _settle_head(self) -> bool:
+        """Whether a tied head becomes a tensor of its own. One that was changed just as the embedding stays tied."""
+        if not self._is_tied or not {EMBEDDING, HEAD} & self._changes.keys():
+            return False
+        embedding, head = self._changes.get(EMBEDDING, ()), self._changes.get(HEAD, ())
+        if len(embedding) == len(head) and all(map(_is_same, embedding, head)):
+            del self._changes[HEAD]
+            return False
+        if self._header.architecture in _ALWAYS_TIED:
+            raise AdapterInvalid(
+                f"the adapter {str(self._adapter.folder)!r} trained the embedding and the output head of "
+                f"{str(self._header.path)!r} apart, but llama.cpp always ties them in {self._header.architecture!r}: "
+                "train neither, or both with ensure_weight_tying"
+            )
+        return True
+
+
+def _is_same(first: Change, second: Change) -> bool:
+    if isinstance(first, Lora) and isinstance(second, Lora):
+        return (
+            first.scale == second.scale
+            and first.magnitude is second.magnitude
+            and np.array_equal(first.a, second.a)
+            and np.array_equal(first.b, second.b)
+        )
+    if isinstance(first, Replace) and isinstance(second, Replace):
+        return first.saved.equals(second.saved)
+    return first is second

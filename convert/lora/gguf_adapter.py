@@ -1,0 +1,124 @@
+"""A PEFT adapter as a LoRA GGUF, which llama.cpp applies while it serves the base, instead of merging it.
+
+So the fine-tune is kept where merging would lose it: a base that was quantized keeps its file, and the change is added
+in float32 as it was trained, not rounded to the base's grid. And any number of tasks share one base in memory.
+Names and shapes as llama.cpp's `src/llama-adapter.cpp` wants them: the base's tensor name with `.lora_a`, shape
+(rank, n_in), and `.lora_b`, shape (n_out, rank).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from convert.errors import AdapterInvalid, VerifyFailed
+from convert.gguf_writer import Layout, OutTensor
+from convert.proof.runs import check_logits, probe
+from convert.tokenizer.chat_template import TEMPLATE_FIELD, ChatFormat
+from models.gguf.fields import Field
+from models.gguf.header import DEFAULT_ALIGNMENT, Header
+from runtime.errors import EngineError
+from runtime.llama.decode import last_logits
+from runtime.llama.model import Llama, LoadOptions, load
+
+from .adapter import Adapter
+from .changes import Lora
+from .fit import HEAD, Fitted
+
+FULL_PRECISION = "F32"
+_A, _B = ".lora_a", ".lora_b"
+
+
+@dataclass(frozen=True)
+class HotPlan:
+    """What the adapter's file will hold: `matrices` by tensor name, float32."""
+
+    layout: Layout
+    matrices: Mapping[str, np.ndarray]
+
+    def rows(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor `name`, whole."""
+        yield self.matrices[name]
+
+
+def check_hot(adapter: Adapter, fitted: Fitted) -> None:
+    """Raise AdapterInvalid for what llama.cpp cannot apply while it serves: everything but LoRA on linear layers."""
+    more = {
+        "use_dora": [lora.module for lora in adapter.loras.values() if lora.magnitude is not None],
+        "modules_to_save": [name for name in adapter.saved if name.endswith(".weight")],
+        "bias": [name for name in adapter.saved if name.endswith(".bias")],
+        "lora_bias": list(adapter.shifts),
+        "trainable_token_indices": list(adapter.tokens),
+        "a LoRA on the embedding": [lora.module for lora in adapter.loras.values() if lora.on_embedding],
+        "a LoRA on the output head, which this base ties to its embedding": [HEAD] if fitted.unties else [],
+    }
+    for what, where in more.items():
+        if where:
+            raise AdapterInvalid(
+                f"the adapter {str(adapter.folder)!r} has {what} ({where[0]!r}), which can be merged but not applied "
+                "while the base is served: leave out --hot"
+            )
+
+
+def plan_hot(header: Header, loras: Mapping[str, Lora], chat: ChatFormat, name: str, licence: str) -> HotPlan:
+    """The file of an adapter that was fitted to the base of `header`: `loras` by the base's tensor names."""
+    alpha = _alpha(loras)
+    matrices: dict[str, np.ndarray] = {}
+    for tensor, lora in loras.items():
+        # llama.cpp applies alpha / rank; what this module's scale is beyond that goes into B
+        rest = lora.scale * len(lora.a) / alpha
+        matrices[tensor + _A] = lora.a
+        matrices[tensor + _B] = lora.b * np.float32(rest)
+    fields = {
+        "general.architecture": Field.string(header.architecture),
+        "general.type": Field.string("adapter"),
+        "general.name": Field.string(name),
+        "general.license": Field.string(licence),
+        "adapter.type": Field.string("lora"),
+        "adapter.lora.alpha": Field.float32(alpha),
+    }
+    if chat.template is not None:
+        fields[TEMPLATE_FIELD] = Field.string(chat.template)
+    tensors = [OutTensor(tensor, matrix.shape, GGMLQuantizationType.F32) for tensor, matrix in matrices.items()]
+    return HotPlan(Layout(fields, tensors, DEFAULT_ALIGNMENT), matrices)
+
+
+def _alpha(loras: Mapping[str, Lora]) -> float:
+    """One alpha for the file: the first module's. To llama.cpp 0 means none was given, so an adapter of 0 has 1."""
+    first = next(iter(loras.values()))
+    return first.scale * len(first.a) or 1.0
+
+
+def verify_hot(base: Path, adapter: Path, chat: ChatFormat, *, is_zero: bool) -> None:
+    """Load the adapter on its base and decode one token with and without it. Raises VerifyFailed saying what is wrong.
+
+    The logits must be finite and, unless the adapter `is_zero`, not those of the base.
+    """
+    options = LoadOptions(n_ctx=256, n_batch=64, n_seq_max=1, n_threads=1, gpu_layers=0, adapters={"new": adapter})
+    try:
+        llama = load(base, options)
+    except EngineError as error:
+        raise VerifyFailed(f"the adapter's file cannot be loaded on its base: {error}") from error
+    try:
+        _check(llama, chat, is_zero=is_zero)
+    except EngineError as error:
+        raise VerifyFailed(f"the adapter's file cannot be run on its base: {error}") from error
+    finally:
+        llama.close()
+
+
+def _check(llama: Llama, chat: ChatFormat, *, is_zero: bool) -> None:
+    if chat.end_of_turn is not None and not llama.tokenizer.is_end(chat.end_of_turn):
+        raise VerifyFailed(
+            f"token {chat.end_of_turn} ends a turn of this adapter, but the base does not take it for an end, "
+            "which only a merged model can change: leave out --hot"
+        )
+    tokens = probe(llama)
+    bare = last_logits(llama, tokens)
+    llama.use_adapter("new")
+    tuned = last_logits(llama, tokens)
+    check_logits(tuned)
+    if np.array_equal(bare, tuned) and not is_zero:
+        raise VerifyFailed("the adapter was applied, but the logits are those of the bare base")

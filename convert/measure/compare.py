@@ -1,0 +1,320 @@
+"""What a candidate lost: measured beside a reference, usually the half-precision file, on held-out examples.
+
+The reference is computed once: its answers, and its log-probabilities at the rows that are compared, on disk. Any file
+with the same vocabulary can then be compared with it, or with several references in one pass: a candidate with the
+fine-tune and with its base, or the reference with itself in another batch shape, which is the noise floor. One that is
+to be a reference too, as the base is, is compared in the pass that takes it.
+"""
+
+import signal
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from convert.child import run_child
+from convert.errors import MeasureFailed
+from models.common.stats import compare_paired
+from models.quality import Answers, Loss, Work
+
+from .forward import MAX_TOGETHER, Answer
+from .loss import STORED, Row, RowLoss, plan_rows, rows_in_common, summarise
+from .tasks import Task, Tasks
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSet:
+    """A reference's rows on disk, each `n_vocab` wide, and those of them that are meant.
+
+    `kept` maps a candidate's token ids to the reference's; None: they are the same.
+    """
+
+    file: str
+    n_vocab: int
+    rows: tuple[Row, ...]
+    kept: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a child does: `tasks` with the file `model`, `together` at once.
+
+    Of its own rows it writes `keep` to a new file, and compares them with each of `compare`.
+    """
+
+    model: str
+    tasks: Tasks
+    together: int
+    keep: RowSet | None = None
+    compare: tuple[RowSet, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A job, and the file that its outcome is to be written to."""
+
+    job: Job
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a child found: an answer for each task, and for each comparison the losses in the order of its rows."""
+
+    answers: tuple[Answer, ...]
+    losses: tuple[tuple[RowLoss, ...], ...]
+
+
+def run_job(job: Job, folder: Path, progress: Progress) -> Outcome:
+    """Do `job` in a child process, which leaves what it found in `folder`. `progress`: (examples done, in all).
+
+    Raises MeasureFailed with the child's last word. However this ends, the child has ended too and its file is gone.
+    """
+    result = folder / "outcome.json"
+    order = TypeAdapter(Order).dump_python(Order(job, str(result)), mode="json")
+    try:
+        code, complaint = run_child("convert.measure.compare_child", order, progress)
+        if code != 0:
+            end = f"{signal.Signals(-code).name}: " if code < 0 else ""
+            raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {end}{complaint}")
+        return TypeAdapter(Outcome).validate_json(result.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {error}") from error
+    finally:
+        result.unlink(missing_ok=True)
+
+
+ALONE = 1
+# One at a time they take three times as long as together, and the floor lies orders of magnitude below any budget.
+NOISE_EXAMPLES = 32
+ROWS_FILE = "rows.f16"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What others are compared with: `model`'s answer to each of `tasks`, and its `rows`, which lie in `rows_file`.
+
+    `beside` is what it was itself, beside each of the references that were taken before it.
+    """
+
+    model: Path
+    tasks: Tasks
+    answers: tuple[Answer, ...]
+    rows: tuple[Row, ...]
+    rows_file: Path
+    beside: "tuple[Measured, ...]" = ()
+
+    @property
+    def totals(self) -> Answers:
+        """How many of its own answers are right. Nothing flips."""
+        right = [
+            is_right(self.tasks.work, given, task) for given, task in zip(self.answers, self.tasks.tasks, strict=True)
+        ]
+        return _totals(right, right, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    """What a candidate with a trimmed vocabulary is asked: the same examples as its own tokenizer's `tasks`.
+
+    `kept`, of shape (its n_vocab,), is the reference's token id for each of its own.
+    """
+
+    tasks: Tasks
+    kept: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleResult:
+    """One example with both answers. `kl_mean` is over its answer's rows, in nats; None where none can be compared."""
+
+    id: str
+    expected: str
+    answer: str
+    reference_answer: str
+    is_right: bool
+    is_flipped: bool
+    kl_mean: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A file beside a reference.
+
+    `loss` is None where no row can be compared, which a trimmed vocabulary can bring about.
+    """
+
+    loss: Loss | None
+    answers: Answers
+    examples: tuple[ExampleResult, ...]
+
+
+def rows_bytes(tasks: Tasks) -> int:
+    """The disk that `take_reference` needs."""
+    return len(plan_rows(tasks)) * tasks.n_vocab * STORED.itemsize
+
+
+def take_reference(
+    model: Path, tasks: Tasks, folder: Path, progress: Progress, beside: Sequence[Reference] = ()
+) -> Reference:
+    """Run the GGUF `model` through `tasks`; its rows come to lie in `folder`, which is made if it is missing.
+
+    In the same pass it is compared with the references `beside`, which were asked the same. `progress` is told
+    (examples done, examples in all), here and below. Raises MeasureFailed, also when the disk is full; no rows are left
+    then.
+    """
+    for reference in beside:
+        _check(model, reference, tasks, tasks, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows_file = folder / ROWS_FILE
+    rows = plan_rows(tasks)
+    rows_file.unlink(missing_ok=True)
+    keep, compared = RowSet(str(rows_file), tasks.n_vocab, rows), _row_sets(beside, tasks, None)
+    try:
+        outcome = run_job(Job(str(model), tasks, MAX_TOGETHER, keep, compared), folder, progress)
+    except BaseException:
+        rows_file.unlink(missing_ok=True)
+        raise
+    return Reference(model, tasks, outcome.answers, rows, rows_file, _all_measured(outcome, tasks, beside, compared))
+
+
+def compare(
+    candidate: Path,
+    references: Sequence[Reference],
+    progress: Progress,
+    *,
+    trimmed: Trimmed | None = None,
+    together: int = MAX_TOGETHER,
+) -> tuple[Measured, ...]:
+    """Measure the GGUF `candidate` beside each of `references`, which were all asked the same tasks, in one pass.
+
+    With `trimmed` the KL divergence is over the kept tokens, from the reference's distribution restricted to these and
+    normalised, at the rows whose tokens up to there are the same in both vocabularies; the answers are those to the
+    examples as the candidate tokenises them. Examples that it has no room for are left out. Raises MeasureFailed: the
+    file does not load, run or have that vocabulary, or the process that ran it died.
+    """
+    tasks = references[0].tasks if trimmed is None else trimmed.tasks
+    kept = None if trimmed is None else np.asarray(trimmed.kept, np.int64)
+    for reference in references:
+        _check(candidate, reference, references[0].tasks, tasks, kept)
+    compared = _row_sets(references, tasks, kept)
+    job = Job(str(candidate), tasks, together, compare=compared)
+    outcome = run_job(job, references[0].rows_file.parent, progress)
+    return _all_measured(outcome, tasks, references, compared)
+
+
+def noise(reference: Reference, progress: Progress) -> Measured:
+    """The reference beside itself, with one example at a time: what the batch's shape alone does to its numbers.
+
+    On its first NOISE_EXAMPLES examples, which are any: held-out ones are in the order of their hashes.
+    """
+    asked = replace(reference.tasks, tasks=reference.tasks.tasks[:NOISE_EXAMPLES])
+    rows = tuple(row for row in reference.rows if row.place < NOISE_EXAMPLES)
+    part = replace(reference, tasks=asked, answers=reference.answers[:NOISE_EXAMPLES], rows=rows)
+    (measured,) = compare(reference.model, (part,), progress, together=ALONE)
+    return measured
+
+
+def is_right(work: Work, answer: Answer, task: Task) -> bool:
+    """Whether `answer` is the expected one: the very label, or the same text but for white space and Unicode's form.
+
+    A text that was cut off is right as far as it goes.
+    """
+    if work == "classify":
+        return answer.text == task.expected
+    given, expected = normalised(answer.text), normalised(task.expected)
+    return given == expected or (answer.cut_off and given != "" and expected.startswith(given))
+
+
+def normalised(text: str) -> str:
+    """NFC, every run of white space one space, none around it."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _check(candidate: Path, reference: Reference, first: Tasks, tasks: Tasks, kept: np.ndarray | None) -> None:
+    """Raise MeasureFailed for what cannot be compared."""
+    name = candidate.name
+    if reference.tasks != first:
+        raise MeasureFailed(f"{name!r}: the references were not asked the same tasks")
+    if kept is None:
+        return
+    n_vocab = reference.tasks.n_vocab
+    if kept.shape != (tasks.n_vocab,) or len(np.unique(kept)) < len(kept) or not np.all((kept >= 0) & (kept < n_vocab)):
+        raise MeasureFailed(
+            f"{name!r}: expected a different token id below {n_vocab} for each of its {tasks.n_vocab} tokens, got "
+            f"{len(kept)} ids, {len(np.unique(kept))} of them different"
+        )
+    if not {task.id for task in tasks.tasks} & {task.id for task in first.tasks}:
+        raise MeasureFailed(f"{name!r}: it was asked none of the reference's examples")
+
+
+def _row_sets(references: Sequence[Reference], tasks: Tasks, kept: np.ndarray | None) -> tuple[RowSet, ...]:
+    """The rows of each reference that a candidate which is asked `tasks` has too."""
+    return tuple(
+        RowSet(
+            str(reference.rows_file),
+            reference.tasks.n_vocab,
+            tuple(rows_in_common(reference.rows, reference.tasks, tasks, kept)),
+            None if kept is None else tuple(kept.tolist()),
+        )
+        for reference in references
+    )
+
+
+def _all_measured(
+    outcome: Outcome, tasks: Tasks, references: Sequence[Reference], compared: Sequence[RowSet]
+) -> tuple[Measured, ...]:
+    return tuple(
+        _measured(tasks, outcome.answers, reference, list(zip(row_set.rows, losses, strict=True)))
+        for reference, row_set, losses in zip(references, compared, outcome.losses, strict=True)
+    )
+
+
+def _measured(
+    tasks: Tasks, answers: Sequence[Answer], reference: Reference, losses: Sequence[tuple[Row, RowLoss]]
+) -> Measured:
+    of_answer: dict[int, list[float]] = {}
+    for row, loss in losses:
+        of_answer.setdefault(row.place, []).append(loss.kl)
+    theirs = {task.id: answer for task, answer in zip(reference.tasks.tasks, reference.answers, strict=True)}
+    examples = tuple(
+        _example(tasks.work, task, answer, theirs[task.id], of_answer.get(place, ()))
+        for place, (task, answer) in enumerate(zip(tasks.tasks, answers, strict=True))
+        if task.id in theirs
+    )
+    by_id = {task.id: task for task in tasks.tasks}
+    before = [is_right(tasks.work, theirs[one.id], by_id[one.id]) for one in examples]
+    return Measured(
+        loss=summarise([loss for _, loss in losses]),
+        answers=_totals([one.is_right for one in examples], before, sum(one.is_flipped for one in examples)),
+        examples=examples,
+    )
+
+
+def _example(work: Work, task: Task, answer: Answer, theirs: Answer, kl: Sequence[float]) -> ExampleResult:
+    return ExampleResult(
+        id=task.id,
+        expected=task.expected,
+        answer=answer.text,
+        reference_answer=theirs.text,
+        is_right=is_right(work, answer, task),
+        is_flipped=normalised(answer.text) != normalised(theirs.text),
+        kl_mean=float(np.mean(kl)) if kl else None,
+    )
+
+
+def _totals(right: Sequence[bool], before: Sequence[bool], flips: int) -> Answers:
+    paired = compare_paired(right, before)
+    return Answers(
+        total=len(right),
+        correct=sum(right),
+        flips=flips,
+        difference_low=paired.difference.low,
+        difference_high=paired.difference.high,
+        p_value=paired.p_value,
+    )

@@ -1,0 +1,115 @@
+"""The child that measures one file: `python -m convert.measure.compare_child`, with its orders on standard input.
+
+The logits pass once: a row is compared with every reference, or written, while it is still in llama.cpp's memory.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from convert.child import read_job, tell
+from convert.errors import ConvertError
+from runtime.errors import EngineError, RequestError
+from runtime.llama.interface import LlamaLike
+from runtime.llama.model import LoadOptions, load
+
+from .compare import Job, Order, Outcome, RowSet
+from .forward import N_SEQ_MAX, cells_needed, run_pass
+from .loss import Row, RowFile, RowLoss, log_norm, row_loss
+
+N_BATCH = 512
+
+
+def do_job(llama: LlamaLike, job: Job, progress: Callable[[int, int], None]) -> Outcome:
+    """Measure the loaded model. Raises EngineError, MeasureFailed, and OSError when the disk is full."""
+    with ExitStack() as files:
+        keepers = [_Keeper.open(kept, files) for kept in (job.keep,) if kept is not None]
+        comparers = [_Comparer.open(compared, files) for compared in job.compare]
+        takers: list[_Keeper | _Comparer] = [*keepers, *comparers]
+        wanted = {place: row for taker in takers for place, row in taker.rows.items()}
+
+        def on_row(row: Row, logits: np.ndarray) -> None:
+            norm = log_norm(logits)
+            for taker in takers:
+                taker.see(row, logits, norm)
+
+        answers = run_pass(llama, job.tasks, wanted.values(), on_row, job.together, progress)
+        return Outcome(answers, tuple(comparer.losses() for comparer in comparers))
+
+
+_Rows = dict[tuple[int, int], Row]
+
+
+def _by_place(row_set: RowSet) -> _Rows:
+    return {(row.place, row.position): row for row in row_set.rows}
+
+
+@dataclass(frozen=True, slots=True)
+class _Keeper:
+    """The file of a reference in the making, and its rows by where they are."""
+
+    file: RowFile
+    rows: _Rows
+
+    @classmethod
+    def open(cls, kept: RowSet, files: ExitStack) -> "_Keeper":
+        return cls(files.enter_context(RowFile(Path(kept.file), kept.n_vocab, create=True)), _by_place(kept))
+
+    def see(self, seen: Row, logits: np.ndarray, norm: float) -> None:
+        """Write the row `seen`, whose `log_norm` is `norm`, if it is to be kept."""
+        row = self.rows.get((seen.place, seen.position))
+        if row is not None:
+            self.file.write(row.number, logits, norm)
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparer:
+    """One reference: its file, its rows by where they are, and by their numbers the losses found."""
+
+    file: RowFile
+    rows: _Rows
+    kept: np.ndarray | None
+    found: dict[int, RowLoss]
+
+    @classmethod
+    def open(cls, compared: RowSet, files: ExitStack) -> "_Comparer":
+        file = files.enter_context(RowFile(Path(compared.file), compared.n_vocab))
+        kept = None if compared.kept is None else np.array(compared.kept, np.int64)
+        return cls(file, _by_place(compared), kept, {})
+
+    def see(self, seen: Row, logits: np.ndarray, norm: float) -> None:
+        """Compare the row `seen`, whose `log_norm` is `norm`, if this reference has it."""
+        row = self.rows.get((seen.place, seen.position))
+        if row is not None:
+            self.found[row.number] = row_loss(self.file.read(row.number), logits, row.target, self.kept, norm)
+
+    def losses(self) -> tuple[RowLoss, ...]:
+        return tuple(self.found[row.number] for row in self.rows.values())
+
+
+def main() -> int:
+    """Do what stands on standard input; what goes wrong is one line on standard output."""
+    # If llama.cpp aborts, its reason is to be the last line.
+    os.environ["GGML_NO_BACKTRACE"] = "1"
+    try:
+        order = TypeAdapter(Order).validate_python(read_job())
+        job = order.job
+        options = LoadOptions(
+            n_ctx=cells_needed(job.tasks, job.together), n_batch=N_BATCH, n_seq_max=N_SEQ_MAX, n_outputs=N_SEQ_MAX
+        )
+        outcome = do_job(load(Path(job.model), options), job, tell)
+        Path(order.result).write_bytes(TypeAdapter(Outcome).dump_json(outcome))
+    except (ConvertError, EngineError, RequestError, OSError) as error:
+        tell(str(error).replace("\n", " "))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The user's examples as conversion needs them: some to calibrate the quantization with, others held out to measure it.
+
+What a candidate is judged by it must not have been fitted to, so no text stands on both sides. Which side one comes to
+is decided by its content: the same in every run, and whatever the order of the file.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD
+from models.common.chat_records import ChatRecord
+from models.errors import BadExamples
+from models.gguf.header import Header
+from runtime.errors import RequestError
+from runtime.llama.tokenizer import Tokenizer
+from runtime.prompt.prompter import ANSWER_MARK, Prompter, input_text
+
+# With fewer held out than half of this, an interval says nothing.
+MIN_EXAMPLES = 20
+MAX_HELD_OUT = 200
+# What /v1/decisions takes: more labels than that cannot be served as a decision.
+MAX_LABELS = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Examples with no prompt in common. `n_repeated` were left out, since their prompt had occurred before."""
+
+    calibration: tuple[ChatRecord, ...]
+    held_out: tuple[ChatRecord, ...]
+    n_repeated: int = 0
+
+
+def split_examples(records: Sequence[ChatRecord], max_held_out: int = MAX_HELD_OUT) -> Split:
+    """Hold out at most `max_held_out` examples, and at most half; both sides in the order of their hashes.
+
+    Raises BadExamples when there are fewer than MIN_EXAMPLES different prompts, or `max_held_out` is below half of it.
+    """
+    if max_held_out < MIN_EXAMPLES // 2:
+        raise BadExamples(f"at least {MIN_EXAMPLES // 2} examples must be held out, got a limit of {max_held_out}")
+    different: dict[bytes, ChatRecord] = {}
+    for record in records:
+        different.setdefault(_digest(record), record)
+    if len(different) < MIN_EXAMPLES:
+        raise BadExamples(
+            f"the examples hold {len(different)} different prompts in {len(records)} records; at least {MIN_EXAMPLES} "
+            "are needed, half of them to measure with"
+        )
+    ordered = [different[digest] for digest in sorted(different)]
+    n_held_out = min(max_held_out, len(ordered) // 2)
+    return Split(tuple(ordered[n_held_out:]), tuple(ordered[:n_held_out]), len(records) - len(different))
+
+
+def labels_of(records: Sequence[ChatRecord], known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The labels to choose from: `known` (a manifest's), else every answer of the records, sorted.
+
+    Raises BadExamples when an answer is none of the known ones, or when there are fewer than two labels or more than
+    MAX_LABELS.
+    """
+    for record in records:
+        if known and record.answer not in known:
+            raise BadExamples(
+                f"line {record.line}: the answer {record.answer!r} is none of the model's {len(known)} labels: "
+                f"{', '.join(map(repr, known))}"
+            )
+    labels = tuple(known) or tuple(sorted({record.answer for record in records}))
+    if not 2 <= len(labels) <= MAX_LABELS:
+        raise BadExamples(
+            f"the examples have {len(labels)} different answers; to classify needs 2 … {MAX_LABELS}. "
+            "Is the work to write (--for write)?"
+        )
+    return labels
+
+
+def _digest(record: ChatRecord) -> bytes:
+    said = [[message.role, message.content.strip()] for message in record.prompt]
+    return hashlib.sha256(json.dumps(said).encode()).digest()
+
+
+# Nothing is computed on these texts, so no context bounds them.
+_ANY_LENGTH = 1 << 24
+
+
+def prompts_of(
+    header: Header, tokenizer: Tokenizer, records: Sequence[ChatRecord], prompt_template: str = "{text}"
+) -> list[str]:
+    """The records up to where the model answers, under the chat template that `header` names, if it does.
+
+    Raises BadExamples naming the line that the template refuses.
+    """
+    field = header.fields.get(TEMPLATE_FIELD)
+    template = field.value if field is not None and isinstance(field.value, str) else None
+    prompter = Prompter(tokenizer, template, _ANY_LENGTH)
+    prompts = []
+    for record in records:
+        said = messages_of(record, prompt_template)
+        if template is None:
+            prompts.append(input_text([(str(one["role"]), str(one["content"])) for one in said]) + ANSWER_MARK)
+            continue
+        try:
+            prompts.append(prompter.render(said))
+        except RequestError as error:
+            raise BadExamples(f"line {record.line}: {error}") from error
+    return prompts
+
+
+def texts_of(
+    header: Header, tokenizer: Tokenizer, records: Sequence[ChatRecord], prompt_template: str = "{text}"
+) -> list[str]:
+    """The records with their answers and what ends these. Raises BadExamples as `prompts_of`."""
+    end = _end_mark(header)
+    prompts = prompts_of(header, tokenizer, records, prompt_template)
+    return [prompt + record.answer + end for prompt, record in zip(prompts, records, strict=True)]
+
+
+def messages_of(record: ChatRecord, prompt_template: str = "{text}") -> list[Mapping[str, object]]:
+    """The record's prompt as messages, the user's put where `prompt_template` says."""
+    return [
+        {
+            "role": message.role,
+            "content": prompt_template.replace("{text}", message.content)
+            if message.role == "user"
+            else message.content,
+        }
+        for message in record.prompt
+    ]
+
+
+def _end_mark(header: Header) -> str:
+    field = header.fields.get(END_OF_TURN_FIELD)
+    tokens = header.fields["tokenizer.ggml.tokens"].strings or []
+    if field is None or not isinstance(field.value, int) or not 0 <= field.value < len(tokens):
+        return ""
+    return tokens[field.value].decode(errors="replace")

@@ -1,0 +1,311 @@
+"""One model through all tasks: the rows that were planned, and an answer to every example.
+
+A few examples at a time: their prompts are prefilled together; the expected answers are branches of them, which give
+the rows; then come the model's own answers. To classify, every label is weighed whole, as branches under the shared
+prompt, by the very rule of `/v1/decisions` (`runtime/decoding/choice_tree.py`); what the expected label's branch has
+computed is not computed again. To write, the prompts' sequences go on together with the likeliest token each,
+up to an end or as far as the tasks follow them. Each prompt is computed once.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from convert.errors import MeasureFailed
+from runtime.decoding.choice_tree import Ballot
+from runtime.llama.interface import LlamaLike
+from runtime.requests import Batch, Question
+
+from .loss import Row
+from .tasks import Task, Tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`tokens` to compute as sequence `seq_id` from position `start` on; logits are wanted after the tokens `wanted`
+    (places in `tokens`).
+    """
+
+    seq_id: int
+    start: int
+    tokens: Sequence[int]
+    wanted: Collection[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """`tokens` to compute after the whole of sequence `trunk`, which is `length` long. `read` is given each row that
+    is wanted: its place in `tokens`, and its logits, valid until it returns.
+    """
+
+    trunk: int
+    length: int
+    tokens: Sequence[int]
+    wanted: Collection[int]
+    read: Callable[[int, np.ndarray], None]
+
+
+def decode_runs(llama: LlamaLike, runs: Sequence[Run]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Compute all runs. Yields (run, place in its tokens, logits of shape (n_vocab,)) for each wanted row, in order.
+
+    The logits are valid until the next step of the iterator. Raises EngineError.
+    """
+    flat = [
+        (index, place, token, run.seq_id, run.start + place, place in run.wanted)
+        for index, run in enumerate(runs)
+        for place, token in enumerate(run.tokens)
+    ]
+    for start, end in _steps([wanted for *_, wanted in flat], llama.info.n_batch, llama.info.n_seq_max):
+        part = flat[start:end]
+        _, _, tokens, seq_ids, positions, wants = zip(*part, strict=True)
+        logits = llama.decode(
+            Batch(
+                tokens=np.array(tokens, np.int32),
+                positions=np.array(positions, np.int32),
+                seq_ids=np.array(seq_ids, np.int32),
+                wants_logits=np.array(wants, bool),
+            )
+        )
+        asked = ((index, place) for index, place, *_, wanted in part if wanted)
+        for (index, place), row in zip(asked, logits, strict=True):
+            yield index, place, row
+
+
+def _steps(wants: Sequence[bool], n_batch: int, n_rows: int) -> Iterator[tuple[int, int]]:
+    """Where to cut, so that no step has more than `n_batch` tokens or `n_rows` rows."""
+    start = rows = 0
+    for place, wanted in enumerate(wants):
+        if place - start == n_batch or rows + wanted > n_rows:
+            yield start, place
+            start, rows = place, 0
+        rows += wanted
+    if start < len(wants):
+        yield start, len(wants)
+
+
+def decode_branches(llama: LlamaLike, branches: Sequence[Branch], seq_ids: Sequence[int], room: int) -> None:
+    """Compute `branches` as the empty sequences `seq_ids`, in at most `room` cells at a time; they end up empty again.
+
+    Each branch must fit into `room`. Raises EngineError.
+    """
+    waiting = list(branches)
+    while waiting:
+        chosen: list[Branch] = []
+        free = room
+        while waiting and len(chosen) < len(seq_ids) and (not chosen or len(waiting[0].tokens) <= free):
+            chosen.append(waiting.pop(0))
+            free -= len(chosen[-1].tokens)
+        for seq_id, branch in zip(seq_ids, chosen, strict=False):
+            llama.copy_prefix(branch.trunk, seq_id, branch.length)
+        runs = [
+            Run(seq_id, branch.length, branch.tokens, branch.wanted)
+            for seq_id, branch in zip(seq_ids, chosen, strict=False)
+        ]
+        for index, place, row in decode_runs(llama, runs):
+            chosen[index].read(place, row)
+        for seq_id in seq_ids[: len(chosen)]:
+            llama.remove(seq_id)
+
+
+# Half of the sequences may hold prompts, so that the other half can branch off them.
+MAX_TOGETHER = 16
+N_SEQ_MAX = 2 * MAX_TOGETHER
+
+OnRow = Callable[[Row, np.ndarray], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answered: a label, or the text it wrote. `cut_off`: it was not followed to its end."""
+
+    text: str
+    cut_off: bool = False
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A task in work: its place among the tasks, its sequence, and the rows that are wanted, by position."""
+
+    place: int
+    task: Task
+    seq_id: int
+    rows: Mapping[int, Row]
+    ballot: Ballot | None = None
+    written: list[int] = field(default_factory=list)
+
+
+def run_pass(
+    llama: LlamaLike,
+    tasks: Tasks,
+    rows: Iterable[Row],
+    on_row: OnRow,
+    together: int = MAX_TOGETHER,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Answer, ...]:
+    """Give `on_row` each of `rows` with its logits, float32 of shape (n_vocab,), valid until it returns.
+
+    Returns the answers in the order of the tasks. At most `together` examples are in work at once (1 … MAX_TOGETHER).
+    `progress` is told (examples done, examples in all). Raises EngineError, and MeasureFailed when the model has
+    another vocabulary than the tasks or its logits are not numbers.
+    """
+    if llama.info.n_vocab != tasks.n_vocab:
+        raise MeasureFailed(f"the model has {llama.info.n_vocab} tokens, the tasks were made for {tasks.n_vocab}")
+    by_place: dict[int, dict[int, Row]] = {}
+    for row in rows:
+        by_place.setdefault(row.place, {})[row.position] = row
+    answers: list[Answer] = []
+    total = len(tasks.tasks)
+    progress(0, total)
+    for group in _groups(tasks, together, llama.info.n_ctx):
+        llama.clear()
+        asked = [
+            _Asked(place, tasks.tasks[place], seq_id, by_place.get(place, {})) for seq_id, place in enumerate(group)
+        ]
+        answers += _Group(llama, tasks, asked, on_row).answers()
+        progress(len(answers), total)
+    return tuple(answers)
+
+
+def cells_needed(tasks: Tasks, together: int = MAX_TOGETHER) -> int:
+    """A size of the KV cache in which `together` examples of usual length fit, and the longest one surely."""
+    rooms = sorted((tasks.room(task) for task in tasks.tasks), reverse=True)
+    return max(sum(rooms[:1]), min(sum(rooms[:together]), 8192))
+
+
+def _groups(tasks: Tasks, together: int, n_ctx: int) -> Iterable[list[int]]:
+    """Neighbours that fit into the cache together, with all that may follow them."""
+    group: list[int] = []
+    used = 0
+    for place, task in enumerate(tasks.tasks):
+        room = tasks.room(task)
+        if group and (len(group) == together or used + room > n_ctx):
+            yield group
+            group, used = [], 0
+        group.append(place)
+        used += room
+    if group:
+        yield group
+
+
+class _Group:
+    """A few examples whose prompts share the cache."""
+
+    def __init__(self, llama: LlamaLike, tasks: Tasks, asked: Sequence[_Asked], on_row: OnRow) -> None:
+        self._llama = llama
+        self._tasks = tasks
+        self._asked = asked
+        self._on_row = on_row
+        self._room = llama.info.n_ctx - sum(len(one.task.prompt) for one in asked)
+        self._free_ids = range(len(asked), llama.info.n_seq_max)
+
+    def answers(self) -> list[Answer]:
+        """Compute everything about these examples."""
+        self._prefill()
+        if self._tasks.work == "classify":
+            return self._choose()
+        self._compute([branch for one in self._asked if (branch := self._expected(one)) is not None])
+        return self._write()
+
+    def _prefill(self) -> None:
+        runs = [Run(one.seq_id, 0, one.task.prompt, {len(one.task.prompt) - 1}) for one in self._asked]
+        for index, place, logits in decode_runs(self._llama, runs):
+            one = self._asked[index]
+            self._see(one, place, logits)
+            if self._tasks.work == "classify":
+                one.ballot = Ballot(Question(one.task.prompt, self._tasks.choices, self._tasks.ends))
+                one.ballot.read((), logits)
+            else:
+                one.written.append(_likeliest(logits))
+
+    def _see(self, one: _Asked, position: int, logits: np.ndarray) -> None:
+        if row := one.rows.get(position):
+            self._on_row(row, logits)
+
+    def _expected(self, one: _Asked) -> Branch | None:
+        """The rows after the expected answer's tokens; nothing comes after its last one."""
+        n_prompt = len(one.task.prompt)
+        wanted = {position - n_prompt for position in one.rows if position >= n_prompt}
+        if not wanted:
+            return None
+
+        def read(place: int, logits: np.ndarray) -> None:
+            self._see(one, n_prompt + place, logits)
+
+        return self._branch(one, one.task.answer[: max(wanted) + 1], wanted, read)
+
+    def _choose(self) -> list[Answer]:
+        ballots = [(one, one.ballot) for one in self._asked if one.ballot is not None]
+        branches = [branch for one, ballot in ballots for branch in self._first_wave(one, ballot)]
+        while branches:
+            self._compute(branches)
+            branches = [branch for one, ballot in ballots for branch in self._wave(one, ballot)]
+        return [Answer(self._tasks.labels[_first_highest(ballot.logprobs())]) for _, ballot in ballots]
+
+    def _first_wave(self, one: _Asked, ballot: Ballot) -> list[Branch]:
+        """The ballot's branches and the expected answer's, which answers for the tokens that they share."""
+        wave, expected = self._wave(one, ballot), self._expected(one)
+        if expected is None:
+            return wave
+        shared: set[int] = set()
+        rest: list[Branch] = []
+        for branch in wave:
+            common = {place for place in branch.wanted if branch.tokens[: place + 1] == expected.tokens[: place + 1]}
+            shared |= common
+            if alone := frozenset(branch.wanted) - common:
+                rest.append(replace(branch, wanted=alone))
+
+        def read(place: int, logits: np.ndarray) -> None:
+            if place in expected.wanted:
+                expected.read(place, logits)
+            if place in shared:
+                ballot.read(tuple(expected.tokens[: place + 1]), logits)
+
+        return [replace(expected, wanted=frozenset(expected.wanted) | shared, read=read), *rest]
+
+    def _wave(self, one: _Asked, ballot: Ballot) -> list[Branch]:
+        def reader(path: tuple[int, ...]) -> Callable[[int, np.ndarray], None]:
+            return lambda place, logits: ballot.read(path[: place + 1], logits)
+
+        return [
+            self._branch(one, branch.path, range(branch.first - 1, len(branch.path)), reader(branch.path))
+            for branch in ballot.next_wave()
+        ]
+
+    def _branch(
+        self, one: _Asked, tokens: Sequence[int], wanted: Iterable[int], read: Callable[[int, np.ndarray], None]
+    ) -> Branch:
+        return Branch(one.seq_id, len(one.task.prompt), tokens, frozenset(wanted), read)
+
+    def _compute(self, branches: Sequence[Branch]) -> None:
+        decode_branches(self._llama, branches, self._free_ids, self._room)
+
+    def _write(self) -> list[Answer]:
+        while going := [one for one in self._asked if self._goes_on(one)]:
+            runs = [
+                Run(one.seq_id, len(one.task.prompt) + len(one.written) - 1, one.written[-1:], {0}) for one in going
+            ]
+            for index, _, logits in decode_runs(self._llama, runs):
+                going[index].written.append(_likeliest(logits))
+        return [self._written(one) for one in self._asked]
+
+    def _goes_on(self, one: _Asked) -> bool:
+        return len(one.written) < self._tasks.max_written and one.written[-1] not in self._tasks.ends
+
+    def _written(self, one: _Asked) -> Answer:
+        ended = one.written[-1] in self._tasks.ends
+        return Answer(self._llama.tokenizer.decode(one.written[:-1] if ended else one.written), cut_off=not ended)
+
+
+def _likeliest(logits: np.ndarray) -> int:
+    place = int(logits.argmax())  # that of a NaN, if there is one
+    if not np.isfinite(logits[place]):
+        raise MeasureFailed(f"the logits are not numbers (the highest is {logits[place]})")
+    return place
+
+
+def _first_highest(logprobs: Sequence[float]) -> int:
+    highest = max(logprobs)
+    if highest == -np.inf:
+        raise MeasureFailed("the model gives none of the labels any probability")
+    return list(logprobs).index(highest)

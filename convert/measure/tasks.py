@@ -1,0 +1,172 @@
+"""Examples as token ids: what a model is asked, what it should answer, and which labels it may choose from.
+
+The tokens are made once, by the reference's tokenizer and chat template, and given to every file with the same
+vocabulary: a base without a template is asked the very same as its fine-tune. They are the tokens that serving makes:
+the runtime renders the prompt, and labels are spelled as `/v1/decisions` spells them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD
+from models.common.chat_records import ChatRecord
+from models.errors import BadExamples
+from models.gguf.header import read_meta
+from models.quality import Work
+from runtime.errors import ContextTooLong, RequestError
+from runtime.llama.interface import TokenizerLike
+from runtime.llama.model import load_tokenizer
+from runtime.prompt.prompter import ANSWER_MARK, Prompter, input_text
+
+from .examples import MIN_EXAMPLES
+
+# An example is measured whole or not at all; longer ones would need a KV cache of gigabytes beside the weights.
+MAX_TOKENS = 4096
+# A written answer is followed this far: by then it has gone another way, or it will not.
+MAX_WRITTEN = 128
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One example. `answer` ends with the token that ends a turn; `expected` is its text."""
+
+    id: str
+    prompt: Tokens
+    answer: Tokens
+    expected: str
+
+    @property
+    def tokens(self) -> Tokens:
+        """Prompt and answer as one sequence."""
+        return self.prompt + self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """All that is asked of a model with a vocabulary of `n_vocab` tokens.
+
+    To classify, `choices` are the tokens of `labels`, in their order; to write, both are empty, and an answer is
+    followed for at most `max_written` tokens. Any of `ends` ends an answer. `n_too_long` examples were left out.
+    """
+
+    work: Work
+    tasks: tuple[Task, ...]
+    labels: tuple[str, ...]
+    choices: tuple[Tokens, ...]
+    ends: Tokens
+    n_vocab: int
+    n_too_long: int = 0
+    max_written: int = MAX_WRITTEN
+
+    def room(self, task: Task) -> int:
+        """The most cells that `task` fills at once: its prompt and the longest thing that may follow it."""
+        written = self.max_written if self.work == "write" else 0
+        return len(task.prompt) + max([len(task.answer), written, *map(len, self.choices)])
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How a model is asked: its chat template, the token that ends its turn, and the manifest's prompt template."""
+
+    chat_template: str | None
+    end_of_turn: int | None
+    prompt_template: str = "{text}"
+
+
+def tasks_of(
+    gguf: Path,
+    records: Sequence[ChatRecord],
+    work: Work,
+    labels: Sequence[str] = (),
+    prompt_template: str = "{text}",
+    end_of_turn: int | None = None,
+) -> Tasks:
+    """The tasks for the model at `gguf`, whose own metadata tell the chat template and the end of a turn.
+
+    `end_of_turn` overrules them. Raises BadExamples (see `make_tasks`), LoadFailed, BadGguf, TemplateFailed.
+    """
+    meta = read_meta(gguf)
+    tokenizer = load_tokenizer(gguf)
+    if end_of_turn is None:
+        stated = meta.values.get(END_OF_TURN_FIELD)
+        end_of_turn = stated if isinstance(stated, int) else tokenizer.eos
+    context = meta.number(f"{meta.architecture}.context_length")
+    asking = Asking(meta.text(TEMPLATE_FIELD) or None, end_of_turn, prompt_template)
+    return make_tasks(tokenizer, asking, records, work, labels, min(MAX_TOKENS, context or MAX_TOKENS))
+
+
+def make_tasks(
+    tokenizer: TokenizerLike,
+    asking: Asking,
+    records: Sequence[ChatRecord],
+    work: Work,
+    labels: Sequence[str],
+    max_tokens: int,
+) -> Tasks:
+    """Tokenise `records`; those that need more than `max_tokens` are left out and counted.
+
+    Raises BadExamples when the template refuses a record, when two labels are the same tokens, or when fewer than half
+    of MIN_EXAMPLES are left.
+    """
+    speller = _Speller(tokenizer, asking, max_tokens)
+    choices = tuple(map(speller.choice, labels)) if work == "classify" else ()
+    if len(set(choices)) < len(choices) or () in choices:
+        raise BadExamples(f"two of the labels {list(labels)!r} are the same tokens to this model, or one is none")
+    named = tuple(labels) if work == "classify" else ()
+    asked = Tasks(work, (), named, choices, speller.ends, tokenizer.n_vocab)
+    spelled = (
+        Task(record.id, speller.prompt(record), speller.answer(record.answer), record.answer) for record in records
+    )
+    tasks = tuple(task for task in spelled if task.prompt and asked.room(task) <= max_tokens)
+    n_too_long = len(records) - len(tasks)
+    if len(tasks) < MIN_EXAMPLES // 2:
+        raise BadExamples(
+            f"{n_too_long} of {len(records)} held-out examples need more than {max_tokens} tokens; {len(tasks)} are "
+            f"left, at least {MIN_EXAMPLES // 2} are needed"
+        )
+    return replace(asked, tasks=tasks, n_too_long=n_too_long)
+
+
+class _Speller:
+    """Texts as the tokens that one model is asked with and answers with."""
+
+    def __init__(self, tokenizer: TokenizerLike, asking: Asking, max_tokens: int) -> None:
+        self._encode = tokenizer.encode
+        self._asking = asking
+        self._prompter = Prompter(tokenizer, asking.chat_template, max_tokens)
+        self._chats = asking.chat_template is not None and bool(tokenizer.end_tokens)
+        # A text-only model has learnt no end of a turn: a new line ends its answer too.
+        new_line = () if self._chats else tuple(self._encode("\n", add_special=False, parse_special=False)[-1:])
+        self.ends: Tokens = (*tokenizer.end_tokens, *new_line)
+        end = asking.end_of_turn if asking.end_of_turn in self.ends else next(iter(self.ends), None)
+        self._end: Tokens = () if end is None else new_line or (end,)
+
+    def prompt(self, record: ChatRecord) -> Tokens:
+        """The tokens up to where the model answers; none if they are too many."""
+        try:
+            return self._prompt(record)
+        except ContextTooLong:
+            return ()
+        except RequestError as error:
+            raise BadExamples(f"line {record.line}: {error}") from error
+
+    def _prompt(self, record: ChatRecord) -> Tokens:
+        wrap = self._asking.prompt_template
+        said = [
+            (message.role, wrap.replace("{text}", message.content) if message.role == "user" else message.content)
+            for message in record.prompt
+        ]
+        if self._chats:
+            return self._prompter.chat([{"role": role, "content": text} for role, text in said])
+        return self._prompter.literal(input_text(said) + ANSWER_MARK, param="messages")
+
+    def choice(self, text: str) -> Tokens:
+        """The tokens of an answer, without its end."""
+        return tuple(self._encode(text if self._chats else f" {text}", add_special=False, parse_special=False))
+
+    def answer(self, text: str) -> Tokens:
+        """The tokens of an answer and of what ends it."""
+        return self.choice(text) + self._end

@@ -1,0 +1,239 @@
+"""What a conversion is made of: from a command line to weights, an adapter, examples and the manifest to be written.
+
+SOURCE is a recipe of the catalogue (which brings adapter and manifest along), or a checkpoint (see `origin`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from convert.errors import AdapterInvalid, RequestInvalid
+from convert.lora.adapter import Adapter, read_adapter
+from convert.measure.examples import MAX_LABELS, Split, labels_of, split_examples
+from convert.quantize.quantize import DEFAULT_QUANTIZATION, spec_named
+from convert.trim.plan import DEFAULT_KEEP
+from models.common.chat_records import ChatRecord, read_chat_records
+from models.common.console import Reporter
+from models.common.files import sha256_file
+from models.errors import HashMismatch
+from models.manifest import MANIFEST_FILE, Base, Conversion, Manifest, read_manifest
+from models.manifest import Adapter as AdapterRecord
+from models.quality import QUALITY_FILE, Budget, Work
+from models.store.catalog import CatalogEntry, load_catalog
+from models.store.store import Store, check_name
+
+from .origin import Origin, find_origin
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What was asked for. A recipe needs no `name`; `keep_f16` keeps the unquantized file too.
+
+    `gguf` are weights that were made elsewhere from the folder `source`. `examples` are measured with, for `work`, and
+    `max_loss` is the mean KL divergence a candidate may have. `trim` are texts to cut the vocabulary by, to `keep`
+    tokens; a recipe may bring its own, which `whole_vocabulary` declines. `hot` asks for the adapter alone, to be
+    applied while its base is served; then nothing is quantized.
+    """
+
+    source: str
+    name: str | None = None
+    adapter: Path | None = None
+    quantization: str | None = None
+    manifest: Path | None = None
+    replace: bool = False
+    keep_f16: bool = False
+    hot: bool = False
+    gguf: Path | None = None
+    examples: Path | None = None
+    work: Work | None = None
+    max_loss: float | None = None
+    trim: Path | None = None
+    keep: int | None = None
+    whole_vocabulary: bool = False
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The user's examples, and what a candidate may lose on them. `labels` to choose from; none where it writes."""
+
+    path: Path
+    sha256: str
+    split: Split
+    labels: tuple[str, ...]
+    work: Work
+    budget: Budget
+
+    @property
+    def records(self) -> tuple[ChatRecord, ...]:
+        """All that are different."""
+        return self.split.calibration + self.split.held_out
+
+
+@dataclass(frozen=True)
+class TrimRequest:
+    """Texts that the trimmed vocabulary must write as before, and how many tokens it may have in all."""
+
+    records: tuple[ChatRecord, ...]
+    keep: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything found and checked. `manifest` is the one to be installed, its base and artefacts still missing.
+
+    `quantization` None: the examples decide. `measured` is the folder of a recipe whose choice was measured before,
+    `imatrix` the importance matrix to quantize by; with examples one is collected from these instead.
+    """
+
+    origin: Origin
+    adapter: Adapter | None
+    quantization: str | None
+    manifest: Manifest
+    examples: Examples | None = None
+    trim: TrimRequest | None = None
+    measured: Path | None = None
+    imatrix: Path | None = None
+
+    @property
+    def base(self) -> Base:
+        """What the manifest is to say of the weights; where they come from, if it knew that of these very ones."""
+        found, before = self.origin.base, self.manifest.base
+        if before is not None and before.source and before.sha256 == found.sha256:
+            return found.model_copy(update={"source": before.source})
+        return found
+
+
+def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
+    """Find and check what the request names. Raises RequestInvalid, AdapterInvalid and ModelErrors."""
+    recipe, quantization = _recipe(request), _wanted(request)
+    _check_options(request)
+    if request.hot:
+        _check_hot(request, recipe)
+    if recipe is not None:
+        return _from_recipe(request, recipe, quantization, store, report)
+    if request.name is None:
+        raise RequestInvalid(f"--name is missing: how is the model made from {request.source!r} to be called?")
+    name = check_name(request.name)
+    adapter = read_adapter(request.adapter) if request.adapter is not None else None
+    given = read_manifest(request.manifest) if request.manifest is not None else None
+    examples, trim = _examples(request, given), _trim(request)
+    origin = find_origin(request.source, request.gguf, store, report)
+    manifest = _complete(given or _inherited(origin, adapter), name, adapter, hot=request.hot)
+    # how a manifest's own model was converted says nothing about this one
+    manifest = manifest.model_copy(update={"conversion": None})
+    return Inputs(origin, adapter, quantization, manifest, examples, trim)
+
+
+def _check_options(request: ConvertRequest) -> None:
+    if request.keep is not None and request.trim is None:
+        raise RequestInvalid(f"--keep {request.keep} needs --trim-vocab FILE: which texts must stay as they are?")
+    if request.whole_vocabulary and request.trim is not None:
+        raise RequestInvalid(f"--whole-vocab and --trim-vocab {request.trim} exclude each other: leave out one of them")
+    if request.examples is None:
+        for option, value in (("--for", request.work), ("--max-loss", request.max_loss)):
+            if value is not None:
+                raise RequestInvalid(f"{option} {value} needs --examples FILE: on what is the loss to be measured?")
+    if request.max_loss is not None and not request.max_loss > 0:
+        raise RequestInvalid(f"--max-loss is a mean KL divergence in nats above 0, got {request.max_loss}")
+
+
+def _check_hot(request: ConvertRequest, recipe: CatalogEntry | None) -> None:
+    if request.quantization is not None:
+        message = "--hot leaves the base as it is and the adapter unquantized: leave out --quant, or --hot to merge"
+        raise RequestInvalid(f"{message} (--quant is {request.quantization!r})")
+    if request.keep_f16:
+        raise RequestInvalid("--hot makes no F16 model that --keep-f16 could keep: leave out one of them")
+    if request.examples is not None or request.trim is not None:
+        option = "--examples" if request.examples is not None else "--trim-vocab"
+        raise RequestInvalid(f"--hot quantizes and cuts nothing that {option} could be for: leave out one of them")
+    if request.adapter is None and recipe is None:
+        raise RequestInvalid(f"--hot needs --adapter DIR: which adapter is to be applied to {request.source!r}?")
+
+
+def _recipe(request: ConvertRequest) -> CatalogEntry | None:
+    catalog = load_catalog()
+    entry = catalog.get(request.source) if request.source in catalog.names() else None
+    return entry if entry is not None and entry.recipe else None
+
+
+def _from_recipe(
+    request: ConvertRequest, entry: CatalogEntry, quantization: str | None, store: Store, report: Reporter
+) -> Inputs:
+    folder = entry.recipe_folder()
+    recipe = read_manifest(request.manifest or folder / MANIFEST_FILE)
+    if recipe.base is None or recipe.adapter is None:
+        raise RequestInvalid(f"the recipe {request.source!r} needs a [base] and an [adapter] in its {MANIFEST_FILE}")
+    adapter = read_adapter(request.adapter or folder / recipe.adapter.path)
+    expected = recipe.adapter.sha256
+    if request.adapter is None and expected not in {None, adapter.sha256}:
+        raise AdapterInvalid(f"{str(adapter.folder)!r} has sha256 {adapter.sha256}, the recipe expects {expected}")
+    origin = find_origin(recipe.base.name, None, store, report)
+    if (found := origin.base.sha256) != recipe.base.sha256:
+        raise HashMismatch(f"{str(origin.path)!r} has sha256 {found}, the recipe was made on {recipe.base.sha256}")
+    manifest = _complete(recipe, check_name(request.name or recipe.name), adapter, hot=request.hot)
+    chosen = recipe.conversion or Conversion()
+    examples, trim = _examples(request, recipe), _trim(request) or _recipe_trim(request, folder, chosen)
+    is_rounded_alike = not (request.adapter or request.hot or request.quantization or request.examples)
+    if is_rounded_alike:
+        quantization = spec_named(chosen.quantization, imatrix=False).name
+    is_recipe = is_rounded_alike and not (request.trim or request.whole_vocabulary)
+    if not is_recipe:
+        # the recipe's figures were measured on its own adapter, converted as it says
+        manifest = manifest.model_copy(update={"quality": (), "conversion": None})
+    has_ladder = is_recipe and (folder / QUALITY_FILE).is_file()
+    imatrix = folder / chosen.imatrix if is_rounded_alike and chosen.imatrix else None
+    return Inputs(origin, adapter, quantization, manifest, examples, trim, folder if has_ladder else None, imatrix)
+
+
+def _wanted(request: ConvertRequest) -> str | None:
+    if request.quantization is not None:
+        return spec_named(request.quantization, imatrix=False).name
+    return None if request.examples is not None else DEFAULT_QUANTIZATION
+
+
+def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | None:
+    """The examples, for the work that was stated: by the user, or by the manifest; else by what the answers are."""
+    if request.examples is None:
+        return None
+    records = read_chat_records(request.examples)
+    stated = manifest.task if manifest is not None else "general"
+    work = request.work or ("classify" if stated == "classify" or is_classification(records) else "write")
+    budget = Budget() if request.max_loss is None else Budget(kl_mean=request.max_loss)
+    labels = labels_of(records, manifest.labels if manifest is not None else ()) if work == "classify" else ()
+    return Examples(request.examples, sha256_file(request.examples), split_examples(records), labels, work, budget)
+
+
+def is_classification(records: tuple[ChatRecord, ...]) -> bool:
+    """Whether the answers look like labels: few different ones, each given several times on average."""
+    answers = {record.answer for record in records}
+    return 2 <= len(answers) <= min(MAX_LABELS, len(records) // 3)
+
+
+def _trim(request: ConvertRequest) -> TrimRequest | None:
+    if request.trim is None:
+        return None
+    return TrimRequest(read_chat_records(request.trim), request.keep if request.keep is not None else DEFAULT_KEEP)
+
+
+def _recipe_trim(request: ConvertRequest, folder: Path, chosen: Conversion) -> TrimRequest | None:
+    """As the recipe says, whatever the quantization; but its examples say nothing about what another adapter needs."""
+    if not chosen.trim or request.whole_vocabulary or request.hot or request.adapter is not None:
+        return None
+    return TrimRequest(read_chat_records(folder / chosen.trim), chosen.keep)
+
+
+def _inherited(origin: Origin, adapter: Adapter | None) -> Manifest:
+    """Licence and notice come from the source; task, labels and prompt too, unless an adapter changes what it does."""
+    known = origin.manifest
+    if known is None:
+        return Manifest(name="source", licence=origin.licence)
+    if adapter is None:
+        return known.model_copy(update={"quality": ()})
+    return Manifest(name="source", licence=known.licence, licence_notice=known.licence_notice)
+
+
+def _complete(manifest: Manifest, name: str, adapter: Adapter | None, *, hot: bool) -> Manifest:
+    made_with = manifest.adapter
+    if adapter is not None:
+        made_with = AdapterRecord(path=adapter.folder.name, sha256=adapter.sha256, rank=adapter.rank)
+    kind = "adapter" if hot else "model"
+    return manifest.model_copy(update={"kind": kind, "name": name, "source": "", "adapter": made_with, "artefacts": ()})

@@ -1,0 +1,133 @@
+"""What a half-precision file will hold, decided before the first byte of it is written; and the writing.
+
+Weights pass through a chain of sources: the checkpoint, with an adapter merged into it, with its vocabulary trimmed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from convert.checkpoint.source import Source
+from convert.gguf_writer import Layout, OutTensor, write_gguf
+from convert.lora.fit import Fitted, fit
+from convert.lora.merge import Merged, file_rows, half_precision_kind, merged_header
+from convert.measure.examples import texts_of
+from convert.quantize.quantize import HALF_PRECISION, QUANTIZATIONS
+from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat, choose_format
+from convert.tokenizer.spacing import general_name, name_part
+from convert.trim.plan import TrimPlan, plan_trim, tokenizer_of
+from convert.trim.source import TrimmedSource
+from models.common.console import Reporter
+from models.gguf.fields import Field
+from models.gguf.header import Header
+
+from .inputs import Inputs
+
+_DROPPED_PREFIXES = ("split.", "quantize.imatrix.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that was found possible. `source` is the end of the chain, `whole` what it is before trimming.
+
+    `header` is that of `whole`, with the fields that the file gets; `base_header` that of the checkpoint, whose kinds
+    tell what grid its weights lie on. `chat.end_of_turn` is numbered as in the file.
+    """
+
+    source: Source
+    whole: Source
+    header: Header
+    base_header: Header
+    fitted: Fitted
+    chat: ChatFormat
+    trim: TrimPlan | None
+    layout: Layout
+
+
+def plan_file(source: Source, inputs: Inputs) -> Plan:
+    """Check that the adapter fits, the chat format is usable and the vocabulary can be cut. Writes nothing.
+
+    Raises AdapterInvalid, ArchitectureUnknown, TemplateInvalid, TrimImpossible, RequestInvalid, BadExamples.
+    """
+    adapter, manifest = inputs.adapter, inputs.manifest
+    fitted = fit(adapter, source.header) if adapter is not None else Fitted()
+    chat = choose_format(source.header, adapter.folder if adapter is not None else None)
+    whole = Merged(source, fitted)
+    base_header = merged_header(source.header, fitted)
+    header = replace(whole.header, fields=_fields(whole.header, manifest.name, chat))
+    if inputs.trim is None:
+        return Plan(whole, whole, header, base_header, fitted, chat, None, layout_of(header))
+    texts = texts_of(header, tokenizer_of(header), inputs.trim.records, manifest.prompt.template)
+    trim = plan_trim(header, texts, inputs.trim.keep)
+    last = TrimmedSource(whole, trim)
+    if chat.end_of_turn is not None:
+        chat = replace(chat, end_of_turn=int(trim.new_ids[chat.end_of_turn]))
+    return Plan(last, whole, header, base_header, fitted, chat, trim, layout_of(last.header))
+
+
+def layout_of(header: Header) -> Layout:
+    """The half-precision file of what `header` describes."""
+    tensors = [OutTensor(info.name, info.shape, half_precision_kind(info)) for info in header.tensors.values()]
+    return Layout(header.fields, tensors, header.alignment)
+
+
+def base_of(source: Source, plan: Plan) -> tuple[Source, Layout]:
+    """The checkpoint without the adapter, asked and trimmed as the fine-tune: what that is compared with."""
+    header = replace(source.header, fields=plan.header.fields)
+    if plan.trim is None:
+        return source, layout_of(header)
+    trimmed = TrimmedSource(source, plan.trim)
+    return trimmed, layout_of(trimmed.header)
+
+
+def _fields(header: Header, name: str, chat: ChatFormat) -> dict[str, Field]:
+    fields = {key: field for key, field in header.fields.items() if not key.startswith(_DROPPED_PREFIXES)}
+    before = header.fields.get("general.name")
+    habits = name_part(before.value) if before is not None and isinstance(before.value, str) else ""
+    fields["general.name"] = Field.string(general_name(name, habits))
+    fields["general.file_type"] = Field.uint32(QUANTIZATIONS[HALF_PRECISION])
+    if chat.template is not None:
+        fields[TEMPLATE_FIELD] = Field.string(chat.template)
+    if chat.end_of_turn is not None:
+        fields[END_OF_TURN_FIELD] = Field.uint32(chat.end_of_turn)
+    return fields
+
+
+def write_half(
+    source: Source,
+    layout: Layout,
+    target: Path,
+    stage: str,
+    report: Reporter,
+    watch: Callable[[], None] = lambda: None,
+) -> str:
+    """Write the half-precision file; its sha256. `watch` is called with each piece, and may stop it by raising.
+
+    Raises SourceInvalid and VerifyFailed; nothing is left then.
+    """
+    report.stage(stage, layout.data_bytes)
+
+    def rows(name: str) -> Iterator[np.ndarray]:
+        return file_rows(source, source.header.tensors[name])
+
+    advance = counted(layout, report)
+
+    def written(n_bytes: int) -> None:
+        advance(n_bytes)
+        watch()
+
+    return write_gguf(target, layout, rows, written)
+
+
+def counted(layout: Layout, report: Reporter) -> Callable[[int], None]:
+    """What `write_gguf` tells of each piece, as the sum that the reporter wants."""
+    done = 0
+
+    def advance(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        report.advance(done, layout.data_bytes)
+
+    return advance

@@ -1,0 +1,147 @@
+"""The proof that a converted vocabulary is the checkpoint's: llama.cpp and Hugging Face's tokenizer give the same ids.
+
+Both read the same texts: the user's examples, the torture texts, and texts with the vocabulary's own special tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from convert.errors import VerifyFailed
+from convert.tokenizer.pieces import Kind
+from convert.tokenizer.pre_tokenizer import APPROXIMATE
+from models.errors import BadGguf
+from models.gguf.fields import Field, read_fields
+from runtime.errors import EngineError, RequestError
+from runtime.llama.model import load_tokenizer
+from runtime.llama.tokenizer import Tokenizer
+
+from .reference import Reference, open_reference
+from .torture import TEXTS, around
+
+MAX_SPECIAL = 64
+_SHOWN_CHARS = 120
+_SHOWN_IDS = 8
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A text that comes out otherwise: the ids from llama.cpp and from Hugging Face's tokenizer."""
+
+    text: str
+    ours: tuple[int, ...]
+    theirs: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The place of the first token that differs."""
+        pairs = enumerate(zip(self.ours, self.theirs, strict=False))
+        return next((place for place, (a, b) in pairs if a != b), min(len(self.ours), len(self.theirs)))
+
+    def __str__(self) -> str:
+        start = max(0, self.first - 2)
+        ours, theirs = (list(ids[start : start + _SHOWN_IDS]) for ids in (self.ours, self.theirs))
+        shown = self.text if len(self.text) <= _SHOWN_CHARS else self.text[:_SHOWN_CHARS] + "…"
+        return f"{shown!r} differs at token {self.first}: from {start} on llama.cpp has {ours}, Hugging Face {theirs}"
+
+
+@dataclass(frozen=True)
+class TokenizerParity:
+    """What was compared. `mismatches` are among the torture texts only, where llama.cpp is known to come near at best.
+
+    `limits` says in words how texts were brought to where both can agree.
+    """
+
+    n_texts: int
+    n_tokens: int
+    mismatches: tuple[Mismatch, ...] = ()
+    limits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two that must agree: a GGUF's vocabulary in llama.cpp, and the tokenizer of the folder it was made from.
+
+    `forced` are texts that llama.cpp takes for special tokens by itself (`</s>` in any vocabulary), and the other not.
+    """
+
+    folder: Path
+    fields: Mapping[str, Field]
+    tokenizer: Tokenizer
+    reference: Reference
+    forced: frozenset[str]
+
+
+def open_pair(gguf: Path, folder: Path, reference: Reference | None = None) -> Pair:
+    """Load both, without any weights; `reference` if it is loaded already.
+
+    Raises VerifyFailed when llama.cpp cannot read its side, TokenizerInvalid for the other.
+    """
+    try:
+        tokenizer, fields = load_tokenizer(gguf), read_fields(gguf)
+    except (EngineError, BadGguf) as error:
+        raise VerifyFailed(f"the converted vocabulary cannot be loaded: {error}") from error
+    prefix = fields.get("tokenizer.ggml.add_space_prefix")
+    reference = reference or open_reference(folder)
+    reference.match_spacing(space_prefix=prefix is not None and prefix.value is True)
+    return Pair(folder, fields, tokenizer, reference, frozenset(tokenizer.special_texts) - reference.special)
+
+
+def check_tokenizer(
+    pair: Pair, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
+) -> TokenizerParity:
+    """Compare token ids on `texts`, on the torture texts and on texts with special tokens.
+
+    Raises VerifyFailed with the first text that gets other tokens. Torture texts may, where llama.cpp has only an
+    approximation of the pre-tokenizer: then they are in the result. `progress` is told texts done and all texts.
+    """
+    _check_ends(pair)
+    torture = (*TEXTS, *(around(_special(pair.fields)) if pair.reference.knows_special else ()))
+    n_tokens, total = 0, len(texts) + len(torture)
+    mismatches: list[Mismatch] = []
+    approximate = pair.fields["tokenizer.ggml.pre"].value in APPROXIMATE
+    for done, text in enumerate((*texts, *torture)):
+        ours, theirs = encode_both(pair, text)
+        n_tokens += len(theirs)
+        if ours != theirs and not pair.reference.equally_good(ours, theirs):
+            mismatches.append(Mismatch(text, tuple(ours), tuple(theirs)))
+            if done < len(texts) or not approximate:
+                raise VerifyFailed(f"the vocabulary is not the checkpoint's: {mismatches[-1]}")
+        if progress is not None:
+            progress(done + 1, total)
+    return TokenizerParity(total, n_tokens, tuple(mismatches), pair.reference.limits)
+
+
+def encode_both(pair: Pair, text: str) -> tuple[list[int], list[int]]:
+    """The ids of `text` from llama.cpp and from Hugging Face's tokenizer. Raises VerifyFailed when one refuses.
+
+    Special tokens in it count, unless the text holds a forced one: then it is compared as a message's text is read.
+    """
+    text = pair.reference.comparable(text)
+    special = not any(mark in text for mark in pair.forced)
+    try:
+        ours = pair.tokenizer.encode(text, add_special=False, parse_special=special)
+        return ours, pair.reference.encode(text, special=special)
+    except (EngineError, RequestError) as error:
+        raise VerifyFailed(f"llama.cpp cannot tokenise {text[:_SHOWN_CHARS]!r}: {error}") from error
+
+
+def _check_ends(pair: Pair) -> None:
+    """BOS and EOS are added where the files say so, unless they ask for something that llama.cpp has no flag for."""
+    text, tokenizer, reference = "Hello", pair.tokenizer, pair.reference
+    theirs, bare = reference.encode_whole(text), reference.encode(text)
+    if theirs is None:
+        return
+    around_it = [token for token in theirs if token not in bare]
+    ours = tokenizer.encode(text, add_special=True, parse_special=False)
+    if set(around_it) <= {tokenizer.bos, tokenizer.eos} and ours != theirs:
+        raise VerifyFailed(f"BOS or EOS are not added as before: {Mismatch(text, tuple(ours), tuple(theirs))}")
+
+
+def _special(fields: Mapping[str, Field]) -> list[str]:
+    """The texts of special tokens, at most MAX_SPECIAL, from both ends of the vocabulary."""
+    texts, kinds = fields["tokenizer.ggml.tokens"].strings or [], fields["tokenizer.ggml.token_type"].numbers or ()
+    wanted = {Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN}
+    special = [text.decode() for text, kind in zip(texts, kinds, strict=True) if kind in wanted and text.strip()]
+    half = MAX_SPECIAL // 2
+    return special if len(special) <= MAX_SPECIAL else special[:half] + special[-half:]

@@ -1,0 +1,93 @@
+"""The proof that a converted file runs: llama.cpp loads it, answers with finite logits and knows where to stop."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convert.child import Child, read_job, tell
+from convert.errors import VerifyFailed
+from runtime.errors import EngineError
+from runtime.llama.decode import last_logits
+from runtime.llama.model import Llama, LoadOptions, load
+
+if TYPE_CHECKING:
+    from convert.tokenizer.chat_template import ChatFormat
+
+_PROBE = "Hello"
+
+
+def verify_runs(path: Path, chat: "ChatFormat", meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Load the GGUF at `path` and decode one token after a short text, in a process of its own, which may abort.
+
+    This process does `meanwhile` while it waits. Raises VerifyFailed saying what is wrong.
+    """
+    job = {"file": str(path), "template": chat.template, "end_of_turn": chat.end_of_turn}
+    with Child("convert.proof.runs", job) as child:
+        meanwhile()
+        code, complaint = child.wait(lambda done, total: None)
+    if code != 0:
+        end = f"llama.cpp ended with {signal.Signals(-code).name}: " if code < 0 else ""
+        raise VerifyFailed(f"{end}{complaint}")
+
+
+def check_runs(path: Path, template: str | None, end_of_turn: int | None) -> None:
+    """The same, in this process."""
+    # As the file lies on the disk: repacked weights would be in memory twice.
+    options = LoadOptions(n_ctx=256, n_batch=64, n_seq_max=1, n_threads=1, gpu_layers=0, repack=False)
+    try:
+        llama = load(path, options)
+    except EngineError as error:
+        raise VerifyFailed(f"the converted file cannot be loaded: {error}") from error
+    try:
+        _check(llama, template, end_of_turn)
+    except EngineError as error:
+        raise VerifyFailed(f"the converted file cannot be run: {error}") from error
+    finally:
+        llama.close()
+
+
+def _check(llama: Llama, template: str | None, end_of_turn: int | None) -> None:
+    if llama.info.chat_template != template:
+        raise VerifyFailed(
+            f"the converted file has another chat template than was written: {llama.info.chat_template!r}"
+        )
+    if end_of_turn is not None and not llama.tokenizer.is_end(end_of_turn):
+        raise VerifyFailed(f"token {end_of_turn} ends a turn, but llama.cpp does not take it for an end")
+    check_logits(last_logits(llama, probe(llama)))
+
+
+def probe(llama: Llama) -> list[int]:
+    """The tokens of a short text. Raises VerifyFailed if there are none."""
+    tokens = llama.tokenizer.encode(_PROBE, add_special=True, parse_special=False)
+    if not tokens:
+        raise VerifyFailed(f"the converted file's tokenizer makes no token of {_PROBE!r}")
+    return tokens[: llama.info.n_batch]
+
+
+def check_logits(logits: np.ndarray) -> None:
+    """Raise VerifyFailed if the logits, shape (n_vocab,), say nothing."""
+    if not np.isfinite(logits).all():
+        raise VerifyFailed(f"{int((~np.isfinite(logits)).sum())} of {logits.size} logits are not finite")
+    if logits.min() == logits.max():
+        raise VerifyFailed(f"all {logits.size} logits are {logits.min():g}: the weights say nothing")
+
+
+def main() -> int:
+    """Check the file that stands on standard input; what is wrong with it is one line on standard output."""
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # if llama.cpp aborts, its reason is to be the last line
+    job = read_job()
+    try:
+        check_runs(Path(job["file"]), job["template"], job["end_of_turn"])
+    except VerifyFailed as error:
+        tell(str(error).replace("\n", " "))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

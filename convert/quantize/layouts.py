@@ -1,0 +1,204 @@
+"""What may be measured: plain quantizations, and mixed layouts with the types that the work asks for.
+
+A name such as Q4_K_M stands for one of llama.cpp's own mixes. A mixed layout adds overrides, patterns over tensor
+names, since those mixes know nothing of the machine or the work: prefill multiplies by the layers for every token and
+by the vocabulary for the last one only, decode reads everything once for each token.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from convert.errors import QuantizationUnknown, RequestInvalid
+from models.gguf.header import Header
+from models.quality import Work
+
+PLAIN = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
+
+# llama.cpp will not round to these without knowing which columns matter
+_NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
+OVERRIDE_KINDS = {
+    *("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0"),
+    *("IQ4_NL", "IQ4_XS", "IQ3_S"),
+    *_NEEDS_IMATRIX,
+}
+# Kinds whose rounding does not ask which columns matter.
+_IGNORES_IMATRIX = {"F16", "BF16", "Q8_0"}
+
+WORKS: tuple[Work, ...] = ("classify", "write")
+LAYERS = r"^blk\."
+VOCABULARY = r"^(token_embd|output)\.weight$"
+_WIDE_FFN = r"^blk\.\d+\.ffn_(gate|up)\.weight$"
+_WIDE_ATTENTION = r"^blk\.\d+\.attn_(q|output)\.weight$"
+# Vocabulary matrices below this share of the weights are not worth a layout of their own.
+_NOTABLE_SHARE = 0.1
+_MAJORITY = 0.5
+_NEVER_QUANTIZED = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$")
+
+
+@dataclass(frozen=True)
+class TypeOverride:
+    """Matrices whose names the regular expression `pattern` finds are stored as `kind`."""
+
+    pattern: str
+    kind: GGMLQuantizationType
+
+
+@dataclass(frozen=True)
+class CandidateSpec:
+    """A file to be made: `quantization`, but the matrices of `overrides` as those say (the first that matches).
+
+    `imatrix`: rounded with the importance matrix. `name` is part of the file's name.
+    """
+
+    name: str
+    quantization: str
+    imatrix: bool = False
+    overrides: tuple[TypeOverride, ...] = ()
+
+
+class Tensor(Protocol):
+    """What is asked of a tensor, in a file or still to be written; `shape` in numpy's order."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def plain(quantization: str, *, imatrix: bool = False) -> CandidateSpec:
+    """The quantization of that name as llama.cpp mixes it; with the importance matrix, if any, where it matters."""
+    return CandidateSpec(quantization, quantization, imatrix and quantization not in _IGNORES_IMATRIX)
+
+
+def ladder(header: Header, work: Work, *, imatrix: bool) -> tuple[CandidateSpec, ...]:
+    """What is worth measuring for the model of `header` and this work.
+
+    `imatrix`: there is one, which `collect` made with `output`, so that the vocabulary is weighted like the layers.
+    A mix is left out where it would be a plain one again: a small vocabulary, rows that fit no K-quant.
+    """
+    matrices = [tensor for tensor in header.tensors.values() if is_matrix(tensor)]
+    vocabulary = [tensor for tensor in matrices if re.search(VOCABULARY, tensor.name)]
+    share = sum(tensor.n_elements for tensor in vocabulary) / max(1, sum(tensor.n_elements for tensor in matrices))
+    blocks = all(tensor.shape[-1] % 256 == 0 for tensor in vocabulary)
+    specs = [plain(name, imatrix=imatrix) for name in PLAIN]
+    if share >= _NOTABLE_SHARE:
+        specs += _vocabulary_mixes(work, imatrix=imatrix, k_quants=blocks)
+    if share < _MAJORITY:
+        specs += [
+            spec
+            for spec in _layer_mixes(imatrix=imatrix)
+            if any(re.search(override.pattern, tensor.name) for override in spec.overrides for tensor in matrices)
+        ]
+    return tuple(specs)
+
+
+def mixes(*, imatrix: bool) -> tuple[CandidateSpec, ...]:
+    """Every mixed layout that some ladder has, whatever the model and the work."""
+    found = [
+        spec
+        for work in WORKS
+        for k_quants in (True, False)
+        for spec in _vocabulary_mixes(work, imatrix=imatrix, k_quants=k_quants)
+    ]
+    return tuple(dict.fromkeys([*found, *_layer_mixes(imatrix=imatrix)]))
+
+
+def _layer_mixes(*, imatrix: bool) -> list[CandidateSpec]:
+    """One kind of the layers' matrices in 4 bits, all else in 8.
+
+    Gate and up are half of a layer. Query and output are the wide ones of attention; key and value, which several heads
+    share, would save little. With the importance matrix they lose the least for what they save in Gemma 3 270M (KL
+    divergence 0.002 for a tenth of the file; gate, up or down alone 0.004 to 0.006; without the matrix 0.006).
+    In a model that is mostly vocabulary all of it saves too little (Gemma 3 270M, gate and up: 8 % of the file, 0.39
+    nats).
+    """
+    kinds = GGMLQuantizationType
+    return [
+        CandidateSpec("Q8_0-gate-up-Q4_0", "Q8_0", imatrix, (TypeOverride(_WIDE_FFN, kinds.Q4_0),)),
+        CandidateSpec("Q8_0-attn-Q4_0", "Q8_0", imatrix, (TypeOverride(_WIDE_ATTENTION, kinds.Q4_0),)),
+    ]
+
+
+def _vocabulary_mixes(work: Work, *, imatrix: bool, k_quants: bool) -> list[CandidateSpec]:
+    """The layers in one type, embedding and output matrix in another.
+
+    classify: layers in the types that prefill fastest, F16 on plain vector units and Q8_0 where llama.cpp repacks it or
+    has tiles for it (AMX); the vocabulary is read for a row or two a request, and only takes memory.
+    write: the output matrix is read for every token, so it is made small; what it loses is not passed on from layer to
+    layer. llama.cpp's own mixes do the reverse and keep it at Q6_K or Q8_0.
+    Types that are repacked (Q8_0, Q4_0, IQ4_NL) or need no unpacking (F16), and one of about 6 bits between them.
+    """
+    kinds = GGMLQuantizationType
+    if work == "classify":
+        pairs = [("F16", kinds.Q8_0), ("F16", kinds.Q4_0), ("Q8_0", kinds.Q4_0)]
+    else:
+        pairs = [("Q8_0", kinds.Q4_0), ("Q8_0", kinds.IQ4_NL), ("Q4_0", kinds.Q4_0)]
+        pairs += [("Q8_0", kinds.Q6_K if k_quants else kinds.Q5_1)]
+    return [_mix(layers, vocabulary, imatrix=imatrix) for layers, vocabulary in pairs]
+
+
+def _mix(layers: str, vocabulary: GGMLQuantizationType, *, imatrix: bool) -> CandidateSpec:
+    overrides = [TypeOverride(VOCABULARY, vocabulary)]
+    if layers == "F16":  # llama.cpp hears overrides only when it quantizes: the layers are the exception then
+        overrides.append(TypeOverride(LAYERS, GGMLQuantizationType.F16))
+    base = "Q8_0" if layers == "F16" else layers
+    learns = not {layers, vocabulary.name} <= _IGNORES_IMATRIX
+    return CandidateSpec(f"{layers}-vocab-{vocabulary.name}", base, imatrix and learns, tuple(overrides))
+
+
+def is_matrix(tensor: Tensor) -> bool:
+    """Whether llama.cpp would quantize it: no vector, norm or expert gate."""
+    return len(tensor.shape) > 1 and tensor.name.endswith("weight") and not _NEVER_QUANTIZED.search(tensor.name)
+
+
+def resolve(tensors: Iterable[Tensor], spec: CandidateSpec) -> dict[str, GGMLQuantizationType]:
+    """Tensor name -> the kind it is overridden to.
+
+    Raises RequestInvalid for a pattern that is no regular expression or decides about no matrix, and for overrides of
+    F16, which llama.cpp would ignore; QuantizationUnknown for a kind that nothing can be stored as.
+    """
+    if spec.overrides and spec.quantization == "F16":
+        raise RequestInvalid(
+            f"candidate {spec.name!r}: llama.cpp overrides nothing in F16; take Q8_0 and override the rest to F16"
+        )
+    patterns = [_compiled(override, spec) for override in spec.overrides]
+    found: dict[str, GGMLQuantizationType] = {}
+    decides = [False] * len(patterns)
+    for tensor in tensors:
+        first = next((i for i, pattern in enumerate(patterns) if pattern.search(tensor.name)), None)
+        if first is not None and is_matrix(tensor):
+            found[tensor.name] = spec.overrides[first].kind
+            decides[first] = True
+    for override, used in zip(spec.overrides, decides, strict=True):
+        if not used:
+            raise RequestInvalid(
+                f"candidate {spec.name!r}: the pattern {override.pattern!r} decides about no matrix of this model"
+            )
+    return found
+
+
+def need_imatrix(kinds: Mapping[str, GGMLQuantizationType]) -> list[str]:
+    """The tensors, of those `resolve` found, that cannot be written without an importance matrix."""
+    return [name for name, kind in kinds.items() if kind.name in _NEEDS_IMATRIX]
+
+
+def fits(tensor: Tensor, kind: GGMLQuantizationType) -> bool:
+    """Whether the tensor's rows come in whole blocks of `kind`; llama.cpp falls back to another kind if not."""
+    return tensor.shape[-1] % int(GGML_QUANT_SIZES[kind][0]) == 0
+
+
+def _compiled(override: TypeOverride, spec: CandidateSpec) -> re.Pattern[str]:
+    if override.kind.name not in OVERRIDE_KINDS:
+        known = ", ".join(sorted(OVERRIDE_KINDS))
+        raise QuantizationUnknown(f"candidate {spec.name!r}: nothing is stored as {override.kind.name}; known: {known}")
+    try:
+        return re.compile(override.pattern)
+    except re.error as error:
+        raise RequestInvalid(
+            f"candidate {spec.name!r}: {override.pattern!r} is no regular expression: {error}"
+        ) from error

@@ -1,0 +1,359 @@
+"""The ladder: every candidate is made, measured beside the half-precision file, timed here, and one is picked.
+
+What was found of a candidate is kept in the work folder under a hash of all that it depends on, so that a repeated run
+measures only what is new. Of the files only the chosen one is left.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from convert.errors import ImatrixInvalid, MeasureFailed, QuantizeFailed
+from convert.gguf_writer import OutTensor
+from convert.measure.compare import NOISE_EXAMPLES, Measured, Reference, compare, noise, rows_bytes, take_reference
+from convert.measure.speed import Progress, Served, SpeedReport, measure_speeds, served
+from convert.measure.tasks import Tasks
+from convert.quantize.layouts import CandidateSpec
+from convert.quantize.quantize import Written, disk_need, quantize
+from models.common.console import Reporter
+from models.common.files import check_free, sha256_file
+from models.common.machine import describe_machine
+from models.gguf.header import Header, read_header, read_meta
+from models.quality import Budget, Candidate, Loss, Quality, Trim
+
+from .cache import Cache, digest
+from .choice import REFERENCE, Nearness, cause, choose, shared_grid, undone
+
+NO_BASE = "there is no file of the model before its fine-tuning, so nothing could be compared with it"
+OTHER_VOCABULARY = "the base has another vocabulary, so it could not be compared with it"
+CHECKED = (
+    "each file was compared with the model before its fine-tuning, and lies nearer the fine-tune unless it says so"
+)
+NO_DISTANCE = "the fine-tune differs from its base by no more than the noise floor: there is nothing to lose"
+
+
+@dataclass(frozen=True)
+class LadderInputs:
+    """What is to be measured. `half` is the half-precision GGUF; `specs` may or may not name it ("F16").
+
+    `base`: a GGUF of the model before its fine-tuning, with the same vocabulary; `tuned`: the tensors that the
+    fine-tuning changed. `base_header` is that of the weights they were merged onto, where `base` was made from them
+    and is quantized otherwise. `wanted` overrules the budget by a candidate's name.
+    """
+
+    half: Path
+    stem: str
+    tasks: Tasks
+    specs: tuple[CandidateSpec, ...]
+    imatrix: Path | None = None
+    base: Path | None = None
+    tuned: tuple[str, ...] = ()
+    base_header: Header | None = None
+    budget: Budget = field(default_factory=Budget)
+    wanted: str | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the examples came from, for the report."""
+
+    examples_file: str
+    examples_sha256: str
+    calibration_examples: int
+    trim: Trim | None = None
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What does the work; tests put others in their place."""
+
+    quantize: Callable[[Path, Path, CandidateSpec, Path | None, Progress], Written] = quantize
+    take_reference: Callable[[Path, Tasks, Path, Progress, Sequence[Reference]], Reference] = take_reference
+    compare: Callable[[Path, Sequence[Reference], Progress], tuple[Measured, ...]] = compare
+    noise: Callable[[Reference, Progress], Measured] = noise
+    speeds: Callable[[Mapping[str, Path], Served, Progress], SpeedReport] = measure_speeds
+    machine: Callable[[str], str] = describe_machine
+
+
+def run_ladder(
+    inputs: LadderInputs,
+    origin: Provenance,
+    workdir: Path,
+    report: Reporter,
+    tools: Tools | None = None,
+    *,
+    results: Path | None = None,
+) -> tuple[Quality, Path]:
+    """Make, measure and time the candidates; the report, and the chosen file: `half` itself or one in `workdir`.
+
+    Raises StoreError when the disk cannot hold all files, RequestInvalid for specs and a wanted name that cannot be,
+    MeasureFailed when the reference itself does not run. A candidate that fails is a line of the report. No other
+    candidate is left in `workdir`. What was found is kept in `results` (None: a folder in `workdir`).
+    """
+    ladder = _Ladder(inputs, workdir, report, tools or Tools(), results or workdir / "results")
+    try:
+        candidates = ladder.candidates()
+        timed = ladder.timed(candidates)
+        choice = choose(timed.candidates, inputs.budget, inputs.wanted)
+        noise_floor, base_distance = ladder.noise(), ladder.base_distance()
+        path = ladder.file(choice.chosen)
+    finally:
+        ladder.discard_rows()
+    ladder.keep_only(path)
+    return Quality(
+        work=inputs.tasks.work,
+        budget=inputs.budget,
+        machine=timed.machine,
+        examples_file=origin.examples_file,
+        examples_sha256=origin.examples_sha256,
+        calibration_examples=origin.calibration_examples,
+        held_out_examples=len(inputs.tasks.tasks),
+        noise=noise_floor.loss,
+        noise_flips=noise_floor.flips,
+        noise_examples=noise_floor.examples,
+        base_distance=base_distance,
+        base_check=ladder.base_check(),
+        shape=timed.report.shape,
+        trim=origin.trim,
+        candidates=choice.candidates,
+        chosen=choice.chosen,
+        overruled=choice.overruled,
+    ), path
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The reference beside itself in another batch shape, on so many `examples`."""
+
+    loss: Loss | None
+    flips: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Candidates with their speeds, and what these were measured on."""
+
+    candidates: tuple[Candidate, ...]
+    report: SpeedReport
+    machine: str
+
+
+class _Ladder:
+    """One run's state: what was computed so far, and where it lies."""
+
+    def __init__(self, inputs: LadderInputs, workdir: Path, report: Reporter, tools: Tools, results: Path) -> None:
+        self._inputs, self._report, self._tools = inputs, report, tools
+        self._workdir = workdir
+        workdir.mkdir(parents=True, exist_ok=True)
+        plain = [spec for spec in inputs.specs if spec.name != REFERENCE]
+        self._specs = {spec.name: spec for spec in plain}
+        self._check_disk(plain)
+        report.stage("hash what is measured")
+        self._half_sha256 = sha256_file(inputs.half)
+        self._base = inputs.base if inputs.base is not None and self._same_vocabulary(inputs.base) else None
+        parts = [self._half_sha256, digest(inputs.tasks), *(sha256_file(file) for file in (self._base,) if file)]
+        self._cache = Cache(results, parts)
+        self._references: tuple[Reference, ...] = ()
+
+    def candidates(self) -> list[Candidate]:
+        """The reference and every candidate, with size and loss."""
+        return [self._reference_itself(), *(self._candidate(spec) for spec in self._specs.values())]
+
+    def timed(self, candidates: Sequence[Candidate]) -> Timed:
+        """Speeds of all that did not fail; the same set of files is timed only once on a machine."""
+        names = [one.name for one in candidates if one.verdict != "failed"]
+        how = served(self._inputs.tasks)
+        by_name = {one.name: one for one in candidates}
+        parts = [how, self._tools.machine(""), *((name, by_name[name].sha256) for name in names)]
+
+        def measure() -> SpeedReport:
+            files = {name: self.file(name) for name in names}
+            self._report.stage(f"time {len(files)} files on this machine")
+            return self._tools.speeds(files, how, self._report.advance)
+
+        report = self._cache.value(
+            TypeAdapter(SpeedReport), "speed", parts, measure, keep=lambda found: not found.failures
+        )
+        timed = tuple(_with_speed(one, report) for one in candidates)
+        return Timed(timed, report, self._tools.machine(report.backend))
+
+    def noise(self) -> Noise:
+        """The noise floor."""
+
+        def measure() -> Noise:
+            reference = self._take_references()[0]
+            self._report.stage(f"measure the noise floor of {REFERENCE}", NOISE_EXAMPLES)
+            measured = self._tools.noise(reference, self._report.advance)
+            return Noise(measured.loss, measured.answers.flips, measured.answers.total)
+
+        return self._cache.value(TypeAdapter(Noise), "noise", [], measure)
+
+    def base_distance(self) -> Loss | None:
+        """How far the fine-tune lies from its base; None without one."""
+        if self._base is None:
+            return None
+        kind: TypeAdapter[Loss | None] = TypeAdapter(Loss | None)
+        return self._cache.value(kind, "base", [], lambda: self._take_references()[1].beside[0].loss)
+
+    def base_check(self) -> str:
+        """What the comparison with the base was, or why there was none."""
+        if self._base is None:
+            return OTHER_VOCABULARY if self._inputs.base is not None else NO_BASE
+        return CHECKED if self._distance() > self._floor() else NO_DISTANCE
+
+    def file(self, name: str) -> Path:
+        """The file of a candidate, made if it is not there."""
+        if name == REFERENCE:
+            return self._inputs.half
+        spec = self._specs[name]
+        target = self._path(spec)
+        if not target.is_file():
+            self._report.stage(f"quantize to {spec.name}")
+            self._tools.quantize(self._inputs.half, target, spec, self._inputs.imatrix, self._report.advance)
+        return target
+
+    def discard_rows(self) -> None:
+        """The references' rows are of no use to another run: they are sooner computed than stored."""
+        for reference in self._references:
+            reference.rows_file.unlink(missing_ok=True)
+
+    def keep_only(self, chosen: Path) -> None:
+        """Delete the other candidates' files."""
+        for spec in self._specs.values():
+            if (path := self._path(spec)) != chosen:
+                path.unlink(missing_ok=True)
+
+    def _reference_itself(self) -> Candidate:
+        def measure() -> Candidate:
+            half, answers = self._inputs.half, self._take_references()[0].totals
+            none = Loss(positions=0, kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0, perplexity_ratio=1.0)
+            return Candidate(
+                name=REFERENCE,
+                file=half.name,
+                size_bytes=half.stat().st_size,
+                sha256=self._half_sha256,
+                loss=none,
+                answers=answers,
+            )
+
+        return self._cache.value(TypeAdapter(Candidate), REFERENCE, [], measure)
+
+    def _candidate(self, spec: CandidateSpec) -> Candidate:
+        matrix = self._inputs.imatrix if spec.imatrix else None
+        before = self._inputs.base_header
+        kinds = {name: tensor.kind.name for name, tensor in before.tensors.items()} if before is not None else {}
+        parts = [spec, sha256_file(matrix) if matrix is not None else "", sorted(self._inputs.tuned), kinds]
+        return self._cache.value(
+            TypeAdapter(Candidate),
+            spec.name,
+            parts,
+            lambda: self._measure(spec),
+            keep=lambda found: found.verdict != "failed",
+        )
+
+    def _measure(self, spec: CandidateSpec) -> Candidate:
+        path = self._path(spec)
+        path.unlink(missing_ok=True)  # of an earlier run, perhaps of another source
+        try:
+            self.file(spec.name)
+            found = _candidate(spec, path)
+            references = self._take_references()
+            self._report.stage(f"measure {spec.name}", len(self._inputs.tasks.tasks))
+            measured = self._tools.compare(path, references, self._report.advance)
+        except (MeasureFailed, QuantizeFailed, ImatrixInvalid) as error:
+            size = path.stat().st_size if path.is_file() else 1
+            self._report.warn(f"candidate {spec.name} is left out: {error}")
+            return Candidate(
+                name=spec.name, file=path.name, size_bytes=size, sha256="", verdict="failed", reason=str(error)
+            )
+        found = found.model_copy(update={"loss": measured[0].loss, "answers": measured[0].answers})
+        return found if self._base is None else self._judged_by_base(found, path, measured)
+
+    def _judged_by_base(self, found: Candidate, path: Path, measured: Sequence[Measured]) -> Candidate:
+        assert self._base is not None
+        nearness = nearness_of(*measured)
+        grid, n_tuned = self._grid(path)
+        words = cause(grid, n_tuned)
+        found = found.model_copy(update={"kl_to_base": nearness.kl_to_base, "grid": words if grid else ""})
+        why = undone(nearness, self._distance(), self._floor())
+        if why is None:
+            return found
+        reason = f"{why}. {words}"
+        self._report.warn(f"{found.name} UNDOES THE FINE-TUNE: {reason}")
+        return found.model_copy(update={"verdict": "undoes the fine-tune", "reason": reason})
+
+    def _grid(self, path: Path) -> tuple[Mapping[str, int], int]:
+        """The grid that a candidate shares with the base, and of how many fine-tuned matrices."""
+        assert self._base is not None
+        header = read_header(path)
+        tuned = self._inputs.tuned or tuple(name for name, tensor in header.tensors.items() if len(tensor.shape) > 1)
+        return shared_grid(self._inputs.base_header or read_header(self._base), header, tuned), len(tuned)
+
+    def _distance(self) -> float:
+        loss = self.base_distance()
+        return loss.kl_mean if loss is not None else 0.0
+
+    def _floor(self) -> float:
+        loss = self.noise().loss
+        return loss.kl_mean if loss is not None else 0.0
+
+    def _take_references(self) -> tuple[Reference, ...]:
+        """The half-precision file's rows and answers, and beside it the base's, if any; taken when first needed."""
+        if not self._references:
+            tasks, taken = self._inputs.tasks, list[Reference]()
+            for file, place in ((self._inputs.half, "fine-tune"), (self._base, "base")):
+                if file is not None:
+                    self._report.stage(f"take the reference: {place}", len(tasks.tasks))
+                    folder = self._workdir / "rows" / place
+                    taken.append(self._tools.take_reference(file, tasks, folder, self._report.advance, tuple(taken)))
+            self._references = tuple(taken)
+        return self._references
+
+    def _same_vocabulary(self, base: Path) -> bool:
+        return read_meta(base).n_vocab == self._inputs.tasks.n_vocab
+
+    def _check_disk(self, specs: Sequence[CandidateSpec]) -> None:
+        header = read_header(self._inputs.half)
+        tensors = [OutTensor(info.name, info.shape, info.kind) for info in header.tensors.values()]
+        half_bytes = self._inputs.half.stat().st_size
+        needed = disk_need(half_bytes, tensors, specs) - half_bytes
+        check_free(self._workdir, needed + (2 if self._inputs.base else 1) * rows_bytes(self._inputs.tasks))
+
+    def _path(self, spec: CandidateSpec) -> Path:
+        return self._workdir / f"{self._inputs.stem}-{spec.name}.gguf"
+
+
+def nearness_of(to_fine_tune: Measured, to_base: Measured) -> Nearness:
+    """One candidate's measurement beside the fine-tune and beside the base, from one pass over the same examples."""
+    pairs = [
+        (one.is_flipped, other.is_flipped)
+        for one, other in zip(to_fine_tune.examples, to_base.examples, strict=True)
+        if one.reference_answer != other.reference_answer
+    ]
+    return Nearness(
+        kl_to_fine_tune=to_fine_tune.loss.kl_mean if to_fine_tune.loss is not None else 0.0,
+        kl_to_base=to_base.loss.kl_mean if to_base.loss is not None else 0.0,
+        as_fine_tune=sum(not flipped for flipped, _ in pairs),
+        as_base=sum(not flipped for _, flipped in pairs),
+        differing=len(pairs),
+    )
+
+
+def _candidate(spec: CandidateSpec, path: Path) -> Candidate:
+    return Candidate(
+        name=spec.name,
+        file=path.name,
+        size_bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+        imatrix=spec.imatrix,
+        overrides=tuple(f"{override.pattern}={override.kind.name}" for override in spec.overrides),
+    )
+
+
+def _with_speed(one: Candidate, report: SpeedReport) -> Candidate:
+    if one.name in report.failures:
+        return one.model_copy(update={"verdict": "failed", "reason": report.failures[one.name]})
+    return one.model_copy(update={"speed": report.speeds.get(one.name), "score_per_s": report.scores.get(one.name)})

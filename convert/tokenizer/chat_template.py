@@ -1,0 +1,125 @@
+"""Which chat template and which end-of-turn token a converted model gets.
+
+A fine-tune is asked with the very text it was trained on, and stops at the token it was trained to stop at. Lost on
+the way, these are what make a good fine-tune babble, so they are decided here and written into the GGUF.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from convert.errors import TemplateInvalid
+from models.gguf.header import Header
+
+TEMPLATE_FIELD = "tokenizer.chat_template"
+END_OF_TURN_FIELD = "tokenizer.ggml.eot_token_id"
+MAX_TEMPLATE_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 24  # Gemma's tokenizer_config.json lists 6,000 tokens in more than a megabyte
+
+_GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
+END_OF_TURN_MARKS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """`template` is None for a model that only continues text; `origin` says where it came from."""
+
+    template: str | None
+    end_of_turn: int | None
+    origin: str
+    warnings: tuple[str, ...] = ()
+
+
+def choose_format(header: Header, adapter: Path | None) -> ChatFormat:
+    """The adapter's own template, else the source's, else the family's. Raises TemplateInvalid naming the file."""
+    chosen = folder_format(adapter) if adapter is not None else None
+    if chosen is None and TEMPLATE_FIELD in header.fields:
+        chosen = ChatFormat(header.text(TEMPLATE_FIELD), None, "the source GGUF")
+    if chosen is None and all(header.token_id(mark) is not None for mark in _GEMMA_TURNS):
+        gemma = files("convert").joinpath("templates/gemma.jinja").read_text(encoding="utf-8").strip()
+        chosen = ChatFormat(gemma, None, "Gemma's turns (neither the adapter nor the source has a template)")
+    if chosen is None or chosen.template is None:
+        warning = "no chat template was found: the model can complete text, but not answer chat messages"
+        return ChatFormat(None, _known_end(header), "nowhere", (warning,))
+    _check_syntax(chosen.template, chosen.origin)
+    return replace(chosen, end_of_turn=_end_of_turn(header, chosen.template))
+
+
+def folder_format(folder: Path) -> ChatFormat | None:
+    """The template that a tokenizer's folder holds, in one or more of its places; None if none does.
+
+    As in transformers, chat_template.jinja goes before tokenizer_config.json. Raises TemplateInvalid naming the file.
+    """
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    named = _configured(config) if config.is_file() else {}
+    configured = named.get("default")
+    others = {path.stem for path in (folder / "additional_chat_templates").glob("*.jinja")} | (set(named) - {"default"})
+    left_out = (
+        (f"chat templates of other names are left out, a GGUF has one: {', '.join(sorted(others))}",) if others else ()
+    )
+    if not file.is_file():
+        return None if configured is None else ChatFormat(configured, None, str(config), left_out)
+    text = _read(file).removesuffix("\n")  # which Jinja drops too
+    disagree = configured is not None and configured.strip() != text.strip()
+    warning = f"{file.name!r} and {config.name!r} hold different chat templates; the first is used"
+    return ChatFormat(text, None, str(file), (*((warning,) if disagree else ()), *left_out))
+
+
+def _configured(config: Path) -> dict[str, str]:
+    """The templates in tokenizer_config.json by name; a single one is the default."""
+    try:
+        raw = json.loads(_read(config, MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise TemplateInvalid(f"{str(config)!r} is no JSON: {error}") from error
+    template: Any = raw.get("chat_template") if isinstance(raw, dict) else None
+    if isinstance(template, str):
+        return {"default": template}
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if not isinstance(template, dict):
+        return {}
+    return {name: text for name, text in template.items() if isinstance(name, str) and isinstance(text, str)}
+
+
+def _read(file: Path, limit: int = MAX_TEMPLATE_BYTES) -> str:
+    try:
+        if (size := file.stat().st_size) > limit:
+            raise TemplateInvalid(f"{str(file)!r} has {size} bytes, the limit is {limit}")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateInvalid(f"{str(file)!r} cannot be read: {error}") from error
+
+
+def without_training_marks(template: str) -> str:
+    """`template` for plain Jinja: `{% generation %}`, which marks what is trained on, holds what is written anyway."""
+    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)
+
+
+def _check_syntax(template: str, origin: str) -> None:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    try:
+        environment.parse(without_training_marks(template))
+    except (TemplateSyntaxError, RecursionError) as error:
+        raise TemplateInvalid(f"the chat template from {origin} is malformed: {error}") from error
+
+
+def _end_of_turn(header: Header, template: str) -> int | None:
+    """The vocabulary's end-of-turn mark that the template writes; else what the source says."""
+    for mark in END_OF_TURN_MARKS:
+        if mark in template and (token := header.token_id(mark)) is not None:
+            return token
+    return _known_end(header)
+
+
+def _known_end(header: Header) -> int | None:
+    field = header.fields.get(END_OF_TURN_FIELD)
+    return field.value if field is not None and isinstance(field.value, int) else None

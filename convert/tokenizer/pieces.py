@@ -1,0 +1,196 @@
+"""The nouns of a vocabulary on its way into a GGUF, and the rules that hold for each kind of tokenizer.
+
+Types as in SentencePiece: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+import numpy as np
+from pydantic_core import from_json
+
+from convert.errors import TokenizerInvalid
+
+MAX_FILE_BYTES = 256 << 20
+MAX_TOKENS = 1 << 21
+MAX_MERGES = 1 << 22
+MAX_TOKEN_BYTES = 1 << 16
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_MODEL = "tokenizer.model"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def read_bytes(file: Path) -> bytes:
+    """The whole file. Raises TokenizerInvalid when it is too large or cannot be read."""
+    try:
+        if (size := file.stat().st_size) > MAX_FILE_BYTES:
+            raise TokenizerInvalid(f"{str(file)!r} has {size} bytes, the limit is {MAX_FILE_BYTES}")
+        return file.read_bytes()
+    except OSError as error:
+        raise TokenizerInvalid(f"{str(file)!r} cannot be read: {error.strerror or error}") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that `file` holds; empty when there is no such file. Raises TokenizerInvalid."""
+    if not file.exists():
+        return {}
+    try:
+        # strings that are kept for the next time would hold on to the memory of all others
+        found = from_json(read_bytes(file), cache_strings="none")
+    except ValueError as error:
+        raise TokenizerInvalid(f"{str(file)!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise TokenizerInvalid(f"{str(file)!r} holds a {type(found).__name__}, a JSON object is needed")
+    return found
+
+
+def part(parent: object, key: str) -> dict[str, Any]:
+    """The object at `key`; empty when there is none."""
+    found = parent.get(key) if isinstance(parent, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def entries(parent: object, key: str) -> list[Any]:
+    """The list at `key`; empty when there is none."""
+    found = parent.get(key) if isinstance(parent, dict) else None
+    return found if isinstance(found, list) else []
+
+
+def is_id(value: object) -> TypeGuard[int]:
+    """Whether `value` can be a token id."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+SPACE_MARK = "▁"
+_UNUSED_SCORE = -10_000.0
+
+Model = Literal["gpt2", "llama", "t5"]
+
+
+class Kind(IntEnum):
+    """What a token is, by its number in the file."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token as the GGUF spells it."""
+
+    text: str
+    kind: Kind = Kind.NORMAL
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is cut out of the text before anything else happens to it."""
+
+    id: int
+    text: str
+    special: bool
+    normalized: bool = False
+    strips_left: bool = False
+    strips_right: bool = False
+    single_word: bool = False
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tokenizer as llama.cpp understands it. `pre` names the pre-tokenizer, `merges` are of byte-level BPE only.
+
+    A vocabulary has hundreds of thousands of tokens, and nearly all are normal: these are a text by their id, and a
+    score where the model has scores. The `odd` ones are told in full, and count before a text of the same id.
+    `add_space_prefix` puts a space before each run of text. `nfc` says that Hugging Face's tokenizer brings text to
+    Unicode's composed form first, which llama.cpp leaves to whoever sends the text.
+    """
+
+    model: Model
+    pre: str
+    texts: Mapping[int, str]
+    odd: Mapping[int, Piece]
+    scores: np.ndarray | None = None
+    merges: Sequence[bytes] | None = None
+    add_space_prefix: bool | None = None
+    remove_extra_whitespaces: bool | None = None
+    charsmap: bytes = b""
+    added: Sequence[AddedToken] = ()
+    nfc: bool = False
+    warnings: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One token for each row of the embedding, in columns: float32 scores, int32 kinds, and the way back to the ids."""
+
+    texts: Sequence[str]
+    kinds: np.ndarray
+    scores: np.ndarray
+    ids: Mapping[str, int]
+
+
+def looks_special(text: str) -> bool:
+    """Whether a token that is not marked special is one all the same: some tokenizers forget the mark."""
+    return (
+        text in {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}
+        or (text.startswith("<|") and text.endswith("|>"))
+        or (text.startswith("<｜") and text.endswith("｜>"))
+        or (text.startswith("<unused") and text.endswith(">"))
+    )
+
+
+def added_piece(token: AddedToken, score: float, *, unknown: bool) -> Piece:
+    """How llama.cpp is told about an added token: control ones are not seen in a user's text."""
+    if unknown:
+        return Piece(token.text, Kind.UNKNOWN, score)
+    if token.special or looks_special(token.text):
+        return Piece(token.text, Kind.CONTROL, score)
+    # llama.cpp looks for these in the text as it came, before spaces become marks
+    return Piece(token.text.replace(SPACE_MARK, " "), Kind.USER_DEFINED, score)
+
+
+def padded(pieces: Pieces, n_rows: int, source: str) -> Tokens:
+    """One token for each row of the embedding. Ids that no token has are unused ones, named after their place.
+
+    Raises TokenizerInvalid for a vocabulary that is empty, larger than the embedding, or spells two tokens alike,
+    on which llama.cpp aborts.
+    """
+    last = max(chain(pieces.texts, pieces.odd), default=-1)
+    if last < 0:
+        raise TokenizerInvalid(f"{source} holds no tokens")
+    if last >= n_rows:
+        raise TokenizerInvalid(
+            f"the tokenizer is larger than the embedding: {source} has token ids up to {last}, "
+            f"the model has {n_rows} rows; was a token added without resizing the model?"
+        )
+    unused = [index for index in range(n_rows) if index not in pieces.texts]
+    odd = {index: Piece(f"[PAD{index}]", Kind.UNUSED, _UNUSED_SCORE) for index in unused} | dict(pieces.odd)
+    texts = [pieces.texts.get(index, "") for index in range(n_rows)]
+    kinds = np.full(n_rows, Kind.NORMAL, np.int32)
+    scores = np.zeros(n_rows, np.float32)
+    if pieces.scores is not None:
+        scores[: len(pieces.scores)] = pieces.scores
+    for index, piece in odd.items():
+        texts[index], kinds[index], scores[index] = piece.text, piece.kind, piece.score
+    return Tokens(texts, kinds, scores, _ids(texts, source))
+
+
+def _ids(texts: Sequence[str], source: str) -> dict[str, int]:
+    ids: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        spelled = text or f"[EMPTY_{index}]"  # llama.cpp's own name for an empty one
+        if (first := ids.setdefault(spelled, index)) != index:
+            raise TokenizerInvalid(f"{source} spells token {first} and token {index} alike: {spelled[:64]!r}")
+        if len(spelled) > MAX_TOKEN_BYTES:
+            raise TokenizerInvalid(f"{source}: token {index} has {len(spelled)} characters, limit {MAX_TOKEN_BYTES}")
+    return ids

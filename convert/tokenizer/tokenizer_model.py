@@ -1,0 +1,149 @@
+"""tokenizer.model, SentencePiece's own file, read strictly and in llama.cpp's terms.
+
+A small reader of protocol buffers rather than the `sentencepiece` library: that one does not tell how text is
+normalised, nor which pieces are user-defined, and asks for another library to parse its file. It stays the
+independent judge of the result, in `parity`. Lengths are checked against what is left before anything is read.
+Fields: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+"""
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from convert.errors import TokenizerInvalid
+
+from .pieces import MAX_TOKENS, AddedToken, Kind, Piece, Pieces, added_piece, is_id, part, read_bytes, read_object
+from .spacing import checked_charsmap
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
+_MAX_VARINT_BYTES = 10
+_KINDS: Mapping[int, Kind] = {kind.value: kind for kind in Kind}
+_UNIGRAM, _BPE = 1, 2
+_ADDED_SCORE = -1000.0
+
+Value = int | bytes
+
+
+def read_protobuf(file: Path) -> Pieces:
+    """The tokenizer in `file` and its folder's added tokens. Raises TokenizerInvalid naming what is wrong."""
+    source = repr(str(file))
+    trainer: dict[int, Value] = {}
+    normalizer: dict[int, Value] = {}
+    texts: dict[int, str] = {}
+    odd: dict[int, Piece] = {}
+    scores: list[float] = []
+    for number, value in _fields(read_bytes(file), source):
+        if number == 1:
+            if (index := len(texts)) >= MAX_TOKENS:
+                raise TokenizerInvalid(f"{source} has more than {MAX_TOKENS} tokens")
+            piece = _piece(_message(value, source), index, source)
+            texts[index] = piece.text
+            scores.append(piece.score)
+            if piece.kind is not Kind.NORMAL:
+                odd[index] = piece
+        elif number in {2, 3}:
+            (trainer if number == 2 else normalizer).update(_message(value, source))
+    if texts and not (trainer and normalizer):
+        raise TokenizerInvalid(f"{source} is truncated: it does not say how it was trained and how text is normalised")
+    added = added_in_folder(file.parent)
+    pieces = _settled(
+        Pieces("t5", "default", texts, odd, np.array(scores, np.float32), added=added), trainer, normalizer, source
+    )
+    unknown = {index for index, piece in odd.items() if piece.kind is Kind.UNKNOWN}
+    told = {token.id: added_piece(token, _ADDED_SCORE, unknown=token.id in unknown) for token in added}
+    return replace(pieces, odd=odd | told)
+
+
+def added_in_folder(folder: Path) -> tuple[AddedToken, ...]:
+    """The added tokens beside a tokenizer.model: added_tokens.json, and what tokenizer_config.json says of them."""
+    file = folder / "added_tokens.json"
+    found = {index: AddedToken(index, text, special=False) for text, index in read_object(file).items() if is_id(index)}
+    for number, entry in part(read_object(folder / "tokenizer_config.json"), "added_tokens_decoder").items():
+        text = entry.get("content") if isinstance(entry, dict) else None
+        if not number.isdecimal() or not isinstance(text, str) or not text or int(number) > MAX_TOKENS:
+            raise TokenizerInvalid(f"{str(folder)!r}: tokenizer_config.json has the added token {number!r}: {entry!r}")
+        flags = (bool(entry.get(key)) for key in ("special", "normalized", "lstrip", "rstrip", "single_word"))
+        found[int(number)] = AddedToken(int(number), text, *flags)
+    return tuple(found[index] for index in sorted(found))
+
+
+def _settled(pieces: Pieces, trainer: Mapping[int, Value], normalizer: Mapping[int, Value], source: str) -> Pieces:
+    """`pieces` with what the file says of its kind and of spaces. Raises TokenizerInvalid."""
+    kind, prefix, removes = trainer.get(3, _UNIGRAM), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
+    charsmap = normalizer.get(2, b"")
+    if not isinstance(charsmap, bytes):
+        raise TokenizerInvalid(f"{source} has a precompiled_charsmap that is a number")
+    if not normalizer.get(5, 1) or trainer.get(24):
+        raise TokenizerInvalid(f"{source} does not write spaces as marks before words, llama.cpp does")
+    if kind == _UNIGRAM:
+        if trainer.get(35):
+            raise TokenizerInvalid(f"{source} is a Unigram tokenizer that falls back to bytes, which llama.cpp cannot")
+        charsmap = checked_charsmap(charsmap, source)
+        return replace(pieces, add_space_prefix=prefix, remove_extra_whitespaces=removes, charsmap=charsmap)
+    if kind != _BPE:
+        raise TokenizerInvalid(f"{source} has the model type {kind!r}; known are {_UNIGRAM} (Unigram) and {_BPE} (BPE)")
+    if removes or charsmap:
+        what = "removes extra white space" if removes else "replaces characters before it cuts text up"
+        raise TokenizerInvalid(f"{source} {what}, which llama.cpp cannot repeat for BPE")
+    n_bytes = sum(piece.kind is Kind.BYTE for piece in pieces.odd.values())
+    if n_bytes != 256:
+        raise TokenizerInvalid(f"{source} has {n_bytes} byte tokens, llama.cpp needs all 256")
+    return replace(pieces, model="llama", add_space_prefix=prefix)
+
+
+def _piece(fields: Mapping[int, Value], index: int, source: str) -> Piece:
+    text, score, kind = fields.get(1, b""), fields.get(2, b"\0" * 4), fields.get(3, 1)
+    if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
+        raise TokenizerInvalid(f"{source}: token {index} has fields of the wrong type")
+    if len(score) != 4 or kind not in _KINDS:
+        raise TokenizerInvalid(f"{source}: token {index} has the type {kind} and a score of {len(score)} bytes")
+    try:
+        spelled = text.decode()
+    except UnicodeDecodeError as error:
+        raise TokenizerInvalid(f"{source}: token {index} is not UTF-8: {text[:64]!r}") from error
+    if kind == Kind.USER_DEFINED:
+        return added_piece(AddedToken(index, spelled, special=False), struct.unpack("<f", score)[0], unknown=False)
+    return Piece(spelled, _KINDS[kind], struct.unpack("<f", score)[0])
+
+
+def _message(value: Value, source: str) -> dict[int, Value]:
+    if not isinstance(value, bytes):
+        raise TokenizerInvalid(f"{source} has a number where a message is needed")
+    return dict(_fields(value, source))
+
+
+def _fields(data: bytes, source: str) -> Iterator[tuple[int, Value]]:
+    """The fields of a message in order: numbers as they are, everything else as bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at, source)
+        number, wire = key >> 3, key & 7
+        if wire == _VARINT:
+            value, at = _varint(data, at, source)
+            yield number, value
+            continue
+        if wire == _BYTES:
+            size, at = _varint(data, at, source)
+        elif wire in _FIXED_SIZES:
+            size = _FIXED_SIZES[wire]
+        else:
+            raise TokenizerInvalid(f"{source} is no SentencePiece model: wire type {wire} before byte {at}")
+        if size > len(data) - at:
+            raise TokenizerInvalid(f"{source} is truncated: field {number} has {size} bytes, {len(data) - at} are left")
+        yield number, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int, source: str) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:  # nearly all of them, nearly two million in a vocabulary
+        return data[at], at + 1
+    value = 0
+    for place, byte in enumerate(data[at : at + _MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            return value, at + place + 1
+    raise TokenizerInvalid(f"{source} is no SentencePiece model: no number ends at byte {at}")

@@ -1,0 +1,173 @@
+"""Cutting a vocabulary down to what a task needs: which tokens stay.
+
+Two thirds of a small model can be its vocabulary, and each generated token costs a product with all of it. What stays:
+what the examples and the chat template need, special and byte tokens, all that these are merged from, and then the most
+common of the rest. `vocabulary_merges` says why no other text that is made of them is read differently.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from convert.errors import RequestInvalid, TrimImpossible
+from convert.gguf_writer import write_head
+from models.gguf.fields import Field
+from models.gguf.header import Header
+from runtime.errors import EngineError, RequestError
+from runtime.llama.model import load_tokenizer
+from runtime.llama.tokenizer import Tokenizer
+from runtime.prompt.template import ChatTemplate
+
+from .fields import Model, TokenType, Vocabulary, read_vocabulary, trimmed_fields
+from .merges import Rules, may_overlap, rules_for
+
+DEFAULT_KEEP = 32_768
+ROWS = 32
+"""llama.cpp repacks a matrix for its fast kernels only if its rows come in groups; Q4_0 decodes 1.2× faster so."""
+
+_TEMPLATE = "tokenizer.chat_template"
+_SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE)
+# Reserved for a use that nobody gave them: <unused17>, <|reserved_special_token_3|>, <|placeholder1|>, [unused5] …
+_PLACEHOLDER = re.compile(rb"[<\[]\|?(unused|reserved|placeholder|dummy|extra)(_special)?(_token)?_?\d+\|?[>\]]")
+# GPT-2's spelling of the bytes: printable ones as they are, the others from U+0100 on
+_PLAIN_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+
+
+@dataclass(frozen=True)
+class TrimPlan:
+    """What a trimmed vocabulary holds. `kept`: int32, new id -> old id, ascending. `fields`: the whole metadata.
+
+    `n_needed` of the tokens are needed; the others are there because they are common.
+    """
+
+    kept: np.ndarray
+    n_before: int
+    n_needed: int
+    fields: Mapping[str, Field]
+
+    @property
+    def new_ids(self) -> np.ndarray:
+        """Old id -> new id, int32 of shape (n_before,); -1 for a token that is cut."""
+        ids = np.full(self.n_before, -1, np.int32)
+        ids[self.kept] = np.arange(len(self.kept), dtype=np.int32)
+        return ids
+
+
+def plan_trim(
+    header: Header, texts: Iterable[str], keep: int = DEFAULT_KEEP, *, template: str | None = None
+) -> TrimPlan:
+    """Choose the tokens that stay: at most `keep` in all, and a multiple of `ROWS` where that is enough.
+
+    `texts`: the examples as the model reads them, turns and control tokens written out, answers included. `template`:
+    the chat template if it is another than the header's. The most common are those that the vocabulary was built with
+    first: by score (SentencePiece's are in the order of merging, Unigram's are log-probabilities), then by id.
+
+    Raises TrimImpossible for a vocabulary that cannot be cut, RequestInvalid when there are no texts or when `keep` is
+    below the least possible, which it names, or not below what there is.
+    """
+    vocabulary = read_vocabulary(header)
+    n_before = len(vocabulary.tokens)
+    if keep >= n_before:
+        raise RequestInvalid(f"a vocabulary of {n_before} tokens is not cut by keeping {keep}; keep fewer")
+    tokenizer = tokenizer_of(header)
+    used = _used(tokenizer, texts)
+    if not used:
+        raise RequestInvalid("the examples to trim the vocabulary by hold no text")
+    written = template if template is not None else _template(header)
+    used |= _used(tokenizer, [ChatTemplate(written).written] if written else [])
+    choice = _Choice(vocabulary, rules_for(vocabulary))
+    choice.add(_special(vocabulary, tokenizer, used) | used | set(vocabulary.special_ids.values()))
+    n_needed = len(choice.kept)
+    if n_needed > keep:
+        raise RequestInvalid(
+            f"{keep} tokens are to be kept, but {n_needed} are needed: special and byte tokens, what the examples use "
+            f"and what that is merged from; keep at least {n_needed}"
+        )
+    whole_rows = keep // ROWS * ROWS
+    choice.fill(whole_rows if whole_rows >= n_needed else keep)
+    kept = np.array(sorted(choice.kept), np.int32)
+    return TrimPlan(kept, n_before, n_needed, trimmed_fields(header, vocabulary, kept))
+
+
+def tokenizer_of(header: Header, fields: Mapping[str, Field] | None = None) -> Tokenizer:
+    """llama.cpp's tokenizer for a header without its weights; `fields` instead of its own, if given.
+
+    Raises TrimImpossible with llama.cpp's reason.
+    """
+    with tempfile.TemporaryDirectory(prefix="deskside-") as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        write_head(path, header.fields if fields is None else fields, header.alignment)
+        try:
+            return load_tokenizer(path)
+        except EngineError as error:
+            raise TrimImpossible(f"llama.cpp cannot read the vocabulary of {str(header.path)!r}: {error}") from error
+
+
+class _Choice:
+    """A growing set of tokens that is closed: with each token it holds what that is merged from."""
+
+    def __init__(self, vocabulary: Vocabulary, rules: Rules) -> None:
+        self.kept: set[int] = set()
+        self._vocabulary = vocabulary
+        self._rules = rules
+        self.add(set(rules.anchors.tolist()))
+
+    def add(self, tokens: set[int]) -> None:
+        """Take all of `tokens`, and what they are merged from, whose own path is on theirs."""
+        for token in tokens - self.kept:
+            self.kept |= {token} | self._path(token)
+
+    def fill(self, size: int) -> None:
+        """Take the most common tokens until there are `size`; those that no text becomes are passed over."""
+        vocabulary = self._vocabulary
+        scores = vocabulary.scores if vocabulary.model != Model.BPE else np.zeros(len(vocabulary.tokens))
+        for token in np.argsort(-scores, kind="stable").tolist():
+            if len(self.kept) >= size:
+                break
+            if token in self.kept or vocabulary.types[token] != TokenType.NORMAL:
+                continue
+            path = self._path(token)
+            if path and len(path - self.kept) <= size - len(self.kept):
+                self.kept |= path
+
+    def _path(self, token: int) -> set[int]:
+        ids = self._vocabulary.ids
+        return {ids[text] for text in self._rules.path(self._vocabulary.tokens[token]) if text in ids}
+
+
+def _used(tokenizer: Tokenizer, texts: Iterable[str]) -> set[int]:
+    used: set[int] = set()
+    for index, text in enumerate(texts):
+        try:
+            used.update(tokenizer.encode(text, add_special=False, parse_special=True))
+        except (RequestError, EngineError) as error:
+            raise RequestInvalid(f"example {index} cannot be tokenized: {error}") from error
+    return used
+
+
+def _special(vocabulary: Vocabulary, tokenizer: Tokenizer, used: set[int]) -> set[int]:
+    """Special and byte tokens, also those that llama.cpp knows by their text; of placeholders only those in use."""
+    found = set(np.flatnonzero(np.isin(vocabulary.types, _SPECIAL)).tolist())
+    texts = [text.encode() for text in tokenizer.special_texts]
+    found |= {vocabulary.ids[text] for text in texts if text in vocabulary.ids}
+    found |= set(tokenizer.end_tokens)
+    if vocabulary.model == Model.BPE:
+        found |= {vocabulary.ids[char] for char in _byte_characters() if char in vocabulary.ids}
+    placeholders = {token for token in found - used if _PLACEHOLDER.fullmatch(vocabulary.tokens[token])}
+    # Unigram's normalizer looks for user-defined tokens in places where none ends up in the text
+    if vocabulary.model == Model.UNIGRAM or may_overlap([vocabulary.tokens[token] for token in found]):
+        return found
+    return found - placeholders
+
+
+def _byte_characters() -> list[bytes]:
+    others = range(0x100, 0x100 + 256 - len(_PLAIN_BYTES))
+    return [chr(code).encode() for code in (*_PLAIN_BYTES, *others)]
+
+
+def _template(header: Header) -> str:
+    return header.text(_TEMPLATE) if _TEMPLATE in header.fields else ""

@@ -1,0 +1,210 @@
+"""The GGUF and the checkpoint's own tokenizer give the same ids; where they do not, it is said."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers, processors
+
+from convert.errors import VerifyFailed
+from convert.proof.parity import Pair, check_tokenizer, encode_both, open_pair
+from convert.proof.templates import check_template
+from convert.proof.torture import CONVERSATIONS, TEXTS
+from convert.tokenizer.chat_template import TEMPLATE_FIELD
+from convert.tokenizer.read import read_vocabulary
+from models.gguf.fields import Field, read_fields
+from tests.support.convert import tiny_tokenizers as tiny
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+JSON_KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "gpt-2": lambda: tiny.byte_level(None),
+    "smollm": lambda: tiny.byte_level(None, digits=True),
+    "llama-bpe": lambda: tiny.byte_level(tiny.LLAMA3, looks_up=True),
+    "dbrx": lambda: tiny.byte_level(tiny.LLAMA3),
+    "qwen2": lambda: tiny.byte_level(tiny.QWEN2),
+    "default": tiny.sentence_bpe,
+}
+MODEL_KINDS: dict[str, Callable[[], bytes]] = {
+    "llama": tiny.sentence_model,
+    "gemma": lambda: tiny.sentence_model(add_dummy_prefix=False, user_defined_symbols=["<tag>", "▁▁", "▁▁▁"]),
+    "unigram": lambda: tiny.sentence_model("unigram", normalization_rule_name="nmt_nfkc"),
+    "unigram, spaces merged": lambda: tiny.sentence_model("unigram", remove_extra_whitespaces=True),
+}
+
+
+# the first ranges hold what tokens are made of, and characters that no table disagrees about
+TEXT = st.text(
+    st.characters(max_codepoint=0x2FFF, exclude_categories=["Cs", "Cn"]) | st.sampled_from(" \n'sS1aÉ👍🏽字"),
+    max_size=80,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: tiny.save(make(), tmp_path_factory.mktemp("kind") / name) for name, make in JSON_KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def pairs(folders: dict[str, Path]) -> dict[str, Pair]:
+    return {name: open_pair(tiny.convert(folder), folder) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("name", JSON_KINDS)
+def test_every_kind_of_tokenizer_json_tokenises_alike(name: str, folders: dict[str, Path]) -> None:
+    gguf = tiny.convert(folders[name])
+    steps: list[tuple[int, int]] = []
+    parity = check_tokenizer(
+        open_pair(gguf, folders[name]), ["A user's own <|im_end|> text."], lambda *step: steps.append(step)
+    )
+    assert read_fields(gguf)["tokenizer.ggml.pre"].value == name
+    assert parity.n_texts > len(TEXTS)
+    assert parity.n_tokens > 1000
+    assert parity.mismatches == ()
+    assert steps[-1] == (parity.n_texts, parity.n_texts)
+
+
+@pytest.mark.parametrize("name", JSON_KINDS)
+@settings(max_examples=40, deadline=None)
+@given(text=TEXT)
+def test_random_unicode_tokenises_alike(name: str, pairs: dict[str, Pair], text: str) -> None:
+    ours, theirs = encode_both(pairs[name], text)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", MODEL_KINDS)
+def test_every_kind_of_tokenizer_model_tokenises_alike(name: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(MODEL_KINDS[name]())
+    vocabulary = read_vocabulary(tmp_path, {"bos_token_id": 1, "eos_token_id": 2}, 1000)
+    parity = check_tokenizer(open_pair(tiny.vocabulary_gguf(tmp_path / "v.gguf", vocabulary), tmp_path), ["two  words"])
+    assert parity.n_tokens > 1000
+    assert parity.mismatches == ()
+
+
+@pytest.mark.parametrize("options", [{}, {"split": False}, {"prepend_scheme": "never"}], ids=str)
+def test_unigram_in_tokenizer_json_tokenises_alike(options: dict[str, object], tmp_path: Path) -> None:
+    folder = tiny.save(tiny.unigram(tiny.sentence_model("unigram"), **options), tmp_path)
+    assert check_tokenizer(open_pair(tiny.convert(folder), folder), ["two  words"]).mismatches == ()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "looks_up", "name"), [(tiny.TEKKEN, True, "tekken"), (tiny.GPT4O, False, "gpt-4o")]
+)
+def test_where_llama_cpp_only_comes_near_the_user_is_told(
+    pattern: str, looks_up: bool, name: str, tmp_path: Path
+) -> None:
+    folder = tiny.save(tiny.byte_level(pattern, looks_up=looks_up), tmp_path)
+    vocabulary = read_vocabulary(folder, {}, 800)
+    gguf = tiny.vocabulary_gguf(tmp_path / "v.gguf", vocabulary)
+    assert any(f"comes near the pre-tokenizer {name!r}" in warning for warning in vocabulary.warnings)
+    parity = check_tokenizer(open_pair(gguf, folder), ["plain English, and naïve café"])
+    assert parity.mismatches, "llama.cpp has learned combining marks: the warning can go"
+    with pytest.raises(VerifyFailed, match="not the checkpoint's"):
+        check_tokenizer(open_pair(gguf, folder), [parity.mismatches[0].text])
+
+
+def test_another_vocabulary_is_caught_and_the_first_difference_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tiny.save(tiny.byte_level(tiny.QWEN2), tmp_path)
+    tiny.convert(folder)
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    del raw["model"]["merges"][40]
+    tiny.edit(folder, raw)
+    with pytest.raises(VerifyFailed, match=r"differs at token \d+: from \d+ on llama.cpp has \[.*Hugging Face \["):
+        check_tokenizer(open_pair(folder / "vocabulary.gguf", folder), [])
+
+
+def test_bos_and_eos_are_added_as_the_post_processor_says(tmp_path: Path) -> None:
+    tokenizer = tiny.byte_level(tiny.LLAMA3)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(text, tokenizer.token_to_id(text)) for text in ("<s>", "</s>")]
+    )
+    folder = tiny.save(tokenizer, tmp_path, add_bos_token=False)
+    vocabulary = read_vocabulary(folder, {}, 800)
+    assert any("add_bos_token = False" in warning for warning in vocabulary.warnings)
+    gguf = tiny.vocabulary_gguf(tmp_path / "v.gguf", vocabulary)
+    check_tokenizer(open_pair(gguf, folder), [])
+    without = {**vocabulary.fields, "tokenizer.ggml.add_eos_token": Field.boolean(False)}
+    wrong = tiny.vocabulary_gguf(tmp_path / "w.gguf", type(vocabulary)(without, vocabulary.size, ()))
+    with pytest.raises(VerifyFailed, match="BOS or EOS are not added as before"):
+        check_tokenizer(open_pair(wrong, folder), [])
+
+
+def test_text_is_compared_composed_where_the_tokenizer_composes_it(tmp_path: Path) -> None:
+    tokenizer = tiny.byte_level(tiny.QWEN2)
+    tokenizer.normalizer = normalizers.NFC()
+    folder = tiny.save(tokenizer, tmp_path)
+    parity = check_tokenizer(open_pair(tiny.convert(folder), folder), ["cafe\u0301"])
+    assert parity.limits == ("texts are compared in composed form (NFC)",)
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "template", "limits"),
+    [
+        ("always", "", ["without spaces at their beginning"]),
+        ("first", "", ["without spaces at their beginning"]),
+        ("first", "{{ bos_token }}" + CHATML, ["without spaces at their beginning", "as they come after '<s>'"]),
+        ("never", "{{ bos_token }}" + CHATML, []),
+    ],
+)
+def test_each_way_to_say_where_spaces_go_tokenises_alike(
+    scheme: str, template: str, limits: list[str], tmp_path: Path
+) -> None:
+    folder = tiny.save(tiny.sentence_bpe(), tmp_path)
+    tiny.edit(folder, {"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": scheme}})
+    if template:
+        with_template(folder, template)
+    gguf = tiny.convert(folder)
+    parity = check_tokenizer(open_pair(gguf, folder), ["Hello", "  Hello"])
+    assert [limit.removeprefix("texts are compared ") for limit in parity.limits] == limits
+    assert check_template(open_pair(gguf, folder), []).n_compared == (len(CONVERSATIONS) if template else 0)
+
+
+def with_template(folder: Path, template: str) -> Path:
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("make", [lambda: tiny.byte_level(tiny.QWEN2), tiny.sentence_bpe], ids=["bytes", "sentence"])
+def test_prompts_are_rendered_and_tokenised_by_hugging_faces_rule(
+    make: Callable[[], Tokenizer], tmp_path: Path
+) -> None:
+    folder = with_template(tiny.save(make(), tmp_path), CHATML)
+    parity = check_template(
+        open_pair(tiny.convert(folder), folder), [CONVERSATIONS[0], [{"role": "user", "content": "</s>"}]]
+    )
+    assert (parity.n_compared, parity.n_skipped) == (len(CONVERSATIONS) + 1, 1)
+    assert parity.warnings == ()
+
+
+def test_bos_stands_once_before_a_prompt(tmp_path: Path) -> None:
+    folder = with_template(
+        tiny.save(tiny.byte_level(tiny.LLAMA3), tmp_path, add_bos_token=True), "{{ bos_token }}" + CHATML
+    )
+    gguf = tiny.convert(folder)
+    assert check_template(open_pair(gguf, folder), []).warnings == ()
+    with_template(folder, CHATML)
+    told = check_template(open_pair(tiny.convert(folder), folder), [])
+    assert "the template writes no BOS" in told.warnings[0]
+
+
+def test_another_template_is_caught(tmp_path: Path) -> None:
+    folder = with_template(tiny.save(tiny.byte_level(tiny.LLAMA3), tmp_path), CHATML)
+    vocabulary = read_vocabulary(folder, {}, 800)
+    changed = {**vocabulary.fields, TEMPLATE_FIELD: Field.string(CHATML.replace("assistant", "model"))}
+    gguf = tiny.vocabulary_gguf(tmp_path / "v.gguf", type(vocabulary)(changed, vocabulary.size, ()))
+    with pytest.raises(VerifyFailed, match="the rendered prompt is"):
+        check_template(open_pair(gguf, folder), [])
+
+
+def test_a_conversation_both_refuse_is_skipped(tmp_path: Path) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    folder = with_template(tiny.save(tiny.byte_level(tiny.LLAMA3), tmp_path), strict)
+    assert check_template(open_pair(tiny.convert(folder), folder), []).n_skipped == 1

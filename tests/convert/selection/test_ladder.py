@@ -1,0 +1,271 @@
+"""The ladder's order, what it keeps for another run, and what it does when a candidate fails: with fakes."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import gguf
+import pytest
+
+from convert.errors import MeasureFailed, QuantizeFailed, RequestInvalid
+from convert.measure.compare import ExampleResult, Measured, Reference
+from convert.measure.forward import Answer
+from convert.measure.speed import Progress, Served, SpeedReport
+from convert.measure.tasks import Task, Tasks
+from convert.quantize.layouts import CandidateSpec, plain
+from convert.quantize.quantize import Written
+from convert.selection.ladder import NO_BASE, OTHER_VOCABULARY, LadderInputs, Provenance, Tools, run_ladder
+from models.errors import StoreError
+from models.gguf.header import read_header
+from models.quality import Answers, Loss, Speed
+from tests.support.convert.tiny import TOKENS, write_model
+
+TASKS = Tasks(
+    "classify",
+    tuple(Task(str(n), (5, 6, 7), (8, 9), "ab"[n % 2]) for n in range(10)),
+    ("a", "b"),
+    ((8,), (9,)),
+    (1,),
+    len(TOKENS),
+)
+ORIGIN = Provenance("mails.jsonl", "e" * 64, 3)
+# name -> (KL to the fine-tune, KL to the base, examples a second)
+FIGURES = {
+    "F16": (0.0, 1.5, 2.0),
+    "Q8_0": (0.001, 1.5, 3.0),
+    "Q4_0": (0.5, 1.0, 5.0),
+    "Q4_K_M": (1.4, 0.01, 9.0),
+    "base": (1.5, 0.0, 0.0),
+}
+
+
+class Quiet:
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.warnings: list[str] = []
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.stages.append(name)
+
+    def advance(self, done: int, total: int | None = None) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def close(self) -> None:
+        pass
+
+
+def loss(kl_mean: float) -> Loss:
+    return Loss(positions=10, kl_mean=kl_mean, kl_p99=kl_mean, top1_agreement=1.0, perplexity_ratio=1.0)
+
+
+def measured(kl_mean: float, answer: str, reference_answer: str) -> Measured:
+    examples = tuple(
+        ExampleResult(task.id, "a", answer, reference_answer, answer == "a", answer != reference_answer, kl_mean)
+        for task in TASKS.tasks
+    )
+    right = 10 if answer == "a" else 0
+    answers = Answers(total=10, correct=right, flips=0, difference_low=0, difference_high=0, p_value=1.0)
+    return Measured(loss(kl_mean), answers, examples)
+
+
+@dataclass
+class Work:
+    """Fakes that write down what they were asked. What lies nearer the base answers "b" as the base does."""
+
+    done: list[str] = field(default_factory=list)
+    fails: Mapping[str, BaseException] = field(default_factory=dict)
+
+    def quantize(
+        self, source: Path, target: Path, spec: CandidateSpec, imatrix: Path | None, told: Progress
+    ) -> Written:
+        self.done.append(f"quantize {spec.name}")
+        if spec.name in self.fails and isinstance(self.fails[spec.name], QuantizeFailed):
+            raise self.fails[spec.name]
+        write_model(target, kind=gguf.GGMLQuantizationType.Q4_0 if "Q4" in spec.name else gguf.GGMLQuantizationType.F16)
+        target.write_bytes(target.read_bytes() + spec.name.encode())
+        return Written({}, 0)
+
+    def take_reference(
+        self, model: Path, tasks: Tasks, folder: Path, told: Progress, beside: Sequence[Reference]
+    ) -> Reference:
+        self.done.append(f"reference {folder.name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = folder / "rows"
+        rows.write_bytes(b"x")
+        distances = tuple(measured(FIGURES["base"][0], "b", "a") for _ in beside)
+        return Reference(model, tasks, tuple(Answer("a") for _ in tasks.tasks), (), rows, distances)
+
+    def compare(self, file: Path, references: Sequence[Reference], told: Progress) -> tuple[Measured, ...]:
+        name = file.stem.removeprefix("tuned-")
+        self.done.append(f"compare {name}")
+        if name in self.fails:
+            raise self.fails[name]
+        near, far, _ = FIGURES[name]
+        answer = "a" if near <= far else "b"
+        return tuple(measured(near if place == 0 else far, answer, "ab"[place]) for place, _ in enumerate(references))
+
+    def noise(self, reference: Reference, told: Progress) -> Measured:
+        self.done.append("noise")
+        return measured(0.0001, "a", "a")
+
+    def speeds(self, files: Mapping[str, Path], how: Served, told: Progress) -> SpeedReport:
+        self.done.append("time " + " ".join(files))
+        assert all(file.is_file() for file in files.values())
+        speed = Speed(prefill_tokens_per_s=1, decode_tokens_per_s={1: 1}, peak_memory_bytes=1)
+        return SpeedReport(dict.fromkeys(files, speed), {name: FIGURES[name][2] for name in files}, {}, None, "CPU")
+
+    def tools(self) -> Tools:
+        return Tools(
+            self.quantize, self.take_reference, self.compare, self.noise, self.speeds, lambda backend: f"here {backend}"
+        )
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> LadderInputs:
+    half = write_model(tmp_path / "tuned-F16.gguf", kind=gguf.GGMLQuantizationType.F16)
+    base = write_model(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q4_0)
+    specs = tuple(map(plain, ("F16", "Q8_0", "Q4_0", "Q4_K_M")))
+    return LadderInputs(half, "tuned", TASKS, specs, base=base)
+
+
+def test_the_fastest_that_keeps_the_fine_tune_is_chosen(inputs: LadderInputs, tmp_path: Path) -> None:
+    work, quiet, folder = Work(), Quiet(), tmp_path / "work"
+    quality, chosen = run_ladder(inputs, ORIGIN, folder, quiet, work.tools())
+    assert {one.name: one.verdict for one in quality.candidates} == {
+        "F16": "within budget",
+        "Q8_0": "chosen",
+        "Q4_0": "over budget",
+        "Q4_K_M": "undoes the fine-tune",
+    }
+    assert chosen == folder / "tuned-Q8_0.gguf"
+    assert [file.name for file in folder.rglob("*.gguf")] == [chosen.name]
+    assert not list(folder.rglob("rows/*/rows"))
+    undone = quality.candidates[3]
+    assert "1.4 to the fine-tune, 0.01 to its base" in undone.reason
+    assert "rounded to the very grid their base lay on (Q4_0)" in undone.reason
+    assert any("UNDOES THE FINE-TUNE" in warning for warning in quiet.warnings)
+    assert quality.base_distance == loss(1.5)
+    assert (quality.noise, quality.noise_examples) == (loss(0.0001), 10)
+    # the base is compared with the fine-tune in the pass that takes its rows
+    assert [what for what in work.done if what.startswith(("reference", "compare"))] == [
+        "reference fine-tune",
+        "reference base",
+        "compare Q8_0",
+        "compare Q4_0",
+        "compare Q4_K_M",
+    ]
+    assert (quality.machine, quality.held_out_examples, quality.calibration_examples) == ("here CPU", 10, 3)
+
+
+def test_the_grid_is_that_of_the_weights_that_were_merged_onto(inputs: LadderInputs, tmp_path: Path) -> None:
+    """With a trimmed vocabulary the base is written anew in half precision, and no longer shows on what grid it lay."""
+    assert inputs.base is not None
+    before = read_header(inputs.base)
+    (tmp_path / "again").mkdir()
+    trimmed = write_model(tmp_path / "again" / "base.gguf", kind=gguf.GGMLQuantizationType.F16)
+    for header, named in ((None, "quantizing it loses more"), (before, "the very grid their base lay on (Q4_0)")):
+        changed = replace(inputs, base=trimmed, base_header=header, tuned=("blk.0.attn_q.weight",))
+        quality, _ = run_ladder(changed, ORIGIN, tmp_path / "work", Quiet(), Work().tools())
+        assert named in quality.candidates[3].reason
+
+
+def test_a_repeated_run_measures_nothing_again(inputs: LadderInputs, tmp_path: Path) -> None:
+    first = run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), Work().tools())
+    again = Work()
+    assert run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), again.tools()) == first
+    assert again.done == []
+    first[1].unlink()
+    assert run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), again.tools()) == first
+    assert again.done == ["quantize Q8_0"]
+
+
+def test_a_new_candidate_is_measured_and_all_are_timed_together(inputs: LadderInputs, tmp_path: Path) -> None:
+    run_ladder(replace(inputs, specs=inputs.specs[:2]), ORIGIN, tmp_path / "work", Quiet(), Work().tools())
+    again = Work()
+    run_ladder(replace(inputs, specs=inputs.specs[:3]), ORIGIN, tmp_path / "work", Quiet(), again.tools())
+    assert [what for what in again.done if what.startswith(("compare", "time"))] == [
+        "compare Q4_0",
+        "time F16 Q8_0 Q4_0",
+    ]
+
+
+@pytest.mark.parametrize("what", ["half", "tasks", "base", "imatrix"])
+def test_what_a_result_depends_on_makes_it_new(inputs: LadderInputs, tmp_path: Path, what: str) -> None:
+    imatrix = tmp_path / "imatrix"
+    imatrix.write_bytes(b"1")
+    spec = CandidateSpec("Q8_0", "Q8_0", imatrix=True)
+    inputs = replace(inputs, specs=(spec,), imatrix=imatrix)
+    run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), Work().tools())
+    if what == "tasks":
+        inputs = replace(inputs, tasks=replace(TASKS, tasks=TASKS.tasks[:9]))
+    else:
+        file = {"half": inputs.half, "base": inputs.base, "imatrix": imatrix}[what]
+        assert file is not None
+        file.write_bytes(file.read_bytes() + b"x")
+    again = Work()
+    run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), again.tools())
+    assert "compare Q8_0" in again.done
+
+
+@pytest.mark.parametrize("error", [MeasureFailed("aborted"), QuantizeFailed("no such type")])
+def test_a_candidate_that_fails_is_a_line_of_the_report(inputs: LadderInputs, tmp_path: Path, error: Exception) -> None:
+    quiet = Quiet()
+    quality, chosen = run_ladder(inputs, ORIGIN, tmp_path / "work", quiet, Work(fails={"Q8_0": error}).tools())
+    failed = next(one for one in quality.candidates if one.name == "Q8_0")
+    assert (failed.verdict, failed.reason) == ("failed", str(error))
+    assert chosen == inputs.half
+    assert quiet.warnings[0] == f"candidate Q8_0 is left out: {error}"
+    again = Work()
+    assert run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), again.tools())[0].chosen == "Q8_0"
+
+
+def test_a_wanted_one_is_made_whatever_it_loses(inputs: LadderInputs, tmp_path: Path) -> None:
+    quality, chosen = run_ladder(replace(inputs, wanted="Q4_K_M"), ORIGIN, tmp_path / "work", Quiet(), Work().tools())
+    assert (quality.chosen, quality.overruled) == ("Q4_K_M", True)
+    assert chosen.name == "tuned-Q4_K_M.gguf"
+    with pytest.raises(RequestInvalid, match="no candidate 'Q2_K'"):
+        run_ladder(replace(inputs, wanted="Q2_K"), ORIGIN, tmp_path / "work", Quiet(), Work().tools())
+
+
+def test_without_a_base_nothing_is_compared_with_it(inputs: LadderInputs, tmp_path: Path) -> None:
+    work = Work()
+    quality, _ = run_ladder(replace(inputs, base=None), ORIGIN, tmp_path / "work", Quiet(), work.tools())
+    assert (quality.base_check, quality.base_distance) == (NO_BASE, None)
+    assert "reference base" not in work.done
+    assert next(one for one in quality.candidates if one.name == "Q4_K_M").verdict == "over budget"
+
+
+def test_a_base_of_another_vocabulary_is_not_compared(inputs: LadderInputs, tmp_path: Path) -> None:
+    tasks = replace(TASKS, n_vocab=len(TOKENS) - 1)
+    quality, _ = run_ladder(replace(inputs, tasks=tasks), ORIGIN, tmp_path / "work", Quiet(), Work().tools())
+    assert quality.base_check == OTHER_VOCABULARY
+
+
+def test_the_disk_is_asked_first(inputs: LadderInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))
+    work = Work()
+    with pytest.raises(StoreError, match="are needed under"):
+        run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), work.tools())
+    assert work.done == []
+
+
+def test_an_interrupted_run_leaves_no_rows_and_goes_on(inputs: LadderInputs, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_ladder(
+            inputs,
+            ORIGIN,
+            tmp_path / "work",
+            Quiet(),
+            Work(fails={"Q4_0": KeyboardInterrupt()}).tools(),
+        )
+    assert not list((tmp_path / "work").rglob("rows/*/rows"))
+    again = Work()
+    run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), again.tools())
+    assert "compare Q8_0" not in again.done
