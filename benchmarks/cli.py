@@ -7,16 +7,52 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import Field
+
+from benchmarks.comparison.arms import base_arm, fine_tune_arm
+from benchmarks.comparison.evaluate import Task
+from benchmarks.comparison.run import Settings, recipe_file
+from benchmarks.conversion.compare import convert_speed_command
+from benchmarks.conversion.trim import trim_command
+from benchmarks.load.workload import read_prompt, template_prompt
+from benchmarks.peers.report import peers_command
+from benchmarks.soak.soak import soak_command
+from models.manifest import Prompt as ManifestPrompt
+from models.store.store import Store
 
 from .console import show_progress
-from .convert_cli import convert_speed_command
 from .cost import Assumptions
-from .evaluation_settings import EvalSettings
 from .options import with_options
-from .peer_cli import peers_command
-from .plan import Settings
-from .soak_cli import soak_command
-from .trim_cli import trim_command
+from .record import Noun
+
+
+class EvalSettings(Noun):
+    """Without `prompt`, the model is asked through the chat endpoint as its manifest says."""
+
+    examples: Path | None = Field(
+        default=None, description="Labelled chat records (default: email-triage's test split)."
+    )
+    prompt: Path | None = Field(
+        default=None, description="Prompt file with {mail} once, to be continued by a base model."
+    )
+    url: str | None = Field(default=None, description="A running server (…/v1), instead of one of our own.")
+    concurrency: int = Field(default=8, ge=1, description="Requests at a time.")
+    out: Path | None = Field(
+        default=None, description="Keep each answer in this JSON file; a second run goes on from it."
+    )
+
+
+def make_task(model: str, settings: EvalSettings, store: Store) -> Task:
+    """Look the model and the files up. Raises ModelNotFound, BadManifest, BadWorkload."""
+    stored = store.resolve(model)
+    if settings.prompt is None:
+        template = (stored.manifest.prompt if stored.manifest else ManifestPrompt()).template
+        arm = fine_tune_arm(stored, template_prompt("short prompt", template), settings.url)
+    else:
+        arm = base_arm(stored, read_prompt(settings.prompt), settings.url)
+    examples = settings.examples or recipe_file("data", "test.jsonl.gz")
+    return Task(arm, examples, settings.concurrency, settings.out)
+
 
 if TYPE_CHECKING:
     from .record import Run
@@ -49,11 +85,10 @@ def bench_command(
     """Measure the local fine-tune, the local base with a few-shot prompt, and a hosted prompt (or its replay)."""
     if context.invoked_subcommand is not None:
         return
+    from benchmarks.comparison.run import make_plan, run
     from models.store.store import Store
 
     from .cost import check
-    from .plan import make_plan
-    from .run import run
 
     check(assumptions)
     plan = make_plan(settings, Store())
@@ -84,11 +119,12 @@ def report_command(
 def _show(run: "Run", assumptions: Assumptions, *, as_json: bool, plot: Path | None, save_to: Path | None) -> None:
     from rich.console import Console
 
+    from benchmarks.comparison.figures import derive
+    from benchmarks.report.plots import latency_picture
+    from benchmarks.report.terminal import render
+
     from .cost import check
-    from .derive import derive
-    from .plot import latency_picture
     from .record import save_run
-    from .report import render
 
     check(assumptions)
     derived, statistics, bill = derive(run, assumptions)
@@ -110,11 +146,9 @@ def eval_command(
     as_json: _Json = False,
 ) -> None:
     """Measure a model's accuracy on labelled examples, each answer kept."""
+    from benchmarks.comparison.evaluate import evaluate, score_evaluation
+    from benchmarks.report.terminal import render_score
     from models.store.store import Store
-
-    from .evaluate import evaluate, score_evaluation
-    from .evaluation_settings import make_task
-    from .report_score import render_score
 
     with show_progress() as progress:
         evaluation = evaluate(make_task(model, settings, Store()), progress)

@@ -10,11 +10,10 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.cli import create_app, eval_command
-from benchmarks.plan import Settings, make_plan
+from benchmarks.comparison.run import Settings, make_plan
 from benchmarks.record import load_run
 from models.store.store import Store
-
-from .stand_in import StandIn, running
+from tests.support.benchmarks.stand_in import StandIn, running
 
 RUNNER = CliRunner()
 Invoke = Callable[..., Any]

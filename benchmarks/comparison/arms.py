@@ -1,0 +1,119 @@
+"""The arms of the comparison: who answers, asked how, and what is known about it before it is measured."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from benchmarks.load.replay import load_recording, replaying
+from benchmarks.load.servers import Running, free_port, serve_command, serving
+from benchmarks.load.workload import Prompt
+from benchmarks.record import Arm
+from models.store.store import StoredModel
+
+MAX_TOKENS = 12
+FINE_TUNE, BASE, HOSTED = "fine-tune", "base-few-shot", "hosted"
+
+
+@dataclass(frozen=True, slots=True)
+class ArmPlan:
+    """How one arm is run. `start` opens its server; `facts` is the arm as recorded, without its samples yet.
+
+    `chat` picks the endpoint; `fields` go into every request, `body` overrides them (and a null removes a field).
+    """
+
+    facts: Arm
+    prompt: Prompt
+    start: Callable[[], AbstractContextManager[Running]]
+    chat: bool
+    fields: Mapping[str, Any]
+    key: str | None = field(default=None, repr=False)
+    body: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_facts(self, facts: Arm) -> "ArmPlan":
+        """The same plan, with `facts` to be recorded."""
+        return replace(self, facts=facts)
+
+
+def fine_tune_arm(stored: StoredModel, prompt: Prompt, url: str | None) -> ArmPlan:
+    """The local fine-tune, asked as it was trained to be: through the chat endpoint, with the short prompt."""
+    facts = _local_facts(FINE_TUNE, stored, prompt, "/v1/chat/completions", url)
+    fields = {"max_tokens": MAX_TOKENS, "temperature": 0}
+    return ArmPlan(facts=facts, prompt=prompt, start=_local(stored, url), chat=True, fields=fields)
+
+
+def base_arm(stored: StoredModel, prompt: Prompt, url: str | None) -> ArmPlan:
+    """The local base model. It is not tuned to chat, so the few-shot prompt is continued up to the end of the line."""
+    facts = _local_facts(BASE, stored, prompt, "/v1/completions", url)
+    fields = {"max_tokens": MAX_TOKENS, "temperature": 0, "stop": "\n"}
+    return ArmPlan(facts=facts, prompt=prompt, start=_local(stored, url), chat=False, fields=fields)
+
+
+def hosted_arm(url: str, model: str, prompt: Prompt, key: str | None, body: Mapping[str, Any]) -> ArmPlan:
+    """A real hosted API, sent the few-shot prompt as one user message."""
+    facts = Arm(
+        name=HOSTED,
+        kind="measured",
+        model=model,
+        prompt=prompt.name,
+        endpoint="/v1/chat/completions",
+        source=f"measured at {url}",
+    )
+    fields = {"max_completion_tokens": MAX_TOKENS, "temperature": 0}
+
+    def start() -> AbstractContextManager[Running]:
+        return nullcontext(Running(url, 0.0))
+
+    return ArmPlan(facts=facts, prompt=prompt, start=start, chat=True, fields=fields, key=key, body=body)
+
+
+def replayed_arm(prompt: Prompt, seed: int) -> ArmPlan:
+    """The stand-in for a hosted API: latencies drawn from a recording, accuracy not measured."""
+    recording = load_recording()
+    facts = Arm(
+        name=f"{HOSTED} (replayed)",
+        kind="replayed",
+        model=recording.model,
+        prompt=prompt.name,
+        endpoint="/v1/chat/completions",
+        source=(
+            f"replayed: latencies drawn from recorded quantiles of {recording.model} at {recording.host}, "
+            f"{recording.date}, {recording.workload}; {recording.source}"
+        ),
+        streams=False,
+        measures_accuracy=False,
+    )
+
+    @contextmanager
+    def start() -> Iterator[Running]:
+        with replaying(recording, seed) as (url, _):
+            yield Running(url, 0.0)
+
+    return ArmPlan(facts=facts, prompt=prompt, start=start, chat=True, fields={"max_tokens": MAX_TOKENS})
+
+
+def _local(stored: StoredModel, url: str | None) -> Callable[[], AbstractContextManager[Running]]:
+    def start() -> AbstractContextManager[Running]:
+        if url is not None:
+            return nullcontext(Running(url, 0.0))
+        port = free_port()
+        # By path: a folder outside the store may have the name of a model inside it.
+        model = str(stored.folder if stored.manifest else stored.gguf)
+        return serving(serve_command(model, port), port)
+
+    return start
+
+
+def _local_facts(name: str, stored: StoredModel, prompt: Prompt, endpoint: str, url: str | None) -> Arm:
+    artefact = stored.manifest.artefacts[0] if stored.manifest and stored.manifest.artefacts else None
+    return Arm(
+        name=name,
+        kind="measured",
+        model=stored.name,
+        prompt=prompt.name,
+        endpoint=endpoint,
+        quantization=artefact.quantization if artefact else None,
+        size_bytes=stored.gguf.stat().st_size,
+        sha256=artefact.sha256 if artefact else None,
+        source=f"measured at {url}" if url else "measured: `deskside serve` started for this run, default settings",
+    )

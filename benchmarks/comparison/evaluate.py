@@ -1,0 +1,205 @@
+"""How often a model is right on labelled examples: every example asked once over HTTP, every answer kept.
+
+An answer is the greedy text, or the label that the model finds likeliest (`label_scoring`); either way a repetition
+gives the same answers, up to floating-point ties. Resumable: the answers so far are on disk, and a second run asks only
+what is missing, if the model, the prompt, the examples and the way of answering are the same.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from benchmarks.errors import ServerFailed
+from benchmarks.load.client import OpenAiClient
+from benchmarks.load.label_scoring import LabelScorer
+from benchmarks.load.loop import closed_loop
+from benchmarks.load.workload import Example, labels_of, read_examples
+from benchmarks.record import Machine, Noun, describe, load_noun, save_json
+from models.common.files import sha256_file
+
+from .arms import ArmPlan
+from .scoring import Predictions, Score, score
+
+GROUP = 32
+LOGPROB_DIGITS = 4
+Progress = Callable[[str, int, int], None]
+Scoring = Literal["greedy text", "labels scored"]
+Answer = TypeVar("Answer")
+
+
+class Prediction(Noun):
+    """One example's right label and the answer that was given, as it was given (stripped).
+
+    If labels were scored: the log-probability (natural) of each, in the order of the evaluation's `labels`.
+    """
+
+    id: str
+    label: str
+    prediction: str
+    label_logprobs: tuple[float, ...] = ()
+
+
+class Source(Noun):
+    """Exactly what was asked of what; answers of another source are not mixed in."""
+
+    model: str
+    model_sha256: str | None
+    quantization: str | None
+    prompt: str
+    prompt_sha256: str
+    endpoint: str
+    examples: str
+    examples_sha256: str
+    scoring: Scoring = "greedy text"
+
+
+class Evaluation(Noun):
+    """A set of predictions and where they come from. Files made elsewhere need `labels` and `predictions` only."""
+
+    labels: tuple[str, ...]
+    predictions: tuple[Prediction, ...]
+    source: Source | None = None
+    machine: Machine | None = None
+    note: str = ""
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Read a predictions file. Raises BadRecord naming the file and the first field that is wrong."""
+    return load_noun(path, Evaluation, "holds no predictions")
+
+
+def save_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Write a predictions file, whole or not at all; what has its default value is left out."""
+    save_json(path, evaluation.model_dump(mode="json", exclude_defaults=True))
+
+
+def predictions_of(evaluation: Evaluation) -> Predictions:
+    """`{id: (label, prediction)}`."""
+    return {item.id: (item.label, item.prediction) for item in evaluation.predictions}
+
+
+def score_evaluation(evaluation: Evaluation) -> Score:
+    """Accuracy, per-class figures and the confusion matrix of a set of predictions."""
+    return score(predictions_of(evaluation), evaluation.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One evaluation to be made: how to ask, on which examples, how many at a time, and where the answers go."""
+
+    arm: ArmPlan
+    examples: Path
+    concurrency: int
+    out: Path | None
+    scoring: Scoring = "greedy text"
+
+
+def evaluate(task: Task, progress: Progress) -> Evaluation:
+    """Ask what has not been answered yet. Raises ServerFailed when a request fails: a gap would look like an error."""
+    examples = read_examples(task.examples)
+    source = _source(task)
+    known = _resume(task.out, source)
+    missing = [example for example in examples if example.id not in known]
+    labels = labels_of(examples)
+    what = f"{source.model} ({source.prompt}, {source.scoring})"
+
+    def build() -> Evaluation:
+        made = tuple(known[example.id] for example in examples if example.id in known)
+        return Evaluation(labels=labels, predictions=made, source=source, machine=describe())
+
+    if missing:
+        with task.arm.start() as server:
+            for start in range(0, len(missing), GROUP):
+                group = missing[start : start + GROUP]
+                for made in asyncio.run(_answer(task, server.base_url, group, labels)):
+                    known[made.id] = made
+                if task.out is not None:
+                    save_evaluation(task.out, build())
+                progress(what, start + len(group), len(missing))
+    return build()
+
+
+def _source(task: Task) -> Source:
+    facts, prompt = task.arm.facts, task.arm.prompt
+    return Source(
+        model=facts.model,
+        model_sha256=facts.sha256,
+        quantization=facts.quantization,
+        prompt=prompt.name,
+        prompt_sha256=hashlib.sha256(prompt.render("{mail}").encode()).hexdigest(),
+        endpoint=facts.endpoint,
+        examples=task.examples.name,
+        examples_sha256=sha256_file(task.examples),
+        scoring=task.scoring,
+    )
+
+
+def _resume(out: Path | None, source: Source) -> dict[str, Prediction]:
+    if out is None or not out.exists():
+        return {}
+    earlier = load_evaluation(out)
+    if earlier.source != source:
+        return {}
+    return {item.id: item for item in earlier.predictions}
+
+
+async def _answer(
+    task: Task, base_url: str, examples: Sequence[Example], labels: Sequence[str]
+) -> Sequence[Prediction]:
+    if task.scoring == "labels scored":
+        return await _score(task, base_url, examples, labels)
+    return await _write(task, base_url, examples)
+
+
+async def _write(task: Task, base_url: str, examples: Sequence[Example]) -> Sequence[Prediction]:
+    """Let the model write its answer to each example."""
+    plan = task.arm
+    client = OpenAiClient(base_url, plan.facts.model, key=plan.key, body=plan.body, clock=time.perf_counter)
+    send = client.chat if plan.chat else client.complete
+
+    async def ask(example: Example, scheduled: float) -> Prediction:
+        sample = await send(example, plan.prompt.render(example.text), scheduled, **plan.fields)
+        if sample.error:
+            raise ServerFailed(f"{plan.facts.model!r} could not answer {example.id!r}: {sample.error}")
+        return Prediction(id=example.id, label=example.label, prediction=sample.text.strip())
+
+    try:
+        return await _loop(task, examples, ask)
+    finally:
+        await client.close()
+
+
+async def _score(task: Task, base_url: str, examples: Sequence[Example], labels: Sequence[str]) -> Sequence[Prediction]:
+    """Take the label that the model finds likeliest for each example."""
+    plan = task.arm
+    scorer = LabelScorer(base_url, plan.facts.model, labels, key=plan.key)
+
+    async def ask(example: Example, scheduled: float) -> Prediction:
+        try:
+            logprobs = await scorer.score(plan.prompt.render(example.text))
+        except ServerFailed as error:
+            raise ServerFailed(f"{plan.facts.model!r} could not answer {example.id!r}: {error}") from error
+        return Prediction(
+            id=example.id,
+            label=example.label,
+            prediction=max(logprobs, key=logprobs.__getitem__),
+            label_logprobs=tuple(round(value, LOGPROB_DIGITS) for value in logprobs.values()),
+        )
+
+    try:
+        return await _loop(task, examples, ask)
+    finally:
+        await scorer.close()
+
+
+async def _loop(
+    task: Task, examples: Sequence[Example], ask: Callable[[Example, float], Awaitable[Answer]]
+) -> Sequence[Answer]:
+    try:
+        return await closed_loop(examples, task.concurrency, ask, time.perf_counter)
+    except* ServerFailed as failures:
+        raise failures.exceptions[0] from None

@@ -1,0 +1,213 @@
+"""From what the user asked for to a run that can start: every fault in it is found before a server starts."""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from benchmarks.errors import BadWorkload, ServerFailed
+from benchmarks.load.client import OpenAiClient
+from benchmarks.load.loop import closed_loop
+from benchmarks.load.workload import Draw, Example, Prompt, draw, labels_of, read_examples, read_prompt, template_prompt
+from benchmarks.record import Arm, Level, Noun, Run, Sample, Workload, describe, load_average, save_run
+from models.common.files import sha256_file
+from models.manifest import Prompt as ManifestPrompt
+from models.store.store import Store
+
+from .arms import BASE, FINE_TUNE, HOSTED, ArmPlan, base_arm, fine_tune_arm, hosted_arm, replayed_arm
+
+Progress = Callable[[str, int, int], None]
+Keep = Callable[[Arm], None]
+Ask = Callable[[Example, float], Awaitable[Sample]]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Everything a run needs: arms in order, which examples each concurrency gets, and where the file goes."""
+
+    arms: Sequence[ArmPlan]
+    workload: Workload
+    drawn: Draw
+    out: Path
+
+
+def run(plan: RunPlan, progress: Progress) -> Run:
+    """Run every arm and return the record, which is also on disk. `progress(what, done, total)` hears each answer.
+
+    Raises ServerFailed when a server does not start or fails its warm-up; what was measured before is on disk.
+    """
+    record = Run(started_at=_now(), machine=describe(), workload=plan.workload)
+    for arm_plan in plan.arms:
+        progress(f"{arm_plan.facts.name}: starting {arm_plan.facts.model}", 0, 1)
+        earlier = record.arms
+
+        def keep(arm: Arm, earlier: tuple[Arm, ...] = earlier) -> None:
+            nonlocal record
+            record = record.model_copy(update={"arms": (*earlier, arm)})
+            save_run(plan.out, record)
+
+        with arm_plan.start() as server:
+            arm = arm_plan.facts.model_copy(update={"start_s": server.start_s or None})
+            asyncio.run(_Measurement(arm_plan, server.base_url, keep, progress).run(arm, plan.drawn))
+    record = record.model_copy(update={"finished_at": _now()})
+    save_run(plan.out, record)
+    return record
+
+
+class _Measurement:
+    """One arm against its running server. Its clock starts again with each level."""
+
+    def __init__(self, plan: ArmPlan, base_url: str, keep: Keep, progress: Progress) -> None:
+        self._plan = plan
+        self._keep = keep
+        self._progress = progress
+        self._origin = time.perf_counter()
+        self._client = OpenAiClient(base_url, plan.facts.model, key=plan.key, body=plan.body, clock=self._clock)
+
+    def _clock(self) -> float:
+        return time.perf_counter() - self._origin
+
+    async def run(self, arm: Arm, drawn: Draw) -> None:
+        try:
+            warmup = await closed_loop(drawn.warmup, 1, self._ask, self._clock)
+            if warmup and all(sample.error for sample in warmup):
+                raise ServerFailed(f"{arm.name}: {arm.model!r} failed its warm-up: {warmup[0].error}")
+            arm = arm.model_copy(update={"warmup": warmup})
+            for concurrency, examples in drawn.levels.items():
+                level = await self._level(arm.name, concurrency, examples)
+                arm = arm.model_copy(update={"levels": (*arm.levels, level)})
+                self._keep(arm)
+        finally:
+            await self._client.close()
+
+    async def _level(self, name: str, concurrency: int, examples: Sequence[Example]) -> Level:
+        done = 0
+
+        async def ask(example: Example, scheduled: float) -> Sample:
+            nonlocal done
+            sample = await self._ask(example, scheduled)
+            done += 1
+            self._progress(f"{name} ×{concurrency}", done, len(examples))
+            return sample
+
+        load_before = load_average()
+        self._origin = time.perf_counter()
+        samples = await closed_loop(examples, concurrency, ask, self._clock)
+        return Level(concurrency=concurrency, load_before=load_before, samples=samples)
+
+    async def _ask(self, example: Example, scheduled: float) -> Sample:
+        send = self._client.chat if self._plan.chat else self._client.complete
+        return await send(example, self._plan.prompt.render(example.text), scheduled, **self._plan.fields)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+WARMUP = 2
+QUICK = {"requests": 6, "concurrency": "1,4"}
+KEY_VARIABLE = "DESKSIDE_HOSTED_KEY"
+
+
+class Settings(Noun):
+    """What `deskside bench` can be told. `quick` changes the defaults that make a run long."""
+
+    model: str = Field(default="email-triage", description="The fine-tune: a model of the store, or a path.")
+    base: str = Field(default="gemma-3-270m", description="The base model that gets the few-shot prompt.")
+    examples: Path | None = Field(
+        default=None, description="Labelled chat records, .jsonl or .jsonl.gz (default: test split)."
+    )
+    few_shot: Path | None = Field(default=None, description="Prompt file with {mail} once (default: the model's own).")
+    requests: int = Field(default=64, ge=1, description="Requests per arm and level; a p90 needs 64.")
+    concurrency: str = Field(default="1,4,16", description="Levels of the closed loop, users at a time.")
+    arms: str = Field(default=f"{FINE_TUNE},{BASE},{HOSTED}", description="Which arms to run.")
+    url: str | None = Field(
+        default=None, description="A server (…/v1) that has the fine-tune, instead of one of our own."
+    )
+    base_url: str | None = Field(default=None, description="A server (…/v1) that has the base model.")
+    hosted_url: str | None = Field(default=None, description="A hosted API (…/v1) to measure instead of the replay.")
+    hosted_model: str | None = Field(default=None, description=f"Its model. The key is read from ${KEY_VARIABLE}.")
+    hosted_body: str = Field(default="{}", description="JSON merged over each hosted request; a null removes a field.")
+    quick: bool = Field(
+        default=False, description="A few requests only: shows that everything works, measures nothing well."
+    )
+    seed: int = Field(default=0, description="Which examples each level gets, and the replayed latencies.")
+    out: Path | None = Field(default=None, description="Where the JSON goes (default: results/bench-<time>.json).")
+
+
+def recipe_file(*parts: str) -> Path:
+    """A file of the default model's folder in the `models` package."""
+    return Path(str(resources.files("models"))).joinpath("email_triage", *parts)
+
+
+def make_plan(settings: Settings, store: Store) -> RunPlan:
+    """Read the examples and prompts, look the models up, and draw who gets what.
+
+    Raises BadWorkload, ModelNotFound and BadManifest.
+    """
+    if settings.quick:
+        given = settings.model_fields_set
+        settings = settings.model_copy(update={name: value for name, value in QUICK.items() if name not in given})
+    path = settings.examples or recipe_file("data", "test.jsonl.gz")
+    examples = read_examples(path)
+    levels = _integers(settings.concurrency)
+    drawn = draw(examples, levels, settings.requests, WARMUP, settings.seed)
+    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    workload = Workload(
+        examples=path.name,
+        sha256=sha256_file(path),
+        available=len(examples),
+        requests_per_level=settings.requests,
+        concurrency=tuple(levels),
+        seed=settings.seed,
+        labels=labels_of(examples),
+    )
+    few_shot = read_prompt(settings.few_shot or recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
+    arms = []
+    for name in settings.arms.split(","):
+        arm = _arm(name.strip(), settings, few_shot, store)
+        share = arm.prompt.shared_share(examples)
+        arms.append(arm.with_facts(arm.facts.model_copy(update={"shared_share": share})))
+    return RunPlan(arms, workload, drawn, settings.out or Path("results") / f"bench-{started}.json")
+
+
+def _arm(name: str, settings: Settings, few_shot: Prompt, store: Store) -> ArmPlan:
+    if name == FINE_TUNE:
+        stored = store.resolve(settings.model)
+        template = (stored.manifest.prompt if stored.manifest else ManifestPrompt()).template
+        return fine_tune_arm(stored, template_prompt("short prompt", template), settings.url)
+    if name == BASE:
+        return base_arm(store.resolve(settings.base), few_shot, settings.base_url)
+    if name != HOSTED:
+        raise BadWorkload(f"no arm is called {name!r}; there are {FINE_TUNE!r}, {BASE!r} and {HOSTED!r}")
+    if settings.hosted_url is None:
+        return replayed_arm(few_shot, settings.seed)
+    if settings.hosted_model is None:
+        raise BadWorkload("--hosted-url needs --hosted-model")
+    key = os.environ.get(KEY_VARIABLE)
+    return hosted_arm(settings.hosted_url, settings.hosted_model, few_shot, key, _body(settings.hosted_body))
+
+
+def _body(text: str) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise BadWorkload(f"--hosted-body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BadWorkload(f"--hosted-body must be a JSON object, got {text!r}")
+    return body
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadWorkload(f"--concurrency must be whole numbers with commas between, got {text!r}") from error

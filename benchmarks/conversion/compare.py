@@ -1,0 +1,261 @@
+"""The same checkpoint converted to F16 by llama.cpp's own converter and by Deskside, each in a process of its own.
+
+They take turns. llama.cpp's converter runs as its users run it: in a Python with torch and transformers, which it
+imports. Deskside runs as `deskside convert FOLDER --quant F16`, with all it does beside writing: hashes, the proofs of
+tokenizer and template, a first decode, and the installation into a store. Both find the checkpoint in the page cache.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from benchmarks.console import Progress, show_progress
+from benchmarks.errors import ServerFailed
+from benchmarks.load.process_memory import PeakWatch
+from benchmarks.options import with_options
+from benchmarks.record import describe, load_average
+from models.gguf.header import read_header
+from models.store.store import Store
+
+from .checkpoint import make_checkpoint
+from .record import Conversion, ConvertRun, ConvertSettings, Needs
+
+_NAME = "bench-convert"
+_NEEDS = Path(__file__).with_name("needs.py")
+_VERSIONS = (
+    "import json, sys; from importlib.metadata import version as v; print(json.dumps({n: v(n) for n in sys.argv[1:]}))"
+)
+
+
+@dataclass(frozen=True)
+class Converter:
+    """A converter as a command. `roots` are the distributions it asks for, `code` what else of it lies on disk.
+
+    `children` are the modules that it runs in processes of their own.
+    """
+
+    name: Literal["deskside", "llama.cpp"]
+    python: Path
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    output: Path
+    roots: Sequence[str]
+    shown: Sequence[str]
+    code: Sequence[Path] = ()
+    children: Sequence[str] = ()
+
+
+def compare_converters(settings: ConvertSettings, progress: Progress) -> ConvertRun:
+    """Make the checkpoint, run both converters in turn, and weigh what they need. Raises BenchError."""
+    gguf = Store().resolve(settings.model).gguf
+    checkpoint = settings.folder / f"{settings.model}-hf"
+    progress("make the checkpoint", 0, 1)
+    parameters = make_checkpoint(gguf, checkpoint)
+    progress("make the checkpoint", 1, 1)
+    converters = [_theirs(settings, checkpoint), _ours(settings, checkpoint)]
+    total = (settings.repetitions + 1) * len(converters)
+    needs, conversions = [], list[Conversion]()
+    for number, converter in enumerate(converters):
+        progress("convert", number, total)
+        needs.append(_weigh(converter))
+    equal, tensors = _compare(*(converter.output for converter in converters))
+    for repetition in range(settings.repetitions):
+        for number, converter in enumerate(converters):
+            progress("convert", (repetition + 1) * len(converters) + number, total)
+            conversions.append(_measure(converter))
+    progress("convert", total, total)
+    return ConvertRun(
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe(),
+        checkpoint=settings.model,
+        parameters=parameters,
+        checkpoint_bytes=sum(file.stat().st_size for file in checkpoint.iterdir()),
+        commands={one.name: " ".join(Path(word).name for word in one.command) for one in converters},
+        needs=tuple(needs),
+        tensors=tensors,
+        equal_tensors=equal,
+        conversions=tuple(conversions),
+    )
+
+
+def _theirs(settings: ConvertSettings, checkpoint: Path) -> Converter:
+    script = settings.oracle / "llama.cpp" / "convert_hf_to_gguf.py"
+    if not (settings.oracle / ".ready").is_file():
+        raise ServerFailed(
+            f"llama.cpp's converter is not in {str(settings.oracle)!r}: `make bench-convert` installs it"
+        )
+    output = settings.folder / "llama.cpp-F16.gguf"
+    roots = ("torch", "transformers", "numpy", "sentencepiece", "protobuf")
+    return Converter(
+        name="llama.cpp",
+        python=settings.oracle / "venv" / "bin" / "python",
+        command=(str(script), str(checkpoint), "--outtype", "f16", "--outfile", str(output)),
+        environment={**os.environ, "HF_HUB_OFFLINE": "1"},
+        output=output,
+        roots=roots,
+        shown=roots,
+        code=(script.parent,),
+    )
+
+
+def _ours(settings: ConvertSettings, checkpoint: Path) -> Converter:
+    home = settings.folder / "home"
+    return Converter(
+        name="deskside",
+        python=Path(sys.executable),
+        command=(
+            *("-c", "from runtime.cli.main import main; main()", "convert"),
+            *(str(checkpoint), "--name", _NAME, "--quant", "F16", "--replace"),
+        ),
+        environment={**os.environ, "DESKSIDE_HOME": str(home)},
+        output=home / "models" / _NAME / f"{_NAME}-F16.gguf",
+        roots=("deskside",),
+        shown=("deskside", "llama-cpp-python", "numpy"),
+        code=tuple(Path(__file__).parents[2] / folder for folder in ("models", "convert", "runtime")),
+        children=("convert.proof.proof_child", "convert.proof.runs"),
+    )
+
+
+def _measure(converter: Converter) -> Conversion:
+    load_before, started = load_average(), time.perf_counter()
+    command = [str(converter.python), *converter.command]
+    process = subprocess.Popen(
+        command, env=dict(converter.environment), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    with PeakWatch(process.pid) as watch:
+        said = process.stderr.read()  # to the end: the process closes it when it exits
+    _, status, usage = os.wait4(process.pid, 0)
+    wall_s = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stderr.close()
+    _check(converter, process.returncode, said.decode(errors="replace"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Conversion(
+        converter=converter.name,
+        wall_s=wall_s,
+        cpu_s=usage.ru_utime + usage.ru_stime,
+        peak_bytes=max(watch.peak_bytes, usage.ru_maxrss * unit),
+        load_before=load_before,
+    )
+
+
+def _weigh(converter: Converter) -> Needs:
+    """Run it once, unmeasured, for the modules it imports; then weigh the distributions they belong to."""
+    modules = _imported(converter, converter.command)
+    if converter.children:
+        modules |= _imported(converter, ("-c", f"import {', '.join(converter.children)}"))
+    weighed = _ask(converter, str(_NEEDS), *converter.roots, said="\n".join(sorted(modules)))
+    own = sum(_tree_bytes(folder) for folder in converter.code)
+    return Needs(
+        converter=converter.name,
+        versions=_ask(converter, "-c", _VERSIONS, *converter.shown),
+        loaded_bytes=weighed["loaded"] + own,
+        installed_bytes=weighed["installed"] + own,
+    )
+
+
+def _imported(converter: Converter, command: Sequence[str]) -> set[str]:
+    words = [str(converter.python), "-X", "importtime", *command]
+    done = subprocess.run(words, env=dict(converter.environment), capture_output=True, text=True, check=False)
+    _check(converter, done.returncode, done.stderr)
+    lines = (line for line in done.stderr.splitlines() if line.startswith("import time:"))
+    return {line.rpartition("|")[2].strip() for line in lines}
+
+
+def _ask(converter: Converter, *arguments: str, said: str = "") -> dict[str, Any]:
+    command = [str(converter.python), *arguments]
+    done = subprocess.run(command, input=said, capture_output=True, text=True, check=False)
+    _check(converter, done.returncode, done.stderr)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def _tree_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc")
+
+
+def _check(converter: Converter, code: int, said: str) -> None:
+    if code != 0:
+        raise ServerFailed(f"{converter.name}'s converter failed (exit {code}): {said.strip()[-800:]}")
+
+
+def _compare(theirs: Path, ours: Path) -> tuple[int, int]:
+    first, second = _hashes(theirs), _hashes(ours)
+    return sum(second.get(name) == found for name, found in first.items()), len(first.keys() | second.keys())
+
+
+def _hashes(path: Path) -> dict[str, tuple[str, str]]:
+    found = {}
+    with path.open("rb") as file:
+        for name, tensor in read_header(path).tensors.items():
+            file.seek(tensor.offset)
+            found[name] = (tensor.kind.name, hashlib.sha256(file.read(tensor.n_bytes)).hexdigest())
+    return found
+
+
+def clean(settings: ConvertSettings) -> None:
+    """Remove what was converted; the checkpoint stays for the next time."""
+    (settings.folder / "llama.cpp-F16.gguf").unlink(missing_ok=True)
+    shutil.rmtree(settings.folder / "home", ignore_errors=True)
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .record import Aim
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+_Again = Annotated[Path | None, typer.Option("--report", help="Show this run's file again instead of measuring.")]
+
+
+@with_options(settings=ConvertSettings)
+def convert_speed_command(settings: ConvertSettings, as_json: _Json = False, report: _Again = None) -> None:
+    """Measure `deskside convert` beside llama.cpp's converter: wall time, peak memory and install size."""
+    from benchmarks.record import save_json
+
+    from .record import judge, load_convert_run
+
+    if report is not None:
+        run = load_convert_run(report)
+    else:
+        started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        out = settings.out or Path("results") / f"convert-{started}.json"
+        with show_progress() as progress:
+            run = compare_converters(settings, progress)
+        save_json(out, run.model_dump(mode="json"))
+        clean(settings)
+        print(f"raw samples: {out}", file=sys.stderr)
+    aims = judge(run)
+    if as_json:
+        shown = [aim.model_dump(mode="json") | {"ratio": aim.ratio, "reached": aim.reached} for aim in aims]
+        print(json.dumps(run.model_dump(mode="json") | {"aims": shown}, ensure_ascii=False, indent=2))
+    else:
+        _print(run, aims)
+
+
+def _print(run: ConvertRun, aims: "Sequence[Aim]") -> None:
+    machine = run.machine
+    print(f"{run.checkpoint}, {run.parameters / 1e6:.0f} M parameters, {run.checkpoint_bytes / 2**20:.0f} MiB, to F16")
+    print(f"{machine.cpu}, {machine.logical_cores} cores, {machine.system}, Python {machine.python}")
+    for need in run.needs:
+        versions = ", ".join(f"{name} {version}" for name, version in need.versions.items())
+        print(f"  {need.converter}: {run.commands[need.converter]} ({versions})")
+    print(f"{run.equal_tensors} of {run.tensors} tensors are equal byte for byte")
+    for aim in aims:
+        said = f"{aim.deskside:.2f} {aim.unit} against {aim.llama_cpp:.2f} {aim.unit}"
+        verdict = "reached" if aim.reached else "MISSED"
+        print(f"  {aim.name}: {said}, {aim.ratio:.2f}x (aim: at most {aim.limit:g}x, {verdict})")
+    repetitions = sum(one.converter == "deskside" for one in run.conversions)
+    print(f"Times and memory are medians of {repetitions} runs each, in turn, the checkpoint in the page cache.")

@@ -1,0 +1,127 @@
+"""A server of our own for the time of a benchmark: started as a person would start it, stopped by its process id."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import httpx
+
+from benchmarks.errors import ServerFailed
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 15.0
+POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that answers: its OpenAI base URL (`…/v1`), the seconds from start to ready, the process we started."""
+
+    base_url: str
+    start_s: float
+    pid: int | None = None
+
+
+def deskside_command(*arguments: str) -> list[str]:
+    """A command line of the `deskside` beside this interpreter, else of the one on the path."""
+    beside = Path(sys.executable).with_name("deskside")
+    found = str(beside) if beside.exists() else shutil.which("deskside")
+    if found is None:
+        raise ServerFailed("the command 'deskside' is not installed: run `make setup`, or give --url")
+    return [found, *arguments]
+
+
+def serve_command(model: str, port: int, flags: Sequence[str] = ()) -> list[str]:
+    """The command line that serves `model` on `port` of this machine."""
+    return deskside_command("serve", model, "--host", "127.0.0.1", "--port", str(port), *flags)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    command: Sequence[str],
+    port: int,
+    *,
+    timeout_s: float = START_TIMEOUT_S,
+    ready: str = "/health",
+    log_file: Path | None = None,
+) -> Iterator[Running]:
+    """Run `command` until the block ends; yields once the path `ready` on `port` answers 200.
+
+    The server's own output goes to `log_file`, else nowhere. Raises ServerFailed with its end when the server stops or
+    is not ready in `timeout_s`.
+    """
+    with _exit_on_sigterm(), log_file.open("w+b") if log_file else tempfile.TemporaryFile() as log:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            try:
+                _wait_ready(process, f"http://127.0.0.1:{port}{ready}", began + timeout_s)
+            except ServerFailed as error:
+                raise ServerFailed(f"{error}\n{_tail(log.fileno())}") from None
+            yield Running(f"http://127.0.0.1:{port}/v1", time.perf_counter() - began, process.pid)
+        finally:
+            _stop(process)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let a polite kill leave the block as an exception, so that the server is not left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait_ready(process: subprocess.Popen[bytes], url: str, deadline: float) -> None:
+    with httpx.Client(trust_env=False, timeout=5.0) as http:
+        while time.perf_counter() < deadline:
+            if (code := process.poll()) is not None:
+                raise ServerFailed(f"the server stopped with exit code {code} before it was ready")
+            try:
+                if http.get(url).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(POLL_S)
+    raise ServerFailed(f"the server was not ready in time: {url} did not answer 200")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _tail(descriptor: int, limit: int = 2000) -> str:
+    size = os.fstat(descriptor).st_size
+    return os.pread(descriptor, limit, max(0, size - limit)).decode("utf-8", "replace").strip()

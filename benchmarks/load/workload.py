@@ -1,0 +1,115 @@
+"""What is asked: labelled mails, the prompts around them, and which mail goes to which concurrency level.
+
+A server that shares prefixes answers a prompt it has seen for next to nothing, so no mail is used twice in one arm:
+the levels take disjoint slices of the split, and a split that is too small is refused.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.errors import BadWorkload
+from models.common.chat_records import ChatRecord, read_chat_records
+from models.errors import BadExamples
+
+PLACEHOLDER = "{mail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One labelled text: what the user wrote and the answer that is right."""
+
+    id: str
+    text: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """How a text is put to a model: `before` + text + `after`. Both empty: the bare text."""
+
+    name: str
+    before: str = ""
+    after: str = ""
+
+    def render(self, text: str) -> str:
+        """The whole prompt for `text`."""
+        return f"{self.before}{text}{self.after}"
+
+    def shared_share(self, examples: Sequence[Example]) -> float:
+        """The part of a prompt's characters that stands before the text, over all of `examples`."""
+        return len(self.before) * len(examples) / sum(len(self.render(example.text)) for example in examples)
+
+
+def read_prompt(path: Path, name: str | None = None) -> Prompt:
+    """Read a prompt file that holds `{mail}` exactly once. Raises BadWorkload otherwise."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadWorkload(f"prompt file {str(path)!r} cannot be read: {error}") from error
+    if (count := text.count(PLACEHOLDER)) != 1:
+        raise BadWorkload(f"prompt file {str(path)!r} must hold {PLACEHOLDER} exactly once, found {count} times")
+    before, after = text.split(PLACEHOLDER)
+    return Prompt(name or path.stem, before, after.rstrip("\n"))
+
+
+def template_prompt(name: str, template: str) -> Prompt:
+    """A manifest's prompt template, which holds `{text}` exactly once."""
+    before, _, after = template.partition("{text}")
+    return Prompt(name, before, after)
+
+
+def read_examples(path: Path) -> tuple[Example, ...]:
+    """Read chat records (`{"messages": [user, assistant]}`, .jsonl or .jsonl.gz) in file order.
+
+    The id is the record's, else its line number. Raises BadWorkload naming the line and what is wrong with it.
+    """
+    try:
+        records = read_chat_records(path)
+    except BadExamples as error:
+        raise BadWorkload(str(error)) from error
+    return tuple(_example(record, path) for record in records)
+
+
+def _example(record: ChatRecord, path: Path) -> Example:
+    if [message.role for message in record.prompt] != ["user"]:
+        raise BadWorkload(
+            f"examples {str(path)!r}, line {record.line}: expected one user message followed by one assistant message"
+        )
+    return Example(record.id, record.prompt[0].content, record.answer)
+
+
+def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The labels that occur, sorted."""
+    return tuple(sorted({example.label for example in examples}))
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Which examples each concurrency level gets, and those that only warm the servers up. All different."""
+
+    levels: dict[int, tuple[Example, ...]]
+    warmup: tuple[Example, ...]
+
+
+def draw(examples: Sequence[Example], concurrency: Sequence[int], per_level: int, warmup: int, seed: int) -> Draw:
+    """Draw `per_level` examples for each concurrency and `warmup` more, without replacement, the same for one seed.
+
+    Raises BadWorkload when the examples do not suffice, or a level or text occurs twice.
+    """
+    if not concurrency or len(set(concurrency)) != len(concurrency) or min(concurrency) < 1 or per_level < 1:
+        raise BadWorkload(f"need different levels of 1 or more, got {list(concurrency)} with {per_level} requests each")
+    if (need := per_level * len(concurrency) + warmup) > len(examples):
+        most = max(0, len(examples) - warmup) // len(concurrency)
+        raise BadWorkload(
+            f"{len(concurrency)} levels of {per_level} requests and {warmup} to warm up need {need} different "
+            f"examples, the split holds {len(examples)}: use --requests {most} or fewer levels"
+        )
+    if len({example.text for example in examples}) != len(examples):
+        raise BadWorkload("the examples hold the same text twice: a prompt would be reused")
+    order = list(examples)
+    random.Random(seed).shuffle(order)
+    ends = range(per_level, per_level * len(concurrency) + 1, per_level)
+    levels = {level: tuple(order[end - per_level : end]) for level, end in zip(concurrency, ends, strict=True)}
+    return Draw(levels, tuple(order[need - warmup : need]))

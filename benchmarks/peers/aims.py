@@ -1,0 +1,152 @@
+"""What the engine is measured against: each aim, the number that was reached, and whether it is met. Pure."""
+
+from typing import Literal
+
+from benchmarks.record import Noun
+
+from .figures import Figures, Ratio, Row, ratio
+from .servers import BEST, CHOSEN
+from .tasks import (
+    BURST,
+    CHAT,
+    COMPLETION,
+    CONSTRAINED,
+    DECISIONS,
+    DESKSIDE,
+    FEW_SHOT,
+    LABEL,
+    LABEL_ALONE,
+    LLAMA_CPP_SERVER,
+    LLAMA_SERVER,
+    REPLY,
+    REPLY_ALONE,
+)
+
+Verdict = Literal["met", "missed", "not measured"]
+PEER_WAYS = (CHAT, CONSTRAINED)
+LABEL_WAYS = (DECISIONS, CONSTRAINED)
+# The same work on both sides; decisions have no peer.
+COMPARABLE = (
+    (LABEL, CHAT), (LABEL, CONSTRAINED), (REPLY, CHAT), (FEW_SHOT, COMPLETION), (BURST, COMPLETION),
+    (LABEL_ALONE, CHAT), (LABEL_ALONE, CONSTRAINED), (REPLY_ALONE, CHAT),
+)  # fmt: skip
+
+
+class Aim(Noun):
+    """One line of the verdict. `wanted` is the bound in words, `found` what was measured, in words too."""
+
+    name: str
+    wanted: str
+    found: str
+    verdict: Verdict
+
+
+class Cast(Noun):
+    """The names of the servers that are compared: all of one column serve the very same file."""
+
+    ours: str = f"{DESKSIDE}, {CHOSEN}"
+    best: str = f"{LLAMA_SERVER} {BEST}, {CHOSEN}"
+    python: str = f"{LLAMA_CPP_SERVER} {BEST}, {CHOSEN}"
+    ours_f16: str = f"{DESKSIDE}, F16"
+    ours_q4: str = f"{DESKSIDE}, Q4_K_M"
+    best_q4: str = f"{LLAMA_SERVER} {BEST}, Q4_K_M"
+    ours_base: str = f"{DESKSIDE}, base Q4_K_M"
+    best_base: str = f"{LLAMA_SERVER} {BEST}, base Q4_K_M"
+
+
+def judge(figures: Figures) -> tuple[Aim, ...]:
+    """Every aim in turn."""
+    cast = Cast()
+    ours = figures.fastest(LABEL, cast.ours, LABEL_WAYS)
+    ours_any = max(
+        (row for name in (cast.ours, cast.ours_f16) if (row := figures.fastest(LABEL, name, LABEL_WAYS))),
+        key=lambda row: row.rate,
+        default=None,
+    )
+    best = figures.fastest(LABEL, cast.best, PEER_WAYS)
+    best_q4 = figures.fastest(LABEL, cast.best_q4, PEER_WAYS)
+    python = figures.fastest(LABEL, cast.python, PEER_WAYS)
+    best_file = f"labels, our best file / {cast.best_q4}"
+    return (
+        _rates("plain generation, same file", 1.0, _pair(figures, REPLY, CHAT, cast.ours, cast.best)),
+        _rates(f"labels through decisions or choice{_how(ours, best)}, same file", 1.1, ratio(ours, best)),
+        _rates("cold burst, shared prompt", 2.5, _pair(figures, BURST, COMPLETION, cast.ours_base, cast.best_base)),
+        _rates(f"{best_file}{_how(ours_any, best_q4)}", 1.7, ratio(ours_any, best_q4)),
+        _rates(f"labels{_how(ours, python)} / llama_cpp.server", 3.0, ratio(ours, python)),
+        _rates(
+            "decisions, the chosen file / plain Q4_K_M", 1.5, _pair(figures, LABEL, DECISIONS, cast.ours, cast.ours_q4)
+        ),
+        _rates("replies, the chosen file / plain Q4_K_M", 1.5, _pair(figures, REPLY, CHAT, cast.ours, cast.ours_q4)),
+        _rates("offline mails/s / CTranslate2 int8", 1.0, _offline(figures)),
+        *(_ttft(figures, cast, percent) for percent in (50, 95)),
+        _engine(figures),
+        _hop(figures),
+    )
+
+
+def _pair(figures: Figures, task: str, way: str, first: str, second: str) -> Ratio | None:
+    return ratio(figures.row(task, way, first), figures.row(task, way, second))
+
+
+def _how(first: Row | None, second: Row | None) -> str:
+    return f" ({first.server.split(', ')[1]} {first.way} / {second.way})" if first and second else ""
+
+
+def _rates(name: str, least: float, found: Ratio | None) -> Aim:
+    wanted = f"≥ {least:g}"
+    if found is None:
+        return Aim(name=name, wanted=wanted, found="–", verdict="not measured")
+    shown = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    return Aim(name=name, wanted=wanted, found=shown, verdict="met" if found.value >= least else "missed")
+
+
+def _offline(figures: Figures) -> Ratio | None:
+    first = max((r for r in figures.offline if r.server == DESKSIDE and r.rates), key=lambda r: r.rate, default=None)
+    second = max((r for r in figures.offline if r.server != DESKSIDE and r.rates), key=lambda r: r.rate, default=None)
+    return ratio(first, second)
+
+
+def _ttft(figures: Figures, cast: Cast, percent: int) -> Aim:
+    """The worst quotient over all comparable tasks: no worse anywhere means that this one is ≤ 1."""
+    quotients = {}
+    for task, way in COMPARABLE:
+        base = way == COMPLETION
+        ours = figures.row(task, way, cast.ours_base if base else cast.ours)
+        best = figures.row(task, way, cast.best_base if base else cast.best)
+        first, second = (_ttft_ms(row, percent) for row in (ours, best))
+        if first is not None and second:
+            quotients[f"{task}, {way}"] = first / second
+    name, wanted = f"TTFT p{percent} over llama-server's, worst task", "≤ 1"
+    if not quotients:
+        return Aim(name=name, wanted=wanted, found="–", verdict="not measured")
+    worst = max(quotients, key=lambda task: quotients[task])
+    above = sum(value > 1 for value in quotients.values())
+    found = f"{quotients[worst]:.2f} ({worst}); above 1 in {above} of {len(quotients)}"
+    return Aim(name=name, wanted=wanted, found=found, verdict="missed" if above else "met")
+
+
+def _ttft_ms(row: Row | None, percent: int) -> float | None:
+    return None if row is None else row.ttft_p50_ms if percent == 50 else row.ttft_p95_ms
+
+
+def _engine(figures: Figures) -> Aim:
+    """What the engine's own work beside llama_decode leaves of a bare loop's tokens/s."""
+    name, wanted = "engine tokens/s over a bare llama_decode loop with the same batches, least task", "≥ 0.97"
+    least = min(figures.bare, key=lambda row: row.ratio, default=None)
+    if least is None:
+        return Aim(name=name, wanted=wanted, found="–", verdict="not measured")
+    return Aim(
+        name=name,
+        wanted=wanted,
+        found=f"{least.ratio:.3f} [{min(least.ratios):.3f}, {max(least.ratios):.3f}] ({least.task})",
+        verdict="met" if least.ratio >= 0.97 else "missed",
+    )
+
+
+def _hop(figures: Figures) -> Aim:
+    name, wanted = "HTTP and process, one client: round trip less engine step, ms", "≤ 5"
+    if figures.hop_ms is None:
+        return Aim(name=name, wanted=wanted, found="–", verdict="not measured")
+    return Aim(
+        name=name, wanted=wanted, found=f"{figures.hop_ms:.1f}", verdict="met" if figures.hop_ms <= 5 else "missed"
+    )

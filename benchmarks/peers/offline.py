@@ -1,0 +1,192 @@
+"""A file of mails labelled offline: `deskside batch` against CTranslate2 int8, each as one process.
+
+A process's start and the loading of its model are measured with a file of one mail and subtracted, for both alike.
+CTranslate2 gets its prompts as token ids, so the tokenizing is not in its time; in Deskside's it is.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from benchmarks.errors import ServerFailed
+from benchmarks.load.servers import deskside_command, free_port, serve_command, serving
+from benchmarks.load.workload import Example
+
+from .files import Files
+from .record import BarePass, OfflinePass
+from .run import Comparison, Progress, Recorder, Slices
+from .servers import ModelFile, end_tokens, script
+from .tasks import CHAT, CONSTRAINED, DECISIONS, DESKSIDE, LABEL, LABEL_TOKENS, REPLY, REPLY_TOKENS, asking
+
+CTRANSLATE2 = "ctranslate2 int8"
+BATCH = 16
+ARRIVAL, SORTED = "in order of arrival", "sorted by length"
+Label = Callable[[Sequence[Example]], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Each mail's prompt as token ids, and each label's ids back to its text."""
+
+    prompts: dict[str, list[int]]
+    labels: dict[tuple[int, ...], str]
+
+
+def run_offline(
+    files: Files, examples: Sequence[Example], threads: int, peers_python: Path, comparison: Comparison,
+    recorder: Recorder, progress: Progress,
+) -> None:  # fmt: skip
+    """Measure every way in turn, in reversed order with each repetition."""
+    tokens = _tokens(files, examples, comparison.labels)
+    ways: list[tuple[str, str, Label]] = [
+        (DESKSIDE, way, _deskside_batch(files, way, threads, comparison.labels))
+        for way in (CONSTRAINED, DECISIONS, CHAT)
+    ]
+    ways += [(CTRANSLATE2, way, _ctranslate2(files, way, threads, peers_python, tokens)) for way in (ARRIVAL, SORTED)]
+    for repetition in range(comparison.repetitions):
+        for server, way, label in ways if repetition % 2 == 0 else ways[::-1]:
+            what = f"offline, {way}: {server}, repetition {repetition + 1}"
+            progress(what, 0, len(examples))
+            recorder.add(offline=(_timed(server, way, repetition, examples, label),))
+            progress(what, len(examples), len(examples))
+
+
+def _timed(server: str, way: str, repetition: int, examples: Sequence[Example], label: Label) -> OfflinePass:
+    answers: list[str] = []
+    error: str | None = None
+    walls = []
+    try:
+        for part in (examples[:1], examples):
+            began = time.perf_counter()
+            answers = label(part)
+            walls.append(time.perf_counter() - began)
+    except (subprocess.CalledProcessError, OSError, KeyError, ValueError) as failure:
+        stderr = getattr(failure, "stderr", "") or ""
+        error = f"{type(failure).__name__}: {failure} {stderr[-300:]}"
+        walls = [*walls, 0.0, 0.0][:2]
+    right = sum(answer == example.label for answer, example in zip(answers, examples, strict=False))
+    return OfflinePass(server=server, way=way, repetition=repetition, mails=len(examples), wall_one_s=walls[0],
+                       wall_s=walls[1], right=right, error=error)  # fmt: skip
+
+
+def batch_lines(examples: Sequence[Example], way: str, labels: Sequence[str]) -> str:
+    """The input of `deskside batch`: one line for each mail, asked as over HTTP."""
+    asked = asking(LABEL, way, DESKSIDE, labels)
+    assert asked is not None
+    endpoint, fields = asked
+    url = "/v1/decisions" if endpoint == "decisions" else "/v1/chat/completions"
+    lines = []
+    for example in examples:
+        text = {"input": example.text} if endpoint == "decisions" else {"messages": [_user(example.text)]}
+        lines.append({"custom_id": example.id, "method": "POST", "url": url, "body": text | fields})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def batch_answers(lines: str, examples: Sequence[Example]) -> list[str]:
+    """The labels in `deskside batch`'s output, in the order of `examples`. KeyError when one is missing."""
+    bodies = {}
+    for line in map(json.loads, lines.splitlines()):
+        body = line["response"]["body"]
+        chat = "choices" in body
+        bodies[line["custom_id"]] = body["choices"][0]["message"]["content"] if chat else body["answers"][0]["choice"]
+    return [str(bodies[example.id]).strip() for example in examples]
+
+
+def _deskside_batch(files: Files, way: str, threads: int, labels: Sequence[str]) -> Label:
+    def label(examples: Sequence[Example]) -> list[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder) / "mails.jsonl", Path(folder) / "labels.jsonl"
+            source.write_text(batch_lines(examples, way, labels), encoding="utf-8")
+            flags = ["--model", str(files.tuned.folder), "--threads", str(threads)]
+            _run(deskside_command("batch", str(source), str(target), *flags))
+            return batch_answers(target.read_text(encoding="utf-8"), examples)
+
+    return label
+
+
+def _ctranslate2(files: Files, way: str, threads: int, python: Path, tokens: Tokens) -> Label:
+    ends = [str(token) for token in end_tokens(files.tuned.path)]
+
+    def label(examples: Sequence[Example]) -> list[str]:
+        order = list(examples)
+        if way == SORTED:
+            order.sort(key=lambda example: len(tokens.prompts[example.id]))
+        prompts = json.dumps([tokens.prompts[example.id] for example in order])
+        arguments = ["label", str(files.ctranslate2), str(threads), str(BATCH), *ends]
+        answers = json.loads(_run([str(python), "-P", script("run_ctranslate2.py"), *arguments], prompts))
+        texts = {e.id: tokens.labels.get(tuple(ids), "") for e, ids in zip(order, answers, strict=True)}
+        return [texts[example.id] for example in examples]
+
+    return label
+
+
+def _run(command: Sequence[str], text: str | None = None) -> str:
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+
+def _tokens(files: Files, examples: Sequence[Example], labels: Sequence[str]) -> Tokens:
+    """Asked of our own server: the template and the tokenizer are the model's."""
+    port = free_port()
+    with (
+        serving(serve_command(str(files.tuned.folder), port), port) as server,
+        httpx.Client(base_url=server.base_url.removesuffix("/v1"), trust_env=False, timeout=60) as http,
+    ):
+
+        def tokenize(text: str) -> list[int]:
+            return list(http.post("/tokenize", json={"content": text}).raise_for_status().json()["tokens"])
+
+        prompts = {}
+        for example in examples:
+            body = {"messages": [_user(example.text)]}
+            rendered = http.post("/apply-template", json=body).raise_for_status().json()["prompt"]
+            prompts[example.id] = tokenize(rendered)
+        return Tokens(prompts, {tuple(tokenize(label)): label for label in labels})
+
+
+def run_bare(
+    file: ModelFile, slices: Slices, repetitions: int, threads: int, recorder: Recorder, progress: Progress
+) -> None:
+    """Measure labels and replies of 16 clients. Raises ServerFailed with the child's last words."""
+    progress("engine beside a bare loop", 0, 1)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "benchmarks.peers.scripts.bare_loop",
+            str(file.folder),
+            str(threads),
+            str(repetitions),
+        ],
+        input=json.dumps(_work(slices)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ServerFailed(f"the bare loop failed (exit {done.returncode}): {done.stderr[-1000:]}")
+    recorder.add(bare=tuple(parse(done.stdout.splitlines())))
+    progress("engine beside a bare loop", 1, 1)
+
+
+def parse(lines: Sequence[str]) -> list[BarePass]:
+    """What the child printed."""
+    return [BarePass.model_validate_json(line) for line in lines]
+
+
+def _work(slices: Slices) -> dict[str, dict[str, object]]:
+    return {
+        task: {"texts": [example.text for example in slices[task, CHAT][0]], "tokens": tokens, "stops": stops}
+        for task, tokens, stops in ((LABEL, LABEL_TOKENS, True), (REPLY, REPLY_TOKENS, False))
+    }

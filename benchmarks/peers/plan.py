@@ -1,0 +1,170 @@
+"""A whole comparison with peers in its order: install, convert, deal out the mails, measure stage by stage."""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks.comparison.run import recipe_file
+from benchmarks.load.servers import deskside_command
+from benchmarks.load.workload import Example, Prompt, labels_of, read_examples, read_prompt
+from benchmarks.record import describe
+from models.store.store import Store
+
+from .files import Files, prepare_files
+from .offline import run_bare, run_offline
+from .record import PeerRun, PeerSettings
+from .run import Comparison, Progress, Recorder, Slices, Stage, run_stage
+from .servers import (
+    BEST,
+    RAM,
+    SHIPPED,
+    ServerPlan,
+    deskside_plan,
+    install_peers,
+    llama_cpp_plan,
+    llama_server_plan,
+    peer_versions,
+    script,
+)
+from .tasks import BURST, FEW_SHOT, HOP, LABEL, LABEL_ALONE, REPLY, REPLY_ALONE, Task, deal, long_prompts, tasks
+
+HOP_REQUESTS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Material:
+    """What the stages are made of."""
+
+    settings: PeerSettings
+    files: Files
+    python: Path
+    threads: int
+    slices: Slices
+    warmup: Sequence[Example]
+    offline: Sequence[Example]
+
+
+def compare_peers(settings: PeerSettings, progress: Progress) -> tuple[PeerRun, Path]:
+    """Install, convert, measure; the run, and where it was saved. Raises BenchError and ModelError."""
+    settings = settings.effective()
+    folder = settings.folder.absolute()
+    threads = settings.threads or os.cpu_count() or 1
+    tuned, slices, warmup, offline = _examples(settings)
+    python = install_peers(folder / "venv")
+    files = prepare_files(Store(), folder, python)
+    material = _Material(settings, files, python, threads, slices, warmup, offline)
+    started = datetime.now(UTC)
+    out = settings.out or Path("results") / f"peers-{started.strftime('%Y%m%dT%H%M%SZ')}.json"
+    comparison = Comparison(slices, tuned, settings.repetitions, out)
+    run = PeerRun(
+        started_at=started.isoformat(timespec="seconds"),
+        machine=describe(),
+        peers=peer_versions(python),
+        builds=_builds(python),
+        threads=material.threads,
+        repetitions=settings.repetitions,
+        quick=settings.quick,
+        seed=settings.seed,
+        examples="test and validation split of email-triage; long prompts and warm-up from its train split",
+    )
+    recorder = Recorder(run, out)
+    wanted = settings.stages.split(",")
+    for name, stage in _stages(material):
+        if name in wanted:
+            run_stage(stage, comparison, recorder, progress)
+    if "offline" in wanted:
+        run_offline(files, offline, material.threads, python, comparison, recorder, progress)
+    if "bare" in wanted:
+        run_bare(files.tuned, slices, settings.repetitions, threads, recorder, progress)
+    recorder.add(finished_at=datetime.now(UTC).isoformat(timespec="seconds"))
+    return recorder.run, out
+
+
+def _examples(settings: PeerSettings) -> tuple[tuple[str, ...], Slices, Sequence[Example], Sequence[Example]]:
+    """The labels, what each pass is asked, the warm-up, and the offline file."""
+    test, validation, train = (_split(name) for name in ("test", "validation", "train"))
+    everything = tasks(settings.burst)
+    n = settings.repetitions
+    sizes = {LABEL: settings.requests, LABEL_ALONE: settings.alone, HOP: HOP_REQUESTS}
+    sizes |= {REPLY: settings.reply_requests, REPLY_ALONE: settings.alone}
+    sizes |= {FEW_SHOT: settings.requests, BURST: settings.burst}
+    tuned, base = (LABEL, LABEL_ALONE), (FEW_SHOT,)
+    replies = long_prompts(train[: -HOP_REQUESTS * n - settings.warmup])
+    spare = [replace(example, label="") for example in train[-HOP_REQUESTS * n - settings.warmup : -settings.warmup]]
+    slices = {
+        **_deal(test + validation, [everything[name] for name in tuned], sizes, n, settings.seed),
+        **_deal(test + validation, [everything[name] for name in base], sizes, n, settings.seed + 1),
+        **_deal(replies, [everything[name] for name in (REPLY, REPLY_ALONE)], sizes, n, settings.seed),
+        **_deal(spare, [everything[HOP]], sizes, n, settings.seed),
+    }
+    # Every burst meets a process that has seen nothing, so each may have the same mails.
+    burst = deal(test + validation, {BURST: (1, settings.burst)}, settings.seed + 2)[BURST]
+    slices |= {(BURST, way): burst * n for way in everything[BURST].ways}
+    offline = deal(test + validation, {"offline": (1, settings.offline)}, settings.seed + 3)["offline"][0]
+    return labels_of(test), slices, train[-settings.warmup :], offline
+
+
+def _split(name: str) -> tuple[Example, ...]:
+    examples = read_examples(recipe_file("data", f"{name}.jsonl.gz"))
+    return tuple(replace(example, id=f"{name}/{example.id}") for example in examples)
+
+
+def _deal(
+    pool: Sequence[Example], chosen: Sequence[Task], sizes: dict[str, int], repetitions: int, seed: int
+) -> dict[tuple[str, str], list[list[Example]]]:
+    counts = {task.name: (repetitions * len(task.ways), sizes[task.name]) for task in chosen}
+    dealt = deal(pool, counts, seed)
+    return {
+        (task.name, way): dealt[task.name][number * repetitions : (number + 1) * repetitions]
+        for task in chosen
+        for number, way in enumerate(task.ways)
+    }
+
+
+def _stages(m: _Material) -> list[tuple[str, Stage]]:
+    files, threads = m.files, m.threads
+    ours, f16, ours_q4 = (deskside_plan(file, threads) for file in (files.tuned, files.tuned_f16, files.tuned_q4))
+    best, ram, shipped, q4 = (
+        llama_server_plan(file, threads, profile, m.python)
+        for file, profile in ((files.tuned, BEST), (files.tuned, RAM), (files.tuned, SHIPPED), (files.tuned_q4, BEST))
+    )
+    python, python_shipped = (llama_cpp_plan(files.tuned, threads, profile, m.python) for profile in (BEST, SHIPPED))
+    everything = tasks(m.settings.burst)
+
+    def work(*rows: tuple[str, Sequence[ServerPlan]]) -> list[tuple[Task, frozenset[str]]]:
+        return [(everything[name], frozenset(plan.name for plan in plans)) for name, plans in rows]
+
+    tuned = work(
+        (LABEL, (ours, f16, ours_q4, best, ram, shipped, q4, python, python_shipped)),
+        (REPLY, (ours, ours_q4, best, shipped, python)),
+        (LABEL_ALONE, (ours, best, python)),
+        (REPLY_ALONE, (ours, best, python)),
+        (HOP, (ours,)),
+    )
+    base = [deskside_plan(files.base, threads)]
+    base += [llama_server_plan(files.base, threads, profile, m.python) for profile in (BEST, SHIPPED)]
+    prompt = read_prompt(recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
+    bare = Prompt("bare mail")
+    fine_tune = Stage((ours, best, f16, ours_q4, q4, ram, shipped, python, python_shipped), tuned, bare, m.warmup)
+    return [
+        ("fine-tune", fine_tune),
+        ("base", Stage(base, work((FEW_SHOT, base)), prompt, m.warmup)),
+        ("cold", Stage(base, work((BURST, base)), prompt, (), cold=True)),
+    ]
+
+
+def _builds(python: Path) -> dict[str, str]:
+    """What each llama.cpp says it was compiled for: part of any difference is the build."""
+    theirs = subprocess.run(
+        [str(python), "-P", script("serve_xllamacpp.py"), "--system-info"], capture_output=True, text=True, check=True
+    )
+    ours = subprocess.run(deskside_command("doctor", "--json"), capture_output=True, text=True, check=False)
+    try:
+        described = str(json.loads(ours.stdout)["backend"])
+    except (ValueError, KeyError, TypeError):
+        described = f"`deskside doctor` did not say (exit {ours.returncode})"
+    return {"deskside and llama_cpp.server": described, "llama-server (xllamacpp)": theirs.stdout.strip()}

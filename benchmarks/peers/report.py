@@ -1,0 +1,171 @@
+"""A comparison with peers as tables for a person, computed from the file alone."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.console import show_progress
+from benchmarks.options import with_options
+
+from .aims import Aim
+from .figures import Figures, OfflineRow, Row, ratio
+from .record import PeerRun, PeerSettings
+from .tasks import DESKSIDE
+
+COLUMNS = ("n", "errors", "req/s", "range", "ours / it", "TTFT p50 ms", "p95", "E2E p50 ms", "right")
+
+
+def render_peers(run: PeerRun, figures: Figures, aims: Sequence[Aim], console: Console) -> None:
+    """Print where and what, every row, the aims, and how to read it."""
+    for line in _heading(run):
+        console.print(Text(line))
+    console.print(_online_table(figures))
+    if figures.offline:
+        console.print(_offline_table(figures.offline))
+    console.print(_aims_table(aims))
+    for line in _notes(run, figures):
+        console.print(Text(f"- {line}"))
+
+
+def _heading(run: PeerRun) -> Iterator[str]:
+    machine = run.machine
+    yield f"{machine.cpu}, {machine.logical_cores} logical cores; {machine.system}; {run.started_at}"
+    versions = ", ".join(f"{name} {version}" for name, version in (machine.packages | run.peers).items())
+    yield f"{run.threads} threads each, {run.repetitions} repetitions in alternating order; {versions}"
+    if run.quick:
+        yield "--quick: few requests; it shows that everything works and measures nothing well"
+
+
+def _online_table(figures: Figures) -> Table:
+    table = Table(title="Requests per second and latency", title_justify="left")
+    table.add_column("task, way", overflow="fold")
+    table.add_column("server", overflow="fold")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    tasks = dict.fromkeys((row.task, row.way) for row in figures.rows)
+    for task, way in tasks:
+        rows = [row for row in figures.rows if (row.task, row.way) == (task, way)]
+        ours = next((row for row in rows if row.server.startswith(f"{DESKSIDE},")), None)
+        for number, row in enumerate(rows):
+            table.add_row("" if number else f"{task}, {way}", row.server, *_cells(row, ours))
+        table.add_section()
+    return table
+
+
+def _cells(row: Row, ours: Row | None) -> Iterator[str]:
+    yield str(row.requests)
+    yield str(row.errors)
+    yield f"{row.rate:.2f}"
+    yield f"[{min(row.rates):.2f}, {max(row.rates):.2f}]"
+    found = None if row.server.startswith(f"{DESKSIDE},") else ratio(ours, row)
+    yield f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]" if found else ""
+    for value in (row.ttft_p50_ms, row.ttft_p95_ms, row.e2e_p50_ms):
+        yield "–" if value is None else f"{value:.0f}"
+    yield f"{row.right} of {row.judged}" if row.judged else _lengths(row)
+
+
+def _lengths(row: Row) -> str:
+    return f"{row.wrong_length} of wrong length" if row.wrong_length else ""
+
+
+def _offline_table(rows: Sequence[OfflineRow]) -> Table:
+    table = Table(title="Offline: a file of mails, without the process's start and load", title_justify="left")
+    for name in ("server", "way", "mails/s", "range", "right"):
+        table.add_column(name)
+    for row in rows:
+        if not row.rates:
+            why = (row.error or "start and load took longer than all mails: too few mails, or a busy machine")[:100]
+            table.add_row(row.server, row.way, "–", "", why)
+            continue
+        spread = f"[{min(row.rates):.2f}, {max(row.rates):.2f}]"
+        table.add_row(row.server, row.way, f"{row.rate:.2f}", spread, f"{row.right} of {row.judged}")
+    return table
+
+
+def _aims_table(aims: Sequence[Aim]) -> Table:
+    table = Table(title="Aims", title_justify="left")
+    for name in ("aim", "wanted", "found", "verdict"):
+        table.add_column(name, overflow="fold")
+    for aim in aims:
+        table.add_row(aim.name, aim.wanted, aim.found, aim.verdict)
+    return table
+
+
+def _notes(run: PeerRun, figures: Figures) -> Iterator[str]:
+    for name, build in run.builds.items():
+        yield f"{name}: {build}"
+    yield (
+        "the xllamacpp wheel is a generic build, Deskside's llama.cpp is compiled for this processor: part of the "
+        "difference is the build. llama_cpp.server and Deskside run the same compiled library"
+    )
+    for server in {server.name: server for server in run.servers}.values():
+        size = f"{server.size_bytes / 2**20:.0f} MiB"
+        yield f"{server.name}: {server.settings}; {server.quantization}, sha256 {server.sha256[:12]}…, {size}"
+    yield (
+        f"{run.examples}; no mail twice on one server; all is greedy; servers as shipped answer a third of the "
+        "requests, once; llama_cpp.server and those with a RAM cache a third of them"
+    )
+    shares = [f"{row.task}, {row.way} {row.decode_share:.3f}" for row in figures.rows if row.decode_share is not None]
+    if shares:
+        yield f"llama_decode's share of the engine's step: {'; '.join(shares)}"
+    for row in figures.bare:
+        yield (
+            f"engine over a bare llama_decode loop with the same batches, {row.task}: {row.ratio:.3f} "
+            f"[{min(row.ratios):.3f}, {max(row.ratios):.3f}], {row.tokens_per_s:.0f} tokens/s"
+        )
+    if figures.round_trip_ms is not None:
+        yield f"one token for one client: round trip p50 {figures.round_trip_ms:.1f} ms"
+    ours = [row for row in figures.rows if row.server.startswith(f"{DESKSIDE},")]
+    prompts = {f"{row.task}, {row.way}": row.prompt_tokens for row in ours if row.prompt_tokens is not None}
+    yield "mean prompt tokens: " + "; ".join(f"{task} {tokens:.0f}" for task, tokens in prompts.items())
+    yield "rates are medians of the repetitions, ratios those of medians; [ ] is the range over the repetitions"
+    yield "TTFT and E2E count from the scheduled send; a decision is answered whole, so its TTFT is its E2E"
+
+
+if TYPE_CHECKING:
+    from .record import PeerRun
+
+SOME_FAILED = 3
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+_Again = Annotated[Path | None, typer.Option("--report", help="Show this run's file again instead of measuring.")]
+
+
+@with_options(settings=PeerSettings)
+def peers_command(settings: PeerSettings, as_json: _Json = False, report: _Again = None) -> None:
+    """Measure Deskside beside llama-server, llama_cpp.server and CTranslate2, with the same files and threads."""
+    from .plan import compare_peers
+    from .record import load_peer_run
+
+    if report is not None:
+        _show(load_peer_run(report), as_json=as_json)
+        return
+    with show_progress() as progress:
+        run, out = compare_peers(settings, progress)
+    _show(run, as_json=as_json)
+    print(f"raw samples: {out}; the servers' own output: {out.with_suffix('.logs')}", file=sys.stderr)
+    if any(sample.error for made in run.passes for sample in made.samples):
+        raise typer.Exit(SOME_FAILED)
+
+
+def _show(run: "PeerRun", *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from .aims import judge
+    from .figures import figures_of
+
+    figures = figures_of(run)
+    aims = judge(figures)
+    if as_json:
+        shown = run.model_dump(mode="json", exclude={"passes"})
+        shown |= {"figures": figures.model_dump(mode="json"), "aims": [aim.model_dump(mode="json") for aim in aims]}
+        print(json.dumps(shown, ensure_ascii=False, indent=2))
+        return
+    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=190, soft_wrap=True)
+    render_peers(run, figures, aims, console)

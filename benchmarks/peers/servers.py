@@ -1,0 +1,184 @@
+"""How each server of a comparison is started: Deskside, llama-server and llama-cpp-python's own server."""
+
+import re
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+
+from benchmarks.errors import ServerFailed
+from benchmarks.load.servers import Running, free_port, serve_command, serving
+from models.common.files import sha256_file
+from models.gguf.header import read_meta
+
+from .record import Server
+from .tasks import DESKSIDE, LLAMA_CPP_SERVER, LLAMA_SERVER
+
+BEST, RAM, SHIPPED = "best", "best with RAM cache", "as shipped"
+# The title of the file that Deskside chose for the fine-tune, in whatever quantization.
+CHOSEN = "chosen"
+LLAMA_SERVER_PROFILES = {BEST: "best", RAM: "ram", SHIPPED: "shipped"}
+LLAMA_SERVER_SETTINGS = {
+    BEST: "16 slots, unified KV cache of 32,768 cells, swa-full, continuous batching, prompt cache in the slots, warm",
+    RAM: "the same with the cache of prompts in RAM (8 GiB)",
+    SHIPPED: "llama-server's own defaults: 4 slots, unified KV cache, sliding-window cache, prompt cache in RAM",
+}
+# Its defaults keep the logits of every prompt token, a MiB each with Gemma's whole vocabulary, and break a stream off
+# as soon as another request arrives: as shipped, most of 16 clients get no whole answer.
+LLAMA_CPP_FLAGS = {
+    BEST: [
+        *("--n_ctx", "4096", "--logits_all", "false", "--flash_attn", "true", "--n_ubatch", "512"),
+        *("--interrupt_requests", "false"),
+    ],
+    SHIPPED: [],
+}
+
+_ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A GGUF file that is served, its model's folder (with the manifest), and what is known about it.
+
+    `title` names it among the files of a comparison; the quantization does by default.
+    """
+
+    path: Path
+    folder: Path
+    quantization: str
+    sha256: str
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPlan:
+    """A server to be measured. `slow`: it answers a third of the requests; `once`: in the first repetition only.
+
+    `ends`: the tokens that end an answer, for a server that can be kept from ending only by naming them.
+    """
+
+    facts: Server
+    peer: str
+    start: Callable[[Path], AbstractContextManager[Running]]
+    slow: bool = False
+    once: bool = False
+    ends: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
+
+
+def script(name: str) -> str:
+    """A file of this folder that the peers' Python runs."""
+    return str(resources.files("benchmarks").joinpath("peers", "scripts", name))
+
+
+def deskside_plan(file: ModelFile, threads: int) -> ServerPlan:
+    """`deskside serve`: there is one configuration, the default."""
+
+    def start(log: Path) -> AbstractContextManager[Running]:
+        port = free_port()
+        command = serve_command(str(file.folder), port, ["--threads", str(threads)])
+        return serving(command, port, log_file=log)
+
+    return ServerPlan(_facts(DESKSIDE, "default", "default settings", file), DESKSIDE, start)
+
+
+def llama_server_plan(file: ModelFile, threads: int, profile: str, python: Path) -> ServerPlan:
+    """llama-server out of the `xllamacpp` wheel, in one of LLAMA_SERVER_SETTINGS."""
+
+    def start(log: Path) -> AbstractContextManager[Running]:
+        port = free_port()
+        arguments = [str(file.path), str(port), str(threads), LLAMA_SERVER_PROFILES[profile]]
+        return serving([str(python), "-P", script("serve_xllamacpp.py"), *arguments], port, log_file=log)
+
+    facts = _facts(LLAMA_SERVER, profile, LLAMA_SERVER_SETTINGS[profile], file)
+    return ServerPlan(facts, LLAMA_SERVER, start, slow=profile != BEST, once=profile == SHIPPED)
+
+
+def llama_cpp_plan(file: ModelFile, threads: int, profile: str, python: Path) -> ServerPlan:
+    """llama-cpp-python's own server on Deskside's compiled llama.cpp. It answers one request at a time."""
+
+    def start(log: Path) -> AbstractContextManager[Running]:
+        port = free_port()
+        shared = ["--host", "127.0.0.1", "--port", str(port), "--model", str(file.path)]
+        shared += ["--n_threads", str(threads), "--n_threads_batch", str(threads)]
+        command = [str(python), "-P", script("serve_llama_cpp.py"), *shared, *LLAMA_CPP_FLAGS[profile]]
+        return serving(command, port, ready="/v1/models", log_file=log)
+
+    settings = " ".join(LLAMA_CPP_FLAGS[profile]) or "default settings"
+    facts = _facts(LLAMA_CPP_SERVER, profile, settings, file)
+    return ServerPlan(facts, LLAMA_CPP_SERVER, start, slow=True, once=profile == SHIPPED, ends=end_tokens(file.path))
+
+
+def end_tokens(gguf: Path) -> tuple[int, ...]:
+    """The numbers that the file has for the end of text and of a turn: a cut vocabulary has its own."""
+    meta = read_meta(gguf)
+    return tuple(meta.number(key) for key in _ENDS if key in meta.values)
+
+
+def _facts(peer: str, profile: str, settings: str, file: ModelFile) -> Server:
+    shown = "" if peer == DESKSIDE else f" {profile}"
+    return Server(
+        name=f"{peer}{shown}, {file.title or file.quantization}",
+        profile=profile,
+        settings=settings,
+        quantization=file.quantization,
+        size_bytes=file.path.stat().st_size,
+        sha256=file.sha256,
+    )
+
+
+SHARED = "llama-cpp-python"
+SHARED_FOLDERS = ("llama_cpp", "llama_cpp_python-")
+READY = ".ready"
+
+
+def install_peers(folder: Path) -> Path:
+    """Make the venv in `folder` unless it is there already; its Python. Raises ServerFailed when pip fails."""
+    lock = Path(str(resources.files("benchmarks"))) / "peers.lock"
+    python, ready = folder / "bin" / "python", folder / READY
+    wanted = f"{sha256_file(lock)} {sys.version_info.major}.{sys.version_info.minor} {metadata.version(SHARED)}"
+    if ready.is_file() and ready.read_text(encoding="utf-8") == wanted:
+        return python
+    print(f"installing the peers into {str(folder)!r} (about 100 MB to load, once)", file=sys.stderr)
+    venv.create(folder, clear=True, with_pip=True, symlinks=True)
+    wheels = folder / "peers.txt"
+    wheels.write_text(without(lock.read_text(encoding="utf-8"), SHARED), encoding="utf-8")
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
+    done = subprocess.run([*command, "--require-hashes", "-r", str(wheels)], check=False)
+    if done.returncode:
+        raise ServerFailed(f"pip could not install the peers (exit {done.returncode}); its words are above")
+    _link_shared(folder)
+    ready.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def without(lock: str, name: str) -> str:
+    """A pip lock file without the entry (and its hashes) of one distribution. ValueError when it has none."""
+    entry = re.compile(rf"^{re.escape(name)}==[^\n]*(?:\n +--hash=[^\n]*)*\n", re.MULTILINE)
+    rest, found = entry.subn("", lock)
+    if found != 1:
+        raise ValueError(f"expected one entry of {name!r} in the lock file, found {found}")
+    return rest
+
+
+def _link_shared(folder: Path) -> None:
+    site = next((folder / "lib").glob("python*/site-packages"))
+    distribution = metadata.distribution(SHARED)
+    names = {file.parts[0] for file in distribution.files or () if file.parts[0].startswith(SHARED_FOLDERS)}
+    for name in names:
+        (site / name).symlink_to(Path(str(distribution.locate_file(name))), target_is_directory=True)
+
+
+def peer_versions(python: Path) -> dict[str, str]:
+    """Distribution -> version of what the report names, asked of the peers' own Python."""
+    names = ("xllamacpp", SHARED, "ctranslate2")
+    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    done = subprocess.run([str(python), "-c", code, *names], capture_output=True, text=True, check=True)
+    return dict(zip(names, done.stdout.split(), strict=True))

@@ -1,0 +1,114 @@
+"""What the peers are asked, and how each wants to be asked for the same thing.
+
+No mail is used twice on one server, since a server that keeps prefixes answers it for next to nothing the second time.
+The slices of one task have nearly the same lengths, so that two ways of asking can be compared across slices.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.errors import BadWorkload
+from benchmarks.load.workload import Example
+
+Endpoint = Literal["chat", "completions", "decisions"]
+DESKSIDE, LLAMA_SERVER, LLAMA_CPP_SERVER = "deskside", "llama-server", "llama_cpp.server"
+
+LABEL_TOKENS = 12
+REPLY_TOKENS = 64
+REPLY_CHARS = 1000
+INSTRUCTIONS = "Which list was this mail sent to, or is it spam?"
+
+LABEL, REPLY, FEW_SHOT, BURST = "label", "64-token reply", "few-shot label", "cold burst"
+LABEL_ALONE, REPLY_ALONE, HOP = "label, one client", "64-token reply, one client", "one token, one client"
+CHAT, CONSTRAINED, DECISIONS, COMPLETION = "chat", "constrained", "decisions", "completion"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One workload: who many users ask at a time, and the ways in which the same thing can be asked."""
+
+    name: str
+    users: int
+    ways: tuple[str, ...]
+
+
+def tasks(burst: int) -> dict[str, Task]:
+    """All workloads by name; the burst's users all send at once."""
+    made = (
+        Task(LABEL, 16, (CHAT, CONSTRAINED, DECISIONS)),
+        Task(REPLY, 16, (CHAT,)),
+        Task(LABEL_ALONE, 1, (CHAT, CONSTRAINED, DECISIONS)),
+        Task(REPLY_ALONE, 1, (CHAT,)),
+        Task(HOP, 1, (CHAT,)),
+        Task(FEW_SHOT, 16, (COMPLETION,)),
+        Task(BURST, burst, (COMPLETION,)),
+    )
+    return {task.name: task for task in made}
+
+
+def asking(
+    task: str, way: str, peer: str, labels: Sequence[str], ends: Sequence[int] = ()
+) -> tuple[Endpoint, dict[str, Any]] | None:
+    """The endpoint and the fields with which `peer` is asked, or None when it cannot be asked in this way.
+
+    `ends`: the tokens that llama_cpp.server must not draw where an answer is to have its full length.
+    """
+    greedy: dict[str, Any] = {"temperature": 0}
+    if task == HOP:
+        return "chat", greedy | {"max_tokens": 1}
+    if task in (REPLY, REPLY_ALONE):
+        return "chat", greedy | {"max_tokens": REPLY_TOKENS} | _no_end(peer, ends)
+    if way == COMPLETION:
+        return "completions", greedy | {"max_tokens": LABEL_TOKENS, "stop": ["\n"]}
+    if way == DECISIONS:
+        choices = [{"value": label} for label in labels]
+        questions = [{"type": "choice", "instructions": INSTRUCTIONS, "choices": choices}]
+        return ("decisions", {"questions": questions}) if peer == DESKSIDE else None
+    fields = greedy | {"max_tokens": LABEL_TOKENS}
+    if way == CONSTRAINED:
+        fields |= {"choice": list(labels)} if peer == DESKSIDE else {"grammar": gbnf(labels)}
+    return "chat", fields
+
+
+def _no_end(peer: str, ends: Sequence[int]) -> dict[str, Any]:
+    if peer == LLAMA_CPP_SERVER:
+        return {"logit_bias": {str(token): -100 for token in ends}}
+    return {"ignore_eos": True}
+
+
+def gbnf(labels: Sequence[str]) -> str:
+    """llama.cpp's grammar for exactly one of `labels`."""
+    return "root ::= " + " | ".join('"' + label.replace("\\", "\\\\").replace('"', '\\"') + '"' for label in labels)
+
+
+def deal(pool: Sequence[Example], counts: Mapping[str, tuple[int, int]], seed: int) -> dict[str, list[list[Example]]]:
+    """{name: (slices, size)} -> disjoint slices; those of one name have nearly the same lengths.
+
+    Raises BadWorkload when the pool does not suffice.
+    """
+    need = sum(slices * size for slices, size in counts.values())
+    if need > len(pool):
+        raise BadWorkload(f"the workloads need {need} different texts, there are {len(pool)}: ask for fewer requests")
+    chance = random.Random(seed)
+    order = chance.sample(list(pool), len(pool))
+    dealt: dict[str, list[list[Example]]] = {}
+    for name, (slices, size) in counts.items():
+        mine, order = order[: slices * size], order[slices * size :]
+        mine.sort(key=lambda example: len(example.text))
+        rows = [chance.sample(mine[start : start + slices], slices) for start in range(0, len(mine), slices or 1)]
+        dealt[name] = [chance.sample(column, size) for column in map(list, zip(*rows, strict=True))]
+    return dealt
+
+
+def long_prompts(examples: Sequence[Example], chars: int = REPLY_CHARS) -> tuple[Example, ...]:
+    """Prompts of `chars` characters (Gemma: about 300 tokens), each of other mails; they have no right answer."""
+    prompts: list[Example] = []
+    text = ""
+    for example in examples:
+        text += f"{example.text}\n\n"
+        if len(text) >= chars:
+            prompts.append(Example(f"long-{len(prompts)}", text[:chars], ""))
+            text = ""
+    return tuple(prompts)

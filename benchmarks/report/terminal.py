@@ -1,0 +1,235 @@
+"""A run as tables and notes for a person. Everything is computed from the file, so `bench report` shows the same again.
+
+What was replayed or assumed carries that word wherever it stands.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.comparison.figures import Accuracy, ArmFigures, LevelFigures, Spread, Statistics
+from benchmarks.comparison.scoring import OTHER, Score
+from benchmarks.cost import Bill, Offer
+from benchmarks.record import Arm, Run
+
+NEVER = "never"
+SPEED_COLUMNS = (
+    *("users", "n", "errors", "TTFT p50 ms", "p90", "TPOT p50 ms", "p90", "E2E p50 ms", "p90"),
+    *("req/s", "tok/s out"),
+)
+
+
+def render(run: Run, statistics: Statistics, bill: Bill | None, console: Console) -> None:
+    """Print the run: where and what, the latency table, accuracy, cost, and what to be careful about."""
+    for line in _heading(run):
+        console.print(Text(line))
+    console.print(speed_table(run, statistics))
+    for line in accuracy_lines(statistics):
+        console.print(Text(line))
+    if bill is not None:
+        console.print(cost_table(bill))
+        for line in cost_lines(bill):
+            console.print(Text(line))
+    for line in notes(run, statistics):
+        console.print(Text(f"- {line}"))
+    for warning in run.warnings:
+        console.print(Text(f"warning: {warning}"))
+
+
+def _heading(run: Run) -> Iterator[str]:
+    machine, work = run.machine, run.workload
+    memory = f", {machine.memory_bytes / 2**30:.0f} GiB" if machine.memory_bytes else ""
+    yield f"{machine.cpu}, {machine.logical_cores} logical cores{memory}; {machine.system}; {run.started_at}"
+    yield (
+        f"{work.requests_per_level} requests per arm and level (one repetition), closed loop at "
+        f"{', '.join(map(str, work.concurrency))}; {work.available} examples in {work.examples}, none used twice"
+    )
+
+
+def speed_table(run: Run, statistics: Statistics) -> Table:
+    """One row for each arm and concurrency; p50 with its 95 % interval, p90 where there are requests enough."""
+    table = Table(title="Latency and throughput", title_justify="left")
+    table.add_column("arm", min_width=16, overflow="fold")
+    for name in SPEED_COLUMNS:
+        table.add_column(name, justify="right")
+    for arm, figures in zip(run.arms, statistics.arms, strict=True):
+        for level in figures.levels:
+            table.add_row(_arm_name(arm), *_cells(level))
+    return table
+
+
+def _arm_name(arm: Arm) -> str:
+    details = ", ".join(part for part in (arm.quantization, arm.prompt) if part)
+    return f"{arm.name}: {arm.model} ({details})"
+
+
+def _cells(level: LevelFigures) -> Iterable[str]:
+    rate = level.completion_tokens_per_s
+    return (
+        str(level.concurrency),
+        str(level.requests),
+        str(level.errors),
+        _p50(level.ttft),
+        _p90(level.ttft),
+        _p50(level.tpot),
+        _p90(level.tpot),
+        _p50(level.e2e),
+        _p90(level.e2e),
+        f"{level.requests_per_s:.2f}",
+        "–" if rate is None else f"{rate:.1f}",
+    )
+
+
+def _p50(spread: Spread | None) -> str:
+    if spread is None or spread.p50_ms is None:
+        return "–"
+    if spread.p50_low_ms is None or spread.p50_high_ms is None:
+        return f"{spread.p50_ms:.0f} [n<6]"
+    return f"{spread.p50_ms:.0f} [{spread.p50_low_ms:.0f}, {spread.p50_high_ms:.0f}]"
+
+
+def _p90(spread: Spread | None) -> str:
+    if spread is None or spread.n == 0:
+        return "–"
+    return "n<64" if spread.p90_ms is None else f"{spread.p90_ms:.0f}"
+
+
+def accuracy_lines(statistics: Statistics) -> Iterator[str]:
+    """Accuracy of each arm that measures it, and the paired comparisons."""
+    for arm in statistics.arms:
+        yield f"accuracy, {arm.name}: {format_accuracy(arm.accuracy) if arm.accuracy else 'not measured'}"
+    for pair in statistics.comparisons:
+        yield (
+            f"{pair.first} minus {pair.second}: {pair.difference:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}] "
+            f"(paired, Newcombe 95 %; exact McNemar p = {pair.p_value:.2g}; "
+            f"only first right {pair.only_first}, only second {pair.only_second})"
+        )
+
+
+def format_accuracy(accuracy: Accuracy) -> str:
+    """`0.836 [0.790, 0.874] (209 of 250; Wilson 95 %)`."""
+    return (
+        f"{accuracy.share:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] "
+        f"({accuracy.correct} of {accuracy.total}; Wilson 95 %)"
+    )
+
+
+def cost_table(bill: Bill) -> Table:
+    """Dollars per 1,000 requests of each hosted model, and the requests until the fine-tune has paid for itself."""
+    title = f"Few-shot prompt, hosted: $ per 1,000 requests, priced {bill.priced_on}; break-even in requests (assumed)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("model")
+    for name in ("standard", "cached", "batch", "break-even standard", "cached", "batch"):
+        table.add_column(name, justify="right")
+    rows: dict[str, dict[str, Offer]] = {}
+    for offer in bill.offers:
+        rows.setdefault(offer.model, {})[offer.variant] = offer
+    for model, offers in rows.items():
+        variants = [offers[name] for name in ("standard", "cached", "batch")]
+        table.add_row(model, *(f"{o.cost_per_1000:.4f}" for o in variants), *(_requests(o) for o in variants))
+    return table
+
+
+def _requests(offer: Offer) -> str:
+    return NEVER if offer.break_even_requests is None else f"{offer.break_even_requests:,.0f}"
+
+
+def cost_lines(bill: Bill) -> Iterator[str]:
+    """What the cost rests on, and who wins at the assumed volume."""
+    given, tokens = bill.assumptions, bill.tokens
+    yield (
+        f"local fine-tune: ${bill.local_cost_per_1000:.4f} per 1,000 requests at "
+        f"{bill.local_seconds_per_request:.3f} s of machine time each; "
+        f"assumed: {given.power_watts:g} W, ${given.price_kwh:g}/kWh, machine "
+        f"${given.machine_price:g} over {given.machine_years:g} years, busy seconds only; "
+        f"once ${given.finetune_total:g} (${given.finetune_price:g} and {given.finetune_hours:g} h at "
+        f"${given.hour_price:g})"
+    )
+    yield (
+        f"hosted prompt: {tokens.prompt:.0f} tokens in ({tokens.shared:.0f} of them the same every time), "
+        f"{tokens.completion:.1f} out, counted by {bill.tokens_from}; other tokenizers count differently. 'cached' "
+        "takes every shared token as a cache hit: providers have a minimum length and some bill cache writes. "
+        "'batch' answers within hours, not at once, and is priced without cache hits."
+    )
+    yield f"prices of {bill.priced_on} from {' and '.join(sorted({offer.source for offer in bill.offers}))}"
+    yield "a prompt without examples costs less still; how right a hosted model is with either is not known from prices"
+    yield from _verdict(bill)
+    for line in bill.disagreements:
+        yield f"prices disagree: {line}"
+
+
+def _verdict(bill: Bill) -> Iterator[str]:
+    volume = bill.assumptions.monthly_requests
+    months = [offer.break_even_months for offer in bill.offers]
+    slow = sum(month is None or month > 12 for month in months)
+    cheapest = min(bill.offers, key=lambda offer: offer.cost_per_1000, default=None)
+    if cheapest is None:
+        return
+    yield (
+        f"at {volume:,.0f} requests a month (assumed) the prompt is cheaper than the fine-tune for a year or more with "
+        f"{slow} of {len(months)} offers; the cheapest, {cheapest.model} ({cheapest.variant}), costs "
+        f"${cheapest.cost_per_1000 * volume / 1000:.2f} a month and breaks even after {_months(cheapest)}"
+    )
+    if 2 * slow > len(months):
+        yield (
+            "on cost alone, take the prompt: the fine-tune's reasons are then privacy, latency, accuracy, "
+            "or a larger volume"
+        )
+
+
+def _months(offer: Offer) -> str:
+    months = offer.break_even_months
+    if months is None:
+        return NEVER
+    return f"{months:,.1f} months" if months < 24 else f"{months / 12:,.0f} years"
+
+
+def notes(run: Run, statistics: Statistics) -> Iterator[str]:
+    """How to read the tables: sources, definitions, what is not there and why."""
+    for arm, figures in zip(run.arms, statistics.arms, strict=True):
+        yield f"{arm.name}: {arm.source}{_start(arm)}{_cached(figures)}"
+        if arm.kind == "replayed":
+            yield (
+                f"{arm.name}: whole-call times of another prompt, so TTFT, TPOT and accuracy are not measured; "
+                "the shape under the recorded median is assumed log-normal"
+            )
+    yield "TTFT and E2E count from the scheduled send; TPOT = (finish − first token) / (tokens − 1); [ ] is 95 %"
+
+
+def _start(arm: Arm) -> str:
+    return f"; ready after {arm.start_s:.1f} s" if arm.start_s else ""
+
+
+def _cached(figures: ArmFigures) -> str:
+    shares = [level.cached_share for level in figures.levels if level.cached_share is not None]
+    return f"; {100 * sum(shares) / len(shares):.0f} % of prompt tokens were shared prefix" if shares else ""
+
+
+def render_score(model: str, score: Score, console: Console | None = None) -> None:
+    """Print accuracy and macro-F1 with their intervals, and one row a label."""
+    console = console or Console(soft_wrap=True)
+    accuracy, macro = score.accuracy, score.macro_f1
+    console.print(
+        Text(
+            f"{model}: accuracy {accuracy.estimate:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] "
+            f"({score.correct} of {score.total}; Wilson 95 %), "
+            f"macro-F1 {macro.estimate:.3f} [{macro.low:.3f}, {macro.high:.3f}] (bootstrap 95 %)"
+        )
+    )
+    table = Table("label")
+    for name in ("n", "precision", "recall", "F1", "mostly taken for"):
+        table.add_column(name, justify="right")
+    for i, row in enumerate(score.classes):
+        figures = (f"{row.precision:.3f}", f"{row.recall:.3f}", f"{row.f1:.3f}")
+        table.add_row(row.label, str(row.support), *figures, _confused(score, i))
+    console.print(table)
+
+
+def _confused(score: Score, index: int) -> str:
+    others = [(n, i) for i, n in enumerate(score.confusion[index]) if i != index and n]
+    if not others:
+        return "–"
+    count, column = max(others)
+    return f"{(*score.labels, OTHER)[column]} ({count})"

@@ -1,0 +1,188 @@
+"""Did the soak hold? Each check from the record alone: what it asks for, what was found, and whether it passed."""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.load.process_memory import PROC, children, resident_bytes
+from benchmarks.record import Machine, Noun
+
+from .client import Outcome
+
+ENGINE_BYTES = 64 << 20
+
+
+class Memory(Noun):
+    """Resident bytes at a moment: of the server's process, and of its largest child (0 without one)."""
+
+    at_s: float
+    server_bytes: int
+    engine_pid: int | None
+    engine_bytes: int
+
+
+def engine_of(pid: int, proc: Path = PROC) -> int | None:
+    """The engine's process: the server's largest child that holds more than a bare interpreter, or None."""
+    sizes = {child: resident_bytes(child, proc) for child in children(pid, proc)}
+    engine = max(sizes, key=lambda child: sizes[child], default=None)
+    return engine if engine is not None and sizes[engine] >= ENGINE_BYTES else None
+
+
+def look(pid: int, at_s: float, proc: Path = PROC) -> Memory:
+    """The memory of server and engine now."""
+    engine = engine_of(pid, proc)
+    used = resident_bytes(engine, proc) if engine is not None else 0
+    return Memory(at_s=at_s, server_bytes=resident_bytes(pid, proc), engine_pid=engine, engine_bytes=used)
+
+
+def kill_engine(pid: int) -> int | None:
+    """kill -9 the engine of server `pid`: the pid that was killed, or None when it has no engine process."""
+    engine = engine_of(pid)
+    if engine is not None:
+        os.kill(engine, signal.SIGKILL)
+    return engine
+
+
+SETTLE_S = 300.0
+SETTLE_SHARE = 1 / 6
+GROWTH_BYTES = 32 << 20
+GROWTH_SHARE = 0.05
+IDLE_SHARE = 0.25
+RECOVERY_S = 30.0
+LEAST_SAMPLES = 6
+
+
+class Kill(Noun):
+    """A kill -9 of the engine: when, whom, and seconds until /health was ready again (None: never)."""
+
+    at_s: float
+    pid: int
+    ready_after_s: float | None
+
+
+class SoakRun(Noun):
+    """One soak. `gauges` are the server's own after the load; `canaries` the answers to one fixed request."""
+
+    started_at: str
+    machine: Machine
+    model: str
+    minutes: float
+    seed: int
+    clients: int
+    capacity: int
+    wanted_kills: int
+    load_s: float
+    outcomes: tuple[Outcome, ...]
+    kills: tuple[Kill, ...]
+    memory: tuple[Memory, ...]
+    canaries: tuple[str, ...]
+    gauges: dict[str, float]
+    ready_at_end: bool
+
+
+class Check(Noun):
+    """One line of the verdict; `passed` None: could not be checked here, and `found` says why."""
+
+    name: str
+    found: str
+    passed: bool | None
+
+
+def check(run: SoakRun) -> tuple[Check, ...]:
+    """Every check in turn."""
+    return (_terminal(run), _failures(run), _refusals(run), _canary(run), *_memory(run), _kills(run), *_end(run))
+
+
+def _terminal(run: SoakRun) -> Check:
+    broken = [outcome for outcome in run.outcomes if outcome.end == "broken"]
+    counts = Counter(outcome.end for outcome in run.outcomes)
+    found = f"{len(run.outcomes)} requests: " + ", ".join(f"{n} {end}" for end, n in sorted(counts.items()))
+    if broken:
+        found += f"; first: {broken[0].kind} at {broken[0].started_s:.0f} s: {broken[0].detail}"
+    return Check(name="every request ended exactly once", found=found, passed=bool(run.outcomes) and not broken)
+
+
+def _failures(run: SoakRun) -> Check:
+    """An accepted request may fail only if the engine was killed, or was coming back, while it ran."""
+    failed = [outcome for outcome in run.outcomes if outcome.end == "failed"]
+    stray = [outcome for outcome in failed if not any(_overlap(outcome, kill) for kill in run.kills)]
+    found = f"{len(failed)} failed, {len(stray)} of them away from a kill"
+    if stray:
+        found += f"; first: {stray[0].kind} at {stray[0].started_s:.0f} s: {stray[0].detail}"
+    return Check(name="requests fail only around a kill", found=found, passed=not stray)
+
+
+def _overlap(outcome: Outcome, kill: Kill) -> bool:
+    return outcome.started_s <= kill.at_s + RECOVERY_S and outcome.ended_s >= kill.at_s
+
+
+def _refusals(run: SoakRun) -> Check:
+    refused = sum(outcome.end == "refused" for outcome in run.outcomes)
+    found = f"{refused} refused with 429 by {run.clients} clients at a capacity of {run.capacity}"
+    return Check(name="the overload was real: some requests met a full queue", found=found, passed=refused > 0)
+
+
+def _canary(run: SoakRun) -> Check:
+    different = sorted(set(run.canaries))
+    found = f"{len(run.canaries)} answers, {len(different)} different: {', '.join(map(repr, different[:3]))}"
+    return Check(name="a fixed request keeps its answer", found=found, passed=len(different) == 1)
+
+
+def _memory(run: SoakRun) -> tuple[Check, ...]:
+    settle = min(SETTLE_S, SETTLE_SHARE * run.load_s)
+    settled = [sample for sample in run.memory if sample.at_s >= settle and sample.at_s <= run.load_s]
+    checks = [_flat("server", [(s.at_s, s.server_bytes) for s in settled])]
+    engines = [sample for sample in run.memory if sample.engine_pid is not None]
+    if engines:
+        last = engines[-1].engine_pid
+        born = next(sample.at_s for sample in engines if sample.engine_pid == last)
+        lived = [(s.at_s, s.engine_bytes) for s in settled if s.engine_pid == last and s.at_s >= born + settle]
+        checks.append(_flat("engine (since its last start)", lived))
+    return tuple(checks)
+
+
+def _flat(who: str, points: Sequence[tuple[float, int]]) -> Check:
+    """Flat: the linear fit grows over the window by less than 32 MiB or 5 % of the mean, whichever is more."""
+    name = f"resident memory of the {who} is flat"
+    if len(points) < LEAST_SAMPLES:
+        return Check(name=name, found=f"only {len(points)} samples after settling", passed=None)
+    times, sizes = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    growth = float(np.polyfit(times, sizes, 1)[0] * (times[-1] - times[0]))
+    limit = max(GROWTH_BYTES, GROWTH_SHARE * float(sizes.mean()))
+    found = (
+        f"{growth / 2**20:+.1f} MiB over {times[-1] - times[0]:.0f} s at a mean of {sizes.mean() / 2**20:.0f} MiB "
+        f"(limit {limit / 2**20:.0f} MiB)"
+    )
+    return Check(name=name, found=found, passed=growth < limit)
+
+
+def _kills(run: SoakRun) -> Check:
+    name = "the engine comes back after kill -9"
+    if not run.kills and run.wanted_kills:
+        found = "the server has no engine process of its own (or this system no /proc): nothing was killed"
+        return Check(name=name, found=found, passed=None)
+    times = ["never" if kill.ready_after_s is None else f"{kill.ready_after_s:.1f} s" for kill in run.kills]
+    back = all(kill.ready_after_s is not None for kill in run.kills) and len(run.kills) == run.wanted_kills
+    found = f"{len(run.kills)} of {run.wanted_kills} kills, ready after {', '.join(times) or '–'}"
+    return Check(name=name, found=found, passed=back)
+
+
+def _end(run: SoakRun) -> tuple[Check, ...]:
+    gauges = run.gauges
+    busy = {name: gauges.get(f"deskside_{name}") for name in ("live", "running", "waiting")}
+    used, total = gauges.get("deskside_kv_cells_used"), gauges.get("deskside_kv_cells_total")
+    shown = ", ".join(f"{name} {'unknown' if value is None else f'{value:g}'}" for name, value in busy.items())
+    idle = "unknown" if used is None or not total else f"{used:g} of {total:g} cells"
+    return (
+        Check(name="nothing is left running or waiting", found=shown, passed=set(busy.values()) == {0.0}),
+        Check(
+            name="KV cells are free but for idle prefixes (at most a quarter)",
+            found=idle,
+            passed=used is not None and total is not None and used <= IDLE_SHARE * total,
+        ),
+        Check(name="the server is ready at the end", found=str(run.ready_at_end), passed=run.ready_at_end),
+    )

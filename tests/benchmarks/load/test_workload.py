@@ -1,0 +1,96 @@
+"""Examples and prompts are read strictly, and no mail is used twice."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.comparison.run import recipe_file
+from benchmarks.errors import BadWorkload
+from benchmarks.load.workload import Example, draw, labels_of, read_examples, read_prompt, template_prompt
+
+EXAMPLES = tuple(Example(str(i), f"mail {i}", "spam" if i % 2 else "ham") for i in range(100))
+
+
+def record(text: str, label: str, **more: object) -> str:
+    return json.dumps(
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": label}], **more}
+    )
+
+
+def test_levels_and_warm_up_share_no_mail() -> None:
+    drawn = draw(EXAMPLES, [1, 4, 16], per_level=32, warmup=2, seed=0)
+    used = [example.text for level in drawn.levels.values() for example in level]
+    used += [example.text for example in drawn.warmup]
+    assert list(drawn.levels) == [1, 4, 16]
+    assert len(used) == 3 * 32 + 2
+    assert len(set(used)) == len(used)
+    assert drawn == draw(EXAMPLES, [1, 4, 16], per_level=32, warmup=2, seed=0)
+    assert drawn != draw(EXAMPLES, [1, 4, 16], per_level=32, warmup=2, seed=1)
+
+
+def test_too_few_examples_are_refused_with_what_would_fit() -> None:
+    with pytest.raises(BadWorkload, match=r"need 101 different examples.*holds 100.*--requests 32"):
+        draw(EXAMPLES, [1, 4, 16], per_level=33, warmup=2, seed=0)
+
+
+def test_a_repeated_text_or_level_is_refused() -> None:
+    with pytest.raises(BadWorkload, match="same text twice"):
+        draw((*EXAMPLES, Example("x", "mail 1", "ham")), [1], per_level=4, warmup=0, seed=0)
+    with pytest.raises(BadWorkload, match="different levels"):
+        draw(EXAMPLES, [4, 4], per_level=4, warmup=0, seed=0)
+
+
+def test_the_committed_test_split_suffices_for_the_default_run() -> None:
+    examples = read_examples(recipe_file("data", "test.jsonl.gz"))
+    assert len(labels_of(examples)) == 8
+    draw(examples, [1, 4, 16], per_level=64, warmup=2, seed=0)
+
+
+def test_examples_are_read_plain_and_compressed(tmp_path: Path) -> None:
+    text = record("Hi", "ham ", id="a") + "\n\n" + record("Buy", "spam") + "\n"
+    (tmp_path / "e.jsonl").write_text(text)
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    expected = (Example("a", "Hi", "ham"), Example("3", "Buy", "spam"))
+    assert read_examples(tmp_path / "e.jsonl") == expected
+    assert read_examples(tmp_path / "e.jsonl.gz") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "line 1"),
+        ('{"messages": []}', "line 1"),
+        (record("a", "b") + '\n{"messages": [{"role": "user", "content": "x"}]}', "line 2"),
+        (record("a", "b", id="1") + "\n" + record("c", "d", id="1"), "id '1' is that of line 1"),
+        ("\n", "no record"),
+        ("[]", "line 1"),
+    ],
+)
+def test_bad_examples_are_refused_with_their_line(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "e.jsonl").write_text(text)
+    with pytest.raises(BadWorkload, match=says):
+        read_examples(tmp_path / "e.jsonl")
+
+
+def test_a_torn_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(record("a", "b").encode())[:-6])
+    with pytest.raises(BadWorkload, match="cannot be read"):
+        read_examples(tmp_path / "e.jsonl.gz")
+
+
+def test_prompts_need_their_placeholder_once(tmp_path: Path) -> None:
+    path = tmp_path / "few.txt"
+    path.write_text("Mail:\n{mail}\nList:\n")
+    prompt = read_prompt(path)
+    assert prompt.render("a {mail} b") == "Mail:\na {mail} b\nList:"
+    path.write_text("{mail} {mail}")
+    with pytest.raises(BadWorkload, match="found 2 times"):
+        read_prompt(path)
+    assert template_prompt("t", "<{text}>").render("x") == "<x>"
+
+
+def test_the_shared_part_of_a_prompt_is_a_share_of_its_characters() -> None:
+    assert template_prompt("t", "1234567890{text}").shared_share([Example("a", "12345", "x")]) == pytest.approx(2 / 3)
+    assert template_prompt("t", "{text}").shared_share([Example("a", "12345", "x")]) == 0
