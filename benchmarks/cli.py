@@ -11,18 +11,19 @@ from pydantic import Field
 
 from benchmarks.comparison.arms import base_arm, fine_tune_arm
 from benchmarks.comparison.evaluate import Task
-from benchmarks.comparison.run import Settings, recipe_file
+from benchmarks.comparison.run import Settings
 from benchmarks.conversion.compare import convert_speed_command
 from benchmarks.conversion.trim import trim_command
+from benchmarks.load.model_file import recipe_file
 from benchmarks.load.workload import read_prompt, template_prompt
 from benchmarks.peers.report import peers_command
 from benchmarks.soak.soak import soak_command
+from models.common.console import show_progress
+from models.common.options import with_options
 from models.manifest import Prompt as ManifestPrompt
 from models.store.store import Store
 
-from .console import show_progress
 from .cost import Assumptions
-from .options import with_options
 from .record import Noun
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from convert.checkpoint.folder import HfFolder
 from convert.checkpoint.source import Source, open_source
 from convert.lora.fit import Fitted, fit
-from convert.lora.gguf_adapter import FULL_PRECISION, check_hot, plan_hot, verify_hot
+from convert.lora.gguf_adapter import FULL_PRECISION, check_hot, plan_hot
 from convert.planning.inputs import ConvertRequest, Inputs, gather
 from convert.planning.plan import Plan, base_of, counted, layout_of, plan_file, write_half
+from convert.proof.adapter import verify_hot
 from convert.proof.proof import Proof
 from convert.proof.runs import verify_runs
 from convert.quantize.imatrix import IMATRIX_FILE

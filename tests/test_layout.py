@@ -1,10 +1,9 @@
-"""The house stands as drawn: which room imports which, which library has which door, and nothing grows past reading size.
+"""The house stands as drawn: who imports whom, which library has which door, and nothing grows past reading size.
 
 A room is a folder. A file directly in one of the four houses is a unit of its own (`runtime.errors`, `convert.cli`).
 """
 
 import ast
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,8 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("errors",),
         ("common", "gguf"),
         ("manifest", "quality"),
-        ("store", "card"),
+        ("card",),
+        ("store",),
         ("email_triage", "cli"),
     ),
     "runtime": (

@@ -7,7 +7,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pydantic import Field
 from benchmarks.errors import BadWorkload, ServerFailed
 from benchmarks.load.client import OpenAiClient
 from benchmarks.load.loop import closed_loop
+from benchmarks.load.model_file import recipe_file
 from benchmarks.load.workload import Draw, Example, Prompt, draw, labels_of, read_examples, read_prompt, template_prompt
 from benchmarks.record import Arm, Level, Noun, Run, Sample, Workload, describe, load_average, save_run
 from models.common.files import sha256_file
@@ -141,11 +141,6 @@ class Settings(Noun):
     )
     seed: int = Field(default=0, description="Which examples each level gets, and the replayed latencies.")
     out: Path | None = Field(default=None, description="Where the JSON goes (default: results/bench-<time>.json).")
-
-
-def recipe_file(*parts: str) -> Path:
-    """A file of the default model's folder in the `models` package."""
-    return Path(str(resources.files("models"))).joinpath("email_triage", *parts)
 
 
 def make_plan(settings: Settings, store: Store) -> RunPlan:

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from benchmarks.console import Progress, show_progress
 from benchmarks.errors import ServerFailed
 from benchmarks.load.process_memory import PeakWatch
-from benchmarks.options import with_options
 from benchmarks.record import describe, load_average
+from models.common.console import Progress, show_progress
+from models.common.options import with_options
 from models.gguf.header import read_header
 from models.store.store import Store
 

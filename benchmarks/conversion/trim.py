@@ -11,13 +11,11 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import Field
 
-from benchmarks.comparison.run import recipe_file
-from benchmarks.console import Progress, show_progress
 from benchmarks.errors import BadRecord, ServerFailed
-from benchmarks.options import with_options
-from benchmarks.peers.files import RECIPE, converted
-from benchmarks.peers.servers import ModelFile
+from benchmarks.load.model_file import RECIPE, ModelFile, converted, recipe_file
 from benchmarks.record import Machine, Noun, describe, load_noun
+from models.common.console import Progress, show_progress
+from models.common.options import with_options
 from models.gguf.header import read_meta
 from models.manifest import read_manifest
 from models.quality import read_quality

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.errors import ServerFailed
 
@@ -110,6 +111,16 @@ def _wait_ready(process: subprocess.Popen[bytes], url: str, deadline: float) -> 
                 pass
             time.sleep(POLL_S)
     raise ServerFailed(f"the server was not ready in time: {url} did not answer 200")
+
+
+def read_counters(text: str, names: Sequence[str]) -> dict[str, float]:
+    """The values of metrics in Prometheus' text form, each summed over its models; what is not there is left out."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name in names:
+                found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

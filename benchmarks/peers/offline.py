@@ -16,13 +16,13 @@ from pathlib import Path
 import httpx
 
 from benchmarks.errors import ServerFailed
+from benchmarks.load.model_file import ModelFile
 from benchmarks.load.servers import deskside_command, free_port, serve_command, serving
 from benchmarks.load.workload import Example
 
-from .files import Files
 from .record import BarePass, OfflinePass
 from .run import Comparison, Progress, Recorder, Slices
-from .servers import ModelFile, end_tokens, script
+from .servers import Files, end_tokens, script
 from .tasks import CHAT, CONSTRAINED, DECISIONS, DESKSIDE, LABEL, LABEL_TOKENS, REPLY, REPLY_TOKENS, asking
 
 CTRANSLATE2 = "ctranslate2 int8"

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.comparison.run import recipe_file
+from benchmarks.load.model_file import recipe_file
 from benchmarks.load.servers import deskside_command
 from benchmarks.load.workload import Example, Prompt, labels_of, read_examples, read_prompt
 from benchmarks.record import describe
 from models.store.store import Store
 
-from .files import Files, prepare_files
 from .offline import run_bare, run_offline
 from .record import PeerRun, PeerSettings
 from .run import Comparison, Progress, Recorder, Slices, Stage, run_stage
@@ -22,12 +21,14 @@ from .servers import (
     BEST,
     RAM,
     SHIPPED,
+    Files,
     ServerPlan,
     deskside_plan,
     install_peers,
     llama_cpp_plan,
     llama_server_plan,
     peer_versions,
+    prepare_files,
     script,
 )
 from .tasks import BURST, FEW_SHOT, HOP, LABEL, LABEL_ALONE, REPLY, REPLY_ALONE, Task, deal, long_prompts, tasks

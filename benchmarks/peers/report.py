@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.console import show_progress
-from benchmarks.options import with_options
+from models.common.console import show_progress
+from models.common.options import with_options
 
 from .aims import Aim
 from .figures import Figures, OfflineRow, Row, ratio

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.errors import ServerFailed
 from benchmarks.load.client import OpenAiClient
 from benchmarks.load.loop import closed_loop
-from benchmarks.load.servers import Running
+from benchmarks.load.servers import Running, read_counters
 from benchmarks.load.workload import Example, Prompt
 from benchmarks.record import Sample, load_average
 
@@ -200,13 +199,3 @@ def _counters(plan: ServerPlan, address: str) -> dict[str, float]:
         return {}
     text = httpx.get(f"{address.removesuffix('/v1')}/metrics", trust_env=False, timeout=30).text
     return read_counters(text, COUNTERS)
-
-
-def read_counters(text: str, names: Sequence[str]) -> dict[str, float]:
-    """The values of metrics in Prometheus' text form, each summed over its models; what is not there is left out."""
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name in names:
-                found[sample.name] = found.get(sample.name, 0.0) + sample.value
-    return found

@@ -6,14 +6,16 @@ import sys
 import venv
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
 
 from benchmarks.errors import ServerFailed
+from benchmarks.load.model_file import BASE, RECIPE, ModelFile, converted, model_file, run_to_end
 from benchmarks.load.servers import Running, free_port, serve_command, serving
 from models.common.files import sha256_file
 from models.gguf.header import read_meta
+from models.store.store import Store
 
 from .record import Server
 from .tasks import DESKSIDE, LLAMA_CPP_SERVER, LLAMA_SERVER
@@ -21,6 +23,8 @@ from .tasks import DESKSIDE, LLAMA_CPP_SERVER, LLAMA_SERVER
 BEST, RAM, SHIPPED = "best", "best with RAM cache", "as shipped"
 # The title of the file that Deskside chose for the fine-tune, in whatever quantization.
 CHOSEN = "chosen"
+# The conversions beside it. Q4_K_M with its whole vocabulary is the file a user would serve elsewhere.
+MADE = {"F16": (), "Q4_K_M": ("--whole-vocab",)}
 LLAMA_SERVER_PROFILES = {BEST: "best", RAM: "ram", SHIPPED: "shipped"}
 LLAMA_SERVER_SETTINGS = {
     BEST: "16 slots, unified KV cache of 32,768 cells, swa-full, continuous batching, prompt cache in the slots, warm",
@@ -41,17 +45,32 @@ _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A GGUF file that is served, its model's folder (with the manifest), and what is known about it.
+class Files:
+    """Every file that is served. `tuned` is the installed fine-tune: the one that all servers share."""
 
-    `title` names it among the files of a comparison; the quantization does by default.
-    """
+    tuned: ModelFile
+    tuned_f16: ModelFile
+    tuned_q4: ModelFile
+    base: ModelFile
+    ctranslate2: Path
 
-    path: Path
-    folder: Path
-    quantization: str
-    sha256: str
-    title: str = ""
+
+def prepare_files(store: Store, folder: Path, peers_python: Path) -> Files:
+    """Find or make the files. Raises ModelNotFound, BadManifest, or ServerFailed when a conversion fails."""
+    tuned = replace(model_file(store.get(RECIPE)), title=CHOSEN)
+    base = model_file(store.get(BASE), "base ")
+    own = Store(folder / "home")
+    made = {}
+    for kind, options in MADE.items():
+        # of another fine-tune, or of one that was cut otherwise, it would be another file
+        name = f"{RECIPE}-{kind.lower()}-{tuned.sha256[:8]}"
+        made[kind] = converted(own, name, "--quant", kind, *options)
+    ctranslate2 = folder / f"ctranslate2-{tuned.sha256[:16]}"
+    if not ctranslate2.exists():
+        run_to_end(
+            [str(peers_python), "-P", script("run_ctranslate2.py"), "convert", str(tuned.path), str(ctranslate2)], {}
+        )
+    return Files(tuned, made["F16"], made["Q4_K_M"], base, ctranslate2)
 
 
 @dataclass(frozen=True, slots=True)

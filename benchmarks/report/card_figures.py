@@ -27,8 +27,8 @@ from benchmarks.comparison.evaluate import (
     save_evaluation,
     score_evaluation,
 )
-from benchmarks.comparison.run import recipe_file
 from benchmarks.comparison.scoring import Score, compare
+from benchmarks.load.model_file import recipe_file
 from benchmarks.load.workload import Prompt, labels_of, read_examples, read_prompt
 from benchmarks.record import save_json
 from models.card.card import render_quality

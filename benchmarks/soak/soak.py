@@ -18,13 +18,12 @@ import httpx
 import typer
 from pydantic import Field
 
-from benchmarks.comparison.run import recipe_file
-from benchmarks.console import show_progress
-from benchmarks.load.servers import Running, free_port, serve_command, serving
+from benchmarks.load.model_file import recipe_file
+from benchmarks.load.servers import Running, free_port, read_counters, serve_command, serving
 from benchmarks.load.workload import labels_of, read_examples
-from benchmarks.options import with_options
-from benchmarks.peers.run import read_counters
 from benchmarks.record import Noun, describe
+from models.common.console import show_progress
+from models.common.options import with_options
 from models.store.store import Store
 
 from .checks import Kill, Memory, SoakRun, kill_engine, look

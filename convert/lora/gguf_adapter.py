@@ -8,20 +8,15 @@ Names and shapes as llama.cpp's `src/llama-adapter.cpp` wants them: the base's t
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from convert.errors import AdapterInvalid, VerifyFailed
+from convert.errors import AdapterInvalid
 from convert.gguf_writer import Layout, OutTensor
-from convert.proof.runs import check_logits, probe
 from convert.tokenizer.chat_template import TEMPLATE_FIELD, ChatFormat
 from models.gguf.fields import Field
 from models.gguf.header import DEFAULT_ALIGNMENT, Header
-from runtime.errors import EngineError
-from runtime.llama.decode import last_logits
-from runtime.llama.model import Llama, LoadOptions, load
 
 from .adapter import Adapter
 from .changes import Lora
@@ -89,36 +84,3 @@ def _alpha(loras: Mapping[str, Lora]) -> float:
     """One alpha for the file: the first module's. To llama.cpp 0 means none was given, so an adapter of 0 has 1."""
     first = next(iter(loras.values()))
     return first.scale * len(first.a) or 1.0
-
-
-def verify_hot(base: Path, adapter: Path, chat: ChatFormat, *, is_zero: bool) -> None:
-    """Load the adapter on its base and decode one token with and without it. Raises VerifyFailed saying what is wrong.
-
-    The logits must be finite and, unless the adapter `is_zero`, not those of the base.
-    """
-    options = LoadOptions(n_ctx=256, n_batch=64, n_seq_max=1, n_threads=1, gpu_layers=0, adapters={"new": adapter})
-    try:
-        llama = load(base, options)
-    except EngineError as error:
-        raise VerifyFailed(f"the adapter's file cannot be loaded on its base: {error}") from error
-    try:
-        _check(llama, chat, is_zero=is_zero)
-    except EngineError as error:
-        raise VerifyFailed(f"the adapter's file cannot be run on its base: {error}") from error
-    finally:
-        llama.close()
-
-
-def _check(llama: Llama, chat: ChatFormat, *, is_zero: bool) -> None:
-    if chat.end_of_turn is not None and not llama.tokenizer.is_end(chat.end_of_turn):
-        raise VerifyFailed(
-            f"token {chat.end_of_turn} ends a turn of this adapter, but the base does not take it for an end, "
-            "which only a merged model can change: leave out --hot"
-        )
-    tokens = probe(llama)
-    bare = last_logits(llama, tokens)
-    llama.use_adapter("new")
-    tuned = last_logits(llama, tokens)
-    check_logits(tuned)
-    if np.array_equal(bare, tuned) and not is_zero:
-        raise VerifyFailed("the adapter was applied, but the logits are those of the bare base")

@@ -2,10 +2,13 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from rich.text import Text
 
 
@@ -59,7 +62,7 @@ class BarReporter:
     """A bar per stage; finished ones stay with their time."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
+        self._progress = Bars(
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
         )
         self._task: TaskID | None = None
@@ -95,3 +98,29 @@ class BarReporter:
         if self._task is not None:
             total = self._progress.tasks[self._task].total or 1
             self._progress.update(self._task, total=total, completed=total)
+
+
+Progress = Callable[[str, int, int], None]
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """A bar on stderr when it is a terminal, else one line for each thing that is done."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _print_whole
+        return
+    with Bars(console=console) as bars:
+        tasks = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield show
+
+
+def _print_whole(what: str, done: int, total: int) -> None:
+    if done in (0, total):
+        print(what if done == 0 else f"{what}: {done} of {total}", file=sys.stderr)

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from runtime.config import RuntimeConfig
-from runtime.config_flags import with_config
+
+from .config_flags import with_config
 
 SOME_FAILED = 3
 DEFAULT_MODEL = "email-triage"

@@ -9,8 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from runtime.cli.config_flags import with_config
 from runtime.config import RuntimeConfig, env_name, flag, physical_cores, settings
-from runtime.config_flags import with_config
 
 
 def make_app(seen: list[RuntimeConfig]) -> typer.Typer:

@@ -6,13 +6,13 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.cli import create_app
-from benchmarks.comparison.run import recipe_file
 from benchmarks.conversion import trim as trim_speed
 from benchmarks.conversion.trim import TrimFile, TrimRun, TrimSettings, load_trim_run, ratios
 from benchmarks.errors import BadRecord, ServerFailed
-from benchmarks.peers import files as peer_files
-from benchmarks.peers.files import prepare_files
-from benchmarks.peers.servers import CHOSEN
+from benchmarks.load import model_file as model_files
+from benchmarks.load.model_file import recipe_file
+from benchmarks.peers import servers as peer_servers
+from benchmarks.peers.servers import CHOSEN, prepare_files
 from benchmarks.record import describe, save_json
 from models.common.files import sha256_file
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest, read_manifest
@@ -90,8 +90,9 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if command[0] == "deskside":
             convert_with(command, environment)
 
-    monkeypatch.setattr(peer_files, "deskside_command", lambda *arguments: ["deskside", *arguments])
-    monkeypatch.setattr(peer_files, "_run", run)
+    monkeypatch.setattr(model_files, "deskside_command", lambda *arguments: ["deskside", *arguments])
+    for module in (model_files, peer_servers):
+        monkeypatch.setattr(module, "run_to_end", run)
     return asked
 
 

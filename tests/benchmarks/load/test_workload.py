@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.comparison.run import recipe_file
 from benchmarks.errors import BadWorkload
+from benchmarks.load.model_file import recipe_file
 from benchmarks.load.workload import Example, draw, labels_of, read_examples, read_prompt, template_prompt
 
 EXAMPLES = tuple(Example(str(i), f"mail {i}", "spam" if i % 2 else "ham") for i in range(100))

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.errors import BadWorkload
-from benchmarks.load.servers import Running
+from benchmarks.load.servers import Running, read_counters
 from benchmarks.load.workload import Example, Prompt
 from benchmarks.peers.offline import batch_answers, batch_lines
 from benchmarks.peers.plan import _examples
 from benchmarks.peers.record import PeerSettings, Server
-from benchmarks.peers.run import Comparison, Stage, read_counters, turns
+from benchmarks.peers.run import Comparison, Stage, turns
 from benchmarks.peers.servers import ServerPlan, without
 from benchmarks.peers.tasks import (
     CHAT,

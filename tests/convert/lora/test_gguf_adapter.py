@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from convert.errors import AdapterInvalid, RequestInvalid, VerifyFailed
-from convert.lora.gguf_adapter import verify_hot
 from convert.pipeline import convert
 from convert.planning.inputs import ConvertRequest
+from convert.proof.adapter import verify_hot
 from convert.tokenizer.chat_template import ChatFormat
 from models.common.files import sha256_file
 from models.errors import StoreError

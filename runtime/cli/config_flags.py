@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .config import Group, RuntimeConfig, env_name, flag, settings
+from runtime.config import Group, RuntimeConfig, env_name, flag, settings
 
 
 def with_config(*groups: Group) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
