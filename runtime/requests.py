@@ -14,6 +14,9 @@ import numpy as np
 FinishReason = Literal["stop", "length"]
 GrammarKind = Literal["json_schema", "lark", "regex", "choice"]
 
+# Choices of one `ScoringPrompt`.
+MAX_SCORED_CHOICES = 255
+
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
@@ -69,7 +72,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ScoringPrompt:
     """Which of `choices` follows `prompt`, all as token ids: none empty, no two choices alike.
 
     A choice has been said with its last token; where another choice goes on from there, once one of `ends` follows it.
@@ -88,7 +91,7 @@ class Scoring:
     """
 
     id: str
-    questions: tuple[Question, ...]
+    questions: tuple[ScoringPrompt, ...]
     adapter: str | None = None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from convert.errors import MeasureFailed
 from runtime.decoding.choice_tree import Ballot
 from runtime.llama.interface import LlamaLike
-from runtime.requests import Batch, Question
+from runtime.requests import Batch, ScoringPrompt
 
 from .loss import Row
 from .tasks import Task, Tasks
@@ -213,7 +213,7 @@ class _Group:
             one = self._asked[index]
             self._see(one, place, logits)
             if self._tasks.work == "classify":
-                one.ballot = Ballot(Question(one.task.prompt, self._tasks.choices, self._tasks.ends))
+                one.ballot = Ballot(ScoringPrompt(one.task.prompt, self._tasks.choices, self._tasks.ends))
                 one.ballot.read((), logits)
             else:
                 one.written.append(_likeliest(logits))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import Overloaded
-from runtime.openai.chat import MAX_CHOICES
-from runtime.openai.wire import Kind, to_error
+from runtime.openai.chat import MAX_ANSWERS_PER_CALL
+from runtime.openai.wire import Endpoint, to_error
 from runtime.requests import Work
 from runtime.serving.chat import fold, prepare
 from runtime.serving.decisions import Deciding, fold_decision, prepare_decision
@@ -26,7 +26,7 @@ class Prepared:
     fold: Callable[[Stream], Awaitable[dict[str, Any]]]
 
 
-def _text(kind: Kind) -> Callable[[BatchLine, Deciding], Prepared]:
+def _text(kind: Endpoint) -> Callable[[BatchLine, Deciding], Prepared]:
     def prepared(line: BatchLine, served: Deciding) -> Prepared:
         call = prepare(kind, _with_seed(line), served)
         return Prepared(call.requests, lambda stream: fold(call, stream))
@@ -55,7 +55,7 @@ ROUTES: Mapping[str, Callable[[BatchLine, Deciding], Prepared]] = {
 
 def queue_for(window: int) -> int:
     """How many answers must be able to wait so that a line with the most choices fits beside a window of others."""
-    return window + MAX_CHOICES
+    return window + MAX_ANSWERS_PER_CALL
 
 
 class EngineAnswerer:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.errors import EngineError
-from runtime.requests import Question
+from runtime.requests import ScoringPrompt
 
 NEGLIGIBLE = 1e-4
 
@@ -39,7 +39,7 @@ class Branch:
 class Ballot:
     """One question: take `next_wave`, compute its branches, `read` their rows, until there is no further wave."""
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: ScoringPrompt) -> None:
         self.question = question
         self._ends = np.asarray(question.ends, np.int64)
         self._children: dict[Path, set[int]] = {}

@@ -13,12 +13,21 @@ import numpy as np
 
 from runtime.decoding.choice_tree import Ballot, Branch
 from runtime.errors import ContextTooLong, InvalidRequest
-from runtime.requests import Event, Question, Request, SamplingParams, Scored, Scoring, Sequence, Usage
+from runtime.requests import (
+    MAX_SCORED_CHOICES,
+    Event,
+    Request,
+    SamplingParams,
+    Scored,
+    Scoring,
+    ScoringPrompt,
+    Sequence,
+    Usage,
+)
 from runtime.scheduling.scheduler import Scheduler
 
-MAX_CHOICES = 255
 # Arrival numbers of one question: its prompt's, and one for each choice that may fork off.
-ARRIVALS = MAX_CHOICES + 1
+ARRIVALS = MAX_SCORED_CHOICES + 1
 
 
 @dataclass(eq=False, slots=True)
@@ -157,7 +166,7 @@ class Scorer:
         return [Scored(call.scoring.id, answers, Usage(n_prompt, call.n_cached, call.n_computed))]
 
 
-def _sequence(call: _Call, question: Question, arrival: int, tokens: tuple[int, ...], first_row: int) -> Sequence:
+def _sequence(call: _Call, question: ScoringPrompt, arrival: int, tokens: tuple[int, ...], first_row: int) -> Sequence:
     params = SamplingParams(max_tokens=max(map(len, question.choices)))
     request = Request(call.scoring.id, question.prompt, params, call.scoring.adapter)
     return Sequence(request, arrival, list(tokens), first_row=first_row)
@@ -171,8 +180,10 @@ def check_scoring(scoring: Scoring, n_vocab: int, n_ctx: int) -> None:
         choices = question.choices
         if not question.prompt:
             raise InvalidRequest("the prompt has no tokens", param="input")
-        if not 1 <= len(choices) <= MAX_CHOICES or len(set(choices)) < len(choices) or () in choices:
-            message = f"a question needs 1 … {MAX_CHOICES} choices, all different and none empty, got {len(choices)}"
+        if not 1 <= len(choices) <= MAX_SCORED_CHOICES or len(set(choices)) < len(choices) or () in choices:
+            message = (
+                f"a question needs 1 … {MAX_SCORED_CHOICES} choices, all different and none empty, got {len(choices)}"
+            )
             raise InvalidRequest(message, param="questions")
         for token in {*question.prompt, *question.ends, *(token for choice in choices for token in choice)}:
             if not 0 <= token < n_vocab:

@@ -7,8 +7,8 @@ from typing import Any
 
 from runtime.requests import Event, Failed, Finished, FinishReason, Request, TextDelta, TokenLogprob, Usage
 
-from .tool_calls import CallDelta, Told, ToolCallReader, ToolFormat
-from .wire import Kind
+from .tool_calls import CallDelta, ToolCallReader, ToolDelta, ToolFormat
+from .wire import Endpoint
 
 # JSON has no infinity; OpenAI writes this for a token that cannot come.
 LEAST_LOGPROB = -9999.0
@@ -22,7 +22,7 @@ class Call:
     """
 
     id: str
-    kind: Kind
+    kind: Endpoint
     model: str
     created_s: int
     fingerprint: str
@@ -39,7 +39,7 @@ class Call:
 
 
 @dataclass(slots=True)
-class Choice:
+class AnswerChoice:
     """One choice as far as it has come."""
 
     index: int
@@ -54,7 +54,7 @@ class Answer:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.choices = [Choice(index) for index in range(len(call.requests))]
+        self.choices = [AnswerChoice(index) for index in range(len(call.requests))]
         self._by_id = {request.id: choice for request, choice in zip(call.requests, self.choices, strict=True)}
         self._offsets = [TextOffsets() for _ in self.choices]
         self._readers = [call_reader(call, choice.index) for choice in self.choices]
@@ -65,7 +65,7 @@ class Answer:
         if isinstance(event, Finished):
             choice.finish_reason, choice.usage = event.reason, event.usage
             reader = self._readers[choice.index]
-            told = Told(reader.finish()) if reader else Told()
+            told = ToolDelta(reader.finish()) if reader else ToolDelta()
             reason = finish_reason(event.reason, reader)
             return to_chunk(self.call, choice.index, told.content or None, finish_reason=reason)
         if isinstance(event, Failed):
@@ -152,7 +152,7 @@ def to_chunk(
     return chunk | {"usage": None} if call.include_usage else chunk
 
 
-def to_choice(call: Call, choice: Choice) -> dict[str, Any]:
+def to_choice(call: Call, choice: AnswerChoice) -> dict[str, Any]:
     """One whole choice of a response."""
     text = "".join(choice.text)
     reader = call_reader(call, choice.index)

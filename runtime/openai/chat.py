@@ -24,9 +24,9 @@ from runtime.requests import Grammar, Request, SamplingParams
 from . import tools as openai_tools
 from . import wire as openai_grammar
 from .tools import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, check_tools, check_turns
-from .wire import MESSAGE_FIELDS_REFUSED, Kind, used_fields
+from .wire import MESSAGE_FIELDS_REFUSED, Endpoint, used_fields
 
-MAX_CHOICES = 128
+MAX_ANSWERS_PER_CALL = 128
 MAX_MESSAGES = 4096
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -160,7 +160,7 @@ class _Body(_Wire):
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    n: int = Field(1, ge=1, le=MAX_ANSWERS_PER_CALL)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias)] = Field(default_factory=dict)
@@ -198,7 +198,7 @@ class CompletionBody(_Body):
 Body = ChatBody | CompletionBody
 
 
-def parse(kind: Kind, payload: object) -> Body:
+def parse(kind: Endpoint, payload: object) -> Body:
     """The body of a request, checked field by field. Raises InvalidRequest with `param` and the value given."""
     used = used_fields(kind, payload)
     try:
@@ -220,9 +220,9 @@ def _check_together(body: Body) -> None:
     if grammars and body.ignore_eos:
         raise InvalidRequest(f"ignore_eos cannot be combined with {grammars[0].param}", param="ignore_eos")
     if isinstance(body, CompletionBody):
-        if body.n * len(body.prompt) > MAX_CHOICES:
+        if body.n * len(body.prompt) > MAX_ANSWERS_PER_CALL:
             got = f"{len(body.prompt)} prompts with n {body.n}"
-            raise InvalidRequest(f"prompts times n must be at most {MAX_CHOICES}, got {got}", param="prompt")
+            raise InvalidRequest(f"prompts times n must be at most {MAX_ANSWERS_PER_CALL}, got {got}", param="prompt")
         return
     _check_tools(body, grammars)
     if body.top_logprobs is not None and not body.logprobs:

@@ -13,14 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from runtime.errors import EngineError, InvalidRequest
-from runtime.requests import Usage
+from runtime.requests import MAX_SCORED_CHOICES, Usage
 
 from .answer import to_input_output_usage
 from .chat import MAX_MESSAGES, invalid_request
 from .wire import FieldRule, read_fields
 
 MAX_QUESTIONS = 400
-MAX_CHOICES = 255
 MAX_CHOICE_CHARS = 1024
 MAX_NAME_CHARS = 256
 
@@ -117,7 +116,7 @@ class Choice(_Question):
     """Which of the values fits the input."""
 
     type: Literal["choice"]
-    choices: tuple[ChoiceOption, ...] = Field(min_length=2, max_length=MAX_CHOICES, strict=False)
+    choices: tuple[ChoiceOption, ...] = Field(min_length=2, max_length=MAX_SCORED_CHOICES, strict=False)
 
 
 class ScoreLevel(_Wire):
@@ -131,7 +130,7 @@ class Score(_Question):
     """Where the input stands on a scale, whose levels are given from the lowest to the highest."""
 
     type: Literal["score"]
-    levels: tuple[ScoreLevel, ...] = Field(min_length=2, max_length=MAX_CHOICES, strict=False)
+    levels: tuple[ScoreLevel, ...] = Field(min_length=2, max_length=MAX_SCORED_CHOICES, strict=False)
 
 
 Question = Predicate | Choice | Score

@@ -11,7 +11,7 @@ from runtime.requests import Event, Failed, Finished, FinishReason, TextDelta, U
 
 from .answer import Call, TextOffsets, call_reader, to_input_output_usage, to_logprobs
 from .responses import ResponseBody
-from .tool_calls import CallDelta, Told
+from .tool_calls import CallDelta, ToolDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class ResponseAnswer:
         if isinstance(event, Finished):
             return self._finish(event.reason, event.usage)
         assert isinstance(event, TextDelta), "a call for text has been given scores"
-        told = Told(event.text) if self._reader is None else self._reader.feed(event.text)
+        told = ToolDelta(event.text) if self._reader is None else self._reader.feed(event.text)
         found = to_logprobs(self._asked.call, event.logprobs, self._offsets)
         self._untold += found["content"] if found else []
         return self._tell(told)
@@ -115,7 +115,7 @@ class ResponseAnswer:
         number, self._number = self._number, self._number + 1
         return {"type": kind, "sequence_number": number} | fields
 
-    def _tell(self, told: Told) -> list[dict[str, Any]]:
+    def _tell(self, told: ToolDelta) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         if told.content:
             events += [*self._open_message(), *self._more_text(told.content)]
@@ -179,7 +179,7 @@ class ResponseAnswer:
 
     def _finish(self, reason: FinishReason, usage: Usage) -> list[dict[str, Any]]:
         held = "" if self._reader is None else self._reader.finish()
-        events = self._tell(Told(held))
+        events = self._tell(ToolDelta(held))
         if self._open is None and not self._output:
             events += self._open_message()
         self._usage = usage

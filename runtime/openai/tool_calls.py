@@ -147,7 +147,7 @@ class CallDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ToolDelta:
     """What a piece of an answer said: content, then calls; at most one delta for each call."""
 
     content: str = ""
@@ -166,7 +166,7 @@ class ToolCallReader:
         self._depth, self._in_string, self._escaped = 0, False, False
         self.n_calls = 0
 
-    def feed(self, text: str) -> Told:
+    def feed(self, text: str) -> ToolDelta:
         """What `text` lets be told; maybe nothing yet."""
         self._buffer += text
         content, deltas = "", dict[int, CallDelta]()
@@ -179,7 +179,7 @@ class ToolCallReader:
                 self._read_head(deltas)
             else:
                 self._read_arguments(deltas)
-        return Told(content, tuple(deltas.values()))
+        return ToolDelta(content, tuple(deltas.values()))
 
     def finish(self) -> str:
         """The content that was held back, in case it would turn out to begin a call."""

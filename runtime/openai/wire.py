@@ -36,10 +36,10 @@ from runtime.errors import (
 )
 from runtime.requests import Grammar
 
-Kind = Literal["chat", "completion"]
+Endpoint = Literal["chat", "completion"]
 Treatment = Literal["used", "ignored", "refused"]
 
-_BOTH: tuple[Kind, ...] = ("chat", "completion")
+_BOTH: tuple[Endpoint, ...] = ("chat", "completion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class FieldRule:
 
     name: str
     treatment: Treatment
-    kinds: tuple[Kind, ...] = _BOTH
+    kinds: tuple[Endpoint, ...] = _BOTH
     harmless: tuple[Any, ...] = ()
 
 
@@ -86,12 +86,12 @@ MESSAGE_FIELDS_REFUSED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def rules(kind: Kind) -> dict[str, FieldRule]:
+def rules(kind: Endpoint) -> dict[str, FieldRule]:
     """The rows of FIELDS that hold for `kind`, by name."""
     return {rule.name: rule for rule in FIELDS if kind in rule.kinds}
 
 
-def used_fields(kind: Kind, payload: object) -> dict[str, Any]:
+def used_fields(kind: Endpoint, payload: object) -> dict[str, Any]:
     """What of a body is to be read. Raises InvalidRequest if it is no object, and for unknown and refused fields."""
     return read_fields(rules(kind), payload)
 

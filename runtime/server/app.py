@@ -14,7 +14,7 @@ from runtime.config import RuntimeConfig
 from runtime.errors import Overloaded
 from runtime.monitoring.metrics import CONTENT_TYPE, Metrics
 from runtime.openai.answer import Call
-from runtime.openai.wire import Kind
+from runtime.openai.wire import Endpoint
 from runtime.pool.pool import Fleet
 from runtime.serving.chat import Serving, prepare, prepare_response
 from runtime.serving.decisions import prepare_decision
@@ -48,7 +48,7 @@ class Api:
         """POST /v1/completions"""
         return await self._complete("completion", request)
 
-    async def _complete(self, kind: Kind, request: Request) -> Response:
+    async def _complete(self, kind: Endpoint, request: Request) -> Response:
         def work(payload: object, served: ServedModel) -> Call:
             return prepare(kind, payload, served)
 

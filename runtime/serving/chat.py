@@ -14,7 +14,7 @@ from runtime.openai.chat import Body, ChatBody, CompletionBody, grammar_of, pars
 from runtime.openai.responses import Origins, parse_response
 from runtime.openai.responses_stream import ResponseAnswer, ResponseCall
 from runtime.openai.tool_calls import ToolFormat, probe, recognise, tool_grammar
-from runtime.openai.wire import Kind
+from runtime.openai.wire import Endpoint
 from runtime.prompt.prompter import Prompter
 from runtime.requests import Grammar, Request
 from runtime.worker.inflight import Stream, cancelling
@@ -131,7 +131,7 @@ class Serving(Calling, Protocol):
         """What is loaded."""
 
 
-def prepare(kind: Kind, payload: object, served: Serving) -> Call:
+def prepare(kind: Endpoint, payload: object, served: Serving) -> Call:
     """A parsed JSON body as a call whose requests are valid, tokenised and known to fit the context.
 
     Raises InvalidRequest, ModelUnknown, ContextTooLong, TokenizeFailed or TemplateFailed.

@@ -9,8 +9,7 @@ from models.manifest import Manifest
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.openai.decisions import Choice, DecisionBody, Question, options, parse_decision, to_decision
 from runtime.prompt.prompter import ANSWER_MARK, input_text, question_text
-from runtime.requests import Question as Weighed
-from runtime.requests import Scored, Scoring
+from runtime.requests import Scored, Scoring, ScoringPrompt
 from runtime.worker.inflight import Stream, only_event
 
 from .chat import Serving, require_model
@@ -47,7 +46,7 @@ def prepare_decision(payload: object, served: Deciding) -> DecisionCall:
     """
     body = parse_decision(payload)
     require_model(body.model, served.name)
-    weighed: list[Weighed] = []
+    weighed: list[ScoringPrompt] = []
     n_tokens = 0
     for place in range(len(body.questions)):
         weighed.append(_weighed(body, place, served))
@@ -64,7 +63,7 @@ async def fold_decision(call: DecisionCall, stream: Stream) -> dict[str, Any]:
     return call.response(await only_event(stream, Scored))
 
 
-def _weighed(body: DecisionBody, place: int, served: Deciding) -> Weighed:
+def _weighed(body: DecisionBody, place: int, served: Deciding) -> ScoringPrompt:
     question = body.questions[place]
     texts = [text for text, _ in options(question)]
     prompt, answers, ends = _asked(body, question, texts, served)
@@ -78,7 +77,7 @@ def _weighed(body: DecisionBody, place: int, served: Deciding) -> Weighed:
         message = f"{param}: the prompt has {len(prompt)} tokens and the longest choice {longest}"
         message += f"; the context holds {n_ctx} tokens"
         raise ContextTooLong(message, param="input", code="context_length_exceeded")
-    return Weighed(prompt, choices, ends)
+    return ScoringPrompt(prompt, choices, ends)
 
 
 def _asked(

@@ -14,7 +14,7 @@ import pytest
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.llama.model import LoadOptions, load
-from runtime.requests import Batch, Question, Scored
+from runtime.requests import Batch, Scored, ScoringPrompt
 from runtime.serving.chat import fold, prepare
 from runtime.serving.decisions import fold_decision, prepare_decision
 from runtime.serving.model import ServedModel, load_model
@@ -118,7 +118,7 @@ def test_sums_are_those_of_each_label_computed_by_itself(
         assert negligible or got == pytest.approx(true, abs=NEAR_TIE)
 
 
-def alone(llama: Any, question: Question, choice: tuple[int, ...]) -> float:
+def alone(llama: Any, question: ScoringPrompt, choice: tuple[int, ...]) -> float:
     """The log-probability of one choice, in one decode of its own; of its end too where another goes on from it."""
     llama.clear()
     tokens = np.asarray(question.prompt + choice, np.int32)

@@ -5,7 +5,7 @@ import pytest
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import BatchInvalid, DecodeAborted, ModelUnknown
-from runtime.requests import Failed, Finished, Question, Request, SamplingParams, Scored, Scoring
+from runtime.requests import Failed, Finished, Request, SamplingParams, Scored, Scoring, ScoringPrompt
 from tests.support.runtime.fakes import END_OF_TURN, FakeLlama
 
 from .test_engine import ends, ids_of, naive, nothing_left, run, tokens_of
@@ -58,7 +58,7 @@ def test_an_engine_with_nothing_but_one_adapter_never_changes_it() -> None:
 @pytest.mark.parametrize("adapter", ["mail", ""])
 def test_an_adapter_that_is_not_loaded_is_refused_by_name(adapter: str) -> None:
     engine = Engine(FakeLlama(adapters=NAMES))
-    for work in (asked("x", "hello", adapter), Scoring("x", (Question((1,), ((2,),), (END_OF_TURN,)),), adapter)):
+    for work in (asked("x", "hello", adapter), Scoring("x", (ScoringPrompt((1,), ((2,),), (END_OF_TURN,)),), adapter)):
         with pytest.raises(ModelUnknown, match=r"'mail'|''") as raised:
             engine.add(work)
         assert "['mails', 'tickets']" in str(raised.value)
@@ -94,7 +94,7 @@ def test_preempted_answers_go_on_under_their_adapters() -> None:
 
 
 def test_choices_are_weighed_under_their_adapter() -> None:
-    question = Question(tokens_of("which?"), (tuple(b"ham"), tuple(b"spam"), tuple(b"spice")), (END_OF_TURN,))
+    question = ScoringPrompt(tokens_of("which?"), (tuple(b"ham"), tuple(b"spam"), tuple(b"spice")), (END_OF_TURN,))
     scored: dict[str | None, tuple[tuple[float, ...], ...]] = {}
     for adapters in (("mails",), (None,), ("mails", None, "tickets", "mails")):
         llama = FakeLlama(adapters=NAMES)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from runtime.decoding.choice_tree import NEGLIGIBLE, Ballot
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
-from runtime.engine.scoring import MAX_CHOICES
 from runtime.errors import (
     BatchInvalid,
     Cancelled,
@@ -21,22 +20,32 @@ from runtime.errors import (
     InvalidRequest,
     NoKvSlot,
 )
-from runtime.requests import Event, Failed, Finished, Question, Request, SamplingParams, Scored, Scoring
+from runtime.requests import (
+    MAX_SCORED_CHOICES,
+    Event,
+    Failed,
+    Finished,
+    Request,
+    SamplingParams,
+    Scored,
+    Scoring,
+    ScoringPrompt,
+)
 from tests.support.runtime.fakes import BOS, END_OF_TURN, EOS, FAKE_VOCAB, FakeLlama
 
 ENDS = (EOS, END_OF_TURN)
 LABELS = ("spam", "spamassassin", "fork", "forks", "ilug")
 
 
-def question(prompt: str = "a mail", choices: tuple[str, ...] = LABELS) -> Question:
-    return Question((BOS, *prompt.encode()), tuple(tuple(choice.encode()) for choice in choices), ENDS)
+def question(prompt: str = "a mail", choices: tuple[str, ...] = LABELS) -> ScoringPrompt:
+    return ScoringPrompt((BOS, *prompt.encode()), tuple(tuple(choice.encode()) for choice in choices), ENDS)
 
 
 def chat(name: str, prompt: str = "hello", tokens: int = 8) -> Request:
     return Request(name, (BOS, *prompt.encode()), SamplingParams(tokens, temperature=0))
 
 
-def naive(llama: FakeLlama, asked: Question) -> list[float]:
+def naive(llama: FakeLlama, asked: ScoringPrompt) -> list[float]:
     """Every choice's log-probability, token by token, and its end where another goes on from it."""
 
     def log_softmax(history: tuple[int, ...]) -> np.ndarray:
@@ -315,13 +324,16 @@ def test_logits_that_are_no_numbers_fail_it_and_spare_its_neighbour() -> None:
     ("scoring", "error"),
     [
         (Scoring("s", ()), InvalidRequest),
-        (Scoring("s", (Question((), ((1,),), ENDS),)), InvalidRequest),
-        (Scoring("s", (Question((1,), (), ENDS),)), InvalidRequest),
-        (Scoring("s", (Question((1,), ((2,), ()), ENDS),)), InvalidRequest),
-        (Scoring("s", (Question((1,), ((2,), (2,)), ENDS),)), InvalidRequest),
-        (Scoring("s", (Question((1,), tuple((k % 250, k) for k in range(MAX_CHOICES + 1)), ENDS),)), InvalidRequest),
-        (Scoring("s", (Question((1,), ((FAKE_VOCAB,),), ENDS),)), InvalidRequest),
-        (Scoring("s", (Question((1,) * 500, ((2,) * 13,), ENDS),)), ContextTooLong),
+        (Scoring("s", (ScoringPrompt((), ((1,),), ENDS),)), InvalidRequest),
+        (Scoring("s", (ScoringPrompt((1,), (), ENDS),)), InvalidRequest),
+        (Scoring("s", (ScoringPrompt((1,), ((2,), ()), ENDS),)), InvalidRequest),
+        (Scoring("s", (ScoringPrompt((1,), ((2,), (2,)), ENDS),)), InvalidRequest),
+        (
+            Scoring("s", (ScoringPrompt((1,), tuple((k % 250, k) for k in range(MAX_SCORED_CHOICES + 1)), ENDS),)),
+            InvalidRequest,
+        ),
+        (Scoring("s", (ScoringPrompt((1,), ((FAKE_VOCAB,),), ENDS),)), InvalidRequest),
+        (Scoring("s", (ScoringPrompt((1,) * 500, ((2,) * 13,), ENDS),)), ContextTooLong),
     ],
 )
 def test_what_the_edge_should_have_refused_is_refused(scoring: Scoring, error: type[Exception]) -> None:

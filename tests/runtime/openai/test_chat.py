@@ -14,7 +14,7 @@ from runtime.errors import DecodeFailed, InvalidRequest
 from runtime.openai.answer import Answer, Call, TextOffsets
 from runtime.openai.chat import (
     DEFAULT_COMPLETION_TOKENS,
-    MAX_CHOICES,
+    MAX_ANSWERS_PER_CALL,
     MAX_LOGIT_BIAS,
     MAX_MESSAGES,
     MAX_STOP_CHARS,
@@ -25,11 +25,11 @@ from runtime.openai.chat import (
     to_requests,
     token_limit,
 )
-from runtime.openai.wire import FIELDS, MESSAGE_FIELDS_REFUSED, FieldRule, Kind, rules
+from runtime.openai.wire import FIELDS, MESSAGE_FIELDS_REFUSED, Endpoint, FieldRule, rules
 from runtime.requests import Event, Failed, Finished, Request, SamplingParams, TextDelta, TokenLogprob, Usage
 
 MESSAGES = [{"role": "user", "content": "hi"}]
-MINIMAL: dict[Kind, dict[str, Any]] = {"chat": {"messages": MESSAGES}, "completion": {"prompt": "hi"}}
+MINIMAL: dict[Endpoint, dict[str, Any]] = {"chat": {"messages": MESSAGES}, "completion": {"prompt": "hi"}}
 ROWS = [(rule, kind) for rule in FIELDS for kind in rule.kinds]
 # A value of each used field, and what the engine's request then holds.
 USED: dict[str, tuple[Any, str, Any]] = {
@@ -48,21 +48,21 @@ USED: dict[str, tuple[Any, str, Any]] = {
 }
 
 
-def requests_of(kind: Kind, **fields: Any) -> tuple[Request, ...]:
+def requests_of(kind: Endpoint, **fields: Any) -> tuple[Request, ...]:
     body = parse(kind, MINIMAL[kind] | fields)
     limit = token_limit(body)[0] or 99
     prompts = [(1, 2)] * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
-    return to_requests(body, "call", prompts, [limit] * len(prompts), range(100, 100 + MAX_CHOICES))
+    return to_requests(body, "call", prompts, [limit] * len(prompts), range(100, 100 + MAX_ANSWERS_PER_CALL))
 
 
-def refusal(kind: Kind, **fields: Any) -> InvalidRequest:
+def refusal(kind: Endpoint, **fields: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         parse(kind, MINIMAL[kind] | fields)
     return caught.value
 
 
 @pytest.mark.parametrize(("rule", "kind"), ROWS, ids=lambda row: row.name if isinstance(row, FieldRule) else row)
-def test_each_row_of_the_field_table_is_treated_as_it_says(rule: FieldRule, kind: Kind) -> None:
+def test_each_row_of_the_field_table_is_treated_as_it_says(rule: FieldRule, kind: Endpoint) -> None:
     plain = parse(kind, MINIMAL[kind])
     if rule.name not in MINIMAL[kind]:
         assert parse(kind, MINIMAL[kind] | {rule.name: None}) == plain
@@ -83,7 +83,7 @@ def test_each_row_of_the_field_table_is_treated_as_it_says(rule: FieldRule, kind
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
-def test_what_is_read_is_what_the_table_calls_used(kind: Kind) -> None:
+def test_what_is_read_is_what_the_table_calls_used(kind: Endpoint) -> None:
     used = {rule.name for rule in rules(kind).values() if rule.treatment == "used"}
     assert used == set((ChatBody if kind == "chat" else CompletionBody).model_fields)
     assert len(rules(kind)) == len([rule for rule in FIELDS if kind in rule.kinds])
@@ -98,7 +98,7 @@ def test_each_sampling_field_reaches_the_engine(name: str) -> None:
         assert getattr(requests_of(kind)[0].params, attribute) != expected
 
 
-def rules_with(name: str) -> tuple[Kind, ...]:
+def rules_with(name: str) -> tuple[Endpoint, ...]:
     return next(rule.kinds for rule in FIELDS if rule.name == name)
 
 
@@ -159,7 +159,7 @@ def test_content_parts_are_joined_and_harmless_message_fields_dropped() -> None:
     assert [message.model_dump() for message in body.messages] == expected
 
 
-BAD: list[tuple[Kind, dict[str, Any], str | None]] = [
+BAD: list[tuple[Endpoint, dict[str, Any], str | None]] = [
     ("chat", {"messages": []}, "messages"),
     ("chat", {"messages": "hi"}, "messages"),
     ("chat", {"messages": MESSAGES * (MAX_MESSAGES + 1)}, "messages"),
@@ -186,7 +186,7 @@ BAD: list[tuple[Kind, dict[str, Any], str | None]] = [
     ("chat", {"min_p": 1.1}, "min_p"),
     ("chat", {"seed": 1 << 63}, "seed"),
     ("chat", {"n": 0}, "n"),
-    ("chat", {"n": MAX_CHOICES + 1}, "n"),
+    ("chat", {"n": MAX_ANSWERS_PER_CALL + 1}, "n"),
     ("chat", {"stop": ""}, "stop"),
     ("chat", {"stop": [1]}, "stop"),
     ("chat", {"stop": ["x"] * (MAX_STOPS + 1)}, "stop"),
@@ -213,7 +213,7 @@ BAD: list[tuple[Kind, dict[str, Any], str | None]] = [
     ("completion", {"prompt": ["a", 1]}, "prompt"),
     ("completion", {"prompt": [True]}, "prompt"),
     ("completion", {"prompt": {"a": 1}}, "prompt"),
-    ("completion", {"prompt": ["a"] * MAX_CHOICES, "n": 2}, "prompt"),
+    ("completion", {"prompt": ["a"] * MAX_ANSWERS_PER_CALL, "n": 2}, "prompt"),
     ("completion", {"logprobs": 6}, "logprobs"),
     ("completion", {"logprobs": True}, "logprobs"),
     ("completion", {"messages": MESSAGES}, "messages"),
@@ -221,7 +221,7 @@ BAD: list[tuple[Kind, dict[str, Any], str | None]] = [
 
 
 @pytest.mark.parametrize(("kind", "fields", "param"), BAD, ids=lambda value: json.dumps(value)[:60])
-def test_a_bad_value_is_refused_with_its_field(kind: Kind, fields: dict[str, Any], param: str) -> None:
+def test_a_bad_value_is_refused_with_its_field(kind: Endpoint, fields: dict[str, Any], param: str) -> None:
     assert refusal(kind, **fields).param == param
 
 
@@ -229,9 +229,9 @@ def test_bounds_themselves_are_allowed() -> None:
     stops = ["x" * MAX_STOP_CHARS] * MAX_STOPS
     biases = {str(token): -100 for token in range(MAX_LOGIT_BIAS)}
     requests = requests_of(
-        "chat", n=MAX_CHOICES, stop=stops, logit_bias=biases, temperature=2, top_k=0, seed=-(1 << 63)
+        "chat", n=MAX_ANSWERS_PER_CALL, stop=stops, logit_bias=biases, temperature=2, top_k=0, seed=-(1 << 63)
     )
-    assert len(requests) == MAX_CHOICES
+    assert len(requests) == MAX_ANSWERS_PER_CALL
 
 
 def test_a_refusal_names_limit_value_and_near_misses() -> None:
@@ -260,7 +260,7 @@ JSON = st.recursive(
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(kind=st.sampled_from(["chat", "completion"]), data=st.data())
-def test_any_json_is_a_body_or_a_refusal_and_nothing_else(kind: Kind, data: st.DataObject) -> None:
+def test_any_json_is_a_body_or_a_refusal_and_nothing_else(kind: Endpoint, data: st.DataObject) -> None:
     changes = data.draw(st.dictionaries(st.sampled_from(sorted(rules(kind))), JSON, max_size=3))
     outcome: object
     try:
@@ -282,7 +282,7 @@ def test_each_message_field_we_cannot_honour_is_refused(name: str) -> None:
 
 
 def make_call(
-    kind: Kind, n: int = 1, logprobs: int | None = None, *, stream: bool = False, usage: bool = False
+    kind: Endpoint, n: int = 1, logprobs: int | None = None, *, stream: bool = False, usage: bool = False
 ) -> Call:
     params = SamplingParams(max_tokens=9, logprobs=logprobs)
     requests = tuple(Request(f"c-{index}", (1, 2, 3), params) for index in range(n))
@@ -306,7 +306,7 @@ def answer_events(logprobs: bool) -> list[Event]:
 
 @pytest.mark.parametrize("logprobs", [None, 0, 2])
 @pytest.mark.parametrize("kind", ["chat", "completion"])
-def test_the_chunks_of_a_stream_add_up_to_the_whole_answer(kind: Kind, logprobs: int | None) -> None:
+def test_the_chunks_of_a_stream_add_up_to_the_whole_answer(kind: Endpoint, logprobs: int | None) -> None:
     events = answer_events(logprobs is not None)
     whole = Answer(make_call(kind, 2, logprobs))
     streamed = Answer(make_call(kind, 2, logprobs, stream=True, usage=True))
@@ -325,7 +325,7 @@ def test_the_chunks_of_a_stream_add_up_to_the_whole_answer(kind: Kind, logprobs:
         assert fold_chunks(kind, chunks, choice["index"]) == choice
 
 
-def fold_chunks(kind: Kind, chunks: list[dict[str, Any]], index: int) -> dict[str, Any]:
+def fold_chunks(kind: Endpoint, chunks: list[dict[str, Any]], index: int) -> dict[str, Any]:
     """A client's own fold, written apart from ours."""
     parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
     if kind == "chat":

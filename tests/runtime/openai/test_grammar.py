@@ -6,23 +6,23 @@ from typing import Any
 import pytest
 
 from runtime.errors import InvalidRequest
-from runtime.openai.chat import MAX_CHOICES, parse, to_requests
-from runtime.openai.wire import MAX_CHOICE_TEXTS, MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, Kind
+from runtime.openai.chat import MAX_ANSWERS_PER_CALL, parse, to_requests
+from runtime.openai.wire import MAX_CHOICE_TEXTS, MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, Endpoint
 from runtime.requests import Grammar
 
-MINIMAL: dict[Kind, dict[str, Any]] = {
+MINIMAL: dict[Endpoint, dict[str, Any]] = {
     "chat": {"messages": [{"role": "user", "content": "hi"}]},
     "completion": {"prompt": "hi"},
 }
 SCHEMA = {"type": "object", "properties": {"ä": {"type": "string"}}}
 
 
-def grammars_of(kind: Kind, **fields: Any) -> list[Grammar | None]:
+def grammars_of(kind: Endpoint, **fields: Any) -> list[Grammar | None]:
     body = parse(kind, MINIMAL[kind] | fields)
-    return [request.params.grammar for request in to_requests(body, "c", [(1,)], [9], range(MAX_CHOICES))]
+    return [request.params.grammar for request in to_requests(body, "c", [(1,)], [9], range(MAX_ANSWERS_PER_CALL))]
 
 
-def refusal(kind: Kind, **fields: Any) -> InvalidRequest:
+def refusal(kind: Endpoint, **fields: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         parse(kind, MINIMAL[kind] | fields)
     return caught.value
@@ -33,7 +33,7 @@ def formatted(schema: object, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
-def test_the_extensions_reach_every_choice(kind: Kind) -> None:
+def test_the_extensions_reach_every_choice(kind: Endpoint) -> None:
     asked = Grammar("regex", "a+", "regex")
     assert grammars_of(kind, regex="a+", n=3) == [asked] * 3
     assert grammars_of(kind, grammar='start: "a"') == [Grammar("lark", 'start: "a"', "grammar")]
