@@ -77,7 +77,7 @@ def test_mails_that_are_covered_are_read_alike(tokenizers: tuple[Tokenizer, Toke
     assert sum(alike(*tokenizers, plan, text) for text in words) > len(words) / 3
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXTS)
 def test_any_text_that_is_covered_is_read_alike(
     tokenizers: tuple[Tokenizer, Tokenizer], plan: TrimPlan, text: str

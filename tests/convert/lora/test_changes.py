@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -32,7 +32,6 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     return base, a, b, draw(st.integers(1, n_out + 1))
 
 
-@settings(deadline=None)
 @given(case=cases(), scale=st.sampled_from([0.5, 2.0, -1.0, 16 / 3]))
 def test_a_lora_is_w_plus_scale_b_a(case: tuple[np.ndarray, np.ndarray, np.ndarray, int], scale: float) -> None:
     base, a, b, step = case
@@ -40,7 +39,6 @@ def test_a_lora_is_w_plus_scale_b_a(case: tuple[np.ndarray, np.ndarray, np.ndarr
     np.testing.assert_allclose(apply(Lora("m", a, b, scale), base, step), wanted, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None)
 @given(case=cases(), data=st.data())
 def test_a_dora_brings_each_row_to_its_magnitude(
     case: tuple[np.ndarray, np.ndarray, np.ndarray, int], data: st.DataObject

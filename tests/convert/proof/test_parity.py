@@ -70,7 +70,7 @@ def test_every_kind_of_tokenizer_json_tokenises_alike(name: str, folders: dict[s
 
 
 @pytest.mark.parametrize("name", JSON_KINDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=TEXT)
 def test_random_unicode_tokenises_alike(name: str, pairs: dict[str, Pair], text: str) -> None:
     ours, theirs = encode_both(pairs[name], text)

@@ -143,7 +143,7 @@ CANDIDATES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(CANDIDATES)
 def test_nothing_within_the_budget_is_clearly_faster_than_the_pick(figures: list[Any]) -> None:
     others = [
@@ -166,7 +166,7 @@ def test_nothing_within_the_budget_is_clearly_faster_than_the_pick(figures: list
         assert after.reason
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(CANDIDATES, st.randoms())
 def test_the_order_of_the_candidates_does_not_matter(figures: list[Any], chance: Any) -> None:
     others = [made(f"c{place}", *rest[:3], verdict=rest[4]) for place, rest in enumerate(figures)]

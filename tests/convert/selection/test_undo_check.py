@@ -29,7 +29,7 @@ def test_where_there_is_no_fine_tune_nothing_is_undone(distance: float) -> None:
     assert undone(Nearness(0.4, 0.3, 1, 5, 9), distance, noise=0.001) is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(1e-6, 10), st.integers(0, 50), st.integers(0, 50))
 def test_fine_tune_and_base_themselves_are_told_apart(distance: float, as_one: int, differing: int) -> None:
     """What equals the fine-tune is never refused, what equals the base always is."""
@@ -39,7 +39,7 @@ def test_fine_tune_and_base_themselves_are_told_apart(distance: float, as_one: i
     assert undone(lost, distance, 0.0) is not None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(0, 10), st.floats(0, 10), st.integers(0, 20), st.integers(0, 20))
 def test_swapping_base_and_fine_tune_swaps_the_verdict(one: float, other: float, n_one: int, n_other: int) -> None:
     """Not both ways round: unless distributions and answers disagree, exactly one of two different sides is nearer."""

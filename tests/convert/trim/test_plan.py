@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.errors import RequestInvalid, TrimImpossible
@@ -33,7 +33,7 @@ LETTERS = "abc"
 words = st.text(LETTERS, min_size=1, max_size=12)
 texts = st.lists(words, min_size=1, max_size=4)
 pieces = st.text(LETTERS, min_size=1, max_size=5)
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=60)
 
 
 def least(given_header: Header, examples: Sequence[str]) -> int:

@@ -106,7 +106,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Header]:
     return path.read_bytes(), read_header(path)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(flips=st.lists(st.tuples(st.integers(0), st.integers(0, 7)), max_size=4), cut=st.none() | st.integers(0))
 def test_flipped_bits_and_cuts_are_refused_or_change_what_they_hit_only(
     tmp_path_factory: pytest.TempPathFactory, tiny: tuple[bytes, Header], flips: list[tuple[int, int]], cut: int | None

@@ -137,7 +137,7 @@ def test_every_truncation_is_noticed(tmp_path: Path, model: Path) -> None:
             read_header(file)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(position=st.integers(0, 12_000), value=st.binary(min_size=1, max_size=8))
 def test_changed_bytes_are_read_or_refused_never_worse(
     tmp_path_factory: pytest.TempPathFactory, model: Path, position: int, value: bytes

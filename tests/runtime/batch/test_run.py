@@ -229,7 +229,7 @@ def test_cancelled_it_ends_what_is_in_flight_and_keeps_what_is_written(source: P
     assert len({answer["custom_id"] for answer in read(output)}) == len(read(output)) == 30
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cut=st.integers(0, 10_000))
 def test_a_file_cut_at_any_byte_is_resumed(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     folder = tmp_path_factory.mktemp("cut")

@@ -33,7 +33,7 @@ def naive(text: str, stop: tuple[str, ...]) -> str:
     sizes=st.lists(st.integers(0, 5), max_size=40),
     stop=st.lists(st.text(alphabet="abü€😀", min_size=1, max_size=4), max_size=3).map(tuple),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_pieces_joined_are_the_naive_text(data: bytes, sizes: list[int], stop: tuple[str, ...]) -> None:
     whole = data.decode("utf-8", "replace")
     pieces, stopped = pieces_of(data, stop, sizes)

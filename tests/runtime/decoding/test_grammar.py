@@ -82,14 +82,14 @@ def fits(schema: dict[str, Any], value: Any) -> bool:
     return isinstance(value, bool) or bool(schema["minimum"] <= value <= schema["maximum"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.recursive(scalars(), nested, max_leaves=5), st.integers(0, 99), st.booleans())
 def test_whatever_is_drawn_under_a_schema_fits_it(schema: dict[str, Any], seed: int, forcing: bool) -> None:
     answer = json.loads(walk(grammar("json_schema", schema), seed, forcing=forcing))
     assert fits(schema, answer), (schema, answer)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(TEXTS, min_size=1, max_size=6), st.integers(0, 99), st.booleans())
 def test_a_choice_is_always_one_of_the_choices(choices: list[str], seed: int, forcing: bool) -> None:
     assert walk(grammar("choice", choices), seed, forcing=forcing) in choices

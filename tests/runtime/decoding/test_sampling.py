@@ -119,7 +119,7 @@ def test_edited_and_masked_rows_are_drawn_from_as_the_reference_says(n_allowed: 
     min_p=st.floats(0, 1),
     temperature=st.floats(0.05, 5),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_draw_is_always_allowed_by_the_reference(
     seed: int, n_vocab: int, top_k: int, top_p: float, min_p: float, temperature: float
 ) -> None:

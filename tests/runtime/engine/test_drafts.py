@@ -363,4 +363,4 @@ class DraftTraffic(Traffic):
 
 
 TestDraftTraffic = DraftTraffic.TestCase
-TestDraftTraffic.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+TestDraftTraffic.settings = settings(max_examples=80, stateful_step_count=25)

@@ -68,7 +68,7 @@ def asks_to_stop(end: Finished) -> bool:
     return end.request_id.startswith("stop")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.7, 2.0]), st.integers(0, 40), st.booleans())
 def test_an_answer_under_a_schema_parses_whatever_the_logits(
     seed: int, temperature: float, top_k: int, logprobs: bool

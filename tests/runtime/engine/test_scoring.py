@@ -112,7 +112,7 @@ def nothing_left(engine: Engine, llama: FakeLlama) -> None:
 choice_lists = st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=12, unique=True).map(tuple)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     asked=st.lists(st.tuples(st.text("xy", max_size=40), choice_lists), min_size=1, max_size=6),
     script=st.sampled_from([None, "a", "abab"]),

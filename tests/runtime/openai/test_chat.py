@@ -5,7 +5,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -258,7 +258,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100)
 @given(kind=st.sampled_from(["chat", "completion"]), data=st.data())
 def test_any_json_is_a_body_or_a_refusal_and_nothing_else(kind: Endpoint, data: st.DataObject) -> None:
     changes = data.draw(st.dictionaries(st.sampled_from(sorted(rules(kind))), JSON, max_size=3))

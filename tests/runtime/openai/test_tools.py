@@ -234,7 +234,7 @@ def read_in_pieces(template: str, pieces: list[str]) -> tuple[str, list[tuple[st
     return content + reader.finish(), [(i, n, a) for i, n, a in calls]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_calls_are_read_alike_however_the_text_is_cut(data: st.DataObject) -> None:
     template = data.draw(st.sampled_from(list(templates.TWO_CALLS)))

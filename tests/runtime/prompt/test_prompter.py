@@ -63,7 +63,7 @@ hostile = st.lists(st.sampled_from([*SPECIALS, "<", "end_of_turn>", "<end_of_", 
 
 
 @given(text=hostile, role=st.sampled_from(["user", "assistant"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_message_text_never_becomes_a_control_token(text: str, role: str) -> None:
     harmless, asked = prompter().chat(said("x")), prompter().chat([{"role": role, "content": text}])
     assert [t for t in asked if t > 255] == [t for t in harmless if t > 255]

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.engine.engine import Engine
@@ -135,7 +135,6 @@ ARRIVALS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(arrivals=ARRIVALS, mix_cells=st.sampled_from([0, 100, 300]))
 def test_neither_sort_waits_for_more_than_one_step_of_the_other(
     arrivals: list[tuple[int, int, int, str | None]], mix_cells: int

@@ -305,7 +305,7 @@ class AgainstRealCells(RuleBasedStateMachine):
 
 
 TestAgainstRealCells = AgainstRealCells.TestCase
-TestAgainstRealCells.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestAgainstRealCells.settings = settings(max_examples=80, stateful_step_count=30)
 
 
 @pytest.mark.parametrize("n_running", [0, 3])

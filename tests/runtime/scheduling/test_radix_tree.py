@@ -125,4 +125,4 @@ class AgainstBruteForce(RuleBasedStateMachine):
 
 
 TestAgainstBruteForce = AgainstBruteForce.TestCase
-TestAgainstBruteForce.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestAgainstBruteForce.settings = settings(max_examples=80, stateful_step_count=30)
