@@ -4,7 +4,7 @@ A room is a folder. A file directly in one of the four houses is a unit of its o
 """
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -109,17 +109,26 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path) for path in FILES}
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The file's syntax tree, parsed once for all checks."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> tuple[str, ...]:
     """Every module that the file imports, at its top or inside a function, with relative ones made absolute."""
     package = list(path.relative_to(ROOT).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    found: list[str] = []
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join(base + (node.module.split(".") if node.module else []))
             for alias in node.names:
-                yield f"{name}.{alias.name}" if f"{name}.{alias.name}" in MODULES else name
+                found.append(f"{name}.{alias.name}" if f"{name}.{alias.name}" in MODULES else name)
+    return tuple(found)
 
 
 def within(module: str, allowed: set[str]) -> bool:
@@ -195,10 +204,9 @@ def test_a_room_holds_few_files(room: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_files_and_functions_stay_readable(path: Path) -> None:
-    source = path.read_text(encoding="utf-8")
-    n_lines = source.count("\n")
+    n_lines = path.read_text(encoding="utf-8").count("\n")
     assert n_lines <= MAX_FILE_LINES, f"{path.name} has {n_lines} lines, limit {MAX_FILE_LINES}"
-    tree = ast.parse(source)
+    tree = parsed(path)
     assert ast.get_docstring(tree), f"{path.name} does not say what it is"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -220,7 +228,7 @@ def test_the_tests_mirror_the_rooms() -> None:
 
 def test_the_checks_see_what_they_should() -> None:
     """A checker that finds no imports passes everything: show that it reads each form."""
-    assert "runtime.errors" in set(imports(ROOT / "runtime" / "engine" / "engine.py"))
+    assert "runtime.errors" in imports(ROOT / "runtime" / "engine" / "engine.py")
     assert within("runtime.llama.model", {"runtime.llama"})
     assert within("convert.quantize.imatrix_child", {"*_child"})
     assert not within("runtime.engine", {"runtime.llama", "runtime.errors"})
