@@ -13,13 +13,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from convert.checkpoint.folder import HfFolder
-from convert.checkpoint.source import Source, open_source
+from convert.checkpoint.folder import HfCheckpoint
+from convert.checkpoint.source import Checkpoint, open_checkpoint
 from convert.lora.fit import Fitted, fit
-from convert.lora.gguf_adapter import FULL_PRECISION, check_hot, plan_hot
+from convert.lora.gguf_adapter import FULL_PRECISION, check_appliable, plan_adapter
 from convert.planning.inputs import ConvertRequest, Inputs, gather
 from convert.planning.plan import Plan, base_of, counted, layout_of, plan_file, write_half
-from convert.proof.adapter import verify_hot
+from convert.proof.adapter import verify_adapter
 from convert.proof.proof import Proof
 from convert.proof.runs import verify_runs
 from convert.quantize.imatrix import IMATRIX_FILE
@@ -62,7 +62,7 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         proof = Proof(inputs.origin.folder) if inputs.origin.folder is not None else None
         if proof is not None:
             stack.callback(proof.close)
-        source = stack.enter_context(closing(open_source(inputs.origin.path)))
+        source = stack.enter_context(closing(open_checkpoint(inputs.origin.path)))
         read_back: set[str] = set()
         staging = store.staging(inputs.manifest.name, replace=request.replace, read_back=read_back)
         folder = stack.enter_context(staging)
@@ -128,7 +128,7 @@ def _imatrix_to_keep(inputs: Inputs, quality: Quality | None, work: Path) -> Pat
 
 
 def _choose(
-    half: Path, sha256: str, source: Source, plan: Plan, inputs: Inputs, store: Store, report: Reporter
+    half: Path, sha256: str, source: Checkpoint, plan: Plan, inputs: Inputs, store: Store, report: Reporter
 ) -> tuple[Quality | None, Path]:
     """The file to install, and how it was chosen; without examples it is the one that was asked for.
 
@@ -148,7 +148,7 @@ def _choose(
     return choose_by_examples(half, base, whole, plan, inputs, store.home / RESULTS, report)
 
 
-def _base(source: Source, plan: Plan, inputs: Inputs, target: Path, report: Reporter) -> Path:
+def _base(source: Checkpoint, plan: Plan, inputs: Inputs, target: Path, report: Reporter) -> Path:
     """A file of the model before its fine-tuning: the source itself, where that is a GGUF with the same vocabulary."""
     if inputs.origin.path.is_file() and plan.trim is None:
         return inputs.origin.path
@@ -191,16 +191,16 @@ def _make_hot(inputs: Inputs, request: ConvertRequest, store: Store, report: Rep
         base = inputs.origin.path
         header = read_header(base)
         fitted = fit(inputs.adapter, header)
-        check_hot(inputs.adapter, fitted)
+        check_appliable(inputs.adapter, fitted)
         chat = choose_format(header, inputs.adapter.folder)
-        plan = plan_hot(header, fitted.loras, chat, inputs.manifest.name, inputs.manifest.licence)
+        plan = plan_adapter(header, fitted.loras, chat, inputs.manifest.name, inputs.manifest.licence)
         _warn(None, chat, fitted, inputs, report)
         check_free(folder, plan.layout.file_bytes)
         report.stage(f"write {len(fitted.loras)} pairs of matrices", plan.layout.data_bytes)
         target = folder / _file_name(inputs, FULL_PRECISION)
         sha256 = write_gguf(target, plan.layout, plan.rows, counted(plan.layout, report))
         report.stage("verify")
-        verify_hot(base, target, chat, is_zero=inputs.adapter.is_zero)
+        verify_adapter(base, target, chat, is_zero=inputs.adapter.is_zero)
         _describe(folder, {target: sha256}, inputs, None, None)
 
 
@@ -208,8 +208,8 @@ def _file_name(inputs: Inputs, quantization: str) -> str:
     return f"{inputs.manifest.name}-{quantization}.gguf"
 
 
-def _warn(source: Source | None, chat: ChatFormat, fitted: Fitted, inputs: Inputs, report: Reporter) -> None:
-    of_folder = source.warnings if isinstance(source, HfFolder) else ()
+def _warn(source: Checkpoint | None, chat: ChatFormat, fitted: Fitted, inputs: Inputs, report: Reporter) -> None:
+    of_folder = source.warnings if isinstance(source, HfCheckpoint) else ()
     for warning in dict.fromkeys((*of_folder, *chat.warnings, *fitted.warnings)):
         report.warn(warning)
     if inputs.adapter is not None and inputs.adapter.is_zero:

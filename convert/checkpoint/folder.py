@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
@@ -17,6 +17,7 @@ from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
 from convert.errors import SourceInvalid
 from convert.families.base import Family, Weight
 from convert.families.names import interleave_halves
+from convert.tokenizer.read import VocabularyFields
 from convert.tokenizer.spacing import general_name
 from models.gguf.fields import Field
 from models.gguf.header import DEFAULT_ALIGNMENT, Header, TensorInfo
@@ -30,23 +31,7 @@ _FILE_TYPE_F16 = 1
 _F32 = GGMLQuantizationType.F32
 _OUTPUT = "lm_head.weight"
 # A slab passes through several forms on its way to the file: small enough to stay in the processor's cache meanwhile.
-SLAB_ELEMENTS = 1 << 18
-
-
-class VocabularyFields(Protocol):
-    """What a folder's tokenizer becomes."""
-
-    @property
-    def fields(self) -> Mapping[str, Field]:
-        """All `tokenizer.*` fields."""
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the user should know about it."""
-
-    @property
-    def name_part(self) -> str:
-        """What `general.name` must say of it, and no other name may (see `general_name`)."""
+CACHED_SLAB_ELEMENTS = 1 << 18
 
 
 ReadVocabulary = Callable[[Path, Mapping[str, Any], int], VocabularyFields]
@@ -62,7 +47,7 @@ class _Tensor:
     values: np.ndarray | None = None
 
 
-class HfFolder:
+class HfCheckpoint:
     """A folder opened for reading; close it when done."""
 
     def __init__(self, folder: Path, read_vocabulary: ReadVocabulary) -> None:
@@ -116,7 +101,7 @@ def _read(weight: Weight, place: Place) -> Iterator[tuple[int, np.ndarray]]:
         return
     n_rows, width = weight.shape
     group = 1 if weight.heads is None else n_rows // weight.heads
-    step = max(1, SLAB_ELEMENTS // (width * group)) * group
+    step = max(1, CACHED_SLAB_ELEMENTS // (width * group)) * group
     for first in range(0, n_rows, step):
         rows = place.file.rows(place.tensor, first, min(step, n_rows - first))
         yield first, rows if weight.heads is None else interleave_halves(rows, len(rows) // group)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.errors import SourceInvalid
+from models.common.files import PICKLE_SUFFIXES
 
 from .config import read_json
 from .safetensors import SafetensorsFile, StoredTensor
@@ -15,8 +16,7 @@ from .safetensors import SafetensorsFile, StoredTensor
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARDS = 4096
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_NO_PICKLES = {"optimizer.pt", "scheduler.pt", "training_args.bin"}
+_NO_WEIGHTS = {"optimizer.pt", "scheduler.pt", "training_args.bin"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _no_weights(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if parts := [name for name in names if name.startswith("model-") and name.endswith(".safetensors")]:
         return f"{str(folder)!r} holds {parts[0]!r}, but no {INDEX_FILE!r}, which says what the shards must hold"
-    if pickles := [name for name in names if name.endswith(_PICKLES) and name not in _NO_PICKLES]:
+    if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES) and name not in _NO_WEIGHTS]:
         return (
             f"{str(folder)!r} holds its weights in {pickles[0]!r}, a pickle: it could run any code and is not opened. "
             "Save them as safetensors: `model.save_pretrained(FOLDER, safe_serialization=True)`"

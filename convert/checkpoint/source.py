@@ -15,12 +15,12 @@ from convert.errors import SourceInvalid
 from convert.tokenizer.read import read_vocabulary
 from models.gguf.header import Header, TensorInfo, read_header
 
-from .folder import HfFolder
+from .folder import HfCheckpoint
 
 SLAB_ELEMENTS = 1 << 22
 
 
-class Checkpoint:
+class GgufCheckpoint:
     """A GGUF file opened for reading; close it when done."""
 
     def __init__(self, path: Path) -> None:
@@ -65,7 +65,7 @@ class Checkpoint:
 _PARTS_OF_A_FOLDER = (".safetensors", ".json", ".bin", ".pt", ".pth")
 
 
-class Source(Protocol):
+class Checkpoint(Protocol):
     """A checkpoint to convert. Close it when done."""
 
     @property
@@ -83,13 +83,13 @@ class Source(Protocol):
         """Let go of its files."""
 
 
-def open_source(path: Path) -> Source:
+def open_checkpoint(path: Path) -> Checkpoint:
     """Open a GGUF file, or a Hugging Face folder with its tokenizer.
 
     Raises BadGguf, SourceInvalid, ArchitectureUnknown or TokenizerInvalid naming the file and what is wrong with it.
     """
     if path.is_dir():
-        return HfFolder(path, read_vocabulary)
+        return HfCheckpoint(path, read_vocabulary)
     if path.suffix in _PARTS_OF_A_FOLDER:
         raise SourceInvalid(f"{str(path)!r} is one file of a checkpoint: give the folder with its config.json")
-    return Checkpoint(path)
+    return GgufCheckpoint(path)

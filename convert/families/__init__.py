@@ -4,26 +4,26 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from .base import Family
-from .gemma import Gemma2, Gemma3
-from .llama import Granite, Llama, Mistral
-from .olmo2 import Olmo2
-from .phi3 import Phi3
-from .qwen import Qwen2, Qwen3
-from .stablelm import StableLm
+from .gemma import Gemma2Family, Gemma3Family
+from .llama import GraniteFamily, LlamaFamily, MistralFamily
+from .olmo2 import Olmo2Family
+from .phi3 import Phi3Family
+from .qwen import Qwen2Family, Qwen3Family
+from .stablelm import StableLmFamily
 
 BY_CLASS: Mapping[str, Family] = MappingProxyType(
     {
-        "LlamaForCausalLM": Llama(),
-        "MistralForCausalLM": Mistral(),
-        "Qwen2ForCausalLM": Qwen2(),
-        "Qwen3ForCausalLM": Qwen3(),
-        "Gemma2ForCausalLM": Gemma2(),
-        "Gemma3ForCausalLM": Gemma3(),
-        "Gemma3ForConditionalGeneration": Gemma3(),
-        "Phi3ForCausalLM": Phi3(),
-        "GraniteForCausalLM": Granite(),
-        "Olmo2ForCausalLM": Olmo2(),
-        "StableLmForCausalLM": StableLm(),
+        "LlamaForCausalLM": LlamaFamily(),
+        "MistralForCausalLM": MistralFamily(),
+        "Qwen2ForCausalLM": Qwen2Family(),
+        "Qwen3ForCausalLM": Qwen3Family(),
+        "Gemma2ForCausalLM": Gemma2Family(),
+        "Gemma3ForCausalLM": Gemma3Family(),
+        "Gemma3ForConditionalGeneration": Gemma3Family(),
+        "Phi3ForCausalLM": Phi3Family(),
+        "GraniteForCausalLM": GraniteFamily(),
+        "Olmo2ForCausalLM": Olmo2Family(),
+        "StableLmForCausalLM": StableLmFamily(),
     }
 )
 """A class of transformers, as `architectures` in config.json has it -> the family."""

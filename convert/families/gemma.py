@@ -19,7 +19,7 @@ GEMMA_NORMS: Mapping[str, str] = {
 _ROPE_BASE = 10_000.0
 
 
-class Gemma(Family):
+class GemmaFamily(Family):
     """What Gemma 2 and 3 share."""
 
     norm_offset = 1.0
@@ -68,7 +68,7 @@ class Gemma(Family):
         return fields
 
 
-class Gemma2(Gemma):
+class Gemma2Family(GemmaFamily):
     """`Gemma2ForCausalLM`"""
 
     architecture = "gemma2"
@@ -116,7 +116,7 @@ _WINDOW_ROPE_BASE = 10_000.0
 _VISION = ("vision_tower.", "multi_modal_projector.")
 
 
-class Gemma3(Gemma):
+class Gemma3Family(GemmaFamily):
     """`Gemma3ForCausalLM`, and the language model inside `Gemma3ForConditionalGeneration`"""
 
     architecture = "gemma3"

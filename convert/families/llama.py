@@ -13,7 +13,7 @@ from .names import ATTENTION, MLP
 from .rope import llama3_factors
 
 
-class Llama(Family):
+class LlamaFamily(Family):
     """`LlamaForCausalLM`"""
 
     architecture = "llama"
@@ -54,11 +54,11 @@ class Llama(Family):
         )
 
 
-class Mistral(Llama):
+class MistralFamily(LlamaFamily):
     """`MistralForCausalLM`"""
 
     defaults: ClassVar[Mapping[str, Any]] = {
-        **Llama.defaults,
+        **LlamaFamily.defaults,
         "max_position_embeddings": 131_072,
         "num_key_value_heads": 8,
         "sliding_window": 4096,
@@ -81,12 +81,12 @@ _SCALES = {
 }
 
 
-class Granite(Llama):
+class GraniteFamily(LlamaFamily):
     """`GraniteForCausalLM`"""
 
     architecture = "granite"
     fixed_head_dim = True
-    defaults: ClassVar[Mapping[str, Any]] = {**Llama.defaults, **dict.fromkeys(_SCALES, 1.0)}
+    defaults: ClassVar[Mapping[str, Any]] = {**LlamaFamily.defaults, **dict.fromkeys(_SCALES, 1.0)}
 
     def check(self, config: Config) -> None:
         """A scale of zero would be taken for none."""

@@ -1,6 +1,6 @@
 """What a Hugging Face tensor is called in a GGUF, and how its rows are reordered: one place for every source.
 
-A folder, a LoRA merged onto a GGUF and an adapter written for hot serving all ask here.
+A folder, a LoRA merged onto a GGUF and an adapter written as a GGUF all ask here.
 """
 
 import re

@@ -8,7 +8,7 @@ from .config import Config, Sizes
 from .names import ATTENTION, MLP, QK_NORMS
 
 
-class Olmo2(Family):
+class Olmo2Family(Family):
     """`Olmo2ForCausalLM`"""
 
     architecture = "olmo2"

@@ -14,7 +14,7 @@ from .names import PRE_NORMS
 from .rope import Rope
 
 
-class Phi3(Family):
+class Phi3Family(Family):
     """`Phi3ForCausalLM`"""
 
     architecture = "phi3"

@@ -11,7 +11,7 @@ from .rope import SLIDING
 _QKV = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
 
 
-class Qwen2(Family):
+class Qwen2Family(Family):
     """`Qwen2ForCausalLM`"""
 
     architecture = "qwen2"
@@ -41,13 +41,13 @@ class Qwen2(Family):
         return _QKV
 
 
-class Qwen3(Qwen2):
+class Qwen3Family(Qwen2Family):
     """`Qwen3ForCausalLM`"""
 
     architecture = "qwen3"
     layer_modules = ATTENTION | QK_NORMS | MLP | PRE_NORMS
     fixed_head_dim = False
-    defaults: ClassVar[Mapping[str, Any]] = {**Qwen2.defaults, "head_dim": 128}
+    defaults: ClassVar[Mapping[str, Any]] = {**Qwen2Family.defaults, "head_dim": 128}
 
     def check(self, config: Config) -> None:
         """llama.cpp has no bias on the output of attention here."""

@@ -13,7 +13,7 @@ _ROPE_BASE = 10_000.0
 _QK_NORMS = {"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"}
 
 
-class StableLm(Family):
+class StableLmFamily(Family):
     """`StableLmForCausalLM`"""
 
     architecture = "stablelm"

@@ -16,7 +16,7 @@ from convert.checkpoint.safetensors import SafetensorsFile
 from convert.errors import AdapterInvalid, SourceInvalid
 from models.common.files import sha256_file
 
-from .changes import Lora, ReplaceRows, Saved
+from .changes import Lora, ReplaceRows, SavedTensor
 from .config import LoraConfig, read_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,11 +36,11 @@ _PARTS: Mapping[str, str] = {
 }
 _NAME = re.compile(rf"{re.escape(_PREFIX)}([A-Za-z0-9_.]+?)\.({'|'.join(map(re.escape, _PARTS))})")
 
-_Parts = Mapping[str, Saved]
+_Parts = Mapping[str, SavedTensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class PeftAdapter:
     """An adapter as its folder has it: changes by module, whole tensors and biases' shifts by parameter.
 
     `rank` is the configuration's; single modules may have another. `base` is what it says it was trained on.
@@ -51,7 +51,7 @@ class Adapter:
     rank: int
     base: str
     loras: Mapping[str, Lora]
-    saved: Mapping[str, Saved] = field(default_factory=dict)
+    saved: Mapping[str, SavedTensor] = field(default_factory=dict)
     shifts: Mapping[str, np.ndarray] = field(default_factory=dict)
     tokens: Mapping[str, ReplaceRows] = field(default_factory=dict)
 
@@ -67,7 +67,7 @@ class Adapter:
         )
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> PeftAdapter:
     """Read a PEFT folder. Raises AdapterInvalid naming the file, the setting or the tensor that is wrong."""
     config = read_config(folder)
     path = folder / WEIGHTS_FILE
@@ -80,7 +80,7 @@ def read_adapter(folder: Path) -> Adapter:
     except SourceInvalid as error:
         raise AdapterInvalid(f"the adapter's weights cannot be used: {error}") from error
     _check_complete(modules, config)
-    return Adapter(
+    return PeftAdapter(
         folder=folder,
         sha256=sha256_file(path),
         rank=config.rank,
@@ -96,9 +96,9 @@ def read_adapter(folder: Path) -> Adapter:
     )
 
 
-def _modules(file: SafetensorsFile) -> dict[str, dict[str, Saved]]:
+def _modules(file: SafetensorsFile) -> dict[str, dict[str, SavedTensor]]:
     """Module -> its tensors by what they are, each found to be readable and finite."""
-    modules: dict[str, dict[str, Saved]] = {}
+    modules: dict[str, dict[str, SavedTensor]] = {}
     for name, tensor in file.tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
@@ -108,13 +108,13 @@ def _modules(file: SafetensorsFile) -> dict[str, dict[str, Saved]]:
         parts, part = modules.setdefault(match[1], {}), _PARTS[match[2]]
         if part in parts:
             raise AdapterInvalid(f"adapter tensor {name!r} is {part!r} of {match[1]!r}, which is there twice")
-        parts[part] = _checked(Saved(file, tensor))
+        parts[part] = _checked(SavedTensor(file, tensor))
     if not modules:
         raise AdapterInvalid(f"{str(file.path)!r} holds no tensors")
     return modules
 
 
-def _checked(saved: Saved) -> Saved:
+def _checked(saved: SavedTensor) -> SavedTensor:
     if len(saved.shape) not in {1, 2} or 0 in saved.shape:
         raise AdapterInvalid(
             f"adapter tensor {saved.tensor.name!r} has shape {saved.shape}: neither a matrix nor a vector"
@@ -190,7 +190,7 @@ def _vector(module: str, part: str, parts: _Parts, n_out: int) -> np.ndarray:
     return parts[part].array
 
 
-def _tokens(module: str, saved: Saved, config: LoraConfig) -> ReplaceRows:
+def _tokens(module: str, saved: SavedTensor, config: LoraConfig) -> ReplaceRows:
     ids = next((ids for name, ids in config.tokens.items() if _is_called(module, name)), ())
     if len(saved.shape) != 2 or len(ids) != saved.shape[0] or len(set(ids)) != len(ids):
         raise AdapterInvalid(

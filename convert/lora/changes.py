@@ -55,7 +55,7 @@ class Lora:
 
 
 @dataclass(frozen=True, eq=False)
-class Saved:
+class SavedTensor:
     """A whole tensor as the adapter's file has it, opened and found to be finite."""
 
     file: SafetensorsFile
@@ -86,7 +86,7 @@ class Saved:
         for start in range(0, self.n_rows, step):
             yield self.rows(start, min(step, self.n_rows - start))
 
-    def equals(self, other: "Saved") -> bool:
+    def equals(self, other: "SavedTensor") -> bool:
         """Whether both hold the same numbers."""
         return self.shape == other.shape and all(map(np.array_equal, self.slabs(), other.slabs()))
 
@@ -98,7 +98,7 @@ class Replace:
     `order` says which row of it (or number, of a bias) comes where; `offset` is added to every value.
     """
 
-    saved: Saved
+    saved: SavedTensor
     order: np.ndarray | None = None
     offset: float = 0.0
 
@@ -133,7 +133,7 @@ class ReplaceRows:
 
 
 @dataclass(frozen=True, eq=False)
-class Add:
+class AddBias:
     """What a trained bias of B adds to the base's bias, shape (n_out,): llama.cpp has one bias to a layer."""
 
     values: np.ndarray

@@ -16,8 +16,8 @@ from convert.families import BY_ARCHITECTURE
 from convert.families.base import Family
 from models.gguf.header import Header
 
-from .adapter import Adapter
-from .changes import Add, Change, Lora, Replace, ReplaceRows, Saved
+from .adapter import PeftAdapter
+from .changes import AddBias, Change, Lora, Replace, ReplaceRows, SavedTensor
 
 _NAMES = ("general.name", "general.basename", "general.base_model.0.name", "general.source.huggingface.repository")
 # Endings that say how the weights are stored, not which they are.
@@ -26,7 +26,7 @@ _STORAGE = re.compile(
 )
 
 
-def base_warning(adapter: Adapter, header: Header) -> str | None:
+def base_warning(adapter: PeftAdapter, header: Header) -> str | None:
     """What to tell the user when the adapter names another base than `header` is of; None when nothing is known."""
     if not _is_hub_name(adapter.base):
         return None
@@ -53,7 +53,7 @@ def _essence(name: str) -> str:
     return "".join(words)
 
 
-class Gemma(Family):
+class Gemma1Family(Family):
     """The first Gemma. Its folders are not converted, but GGUF files of it can take an adapter."""
 
     architecture = "gemma"
@@ -62,7 +62,7 @@ class Gemma(Family):
 
 def family_of(header: Header) -> Family:
     """The family of a checkpoint. Raises ArchitectureUnknown naming it and the known ones."""
-    families = {Gemma.architecture: Gemma(), **BY_ARCHITECTURE}
+    families = {Gemma1Family.architecture: Gemma1Family(), **BY_ARCHITECTURE}
     family = families.get(header.architecture)
     if family is None:
         raise ArchitectureUnknown(
@@ -94,13 +94,13 @@ class Fitted:
         return {name: one for name, changes in self.changes.items() for one in changes if isinstance(one, Lora)}
 
 
-def fit(adapter: Adapter, header: Header) -> Fitted:
+def fit(adapter: PeftAdapter, header: Header) -> Fitted:
     """Fit `adapter` to the base of `header`. Raises AdapterInvalid naming the misfit, and ArchitectureUnknown."""
     return _Fitting(adapter, header, family_of(header)).fitted()
 
 
 class _Fitting:
-    def __init__(self, adapter: Adapter, header: Header, family: Family) -> None:
+    def __init__(self, adapter: PeftAdapter, header: Header, family: Family) -> None:
         self._adapter = adapter
         self._header = header
         self._family = family
@@ -125,7 +125,7 @@ class _Fitting:
             )
         return Fitted(self._changes, unties, tuple(warning for warning in warnings if warning is not None))
 
-    def _replace(self, parameter: str, saved: Saved) -> None:
+    def _replace(self, parameter: str, saved: SavedTensor) -> None:
         module, _, kind = parameter.rpartition(".")
         name, wanted = self._target(module, kind)
         if saved.shape != wanted:
@@ -158,7 +158,7 @@ class _Fitting:
                 f"adapter bias {parameter!r} has shape {values.shape}, {name!r} of the base has {wanted}"
             )
         order = self._order(module, wanted[0])
-        self._append(name, Add(values if order is None else values[order]))
+        self._append(name, AddBias(values if order is None else values[order]))
 
     def _replace_rows(self, module: str, rows: ReplaceRows) -> None:
         name, (n_rows, n_in) = self._target(module)

@@ -18,7 +18,7 @@ from convert.tokenizer.chat_template import TEMPLATE_FIELD, ChatFormat
 from models.gguf.fields import Field
 from models.gguf.header import DEFAULT_ALIGNMENT, Header
 
-from .adapter import Adapter
+from .adapter import PeftAdapter
 from .changes import Lora
 from .fit import HEAD, Fitted
 
@@ -27,7 +27,7 @@ _A, _B = ".lora_a", ".lora_b"
 
 
 @dataclass(frozen=True)
-class HotPlan:
+class AdapterPlan:
     """What the adapter's file will hold: `matrices` by tensor name, float32."""
 
     layout: Layout
@@ -38,7 +38,7 @@ class HotPlan:
         yield self.matrices[name]
 
 
-def check_hot(adapter: Adapter, fitted: Fitted) -> None:
+def check_appliable(adapter: PeftAdapter, fitted: Fitted) -> None:
     """Raise AdapterInvalid for what llama.cpp cannot apply while it serves: everything but LoRA on linear layers."""
     more = {
         "use_dora": [lora.module for lora in adapter.loras.values() if lora.magnitude is not None],
@@ -57,7 +57,7 @@ def check_hot(adapter: Adapter, fitted: Fitted) -> None:
             )
 
 
-def plan_hot(header: Header, loras: Mapping[str, Lora], chat: ChatFormat, name: str, licence: str) -> HotPlan:
+def plan_adapter(header: Header, loras: Mapping[str, Lora], chat: ChatFormat, name: str, licence: str) -> AdapterPlan:
     """The file of an adapter that was fitted to the base of `header`: `loras` by the base's tensor names."""
     alpha = _alpha(loras)
     matrices: dict[str, np.ndarray] = {}
@@ -77,7 +77,7 @@ def plan_hot(header: Header, loras: Mapping[str, Lora], chat: ChatFormat, name: 
     if chat.template is not None:
         fields[TEMPLATE_FIELD] = Field.string(chat.template)
     tensors = [OutTensor(tensor, matrix.shape, GGMLQuantizationType.F32) for tensor, matrix in matrices.items()]
-    return HotPlan(Layout(fields, tensors, DEFAULT_ALIGNMENT), matrices)
+    return AdapterPlan(Layout(fields, tensors, DEFAULT_ALIGNMENT), matrices)
 
 
 def _alpha(loras: Mapping[str, Lora]) -> float:

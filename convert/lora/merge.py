@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from convert.checkpoint.source import Source
+from convert.checkpoint.source import Checkpoint
 from convert.errors import SourceInvalid
 from models.gguf.header import Header, TensorInfo
 from runtime.llama.ggml import to_half
@@ -14,10 +14,10 @@ from runtime.llama.ggml import to_half
 from .fit import EMBEDDING, HEAD, Fitted
 
 
-class Merged:
+class MergedCheckpoint:
     """`source` with the changes of `fitted` made to it, a slab of rows at a time; closing it closes `source`."""
 
-    def __init__(self, source: Source, fitted: Fitted) -> None:
+    def __init__(self, source: Checkpoint, fitted: Fitted) -> None:
         self._source = source
         self._changes = fitted.changes
         self._header = merged_header(source.header, fitted)
@@ -54,7 +54,7 @@ def half_precision_kind(tensor: TensorInfo) -> GGMLQuantizationType:
     return GGMLQuantizationType.F32 if stays else GGMLQuantizationType.F16
 
 
-def file_rows(source: Source, tensor: TensorInfo, kind: GGMLQuantizationType | None = None) -> Iterator[np.ndarray]:
+def file_rows(source: Checkpoint, tensor: TensorInfo, kind: GGMLQuantizationType | None = None) -> Iterator[np.ndarray]:
     """Yield the tensor's rows as float16 or float32: as `kind` (F16 or F32) says, or else `half_precision_kind`.
 
     Raises SourceInvalid when a value is not finite, or too large for float16.

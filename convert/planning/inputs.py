@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.errors import AdapterInvalid, RequestInvalid
-from convert.lora.adapter import Adapter, read_adapter
+from convert.lora.adapter import PeftAdapter, read_adapter
 from convert.measure.examples import MAX_LABELS, Split, labels_of, split_examples
 from convert.quantize.quantize import DEFAULT_QUANTIZATION, spec_named
 from convert.trim.plan import DEFAULT_KEEP
@@ -85,7 +85,7 @@ class Inputs:
     """
 
     origin: Origin
-    adapter: Adapter | None
+    adapter: PeftAdapter | None
     quantization: str | None
     manifest: Manifest
     examples: Examples | None = None
@@ -221,7 +221,7 @@ def _recipe_trim(request: ConvertRequest, folder: Path, chosen: Conversion) -> T
     return TrimRequest(read_chat_records(folder / chosen.trim), chosen.keep)
 
 
-def _inherited(origin: Origin, adapter: Adapter | None) -> Manifest:
+def _inherited(origin: Origin, adapter: PeftAdapter | None) -> Manifest:
     """Licence and notice come from the source; task, labels and prompt too, unless an adapter changes what it does."""
     known = origin.manifest
     if known is None:
@@ -231,7 +231,7 @@ def _inherited(origin: Origin, adapter: Adapter | None) -> Manifest:
     return Manifest(name="source", licence=known.licence, licence_notice=known.licence_notice)
 
 
-def _complete(manifest: Manifest, name: str, adapter: Adapter | None, *, hot: bool) -> Manifest:
+def _complete(manifest: Manifest, name: str, adapter: PeftAdapter | None, *, hot: bool) -> Manifest:
     made_with = manifest.adapter
     if adapter is not None:
         made_with = AdapterRecord(path=adapter.folder.name, sha256=adapter.sha256, rank=adapter.rank)

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.checkpoint.source import Source
+from convert.checkpoint.source import Checkpoint
 from convert.gguf_writer import Layout, OutTensor, write_gguf
 from convert.lora.fit import Fitted, fit
-from convert.lora.merge import Merged, file_rows, half_precision_kind, merged_header
+from convert.lora.merge import MergedCheckpoint, file_rows, half_precision_kind, merged_header
 from convert.measure.examples import texts_of
 from convert.quantize.quantize import HALF_PRECISION, QUANTIZATIONS
 from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat, choose_format
 from convert.tokenizer.spacing import general_name, name_part
 from convert.trim.plan import TrimPlan, plan_trim, tokenizer_of
-from convert.trim.source import TrimmedSource
+from convert.trim.source import TrimmedCheckpoint
 from models.common.console import Reporter
 from models.gguf.fields import Field
 from models.gguf.header import Header
@@ -36,8 +36,8 @@ class Plan:
     tell what grid its weights lie on. `chat.end_of_turn` is numbered as in the file.
     """
 
-    source: Source
-    whole: Source
+    source: Checkpoint
+    whole: Checkpoint
     header: Header
     base_header: Header
     fitted: Fitted
@@ -46,7 +46,7 @@ class Plan:
     layout: Layout
 
 
-def plan_file(source: Source, inputs: Inputs) -> Plan:
+def plan_file(source: Checkpoint, inputs: Inputs) -> Plan:
     """Check that the adapter fits, the chat format is usable and the vocabulary can be cut. Writes nothing.
 
     Raises AdapterInvalid, ArchitectureUnknown, TemplateInvalid, TrimImpossible, RequestInvalid, BadExamples.
@@ -54,14 +54,14 @@ def plan_file(source: Source, inputs: Inputs) -> Plan:
     adapter, manifest = inputs.adapter, inputs.manifest
     fitted = fit(adapter, source.header) if adapter is not None else Fitted()
     chat = choose_format(source.header, adapter.folder if adapter is not None else None)
-    whole = Merged(source, fitted)
+    whole = MergedCheckpoint(source, fitted)
     base_header = merged_header(source.header, fitted)
     header = replace(whole.header, fields=_fields(whole.header, manifest.name, chat))
     if inputs.trim is None:
         return Plan(whole, whole, header, base_header, fitted, chat, None, layout_of(header))
     texts = texts_of(header, tokenizer_of(header), inputs.trim.records, manifest.prompt.template)
     trim = plan_trim(header, texts, inputs.trim.keep)
-    last = TrimmedSource(whole, trim)
+    last = TrimmedCheckpoint(whole, trim)
     if chat.end_of_turn is not None:
         chat = replace(chat, end_of_turn=int(trim.new_ids[chat.end_of_turn]))
     return Plan(last, whole, header, base_header, fitted, chat, trim, layout_of(last.header))
@@ -73,12 +73,12 @@ def layout_of(header: Header) -> Layout:
     return Layout(header.fields, tensors, header.alignment)
 
 
-def base_of(source: Source, plan: Plan) -> tuple[Source, Layout]:
+def base_of(source: Checkpoint, plan: Plan) -> tuple[Checkpoint, Layout]:
     """The checkpoint without the adapter, asked and trimmed as the fine-tune: what that is compared with."""
     header = replace(source.header, fields=plan.header.fields)
     if plan.trim is None:
         return source, layout_of(header)
-    trimmed = TrimmedSource(source, plan.trim)
+    trimmed = TrimmedCheckpoint(source, plan.trim)
     return trimmed, layout_of(trimmed.header)
 
 
@@ -96,7 +96,7 @@ def _fields(header: Header, name: str, chat: ChatFormat) -> dict[str, Field]:
 
 
 def write_half(
-    source: Source,
+    source: Checkpoint,
     layout: Layout,
     target: Path,
     stage: str,

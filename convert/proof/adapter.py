@@ -13,7 +13,7 @@ from runtime.llama.model import Llama, LoadOptions, load
 from .runs import check_logits, probe
 
 
-def verify_hot(base: Path, adapter: Path, chat: ChatFormat, *, is_zero: bool) -> None:
+def verify_adapter(base: Path, adapter: Path, chat: ChatFormat, *, is_zero: bool) -> None:
     """Load the adapter on its base and decode one token with and without it. Raises VerifyFailed saying what is wrong.
 
     The logits must be finite and, unless the adapter `is_zero`, not those of the base.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.errors import VerifyFailed
-from convert.tokenizer.pieces import Kind
+from convert.tokenizer.pieces import TokenType
 from convert.tokenizer.pre_tokenizer import APPROXIMATE
 from models.errors import BadGguf
 from models.gguf.fields import Field, read_fields
@@ -16,7 +16,7 @@ from runtime.errors import EngineError, RequestError
 from runtime.llama.model import load_tokenizer
 from runtime.llama.tokenizer import Tokenizer
 
-from .reference import Reference, open_reference
+from .reference import ReferenceTokenizer, open_reference
 from .torture import TEXTS, around
 
 MAX_SPECIAL = 64
@@ -59,7 +59,7 @@ class TokenizerParity:
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenizerPair:
     """The two that must agree: a GGUF's vocabulary in llama.cpp, and the tokenizer of the folder it was made from.
 
     `forced` are texts that llama.cpp takes for special tokens by itself (`</s>` in any vocabulary), and the other not.
@@ -68,11 +68,11 @@ class Pair:
     folder: Path
     fields: Mapping[str, Field]
     tokenizer: Tokenizer
-    reference: Reference
+    reference: ReferenceTokenizer
     forced: frozenset[str]
 
 
-def open_pair(gguf: Path, folder: Path, reference: Reference | None = None) -> Pair:
+def open_pair(gguf: Path, folder: Path, reference: ReferenceTokenizer | None = None) -> TokenizerPair:
     """Load both, without any weights; `reference` if it is loaded already.
 
     Raises VerifyFailed when llama.cpp cannot read its side, TokenizerInvalid for the other.
@@ -84,11 +84,11 @@ def open_pair(gguf: Path, folder: Path, reference: Reference | None = None) -> P
     prefix = fields.get("tokenizer.ggml.add_space_prefix")
     reference = reference or open_reference(folder)
     reference.match_spacing(space_prefix=prefix is not None and prefix.value is True)
-    return Pair(folder, fields, tokenizer, reference, frozenset(tokenizer.special_texts) - reference.special)
+    return TokenizerPair(folder, fields, tokenizer, reference, frozenset(tokenizer.special_texts) - reference.special)
 
 
 def check_tokenizer(
-    pair: Pair, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
+    pair: TokenizerPair, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
 ) -> TokenizerParity:
     """Compare token ids on `texts`, on the torture texts and on texts with special tokens.
 
@@ -112,7 +112,7 @@ def check_tokenizer(
     return TokenizerParity(total, n_tokens, tuple(mismatches), pair.reference.limits)
 
 
-def encode_both(pair: Pair, text: str) -> tuple[list[int], list[int]]:
+def encode_both(pair: TokenizerPair, text: str) -> tuple[list[int], list[int]]:
     """The ids of `text` from llama.cpp and from Hugging Face's tokenizer. Raises VerifyFailed when one refuses.
 
     Special tokens in it count, unless the text holds a forced one: then it is compared as a message's text is read.
@@ -126,7 +126,7 @@ def encode_both(pair: Pair, text: str) -> tuple[list[int], list[int]]:
         raise VerifyFailed(f"llama.cpp cannot tokenise {text[:_SHOWN_CHARS]!r}: {error}") from error
 
 
-def _check_ends(pair: Pair) -> None:
+def _check_ends(pair: TokenizerPair) -> None:
     """BOS and EOS are added where the files say so, unless they ask for something that llama.cpp has no flag for."""
     text, tokenizer, reference = "Hello", pair.tokenizer, pair.reference
     theirs, bare = reference.encode_whole(text), reference.encode(text)
@@ -141,7 +141,7 @@ def _check_ends(pair: Pair) -> None:
 def _special(fields: Mapping[str, Field]) -> list[str]:
     """The texts of special tokens, at most MAX_SPECIAL, from both ends of the vocabulary."""
     texts, kinds = fields["tokenizer.ggml.tokens"].strings or [], fields["tokenizer.ggml.token_type"].numbers or ()
-    wanted = {Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN}
+    wanted = {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN}
     special = [text.decode() for text, kind in zip(texts, kinds, strict=True) if kind in wanted and text.strip()]
     half = MAX_SPECIAL // 2
     return special if len(special) <= MAX_SPECIAL else special[:half] + special[-half:]

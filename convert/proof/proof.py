@@ -27,7 +27,7 @@ DIFFERENT, UNREADABLE = 1, 3
 
 
 @dataclass(frozen=True)
-class Proven:
+class ProofResult:
     """What was compared and found alike, and what the user should know about it."""
 
     n_texts: int
@@ -79,7 +79,7 @@ class Proof:
         if code != 0:
             end = f"the comparison ended with {signal.Signals(-code).name}: " if code < 0 else ""
             raise VerifyFailed(f"{end}{complaint}")
-        found = TypeAdapter(Proven).validate_json(self._result.read_bytes())
+        found = TypeAdapter(ProofResult).validate_json(self._result.read_bytes())
         report.note(f"tokenizer: {found.n_texts} texts have the same {found.n_tokens} tokens as in Hugging Face's")
         for warning in found.warnings:
             report.warn(warning)

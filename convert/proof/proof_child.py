@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 from convert.child import read_job, tell
 from convert.errors import TokenizerInvalid, VerifyFailed
 
-from .parity import Pair, check_tokenizer, open_pair
-from .proof import DIFFERENT, UNREADABLE, Proven
+from .parity import TokenizerPair, check_tokenizer, open_pair
+from .proof import DIFFERENT, UNREADABLE, ProofResult
 from .reference import open_reference
 from .templates import check_template
 
@@ -26,7 +26,7 @@ def main() -> int:
         reference = open_reference(folder)
         job = read_job()
         found = _compare(open_pair(Path(job["vocabulary"]), folder, reference), job)
-        Path(job["result"]).write_bytes(TypeAdapter(Proven).dump_json(found))
+        Path(job["result"]).write_bytes(TypeAdapter(ProofResult).dump_json(found))
     except TokenizerInvalid as error:
         tell(str(error).replace("\n", " "))
         return UNREADABLE
@@ -36,10 +36,10 @@ def main() -> int:
     return 0
 
 
-def _compare(pair: Pair, job: dict[str, Any]) -> Proven:
+def _compare(pair: TokenizerPair, job: dict[str, Any]) -> ProofResult:
     tokens = check_tokenizer(pair, job["texts"], tell)
     prompts = check_template(pair, job["conversations"])
-    return Proven(
+    return ProofResult(
         n_texts=tokens.n_texts,
         n_tokens=tokens.n_tokens,
         n_prompts=prompts.n_compared,

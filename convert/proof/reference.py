@@ -16,12 +16,19 @@ import sentencepiece
 import tokenizers
 
 from convert.errors import TokenizerInvalid
-from convert.tokenizer.pieces import SPACE_MARK, TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, read_object
+from convert.tokenizer.pieces import (
+    SPACE_MARK,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    TokenizerKind,
+    read_object,
+)
 from convert.tokenizer.special import token_text
 from convert.tokenizer.tokenizer_model import added_in_folder, read_protobuf
 
 
-class Reference(Protocol):
+class ReferenceTokenizer(Protocol):
     """A tokenizer that is not llama.cpp's."""
 
     @property
@@ -55,12 +62,12 @@ class Reference(Protocol):
         """The ids of `text` with what is put around it; None when the files do not say."""
 
 
-def open_reference(folder: Path) -> Reference:
+def open_reference(folder: Path) -> ReferenceTokenizer:
     """The tokenizer of `folder`. Raises TokenizerInvalid."""
-    return _Json(folder) if (folder / TOKENIZER_JSON).is_file() else _SentencePiece(folder)
+    return _TokenizerJson(folder) if (folder / TOKENIZER_JSON).is_file() else _SentencePiece(folder)
 
 
-class _Json:
+class _TokenizerJson:
     """tokenizer.json, read by the library that wrote it."""
 
     def __init__(self, folder: Path) -> None:
@@ -143,7 +150,7 @@ class _SentencePiece:
             self._processor.LoadFromFile(str(file))
         except (OSError, RuntimeError) as error:
             raise TokenizerInvalid(f"{str(file)!r} cannot be loaded: {error}") from error
-        self._is_unigram = read_protobuf(file).model == "t5"
+        self._is_unigram = read_protobuf(file).model == TokenizerKind.UNIGRAM
         sizes = range(self._processor.GetPieceSize())
         control = (i for i in sizes if self._processor.IsControl(i) or self._processor.IsUnknown(i))
         self._cut = {self._processor.IdToPiece(index): index for index in control}

@@ -21,11 +21,11 @@ from convert.tokenizer.special import token_text
 from runtime.errors import EngineError, RequestError
 from runtime.prompt.prompter import Prompter
 
-from .parity import Mismatch, Pair
-from .reference import Reference
+from .parity import Mismatch, TokenizerPair
+from .reference import ReferenceTokenizer
 from .torture import CONVERSATIONS
 
-Conversation = Sequence[Mapping[str, Any]]
+ChatMessages = Sequence[Mapping[str, Any]]
 
 _CONTEXT_TOKENS = 1 << 24
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -33,14 +33,13 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @dataclass(frozen=True)
 class TemplateParity:
-    """Conversations that came out alike, and those the template refuses or that cannot be compared."""
+    """The number of conversations that came out alike, and notes for the user."""
 
     n_compared: int
-    n_skipped: int
     warnings: tuple[str, ...] = ()
 
 
-def check_template(pair: Pair, conversations: Sequence[Conversation]) -> TemplateParity:
+def check_template(pair: TokenizerPair, conversations: Sequence[ChatMessages]) -> TemplateParity:
     """Compare prompts as served with those of the folder's template and tokenizer, built-in conversations included.
 
     A conversation ends with the user's turn. One in which a message spells a special token is skipped: as served, that
@@ -50,7 +49,7 @@ def check_template(pair: Pair, conversations: Sequence[Conversation]) -> Templat
     template = pair.fields.get(TEMPLATE_FIELD)
     text = template.value if template is not None and isinstance(template.value, str) else None
     if chat is None or chat.template is None or text is None:
-        return TemplateParity(0, len(conversations))
+        return TemplateParity(0)
     special = reference.special | pair.forced
     prompter = Prompter(tokenizer, text, _CONTEXT_TOKENS)
     render = _renderer(chat.template, pair.folder)
@@ -69,10 +68,10 @@ def check_template(pair: Pair, conversations: Sequence[Conversation]) -> Templat
         extra_bos |= _compare(ours, tokens, expected, reference, tokenizer.bos)
         compared += 1
     told = ("the template writes no BOS: it is added as to any text, training may have gone without it",)
-    return TemplateParity(compared, len(conversations) + len(CONVERSATIONS) - compared, told if extra_bos else ())
+    return TemplateParity(compared, told if extra_bos else ())
 
 
-def _compare(ours: str, tokens: list[int], expected: str, reference: Reference, bos: int | None) -> bool:
+def _compare(ours: str, tokens: list[int], expected: str, reference: ReferenceTokenizer, bos: int | None) -> bool:
     """Raise VerifyFailed unless text and ids are Hugging Face's; true when ours have a BOS that the template omits."""
     if ours != expected:
         raise VerifyFailed(f"the rendered prompt is {ours!r:.200}, Hugging Face's is {expected!r:.200}")
@@ -83,7 +82,7 @@ def _compare(ours: str, tokens: list[int], expected: str, reference: Reference, 
     return extra
 
 
-def _renderer(template: str, folder: Path) -> Callable[[Conversation], str | None]:
+def _renderer(template: str, folder: Path) -> Callable[[ChatMessages], str | None]:
     """A function from a conversation to its prompt, or None where the template refuses it."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -94,7 +93,7 @@ def _renderer(template: str, folder: Path) -> Callable[[Conversation], str | Non
     tokens = {name: text for name in _NAMED_TOKENS if (text := token_text(config.get(name)))}
     compiled = environment.from_string(without_training_marks(template))
 
-    def render(conversation: Conversation) -> str | None:
+    def render(conversation: ChatMessages) -> str | None:
         try:
             # transformers gives both, none of them, to every template
             given = {"messages": conversation, "tools": None, "documents": None, **tokens}

@@ -5,10 +5,10 @@ Types as in SentencePiece: https://github.com/google/sentencepiece/blob/master/s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 from pydantic_core import from_json
@@ -69,11 +69,17 @@ def is_id(value: object) -> TypeGuard[int]:
 SPACE_MARK = "▁"
 _UNUSED_SCORE = -10_000.0
 
-Model = Literal["gpt2", "llama", "t5"]
+
+class TokenizerKind(StrEnum):
+    """Kinds of tokenizer that can be converted and trimmed, as `tokenizer.ggml.model` spells them."""
+
+    SENTENCEPIECE = "llama"
+    BPE = "gpt2"
+    UNIGRAM = "t5"
 
 
-class Kind(IntEnum):
-    """What a token is, by its number in the file."""
+class TokenType(IntEnum):
+    """The values of `tokenizer.ggml.token_type`, which are SentencePiece's."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -88,7 +94,7 @@ class Piece:
     """One token as the GGUF spells it."""
 
     text: str
-    kind: Kind = Kind.NORMAL
+    kind: TokenType = TokenType.NORMAL
     score: float = 0.0
 
 
@@ -106,7 +112,7 @@ class AddedToken:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class ParsedTokenizer:
     """A tokenizer as llama.cpp understands it. `pre` names the pre-tokenizer, `merges` are of byte-level BPE only.
 
     A vocabulary has hundreds of thousands of tokens, and nearly all are normal: these are a text by their id, and a
@@ -115,7 +121,7 @@ class Pieces:
     Unicode's composed form first, which llama.cpp leaves to whoever sends the text.
     """
 
-    model: Model
+    model: TokenizerKind
     pre: str
     texts: Mapping[int, str]
     odd: Mapping[int, Piece]
@@ -130,7 +136,7 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenTable:
     """One token for each row of the embedding, in columns: float32 scores, int32 kinds, and the way back to the ids."""
 
     texts: Sequence[str]
@@ -152,14 +158,14 @@ def looks_special(text: str) -> bool:
 def added_piece(token: AddedToken, score: float, *, unknown: bool) -> Piece:
     """How llama.cpp is told about an added token: control ones are not seen in a user's text."""
     if unknown:
-        return Piece(token.text, Kind.UNKNOWN, score)
+        return Piece(token.text, TokenType.UNKNOWN, score)
     if token.special or looks_special(token.text):
-        return Piece(token.text, Kind.CONTROL, score)
+        return Piece(token.text, TokenType.CONTROL, score)
     # llama.cpp looks for these in the text as it came, before spaces become marks
-    return Piece(token.text.replace(SPACE_MARK, " "), Kind.USER_DEFINED, score)
+    return Piece(token.text.replace(SPACE_MARK, " "), TokenType.USER_DEFINED, score)
 
 
-def padded(pieces: Pieces, n_rows: int, source: str) -> Tokens:
+def token_table(pieces: ParsedTokenizer, n_rows: int, source: str) -> TokenTable:
     """One token for each row of the embedding. Ids that no token has are unused ones, named after their place.
 
     Raises TokenizerInvalid for a vocabulary that is empty, larger than the embedding, or spells two tokens alike,
@@ -174,15 +180,15 @@ def padded(pieces: Pieces, n_rows: int, source: str) -> Tokens:
             f"the model has {n_rows} rows; was a token added without resizing the model?"
         )
     unused = [index for index in range(n_rows) if index not in pieces.texts]
-    odd = {index: Piece(f"[PAD{index}]", Kind.UNUSED, _UNUSED_SCORE) for index in unused} | dict(pieces.odd)
+    odd = {index: Piece(f"[PAD{index}]", TokenType.UNUSED, _UNUSED_SCORE) for index in unused} | dict(pieces.odd)
     texts = [pieces.texts.get(index, "") for index in range(n_rows)]
-    kinds = np.full(n_rows, Kind.NORMAL, np.int32)
+    kinds = np.full(n_rows, TokenType.NORMAL, np.int32)
     scores = np.zeros(n_rows, np.float32)
     if pieces.scores is not None:
         scores[: len(pieces.scores)] = pieces.scores
     for index, piece in odd.items():
         texts[index], kinds[index], scores[index] = piece.text, piece.kind, piece.score
-    return Tokens(texts, kinds, scores, _ids(texts, source))
+    return TokenTable(texts, kinds, scores, _ids(texts, source))
 
 
 def _ids(texts: Sequence[str], source: str) -> dict[str, int]:

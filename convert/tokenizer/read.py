@@ -13,9 +13,19 @@ from models.common.machine import many_objects
 from models.gguf.fields import Field
 
 from .chat_template import END_OF_TURN_MARKS, TEMPLATE_FIELD, ChatFormat, folder_format
-from .pieces import TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL, AddedToken, Pieces, Tokens, padded, read_object
+from .pieces import (
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    AddedToken,
+    ParsedTokenizer,
+    TokenizerKind,
+    TokenTable,
+    read_object,
+    token_table,
+)
 from .spacing import NAME_THAT_STRIPS
-from .special import Folder, special_fields
+from .special import TokenizerFiles, special_fields
 from .tokenizer_json import read_json
 from .tokenizer_model import read_protobuf
 
@@ -25,7 +35,7 @@ _LOST_FILES = ("vocab.json", "tekken.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class VocabularyFields:
     """What a GGUF says of its tokens: `fields` are all of tokenizer.*, `size` counts tokens, padding included.
 
     `name_part` must stand in `general.name` if it is not empty: llama.cpp tells a family's habits by it.
@@ -38,7 +48,7 @@ class Vocabulary:
 
 
 @many_objects()
-def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> Vocabulary:
+def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> VocabularyFields:
     """The vocabulary of the checkpoint in `folder`: `config` is its config.json, `n_rows` the rows of its embedding.
 
     Raises TokenizerInvalid naming the file and what is wrong with it, or what llama.cpp cannot repeat; TemplateInvalid.
@@ -52,19 +62,19 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> Voc
         pieces = read_protobuf(file)
     else:
         raise _missing(folder)
-    tokens = padded(pieces, n_rows, repr(str(file)))
-    raw = Folder(
+    tokens = token_table(pieces, n_rows, repr(str(file)))
+    raw = TokenizerFiles(
         tokenizer,
         read_object(folder / TOKENIZER_CONFIG),
         read_object(folder / "generation_config.json"),
         config,
     )
-    special = special_fields(raw, tokens, _mark(chat, tokens), sentence=pieces.model != "gpt2")
+    special = special_fields(raw, tokens, _mark(chat, tokens), sentence=pieces.model != TokenizerKind.BPE)
     strips = _name_that_strips(pieces.added, tokens)
     fields = {**_token_fields(pieces, tokens), **special.fields, **_chat_fields(chat)}
     told = chat.warnings if chat is not None else ("the folder has no chat template",)
     odd = () if strips else _odd_flags(pieces.added)
-    return Vocabulary(fields, n_rows, (*pieces.warnings, *_nfc(pieces), *odd, *special.warnings, *told), strips)
+    return VocabularyFields(fields, n_rows, (*pieces.warnings, *_nfc(pieces), *odd, *special.warnings, *told), strips)
 
 
 def _missing(folder: Path) -> TokenizerInvalid:
@@ -76,7 +86,7 @@ def _missing(folder: Path) -> TokenizerInvalid:
     )
 
 
-def _token_fields(pieces: Pieces, tokens: Tokens) -> dict[str, Field]:
+def _token_fields(pieces: ParsedTokenizer, tokens: TokenTable) -> dict[str, Field]:
     fields = {
         "tokenizer.ggml.model": Field.string(pieces.model),
         "tokenizer.ggml.pre": Field.string(pieces.pre),
@@ -100,17 +110,17 @@ def _chat_fields(chat: ChatFormat | None) -> dict[str, Field]:
     return {} if chat is None or chat.template is None else {TEMPLATE_FIELD: Field.string(chat.template)}
 
 
-def _mark(chat: ChatFormat | None, tokens: Tokens) -> str | None:
+def _mark(chat: ChatFormat | None, tokens: TokenTable) -> str | None:
     template = (chat.template or "") if chat is not None else ""
     return next((mark for mark in END_OF_TURN_MARKS if mark in template and mark in tokens.ids), None)
 
 
-def _nfc(pieces: Pieces) -> tuple[str, ...]:
+def _nfc(pieces: ParsedTokenizer) -> tuple[str, ...]:
     note = "the tokenizer composes Unicode (NFC) first and llama.cpp does not: send text that is composed"
     return (note,) if pieces.nfc else ()
 
 
-def _name_that_strips(added: Sequence[AddedToken], tokens: Tokens) -> str:
+def _name_that_strips(added: Sequence[AddedToken], tokens: TokenTable) -> str:
     special = [token for token in added if token.special]
     stripping = {token.text for token in special if token.strips_right}
     known = _KEEP_SPACE | {"</s>"} <= tokens.ids.keys()

@@ -13,7 +13,7 @@ import numpy as np
 from convert.errors import TokenizerInvalid
 from models.gguf.fields import Field
 
-from .pieces import Kind, Tokens, entries, is_id, part
+from .pieces import TokenTable, TokenType, entries, is_id, part
 
 # What llama.cpp takes for an end by its text, whatever the file says (src/llama-vocab.cpp).
 ENDS_BY_TEXT = frozenset(
@@ -48,7 +48,7 @@ _FIELD_NAMES = {"unk": "unknown", "pad": "padding", "sep": "seperator"}  # as GG
 
 
 @dataclass(frozen=True)
-class Folder:
+class TokenizerFiles:
     """The small files of a checkpoint that speak about tokens."""
 
     tokenizer: Mapping[str, Any]
@@ -58,14 +58,16 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Special:
+class SpecialFields:
     """The fields, and what the user should know about them."""
 
     fields: Mapping[str, Field]
     warnings: tuple[str, ...]
 
 
-def special_fields(folder: Folder, tokens: Tokens, end_of_turn: str | None, *, sentence: bool) -> Special:
+def special_fields(
+    folder: TokenizerFiles, tokens: TokenTable, end_of_turn: str | None, *, sentence: bool
+) -> SpecialFields:
     """Fields tokenizer.ggml.*_token_id and add_*_token. `end_of_turn` is the mark that the chat template writes.
 
     `sentence` tells a SentencePiece tokenizer. Raises TokenizerInvalid when no token ends an answer, or an id is none.
@@ -75,7 +77,7 @@ def special_fields(folder: Folder, tokens: Tokens, end_of_turn: str | None, *, s
     ends = _ends(folder, ids, len(texts))
     warnings: list[str] = []
     if sentence and "unk" not in roles:
-        roles |= [("unk", int(index)) for index in np.flatnonzero(tokens.kinds == Kind.UNKNOWN)[:1]]
+        roles |= [("unk", int(index)) for index in np.flatnonzero(tokens.kinds == TokenType.UNKNOWN)[:1]]
     places, homeless = _places(ends, texts, ids.get(end_of_turn or ""))
     if homeless:
         told = ", ".join(repr(texts[index]) for index in homeless)
@@ -87,10 +89,10 @@ def special_fields(folder: Folder, tokens: Tokens, end_of_turn: str | None, *, s
     fields = {f"tokenizer.ggml.{_FIELD_NAMES.get(role, role)}_token_id": index for role, index in roles.items()}
     fields |= {f"tokenizer.ggml.{place}_token_id": index for place, index in places.items()}
     flags = {f"tokenizer.ggml.add_{role}_token": Field.boolean(value) for role, value in adds.items()}
-    return Special({key: Field.uint32(index) for key, index in sorted(fields.items())} | flags, tuple(warnings))
+    return SpecialFields({key: Field.uint32(index) for key, index in sorted(fields.items())} | flags, tuple(warnings))
 
 
-def _role(role: str, folder: Folder, ids: Mapping[str, int], size: int) -> int | None:
+def _role(role: str, folder: TokenizerFiles, ids: Mapping[str, int], size: int) -> int | None:
     """The tokenizer's own word first, as transformers does, then the model's."""
     text = token_text(folder.tokenizer_config.get(f"{role}_token"))
     if text in ids:
@@ -109,7 +111,7 @@ def _configured(config: Mapping[str, Any], key: str) -> Any:
     return config[key] if config.get(key) is not None else part(config, "text_config").get(key)
 
 
-def _ends(folder: Folder, ids: Mapping[str, int], size: int) -> list[int]:
+def _ends(folder: TokenizerFiles, ids: Mapping[str, int], size: int) -> list[int]:
     """Every id that ends an answer, the tokenizer's own first."""
     found = [ids[text]] if (text := token_text(folder.tokenizer_config.get("eos_token"))) in ids else []
     for config in (folder.generation_config, folder.config):
@@ -139,7 +141,7 @@ def _places(ends: Sequence[int], texts: Sequence[str], turn: int | None) -> tupl
 
 
 def _adds(
-    folder: Folder, ids: Mapping[str, int], bos: int | None, eos: int, *, sentence: bool
+    folder: TokenizerFiles, ids: Mapping[str, int], bos: int | None, eos: int, *, sentence: bool
 ) -> tuple[dict[str, bool], list[str]]:
     """Whether BOS and EOS are put around a text: the post-processor's word before tokenizer_config's."""
     shown, warnings = _post_processed(folder.tokenizer, ids, bos, eos)

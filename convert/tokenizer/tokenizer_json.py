@@ -11,7 +11,19 @@ import numpy as np
 
 from convert.errors import TokenizerInvalid
 
-from .pieces import MAX_MERGES, MAX_TOKENS, AddedToken, Kind, Piece, Pieces, added_piece, entries, is_id, part
+from .pieces import (
+    MAX_MERGES,
+    MAX_TOKENS,
+    AddedToken,
+    ParsedTokenizer,
+    Piece,
+    TokenizerKind,
+    TokenType,
+    added_piece,
+    entries,
+    is_id,
+    part,
+)
 from .pre_tokenizer import recognise
 from .spacing import byte_level_spacing, sentence_spacing
 
@@ -20,7 +32,7 @@ _ADDED_SCORE = -1000.0
 _MAX_SCORE = float(np.finfo(np.float32).max)
 
 
-def read_json(raw: Mapping[str, Any], source: str, family: str, *, answers_chats: bool) -> Pieces:
+def read_json(raw: Mapping[str, Any], source: str, family: str, *, answers_chats: bool) -> ParsedTokenizer:
     """The tokenizer that `source` holds. Raises TokenizerInvalid naming what is wrong, or what llama.cpp cannot do.
 
     `family` is the model type of config.json; `answers_chats` that there is a chat template. The merges in `raw` are
@@ -40,7 +52,7 @@ def read_json(raw: Mapping[str, Any], source: str, family: str, *, answers_chats
 
 def _byte_bpe(
     raw: Mapping[str, Any], model: dict[str, Any], added: Sequence[AddedToken], source: str, family: str
-) -> Pieces:
+) -> ParsedTokenizer:
     _check_bpe(model, source)
     name, warning = recognise(
         raw.get("pre_tokenizer"), ignores_merges=bool(model.get("ignore_merges")), family=family, source=source
@@ -54,12 +66,12 @@ def _byte_bpe(
         raise TokenizerInvalid(f"{source} has no merges, without which llama.cpp loads no BPE vocabulary")
     nfc = byte_level_spacing(raw, source)
     warnings = () if warning is None else (warning,)
-    return Pieces("gpt2", name, texts, odd, merges=merges, added=added, nfc=nfc, warnings=warnings)
+    return ParsedTokenizer(TokenizerKind.BPE, name, texts, odd, merges=merges, added=added, nfc=nfc, warnings=warnings)
 
 
 def _sentence_bpe(
     raw: Mapping[str, Any], model: dict[str, Any], added: Sequence[AddedToken], source: str, *, answers_chats: bool
-) -> Pieces:
+) -> ParsedTokenizer:
     _check_bpe(model, source)
     vocabulary = part(model, "vocab")
     texts = _by_id(vocabulary, source)
@@ -67,13 +79,13 @@ def _sentence_bpe(
         raise TokenizerInvalid(f"{source} falls back to bytes, but has no token {missing[0]!r}")
     cuts = _cuts(_merges(model, source), vocabulary)
     unknown = model.get("unk_token")
-    odd = {vocabulary[text]: Piece(text, Kind.BYTE) for text in _BYTE_TEXTS}
+    odd = {vocabulary[text]: Piece(text, TokenType.BYTE) for text in _BYTE_TEXTS}
     odd |= _added_pieces(texts, added, source, unknown)
     if isinstance(unknown, str) and unknown in vocabulary:
-        odd[vocabulary[unknown]] = Piece(unknown, Kind.UNKNOWN, _ADDED_SCORE)
+        odd[vocabulary[unknown]] = Piece(unknown, TokenType.UNKNOWN, _ADDED_SCORE)
     spacing = sentence_spacing(raw, source, splits=False, answers_chats=answers_chats)
-    return Pieces(
-        "llama",
+    return ParsedTokenizer(
+        TokenizerKind.SENTENCEPIECE,
         "default",
         texts,
         odd,
@@ -86,7 +98,7 @@ def _sentence_bpe(
 
 def _unigram(
     raw: Mapping[str, Any], model: Mapping[str, Any], added: Sequence[AddedToken], source: str, *, answers_chats: bool
-) -> Pieces:
+) -> ParsedTokenizer:
     if model.get("byte_fallback"):
         raise TokenizerInvalid(f"{source} is a Unigram tokenizer that falls back to bytes, which llama.cpp cannot")
     listed = entries(model, "vocab")
@@ -103,10 +115,10 @@ def _unigram(
     if not is_id(unknown) or unknown not in texts:
         raise TokenizerInvalid(f"{source} names no token for the unknown (unk_id is {unknown!r})")
     odd = _added_pieces(texts, added, source, texts[unknown])
-    odd[unknown] = Piece(texts[unknown], Kind.UNKNOWN, _ADDED_SCORE)
+    odd[unknown] = Piece(texts[unknown], TokenType.UNKNOWN, _ADDED_SCORE)
     spacing = sentence_spacing(raw, source, splits=True, answers_chats=answers_chats)
-    return Pieces(
-        "t5",
+    return ParsedTokenizer(
+        TokenizerKind.UNIGRAM,
         "default",
         texts,
         odd,

@@ -15,24 +15,36 @@ import numpy as np
 
 from convert.errors import TokenizerInvalid
 
-from .pieces import MAX_TOKENS, AddedToken, Kind, Piece, Pieces, added_piece, is_id, part, read_bytes, read_object
+from .pieces import (
+    MAX_TOKENS,
+    AddedToken,
+    ParsedTokenizer,
+    Piece,
+    TokenizerKind,
+    TokenType,
+    added_piece,
+    is_id,
+    part,
+    read_bytes,
+    read_object,
+)
 from .spacing import checked_charsmap
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _MAX_VARINT_BYTES = 10
-_KINDS: Mapping[int, Kind] = {kind.value: kind for kind in Kind}
+_KINDS: Mapping[int, TokenType] = {kind.value: kind for kind in TokenType}
 _UNIGRAM, _BPE = 1, 2
 _ADDED_SCORE = -1000.0
 
-Value = int | bytes
+ProtobufValue = int | bytes
 
 
-def read_protobuf(file: Path) -> Pieces:
+def read_protobuf(file: Path) -> ParsedTokenizer:
     """The tokenizer in `file` and its folder's added tokens. Raises TokenizerInvalid naming what is wrong."""
     source = repr(str(file))
-    trainer: dict[int, Value] = {}
-    normalizer: dict[int, Value] = {}
+    trainer: dict[int, ProtobufValue] = {}
+    normalizer: dict[int, ProtobufValue] = {}
     texts: dict[int, str] = {}
     odd: dict[int, Piece] = {}
     scores: list[float] = []
@@ -43,7 +55,7 @@ def read_protobuf(file: Path) -> Pieces:
             piece = _piece(_message(value, source), index, source)
             texts[index] = piece.text
             scores.append(piece.score)
-            if piece.kind is not Kind.NORMAL:
+            if piece.kind is not TokenType.NORMAL:
                 odd[index] = piece
         elif number in {2, 3}:
             (trainer if number == 2 else normalizer).update(_message(value, source))
@@ -51,9 +63,12 @@ def read_protobuf(file: Path) -> Pieces:
         raise TokenizerInvalid(f"{source} is truncated: it does not say how it was trained and how text is normalised")
     added = added_in_folder(file.parent)
     pieces = _settled(
-        Pieces("t5", "default", texts, odd, np.array(scores, np.float32), added=added), trainer, normalizer, source
+        ParsedTokenizer(TokenizerKind.UNIGRAM, "default", texts, odd, np.array(scores, np.float32), added=added),
+        trainer,
+        normalizer,
+        source,
     )
-    unknown = {index for index, piece in odd.items() if piece.kind is Kind.UNKNOWN}
+    unknown = {index for index, piece in odd.items() if piece.kind is TokenType.UNKNOWN}
     told = {token.id: added_piece(token, _ADDED_SCORE, unknown=token.id in unknown) for token in added}
     return replace(pieces, odd=odd | told)
 
@@ -71,7 +86,9 @@ def added_in_folder(folder: Path) -> tuple[AddedToken, ...]:
     return tuple(found[index] for index in sorted(found))
 
 
-def _settled(pieces: Pieces, trainer: Mapping[int, Value], normalizer: Mapping[int, Value], source: str) -> Pieces:
+def _settled(
+    pieces: ParsedTokenizer, trainer: Mapping[int, ProtobufValue], normalizer: Mapping[int, ProtobufValue], source: str
+) -> ParsedTokenizer:
     """`pieces` with what the file says of its kind and of spaces. Raises TokenizerInvalid."""
     kind, prefix, removes = trainer.get(3, _UNIGRAM), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
     charsmap = normalizer.get(2, b"")
@@ -89,13 +106,13 @@ def _settled(pieces: Pieces, trainer: Mapping[int, Value], normalizer: Mapping[i
     if removes or charsmap:
         what = "removes extra white space" if removes else "replaces characters before it cuts text up"
         raise TokenizerInvalid(f"{source} {what}, which llama.cpp cannot repeat for BPE")
-    n_bytes = sum(piece.kind is Kind.BYTE for piece in pieces.odd.values())
+    n_bytes = sum(piece.kind is TokenType.BYTE for piece in pieces.odd.values())
     if n_bytes != 256:
         raise TokenizerInvalid(f"{source} has {n_bytes} byte tokens, llama.cpp needs all 256")
-    return replace(pieces, model="llama", add_space_prefix=prefix)
+    return replace(pieces, model=TokenizerKind.SENTENCEPIECE, add_space_prefix=prefix)
 
 
-def _piece(fields: Mapping[int, Value], index: int, source: str) -> Piece:
+def _piece(fields: Mapping[int, ProtobufValue], index: int, source: str) -> Piece:
     text, score, kind = fields.get(1, b""), fields.get(2, b"\0" * 4), fields.get(3, 1)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
         raise TokenizerInvalid(f"{source}: token {index} has fields of the wrong type")
@@ -105,18 +122,18 @@ def _piece(fields: Mapping[int, Value], index: int, source: str) -> Piece:
         spelled = text.decode()
     except UnicodeDecodeError as error:
         raise TokenizerInvalid(f"{source}: token {index} is not UTF-8: {text[:64]!r}") from error
-    if kind == Kind.USER_DEFINED:
+    if kind == TokenType.USER_DEFINED:
         return added_piece(AddedToken(index, spelled, special=False), struct.unpack("<f", score)[0], unknown=False)
     return Piece(spelled, _KINDS[kind], struct.unpack("<f", score)[0])
 
 
-def _message(value: Value, source: str) -> dict[int, Value]:
+def _message(value: ProtobufValue, source: str) -> dict[int, ProtobufValue]:
     if not isinstance(value, bytes):
         raise TokenizerInvalid(f"{source} has a number where a message is needed")
     return dict(_fields(value, source))
 
 
-def _fields(data: bytes, source: str) -> Iterator[tuple[int, Value]]:
+def _fields(data: bytes, source: str) -> Iterator[tuple[int, ProtobufValue]]:
     """The fields of a message in order: numbers as they are, everything else as bytes."""
     at = 0
     while at < len(data):

@@ -7,12 +7,12 @@ cannot be spelled).
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
 from functools import cached_property
 
 import numpy as np
 
 from convert.errors import TrimImpossible
+from convert.tokenizer.pieces import TokenizerKind
 from models.gguf.fields import Field
 from models.gguf.header import Header
 
@@ -28,41 +28,22 @@ _SUPPRESSED, _ADDED = _PREFIX + "suppress_tokens", _PREFIX + "added_tokens"
 _DROPPED = ("tokenizer.huggingface.json",)
 
 
-class Model(StrEnum):
-    """The kinds of tokenizer that can be trimmed, as `tokenizer.ggml.model` spells them."""
-
-    SENTENCEPIECE = "llama"
-    BPE = "gpt2"
-    UNIGRAM = "t5"
-
-
-class TokenType(IntEnum):
-    """The values of `tokenizer.ggml.token_type` that matter here."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
 # what llama.cpp takes for the special tokens of a file that does not say
-_DEFAULT_IDS: Mapping[Model, Mapping[str, int]] = {
-    Model.SENTENCEPIECE: {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
-    Model.BPE: {"bos_token_id": 11, "eos_token_id": 11},
-    Model.UNIGRAM: {"eos_token_id": 1, "unknown_token_id": 2, "padding_token_id": 0},
+_DEFAULT_IDS: Mapping[TokenizerKind, Mapping[str, int]] = {
+    TokenizerKind.SENTENCEPIECE: {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
+    TokenizerKind.BPE: {"bos_token_id": 11, "eos_token_id": 11},
+    TokenizerKind.UNIGRAM: {"eos_token_id": 1, "unknown_token_id": 2, "padding_token_id": 0},
 }
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class GgufVocabulary:
     """Tokens in the order of their ids, their types (int32) and scores (float32, zeros for BPE), and BPE's merges.
 
     `special_ids`: field -> the id that llama.cpp takes for it, said by the file or not.
     """
 
-    model: Model
+    model: TokenizerKind
     tokens: Sequence[bytes]
     types: np.ndarray
     scores: np.ndarray
@@ -81,7 +62,7 @@ class Vocabulary:
             yield (line[:at], line[at + 1 :]) if at > 0 else (b"", b"")
 
 
-def read_vocabulary(header: Header) -> Vocabulary:
+def read_gguf_vocabulary(header: Header) -> GgufVocabulary:
     """Read a vocabulary and check it. Raises TrimImpossible naming the file and what stands in the way."""
     where = repr(str(header.path))
     if KEPT_FIELD in header.fields:
@@ -89,20 +70,20 @@ def read_vocabulary(header: Header) -> Vocabulary:
     model = _model(header, where)
     tokens = _tokens(header, where)
     types = _numbers(header, _TYPES, len(tokens), where).astype(np.int32)
-    merges = _strings(header, _MERGES, where) if model == Model.BPE else []
+    merges = _strings(header, _MERGES, where) if model == TokenizerKind.BPE else []
     scores = np.zeros(len(tokens), np.float32)
-    if model != Model.BPE or _SCORES in header.fields:
+    if model != TokenizerKind.BPE or _SCORES in header.fields:
         scores = _numbers(header, _SCORES, len(tokens), where).astype(np.float32)
     if not np.isfinite(scores).all():
         index = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise TrimImpossible(f"{where}: the score of token {index} is {scores[index]}")
-    vocabulary = Vocabulary(model, tokens, types, scores, merges, _special_ids(header, model, len(tokens)))
-    if model == Model.SENTENCEPIECE:
+    vocabulary = GgufVocabulary(model, tokens, types, scores, merges, _special_ids(header, model, len(tokens)))
+    if model == TokenizerKind.SENTENCEPIECE:
         _require_bytes(vocabulary, where)
     return vocabulary
 
 
-def trimmed_fields(header: Header, vocabulary: Vocabulary, kept: np.ndarray) -> dict[str, Field]:
+def trimmed_fields(header: Header, vocabulary: GgufVocabulary, kept: np.ndarray) -> dict[str, Field]:
     """The fields of `header` with only the tokens `kept` (ids, ascending), and every id in them made the new one."""
     new_ids = {int(old): new for new, old in enumerate(kept)}
     fields = {
@@ -127,14 +108,7 @@ def trimmed_fields(header: Header, vocabulary: Vocabulary, kept: np.ndarray) -> 
     return fields
 
 
-def kept_ids(header: Header) -> np.ndarray | None:
-    """New id -> old id, int32, of a file whose vocabulary was trimmed; None for one that is whole."""
-    field = header.fields.get(KEPT_FIELD)
-    numbers = field.numbers if field is not None else None
-    return None if numbers is None else np.array(numbers, np.int32)
-
-
-def _kept_merges(vocabulary: Vocabulary, new_ids: Mapping[int, int]) -> list[bytes]:
+def _kept_merges(vocabulary: GgufVocabulary, new_ids: Mapping[int, int]) -> list[bytes]:
     """The merges none of whose tokens is cut: neither a part, nor the whole."""
     cut = {token for index, token in enumerate(vocabulary.tokens) if index not in new_ids}
     return [
@@ -144,12 +118,12 @@ def _kept_merges(vocabulary: Vocabulary, new_ids: Mapping[int, int]) -> list[byt
     ]
 
 
-def _model(header: Header, where: str) -> Model:
+def _model(header: Header, where: str) -> TokenizerKind:
     name = header.text(_PREFIX + "model")
-    if name not in {model.value for model in Model}:
-        known = ", ".join(repr(model.value) for model in Model)
+    if name not in {model.value for model in TokenizerKind}:
+        known = ", ".join(repr(model.value) for model in TokenizerKind)
         raise TrimImpossible(f"{where} has a tokenizer of model {name!r}; one that can be trimmed is of {known}")
-    return Model(name)
+    return TokenizerKind(name)
 
 
 def _tokens(header: Header, where: str) -> list[bytes]:
@@ -182,7 +156,7 @@ def _numbers(header: Header, key: str, count: int, where: str) -> np.ndarray:
     return np.array(numbers)
 
 
-def _special_ids(header: Header, model: Model, n_tokens: int) -> dict[str, int]:
+def _special_ids(header: Header, model: TokenizerKind, n_tokens: int) -> dict[str, int]:
     """llama.cpp passes over an id that is out of range, and takes its default, if that is in range."""
     found = {_PREFIX + name: index for name, index in _DEFAULT_IDS[model].items()}
     for key, field in header.fields.items():
@@ -191,7 +165,7 @@ def _special_ids(header: Header, model: Model, n_tokens: int) -> dict[str, int]:
     return {key: index for key, index in found.items() if index < n_tokens}
 
 
-def _require_bytes(vocabulary: Vocabulary, where: str) -> None:
+def _require_bytes(vocabulary: GgufVocabulary, where: str) -> None:
     missing = [byte for byte in range(256) if b"<0x%02X>" % byte not in vocabulary.ids]
     if missing:
         message = f"{where} has no token for byte 0x{missing[0]:02X}: a character that is cut could not be spelled"

@@ -30,7 +30,9 @@ from typing import Protocol
 
 import numpy as np
 
-from .fields import Model, TokenType, Vocabulary
+from convert.tokenizer.pieces import TokenizerKind, TokenType
+
+from .fields import GgufVocabulary
 
 # llama.cpp's: how far below the lowest normal score Unigram's unknown token scores.
 _UNKNOWN_PENALTY = 10.0
@@ -52,11 +54,11 @@ class Rules(Protocol):
         """The texts that `token` is merged from on its way, itself last; none if text never becomes it."""
 
 
-def rules_for(vocabulary: Vocabulary) -> Rules:
+def rules_for(vocabulary: GgufVocabulary) -> Rules:
     """The rules of the vocabulary's kind."""
-    if vocabulary.model == Model.SENTENCEPIECE:
+    if vocabulary.model == TokenizerKind.SENTENCEPIECE:
         return SentencePieceRules(vocabulary)
-    return BpeRules(vocabulary) if vocabulary.model == Model.BPE else UnigramRules(vocabulary)
+    return BpeRules(vocabulary) if vocabulary.model == TokenizerKind.BPE else UnigramRules(vocabulary)
 
 
 class SentencePieceRules:
@@ -64,7 +66,7 @@ class SentencePieceRules:
 
     anchors = np.empty(0, np.int32)
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: GgufVocabulary) -> None:
         ranks = (-vocabulary.scores).tolist()
         self._ranks = dict(zip(vocabulary.tokens, ranks, strict=True))
 
@@ -79,7 +81,7 @@ class SentencePieceRules:
 class BpeRules:
     """Two neighbours merge if a merge says so; the first in the list first."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: GgufVocabulary) -> None:
         self._ranks: dict[tuple[bytes, bytes], float] = {}
         for rank, pair in enumerate(vocabulary.merge_pairs()):
             self._ranks.setdefault(pair, rank)
@@ -100,7 +102,7 @@ class BpeRules:
 class UnigramRules:
     """No merges: only what the unknown token's score hangs on."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: GgufVocabulary) -> None:
         normal = np.flatnonzero(vocabulary.types == TokenType.NORMAL)
         self.anchors = np.empty(0, np.int32)
         if normal.size:

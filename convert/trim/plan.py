@@ -15,6 +15,8 @@ import numpy as np
 
 from convert.errors import RequestInvalid, TrimImpossible
 from convert.gguf_writer import write_head
+from convert.tokenizer.chat_template import TEMPLATE_FIELD
+from convert.tokenizer.pieces import TokenizerKind, TokenType
 from models.gguf.fields import Field
 from models.gguf.header import Header
 from runtime.errors import EngineError, RequestError
@@ -22,14 +24,13 @@ from runtime.llama.model import load_tokenizer
 from runtime.llama.tokenizer import Tokenizer
 from runtime.prompt.template import ChatTemplate
 
-from .fields import Model, TokenType, Vocabulary, read_vocabulary, trimmed_fields
+from .fields import GgufVocabulary, read_gguf_vocabulary, trimmed_fields
 from .merges import Rules, may_overlap, rules_for
 
 DEFAULT_KEEP = 32_768
 ROWS = 32
 """llama.cpp repacks a matrix for its fast kernels only if its rows come in groups; Q4_0 decodes 1.2× faster so."""
 
-_TEMPLATE = "tokenizer.chat_template"
 _SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE)
 # Reserved for a use that nobody gave them: <unused17>, <|reserved_special_token_3|>, <|placeholder1|>, [unused5] …
 _PLACEHOLDER = re.compile(rb"[<\[]\|?(unused|reserved|placeholder|dummy|extra)(_special)?(_token)?_?\d+\|?[>\]]")
@@ -69,7 +70,7 @@ def plan_trim(
     Raises TrimImpossible for a vocabulary that cannot be cut, RequestInvalid when there are no texts or when `keep` is
     below the least possible, which it names, or not below what there is.
     """
-    vocabulary = read_vocabulary(header)
+    vocabulary = read_gguf_vocabulary(header)
     n_before = len(vocabulary.tokens)
     if keep >= n_before:
         raise RequestInvalid(f"a vocabulary of {n_before} tokens is not cut by keeping {keep}; keep fewer")
@@ -110,7 +111,7 @@ def tokenizer_of(header: Header, fields: Mapping[str, Field] | None = None) -> T
 class _Choice:
     """A growing set of tokens that is closed: with each token it holds what that is merged from."""
 
-    def __init__(self, vocabulary: Vocabulary, rules: Rules) -> None:
+    def __init__(self, vocabulary: GgufVocabulary, rules: Rules) -> None:
         self.kept: set[int] = set()
         self._vocabulary = vocabulary
         self._rules = rules
@@ -124,7 +125,7 @@ class _Choice:
     def fill(self, size: int) -> None:
         """Take the most common tokens until there are `size`; those that no text becomes are passed over."""
         vocabulary = self._vocabulary
-        scores = vocabulary.scores if vocabulary.model != Model.BPE else np.zeros(len(vocabulary.tokens))
+        scores = vocabulary.scores if vocabulary.model != TokenizerKind.BPE else np.zeros(len(vocabulary.tokens))
         for token in np.argsort(-scores, kind="stable").tolist():
             if len(self.kept) >= size:
                 break
@@ -149,17 +150,17 @@ def _used(tokenizer: Tokenizer, texts: Iterable[str]) -> set[int]:
     return used
 
 
-def _special(vocabulary: Vocabulary, tokenizer: Tokenizer, used: set[int]) -> set[int]:
+def _special(vocabulary: GgufVocabulary, tokenizer: Tokenizer, used: set[int]) -> set[int]:
     """Special and byte tokens, also those that llama.cpp knows by their text; of placeholders only those in use."""
     found = set(np.flatnonzero(np.isin(vocabulary.types, _SPECIAL)).tolist())
     texts = [text.encode() for text in tokenizer.special_texts]
     found |= {vocabulary.ids[text] for text in texts if text in vocabulary.ids}
     found |= set(tokenizer.end_tokens)
-    if vocabulary.model == Model.BPE:
+    if vocabulary.model == TokenizerKind.BPE:
         found |= {vocabulary.ids[char] for char in _byte_characters() if char in vocabulary.ids}
     placeholders = {token for token in found - used if _PLACEHOLDER.fullmatch(vocabulary.tokens[token])}
     # Unigram's normalizer looks for user-defined tokens in places where none ends up in the text
-    if vocabulary.model == Model.UNIGRAM or may_overlap([vocabulary.tokens[token] for token in found]):
+    if vocabulary.model == TokenizerKind.UNIGRAM or may_overlap([vocabulary.tokens[token] for token in found]):
         return found
     return found - placeholders
 
@@ -170,4 +171,4 @@ def _byte_characters() -> list[bytes]:
 
 
 def _template(header: Header) -> str:
-    return header.text(_TEMPLATE) if _TEMPLATE in header.fields else ""
+    return header.text(TEMPLATE_FIELD) if TEMPLATE_FIELD in header.fields else ""

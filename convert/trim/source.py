@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from convert.checkpoint.source import Source
+from convert.checkpoint.source import Checkpoint
 from convert.errors import RequestInvalid, TrimImpossible
 from models.gguf.header import Header, TensorInfo
 from models.quality import Trim
@@ -17,10 +17,10 @@ from .plan import TrimPlan, tokenizer_of
 _BY_TOKEN = ("token_embd.weight", "output.weight", "output.bias", "per_layer_token_embd.weight")
 
 
-class TrimmedSource:
-    """A `Source` over another, which it closes. The rows that stay are the other's, bit for bit and in its order."""
+class TrimmedCheckpoint:
+    """Another checkpoint without the rows of cut tokens. The rows that stay are the same, bit for bit and in order."""
 
-    def __init__(self, source: Source, plan: TrimPlan) -> None:
+    def __init__(self, source: Checkpoint, plan: TrimPlan) -> None:
         """Raises TrimImpossible when a tensor has not one row for each token, or has and is not known to."""
         self._source = source
         self._kept = plan.kept
@@ -33,7 +33,7 @@ class TrimmedSource:
         return self._header
 
     def slabs(self, tensor: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
-        """As `Source.slabs`: (first row, float32 array of shape (rows, n_in)), with cut rows left out."""
+        """As `Checkpoint.slabs`: (first row, float32 array of shape (rows, n_in)), with cut rows left out."""
         whole = self._source.header.tensors[tensor.name]
         if tensor.name not in _BY_TOKEN:
             yield from self._source.slabs(whole)

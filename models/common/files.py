@@ -10,6 +10,8 @@ from pathlib import Path
 from models.errors import StoreError
 
 CHUNK_BYTES = 1 << 20
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Weights in these files are pickles, which run code when they are opened: Deskside never opens one."""
 # Left free beside a model: manifest, card, and room for the rest of the machine to breathe.
 MARGIN_BYTES = 16 << 20
 

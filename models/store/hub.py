@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.common.files import Progress, check_free, sha256_file
+from models.common.files import PICKLE_SUFFIXES, Progress, check_free, sha256_file
 from models.errors import DownloadFailed, HashMismatch
 
 from .sources import HubFile, HubRepo, join_parts, parse_source
@@ -163,7 +163,6 @@ _WANTED = re.compile(
     r"tokenizer\.model|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|"
     r"chat_templates/[\w.-]+\.jinja)"
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def fetch_checkpoint(source: HubRepo, progress: Progress | None = None) -> Path:
@@ -209,7 +208,7 @@ def _chosen(source: HubRepo, siblings: Sequence[Any]) -> list[Any]:
     if "config.json" not in names:
         raise DownloadFailed(f"{source} is no checkpoint: it has no 'config.json'")
     if not any(name.endswith(".safetensors") for name in names):
-        pickles = [file.rfilename for file in siblings if file.rfilename.endswith(_PICKLES)]
+        pickles = [file.rfilename for file in siblings if file.rfilename.endswith(PICKLE_SUFFIXES)]
         why = f"its weights are pickles ({pickles[0]!r} …), which are not opened" if pickles else "it has no weights"
         raise DownloadFailed(f"{source} has no model*.safetensors: {why}; save the model as safetensors")
     return sorted(chosen, key=lambda file: (file.rfilename == "config.json", file.rfilename))

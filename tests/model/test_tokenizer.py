@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from convert.proof.parity import check_tokenizer, open_pair
-from convert.tokenizer.pieces import Kind
+from convert.tokenizer.pieces import TokenType
 from convert.tokenizer.read import read_vocabulary
 from models.gguf.fields import read_fields
 from tests.support.convert.tiny_tokenizers import vocabulary_gguf
 
 pytestmark = pytest.mark.model
-_ADDED = {Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED}
+_ADDED = {TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED}
 
 
 def as_tokenizer_json(gguf: Path) -> dict[str, Any]:
@@ -25,14 +25,14 @@ def as_tokenizer_json(gguf: Path) -> dict[str, Any]:
     texts = [text.replace(" ", "▁") for text in spelled]
     ids = {text: index for index, text in enumerate(texts)}
     merges = [
-        (0 if kinds[index] == Kind.USER_DEFINED else -scores[index], ids[text[:at]], ids[text[at:]])
+        (0 if kinds[index] == TokenType.USER_DEFINED else -scores[index], ids[text[:at]], ids[text[at:]])
         for text, index in ids.items()
-        if kinds[index] in {Kind.NORMAL, Kind.USER_DEFINED}
+        if kinds[index] in {TokenType.NORMAL, TokenType.USER_DEFINED}
         for at in range(1, len(text))
         if text[:at] in ids and text[at:] in ids
     ]
     added = [
-        {"id": index, "content": texts[index], "special": kind != Kind.USER_DEFINED, "normalized": False}
+        {"id": index, "content": texts[index], "special": kind != TokenType.USER_DEFINED, "normalized": False}
         | {"lstrip": False, "rstrip": False, "single_word": False}
         for index, kind in enumerate(kinds)
         if kind in _ADDED

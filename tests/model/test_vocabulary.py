@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.checkpoint.source import Checkpoint
+from convert.checkpoint.source import GgufCheckpoint
 from convert.trim.plan import TrimPlan, plan_trim, tokenizer_of
-from convert.trim.source import TrimmedSource, coverage
+from convert.trim.source import TrimmedCheckpoint, coverage
 from models.gguf.header import Header, read_header
 from runtime.llama.tokenizer import Tokenizer
 
@@ -93,8 +93,8 @@ def test_texts_made_of_kept_tokens_are_read_alike(tokenizers: tuple[Tokenizer, T
 
 
 def test_the_embedding_keeps_its_rows(base_gguf: Path, plan: TrimPlan) -> None:
-    with closing(Checkpoint(base_gguf)) as checkpoint:
-        source = TrimmedSource(checkpoint, plan)
+    with closing(GgufCheckpoint(base_gguf)) as checkpoint:
+        source = TrimmedCheckpoint(checkpoint, plan)
         info = checkpoint.header.tensors["token_embd.weight"]
         rows = np.concatenate([slab for _, slab in source.slabs(source.header.tensors[info.name])])
         assert rows.shape == (KEEP, 640)

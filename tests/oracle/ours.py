@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from convert.checkpoint.source import Source, open_source
+from convert.checkpoint.source import Checkpoint, open_checkpoint
 from convert.gguf_writer import Layout, OutTensor, write_gguf
 from convert.lora.merge import file_rows, half_precision_kind
 from models.gguf.fields import Field
@@ -19,10 +19,10 @@ _FILE_TYPES = {"f32": 0, "f16": 1}
 
 def to_gguf(folder: Path, target: Path, kind: Kind) -> Path:
     """Convert the folder to a GGUF file in half or full precision."""
-    return write(open_source(folder), target, kind)
+    return write(open_checkpoint(folder), target, kind)
 
 
-def write(source: Source, target: Path, kind: Kind) -> Path:
+def write(source: Checkpoint, target: Path, kind: Kind) -> Path:
     """Write the source as a GGUF file, and close it."""
     try:
         header = source.header

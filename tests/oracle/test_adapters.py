@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.checkpoint.source import open_source
+from convert.checkpoint.source import open_checkpoint
 from convert.lora.adapter import read_adapter
 from convert.lora.fit import fit
-from convert.lora.merge import Merged
+from convert.lora.merge import MergedCheckpoint
 
 from .families import ADAPTERS, AdapterCase
 from .ours import read_tensors, write
@@ -20,8 +20,8 @@ MAX_DIFFERENCE = 1e-5
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
 def test_merged_weights_are_those_of_peft(adapter: AdapterCase, references: Path, tmp_path: Path) -> None:
-    base = open_source(references / "ckpt" / adapter.base)
-    merged = Merged(base, fit(read_adapter(references / "adapters" / adapter.name), base.header))
+    base = open_checkpoint(references / "ckpt" / adapter.base)
+    merged = MergedCheckpoint(base, fit(read_adapter(references / "adapters" / adapter.name), base.header))
     made = read_tensors(write(merged, tmp_path / "merged.gguf", "f32"))
     theirs = read_tensors(references / "ref" / f"adapter-{adapter.name}-f32.gguf")
     assert {name: tensor[:2] for name, tensor in made.items()} == {name: tensor[:2] for name, tensor in theirs.items()}

@@ -12,7 +12,7 @@ from benchmarks.conversion.checkpoint import USER_DEFINED, make_checkpoint, read
 from benchmarks.conversion.record import Conversion, ConvertRun, judge
 from benchmarks.errors import BadWorkload
 from benchmarks.record import describe
-from convert.checkpoint.source import open_source
+from convert.checkpoint.source import open_checkpoint
 from models.gguf.header import read_header
 from tests.support.convert.tiny import TOKENS, weights, write_model
 
@@ -90,7 +90,7 @@ def test_the_checkpoint_converts_to_the_file_it_was_made_from(toy: Path, tmp_pat
     n_parameters = make_checkpoint(toy, folder)
     original = weights()
     assert n_parameters == sum(array.size for array in original.values())
-    source = open_source(folder)
+    source = open_checkpoint(folder)
     try:
         read = {
             name: np.concatenate([rows for _, rows in source.slabs(tensor)]).reshape(tensor.shape)

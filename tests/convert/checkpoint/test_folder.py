@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.checkpoint.folder import HfFolder
+from convert.checkpoint.folder import HfCheckpoint
 from convert.checkpoint.safetensors import SafetensorsFile
-from convert.checkpoint.source import open_source
+from convert.checkpoint.source import open_checkpoint
 from convert.errors import ArchitectureUnknown, SourceInvalid
-from tests.support.convert.hf_tiny import N_EMBD, N_VOCAB, NoVocabulary, open_tiny, weights, write_folder, write_shards
+from convert.tokenizer.read import VocabularyFields
+from tests.support.convert.hf_tiny import N_EMBD, N_VOCAB, open_tiny, weights, write_folder, write_shards
 from tests.support.convert.tiny import safetensors_bytes, write_model
 
 INDEX = "model.safetensors.index.json"
 SECOND = "model-00002-of-00002.safetensors"
 
 
-def read(source: HfFolder, name: str) -> np.ndarray:
+def read(source: HfCheckpoint, name: str) -> np.ndarray:
     return np.concatenate([rows for _, rows in source.slabs(source.header.tensors[name])])
 
 
@@ -73,7 +74,7 @@ def test_the_heads_norms_of_a_stablelm_are_stacked(tmp_path: Path) -> None:
 
 
 def test_a_slab_is_all_that_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.checkpoint.folder.SLAB_ELEMENTS", 1 << 16)
+    monkeypatch.setattr("convert.checkpoint.folder.CACHED_SLAB_ELEMENTS", 1 << 16)
     rows = 40_000
     made = {**weights("qwen2"), "model.embed_tokens.weight": np.ones((rows, N_EMBD), np.float32)}
     with closing(open_tiny(write_folder(tmp_path / "folder", "qwen2", made, vocab_size=rows))) as source:
@@ -345,20 +346,20 @@ def test_nothing_stays_open_when_opening_fails(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(SafetensorsFile, "close", record)
 
-    def fail(at: Path, config: Any, n_rows: int) -> NoVocabulary:
+    def fail(at: Path, config: Any, n_rows: int) -> VocabularyFields:
         raise SourceInvalid(f"no tokenizer for {n_rows} rows")
 
     with pytest.raises(SourceInvalid, match="no tokenizer for 72 rows"):
-        HfFolder(write_shards(tmp_path / "folder"), fail)
+        HfCheckpoint(write_shards(tmp_path / "folder"), fail)
     assert closed == [SECOND.replace("2", "1", 1), SECOND]
 
 
 def test_open_source_tells_a_file_from_a_folder(tmp_path: Path) -> None:
-    source = open_source(write_model(tmp_path / "tiny.gguf", "gemma3"))
+    source = open_checkpoint(write_model(tmp_path / "tiny.gguf", "gemma3"))
     assert source.header.architecture == "gemma3"
     source.close()
     folder = write_folder(tmp_path / "folder")
     with pytest.raises(Exception, match="tokenizer"):
-        open_source(folder)
+        open_checkpoint(folder)
     with pytest.raises(SourceInvalid, match=r"is one file of a checkpoint: give the folder with its config.json"):
-        open_source(folder / "model.safetensors")
+        open_checkpoint(folder / "model.safetensors")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from convert.checkpoint.folder import HfFolder
+from convert.checkpoint.folder import HfCheckpoint
 from convert.errors import SourceInvalid
 from convert.families import BY_CLASS
 from convert.families.config import Config
@@ -184,7 +184,7 @@ def test_a_parallel_stablelm_has_one_norm(tmp_path: Path) -> None:
 def test_a_window_that_llama_cpp_leaves_out_is_told(tmp_path: Path) -> None:
     def warnings(family: str, name: str, **changes: Any) -> tuple[str, ...]:
         with closing(open_tiny(write_folder(tmp_path / name, family, **changes))) as source:
-            assert isinstance(source, HfFolder)
+            assert isinstance(source, HfCheckpoint)
             return source.warnings
 
     for family in ("mistral", "phi3"):

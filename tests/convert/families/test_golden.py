@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.checkpoint.folder import HfFolder
+from convert.checkpoint.folder import HfCheckpoint
 from convert.lora.merge import half_precision_kind
 from tests.support.convert.hf_tiny import CLASSES, open_tiny, write_folder, write_shards
 
@@ -21,7 +21,7 @@ GOLDEN: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent
 COMPUTED = {"rope_freqs.weight"}
 
 
-def described(source: HfFolder) -> dict[str, str]:
+def described(source: HfCheckpoint) -> dict[str, str]:
     """Each field with the number of its type: 4 u32, 5 i32, 6 f32, 7 bool, 8 string, 9 array."""
     return {
         key: f"{field.raw[0]}: {field.value if field.length is None else field.numbers or field.strings}"
@@ -29,7 +29,7 @@ def described(source: HfFolder) -> dict[str, str]:
     }
 
 
-def hashes(source: HfFolder) -> dict[str, str]:
+def hashes(source: HfCheckpoint) -> dict[str, str]:
     found = {}
     for name, tensor in source.header.tensors.items():
         digest = hashlib.sha256(repr(tensor.shape).encode())
@@ -66,7 +66,7 @@ def test_shards_hold_what_one_file_does(tmp_path: Path, family: str) -> None:
 
 
 def test_small_slabs_hold_what_large_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.checkpoint.folder.SLAB_ELEMENTS", 3 * 64)
+    monkeypatch.setattr("convert.checkpoint.folder.CACHED_SLAB_ELEMENTS", 3 * 64)
     with closing(open_tiny(write_folder(tmp_path / "folder", "mistral"))) as source:
         assert hashes(source) == GOLDEN["mistral"]["tensors"]
         query = source.header.tensors["blk.0.attn_q.weight"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.lora.adapter import Adapter
+from convert.lora.adapter import PeftAdapter
 from convert.lora.fit import base_warning
 from models.gguf.fields import Field
 from models.gguf.header import Header
@@ -12,7 +12,7 @@ from models.gguf.header import Header
 
 def warning(adapter_base: str, file: str, general_name: str | None = None) -> str | None:
     fields = {"general.name": Field.string(general_name)} if general_name is not None else {}
-    return base_warning(Adapter(Path("mine"), "", 4, adapter_base, {}), Header(Path(file), fields, {}, 32))
+    return base_warning(PeftAdapter(Path("mine"), "", 4, adapter_base, {}), Header(Path(file), fields, {}, 32))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from convert.checkpoint.safetensors import SafetensorsFile
 from convert.lora import changes as lora_changes
-from convert.lora.changes import Add, Change, Lora, Replace, ReplaceRows, Saved
+from convert.lora.changes import AddBias, Change, Lora, Replace, ReplaceRows, SavedTensor
 from tests.support.convert.tiny import safetensors_bytes
 
 NUMBERS = st.floats(-2, 2, width=32).map(lambda number: round(number * 64) / 64)
@@ -76,7 +76,7 @@ def test_rows_are_replaced_wherever_the_slabs_begin(step: int, ids: set[int]) ->
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SavedTensor]:
     path = tmp_path_factory.mktemp("saved") / "adapter_model.safetensors"
     matrix = np.arange(24, dtype=np.float32).reshape(8, 3)
     tensors: dict[str, np.ndarray] = {
@@ -88,27 +88,27 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
     }
     path.write_bytes(safetensors_bytes(tensors, "F16"))
     file = SafetensorsFile(path)
-    return {name: Saved(file, tensor) for name, tensor in file.tensors.items()}
+    return {name: SavedTensor(file, tensor) for name, tensor in file.tensors.items()}
 
 
 @pytest.mark.parametrize("step", [1, 3, 8])
 @pytest.mark.parametrize("order", [None, [1, 0, 3, 2, 7, 6, 5, 4]])
 def test_a_whole_tensor_takes_the_place_of_the_bases(
-    saved: dict[str, Saved], step: int, order: list[int] | None
+    saved: dict[str, SavedTensor], step: int, order: list[int] | None
 ) -> None:
     wanted = saved["matrix"].array[slice(None) if order is None else order]
     change = Replace(saved["matrix"], None if order is None else np.array(order), 1.0)
     np.testing.assert_array_equal(apply(change, np.full((8, 3), 9, np.float32), step), wanted + 1)
 
 
-def test_a_vector_is_one_row(saved: dict[str, Saved]) -> None:
+def test_a_vector_is_one_row(saved: dict[str, SavedTensor]) -> None:
     base, order = np.full((1, 8), 9, np.float32), np.array([1, 0, 3, 2, 7, 6, 5, 4])
     assert apply(Replace(saved["vector"]), base, 1).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
     assert apply(Replace(saved["vector"], order), base, 1).tolist() == [[1, 0, 3, 2, 7, 6, 5, 4]]
-    assert apply(Add(np.arange(8, dtype=np.float32)), base, 1).tolist() == [[9, 10, 11, 12, 13, 14, 15, 16]]
+    assert apply(AddBias(np.arange(8, dtype=np.float32)), base, 1).tolist() == [[9, 10, 11, 12, 13, 14, 15, 16]]
 
 
-def test_equal_tensors_are_found_slab_by_slab(saved: dict[str, Saved], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_tensors_are_found_slab_by_slab(saved: dict[str, SavedTensor], monkeypatch: pytest.MonkeyPatch) -> None:
     for elements in (1, 6, 1000):
         monkeypatch.setattr(lora_changes, "SLAB_ELEMENTS", elements)
         assert saved["matrix"].equals(saved["same"])

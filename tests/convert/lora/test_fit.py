@@ -10,13 +10,13 @@ import gguf
 import numpy as np
 import pytest
 
-from convert.checkpoint.source import Checkpoint
+from convert.checkpoint.source import GgufCheckpoint
 from convert.errors import AdapterInvalid, ArchitectureUnknown
 from convert.families import BY_ARCHITECTURE
 from convert.lora.adapter import read_adapter
-from convert.lora.changes import Add, Lora, Replace, ReplaceRows
+from convert.lora.changes import AddBias, Lora, Replace, ReplaceRows
 from convert.lora.fit import Fitted, family_of, fit
-from convert.lora.merge import Merged
+from convert.lora.merge import MergedCheckpoint
 from models.gguf.fields import Field
 from models.gguf.header import Header, read_header
 from tests.support.convert.tiny import (
@@ -52,8 +52,8 @@ def fitted(tmp_path: Path, tensors: Tensors, architecture: str = "gemma3", **mor
 def merged(tmp_path: Path, tensors: Tensors, architecture: str = "gemma3", **more: Any) -> dict[str, np.ndarray]:
     """Tensor name -> the merged tensor."""
     made, header = fitted(tmp_path, tensors, architecture, **more)
-    with closing(Checkpoint(header.path)) as checkpoint:
-        source = Merged(checkpoint, made)
+    with closing(GgufCheckpoint(header.path)) as checkpoint:
+        source = MergedCheckpoint(checkpoint, made)
         assert made.changes.keys() <= source.header.tensors.keys()
         return {
             name: np.concatenate([rows for _, rows in source.slabs(info)]).reshape(info.shape)
@@ -326,7 +326,7 @@ def test_each_kind_of_change_comes_in_its_turn(tmp_path: Path) -> None:
         "output.weight": [Replace, Lora],
         "token_embd.weight": [ReplaceRows],
         "blk.0.attn_q.weight": [Lora],
-        "blk.0.attn_q.bias": [Add],
+        "blk.0.attn_q.bias": [AddBias],
     }
 
 

@@ -11,12 +11,12 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 from convert.checkpoint import source as checkpoint_module
-from convert.checkpoint.source import Checkpoint
+from convert.checkpoint.source import GgufCheckpoint
 from convert.errors import SourceInvalid, VerifyFailed
 from convert.gguf_writer import Layout, OutTensor, check_written, write_gguf
 from convert.lora.adapter import read_adapter
 from convert.lora.fit import Fitted, fit
-from convert.lora.merge import Merged, file_rows, half_precision_kind
+from convert.lora.merge import MergedCheckpoint, file_rows, half_precision_kind
 from models.gguf.fields import Field
 from tests.support.convert.tiny import (
     MODULES,
@@ -39,8 +39,8 @@ GOLDEN = {
 
 
 def write(source: Path, target: Path, fitted: Fitted | None = None) -> dict[str, str]:
-    with closing(Checkpoint(source)) as opened:
-        merged = Merged(opened, fitted or Fitted())
+    with closing(GgufCheckpoint(source)) as opened:
+        merged = MergedCheckpoint(opened, fitted or Fitted())
         infos = merged.header.tensors
         tensors = [OutTensor(info.name, info.shape, half_precision_kind(info)) for info in infos.values()]
         layout = Layout(opened.header.fields, tensors, opened.header.alignment)
@@ -55,7 +55,7 @@ def write(source: Path, target: Path, fitted: Fitted | None = None) -> dict[str,
 
 def merge(tmp_path: Path, architecture: str) -> tuple[Path, dict[str, str]]:
     source = write_model(tmp_path / f"{architecture}.gguf", architecture)
-    with closing(Checkpoint(source)) as opened:
+    with closing(GgufCheckpoint(source)) as opened:
         fitted = fit(read_adapter(write_adapter(tmp_path / "adapter")), opened.header)
     target = tmp_path / f"{architecture}-f16.gguf"
     return target, write(source, target, fitted)
@@ -120,7 +120,7 @@ def test_slabs_of_any_size_give_the_same_file(tmp_path: Path, monkeypatch: pytes
 def test_rows_come_in_the_kind_that_is_asked_for(
     tmp_path: Path, kind: gguf.GGMLQuantizationType | None, dtype: type
 ) -> None:
-    with closing(Checkpoint(write_model(tmp_path / "a.gguf"))) as opened:
+    with closing(GgufCheckpoint(write_model(tmp_path / "a.gguf"))) as opened:
         (rows,) = file_rows(opened, opened.header.tensors["blk.0.ffn_up.weight"], kind)
     assert rows.dtype == dtype
     np.testing.assert_array_equal(rows, weights()["blk.0.ffn_up.weight"])

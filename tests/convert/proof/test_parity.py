@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, processors
 
 from convert.errors import VerifyFailed
-from convert.proof.parity import Pair, check_tokenizer, encode_both, open_pair
+from convert.proof.parity import TokenizerPair, check_tokenizer, encode_both, open_pair
 from convert.proof.templates import check_template
 from convert.proof.torture import CONVERSATIONS, TEXTS
 from convert.tokenizer.chat_template import TEMPLATE_FIELD
@@ -51,7 +51,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def pairs(folders: dict[str, Path]) -> dict[str, Pair]:
+def pairs(folders: dict[str, Path]) -> dict[str, TokenizerPair]:
     return {name: open_pair(tiny.convert(folder), folder) for name, folder in folders.items()}
 
 
@@ -72,7 +72,7 @@ def test_every_kind_of_tokenizer_json_tokenises_alike(name: str, folders: dict[s
 @pytest.mark.parametrize("name", JSON_KINDS)
 @settings(max_examples=40)
 @given(text=TEXT)
-def test_random_unicode_tokenises_alike(name: str, pairs: dict[str, Pair], text: str) -> None:
+def test_random_unicode_tokenises_alike(name: str, pairs: dict[str, TokenizerPair], text: str) -> None:
     ours, theirs = encode_both(pairs[name], text)
     assert ours == theirs
 
@@ -180,7 +180,7 @@ def test_prompts_are_rendered_and_tokenised_by_hugging_faces_rule(
     parity = check_template(
         open_pair(tiny.convert(folder), folder), [CONVERSATIONS[0], [{"role": "user", "content": "</s>"}]]
     )
-    assert (parity.n_compared, parity.n_skipped) == (len(CONVERSATIONS) + 1, 1)
+    assert parity.n_compared == len(CONVERSATIONS) + 1
     assert parity.warnings == ()
 
 
@@ -207,4 +207,4 @@ def test_another_template_is_caught(tmp_path: Path) -> None:
 def test_a_conversation_both_refuse_is_skipped(tmp_path: Path) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     folder = with_template(tiny.save(tiny.byte_level(tiny.LLAMA3), tmp_path), strict)
-    assert check_template(open_pair(tiny.convert(folder), folder), []).n_skipped == 1
+    assert check_template(open_pair(tiny.convert(folder), folder), []).n_compared == len(CONVERSATIONS) - 1

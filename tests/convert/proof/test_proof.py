@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.checkpoint.source import open_source
+from convert.checkpoint.source import open_checkpoint
 from convert.errors import TokenizerInvalid, VerifyFailed
 from convert.proof.proof import Proof
 from models.common.chat_records import read_chat_records
@@ -22,7 +22,7 @@ __all__ = ["checkpoint", "examples"]
 
 @pytest.fixture
 def header(checkpoint: Path) -> Header:
-    source = open_source(checkpoint)
+    source = open_checkpoint(checkpoint)
     source.close()
     return source.header
 

@@ -9,8 +9,8 @@ import pytest
 from gguf.vocab import SpecialVocab
 
 from convert.errors import TemplateInvalid, TokenizerInvalid
-from convert.tokenizer.pieces import MAX_MERGES, Kind
-from convert.tokenizer.read import Vocabulary, read_vocabulary
+from convert.tokenizer.pieces import MAX_MERGES, TokenType
+from convert.tokenizer.read import VocabularyFields, read_vocabulary
 from convert.tokenizer.special import ENDS_BY_TEXT
 from runtime.llama.model import load_tokenizer
 from tests.support.convert import tiny_tokenizers as tiny
@@ -37,7 +37,7 @@ def configure(folder: Path, **config: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def value(vocabulary: Vocabulary, key: str) -> Any:
+def value(vocabulary: VocabularyFields, key: str) -> Any:
     field = vocabulary.fields.get(f"tokenizer.ggml.{key}")
     return None if field is None else field.value
 
@@ -51,7 +51,7 @@ def test_fields_of_a_byte_level_tokenizer(folder: Path) -> None:
     tokens, kinds = (vocabulary.fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
     assert vocabulary.size == LAST + 3
     assert (tokens.strings or [])[-6:] == [b"<s>", b"</s>", b"<|im_start|>", b"<|im_end|>", b"[PAD704]", b"[PAD705]"]
-    assert (kinds.numbers or ())[-6:] == (Kind.CONTROL,) * 4 + (Kind.UNUSED,) * 2
+    assert (kinds.numbers or ())[-6:] == (TokenType.CONTROL,) * 4 + (TokenType.UNUSED,) * 2
     assert (value(vocabulary, "bos_token_id"), value(vocabulary, "eos_token_id")) == (LAST - 3, LAST - 2)
     assert value(vocabulary, "add_bos_token") is False
     assert vocabulary.warnings == ("the folder has no chat template",)
@@ -193,7 +193,7 @@ def test_added_tokens_are_control_or_user_defined(folder: Path, saved: Mapping[s
     vocabulary = read_vocabulary(folder, {}, LAST + 5)
     assert (vocabulary.fields["tokenizer.ggml.tokens"].strings or [])[-4:] == [b"<tool>", b"<|quiet|>", b"  ", b"<end>"]
     kinds = (vocabulary.fields["tokenizer.ggml.token_type"].numbers or ())[-4:]
-    assert kinds == (Kind.USER_DEFINED, Kind.CONTROL, Kind.USER_DEFINED, Kind.CONTROL)
+    assert kinds == (TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.CONTROL)
 
 
 @pytest.mark.parametrize(

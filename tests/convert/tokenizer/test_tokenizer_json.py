@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from convert.errors import TokenizerInvalid
-from convert.tokenizer.pieces import Kind
-from convert.tokenizer.read import Vocabulary, read_vocabulary
+from convert.tokenizer.pieces import TokenType
+from convert.tokenizer.read import VocabularyFields, read_vocabulary
 from tests.support.convert import tiny_tokenizers as tiny
 
 
@@ -22,7 +22,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     return raw
 
 
-def read(folder: Path, raw: Mapping[str, Any], **config: Any) -> Vocabulary:
+def read(folder: Path, raw: Mapping[str, Any], **config: Any) -> VocabularyFields:
     (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", **config}), encoding="utf-8")
     return read_vocabulary(folder, {}, 1000)
@@ -39,7 +39,7 @@ def test_each_token_scores_by_the_first_merge_that_makes_it(saved: Mapping[str, 
     ranks = {text: rank for rank, text in enumerate(order)}
     tokens, scores, kinds = (vocabulary.fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
     columns = zip(tokens.strings or [], scores.numbers or (), kinds.numbers or (), strict=True)
-    normal = [(text.decode(), score) for text, score, kind in columns if kind == Kind.NORMAL]
+    normal = [(text.decode(), score) for text, score, kind in columns if kind == TokenType.NORMAL]
     assert len(normal) > 300
     assert normal == [(text, -ranks.get(text, len(order))) for text, _ in normal]
 

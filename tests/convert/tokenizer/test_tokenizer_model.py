@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from convert.errors import TokenizerInvalid
-from convert.tokenizer.pieces import Kind, padded
+from convert.tokenizer.pieces import TokenType, token_table
 from convert.tokenizer.read import read_vocabulary
 from convert.tokenizer.spacing import checked_charsmap
 from convert.tokenizer.tokenizer_model import read_protobuf
@@ -29,14 +29,14 @@ def test_pieces_scores_and_types_are_sentencepieces(model: bytes, tmp_path: Path
     pieces = read_protobuf(write(tmp_path, model))
     judge = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert len(pieces.texts) == judge.GetPieceSize()
-    tokens = padded(pieces, judge.GetPieceSize(), "x")
+    tokens = token_table(pieces, judge.GetPieceSize(), "x")
     for index, (text, kind, score) in enumerate(zip(tokens.texts, tokens.kinds, tokens.scores, strict=True)):
         assert text.replace(" ", "▁") == judge.IdToPiece(index)
         assert score == judge.GetScore(index)
-        assert (kind == Kind.CONTROL) == judge.IsControl(index)
-        assert (kind == Kind.BYTE) == judge.IsByte(index)
-        assert (kind == Kind.UNKNOWN) == judge.IsUnknown(index)
-    own = tokens.kinds == Kind.USER_DEFINED
+        assert (kind == TokenType.CONTROL) == judge.IsControl(index)
+        assert (kind == TokenType.BYTE) == judge.IsByte(index)
+        assert (kind == TokenType.UNKNOWN) == judge.IsUnknown(index)
+    own = tokens.kinds == TokenType.USER_DEFINED
     assert {text for text, is_own in zip(tokens.texts, own, strict=True) if is_own} == {"<tag>", "  "}
     assert (pieces.model, pieces.add_space_prefix) == ("llama", True)
 
@@ -50,7 +50,7 @@ def test_added_tokens_beside_it_count(model: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<s>"}))
     vocabulary = read_vocabulary(tmp_path, {}, size + 3)
     kinds = (vocabulary.fields["tokenizer.ggml.token_type"].numbers or ())[-3:]
-    assert kinds == (Kind.USER_DEFINED, Kind.CONTROL, Kind.UNUSED)
+    assert kinds == (TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.UNUSED)
     assert vocabulary.fields["tokenizer.ggml.add_bos_token"].value is True
 
 

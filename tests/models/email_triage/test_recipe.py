@@ -14,9 +14,9 @@ pytest.importorskip("peft", reason="needs the extra `finetune`")
 
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
-from convert.checkpoint.source import Checkpoint  # noqa: E402
+from convert.checkpoint.source import GgufCheckpoint  # noqa: E402
 from convert.trim.plan import plan_trim  # noqa: E402
-from convert.trim.source import TrimmedSource  # noqa: E402
+from convert.trim.source import TrimmedCheckpoint  # noqa: E402
 from models.email_triage import recipe  # noqa: E402
 from models.email_triage.data.prepare import LABELS, Example, write_jsonl_gz  # noqa: E402
 from models.email_triage.gemma import Example as Text  # noqa: E402
@@ -150,10 +150,10 @@ def test_batches_hold_every_mail_once_and_little_padding() -> None:
 
 def test_a_trimmed_vocabulary_is_trained_on_as_it_will_be_served(tmp_path: Path) -> None:
     whole = write_model(tmp_path / "whole.gguf")
-    with closing(Checkpoint(whole)) as checkpoint:
+    with closing(GgufCheckpoint(whole)) as checkpoint:
         plan = plan_trim(checkpoint.header, ["<start_of_turn>ello<end_of_turn>"], 266)
         plan = replace(plan, fields={**plan.fields, "tokenizer.ggml.add_space_prefix": Field.boolean(False)})
-        trimmed = write(TrimmedSource(checkpoint, plan), tmp_path / "trimmed.gguf")
+        trimmed = write(TrimmedCheckpoint(checkpoint, plan), tmp_path / "trimmed.gguf")
     model, tokenizer = load_base(trimmed)
     assert model.get_input_embeddings().weight.shape[0] == len(plan.kept) < plan.n_before
     served = load_tokenizer(trimmed)

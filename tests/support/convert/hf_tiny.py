@@ -6,13 +6,13 @@ multiples of a power of two: rounding to half precision is part of what is compa
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert.checkpoint.folder import HfFolder
+from convert.checkpoint.folder import HfCheckpoint
+from convert.tokenizer.read import VocabularyFields
 from models.gguf.fields import Field
 
 from .tiny import grid, safetensors_bytes
@@ -87,28 +87,14 @@ TIED = {"llama", "qwen2", "gemma2", "gemma3", "granite"}
 DTYPES: Mapping[str, str] = {"mistral": "F16", "olmo2": "F32", "stablelm": "F16"}
 
 
-@dataclass(frozen=True)
-class NoVocabulary:
-    """Stands in for a tokenizer."""
-
-    n_rows: int
-    warnings: tuple[str, ...] = ()
-    name_part: str = ""
-
-    @property
-    def fields(self) -> Mapping[str, Field]:
-        """A field that only the reader of the vocabulary can have set."""
-        return {"tokenizer.ggml.model": Field.string(f"{self.n_rows} rows")}
+def no_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> VocabularyFields:
+    """Stand in for `convert.tokenizer.read.read_vocabulary`: one field, which only the vocabulary's reader sets."""
+    return VocabularyFields({"tokenizer.ggml.model": Field.string(f"{n_rows} rows")}, n_rows, ())
 
 
-def no_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> NoVocabulary:
-    """The stand-in for `convert.tokenizer.read.read_vocabulary`."""
-    return NoVocabulary(n_rows)
-
-
-def open_tiny(folder: Path) -> HfFolder:
+def open_tiny(folder: Path) -> HfCheckpoint:
     """Open a folder that has no tokenizer."""
-    return HfFolder(folder, no_vocabulary)
+    return HfCheckpoint(folder, no_vocabulary)
 
 
 def config(family: str, **changes: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from convert.gguf_writer import Layout, write_gguf
 from convert.proof.torture import TEXTS
-from convert.tokenizer.read import Vocabulary, read_vocabulary
+from convert.tokenizer.read import VocabularyFields, read_vocabulary
 from models.gguf.fields import Field
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -112,7 +112,7 @@ def edit(folder: Path, change: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
 
 
-def vocabulary_gguf(path: Path, vocabulary: Vocabulary) -> Path:
+def vocabulary_gguf(path: Path, vocabulary: VocabularyFields) -> Path:
     """A GGUF that holds a vocabulary and no weights."""
     fields = {"general.architecture": Field.string("llama"), "general.name": Field.string(vocabulary.name_part)}
     write_gguf(path, Layout({**fields, **vocabulary.fields}, [], 32), lambda _: iter(()), lambda _: None)
