@@ -10,8 +10,8 @@ import typer
 from pydantic import Field
 
 from benchmarks.comparison.arms import base_arm, fine_tune_arm
-from benchmarks.comparison.evaluate import Task
-from benchmarks.comparison.run import Settings
+from benchmarks.comparison.evaluate import EvaluationTask
+from benchmarks.comparison.run import BenchSettings
 from benchmarks.conversion.compare import convert_speed_command
 from benchmarks.conversion.trim import trim_command
 from benchmarks.load.model_file import recipe_file
@@ -19,15 +19,15 @@ from benchmarks.load.workload import read_prompt, template_prompt
 from benchmarks.peers.report import peers_command
 from benchmarks.soak.soak import soak_command
 from models.common.console import show_progress
-from models.common.options import with_options
+from models.common.options import JsonOption, with_options
 from models.manifest import Prompt as ManifestPrompt
 from models.store.store import Store
 
 from .cost import Assumptions
-from .record import Noun
+from .record import BenchRun, Record
 
 
-class EvalSettings(Noun):
+class EvalSettings(Record):
     """Without `prompt`, the model is asked through the chat endpoint as its manifest says."""
 
     examples: Path | None = Field(
@@ -43,7 +43,7 @@ class EvalSettings(Noun):
     )
 
 
-def make_task(model: str, settings: EvalSettings, store: Store) -> Task:
+def make_task(model: str, settings: EvalSettings, store: Store) -> EvaluationTask:
     """Look the model and the files up. Raises ModelNotFound, BadManifest, BadWorkload."""
     stored = store.resolve(model)
     if settings.prompt is None:
@@ -52,14 +52,13 @@ def make_task(model: str, settings: EvalSettings, store: Store) -> Task:
     else:
         arm = base_arm(stored, read_prompt(settings.prompt), settings.url)
     examples = settings.examples or recipe_file("data", "test.jsonl.gz")
-    return Task(arm, examples, settings.concurrency, settings.out)
+    return EvaluationTask(arm, examples, settings.concurrency, settings.out)
 
 
 if TYPE_CHECKING:
-    from .record import Run
+    pass
 
 SOME_FAILED = 3
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the latency distributions to this PNG.")]
 
 
@@ -75,12 +74,12 @@ def create_app() -> typer.Typer:
     return app
 
 
-@with_options(settings=Settings, assumptions=Assumptions)
+@with_options(settings=BenchSettings, assumptions=Assumptions)
 def bench_command(
     context: typer.Context,
-    settings: Settings,
+    settings: BenchSettings,
     assumptions: Assumptions,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
     plot: _Plot = None,
 ) -> None:
     """Measure the local fine-tune, the local base with a few-shot prompt, and a hosted prompt (or its replay)."""
@@ -105,7 +104,7 @@ def bench_command(
 def report_command(
     file: Annotated[Path, typer.Argument(help="A file that `deskside bench` wrote.", metavar="FILE")],
     assumptions: Assumptions,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
     plot: _Plot = None,
 ) -> None:
     """Show a run again from its raw samples; assumptions that are given replace those of the run."""
@@ -117,7 +116,7 @@ def report_command(
     _show(run, stored.model_copy(update=given), as_json=as_json, plot=plot, save_to=None)
 
 
-def _show(run: "Run", assumptions: Assumptions, *, as_json: bool, plot: Path | None, save_to: Path | None) -> None:
+def _show(run: BenchRun, assumptions: Assumptions, *, as_json: bool, plot: Path | None, save_to: Path | None) -> None:
     from rich.console import Console
 
     from benchmarks.comparison.figures import derive
@@ -144,7 +143,7 @@ def _show(run: "Run", assumptions: Assumptions, *, as_json: bool, plot: Path | N
 def eval_command(
     model: Annotated[str, typer.Argument(help="A model of the store, or a path.", metavar="MODEL")],
     settings: EvalSettings,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure a model's accuracy on labelled examples, each answer kept."""
     from benchmarks.comparison.evaluate import evaluate, score_evaluation

@@ -10,15 +10,15 @@ from datetime import date
 from pydantic import Field
 
 from .errors import BadAssumption
-from .prices import VARIANTS, Price, Tokens, current, library_cost, load_prices, table_cost
-from .record import Noun
+from .prices import VARIANTS, Price, TokenCounts, current, library_cost, load_prices, table_cost
+from .record import Record
 
 SECONDS_PER_YEAR = 365.25 * 24 * 3600
 JOULES_PER_KWH = 3.6e6
 DISAGREEMENT = 0.01
 
 
-class Assumptions(Noun):
+class Assumptions(Record):
     """What was assumed about the local side, in US dollars, watts and hours.
 
     Only busy seconds are charged, for energy and for the machine: it is a machine that is there anyway. The fine-tune
@@ -51,7 +51,7 @@ def check(assumptions: Assumptions) -> None:
         raise BadAssumption("machine_years and monthly_requests must be more than 0")
 
 
-class Offer(Noun):
+class Offer(Record):
     """One way of buying the answers: a hosted model at one price variant. Costs are dollars per 1,000 requests."""
 
     provider: str
@@ -64,11 +64,11 @@ class Offer(Noun):
     break_even_months: float | None
 
 
-class Bill(Noun):
+class Bill(Record):
     """Local against every offer, cheapest model first, and what was assumed."""
 
     priced_on: str
-    tokens: Tokens
+    tokens: TokenCounts
     tokens_from: str
     local_seconds_per_request: float
     local_cost_per_1000: float
@@ -91,7 +91,7 @@ def break_even(once: float, hosted: float, local: float) -> float | None:
 
 
 def make_bill(
-    tokens: Tokens,
+    tokens: TokenCounts,
     tokens_from: str,
     seconds_per_request: float,
     assumptions: Assumptions,
@@ -116,7 +116,7 @@ def make_bill(
     )
 
 
-def _offers(price: Price, tokens: Tokens, local: float, assumptions: Assumptions, on: date) -> list[Offer]:
+def _offers(price: Price, tokens: TokenCounts, local: float, assumptions: Assumptions, on: date) -> list[Offer]:
     offers = []
     for variant in VARIANTS:
         table = table_cost(price, tokens, variant)

@@ -1,8 +1,8 @@
-"""The nouns of a benchmark, and the one JSON file that holds them.
+"""The records of a benchmark run, and the JSON file that holds them.
 
-A run is written to disk before anything is computed from it: raw arrival times first, statistics after, so that every
-figure can be computed again from the file. All times in a `Sample` are seconds since its level began, read from one
-monotonic clock; statistics are in milliseconds.
+A run is saved before anything is computed from it: raw arrival times first, statistics after, so that every figure can
+be computed again from the file. Times in a `RequestSample` are seconds since its level began, on one monotonic clock;
+statistics are in milliseconds.
 """
 
 import json
@@ -20,19 +20,17 @@ from models.common.files import write_atomic
 
 from .errors import BadRecord
 
-Kind = Literal["measured", "replayed"]
 
-
-class Noun(BaseModel):
+class Record(BaseModel):
     """Base of the record's parts: immutable, and strict about what a file may hold."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-AnyNoun = TypeVar("AnyNoun", bound=Noun)
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-class Sample(Noun):
+class RequestSample(Record):
     """One request, as the client saw it.
 
     `scheduled_s` is when it should have gone out, `sent_s` when it did; `deltas_s` are the arrivals of every chunk
@@ -53,15 +51,15 @@ class Sample(Noun):
     error: str | None = None
 
 
-class Level(Noun):
+class Level(Record):
     """All requests of one arm at one concurrency, closed loop. `load_before` is the 1-minute load average."""
 
     concurrency: int
     load_before: float | None = None
-    samples: tuple[Sample, ...]
+    samples: tuple[RequestSample, ...]
 
 
-class Arm(Noun):
+class Arm(Record):
     """One way of answering the workload.
 
     `streams` is False when arrival times within an answer mean nothing. `shared_share` is the part of a prompt, in
@@ -69,7 +67,7 @@ class Arm(Noun):
     """
 
     name: str
-    kind: Kind
+    kind: Literal["measured", "replayed"]
     model: str
     prompt: str
     endpoint: str
@@ -81,11 +79,11 @@ class Arm(Noun):
     streams: bool = True
     measures_accuracy: bool = True
     start_s: float | None = None
-    warmup: tuple[Sample, ...] = ()
+    warmup: tuple[RequestSample, ...] = ()
     levels: tuple[Level, ...] = ()
 
 
-class Workload(Noun):
+class Workload(Record):
     """What was asked: which examples, drawn how."""
 
     examples: str
@@ -97,7 +95,7 @@ class Workload(Noun):
     labels: tuple[str, ...]
 
 
-class Machine(Noun):
+class MachineRecord(Record):
     """Where it ran."""
 
     system: str
@@ -108,13 +106,13 @@ class Machine(Noun):
     packages: dict[str, str]
 
 
-class Run(Noun):
+class BenchRun(Record):
     """One benchmark run. `statistics` and `cost` are derived and absent from a run that was interrupted."""
 
     schema_version: Literal[1] = 1
     started_at: str
     finished_at: str | None = None
-    machine: Machine
+    machine: MachineRecord
     workload: Workload
     arms: tuple[Arm, ...] = ()
     statistics: dict[str, Any] | None = None
@@ -128,17 +126,17 @@ def save_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
-def save_run(path: Path, run: Run) -> None:
+def save_run(path: Path, run: BenchRun) -> None:
     """Write the run's file, whole or not at all."""
     save_json(path, run.model_dump(mode="json"))
 
 
-def load_run(path: Path) -> Run:
+def load_run(path: Path) -> BenchRun:
     """Read a run's file. Raises BadRecord naming the file and the first field that is wrong."""
-    return load_noun(path, Run, "is not a benchmark run")
+    return load_record(path, BenchRun, "is not a benchmark run")
 
 
-def load_noun(path: Path, kind: type[AnyNoun], otherwise: str) -> AnyNoun:
+def load_record(path: Path, kind: type[AnyRecord], otherwise: str) -> AnyRecord:
     """Read a file that holds a `kind`. Raises BadRecord: the file, `otherwise`, and the first field that is wrong."""
     try:
         return kind.model_validate_json(path.read_bytes())
@@ -153,9 +151,9 @@ def load_noun(path: Path, kind: type[AnyNoun], otherwise: str) -> AnyNoun:
 PACKAGES = ("deskside", "llama-cpp-python", "httpx", "genai-prices")
 
 
-def describe() -> Machine:
+def describe() -> MachineRecord:
     """This machine: system, processor, cores, memory, Python and the packages that matter."""
-    return Machine(
+    return MachineRecord(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=_cpu(),
         logical_cores=os.cpu_count() or 1,

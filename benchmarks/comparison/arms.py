@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.load.replay import load_recording, replaying
-from benchmarks.load.servers import Running, free_port, serve_command, serving
-from benchmarks.load.workload import Prompt
+from benchmarks.load.servers import RunningServer, free_port, serve_command, serving
+from benchmarks.load.workload import PromptTemplate
 from benchmarks.record import Arm
 from models.store.store import StoredModel
 
@@ -23,8 +23,8 @@ class ArmPlan:
     """
 
     facts: Arm
-    prompt: Prompt
-    start: Callable[[], AbstractContextManager[Running]]
+    prompt: PromptTemplate
+    start: Callable[[], AbstractContextManager[RunningServer]]
     chat: bool
     fields: Mapping[str, Any]
     key: str | None = field(default=None, repr=False)
@@ -35,21 +35,21 @@ class ArmPlan:
         return replace(self, facts=facts)
 
 
-def fine_tune_arm(stored: StoredModel, prompt: Prompt, url: str | None) -> ArmPlan:
+def fine_tune_arm(stored: StoredModel, prompt: PromptTemplate, url: str | None) -> ArmPlan:
     """The local fine-tune, asked as it was trained to be: through the chat endpoint, with the short prompt."""
     facts = _local_facts(FINE_TUNE, stored, prompt, "/v1/chat/completions", url)
     fields = {"max_tokens": MAX_TOKENS, "temperature": 0}
     return ArmPlan(facts=facts, prompt=prompt, start=_local(stored, url), chat=True, fields=fields)
 
 
-def base_arm(stored: StoredModel, prompt: Prompt, url: str | None) -> ArmPlan:
+def base_arm(stored: StoredModel, prompt: PromptTemplate, url: str | None) -> ArmPlan:
     """The local base model. It is not tuned to chat, so the few-shot prompt is continued up to the end of the line."""
     facts = _local_facts(BASE, stored, prompt, "/v1/completions", url)
     fields = {"max_tokens": MAX_TOKENS, "temperature": 0, "stop": "\n"}
     return ArmPlan(facts=facts, prompt=prompt, start=_local(stored, url), chat=False, fields=fields)
 
 
-def hosted_arm(url: str, model: str, prompt: Prompt, key: str | None, body: Mapping[str, Any]) -> ArmPlan:
+def hosted_arm(url: str, model: str, prompt: PromptTemplate, key: str | None, body: Mapping[str, Any]) -> ArmPlan:
     """A real hosted API, sent the few-shot prompt as one user message."""
     facts = Arm(
         name=HOSTED,
@@ -61,13 +61,13 @@ def hosted_arm(url: str, model: str, prompt: Prompt, key: str | None, body: Mapp
     )
     fields = {"max_completion_tokens": MAX_TOKENS, "temperature": 0}
 
-    def start() -> AbstractContextManager[Running]:
-        return nullcontext(Running(url, 0.0))
+    def start() -> AbstractContextManager[RunningServer]:
+        return nullcontext(RunningServer(url, 0.0))
 
     return ArmPlan(facts=facts, prompt=prompt, start=start, chat=True, fields=fields, key=key, body=body)
 
 
-def replayed_arm(prompt: Prompt, seed: int) -> ArmPlan:
+def replayed_arm(prompt: PromptTemplate, seed: int) -> ArmPlan:
     """The stand-in for a hosted API: latencies drawn from a recording, accuracy not measured."""
     recording = load_recording()
     facts = Arm(
@@ -85,17 +85,17 @@ def replayed_arm(prompt: Prompt, seed: int) -> ArmPlan:
     )
 
     @contextmanager
-    def start() -> Iterator[Running]:
+    def start() -> Iterator[RunningServer]:
         with replaying(recording, seed) as (url, _):
-            yield Running(url, 0.0)
+            yield RunningServer(url, 0.0)
 
     return ArmPlan(facts=facts, prompt=prompt, start=start, chat=True, fields={"max_tokens": MAX_TOKENS})
 
 
-def _local(stored: StoredModel, url: str | None) -> Callable[[], AbstractContextManager[Running]]:
-    def start() -> AbstractContextManager[Running]:
+def _local(stored: StoredModel, url: str | None) -> Callable[[], AbstractContextManager[RunningServer]]:
+    def start() -> AbstractContextManager[RunningServer]:
         if url is not None:
-            return nullcontext(Running(url, 0.0))
+            return nullcontext(RunningServer(url, 0.0))
         port = free_port()
         # By path: a folder outside the store may have the name of a model inside it.
         model = str(stored.folder if stored.manifest else stored.gguf)
@@ -104,7 +104,7 @@ def _local(stored: StoredModel, url: str | None) -> Callable[[], AbstractContext
     return start
 
 
-def _local_facts(name: str, stored: StoredModel, prompt: Prompt, endpoint: str, url: str | None) -> Arm:
+def _local_facts(name: str, stored: StoredModel, prompt: PromptTemplate, endpoint: str, url: str | None) -> Arm:
     artefact = stored.manifest.artefacts[0] if stored.manifest and stored.manifest.artefacts else None
     return Arm(
         name=name,

@@ -11,27 +11,26 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from benchmarks.errors import ServerFailed
 from benchmarks.load.client import OpenAiClient
 from benchmarks.load.label_scoring import LabelScorer
 from benchmarks.load.loop import closed_loop
-from benchmarks.load.workload import Example, labels_of, read_examples
-from benchmarks.record import Machine, Noun, describe, load_noun, save_json
+from benchmarks.load.workload import LabelledExample, labels_of, read_examples
+from benchmarks.record import MachineRecord, Record, describe, load_record, save_json
+from models.common.console import Progress
 from models.common.files import sha256_file
 
 from .arms import ArmPlan
-from .scoring import Predictions, Score, score
+from .scoring import ClassificationScore, Predictions, score
 
 GROUP = 32
 LOGPROB_DIGITS = 4
-Progress = Callable[[str, int, int], None]
-Scoring = Literal["greedy text", "labels scored"]
-Answer = TypeVar("Answer")
+AnswerMethod = Literal["greedy text", "labels scored"]
 
 
-class Prediction(Noun):
+class Prediction(Record):
     """One example's right label and the answer that was given, as it was given (stripped).
 
     If labels were scored: the log-probability (natural) of each, in the order of the evaluation's `labels`.
@@ -43,7 +42,7 @@ class Prediction(Noun):
     label_logprobs: tuple[float, ...] = ()
 
 
-class Source(Noun):
+class EvaluationSource(Record):
     """Exactly what was asked of what; answers of another source are not mixed in."""
 
     model: str
@@ -54,22 +53,22 @@ class Source(Noun):
     endpoint: str
     examples: str
     examples_sha256: str
-    scoring: Scoring = "greedy text"
+    scoring: AnswerMethod = "greedy text"
 
 
-class Evaluation(Noun):
+class Evaluation(Record):
     """A set of predictions and where they come from. Files made elsewhere need `labels` and `predictions` only."""
 
     labels: tuple[str, ...]
     predictions: tuple[Prediction, ...]
-    source: Source | None = None
-    machine: Machine | None = None
+    source: EvaluationSource | None = None
+    machine: MachineRecord | None = None
     note: str = ""
 
 
 def load_evaluation(path: Path) -> Evaluation:
     """Read a predictions file. Raises BadRecord naming the file and the first field that is wrong."""
-    return load_noun(path, Evaluation, "holds no predictions")
+    return load_record(path, Evaluation, "holds no predictions")
 
 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:
@@ -82,23 +81,23 @@ def predictions_of(evaluation: Evaluation) -> Predictions:
     return {item.id: (item.label, item.prediction) for item in evaluation.predictions}
 
 
-def score_evaluation(evaluation: Evaluation) -> Score:
+def score_evaluation(evaluation: Evaluation) -> ClassificationScore:
     """Accuracy, per-class figures and the confusion matrix of a set of predictions."""
     return score(predictions_of(evaluation), evaluation.labels)
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class EvaluationTask:
     """One evaluation to be made: how to ask, on which examples, how many at a time, and where the answers go."""
 
     arm: ArmPlan
     examples: Path
     concurrency: int
     out: Path | None
-    scoring: Scoring = "greedy text"
+    scoring: AnswerMethod = "greedy text"
 
 
-def evaluate(task: Task, progress: Progress) -> Evaluation:
+def evaluate(task: EvaluationTask, progress: Progress) -> Evaluation:
     """Ask what has not been answered yet. Raises ServerFailed when a request fails: a gap would look like an error."""
     examples = read_examples(task.examples)
     source = _source(task)
@@ -123,9 +122,9 @@ def evaluate(task: Task, progress: Progress) -> Evaluation:
     return build()
 
 
-def _source(task: Task) -> Source:
+def _source(task: EvaluationTask) -> EvaluationSource:
     facts, prompt = task.arm.facts, task.arm.prompt
-    return Source(
+    return EvaluationSource(
         model=facts.model,
         model_sha256=facts.sha256,
         quantization=facts.quantization,
@@ -138,7 +137,7 @@ def _source(task: Task) -> Source:
     )
 
 
-def _resume(out: Path | None, source: Source) -> dict[str, Prediction]:
+def _resume(out: Path | None, source: EvaluationSource) -> dict[str, Prediction]:
     if out is None or not out.exists():
         return {}
     earlier = load_evaluation(out)
@@ -148,20 +147,20 @@ def _resume(out: Path | None, source: Source) -> dict[str, Prediction]:
 
 
 async def _answer(
-    task: Task, base_url: str, examples: Sequence[Example], labels: Sequence[str]
+    task: EvaluationTask, base_url: str, examples: Sequence[LabelledExample], labels: Sequence[str]
 ) -> Sequence[Prediction]:
     if task.scoring == "labels scored":
         return await _score(task, base_url, examples, labels)
     return await _write(task, base_url, examples)
 
 
-async def _write(task: Task, base_url: str, examples: Sequence[Example]) -> Sequence[Prediction]:
+async def _write(task: EvaluationTask, base_url: str, examples: Sequence[LabelledExample]) -> Sequence[Prediction]:
     """Let the model write its answer to each example."""
     plan = task.arm
     client = OpenAiClient(base_url, plan.facts.model, key=plan.key, body=plan.body, clock=time.perf_counter)
     send = client.chat if plan.chat else client.complete
 
-    async def ask(example: Example, scheduled: float) -> Prediction:
+    async def ask(example: LabelledExample, scheduled: float) -> Prediction:
         sample = await send(example, plan.prompt.render(example.text), scheduled, **plan.fields)
         if sample.error:
             raise ServerFailed(f"{plan.facts.model!r} could not answer {example.id!r}: {sample.error}")
@@ -173,12 +172,14 @@ async def _write(task: Task, base_url: str, examples: Sequence[Example]) -> Sequ
         await client.close()
 
 
-async def _score(task: Task, base_url: str, examples: Sequence[Example], labels: Sequence[str]) -> Sequence[Prediction]:
+async def _score(
+    task: EvaluationTask, base_url: str, examples: Sequence[LabelledExample], labels: Sequence[str]
+) -> Sequence[Prediction]:
     """Take the label that the model finds likeliest for each example."""
     plan = task.arm
     scorer = LabelScorer(base_url, plan.facts.model, labels, key=plan.key)
 
-    async def ask(example: Example, scheduled: float) -> Prediction:
+    async def ask(example: LabelledExample, scheduled: float) -> Prediction:
         try:
             logprobs = await scorer.score(plan.prompt.render(example.text))
         except ServerFailed as error:
@@ -197,8 +198,10 @@ async def _score(task: Task, base_url: str, examples: Sequence[Example], labels:
 
 
 async def _loop(
-    task: Task, examples: Sequence[Example], ask: Callable[[Example, float], Awaitable[Answer]]
-) -> Sequence[Answer]:
+    task: EvaluationTask,
+    examples: Sequence[LabelledExample],
+    ask: Callable[[LabelledExample, float], Awaitable[Prediction]],
+) -> Sequence[Prediction]:
     try:
         return await closed_loop(examples, task.concurrency, ask, time.perf_counter)
     except* ServerFailed as failures:

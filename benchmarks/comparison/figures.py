@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from datetime import date
 
 from benchmarks.cost import Assumptions, Bill, make_bill
-from benchmarks.prices import Tokens
-from benchmarks.record import Arm, Level, Noun, Run, Sample
+from benchmarks.prices import TokenCounts
+from benchmarks.record import Arm, BenchRun, Level, Record, RequestSample
 from models.common.stats import NEEDED, percentile, quantile, wilson
 
 from .arms import BASE, FINE_TUNE, HOSTED
 from .scoring import Predictions, compare
 
 
-class Spread(Noun):
+class Spread(Record):
     """A latency in milliseconds over `n` answers. A percentile is None when n is too small for it (stats.NEEDED)."""
 
     n: int
@@ -32,7 +32,7 @@ class Spread(Noun):
     p90_high_ms: float | None
 
 
-class LevelFigures(Noun):
+class LevelFigures(Record):
     """One arm at one concurrency. Rates count whole answers only; `errors` says how many were not."""
 
     concurrency: int
@@ -48,7 +48,7 @@ class LevelFigures(Noun):
     e2e: Spread
 
 
-class Accuracy(Noun):
+class Accuracy(Record):
     """Exactly right answers among all requests (a failed request is wrong), with Wilson's 95 % interval."""
 
     correct: int
@@ -58,7 +58,7 @@ class Accuracy(Noun):
     high: float
 
 
-class ArmFigures(Noun):
+class ArmFigures(Record):
     """One arm over all its levels. `accuracy` is None when the arm does not measure it."""
 
     name: str
@@ -69,7 +69,7 @@ class ArmFigures(Noun):
     levels: tuple[LevelFigures, ...]
 
 
-class Comparison(Noun):
+class PairedComparison(Record):
     """Accuracy of `first` minus `second` on the same examples: Newcombe's interval, exact McNemar p-value."""
 
     first: str
@@ -84,14 +84,14 @@ class Comparison(Noun):
     p_value: float
 
 
-class Statistics(Noun):
+class Statistics(Record):
     """All figures of a run."""
 
     arms: tuple[ArmFigures, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[PairedComparison, ...]
 
 
-def summarise(run: Run) -> Statistics:
+def summarise(run: BenchRun) -> Statistics:
     """Every figure of the run, from its samples alone."""
     judged = [arm for arm in run.arms if arm.measures_accuracy and samples_of(arm)]
     pairs = [(first, second) for i, first in enumerate(judged) for second in judged[i + 1 :]]
@@ -101,7 +101,7 @@ def summarise(run: Run) -> Statistics:
     )
 
 
-def samples_of(arm: Arm) -> list[Sample]:
+def samples_of(arm: Arm) -> list[RequestSample]:
     """The arm's samples over all levels, warm-up not among them."""
     return [sample for level in arm.levels for sample in level.samples]
 
@@ -154,13 +154,13 @@ def _level(level: Level, streams: bool) -> LevelFigures:
     )
 
 
-def _wall_s(samples: Sequence[Sample]) -> float:
+def _wall_s(samples: Sequence[RequestSample]) -> float:
     if not samples:
         return 0.0
     return max(s.finished_s for s in samples) - min(s.scheduled_s for s in samples)
 
 
-def tpot_ms(sample: Sample) -> float | None:
+def tpot_ms(sample: RequestSample) -> float | None:
     """Milliseconds per output token after the first; None for answers of fewer than two tokens."""
     if not sample.deltas_s or sample.completion_tokens is None or sample.completion_tokens < 2:
         return None
@@ -191,9 +191,9 @@ def _mean(values: Sequence[int | None]) -> float | None:
     return None if total is None else total / len(values)
 
 
-def _comparison(first: Arm, second: Arm) -> Comparison:
+def _comparison(first: Arm, second: Arm) -> PairedComparison:
     paired = compare(predictions_of(first), predictions_of(second))
-    return Comparison(
+    return PairedComparison(
         first=first.name,
         second=second.name,
         both=paired.both,
@@ -212,12 +212,12 @@ REUSED_SHARE = 0.5
 SHORT_PROMPT_TOKENS = 600
 
 
-def warnings(run: Run) -> tuple[str, ...]:
+def warnings(run: BenchRun) -> tuple[str, ...]:
     """Reasons to doubt the run: errors, too few requests, a busy machine, prompts the server had seen before."""
     return (*_busy(run), *(warning for arm in run.arms for warning in _sanity_arm(arm)))
 
 
-def _busy(run: Run) -> Iterator[str]:
+def _busy(run: BenchRun) -> Iterator[str]:
     """Only the very first level tells: later ones see the load average of the benchmark itself."""
     levels = [level for arm in run.arms for level in arm.levels]
     cores = run.machine.logical_cores
@@ -248,7 +248,7 @@ def _seen_before(arm: Arm, level: Level) -> bool:
     return sum(s.cached_tokens or 0 for s in whole) > REUSED_SHARE * prompt
 
 
-def derive(run: Run, assumptions: Assumptions) -> tuple[Run, Statistics, Bill | None]:
+def derive(run: BenchRun, assumptions: Assumptions) -> tuple[BenchRun, Statistics, Bill | None]:
     """The run with its statistics, bill and warnings filled in from its samples."""
     statistics = summarise(run)
     bill = _bill(run, statistics, assumptions)
@@ -260,7 +260,7 @@ def derive(run: Run, assumptions: Assumptions) -> tuple[Run, Statistics, Bill | 
     return run.model_copy(update=derived), statistics, bill
 
 
-def _bill(run: Run, statistics: Statistics, assumptions: Assumptions) -> Bill | None:
+def _bill(run: BenchRun, statistics: Statistics, assumptions: Assumptions) -> Bill | None:
     """None when the run has no fine-tune, or no arm that counted the few-shot prompt's tokens."""
     pairs = list(zip(run.arms, statistics.arms, strict=True))
     rates = [level.requests_per_s for arm, figures in pairs if arm.name == FINE_TUNE for level in figures.levels]
@@ -270,6 +270,8 @@ def _bill(run: Run, statistics: Statistics, assumptions: Assumptions) -> Bill | 
     # A measured hosted arm counts with the tokenizer that is billed; the local base is the next best.
     arm, figures = min(counted, key=lambda pair: pair[0].name != HOSTED)
     prompt = figures.mean_prompt_tokens or 0.0
-    tokens = Tokens(prompt=prompt, shared=arm.shared_share * prompt, completion=figures.mean_completion_tokens or 0.0)
+    tokens = TokenCounts(
+        prompt=prompt, shared=arm.shared_share * prompt, completion=figures.mean_completion_tokens or 0.0
+    )
     source = f"{arm.model}'s tokenizer (the shared part by its share of characters)"
     return make_bill(tokens, source, 1 / max(rates), assumptions, date.fromisoformat(run.started_at[:10]))

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,17 +16,25 @@ from benchmarks.errors import BadWorkload, ServerFailed
 from benchmarks.load.client import OpenAiClient
 from benchmarks.load.loop import closed_loop
 from benchmarks.load.model_file import recipe_file
-from benchmarks.load.workload import Draw, Example, Prompt, draw, labels_of, read_examples, read_prompt, template_prompt
-from benchmarks.record import Arm, Level, Noun, Run, Sample, Workload, describe, load_average, save_run
+from benchmarks.load.workload import (
+    DrawnExamples,
+    LabelledExample,
+    PromptTemplate,
+    draw,
+    labels_of,
+    read_examples,
+    read_prompt,
+    template_prompt,
+)
+from benchmarks.record import Arm, BenchRun, Level, Record, RequestSample, Workload, describe, load_average, save_run
+from models.common.console import Progress
 from models.common.files import sha256_file
 from models.manifest import Prompt as ManifestPrompt
 from models.store.store import Store
 
 from .arms import BASE, FINE_TUNE, HOSTED, ArmPlan, base_arm, fine_tune_arm, hosted_arm, replayed_arm
 
-Progress = Callable[[str, int, int], None]
 Keep = Callable[[Arm], None]
-Ask = Callable[[Example, float], Awaitable[Sample]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +43,16 @@ class RunPlan:
 
     arms: Sequence[ArmPlan]
     workload: Workload
-    drawn: Draw
+    drawn: DrawnExamples
     out: Path
 
 
-def run(plan: RunPlan, progress: Progress) -> Run:
+def run(plan: RunPlan, progress: Progress) -> BenchRun:
     """Run every arm and return the record, which is also on disk. `progress(what, done, total)` hears each answer.
 
     Raises ServerFailed when a server does not start or fails its warm-up; what was measured before is on disk.
     """
-    record = Run(started_at=_now(), machine=describe(), workload=plan.workload)
+    record = BenchRun(started_at=_now(), machine=describe(), workload=plan.workload)
     for arm_plan in plan.arms:
         progress(f"{arm_plan.facts.name}: starting {arm_plan.facts.model}", 0, 1)
         earlier = record.arms
@@ -75,7 +83,7 @@ class _Measurement:
     def _clock(self) -> float:
         return time.perf_counter() - self._origin
 
-    async def run(self, arm: Arm, drawn: Draw) -> None:
+    async def run(self, arm: Arm, drawn: DrawnExamples) -> None:
         try:
             warmup = await closed_loop(drawn.warmup, 1, self._ask, self._clock)
             if warmup and all(sample.error for sample in warmup):
@@ -88,10 +96,10 @@ class _Measurement:
         finally:
             await self._client.close()
 
-    async def _level(self, name: str, concurrency: int, examples: Sequence[Example]) -> Level:
+    async def _level(self, name: str, concurrency: int, examples: Sequence[LabelledExample]) -> Level:
         done = 0
 
-        async def ask(example: Example, scheduled: float) -> Sample:
+        async def ask(example: LabelledExample, scheduled: float) -> RequestSample:
             nonlocal done
             sample = await self._ask(example, scheduled)
             done += 1
@@ -103,7 +111,7 @@ class _Measurement:
         samples = await closed_loop(examples, concurrency, ask, self._clock)
         return Level(concurrency=concurrency, load_before=load_before, samples=samples)
 
-    async def _ask(self, example: Example, scheduled: float) -> Sample:
+    async def _ask(self, example: LabelledExample, scheduled: float) -> RequestSample:
         send = self._client.chat if self._plan.chat else self._client.complete
         return await send(example, self._plan.prompt.render(example.text), scheduled, **self._plan.fields)
 
@@ -117,7 +125,7 @@ QUICK = {"requests": 6, "concurrency": "1,4"}
 KEY_VARIABLE = "DESKSIDE_HOSTED_KEY"
 
 
-class Settings(Noun):
+class BenchSettings(Record):
     """What `deskside bench` can be told. `quick` changes the defaults that make a run long."""
 
     model: str = Field(default="email-triage", description="The fine-tune: a model of the store, or a path.")
@@ -143,7 +151,7 @@ class Settings(Noun):
     out: Path | None = Field(default=None, description="Where the JSON goes (default: results/bench-<time>.json).")
 
 
-def make_plan(settings: Settings, store: Store) -> RunPlan:
+def make_plan(settings: BenchSettings, store: Store) -> RunPlan:
     """Read the examples and prompts, look the models up, and draw who gets what.
 
     Raises BadWorkload, ModelNotFound and BadManifest.
@@ -174,7 +182,7 @@ def make_plan(settings: Settings, store: Store) -> RunPlan:
     return RunPlan(arms, workload, drawn, settings.out or Path("results") / f"bench-{started}.json")
 
 
-def _arm(name: str, settings: Settings, few_shot: Prompt, store: Store) -> ArmPlan:
+def _arm(name: str, settings: BenchSettings, few_shot: PromptTemplate, store: Store) -> ArmPlan:
     if name == FINE_TUNE:
         stored = store.resolve(settings.model)
         template = (stored.manifest.prompt if stored.manifest else ManifestPrompt()).template

@@ -27,7 +27,7 @@ class ClassScore:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class ClassificationScore:
     """`confusion[i][j]`: items of `labels[i]` answered with `labels[j]`; the last column is everything else."""
 
     labels: tuple[str, ...]
@@ -66,7 +66,7 @@ def macro_f1_interval(confusion: np.ndarray, *, resamples: int = 2000, seed: int
     return Interval(float(_f1(confusion)[2].mean()), float(low), float(high))
 
 
-def score(predictions: Predictions, labels: Sequence[str]) -> Score:
+def score(predictions: Predictions, labels: Sequence[str]) -> ClassificationScore:
     """Score `{id: (label, prediction)}`. `labels` are all that may occur; ValueError when an item has another."""
     if unknown := {label for label, _ in predictions.values()} - set(labels):
         raise ValueError(f"items carry labels {sorted(unknown)} that are not among {sorted(labels)}")
@@ -74,7 +74,7 @@ def score(predictions: Predictions, labels: Sequence[str]) -> Score:
     precision, recall, f1 = _f1(matrix)
     correct = int(np.trace(matrix[:, :-1]))
     total = int(matrix.sum())
-    return Score(
+    return ClassificationScore(
         labels=tuple(labels),
         total=total,
         correct=correct,

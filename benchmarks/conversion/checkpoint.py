@@ -22,7 +22,7 @@ _BPE = 2
 
 
 @dataclass(frozen=True)
-class Pieces:
+class SentencePieceVocabulary:
     """The vocabulary in SentencePiece's terms, by token id."""
 
     texts: list[str]
@@ -38,7 +38,7 @@ class Pieces:
         return [self.texts[index] for index in ids]
 
 
-def read_pieces(header: Header) -> Pieces:
+def read_pieces(header: Header) -> SentencePieceVocabulary:
     """The pieces of a GGUF's vocabulary. Raises BadWorkload when it is not of SentencePiece's kind."""
     fields = header.fields
     if header.text("tokenizer.ggml.model") != "llama":
@@ -48,10 +48,12 @@ def read_pieces(header: Header) -> Pieces:
     # a GGUF spells white space in tokens of the user's own as it is
     texts = [text.replace(" ", "▁") if kind == USER_DEFINED else text for text, kind in zip(texts, kinds, strict=True)]
     ids = [header.integer(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "unknown", "padding")]
-    return Pieces(texts, [float(score) for score in fields["tokenizer.ggml.scores"].numbers or ()], kinds, *ids)
+    return SentencePieceVocabulary(
+        texts, [float(score) for score in fields["tokenizer.ggml.scores"].numbers or ()], kinds, *ids
+    )
 
 
-def write_vocabulary(folder: Path, pieces: Pieces) -> None:
+def write_vocabulary(folder: Path, pieces: SentencePieceVocabulary) -> None:
     """Write the tokenizer's three files into `folder`."""
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer_json(pieces), ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer.model").write_bytes(_sentencepiece_model(pieces))
@@ -68,7 +70,7 @@ def write_vocabulary(folder: Path, pieces: Pieces) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _tokenizer_json(pieces: Pieces) -> dict[str, Any]:
+def _tokenizer_json(pieces: SentencePieceVocabulary) -> dict[str, Any]:
     added = [
         {"id": index, "content": text, "special": kind != USER_DEFINED}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -114,7 +116,7 @@ def _tokenizer_json(pieces: Pieces) -> dict[str, Any]:
     }
 
 
-def merges(pieces: Pieces) -> Iterator[tuple[str, str]]:
+def merges(pieces: SentencePieceVocabulary) -> Iterator[tuple[str, str]]:
     """Every way to make a piece of two others, in the order SentencePiece would: the best score first.
 
     Pieces of the user's own, runs of white space in Gemma, come before all: SentencePiece never cuts them.
@@ -131,7 +133,7 @@ def merges(pieces: Pieces) -> Iterator[tuple[str, str]]:
         yield pieces.texts[left], pieces.texts[right]
 
 
-def _sentencepiece_model(pieces: Pieces) -> bytes:
+def _sentencepiece_model(pieces: SentencePieceVocabulary) -> bytes:
     """A ModelProto (sentencepiece_model.proto): field 1 is a piece, 2 the trainer's settings, 3 the normalizer's."""
     model = bytearray()
     for text, score, kind in zip(pieces.texts, pieces.scores, pieces.kinds, strict=True):

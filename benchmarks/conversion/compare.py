@@ -16,20 +16,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import typer
+from typing import Any, Literal
 
 from benchmarks.errors import ServerFailed
 from benchmarks.load.process_memory import PeakWatch
-from benchmarks.record import describe, load_average
+from benchmarks.record import describe, load_average, save_json
 from models.common.console import Progress, show_progress
-from models.common.options import with_options
+from models.common.options import JsonOption, ReportOption, with_options
 from models.gguf.header import read_header
 from models.store.store import Store
 
 from .checkpoint import make_checkpoint
-from .record import Conversion, ConvertRun, ConvertSettings, Needs
+from .record import ConversionAim, ConverterSample, ConvertRun, ConvertSettings, InstallSize, judge, load_convert_run
 
 _NAME = "bench-convert"
 _NEEDS = Path(__file__).with_name("needs.py")
@@ -65,7 +63,7 @@ def compare_converters(settings: ConvertSettings, progress: Progress) -> Convert
     progress("make the checkpoint", 1, 1)
     converters = [_theirs(settings, checkpoint), _ours(settings, checkpoint)]
     total = (settings.repetitions + 1) * len(converters)
-    needs, conversions = [], list[Conversion]()
+    needs, conversions = [], list[ConverterSample]()
     for number, converter in enumerate(converters):
         progress("convert", number, total)
         needs.append(_weigh(converter))
@@ -127,7 +125,7 @@ def _ours(settings: ConvertSettings, checkpoint: Path) -> Converter:
     )
 
 
-def _measure(converter: Converter) -> Conversion:
+def _measure(converter: Converter) -> ConverterSample:
     load_before, started = load_average(), time.perf_counter()
     command = [str(converter.python), *converter.command]
     process = subprocess.Popen(
@@ -142,7 +140,7 @@ def _measure(converter: Converter) -> Conversion:
     process.stderr.close()
     _check(converter, process.returncode, said.decode(errors="replace"))
     unit = 1 if sys.platform == "darwin" else 1024
-    return Conversion(
+    return ConverterSample(
         converter=converter.name,
         wall_s=wall_s,
         cpu_s=usage.ru_utime + usage.ru_stime,
@@ -151,14 +149,14 @@ def _measure(converter: Converter) -> Conversion:
     )
 
 
-def _weigh(converter: Converter) -> Needs:
+def _weigh(converter: Converter) -> InstallSize:
     """Run it once, unmeasured, for the modules it imports; then weigh the distributions they belong to."""
     modules = _imported(converter, converter.command)
     if converter.children:
         modules |= _imported(converter, ("-c", f"import {', '.join(converter.children)}"))
     weighed = _ask(converter, str(_NEEDS), *converter.roots, said="\n".join(sorted(modules)))
     own = sum(_tree_bytes(folder) for folder in converter.code)
-    return Needs(
+    return InstallSize(
         converter=converter.name,
         versions=_ask(converter, "-c", _VERSIONS, *converter.shown),
         loaded_bytes=weighed["loaded"] + own,
@@ -211,22 +209,9 @@ def clean(settings: ConvertSettings) -> None:
     shutil.rmtree(settings.folder / "home", ignore_errors=True)
 
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .record import Aim
-
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-_Again = Annotated[Path | None, typer.Option("--report", help="Show this run's file again instead of measuring.")]
-
-
 @with_options(settings=ConvertSettings)
-def convert_speed_command(settings: ConvertSettings, as_json: _Json = False, report: _Again = None) -> None:
+def convert_speed_command(settings: ConvertSettings, as_json: JsonOption = False, report: ReportOption = None) -> None:
     """Measure `deskside convert` beside llama.cpp's converter: wall time, peak memory and install size."""
-    from benchmarks.record import save_json
-
-    from .record import judge, load_convert_run
-
     if report is not None:
         run = load_convert_run(report)
     else:
@@ -245,7 +230,7 @@ def convert_speed_command(settings: ConvertSettings, as_json: _Json = False, rep
         _print(run, aims)
 
 
-def _print(run: ConvertRun, aims: "Sequence[Aim]") -> None:
+def _print(run: ConvertRun, aims: Sequence[ConversionAim]) -> None:
     machine = run.machine
     print(f"{run.checkpoint}, {run.parameters / 1e6:.0f} M parameters, {run.checkpoint_bytes / 2**20:.0f} MiB, to F16")
     print(f"{machine.cpu}, {machine.logical_cores} cores, {machine.system}, Python {machine.python}")

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from benchmarks.record import Machine, Noun, load_noun
+from benchmarks.record import MachineRecord, Record, load_record
 
 MAX_WALL, MAX_MEMORY, MAX_INSTALL = 0.5, 0.5, 0.2
 
 
-class ConvertSettings(Noun):
+class ConvertSettings(Record):
     """What a comparison of converters can be told."""
 
     model: str = Field(default="gemma-3-270m", description="The installed Gemma 3 the checkpoint is made of.")
@@ -21,7 +21,7 @@ class ConvertSettings(Noun):
     out: Path | None = Field(default=None, description="Where the JSON goes (default: results/convert-<time>.json).")
 
 
-class Conversion(Noun):
+class ConverterSample(Record):
     """One run of one converter: wall time, processor time and peak resident memory, of all its processes together.
 
     What they share counts once in `peak_bytes`, which is no less than the largest one's own high-water mark.
@@ -34,7 +34,7 @@ class Conversion(Noun):
     load_before: float | None = None
 
 
-class Needs(Noun):
+class InstallSize(Record):
     """What a converter needs on disk.
 
     `loaded`: the distributions of which it imports something while it converts, its own code included. `installed`:
@@ -47,23 +47,23 @@ class Needs(Noun):
     installed_bytes: int
 
 
-class ConvertRun(Noun):
+class ConvertRun(Record):
     """One run of `deskside bench convert`. `equal_tensors` of `tensors` are the same in both files, byte for byte."""
 
     schema_version: Literal[1] = 1
     started_at: str
-    machine: Machine
+    machine: MachineRecord
     checkpoint: str
     parameters: int
     checkpoint_bytes: int
     commands: dict[str, str]
-    needs: tuple[Needs, ...]
+    needs: tuple[InstallSize, ...]
     tensors: int
     equal_tensors: int
-    conversions: tuple[Conversion, ...] = ()
+    conversions: tuple[ConverterSample, ...] = ()
 
 
-class Aim(Noun):
+class ConversionAim(Record):
     """One ratio, Deskside's to llama.cpp's, and the most it should be. The values are in the unit that is named."""
 
     name: str
@@ -83,7 +83,7 @@ class Aim(Noun):
         return self.ratio <= self.limit
 
 
-def judge(run: ConvertRun) -> tuple[Aim, ...]:
+def judge(run: ConvertRun) -> tuple[ConversionAim, ...]:
     """The medians of wall time and of peak memory, and the sizes, beside their aims."""
 
     def middle(converter: str, name: str) -> float:
@@ -93,28 +93,28 @@ def judge(run: ConvertRun) -> tuple[Aim, ...]:
     ours, theirs = needs["deskside"], needs["llama.cpp"]
     gib, mib = 1 << 30, 1 << 20
     return (
-        Aim(
+        ConversionAim(
             name="wall time",
             unit="s",
             deskside=middle("deskside", "wall_s"),
             llama_cpp=middle("llama.cpp", "wall_s"),
             limit=MAX_WALL,
         ),
-        Aim(
+        ConversionAim(
             name="peak memory",
             unit="GiB",
             deskside=middle("deskside", "peak_bytes") / gib,
             llama_cpp=middle("llama.cpp", "peak_bytes") / gib,
             limit=MAX_MEMORY,
         ),
-        Aim(
+        ConversionAim(
             name="install size, what converting loads",
             unit="MiB",
             deskside=ours.loaded_bytes / mib,
             llama_cpp=theirs.loaded_bytes / mib,
             limit=MAX_INSTALL,
         ),
-        Aim(
+        ConversionAim(
             name="install size, all that comes with it",
             unit="MiB",
             deskside=ours.installed_bytes / mib,
@@ -126,4 +126,4 @@ def judge(run: ConvertRun) -> tuple[Aim, ...]:
 
 def load_convert_run(path: Path) -> ConvertRun:
     """Read a run's file. Raises BadRecord naming the file and the first field that is wrong."""
-    return load_noun(path, ConvertRun, "is not a comparison of converters")
+    return load_record(path, ConvertRun, "is not a comparison of converters")

@@ -6,16 +6,15 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import typer
 from pydantic import Field
 
 from benchmarks.errors import BadRecord, ServerFailed
 from benchmarks.load.model_file import RECIPE, ModelFile, converted, recipe_file
-from benchmarks.record import Machine, Noun, describe, load_noun
+from benchmarks.record import MachineRecord, Record, describe, load_record, save_json
 from models.common.console import Progress, show_progress
-from models.common.options import with_options
+from models.common.options import JsonOption, ReportOption, with_options
 from models.gguf.header import read_meta
 from models.manifest import read_manifest
 from models.quality import read_quality
@@ -26,7 +25,7 @@ MAX_SIZE, MIN_DECODE = 0.4, 1.8
 WIDTHS = (1, 16)
 
 
-class TrimSettings(Noun):
+class TrimSettings(Record):
     """What a comparison of the default model with its vocabulary trimmed and whole can be told."""
 
     kinds: str = Field(
@@ -42,7 +41,7 @@ class TrimSettings(Noun):
     out: Path | None = Field(default=None, description="Where the JSON goes (default: results/trim-<time>.json).")
 
 
-class TrimFile(Noun):
+class TrimFile(Record):
     """One file and its speeds, medians over the repetitions; `decode_tokens_per_s` by sequences that write at once."""
 
     kind: str
@@ -54,12 +53,12 @@ class TrimFile(Noun):
     decode_tokens_per_s: dict[int, float]
 
 
-class TrimRun(Noun):
+class TrimRun(Record):
     """One run of `deskside bench trim`. Speeds are of examples of `prompt_tokens` and `answer_tokens`."""
 
     schema_version: Literal[1] = 1
     started_at: str
-    machine: Machine
+    machine: MachineRecord
     backend: str
     repetitions: int
     prompt_tokens: int
@@ -68,7 +67,7 @@ class TrimRun(Noun):
     files: tuple[TrimFile, ...] = ()
 
 
-class Ratio(Noun):
+class TrimRatio(Record):
     """A figure of the trimmed file over the whole one's of the same quantization. No aim: None."""
 
     name: str
@@ -76,22 +75,22 @@ class Ratio(Noun):
     reached: bool | None = None
 
 
-def ratios(run: TrimRun) -> Iterator[tuple[TrimFile, TrimFile, tuple[Ratio, ...]]]:
+def ratios(run: TrimRun) -> Iterator[tuple[TrimFile, TrimFile, tuple[TrimRatio, ...]]]:
     """(trimmed, whole, its ratios) of each quantization."""
     for trimmed in (file for file in run.files if file.trimmed):
         whole = next(file for file in run.files if file.kind == trimmed.kind and not file.trimmed)
         size = trimmed.size_bytes / whole.size_bytes
-        found = [Ratio(name="size", value=size, reached=size <= MAX_SIZE)]
+        found = [TrimRatio(name="size", value=size, reached=size <= MAX_SIZE)]
         for width in WIDTHS:
             faster = trimmed.decode_tokens_per_s[width] / whole.decode_tokens_per_s[width]
-            found.append(Ratio(name=f"decode ×{width}", value=faster, reached=faster >= MIN_DECODE))
-        found.append(Ratio(name="prefill", value=trimmed.prefill_tokens_per_s / whole.prefill_tokens_per_s))
+            found.append(TrimRatio(name=f"decode ×{width}", value=faster, reached=faster >= MIN_DECODE))
+        found.append(TrimRatio(name="prefill", value=trimmed.prefill_tokens_per_s / whole.prefill_tokens_per_s))
         yield trimmed, whole, tuple(found)
 
 
 def load_trim_run(path: Path) -> TrimRun:
     """Read a run's file. Raises BadRecord naming the file and the first field that is wrong."""
-    return load_noun(path, TrimRun, "is not a comparison of trimmed files")
+    return load_record(path, TrimRun, "is not a comparison of trimmed files")
 
 
 def compare_trimmed(settings: TrimSettings, progress: Progress) -> TrimRun:
@@ -175,15 +174,9 @@ def _timed(job: dict[str, object]) -> dict[str, Any]:
     return report
 
 
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-_Again = Annotated[Path | None, typer.Option("--report", help="Show this run's file again instead of measuring.")]
-
-
 @with_options(settings=TrimSettings)
-def trim_command(settings: TrimSettings, as_json: _Json = False, report: _Again = None) -> None:
+def trim_command(settings: TrimSettings, as_json: JsonOption = False, report: ReportOption = None) -> None:
     """Measure what trimming the default model's vocabulary gains: file size, decode and prefill speed."""
-    from benchmarks.record import save_json
-
     if report is not None:
         run = load_trim_run(report)
     else:

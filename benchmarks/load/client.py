@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 
 from benchmarks.errors import ServerFailed
-from benchmarks.record import Sample
+from benchmarks.record import RequestSample
 
-from .workload import Example
+from .workload import LabelledExample
 
 MAX_EVENT_BYTES = 1 << 20
 
@@ -81,16 +81,16 @@ class OpenAiClient:
         """Close the connections."""
         await self._http.aclose()
 
-    async def chat(self, example: Example, prompt: str, scheduled: float, **fields: Any) -> Sample:
+    async def chat(self, example: LabelledExample, prompt: str, scheduled: float, **fields: Any) -> RequestSample:
         """Ask `/chat/completions` with `prompt` as the one user message."""
         body = {"messages": [{"role": "user", "content": prompt}], **fields}
         return await self._send(example, "/chat/completions", body, scheduled)
 
-    async def complete(self, example: Example, prompt: str, scheduled: float, **fields: Any) -> Sample:
+    async def complete(self, example: LabelledExample, prompt: str, scheduled: float, **fields: Any) -> RequestSample:
         """Ask `/completions` to continue `prompt`."""
         return await self._send(example, "/completions", {"prompt": prompt, **fields}, scheduled)
 
-    async def decide(self, example: Example, prompt: str, scheduled: float, **fields: Any) -> Sample:
+    async def decide(self, example: LabelledExample, prompt: str, scheduled: float, **fields: Any) -> RequestSample:
         """Ask `/decisions` one question about `prompt`; the choice, which comes whole, is the sample's text."""
         body = {"model": self._model, "input": prompt, **fields, **self._body}
         sent = self._clock()
@@ -104,7 +104,7 @@ class OpenAiClient:
         except (httpx.HTTPError, ServerFailed, ValueError, KeyError, TypeError, IndexError) as failure:
             error = f"{type(failure).__name__}: {failure}"[: ERROR_CHARS + 40]
         now = self._clock()
-        return Sample(
+        return RequestSample(
             id=example.id,
             label=example.label,
             scheduled_s=scheduled,
@@ -118,7 +118,9 @@ class OpenAiClient:
             error=error,
         )
 
-    async def _send(self, example: Example, path: str, fields: Mapping[str, Any], scheduled: float) -> Sample:
+    async def _send(
+        self, example: LabelledExample, path: str, fields: Mapping[str, Any], scheduled: float
+    ) -> RequestSample:
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
         body = {"model": self._model, **fields, **streaming, **self._body}
         body = {name: value for name, value in body.items() if value is not None}
@@ -135,7 +137,7 @@ class OpenAiClient:
             error = reading.fault()
         except (httpx.HTTPError, ServerFailed, ValueError, KeyError, TypeError, AttributeError) as failure:
             error = f"{type(failure).__name__}: {failure}"[: ERROR_CHARS + 40]
-        return Sample(
+        return RequestSample(
             id=example.id,
             label=example.label,
             scheduled_s=scheduled,

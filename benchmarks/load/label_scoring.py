@@ -31,42 +31,42 @@ BRANCHES_PER_REQUEST = 8
 REQUESTS_AT_ONCE = 16
 ERROR_CHARS = 300
 
-Tokens = tuple[int, ...]
-Paths = Mapping[str, Sequence[Tokens]]
+TokenIds = tuple[int, ...]
+Paths = Mapping[str, Sequence[TokenIds]]
 
 
-class Branch(NamedTuple):
+class ForcedToken(NamedTuple):
     """A token of the tree of labels, and the label tokens before it."""
 
-    prefix: Tokens
+    prefix: TokenIds
     token: int
 
 
-def branches_of(tokens: Tokens) -> Iterable[Branch]:
+def branches_of(tokens: TokenIds) -> Iterable[ForcedToken]:
     """Each token of a path with those before it."""
-    return (Branch(tokens[:place], token) for place, token in enumerate(tokens))
+    return (ForcedToken(tokens[:place], token) for place, token in enumerate(tokens))
 
 
-def disjoint(ways: Iterable[Tokens]) -> list[Tokens]:
+def disjoint(ways: Iterable[TokenIds]) -> list[TokenIds]:
     """Token paths none of which begins with an earlier one: such a one's probability is counted there already."""
-    kept: list[Tokens] = []
+    kept: list[TokenIds] = []
     for tokens in ways:
         if not any(tokens[: len(earlier)] == earlier for earlier in kept):
             kept.append(tokens)
     return kept
 
 
-def requests_of(paths: Paths) -> list[list[Branch]]:
+def requests_of(paths: Paths) -> list[list[ForcedToken]]:
     """Every branch of the tree once, those of one token together, as one bias serves them; a first token first."""
     unique = dict.fromkeys(branch for ways in paths.values() for tokens in ways for branch in branches_of(tokens))
-    by_token: dict[int, list[Branch]] = {}
+    by_token: dict[int, list[ForcedToken]] = {}
     for branch in sorted(unique, key=lambda branch: len(branch.prefix)):
         by_token.setdefault(branch.token, []).append(branch)
     size = BRANCHES_PER_REQUEST
     return [same[start : start + size] for same in by_token.values() for start in range(0, len(same), size)]
 
 
-def label_logprobs(paths: Paths, logprobs: Mapping[Branch, float]) -> dict[str, float]:
+def label_logprobs(paths: Paths, logprobs: Mapping[ForcedToken, float]) -> dict[str, float]:
     """Natural log of each label's probability: over a path's branches the product, over a label's paths the sum."""
     return {
         label: _log_sum([sum(logprobs[branch] for branch in branches_of(tokens)) for tokens in ways])
@@ -117,7 +117,7 @@ class LabelScorer:
         _check_raw(logprobs)
         return label_logprobs(paths, logprobs)
 
-    async def _ways(self, prompt: str, prompt_tokens: Tokens, label: str) -> list[Tokens]:
+    async def _ways(self, prompt: str, prompt_tokens: TokenIds, label: str) -> list[TokenIds]:
         """The tokens of the label's line, one path for each way in which the line may end."""
         ways = []
         for end in LINE_ENDS:
@@ -127,7 +127,7 @@ class LabelScorer:
             ways.append(tokens[len(prompt_tokens) :])
         return disjoint(ways)
 
-    async def _force(self, prompt: Tokens, branches: Sequence[Branch]) -> dict[Branch, float]:
+    async def _force(self, prompt: TokenIds, branches: Sequence[ForcedToken]) -> dict[ForcedToken, float]:
         """The log-probabilities of branches that have the same token."""
         token = branches[0].token
         body = {
@@ -151,7 +151,7 @@ class LabelScorer:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServerFailed(f"/v1/completions gave no log-probability of a forced token: {error!r}") from error
 
-    async def _tokenize(self, text: str) -> Tokens:
+    async def _tokenize(self, text: str) -> TokenIds:
         body = {"model": self._model, "content": text, "add_special": True}
         return tuple(await self._post("/tokenize", body, "tokens"))
 
@@ -172,9 +172,9 @@ class LabelScorer:
             raise ServerFailed(f"{path} cannot be used: {type(error).__name__}: {error}"[:ERROR_CHARS]) from error
 
 
-def _check_raw(logprobs: Mapping[Branch, float]) -> None:
+def _check_raw(logprobs: Mapping[ForcedToken, float]) -> None:
     """Raise ServerFailed if tokens after one prefix have more probability together than there is."""
-    together: dict[Tokens, float] = {}
+    together: dict[TokenIds, float] = {}
     for branch, logprob in logprobs.items():
         together[branch.prefix] = together.get(branch.prefix, 0.0) + math.exp(logprob)
     if (most := max(together.values())) > MOST_PROBABILITY:

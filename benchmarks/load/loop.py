@@ -8,14 +8,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-Job = TypeVar("Job")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 async def closed_loop(
-    jobs: Sequence[Job],
+    jobs: Sequence[Item],
     concurrency: int,
-    send: Callable[[Job, float], Awaitable[Result]],
+    send: Callable[[Item, float], Awaitable[Result]],
     clock: Callable[[], float],
 ) -> tuple[Result, ...]:
     """Send every job once, never more than `concurrency` at a time; results in the order of `jobs`.

@@ -26,7 +26,7 @@ POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningServer:
     """A server that answers: its OpenAI base URL (`…/v1`), the seconds from start to ready, the process we started."""
 
     base_url: str
@@ -63,7 +63,7 @@ def serving(
     timeout_s: float = START_TIMEOUT_S,
     ready: str = "/health",
     log_file: Path | None = None,
-) -> Iterator[Running]:
+) -> Iterator[RunningServer]:
     """Run `command` until the block ends; yields once the path `ready` on `port` answers 200.
 
     The server's own output goes to `log_file`, else nowhere. Raises ServerFailed with its end when the server stops or
@@ -77,7 +77,7 @@ def serving(
                 _wait_ready(process, f"http://127.0.0.1:{port}{ready}", began + timeout_s)
             except ServerFailed as error:
                 raise ServerFailed(f"{error}\n{_tail(log.fileno())}") from None
-            yield Running(f"http://127.0.0.1:{port}/v1", time.perf_counter() - began, process.pid)
+            yield RunningServer(f"http://127.0.0.1:{port}/v1", time.perf_counter() - began, process.pid)
         finally:
             _stop(process)
 

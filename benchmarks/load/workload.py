@@ -17,7 +17,7 @@ PLACEHOLDER = "{mail}"
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class LabelledExample:
     """One labelled text: what the user wrote and the answer that is right."""
 
     id: str
@@ -26,7 +26,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PromptTemplate:
     """How a text is put to a model: `before` + text + `after`. Both empty: the bare text."""
 
     name: str
@@ -37,12 +37,12 @@ class Prompt:
         """The whole prompt for `text`."""
         return f"{self.before}{text}{self.after}"
 
-    def shared_share(self, examples: Sequence[Example]) -> float:
+    def shared_share(self, examples: Sequence[LabelledExample]) -> float:
         """The part of a prompt's characters that stands before the text, over all of `examples`."""
         return len(self.before) * len(examples) / sum(len(self.render(example.text)) for example in examples)
 
 
-def read_prompt(path: Path, name: str | None = None) -> Prompt:
+def read_prompt(path: Path, name: str | None = None) -> PromptTemplate:
     """Read a prompt file that holds `{mail}` exactly once. Raises BadWorkload otherwise."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -51,16 +51,16 @@ def read_prompt(path: Path, name: str | None = None) -> Prompt:
     if (count := text.count(PLACEHOLDER)) != 1:
         raise BadWorkload(f"prompt file {str(path)!r} must hold {PLACEHOLDER} exactly once, found {count} times")
     before, after = text.split(PLACEHOLDER)
-    return Prompt(name or path.stem, before, after.rstrip("\n"))
+    return PromptTemplate(name or path.stem, before, after.rstrip("\n"))
 
 
-def template_prompt(name: str, template: str) -> Prompt:
+def template_prompt(name: str, template: str) -> PromptTemplate:
     """A manifest's prompt template, which holds `{text}` exactly once."""
     before, _, after = template.partition("{text}")
-    return Prompt(name, before, after)
+    return PromptTemplate(name, before, after)
 
 
-def read_examples(path: Path) -> tuple[Example, ...]:
+def read_examples(path: Path) -> tuple[LabelledExample, ...]:
     """Read chat records (`{"messages": [user, assistant]}`, .jsonl or .jsonl.gz) in file order.
 
     The id is the record's, else its line number. Raises BadWorkload naming the line and what is wrong with it.
@@ -72,28 +72,30 @@ def read_examples(path: Path) -> tuple[Example, ...]:
     return tuple(_example(record, path) for record in records)
 
 
-def _example(record: ChatRecord, path: Path) -> Example:
+def _example(record: ChatRecord, path: Path) -> LabelledExample:
     if [message.role for message in record.prompt] != ["user"]:
         raise BadWorkload(
             f"examples {str(path)!r}, line {record.line}: expected one user message followed by one assistant message"
         )
-    return Example(record.id, record.prompt[0].content, record.answer)
+    return LabelledExample(record.id, record.prompt[0].content, record.answer)
 
 
-def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
+def labels_of(examples: Sequence[LabelledExample]) -> tuple[str, ...]:
     """The labels that occur, sorted."""
     return tuple(sorted({example.label for example in examples}))
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class DrawnExamples:
     """Which examples each concurrency level gets, and those that only warm the servers up. All different."""
 
-    levels: dict[int, tuple[Example, ...]]
-    warmup: tuple[Example, ...]
+    levels: dict[int, tuple[LabelledExample, ...]]
+    warmup: tuple[LabelledExample, ...]
 
 
-def draw(examples: Sequence[Example], concurrency: Sequence[int], per_level: int, warmup: int, seed: int) -> Draw:
+def draw(
+    examples: Sequence[LabelledExample], concurrency: Sequence[int], per_level: int, warmup: int, seed: int
+) -> DrawnExamples:
     """Draw `per_level` examples for each concurrency and `warmup` more, without replacement, the same for one seed.
 
     Raises BadWorkload when the examples do not suffice, or a level or text occurs twice.
@@ -112,4 +114,4 @@ def draw(examples: Sequence[Example], concurrency: Sequence[int], per_level: int
     random.Random(seed).shuffle(order)
     ends = range(per_level, per_level * len(concurrency) + 1, per_level)
     levels = {level: tuple(order[end - per_level : end]) for level, end in zip(concurrency, ends, strict=True)}
-    return Draw(levels, tuple(order[need - warmup : need]))
+    return DrawnExamples(levels, tuple(order[need - warmup : need]))

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from benchmarks.record import Noun
+from benchmarks.record import Record
 
-from .figures import Figures, Ratio, Row, ratio
+from .figures import OnlineRow, PeerFigures, RateRatio, ratio
 from .servers import BEST, CHOSEN
 from .tasks import (
     BURST,
@@ -22,7 +22,7 @@ from .tasks import (
     REPLY_ALONE,
 )
 
-Verdict = Literal["met", "missed", "not measured"]
+AimVerdict = Literal["met", "missed", "not measured"]
 PEER_WAYS = (CHAT, CONSTRAINED)
 LABEL_WAYS = (DECISIONS, CONSTRAINED)
 # The same work on both sides; decisions have no peer.
@@ -32,16 +32,16 @@ COMPARABLE = (
 )  # fmt: skip
 
 
-class Aim(Noun):
+class PeerAim(Record):
     """One line of the verdict. `wanted` is the bound in words, `found` what was measured, in words too."""
 
     name: str
     wanted: str
     found: str
-    verdict: Verdict
+    verdict: AimVerdict
 
 
-class Cast(Noun):
+class Contenders(Record):
     """The names of the servers that are compared: all of one column serve the very same file."""
 
     ours: str = f"{DESKSIDE}, {CHOSEN}"
@@ -54,9 +54,9 @@ class Cast(Noun):
     best_base: str = f"{LLAMA_SERVER} {BEST}, base Q4_K_M"
 
 
-def judge(figures: Figures) -> tuple[Aim, ...]:
+def judge(figures: PeerFigures) -> tuple[PeerAim, ...]:
     """Every aim in turn."""
-    cast = Cast()
+    cast = Contenders()
     ours = figures.fastest(LABEL, cast.ours, LABEL_WAYS)
     ours_any = max(
         (row for name in (cast.ours, cast.ours_f16) if (row := figures.fastest(LABEL, name, LABEL_WAYS))),
@@ -84,29 +84,29 @@ def judge(figures: Figures) -> tuple[Aim, ...]:
     )
 
 
-def _pair(figures: Figures, task: str, way: str, first: str, second: str) -> Ratio | None:
+def _pair(figures: PeerFigures, task: str, way: str, first: str, second: str) -> RateRatio | None:
     return ratio(figures.row(task, way, first), figures.row(task, way, second))
 
 
-def _how(first: Row | None, second: Row | None) -> str:
+def _how(first: OnlineRow | None, second: OnlineRow | None) -> str:
     return f" ({first.server.split(', ')[1]} {first.way} / {second.way})" if first and second else ""
 
 
-def _rates(name: str, least: float, found: Ratio | None) -> Aim:
+def _rates(name: str, least: float, found: RateRatio | None) -> PeerAim:
     wanted = f"≥ {least:g}"
     if found is None:
-        return Aim(name=name, wanted=wanted, found="–", verdict="not measured")
+        return PeerAim(name=name, wanted=wanted, found="–", verdict="not measured")
     shown = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
-    return Aim(name=name, wanted=wanted, found=shown, verdict="met" if found.value >= least else "missed")
+    return PeerAim(name=name, wanted=wanted, found=shown, verdict="met" if found.value >= least else "missed")
 
 
-def _offline(figures: Figures) -> Ratio | None:
+def _offline(figures: PeerFigures) -> RateRatio | None:
     first = max((r for r in figures.offline if r.server == DESKSIDE and r.rates), key=lambda r: r.rate, default=None)
     second = max((r for r in figures.offline if r.server != DESKSIDE and r.rates), key=lambda r: r.rate, default=None)
     return ratio(first, second)
 
 
-def _ttft(figures: Figures, cast: Cast, percent: int) -> Aim:
+def _ttft(figures: PeerFigures, cast: Contenders, percent: int) -> PeerAim:
     """The worst quotient over all comparable tasks: no worse anywhere means that this one is ≤ 1."""
     quotients = {}
     for task, way in COMPARABLE:
@@ -118,24 +118,24 @@ def _ttft(figures: Figures, cast: Cast, percent: int) -> Aim:
             quotients[f"{task}, {way}"] = first / second
     name, wanted = f"TTFT p{percent} over llama-server's, worst task", "≤ 1"
     if not quotients:
-        return Aim(name=name, wanted=wanted, found="–", verdict="not measured")
+        return PeerAim(name=name, wanted=wanted, found="–", verdict="not measured")
     worst = max(quotients, key=lambda task: quotients[task])
     above = sum(value > 1 for value in quotients.values())
     found = f"{quotients[worst]:.2f} ({worst}); above 1 in {above} of {len(quotients)}"
-    return Aim(name=name, wanted=wanted, found=found, verdict="missed" if above else "met")
+    return PeerAim(name=name, wanted=wanted, found=found, verdict="missed" if above else "met")
 
 
-def _ttft_ms(row: Row | None, percent: int) -> float | None:
+def _ttft_ms(row: OnlineRow | None, percent: int) -> float | None:
     return None if row is None else row.ttft_p50_ms if percent == 50 else row.ttft_p95_ms
 
 
-def _engine(figures: Figures) -> Aim:
+def _engine(figures: PeerFigures) -> PeerAim:
     """What the engine's own work beside llama_decode leaves of a bare loop's tokens/s."""
     name, wanted = "engine tokens/s over a bare llama_decode loop with the same batches, least task", "≥ 0.97"
     least = min(figures.bare, key=lambda row: row.ratio, default=None)
     if least is None:
-        return Aim(name=name, wanted=wanted, found="–", verdict="not measured")
-    return Aim(
+        return PeerAim(name=name, wanted=wanted, found="–", verdict="not measured")
+    return PeerAim(
         name=name,
         wanted=wanted,
         found=f"{least.ratio:.3f} [{min(least.ratios):.3f}, {max(least.ratios):.3f}] ({least.task})",
@@ -143,10 +143,10 @@ def _engine(figures: Figures) -> Aim:
     )
 
 
-def _hop(figures: Figures) -> Aim:
+def _hop(figures: PeerFigures) -> PeerAim:
     name, wanted = "HTTP and process, one client: round trip less engine step, ms", "≤ 5"
     if figures.hop_ms is None:
-        return Aim(name=name, wanted=wanted, found="–", verdict="not measured")
-    return Aim(
+        return PeerAim(name=name, wanted=wanted, found="–", verdict="not measured")
+    return PeerAim(
         name=name, wanted=wanted, found=f"{figures.hop_ms:.1f}", verdict="met" if figures.hop_ms <= 5 else "missed"
     )

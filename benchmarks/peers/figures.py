@@ -8,7 +8,7 @@ TTFT   first text chunk - scheduled send, over all repetitions
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks.record import Noun, Sample
+from benchmarks.record import Record, RequestSample
 from models.common.stats import quantile
 
 from .record import BarePass, OfflinePass, Pass, PeerRun
@@ -17,7 +17,7 @@ from .tasks import HOP, REPLY, REPLY_ALONE, REPLY_TOKENS
 STEP, DECODE = "deskside_step_seconds_total", "deskside_decode_seconds_total"
 
 
-class Ratio(Noun):
+class RateRatio(Record):
     """One rate over another: of the medians, and the range over the repetitions both have."""
 
     value: float
@@ -25,7 +25,7 @@ class Ratio(Noun):
     high: float
 
 
-class Row(Noun):
+class OnlineRow(Record):
     """One server at one task, asked in one way. `judged` answers have a right one; `wrong_length` is for replies."""
 
     task: str
@@ -49,7 +49,7 @@ class Row(Noun):
         return median(self.rates)
 
 
-class OfflineRow(Noun):
+class OfflineRow(Record):
     """One way of labelling a file: mails per second without start and load, one for each repetition."""
 
     server: str
@@ -65,7 +65,7 @@ class OfflineRow(Noun):
         return median(self.rates) if self.rates else 0.0
 
 
-class BareRow(Noun):
+class BareRow(Record):
     """The engine's tokens/s over those of a bare `llama_decode` loop with the same batches, one for each repetition."""
 
     task: str
@@ -78,27 +78,27 @@ class BareRow(Noun):
         return median(self.ratios)
 
 
-class Figures(Noun):
+class PeerFigures(Record):
     """All figures of a run. `hop_ms`: round trip less the engine's step, one client, one token; None: not counted."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[OnlineRow, ...]
     offline: tuple[OfflineRow, ...]
     hop_ms: float | None
     round_trip_ms: float | None
     bare: tuple[BareRow, ...] = ()
 
-    def row(self, task: str, way: str, server: str) -> Row | None:
+    def row(self, task: str, way: str, server: str) -> OnlineRow | None:
         """The row of that server, or None when it was not measured."""
         found = [row for row in self.rows if (row.task, row.way, row.server) == (task, way, server)]
         return found[0] if found else None
 
-    def fastest(self, task: str, server: str, ways: Sequence[str]) -> Row | None:
+    def fastest(self, task: str, server: str, ways: Sequence[str]) -> OnlineRow | None:
         """The server's fastest row among `ways`, or None."""
         rows = [row for way in ways if (row := self.row(task, way, server)) is not None]
         return max(rows, key=lambda row: row.rate, default=None)
 
 
-def figures_of(run: PeerRun) -> Figures:
+def figures_of(run: PeerRun) -> PeerFigures:
     """Every figure of the run."""
     groups: dict[tuple[str, str, str], list[Pass]] = {}
     for made in run.passes:
@@ -107,7 +107,7 @@ def figures_of(run: PeerRun) -> Figures:
     for part in run.offline:
         offline.setdefault((part.server, part.way), []).append(part)
     hops = [made for made in run.passes if made.task == HOP]
-    return Figures(
+    return PeerFigures(
         rows=tuple(_row(key, passes) for key, passes in groups.items()),
         offline=tuple(_offline_row(key, parts) for key, parts in offline.items()),
         hop_ms=_hop_ms(hops),
@@ -116,15 +116,15 @@ def figures_of(run: PeerRun) -> Figures:
     )
 
 
-def ratio(first: Row | OfflineRow | None, second: Row | OfflineRow | None) -> Ratio | None:
+def ratio(first: OnlineRow | OfflineRow | None, second: OnlineRow | OfflineRow | None) -> RateRatio | None:
     """The first's rate over the second's, or None when one of them has none."""
     if first is None or second is None or not first.rates or not second.rates or not min(second.rates) > 0:
         return None
     each = [a / b for a, b in zip(first.rates, second.rates, strict=False)]
-    return Ratio(value=first.rate / second.rate, low=min(each), high=max(each))
+    return RateRatio(value=first.rate / second.rate, low=min(each), high=max(each))
 
 
-def _row(key: tuple[str, str, str], passes: Sequence[Pass]) -> Row:
+def _row(key: tuple[str, str, str], passes: Sequence[Pass]) -> OnlineRow:
     task, way, server = key
     samples = [sample for made in passes for sample in made.samples]
     whole = _whole(samples)
@@ -132,7 +132,7 @@ def _row(key: tuple[str, str, str], passes: Sequence[Pass]) -> Row:
     tokens = [sample.prompt_tokens for sample in whole if sample.prompt_tokens is not None]
     judged = [sample for sample in samples if sample.label]
     is_reply = task in (REPLY, REPLY_ALONE)
-    return Row(
+    return OnlineRow(
         task=task,
         way=way,
         server=server,
@@ -168,18 +168,18 @@ def _bare_row(one: BarePass) -> BareRow:
     return BareRow(task=one.task, ratios=ratios, tokens_per_s=one.tokens / median(one.engine_s))
 
 
-def _whole(samples: Sequence[Sample]) -> list[Sample]:
+def _whole(samples: Sequence[RequestSample]) -> list[RequestSample]:
     return [sample for sample in samples if sample.error is None]
 
 
-def _rate(samples: Sequence[Sample]) -> float:
+def _rate(samples: Sequence[RequestSample]) -> float:
     if not samples:
         return 0.0
     wall_s = max(s.finished_s for s in samples) - min(s.scheduled_s for s in samples)
     return len(_whole(samples)) / wall_s if wall_s > 0 else 0.0
 
 
-def _e2e_ms(sample: Sample) -> float:
+def _e2e_ms(sample: RequestSample) -> float:
     return 1000 * (sample.finished_s - sample.scheduled_s)
 
 

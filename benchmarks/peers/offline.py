@@ -18,21 +18,22 @@ import httpx
 from benchmarks.errors import ServerFailed
 from benchmarks.load.model_file import ModelFile
 from benchmarks.load.servers import deskside_command, free_port, serve_command, serving
-from benchmarks.load.workload import Example
+from benchmarks.load.workload import LabelledExample
+from models.common.console import Progress
 
 from .record import BarePass, OfflinePass
-from .run import Comparison, Progress, Recorder, Slices
-from .servers import Files, end_tokens, script
+from .run import PeerRunFile, PeerWorkload, Slices
+from .servers import PeerFiles, end_tokens, script
 from .tasks import CHAT, CONSTRAINED, DECISIONS, DESKSIDE, LABEL, LABEL_TOKENS, REPLY, REPLY_TOKENS, asking
 
 CTRANSLATE2 = "ctranslate2 int8"
 BATCH = 16
 ARRIVAL, SORTED = "in order of arrival", "sorted by length"
-Label = Callable[[Sequence[Example]], list[str]]
+Label = Callable[[Sequence[LabelledExample]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenizedMails:
     """Each mail's prompt as token ids, and each label's ids back to its text."""
 
     prompts: dict[str, list[int]]
@@ -40,8 +41,8 @@ class Tokens:
 
 
 def run_offline(
-    files: Files, examples: Sequence[Example], threads: int, peers_python: Path, comparison: Comparison,
-    recorder: Recorder, progress: Progress,
+    files: PeerFiles, examples: Sequence[LabelledExample], threads: int, peers_python: Path, comparison: PeerWorkload,
+    recorder: PeerRunFile, progress: Progress,
 ) -> None:  # fmt: skip
     """Measure every way in turn, in reversed order with each repetition."""
     tokens = _tokens(files, examples, comparison.labels)
@@ -58,7 +59,7 @@ def run_offline(
             progress(what, len(examples), len(examples))
 
 
-def _timed(server: str, way: str, repetition: int, examples: Sequence[Example], label: Label) -> OfflinePass:
+def _timed(server: str, way: str, repetition: int, examples: Sequence[LabelledExample], label: Label) -> OfflinePass:
     answers: list[str] = []
     error: str | None = None
     walls = []
@@ -76,7 +77,7 @@ def _timed(server: str, way: str, repetition: int, examples: Sequence[Example], 
                        wall_s=walls[1], right=right, error=error)  # fmt: skip
 
 
-def batch_lines(examples: Sequence[Example], way: str, labels: Sequence[str]) -> str:
+def batch_lines(examples: Sequence[LabelledExample], way: str, labels: Sequence[str]) -> str:
     """The input of `deskside batch`: one line for each mail, asked as over HTTP."""
     asked = asking(LABEL, way, DESKSIDE, labels)
     assert asked is not None
@@ -93,7 +94,7 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def batch_answers(lines: str, examples: Sequence[Example]) -> list[str]:
+def batch_answers(lines: str, examples: Sequence[LabelledExample]) -> list[str]:
     """The labels in `deskside batch`'s output, in the order of `examples`. KeyError when one is missing."""
     bodies = {}
     for line in map(json.loads, lines.splitlines()):
@@ -103,8 +104,8 @@ def batch_answers(lines: str, examples: Sequence[Example]) -> list[str]:
     return [str(bodies[example.id]).strip() for example in examples]
 
 
-def _deskside_batch(files: Files, way: str, threads: int, labels: Sequence[str]) -> Label:
-    def label(examples: Sequence[Example]) -> list[str]:
+def _deskside_batch(files: PeerFiles, way: str, threads: int, labels: Sequence[str]) -> Label:
+    def label(examples: Sequence[LabelledExample]) -> list[str]:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "mails.jsonl", Path(folder) / "labels.jsonl"
             source.write_text(batch_lines(examples, way, labels), encoding="utf-8")
@@ -115,10 +116,10 @@ def _deskside_batch(files: Files, way: str, threads: int, labels: Sequence[str])
     return label
 
 
-def _ctranslate2(files: Files, way: str, threads: int, python: Path, tokens: Tokens) -> Label:
+def _ctranslate2(files: PeerFiles, way: str, threads: int, python: Path, tokens: TokenizedMails) -> Label:
     ends = [str(token) for token in end_tokens(files.tuned.path)]
 
-    def label(examples: Sequence[Example]) -> list[str]:
+    def label(examples: Sequence[LabelledExample]) -> list[str]:
         order = list(examples)
         if way == SORTED:
             order.sort(key=lambda example: len(tokens.prompts[example.id]))
@@ -135,7 +136,7 @@ def _run(command: Sequence[str], text: str | None = None) -> str:
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
 
 
-def _tokens(files: Files, examples: Sequence[Example], labels: Sequence[str]) -> Tokens:
+def _tokens(files: PeerFiles, examples: Sequence[LabelledExample], labels: Sequence[str]) -> TokenizedMails:
     """Asked of our own server: the template and the tokenizer are the model's."""
     port = free_port()
     with (
@@ -151,11 +152,11 @@ def _tokens(files: Files, examples: Sequence[Example], labels: Sequence[str]) ->
             body = {"messages": [_user(example.text)]}
             rendered = http.post("/apply-template", json=body).raise_for_status().json()["prompt"]
             prompts[example.id] = tokenize(rendered)
-        return Tokens(prompts, {tuple(tokenize(label)): label for label in labels})
+        return TokenizedMails(prompts, {tuple(tokenize(label)): label for label in labels})
 
 
 def run_bare(
-    file: ModelFile, slices: Slices, repetitions: int, threads: int, recorder: Recorder, progress: Progress
+    file: ModelFile, slices: Slices, repetitions: int, threads: int, recorder: PeerRunFile, progress: Progress
 ) -> None:
     """Measure labels and replies of 16 clients. Raises ServerFailed with the child's last words."""
     progress("engine beside a bare loop", 0, 1)

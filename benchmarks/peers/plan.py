@@ -10,18 +10,19 @@ from pathlib import Path
 
 from benchmarks.load.model_file import recipe_file
 from benchmarks.load.servers import deskside_command
-from benchmarks.load.workload import Example, Prompt, labels_of, read_examples, read_prompt
+from benchmarks.load.workload import LabelledExample, PromptTemplate, labels_of, read_examples, read_prompt
 from benchmarks.record import describe
+from models.common.console import Progress
 from models.store.store import Store
 
 from .offline import run_bare, run_offline
 from .record import PeerRun, PeerSettings
-from .run import Comparison, Progress, Recorder, Slices, Stage, run_stage
+from .run import PeerRunFile, PeerWorkload, Slices, Stage, run_stage
 from .servers import (
     BEST,
     RAM,
     SHIPPED,
-    Files,
+    PeerFiles,
     ServerPlan,
     deskside_plan,
     install_peers,
@@ -31,7 +32,7 @@ from .servers import (
     prepare_files,
     script,
 )
-from .tasks import BURST, FEW_SHOT, HOP, LABEL, LABEL_ALONE, REPLY, REPLY_ALONE, Task, deal, long_prompts, tasks
+from .tasks import BURST, FEW_SHOT, HOP, LABEL, LABEL_ALONE, REPLY, REPLY_ALONE, PeerTask, deal, long_prompts, tasks
 
 HOP_REQUESTS = 30
 
@@ -41,12 +42,12 @@ class _Material:
     """What the stages are made of."""
 
     settings: PeerSettings
-    files: Files
+    files: PeerFiles
     python: Path
     threads: int
     slices: Slices
-    warmup: Sequence[Example]
-    offline: Sequence[Example]
+    warmup: Sequence[LabelledExample]
+    offline: Sequence[LabelledExample]
 
 
 def compare_peers(settings: PeerSettings, progress: Progress) -> tuple[PeerRun, Path]:
@@ -60,7 +61,7 @@ def compare_peers(settings: PeerSettings, progress: Progress) -> tuple[PeerRun, 
     material = _Material(settings, files, python, threads, slices, warmup, offline)
     started = datetime.now(UTC)
     out = settings.out or Path("results") / f"peers-{started.strftime('%Y%m%dT%H%M%SZ')}.json"
-    comparison = Comparison(slices, tuned, settings.repetitions, out)
+    comparison = PeerWorkload(slices, tuned, settings.repetitions, out)
     run = PeerRun(
         started_at=started.isoformat(timespec="seconds"),
         machine=describe(),
@@ -72,7 +73,7 @@ def compare_peers(settings: PeerSettings, progress: Progress) -> tuple[PeerRun, 
         seed=settings.seed,
         examples="test and validation split of email-triage; long prompts and warm-up from its train split",
     )
-    recorder = Recorder(run, out)
+    recorder = PeerRunFile(run, out)
     wanted = settings.stages.split(",")
     for name, stage in _stages(material):
         if name in wanted:
@@ -85,7 +86,9 @@ def compare_peers(settings: PeerSettings, progress: Progress) -> tuple[PeerRun, 
     return recorder.run, out
 
 
-def _examples(settings: PeerSettings) -> tuple[tuple[str, ...], Slices, Sequence[Example], Sequence[Example]]:
+def _examples(
+    settings: PeerSettings,
+) -> tuple[tuple[str, ...], Slices, Sequence[LabelledExample], Sequence[LabelledExample]]:
     """The labels, what each pass is asked, the warm-up, and the offline file."""
     test, validation, train = (_split(name) for name in ("test", "validation", "train"))
     everything = tasks(settings.burst)
@@ -109,14 +112,14 @@ def _examples(settings: PeerSettings) -> tuple[tuple[str, ...], Slices, Sequence
     return labels_of(test), slices, train[-settings.warmup :], offline
 
 
-def _split(name: str) -> tuple[Example, ...]:
+def _split(name: str) -> tuple[LabelledExample, ...]:
     examples = read_examples(recipe_file("data", f"{name}.jsonl.gz"))
     return tuple(replace(example, id=f"{name}/{example.id}") for example in examples)
 
 
 def _deal(
-    pool: Sequence[Example], chosen: Sequence[Task], sizes: dict[str, int], repetitions: int, seed: int
-) -> dict[tuple[str, str], list[list[Example]]]:
+    pool: Sequence[LabelledExample], chosen: Sequence[PeerTask], sizes: dict[str, int], repetitions: int, seed: int
+) -> dict[tuple[str, str], list[list[LabelledExample]]]:
     counts = {task.name: (repetitions * len(task.ways), sizes[task.name]) for task in chosen}
     dealt = deal(pool, counts, seed)
     return {
@@ -136,7 +139,7 @@ def _stages(m: _Material) -> list[tuple[str, Stage]]:
     python, python_shipped = (llama_cpp_plan(files.tuned, threads, profile, m.python) for profile in (BEST, SHIPPED))
     everything = tasks(m.settings.burst)
 
-    def work(*rows: tuple[str, Sequence[ServerPlan]]) -> list[tuple[Task, frozenset[str]]]:
+    def work(*rows: tuple[str, Sequence[ServerPlan]]) -> list[tuple[PeerTask, frozenset[str]]]:
         return [(everything[name], frozenset(plan.name for plan in plans)) for name, plans in rows]
 
     tuned = work(
@@ -149,7 +152,7 @@ def _stages(m: _Material) -> list[tuple[str, Stage]]:
     base = [deskside_plan(files.base, threads)]
     base += [llama_server_plan(files.base, threads, profile, m.python) for profile in (BEST, SHIPPED)]
     prompt = read_prompt(recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
-    bare = Prompt("bare mail")
+    bare = PromptTemplate("bare mail")
     fine_tune = Stage((ours, best, f16, ours_q4, q4, ram, shipped, python, python_shipped), tuned, bare, m.warmup)
     return [
         ("fine-tune", fine_tune),

@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from benchmarks.record import Machine, Noun, Sample, load_noun, save_json
+from benchmarks.record import MachineRecord, Record, RequestSample, load_record, save_json
 
 
-class Server(Noun):
+class Server(Record):
     """One server that was measured."""
 
     name: str
@@ -20,7 +20,7 @@ class Server(Noun):
     start_s: float | None = None
 
 
-class Pass(Noun):
+class Pass(Record):
     """One server answering one slice of a task once. `counters`: what its own counters grew by, by metric name."""
 
     task: str
@@ -30,10 +30,10 @@ class Pass(Noun):
     users: int
     load_before: float | None = None
     counters: dict[str, float] = Field(default_factory=dict)
-    samples: tuple[Sample, ...]
+    samples: tuple[RequestSample, ...]
 
 
-class OfflinePass(Noun):
+class OfflinePass(Record):
     """One file of mails labelled by one process: seconds for all of them, and for a file of one (start and load)."""
 
     way: str
@@ -46,7 +46,7 @@ class OfflinePass(Noun):
     error: str | None = None
 
 
-class BarePass(Noun):
+class BarePass(Record):
     """The engine at one task, and the same batches decoded by a bare loop: seconds of each, by repetition."""
 
     task: str
@@ -56,13 +56,13 @@ class BarePass(Noun):
     bare_s: tuple[float, ...]
 
 
-class PeerRun(Noun):
+class PeerRun(Record):
     """One run of `deskside bench peers`."""
 
     schema_version: Literal[1] = 1
     started_at: str
     finished_at: str | None = None
-    machine: Machine
+    machine: MachineRecord
     peers: dict[str, str]
     builds: dict[str, str]
     threads: int
@@ -83,14 +83,14 @@ def save_peer_run(path: Path, run: PeerRun) -> None:
 
 def load_peer_run(path: Path) -> PeerRun:
     """Read a run's file. Raises BadRecord naming the file and the first field that is wrong."""
-    return load_noun(path, PeerRun, "is not a comparison with peers")
+    return load_record(path, PeerRun, "is not a comparison with peers")
 
 
 QUICK = {"repetitions": 2, "requests": 16, "reply_requests": 8, "burst": 24, "alone": 4, "offline": 32}
 STAGES = ("fine-tune", "base", "cold", "offline", "bare")
 
 
-class PeerSettings(Noun):
+class PeerSettings(Record):
     """What a comparison can be told. `quick` changes the defaults that make it long."""
 
     repetitions: int = Field(

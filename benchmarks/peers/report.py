@@ -3,8 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -12,17 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from models.common.console import show_progress
-from models.common.options import with_options
+from models.common.options import JsonOption, ReportOption, with_options
 
-from .aims import Aim
-from .figures import Figures, OfflineRow, Row, ratio
+from .aims import PeerAim
+from .figures import OfflineRow, OnlineRow, PeerFigures, ratio
 from .record import PeerRun, PeerSettings
 from .tasks import DESKSIDE
 
 COLUMNS = ("n", "errors", "req/s", "range", "ours / it", "TTFT p50 ms", "p95", "E2E p50 ms", "right")
 
 
-def render_peers(run: PeerRun, figures: Figures, aims: Sequence[Aim], console: Console) -> None:
+def render_peers(run: PeerRun, figures: PeerFigures, aims: Sequence[PeerAim], console: Console) -> None:
     """Print where and what, every row, the aims, and how to read it."""
     for line in _heading(run):
         console.print(Text(line))
@@ -43,7 +42,7 @@ def _heading(run: PeerRun) -> Iterator[str]:
         yield "--quick: few requests; it shows that everything works and measures nothing well"
 
 
-def _online_table(figures: Figures) -> Table:
+def _online_table(figures: PeerFigures) -> Table:
     table = Table(title="Requests per second and latency", title_justify="left")
     table.add_column("task, way", overflow="fold")
     table.add_column("server", overflow="fold")
@@ -59,7 +58,7 @@ def _online_table(figures: Figures) -> Table:
     return table
 
 
-def _cells(row: Row, ours: Row | None) -> Iterator[str]:
+def _cells(row: OnlineRow, ours: OnlineRow | None) -> Iterator[str]:
     yield str(row.requests)
     yield str(row.errors)
     yield f"{row.rate:.2f}"
@@ -71,7 +70,7 @@ def _cells(row: Row, ours: Row | None) -> Iterator[str]:
     yield f"{row.right} of {row.judged}" if row.judged else _lengths(row)
 
 
-def _lengths(row: Row) -> str:
+def _lengths(row: OnlineRow) -> str:
     return f"{row.wrong_length} of wrong length" if row.wrong_length else ""
 
 
@@ -89,7 +88,7 @@ def _offline_table(rows: Sequence[OfflineRow]) -> Table:
     return table
 
 
-def _aims_table(aims: Sequence[Aim]) -> Table:
+def _aims_table(aims: Sequence[PeerAim]) -> Table:
     table = Table(title="Aims", title_justify="left")
     for name in ("aim", "wanted", "found", "verdict"):
         table.add_column(name, overflow="fold")
@@ -98,7 +97,7 @@ def _aims_table(aims: Sequence[Aim]) -> Table:
     return table
 
 
-def _notes(run: PeerRun, figures: Figures) -> Iterator[str]:
+def _notes(run: PeerRun, figures: PeerFigures) -> Iterator[str]:
     for name, build in run.builds.items():
         yield f"{name}: {build}"
     yield (
@@ -133,12 +132,10 @@ if TYPE_CHECKING:
     from .record import PeerRun
 
 SOME_FAILED = 3
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-_Again = Annotated[Path | None, typer.Option("--report", help="Show this run's file again instead of measuring.")]
 
 
 @with_options(settings=PeerSettings)
-def peers_command(settings: PeerSettings, as_json: _Json = False, report: _Again = None) -> None:
+def peers_command(settings: PeerSettings, as_json: JsonOption = False, report: ReportOption = None) -> None:
     """Measure Deskside beside llama-server, llama_cpp.server and CTranslate2, with the same files and threads."""
     from .plan import compare_peers
     from .record import load_peer_run

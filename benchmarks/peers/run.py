@@ -6,7 +6,7 @@ whatever else the machine does in those minutes meets all of them alike. A cold 
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,16 @@ import httpx
 from benchmarks.errors import ServerFailed
 from benchmarks.load.client import OpenAiClient
 from benchmarks.load.loop import closed_loop
-from benchmarks.load.servers import Running, read_counters
-from benchmarks.load.workload import Example, Prompt
-from benchmarks.record import Sample, load_average
+from benchmarks.load.servers import RunningServer, read_counters
+from benchmarks.load.workload import LabelledExample, PromptTemplate
+from benchmarks.record import RequestSample, load_average
+from models.common.console import Progress
 
 from .record import Pass, PeerRun, Server, save_peer_run
 from .servers import ServerPlan
-from .tasks import DESKSIDE, FEW_SHOT, HOP, LABEL, Task, asking
+from .tasks import DESKSIDE, FEW_SHOT, HOP, LABEL, PeerTask, asking
 
-Progress = Callable[[str, int, int], None]
-Slices = Mapping[tuple[str, str], Sequence[Sequence[Example]]]
+Slices = Mapping[tuple[str, str], Sequence[Sequence[LabelledExample]]]
 SLOW_SHARE = 3
 TIMEOUT_S = 1800.0
 # A burst of 200 keeps llama-server busy for eleven minutes, and is long enough to be steady.
@@ -38,14 +38,14 @@ class Stage:
     """Servers that are up together. `work`: each task, with the names of the servers that take part in it."""
 
     servers: Sequence[ServerPlan]
-    work: Sequence[tuple[Task, frozenset[str]]]
-    prompt: Prompt
-    warmup: Sequence[Example]
+    work: Sequence[tuple[PeerTask, frozenset[str]]]
+    prompt: PromptTemplate
+    warmup: Sequence[LabelledExample]
     cold: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PeerWorkload:
     """What a comparison needs beside its stages. `slices[task, way][repetition]` is what every server is asked."""
 
     slices: Slices
@@ -59,7 +59,7 @@ class Comparison:
         return self.out.with_suffix(".logs")
 
 
-class Recorder:
+class PeerRunFile:
     """The run so far; every change is on disk before the next pass begins."""
 
     def __init__(self, run: PeerRun, out: Path) -> None:
@@ -74,11 +74,11 @@ class Recorder:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class PlannedPass:
     """One pass to come: which server answers which task, asked how, for the how-manieth time."""
 
     repetition: int
-    task: Task
+    task: PeerTask
     way: str
     plan: ServerPlan
 
@@ -86,11 +86,11 @@ class Turn:
         return f"{self.task.name}, {self.way}: {self.plan.name}, repetition {self.repetition + 1}"
 
 
-def run_stage(stage: Stage, comparison: Comparison, recorder: Recorder, progress: Progress) -> None:
+def run_stage(stage: Stage, comparison: PeerWorkload, recorder: PeerRunFile, progress: Progress) -> None:
     """Measure every task of the stage. Raises ServerFailed when a server does not start or fails its warm-up."""
     comparison.logs.mkdir(parents=True, exist_ok=True)
     if stage.cold:
-        for turn in turns(stage, comparison):
+        for turn in planned_passes(stage, comparison):
             with _started(turn.plan, comparison.logs, recorder) as running:
                 _measure(turn, running.base_url, stage, comparison, recorder, progress)
         return
@@ -100,11 +100,11 @@ def run_stage(stage: Stage, comparison: Comparison, recorder: Recorder, progress
             progress(f"{plan.name}: starting and warming up", 0, 1)
             addresses[plan.name] = stack.enter_context(_started(plan, comparison.logs, recorder)).base_url
             _warm_up(stage, plan, addresses[plan.name], comparison.labels)
-        for turn in turns(stage, comparison):
+        for turn in planned_passes(stage, comparison):
             _measure(turn, addresses[turn.plan.name], stage, comparison, recorder, progress)
 
 
-def turns(stage: Stage, comparison: Comparison) -> Iterator[Turn]:
+def planned_passes(stage: Stage, comparison: PeerWorkload) -> Iterator[PlannedPass]:
     """Every pass of a stage in its order: repetition by repetition, task by task, the servers to and fro."""
     repetitions = min(comparison.repetitions, COLD_REPETITIONS) if stage.cold else comparison.repetitions
     for repetition in range(repetitions):
@@ -114,11 +114,11 @@ def turns(stage: Stage, comparison: Comparison) -> Iterator[Turn]:
                 for plan in order:
                     takes_part = plan.name in names and not (plan.once and repetition)
                     if takes_part and asking(task.name, way, plan.peer, comparison.labels):
-                        yield Turn(repetition, task, way, plan)
+                        yield PlannedPass(repetition, task, way, plan)
 
 
 @contextmanager
-def _started(plan: ServerPlan, logs: Path, recorder: Recorder) -> Iterator[Running]:
+def _started(plan: ServerPlan, logs: Path, recorder: PeerRunFile) -> Iterator[RunningServer]:
     log = logs / f"{len(recorder.run.servers):02d} {plan.name}.log"
     with plan.start(log) as running:
         facts: Server = plan.facts.model_copy(update={"start_s": running.start_s})
@@ -131,14 +131,14 @@ def _warm_up(stage: Stage, plan: ServerPlan, address: str, labels: Sequence[str]
     tasks = [task for task, names in stage.work if plan.name in names and task.name in (LABEL, FEW_SHOT)]
     for task in tasks:
         for way in task.ways:
-            turn = Turn(0, task, way, plan)
+            turn = PlannedPass(0, task, way, plan)
             samples = asyncio.run(_ask_all(turn, address, stage.prompt, stage.warmup, labels))
             if samples and all(sample.error for sample in samples):
                 raise ServerFailed(f"{turn}: the warm-up failed: {samples[0].error}")
 
 
 def _measure(
-    turn: Turn, address: str, stage: Stage, comparison: Comparison, recorder: Recorder, progress: Progress
+    turn: PlannedPass, address: str, stage: Stage, comparison: PeerWorkload, recorder: PeerRunFile, progress: Progress
 ) -> None:
     examples = comparison.slices[turn.task.name, turn.way][turn.repetition]
     if turn.plan.slow:
@@ -162,8 +162,8 @@ def _measure(
 
 
 async def _ask_all(
-    turn: Turn, address: str, prompt: Prompt, examples: Sequence[Example], labels: Sequence[str]
-) -> tuple[Sample, ...]:
+    turn: PlannedPass, address: str, prompt: PromptTemplate, examples: Sequence[LabelledExample], labels: Sequence[str]
+) -> tuple[RequestSample, ...]:
     asked = asking(turn.task.name, turn.way, turn.plan.peer, labels, turn.plan.ends)
     if asked is None:
         return ()
@@ -180,7 +180,7 @@ async def _ask_all(
     )
     send = {"chat": client.chat, "completions": client.complete, "decisions": client.decide}[endpoint]
 
-    async def ask(example: Example, scheduled: float) -> Sample:
+    async def ask(example: LabelledExample, scheduled: float) -> RequestSample:
         return await send(example, prompt.render(example.text), scheduled, **fields)
 
     try:

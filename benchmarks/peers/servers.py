@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.errors import ServerFailed
 from benchmarks.load.model_file import BASE, RECIPE, ModelFile, converted, model_file, run_to_end
-from benchmarks.load.servers import Running, free_port, serve_command, serving
+from benchmarks.load.servers import RunningServer, free_port, serve_command, serving
 from models.common.files import sha256_file
 from models.gguf.header import read_meta
 from models.store.store import Store
@@ -45,7 +45,7 @@ _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class PeerFiles:
     """Every file that is served. `tuned` is the installed fine-tune: the one that all servers share."""
 
     tuned: ModelFile
@@ -55,7 +55,7 @@ class Files:
     ctranslate2: Path
 
 
-def prepare_files(store: Store, folder: Path, peers_python: Path) -> Files:
+def prepare_files(store: Store, folder: Path, peers_python: Path) -> PeerFiles:
     """Find or make the files. Raises ModelNotFound, BadManifest, or ServerFailed when a conversion fails."""
     tuned = replace(model_file(store.get(RECIPE)), title=CHOSEN)
     base = model_file(store.get(BASE), "base ")
@@ -70,7 +70,7 @@ def prepare_files(store: Store, folder: Path, peers_python: Path) -> Files:
         run_to_end(
             [str(peers_python), "-P", script("run_ctranslate2.py"), "convert", str(tuned.path), str(ctranslate2)], {}
         )
-    return Files(tuned, made["F16"], made["Q4_K_M"], base, ctranslate2)
+    return PeerFiles(tuned, made["F16"], made["Q4_K_M"], base, ctranslate2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class ServerPlan:
 
     facts: Server
     peer: str
-    start: Callable[[Path], AbstractContextManager[Running]]
+    start: Callable[[Path], AbstractContextManager[RunningServer]]
     slow: bool = False
     once: bool = False
     ends: tuple[int, ...] = ()
@@ -100,7 +100,7 @@ def script(name: str) -> str:
 def deskside_plan(file: ModelFile, threads: int) -> ServerPlan:
     """`deskside serve`: there is one configuration, the default."""
 
-    def start(log: Path) -> AbstractContextManager[Running]:
+    def start(log: Path) -> AbstractContextManager[RunningServer]:
         port = free_port()
         command = serve_command(str(file.folder), port, ["--threads", str(threads)])
         return serving(command, port, log_file=log)
@@ -111,7 +111,7 @@ def deskside_plan(file: ModelFile, threads: int) -> ServerPlan:
 def llama_server_plan(file: ModelFile, threads: int, profile: str, python: Path) -> ServerPlan:
     """llama-server out of the `xllamacpp` wheel, in one of LLAMA_SERVER_SETTINGS."""
 
-    def start(log: Path) -> AbstractContextManager[Running]:
+    def start(log: Path) -> AbstractContextManager[RunningServer]:
         port = free_port()
         arguments = [str(file.path), str(port), str(threads), LLAMA_SERVER_PROFILES[profile]]
         return serving([str(python), "-P", script("serve_xllamacpp.py"), *arguments], port, log_file=log)
@@ -123,7 +123,7 @@ def llama_server_plan(file: ModelFile, threads: int, profile: str, python: Path)
 def llama_cpp_plan(file: ModelFile, threads: int, profile: str, python: Path) -> ServerPlan:
     """llama-cpp-python's own server on Deskside's compiled llama.cpp. It answers one request at a time."""
 
-    def start(log: Path) -> AbstractContextManager[Running]:
+    def start(log: Path) -> AbstractContextManager[RunningServer]:
         port = free_port()
         shared = ["--host", "127.0.0.1", "--port", str(port), "--model", str(file.path)]
         shared += ["--n_threads", str(threads), "--n_threads_batch", str(threads)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from benchmarks.errors import BadWorkload
-from benchmarks.load.workload import Example
+from benchmarks.load.workload import LabelledExample
 
 Endpoint = Literal["chat", "completions", "decisions"]
 DESKSIDE, LLAMA_SERVER, LLAMA_CPP_SERVER = "deskside", "llama-server", "llama_cpp.server"
@@ -26,7 +26,7 @@ CHAT, CONSTRAINED, DECISIONS, COMPLETION = "chat", "constrained", "decisions", "
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class PeerTask:
     """One workload: who many users ask at a time, and the ways in which the same thing can be asked."""
 
     name: str
@@ -34,16 +34,16 @@ class Task:
     ways: tuple[str, ...]
 
 
-def tasks(burst: int) -> dict[str, Task]:
+def tasks(burst: int) -> dict[str, PeerTask]:
     """All workloads by name; the burst's users all send at once."""
     made = (
-        Task(LABEL, 16, (CHAT, CONSTRAINED, DECISIONS)),
-        Task(REPLY, 16, (CHAT,)),
-        Task(LABEL_ALONE, 1, (CHAT, CONSTRAINED, DECISIONS)),
-        Task(REPLY_ALONE, 1, (CHAT,)),
-        Task(HOP, 1, (CHAT,)),
-        Task(FEW_SHOT, 16, (COMPLETION,)),
-        Task(BURST, burst, (COMPLETION,)),
+        PeerTask(LABEL, 16, (CHAT, CONSTRAINED, DECISIONS)),
+        PeerTask(REPLY, 16, (CHAT,)),
+        PeerTask(LABEL_ALONE, 1, (CHAT, CONSTRAINED, DECISIONS)),
+        PeerTask(REPLY_ALONE, 1, (CHAT,)),
+        PeerTask(HOP, 1, (CHAT,)),
+        PeerTask(FEW_SHOT, 16, (COMPLETION,)),
+        PeerTask(BURST, burst, (COMPLETION,)),
     )
     return {task.name: task for task in made}
 
@@ -83,7 +83,9 @@ def gbnf(labels: Sequence[str]) -> str:
     return "root ::= " + " | ".join('"' + label.replace("\\", "\\\\").replace('"', '\\"') + '"' for label in labels)
 
 
-def deal(pool: Sequence[Example], counts: Mapping[str, tuple[int, int]], seed: int) -> dict[str, list[list[Example]]]:
+def deal(
+    pool: Sequence[LabelledExample], counts: Mapping[str, tuple[int, int]], seed: int
+) -> dict[str, list[list[LabelledExample]]]:
     """{name: (slices, size)} -> disjoint slices; those of one name have nearly the same lengths.
 
     Raises BadWorkload when the pool does not suffice.
@@ -93,7 +95,7 @@ def deal(pool: Sequence[Example], counts: Mapping[str, tuple[int, int]], seed: i
         raise BadWorkload(f"the workloads need {need} different texts, there are {len(pool)}: ask for fewer requests")
     chance = random.Random(seed)
     order = chance.sample(list(pool), len(pool))
-    dealt: dict[str, list[list[Example]]] = {}
+    dealt: dict[str, list[list[LabelledExample]]] = {}
     for name, (slices, size) in counts.items():
         mine, order = order[: slices * size], order[slices * size :]
         mine.sort(key=lambda example: len(example.text))
@@ -102,13 +104,13 @@ def deal(pool: Sequence[Example], counts: Mapping[str, tuple[int, int]], seed: i
     return dealt
 
 
-def long_prompts(examples: Sequence[Example], chars: int = REPLY_CHARS) -> tuple[Example, ...]:
+def long_prompts(examples: Sequence[LabelledExample], chars: int = REPLY_CHARS) -> tuple[LabelledExample, ...]:
     """Prompts of `chars` characters (Gemma: about 300 tokens), each of other mails; they have no right answer."""
-    prompts: list[Example] = []
+    prompts: list[LabelledExample] = []
     text = ""
     for example in examples:
         text += f"{example.text}\n\n"
         if len(text) >= chars:
-            prompts.append(Example(f"long-{len(prompts)}", text[:chars], ""))
+            prompts.append(LabelledExample(f"long-{len(prompts)}", text[:chars], ""))
             text = ""
     return tuple(prompts)

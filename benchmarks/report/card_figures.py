@@ -18,20 +18,20 @@ import tomli_w
 from benchmarks.comparison.arms import base_arm, fine_tune_arm
 from benchmarks.comparison.evaluate import (
     Evaluation,
+    EvaluationTask,
     Prediction,
-    Progress,
-    Task,
     evaluate,
     load_evaluation,
     predictions_of,
     save_evaluation,
     score_evaluation,
 )
-from benchmarks.comparison.scoring import Score, compare
+from benchmarks.comparison.scoring import ClassificationScore, compare
 from benchmarks.load.model_file import recipe_file
-from benchmarks.load.workload import Prompt, labels_of, read_examples, read_prompt
+from benchmarks.load.workload import PromptTemplate, labels_of, read_examples, read_prompt
 from benchmarks.record import save_json
 from models.card.card import render_quality
+from models.common.console import Progress
 from models.common.files import write_atomic
 from models.common.stats import Interval
 from models.manifest import Quality
@@ -80,10 +80,10 @@ def measure(results: Path, store: Store, progress: Progress) -> dict[str, Evalua
     for shots in ("zero_shot", "few_shot"):
         arm = base_arm(store.resolve("gemma-3-270m"), read_prompt(recipe_file("prompts", f"{shots}.txt")), None)
         written, scored = results / f"base_{shots}.json", results / f"base_{shots}_scored.json"
-        found[written.stem] = evaluate(Task(arm, TEST, CONCURRENCY, written), progress)
-        found[scored.stem] = evaluate(Task(arm, TEST, CONCURRENCY_SCORED, scored, "labels scored"), progress)
-    served = fine_tune_arm(store.resolve("email-triage"), Prompt("short"), None)
-    found["as_served"] = evaluate(Task(served, TEST, CONCURRENCY, results / "as_served.json"), progress)
+        found[written.stem] = evaluate(EvaluationTask(arm, TEST, CONCURRENCY, written), progress)
+        found[scored.stem] = evaluate(EvaluationTask(arm, TEST, CONCURRENCY_SCORED, scored, "labels scored"), progress)
+    served = fine_tune_arm(store.resolve("email-triage"), PromptTemplate("short"), None)
+    found["as_served"] = evaluate(EvaluationTask(served, TEST, CONCURRENCY, results / "as_served.json"), progress)
     for name in MADE_ELSEWHERE:
         if (file := results / f"{name}.json").exists():
             found[name] = load_evaluation(file)
@@ -130,12 +130,12 @@ def _comparisons(found: Mapping[str, Evaluation]) -> Iterator[str]:
             )
 
 
-def figures(scores: Mapping[str, Score]) -> dict[str, object]:
+def figures(scores: Mapping[str, ClassificationScore]) -> dict[str, object]:
     """All scores as plain values, for a file."""
     return {name: {"what": NAMES[name], **asdict(score)} for name, score in scores.items()}
 
 
-def quality(scores: Mapping[str, Score]) -> str:
+def quality(scores: Mapping[str, ClassificationScore]) -> str:
     """The same accuracies as the `[[quality]]` entries of a model.toml."""
     entries = [
         Quality(

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.figures import samples_of
-from benchmarks.comparison.scoring import OTHER, Score
+from benchmarks.comparison.scoring import OTHER, ClassificationScore
 from benchmarks.errors import ExtraMissing
-from benchmarks.record import Run
+from benchmarks.record import BenchRun
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -20,7 +20,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def confusion_picture(score: Score, title: str, path: Path) -> None:
+def confusion_picture(score: ClassificationScore, title: str, path: Path) -> None:
     """Draw the confusion matrix to a PNG: counts as text, each row shaded by its share."""
     figure, axes = _figure(8.0, 6.6)
     columns = (*score.labels, OTHER) if any(row[-1] for row in score.confusion) else score.labels
@@ -39,7 +39,7 @@ def confusion_picture(score: Score, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def latency_picture(run: Run, path: Path) -> None:
+def latency_picture(run: BenchRun, path: Path) -> None:
     """Draw each arm's end-to-end latency distribution at the lowest concurrency to a PNG."""
     figure, axes = _figure(8.0, 4.5)
     users = min(run.workload.concurrency)

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.comparison.figures import Accuracy, ArmFigures, LevelFigures, Spread, Statistics
-from benchmarks.comparison.scoring import OTHER, Score
+from benchmarks.comparison.scoring import OTHER, ClassificationScore
 from benchmarks.cost import Bill, Offer
-from benchmarks.record import Arm, Run
+from benchmarks.record import Arm, BenchRun
 
 NEVER = "never"
 SPEED_COLUMNS = (
@@ -21,7 +21,7 @@ SPEED_COLUMNS = (
 )
 
 
-def render(run: Run, statistics: Statistics, bill: Bill | None, console: Console) -> None:
+def render(run: BenchRun, statistics: Statistics, bill: Bill | None, console: Console) -> None:
     """Print the run: where and what, the latency table, accuracy, cost, and what to be careful about."""
     for line in _heading(run):
         console.print(Text(line))
@@ -38,7 +38,7 @@ def render(run: Run, statistics: Statistics, bill: Bill | None, console: Console
         console.print(Text(f"warning: {warning}"))
 
 
-def _heading(run: Run) -> Iterator[str]:
+def _heading(run: BenchRun) -> Iterator[str]:
     machine, work = run.machine, run.workload
     memory = f", {machine.memory_bytes / 2**30:.0f} GiB" if machine.memory_bytes else ""
     yield f"{machine.cpu}, {machine.logical_cores} logical cores{memory}; {machine.system}; {run.started_at}"
@@ -48,7 +48,7 @@ def _heading(run: Run) -> Iterator[str]:
     )
 
 
-def speed_table(run: Run, statistics: Statistics) -> Table:
+def speed_table(run: BenchRun, statistics: Statistics) -> Table:
     """One row for each arm and concurrency; p50 with its 95 % interval, p90 where there are requests enough."""
     table = Table(title="Latency and throughput", title_justify="left")
     table.add_column("arm", min_width=16, overflow="fold")
@@ -186,7 +186,7 @@ def _months(offer: Offer) -> str:
     return f"{months:,.1f} months" if months < 24 else f"{months / 12:,.0f} years"
 
 
-def notes(run: Run, statistics: Statistics) -> Iterator[str]:
+def notes(run: BenchRun, statistics: Statistics) -> Iterator[str]:
     """How to read the tables: sources, definitions, what is not there and why."""
     for arm, figures in zip(run.arms, statistics.arms, strict=True):
         yield f"{arm.name}: {arm.source}{_start(arm)}{_cached(figures)}"
@@ -207,7 +207,7 @@ def _cached(figures: ArmFigures) -> str:
     return f"; {100 * sum(shares) / len(shares):.0f} % of prompt tokens were shared prefix" if shares else ""
 
 
-def render_score(model: str, score: Score, console: Console | None = None) -> None:
+def render_score(model: str, score: ClassificationScore, console: Console | None = None) -> None:
     """Print accuracy and macro-F1 with their intervals, and one row a label."""
     console = console or Console(soft_wrap=True)
     accuracy, macro = score.accuracy, score.macro_f1
@@ -227,7 +227,7 @@ def render_score(model: str, score: Score, console: Console | None = None) -> No
     console.print(table)
 
 
-def _confused(score: Score, index: int) -> str:
+def _confused(score: ClassificationScore, index: int) -> str:
     others = [(n, i) for i, n in enumerate(score.confusion[index]) if i != index and n]
     if not others:
         return "–"

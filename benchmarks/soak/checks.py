@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.load.process_memory import PROC, children, resident_bytes
-from benchmarks.record import Machine, Noun
+from benchmarks.record import MachineRecord, Record
 
-from .client import Outcome
+from .client import RequestOutcome
 
 ENGINE_BYTES = 64 << 20
 
 
-class Memory(Noun):
+class Memory(Record):
     """Resident bytes at a moment: of the server's process, and of its largest child (0 without one)."""
 
     at_s: float
@@ -56,7 +56,7 @@ RECOVERY_S = 30.0
 LEAST_SAMPLES = 6
 
 
-class Kill(Noun):
+class Kill(Record):
     """A kill -9 of the engine: when, whom, and seconds until /health was ready again (None: never)."""
 
     at_s: float
@@ -64,11 +64,11 @@ class Kill(Noun):
     ready_after_s: float | None
 
 
-class SoakRun(Noun):
+class SoakRun(Record):
     """One soak. `gauges` are the server's own after the load; `canaries` the answers to one fixed request."""
 
     started_at: str
-    machine: Machine
+    machine: MachineRecord
     model: str
     minutes: float
     seed: int
@@ -76,7 +76,7 @@ class SoakRun(Noun):
     capacity: int
     wanted_kills: int
     load_s: float
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[RequestOutcome, ...]
     kills: tuple[Kill, ...]
     memory: tuple[Memory, ...]
     canaries: tuple[str, ...]
@@ -84,7 +84,7 @@ class SoakRun(Noun):
     ready_at_end: bool
 
 
-class Check(Noun):
+class SoakCheck(Record):
     """One line of the verdict; `passed` None: could not be checked here, and `found` says why."""
 
     name: str
@@ -92,47 +92,47 @@ class Check(Noun):
     passed: bool | None
 
 
-def check(run: SoakRun) -> tuple[Check, ...]:
+def check(run: SoakRun) -> tuple[SoakCheck, ...]:
     """Every check in turn."""
     return (_terminal(run), _failures(run), _refusals(run), _canary(run), *_memory(run), _kills(run), *_end(run))
 
 
-def _terminal(run: SoakRun) -> Check:
+def _terminal(run: SoakRun) -> SoakCheck:
     broken = [outcome for outcome in run.outcomes if outcome.end == "broken"]
     counts = Counter(outcome.end for outcome in run.outcomes)
     found = f"{len(run.outcomes)} requests: " + ", ".join(f"{n} {end}" for end, n in sorted(counts.items()))
     if broken:
         found += f"; first: {broken[0].kind} at {broken[0].started_s:.0f} s: {broken[0].detail}"
-    return Check(name="every request ended exactly once", found=found, passed=bool(run.outcomes) and not broken)
+    return SoakCheck(name="every request ended exactly once", found=found, passed=bool(run.outcomes) and not broken)
 
 
-def _failures(run: SoakRun) -> Check:
+def _failures(run: SoakRun) -> SoakCheck:
     """An accepted request may fail only if the engine was killed, or was coming back, while it ran."""
     failed = [outcome for outcome in run.outcomes if outcome.end == "failed"]
     stray = [outcome for outcome in failed if not any(_overlap(outcome, kill) for kill in run.kills)]
     found = f"{len(failed)} failed, {len(stray)} of them away from a kill"
     if stray:
         found += f"; first: {stray[0].kind} at {stray[0].started_s:.0f} s: {stray[0].detail}"
-    return Check(name="requests fail only around a kill", found=found, passed=not stray)
+    return SoakCheck(name="requests fail only around a kill", found=found, passed=not stray)
 
 
-def _overlap(outcome: Outcome, kill: Kill) -> bool:
+def _overlap(outcome: RequestOutcome, kill: Kill) -> bool:
     return outcome.started_s <= kill.at_s + RECOVERY_S and outcome.ended_s >= kill.at_s
 
 
-def _refusals(run: SoakRun) -> Check:
+def _refusals(run: SoakRun) -> SoakCheck:
     refused = sum(outcome.end == "refused" for outcome in run.outcomes)
     found = f"{refused} refused with 429 by {run.clients} clients at a capacity of {run.capacity}"
-    return Check(name="the overload was real: some requests met a full queue", found=found, passed=refused > 0)
+    return SoakCheck(name="the overload was real: some requests met a full queue", found=found, passed=refused > 0)
 
 
-def _canary(run: SoakRun) -> Check:
+def _canary(run: SoakRun) -> SoakCheck:
     different = sorted(set(run.canaries))
     found = f"{len(run.canaries)} answers, {len(different)} different: {', '.join(map(repr, different[:3]))}"
-    return Check(name="a fixed request keeps its answer", found=found, passed=len(different) == 1)
+    return SoakCheck(name="a fixed request keeps its answer", found=found, passed=len(different) == 1)
 
 
-def _memory(run: SoakRun) -> tuple[Check, ...]:
+def _memory(run: SoakRun) -> tuple[SoakCheck, ...]:
     settle = min(SETTLE_S, SETTLE_SHARE * run.load_s)
     settled = [sample for sample in run.memory if sample.at_s >= settle and sample.at_s <= run.load_s]
     checks = [_flat("server", [(s.at_s, s.server_bytes) for s in settled])]
@@ -145,11 +145,11 @@ def _memory(run: SoakRun) -> tuple[Check, ...]:
     return tuple(checks)
 
 
-def _flat(who: str, points: Sequence[tuple[float, int]]) -> Check:
+def _flat(who: str, points: Sequence[tuple[float, int]]) -> SoakCheck:
     """Flat: the linear fit grows over the window by less than 32 MiB or 5 % of the mean, whichever is more."""
     name = f"resident memory of the {who} is flat"
     if len(points) < LEAST_SAMPLES:
-        return Check(name=name, found=f"only {len(points)} samples after settling", passed=None)
+        return SoakCheck(name=name, found=f"only {len(points)} samples after settling", passed=None)
     times, sizes = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     growth = float(np.polyfit(times, sizes, 1)[0] * (times[-1] - times[0]))
     limit = max(GROWTH_BYTES, GROWTH_SHARE * float(sizes.mean()))
@@ -157,32 +157,32 @@ def _flat(who: str, points: Sequence[tuple[float, int]]) -> Check:
         f"{growth / 2**20:+.1f} MiB over {times[-1] - times[0]:.0f} s at a mean of {sizes.mean() / 2**20:.0f} MiB "
         f"(limit {limit / 2**20:.0f} MiB)"
     )
-    return Check(name=name, found=found, passed=growth < limit)
+    return SoakCheck(name=name, found=found, passed=growth < limit)
 
 
-def _kills(run: SoakRun) -> Check:
+def _kills(run: SoakRun) -> SoakCheck:
     name = "the engine comes back after kill -9"
     if not run.kills and run.wanted_kills:
         found = "the server has no engine process of its own (or this system no /proc): nothing was killed"
-        return Check(name=name, found=found, passed=None)
+        return SoakCheck(name=name, found=found, passed=None)
     times = ["never" if kill.ready_after_s is None else f"{kill.ready_after_s:.1f} s" for kill in run.kills]
     back = all(kill.ready_after_s is not None for kill in run.kills) and len(run.kills) == run.wanted_kills
     found = f"{len(run.kills)} of {run.wanted_kills} kills, ready after {', '.join(times) or '–'}"
-    return Check(name=name, found=found, passed=back)
+    return SoakCheck(name=name, found=found, passed=back)
 
 
-def _end(run: SoakRun) -> tuple[Check, ...]:
+def _end(run: SoakRun) -> tuple[SoakCheck, ...]:
     gauges = run.gauges
     busy = {name: gauges.get(f"deskside_{name}") for name in ("live", "running", "waiting")}
     used, total = gauges.get("deskside_kv_cells_used"), gauges.get("deskside_kv_cells_total")
     shown = ", ".join(f"{name} {'unknown' if value is None else f'{value:g}'}" for name, value in busy.items())
     idle = "unknown" if used is None or not total else f"{used:g} of {total:g} cells"
     return (
-        Check(name="nothing is left running or waiting", found=shown, passed=set(busy.values()) == {0.0}),
-        Check(
+        SoakCheck(name="nothing is left running or waiting", found=shown, passed=set(busy.values()) == {0.0}),
+        SoakCheck(
             name="KV cells are free but for idle prefixes (at most a quarter)",
             found=idle,
             passed=used is not None and total is not None and used <= IDLE_SHARE * total,
         ),
-        Check(name="the server is ready at the end", found=str(run.ready_at_end), passed=run.ready_at_end),
+        SoakCheck(name="the server is ready at the end", found=str(run.ready_at_end), passed=run.ready_at_end),
     )

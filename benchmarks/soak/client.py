@@ -13,7 +13,7 @@ from typing import Any, Literal
 import httpx
 
 from benchmarks.load.client import SseParser
-from benchmarks.record import Noun
+from benchmarks.record import Record
 
 End = Literal["answered", "refused", "rejected", "failed", "left", "broken"]
 TIMEOUT_S = 180.0
@@ -48,7 +48,7 @@ BAD: tuple[tuple[str, bytes], ...] = (
 )
 
 
-class Outcome(Noun):
+class RequestOutcome(Record):
     """How one request ended. `accepted`: the server took it on (it answered 200, or the client left before it said)."""
 
     kind: str
@@ -105,7 +105,7 @@ class SoakClient:
         self._labels = labels
         self._chance = random.Random(seed)
 
-    async def one(self, now: float) -> Outcome:
+    async def one(self, now: float) -> RequestOutcome:
         """Send one request. `now` is the loop's clock when the soak began."""
         kind = self._chance.choices(list(KINDS), list(KINDS.values()))[0]
         started = asyncio.get_running_loop().time() - now
@@ -117,7 +117,7 @@ class SoakClient:
         except (httpx.HTTPError, ValueError, KeyError) as error:
             end, accepted, detail = "broken", True, f"{type(error).__name__}: {error}"[:200]
         ended = asyncio.get_running_loop().time() - now
-        return Outcome(kind=kind, started_s=started, ended_s=ended, end=end, accepted=accepted, detail=detail)
+        return RequestOutcome(kind=kind, started_s=started, ended_s=ended, end=end, accepted=accepted, detail=detail)
 
     async def _send(self, kind: str) -> tuple[End, bool, str]:
         if kind == "bad":

@@ -9,28 +9,27 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
 import httpx
 import typer
 from pydantic import Field
 
 from benchmarks.load.model_file import recipe_file
-from benchmarks.load.servers import Running, free_port, read_counters, serve_command, serving
+from benchmarks.load.servers import RunningServer, free_port, read_counters, serve_command, serving
 from benchmarks.load.workload import labels_of, read_examples
-from benchmarks.record import Noun, describe
-from models.common.console import show_progress
-from models.common.options import with_options
+from benchmarks.record import Record, describe, save_json
+from models.common.console import Progress, show_progress
+from models.common.options import JsonOption, with_options
 from models.store.store import Store
 
-from .checks import Kill, Memory, SoakRun, kill_engine, look
-from .client import TIMEOUT_S, Outcome, SoakClient
+from .checks import Kill, Memory, SoakCheck, SoakRun, check, kill_engine, look
+from .client import TIMEOUT_S, RequestOutcome, SoakClient
 
 
-class SoakSettings(Noun):
+class SoakSettings(Record):
     """What a soak can be told."""
 
     minutes: float = Field(default=30.0, gt=0, description="How long the load lasts.")
@@ -43,7 +42,6 @@ class SoakSettings(Noun):
     out: Path | None = Field(default=None, description="Where the JSON goes (default: results/soak-<time>.json).")
 
 
-Progress = Callable[[str, int, int], None]
 MEMORY_EVERY_S = 5.0
 CANARY_EVERY_S = 5.0
 CANARY_AGAIN_S = 0.1
@@ -71,12 +69,12 @@ def soak(settings: SoakSettings, log: Path, progress: Progress) -> SoakRun:
 class _Soak:
     """One soak against a running server."""
 
-    def __init__(self, settings: SoakSettings, server: Running, progress: Progress) -> None:
+    def __init__(self, settings: SoakSettings, server: RunningServer, progress: Progress) -> None:
         self._settings = settings
         self._server = server
         self._progress = progress
         self._load_s = 60 * settings.minutes
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[RequestOutcome] = []
         self._kills: list[Kill] = []
         self._memory: list[Memory] = []
         self._canaries: list[str] = []
@@ -143,7 +141,7 @@ class _Soak:
             response = await http.post("/chat/completions", json=self._canary_body)
         except httpx.HTTPError as error:
             detail = f"{type(error).__name__}: {error}"
-            lost = Outcome(
+            lost = RequestOutcome(
                 kind="canary", started_s=began, ended_s=self._now(), end="broken", accepted=True, detail=detail
             )
             self._outcomes.append(lost)
@@ -188,22 +186,13 @@ class _Soak:
         return self._server.base_url.removesuffix("/v1") + path
 
 
-if TYPE_CHECKING:
-    from .checks import Check, SoakRun
-
 FAILED = 1
 MARKS = {True: "ok", False: "FAILED", None: "not checked"}
 
 
 @with_options(settings=SoakSettings)
-def soak_command(
-    settings: SoakSettings, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False
-) -> None:
+def soak_command(settings: SoakSettings, as_json: JsonOption = False) -> None:
     """Load a server of our own at twice its capacity, with disconnects, bad requests and kills, and check it."""
-    from benchmarks.record import save_json
-
-    from .checks import check
-
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     out = settings.out or Path("results") / f"soak-{started}.json"
     with show_progress() as progress:
@@ -220,7 +209,7 @@ def soak_command(
         raise typer.Exit(FAILED)
 
 
-def _print(run: "SoakRun", checks: "Sequence[Check]") -> None:
+def _print(run: SoakRun, checks: Sequence[SoakCheck]) -> None:
     clients = f"{run.clients} clients at a capacity of {run.capacity}"
     print(f"{run.model}, {run.minutes:g} minutes, {clients}, seed {run.seed}")
     kinds = Counter((outcome.kind, outcome.end) for outcome in run.outcomes)

@@ -3,10 +3,14 @@
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel, ValidationError
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+ReportOption = Annotated[Path | None, typer.Option("--report", help="Show this run's file again instead of measuring.")]
 
 
 def with_options(**models: type[BaseModel]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.cli import create_app, eval_command
-from benchmarks.comparison.run import Settings, make_plan
+from benchmarks.comparison.run import BenchSettings, make_plan
 from benchmarks.record import load_run
 from models.store.store import Store
 from tests.support.benchmarks.stand_in import StandIn, running
@@ -84,7 +84,7 @@ def test_quick_changes_only_what_was_not_given(bench: Invoke, folder: Path) -> N
     assert bench("--arms", "fine-tune", "--quick").exit_code == 0
     work = load_run(folder / "run.json").workload
     assert (work.requests_per_level, work.concurrency) == (12, (1, 4))
-    defaults = make_plan(Settings(quick=True, arms="hosted", requests=3), Store(folder)).workload
+    defaults = make_plan(BenchSettings(quick=True, arms="hosted", requests=3), Store(folder)).workload
     assert (defaults.requests_per_level, defaults.concurrency) == (3, (1, 4))
 
 

@@ -31,7 +31,7 @@ from runtime.serving.model import recipe_of
 CLIENTS = 16
 
 
-class Recorder:
+class RecordingLlama:
     """A `LlamaLike` that passes every call on, and keeps those that change the model's state."""
 
     def __init__(self, llama: LlamaLike) -> None:
@@ -84,7 +84,7 @@ def compare(
     n_tokens = n_decodes = 0
     for _ in range(n_repetitions):
         llama.clear()
-        recorder = Recorder(llama)
+        recorder = RecordingLlama(llama)
         engine = Engine(recorder, options)
         began = time.perf_counter()
         n_tokens = sum(_answered(engine, requests))

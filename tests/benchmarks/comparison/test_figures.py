@@ -9,19 +9,19 @@ from rich.console import Console
 from benchmarks.comparison.figures import derive, summarise, tpot_ms, warnings
 from benchmarks.cost import Assumptions
 from benchmarks.errors import BadRecord
-from benchmarks.record import Run, Sample, load_run, save_json, save_run
+from benchmarks.record import BenchRun, RequestSample, load_run, save_json, save_run
 from benchmarks.report.terminal import SPEED_COLUMNS, render, speed_table
 from tests.support.benchmarks.examples import arm, run_of, sample
 
 
-def shown(run: Run, assumptions: Assumptions | None = None) -> str:
+def shown(run: BenchRun, assumptions: Assumptions | None = None) -> str:
     derived, statistics, bill = derive(run, assumptions or Assumptions())
     console = Console(width=250, record=True, file=io.StringIO())
     render(derived, statistics, bill, console)
     return console.export_text()
 
 
-def steady(n: int, **fields: object) -> list[Sample]:
+def steady(n: int, **fields: object) -> list[RequestSample]:
     return [sample(i, start=float(i), **fields) for i in range(n)]  # type: ignore[arg-type]
 
 
@@ -59,7 +59,7 @@ def test_arms_are_compared_on_the_same_mails() -> None:
     assert (pair.first, pair.second, pair.only_first, pair.both) == ("fine-tune", "base-few-shot", 1, 1)
 
 
-def replayed() -> Run:
+def replayed() -> BenchRun:
     hosted = arm("hosted (replayed)", {1: steady(64)}, kind="replayed", streams=False, measures_accuracy=False)
     base = arm("base-few-shot", {1: steady(64)}, shared_share=0.9)
     return run_of(arm("fine-tune", {1: steady(64)}), base, hosted)

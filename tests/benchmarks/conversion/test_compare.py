@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.conversion import needs as convert_needs
 from benchmarks.conversion.checkpoint import USER_DEFINED, make_checkpoint, read_pieces, write_vocabulary
-from benchmarks.conversion.record import Conversion, ConvertRun, judge
+from benchmarks.conversion.record import ConverterSample, ConvertRun, judge
 from benchmarks.errors import BadWorkload
 from benchmarks.record import describe
 from convert.checkpoint.source import open_checkpoint
@@ -19,7 +19,7 @@ from tests.support.convert.tiny import TOKENS, weights, write_model
 MIB = 1 << 20
 
 
-def run_of(*conversions: Conversion, loaded: tuple[int, int] = (10, 100)) -> ConvertRun:
+def run_of(*conversions: ConverterSample, loaded: tuple[int, int] = (10, 100)) -> ConvertRun:
     needs = [
         {"converter": name, "versions": {}, "loaded_bytes": n_mib * MIB, "installed_bytes": (n_mib + 20) * MIB}
         for name, n_mib in zip(("deskside", "llama.cpp"), loaded, strict=True)
@@ -40,8 +40,8 @@ def run_of(*conversions: Conversion, loaded: tuple[int, int] = (10, 100)) -> Con
     )
 
 
-def conversion(converter: str, wall_s: float, peak_mib: int = 100) -> Conversion:
-    return Conversion.model_validate(
+def conversion(converter: str, wall_s: float, peak_mib: int = 100) -> ConverterSample:
+    return ConverterSample.model_validate(
         {"converter": converter, "wall_s": wall_s, "cpu_s": 1.0, "peak_bytes": peak_mib * MIB}
     )
 

@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 
 from benchmarks.load.client import OpenAiClient
-from benchmarks.load.workload import Example
-from benchmarks.record import Sample
+from benchmarks.load.workload import LabelledExample
+from benchmarks.record import RequestSample
 from tests.support.benchmarks.stand_in import StandIn, running
 
 
 def ask(
     url: str, text: str, *, chat: bool = True, key: str | None = None, body: dict[str, Any] | None = None
-) -> Sample:
+) -> RequestSample:
     ticks = itertools.count()
     clock: Callable[[], float] = lambda: float(next(ticks))  # noqa: E731
 
-    async def once() -> Sample:
+    async def once() -> RequestSample:
         client = OpenAiClient(url, "m", key=key, body=body, timeout_s=20, clock=clock)
         try:
             send = client.chat if chat else client.complete
-            return await send(Example("id", text, "spam"), text, -1.0, max_tokens=8)
+            return await send(LabelledExample("id", text, "spam"), text, -1.0, max_tokens=8)
         finally:
             await client.close()
 
@@ -52,7 +52,7 @@ def test_a_connection_is_kept_or_not(keep_alive: bool) -> None:
     async def twice(url: str) -> None:
         client = OpenAiClient(url, "m", timeout_s=20, keep_alive=keep_alive, clock=lambda: 0.0)
         for _ in range(2):
-            assert (await client.chat(Example("id", "Buy", "spam"), "Buy", 0.0)).error is None
+            assert (await client.chat(LabelledExample("id", "Buy", "spam"), "Buy", 0.0)).error is None
         await client.close()
 
     with running(app) as url:
@@ -98,18 +98,19 @@ def test_no_server_is_an_error_too() -> None:
 def test_a_sample_survives_its_own_json() -> None:
     with running(StandIn(lambda _: "ü\n")) as url:
         sample = ask(url, "mail")
-    assert Sample.model_validate(json.loads(sample.model_dump_json())) == sample
+    assert RequestSample.model_validate(json.loads(sample.model_dump_json())) == sample
 
 
 def test_a_decision_comes_whole_and_its_faults_become_errors() -> None:
     app = StandIn(lambda prompt: "spam")
 
-    async def decide(url: str) -> list[Sample]:
+    async def decide(url: str) -> list[RequestSample]:
         client = OpenAiClient(url, "m", clock=lambda: 0.5)
         questions = [{"type": "choice"}]
         try:
             return [
-                await client.decide(Example("1", t, "spam"), t, 0.0, questions=questions) for t in ("hi", "HTTP500")
+                await client.decide(LabelledExample("1", t, "spam"), t, 0.0, questions=questions)
+                for t in ("hi", "HTTP500")
             ]
         finally:
             await client.close()

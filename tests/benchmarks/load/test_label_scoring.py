@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from benchmarks.comparison.arms import ArmPlan
-from benchmarks.comparison.evaluate import Evaluation, Task, evaluate, load_evaluation, save_evaluation
+from benchmarks.comparison.evaluate import Evaluation, EvaluationTask, evaluate, load_evaluation, save_evaluation
 from benchmarks.errors import ServerFailed
-from benchmarks.load.label_scoring import Branch, LabelScorer, disjoint, label_logprobs, requests_of
-from benchmarks.load.servers import Running
-from benchmarks.load.workload import Prompt
+from benchmarks.load.label_scoring import ForcedToken, LabelScorer, disjoint, label_logprobs, requests_of
+from benchmarks.load.servers import RunningServer
+from benchmarks.load.workload import PromptTemplate
 from benchmarks.record import Arm, save_json
 from tests.support.benchmarks.stand_in import Send, read_json, running
 
@@ -175,7 +175,7 @@ def test_many_branches_of_one_token_are_asked_in_parts() -> None:
     paths = {str(i): [(i, 99)] for i in range(20)}
     requests = requests_of(paths)
     assert [len(request) for request in requests if request[0].token == 99] == [8, 8, 4]
-    assert requests[0] == [Branch((), 0)]
+    assert requests[0] == [ForcedToken((), 0)]
     logprobs = {branch: -1.0 for request in requests for branch in request}
     assert len(logprobs) == 40
     assert label_logprobs(paths, logprobs) == {label: pytest.approx(-2.0) for label in paths}
@@ -191,9 +191,13 @@ def evaluation(app: ToyModel, folder: Path) -> Evaluation:
     facts = Arm(name="base", kind="measured", model="toy", prompt="zero_shot", endpoint="/v1/completions")
     with running(app) as url:
         plan = ArmPlan(
-            facts, Prompt("zero_shot", "Mail:\n", "\nList:"), lambda: nullcontext(Running(url, 0.0)), False, {}
+            facts,
+            PromptTemplate("zero_shot", "Mail:\n", "\nList:"),
+            lambda: nullcontext(RunningServer(url, 0.0)),
+            False,
+            {},
         )
-        task = Task(plan, folder / "mails.jsonl", 4, folder / "scored.json", "labels scored")
+        task = EvaluationTask(plan, folder / "mails.jsonl", 4, folder / "scored.json", "labels scored")
         return evaluate(task, lambda what, done, total: None)
 
 

@@ -9,8 +9,8 @@ import pytest
 from benchmarks.errors import BadWorkload
 from benchmarks.load.client import OpenAiClient
 from benchmarks.load.replay import Recording, load_recording, replaying
-from benchmarks.load.workload import Example
-from benchmarks.record import Sample
+from benchmarks.load.workload import LabelledExample
+from benchmarks.record import RequestSample
 from models.common.stats import quantile
 
 FAST = Recording("t", "m", "h", 100, ((0.5, 1.0), (0.9, 2.0), (0.99, 3.0)), "w", "s", "d")
@@ -43,10 +43,10 @@ def test_an_unknown_task_is_refused() -> None:
 
 
 def test_the_server_answers_replayed_to_our_client() -> None:
-    async def once(url: str) -> Sample:
+    async def once(url: str) -> RequestSample:
         client = OpenAiClient(url, "m", clock=asyncio.get_running_loop().time)
         try:
-            return await client.chat(Example("id", "mail", "spam"), "mail", 0.0)
+            return await client.chat(LabelledExample("id", "mail", "spam"), "mail", 0.0)
         finally:
             await client.close()
 

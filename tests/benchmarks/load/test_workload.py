@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.errors import BadWorkload
 from benchmarks.load.model_file import recipe_file
-from benchmarks.load.workload import Example, draw, labels_of, read_examples, read_prompt, template_prompt
+from benchmarks.load.workload import LabelledExample, draw, labels_of, read_examples, read_prompt, template_prompt
 
-EXAMPLES = tuple(Example(str(i), f"mail {i}", "spam" if i % 2 else "ham") for i in range(100))
+EXAMPLES = tuple(LabelledExample(str(i), f"mail {i}", "spam" if i % 2 else "ham") for i in range(100))
 
 
 def record(text: str, label: str, **more: object) -> str:
@@ -37,7 +37,7 @@ def test_too_few_examples_are_refused_with_what_would_fit() -> None:
 
 def test_a_repeated_text_or_level_is_refused() -> None:
     with pytest.raises(BadWorkload, match="same text twice"):
-        draw((*EXAMPLES, Example("x", "mail 1", "ham")), [1], per_level=4, warmup=0, seed=0)
+        draw((*EXAMPLES, LabelledExample("x", "mail 1", "ham")), [1], per_level=4, warmup=0, seed=0)
     with pytest.raises(BadWorkload, match="different levels"):
         draw(EXAMPLES, [4, 4], per_level=4, warmup=0, seed=0)
 
@@ -52,7 +52,7 @@ def test_examples_are_read_plain_and_compressed(tmp_path: Path) -> None:
     text = record("Hi", "ham ", id="a") + "\n\n" + record("Buy", "spam") + "\n"
     (tmp_path / "e.jsonl").write_text(text)
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    expected = (Example("a", "Hi", "ham"), Example("3", "Buy", "spam"))
+    expected = (LabelledExample("a", "Hi", "ham"), LabelledExample("3", "Buy", "spam"))
     assert read_examples(tmp_path / "e.jsonl") == expected
     assert read_examples(tmp_path / "e.jsonl.gz") == expected
 
@@ -92,5 +92,7 @@ def test_prompts_need_their_placeholder_once(tmp_path: Path) -> None:
 
 
 def test_the_shared_part_of_a_prompt_is_a_share_of_its_characters() -> None:
-    assert template_prompt("t", "1234567890{text}").shared_share([Example("a", "12345", "x")]) == pytest.approx(2 / 3)
-    assert template_prompt("t", "{text}").shared_share([Example("a", "12345", "x")]) == 0
+    assert template_prompt("t", "1234567890{text}").shared_share([LabelledExample("a", "12345", "x")]) == pytest.approx(
+        2 / 3
+    )
+    assert template_prompt("t", "{text}").shared_share([LabelledExample("a", "12345", "x")]) == 0

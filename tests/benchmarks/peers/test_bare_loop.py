@@ -1,6 +1,6 @@
 """The bare loop makes the engine's own calls again, and no others; on the toy model, so nothing is timed."""
 
-from benchmarks.peers.scripts.bare_loop import Recorder, compare
+from benchmarks.peers.scripts.bare_loop import RecordingLlama, compare
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.requests import Finished, Request, SamplingParams
@@ -12,7 +12,7 @@ REQUESTS = [Request(str(n), tuple(f"prompt {n % 3} and more".encode()), PARAMS) 
 
 def test_a_replay_leaves_the_model_as_the_engine_did() -> None:
     first, again = FakeLlama(), FakeLlama()
-    recorder = Recorder(first)
+    recorder = RecordingLlama(first)
     engine = Engine(recorder, EngineOptions())
     for request in REQUESTS[:4]:
         engine.add(request)

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.errors import BadRecord
-from benchmarks.peers.aims import Aim, judge
+from benchmarks.peers.aims import PeerAim, judge
 from benchmarks.peers.figures import figures_of, ratio
 from benchmarks.peers.record import BarePass, Pass, PeerRun, load_peer_run, save_peer_run
 from benchmarks.peers.report import render_peers
@@ -18,7 +18,7 @@ OURS, BEST, BEST_BASE = "deskside, chosen", "llama-server best, chosen", "llama-
 PYTHON, BASE = "llama_cpp.server best, chosen", "deskside, base Q4_K_M"
 
 
-def aims(run: PeerRun) -> dict[str, Aim]:
+def aims(run: PeerRun) -> dict[str, PeerAim]:
     return {aim.name.split(" (")[0].split(",")[0]: aim for aim in judge(figures_of(run))}
 
 

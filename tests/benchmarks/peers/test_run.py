@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from benchmarks.cli import create_app
 from benchmarks.errors import ServerFailed
-from benchmarks.load.servers import Running
-from benchmarks.load.workload import Example, Prompt
+from benchmarks.load.servers import RunningServer
+from benchmarks.load.workload import LabelledExample, PromptTemplate
 from benchmarks.peers.record import load_peer_run
-from benchmarks.peers.run import Comparison, Recorder, Stage, run_stage, turns
+from benchmarks.peers.run import PeerRunFile, PeerWorkload, Stage, planned_passes, run_stage
 from benchmarks.peers.servers import ServerPlan
 from benchmarks.peers.tasks import BURST, COMPLETION, DECISIONS, DESKSIDE, LABEL, LLAMA_SERVER, deal, tasks
 from tests.support.benchmarks.peer_examples import peer_run
@@ -21,7 +21,7 @@ from tests.support.benchmarks.stand_in import StandIn, running
 from .test_tasks import plan
 
 LABELS = ("ham", "spam")
-POOL = [Example(str(n), f"buy {n}" if n % 2 else f"hello {n}", "spam" if n % 2 else "ham") for n in range(60)]
+POOL = [LabelledExample(str(n), f"buy {n}" if n % 2 else f"hello {n}", "spam" if n % 2 else "ham") for n in range(60)]
 
 
 class Both:
@@ -30,13 +30,13 @@ class Both:
     def __init__(self, ours: str, theirs: str) -> None:
         self.plans = (started(plan("deskside, Q8_0", DESKSIDE), ours), started(plan("peer", LLAMA_SERVER), theirs))
 
-    def stage(self, task: str, *, cold: bool = False, warmup: tuple[Example, ...] = ()) -> Stage:
+    def stage(self, task: str, *, cold: bool = False, warmup: tuple[LabelledExample, ...] = ()) -> Stage:
         names = frozenset(server.name for server in self.plans)
-        return Stage(self.plans, [(tasks(8)[task], names)], Prompt("bare"), warmup, cold=cold)
+        return Stage(self.plans, [(tasks(8)[task], names)], PromptTemplate("bare"), warmup, cold=cold)
 
 
 def started(server: ServerPlan, url: str) -> ServerPlan:
-    return ServerPlan(server.facts, server.peer, lambda log: nullcontext(Running(url, 0.1)))
+    return ServerPlan(server.facts, server.peer, lambda log: nullcontext(RunningServer(url, 0.1)))
 
 
 @pytest.fixture
@@ -46,15 +46,15 @@ def both() -> Iterator[Both]:
         yield Both(first, second)
 
 
-def comparison(task: str, out: Path) -> Comparison:
+def comparison(task: str, out: Path) -> PeerWorkload:
     ways = tasks(8)[task].ways
     dealt = deal(POOL, dict.fromkeys(ways, (2, 8)), seed=0)
-    return Comparison({(task, way): dealt[way] for way in ways}, LABELS, 2, out)
+    return PeerWorkload({(task, way): dealt[way] for way in ways}, LABELS, 2, out)
 
 
 def test_a_stage_is_measured_and_saved(both: Both, tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    recorder = Recorder(peer_run(), out)
+    recorder = PeerRunFile(peer_run(), out)
     run_stage(both.stage(LABEL, warmup=tuple(POOL[:2])), comparison(LABEL, out), recorder, lambda *_: None)
     run = load_peer_run(out)
     assert run == recorder.run
@@ -77,28 +77,28 @@ def test_a_stage_is_measured_and_saved(both: Both, tmp_path: Path) -> None:
 
 def test_a_cold_server_is_started_for_each_pass(both: Both, tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    recorder = Recorder(peer_run(), out)
+    recorder = PeerRunFile(peer_run(), out)
     run_stage(both.stage(BURST, cold=True), comparison(BURST, out), recorder, lambda *_: None)
     assert [server.name for server in recorder.run.servers] == ["deskside, Q8_0", "peer", "peer", "deskside, Q8_0"]
     assert {(made.task, made.way, made.users) for made in recorder.run.passes} == {(BURST, COMPLETION, 8)}
 
 
 def test_a_cold_burst_is_repeated_at_most_twice(both: Both) -> None:
-    many = Comparison({}, LABELS, 5, Path("out.json"))
-    assert [turn.repetition for turn in turns(both.stage(BURST, cold=True), many)] == [0, 0, 1, 1]
-    assert {turn.repetition for turn in turns(both.stage(LABEL), many)} == {0, 1, 2, 3, 4}
+    many = PeerWorkload({}, LABELS, 5, Path("out.json"))
+    assert [turn.repetition for turn in planned_passes(both.stage(BURST, cold=True), many)] == [0, 0, 1, 1]
+    assert {turn.repetition for turn in planned_passes(both.stage(LABEL), many)} == {0, 1, 2, 3, 4}
 
 
 def test_a_server_that_fails_its_warm_up_stops_the_run(both: Both, tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    stage = both.stage(LABEL, warmup=(Example("w", "HTTP500", "ham"),))
+    stage = both.stage(LABEL, warmup=(LabelledExample("w", "HTTP500", "ham"),))
     with pytest.raises(ServerFailed, match=r"label, chat: deskside.*warm-up failed.*500"):
-        run_stage(stage, comparison(LABEL, out), Recorder(peer_run(), out), lambda *_: None)
+        run_stage(stage, comparison(LABEL, out), PeerRunFile(peer_run(), out), lambda *_: None)
 
 
 def test_a_run_is_shown_again_from_its_file(both: Both, tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    run_stage(both.stage(LABEL), comparison(LABEL, out), Recorder(peer_run(), out), lambda *_: None)
+    run_stage(both.stage(LABEL), comparison(LABEL, out), PeerRunFile(peer_run(), out), lambda *_: None)
     shown = CliRunner().invoke(create_app(), ["peers", "--report", str(out)], catch_exceptions=False)
     assert shown.exit_code == 0, shown.output
     assert "deskside, Q8_0" in shown.output

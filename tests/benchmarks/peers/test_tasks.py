@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.errors import BadWorkload
-from benchmarks.load.servers import Running, read_counters
-from benchmarks.load.workload import Example, Prompt
+from benchmarks.load.servers import RunningServer, read_counters
+from benchmarks.load.workload import LabelledExample, PromptTemplate
 from benchmarks.peers.offline import batch_answers, batch_lines
 from benchmarks.peers.plan import _examples
 from benchmarks.peers.record import PeerSettings, Server
-from benchmarks.peers.run import Comparison, Stage, turns
+from benchmarks.peers.run import PeerWorkload, Stage, planned_passes
 from benchmarks.peers.servers import ServerPlan, without
 from benchmarks.peers.tasks import (
     CHAT,
@@ -35,7 +35,7 @@ from benchmarks.peers.tasks import (
 )
 
 LABELS = ("ham", "spam")
-POOL = [Example(str(n), "x" * (n * n % 97 + 1), "ham") for n in range(60)]
+POOL = [LabelledExample(str(n), "x" * (n * n % 97 + 1), "ham") for n in range(60)]
 
 
 def test_each_server_is_asked_for_the_same_thing_in_its_own_words() -> None:
@@ -71,7 +71,7 @@ def test_slices_are_disjoint_and_of_nearly_the_same_length() -> None:
 
 
 def test_long_prompts_are_made_of_different_mails() -> None:
-    mails = [Example(str(n), f"mail {n} " * 20, "ham") for n in range(40)]
+    mails = [LabelledExample(str(n), f"mail {n} " * 20, "ham") for n in range(40)]
     prompts = long_prompts(mails, 1000)
     assert {len(prompt.text) for prompt in prompts} == {1000}
     assert len({prompt.text[:50] for prompt in prompts}) == len(prompts) >= 5
@@ -97,13 +97,13 @@ def test_quick_changes_only_what_was_not_given() -> None:
 
 def plan(name: str, peer: str = LLAMA_SERVER, *, once: bool = False) -> ServerPlan:
     facts = Server(name=name, profile="best", settings="", quantization="Q8_0", size_bytes=1, sha256="0" * 64)
-    return ServerPlan(facts, peer, lambda log: nullcontext(Running("", 0.0)), once=once)
+    return ServerPlan(facts, peer, lambda log: nullcontext(RunningServer("", 0.0)), once=once)
 
 
 def test_passes_alternate_between_servers_and_reverse_with_each_repetition() -> None:
     servers = (plan("ours", DESKSIDE), plan("best"), plan("slow", once=True))
-    stage = Stage(servers, [(tasks(4)[LABEL], frozenset({"ours", "best", "slow"}))], Prompt("bare"), ())
-    order = list(turns(stage, Comparison({}, LABELS, 2, Path("out.json"))))
+    stage = Stage(servers, [(tasks(4)[LABEL], frozenset({"ours", "best", "slow"}))], PromptTemplate("bare"), ())
+    order = list(planned_passes(stage, PeerWorkload({}, LABELS, 2, Path("out.json"))))
     shown = [(turn.repetition, turn.way, turn.plan.name) for turn in order]
     assert shown == [
         (0, CHAT, "ours"), (0, CHAT, "best"), (0, CHAT, "slow"),
@@ -116,7 +116,7 @@ def test_passes_alternate_between_servers_and_reverse_with_each_repetition() -> 
 
 
 def test_batch_lines_ask_as_over_http_and_answers_come_back_in_order() -> None:
-    mails = [Example("a", "hi", "ham"), Example("b", "buy", "spam")]
+    mails = [LabelledExample("a", "hi", "ham"), LabelledExample("b", "buy", "spam")]
     chat, decision = (json.loads(batch_lines(mails, way, LABELS).splitlines()[0]) for way in (CONSTRAINED, DECISIONS))
     assert (chat["custom_id"], chat["url"], chat["body"]["choice"]) == ("a", "/v1/chat/completions", ["ham", "spam"])
     assert (decision["url"], decision["body"]["input"]) == ("/v1/decisions", "hi")

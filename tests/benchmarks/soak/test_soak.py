@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from benchmarks.load.process_memory import children, resident_bytes
-from benchmarks.soak.checks import Check, Kill, Memory, SoakRun, check, engine_of, look
-from benchmarks.soak.client import KINDS, Outcome, SoakClient, StreamAccount
+from benchmarks.soak.checks import Kill, Memory, SoakCheck, SoakRun, check, engine_of, look
+from benchmarks.soak.client import KINDS, RequestOutcome, SoakClient, StreamAccount
 from tests.support.benchmarks.peer_examples import MACHINE
 from tests.support.benchmarks.stand_in import Send, read_json, running
 
@@ -81,8 +81,8 @@ def good(path: str, body: dict[str, Any]) -> tuple[int, bytes]:
     return 200, b'{"choices": [{}], "answers": [{}]}'
 
 
-def outcomes(answer: Callable[[str, dict[str, Any]], tuple[int, bytes]], count: int) -> list[Outcome]:
-    async def ask(url: str) -> list[Outcome]:
+def outcomes(answer: Callable[[str, dict[str, Any]], tuple[int, bytes]], count: int) -> list[RequestOutcome]:
+    async def ask(url: str) -> list[RequestOutcome]:
         async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
             client = SoakClient(http, ["a mail"], ("ham", "spam"), seed=3)
             return [await client.one(0.0) for _ in range(count)]
@@ -113,8 +113,8 @@ def test_what_is_no_answer_is_named(answer: Callable[[str, dict[str, Any]], tupl
     assert {outcome.end for outcome in outcomes(answer, 20) if outcome.kind != "leave in prefill"} == {end}
 
 
-def outcome(end: Any = "answered", started: float = 0.0, ended: float = 1.0) -> Outcome:
-    return Outcome(kind="chat", started_s=started, ended_s=ended, end=end, accepted=True, detail="why")
+def outcome(end: Any = "answered", started: float = 0.0, ended: float = 1.0) -> RequestOutcome:
+    return RequestOutcome(kind="chat", started_s=started, ended_s=ended, end=end, accepted=True, detail="why")
 
 
 def memory(growth: float, *, seconds: int = 600, engine: int | None = None) -> tuple[Memory, ...]:
@@ -186,7 +186,7 @@ def test_the_engines_memory_is_judged_since_its_last_start() -> None:
 
 
 def test_a_kill_that_could_not_be_tried_is_not_a_pass() -> None:
-    lines: dict[str, Check] = {line.name: line for line in check(soaked(wanted_kills=2))}
+    lines: dict[str, SoakCheck] = {line.name: line for line in check(soaked(wanted_kills=2))}
     assert lines["the engine comes back after kill -9"].passed is None
 
 

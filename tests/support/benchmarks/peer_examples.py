@@ -1,11 +1,11 @@
 """Small comparisons built by hand, for tests that need figures but no server."""
 
 from benchmarks.peers.record import OfflinePass, Pass, PeerRun, Server
-from benchmarks.record import Machine, Sample
+from benchmarks.record import MachineRecord, RequestSample
 
 from .examples import sample
 
-MACHINE = Machine(system="Linux", cpu="test cpu", logical_cores=2, memory_bytes=None, python="3.11", packages={})
+MACHINE = MachineRecord(system="Linux", cpu="test cpu", logical_cores=2, memory_bytes=None, python="3.11", packages={})
 
 
 def made(
@@ -46,6 +46,6 @@ def peer_run(*passes: Pass, offline: tuple[OfflinePass, ...] = ()) -> PeerRun:
     )  # fmt: skip
 
 
-def failed(one: Sample) -> Sample:
+def failed(one: RequestSample) -> RequestSample:
     """The same request, not answered."""
     return one.model_copy(update={"error": "HTTP 500"})
