@@ -13,7 +13,7 @@ from runtime.serving.chat import fold, prepare
 from runtime.serving.decisions import Deciding, fold_decision, prepare_decision
 from runtime.serving.embeddings import fold_embedding, prepare_embedding
 from runtime.worker.inflight import Stream
-from runtime.worker.supervisor import Worker
+from runtime.worker.supervisor import EngineSupervisor
 
 from .lines import BatchLine
 
@@ -59,11 +59,11 @@ def queue_for(window: int) -> int:
 
 
 class EngineAnswerer:
-    """Answers batch lines through a worker, on the event loop that calls it."""
+    """Answers batch lines through a supervisor, on the event loop that calls it."""
 
-    def __init__(self, served: Deciding, worker: Worker) -> None:
+    def __init__(self, served: Deciding, supervisor: EngineSupervisor) -> None:
         self._served = served
-        self._worker = worker
+        self._supervisor = supervisor
         self._ended = asyncio.Event()
 
     async def answer(self, line: BatchLine) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class EngineAnswerer:
         while True:
             self._ended.clear()
             try:
-                return self._worker.submit(*work, whole=True)
+                return self._supervisor.submit(*work, whole=True)
             except Overloaded:
                 await self._ended.wait()
 
@@ -88,8 +88,8 @@ class EngineAnswerer:
         return body
 
     def require_alive(self) -> None:
-        """Raise EngineDown or ShuttingDown if the worker takes no requests any more."""
-        self._worker.require_room(0)
+        """Raise EngineDown or ShuttingDown if the supervisor takes no requests any more."""
+        self._supervisor.require_room(0)
 
 
 def _with_seed(line: BatchLine) -> dict[str, Any]:

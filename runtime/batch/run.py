@@ -268,10 +268,10 @@ def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> 
         loaded = load_model(wanted.base, replace(config, queue=queue_for(window)), wanted.adapters)
         served = under_name(wanted, loaded)
         try:
-            served.worker.start()
+            served.supervisor.start()
             counts, interrupted = _run(job, files, served)
         finally:
-            served.worker.stop()
+            served.supervisor.stop()
     summary = summarise(job, counts, interrupted)
     print(closing_line(summary), file=sys.stderr)
     return summary
@@ -279,7 +279,7 @@ def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> 
 
 def _run(job: BatchJob, files: BatchFiles, served: ServedModel) -> tuple[BatchCounts, bool]:
     with progress_bar(count_lines(job.source)) as draw:
-        batch = BatchRun(job, files, EngineAnswerer(served, served.worker), draw)
+        batch = BatchRun(job, files, EngineAnswerer(served, served.supervisor), draw)
         try:
             asyncio.run(_until_signalled(batch))
         except (KeyboardInterrupt, asyncio.CancelledError):

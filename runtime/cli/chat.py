@@ -1,4 +1,4 @@
-"""A chat in the terminal: one conversation over the same worker that serves HTTP.
+"""A chat in the terminal: one conversation over the same supervisor that serves HTTP.
 
 On a terminal it prompts, streams, and lets Ctrl-C stop an answer; from a pipe it reads a message a line and writes an
 answer a line, so that it can stand in a shell script.
@@ -17,7 +17,7 @@ from runtime.errors import ContextTooLong, RequestError
 from runtime.prompt.prompter import Prompter
 from runtime.requests import Failed, Request, SamplingParams, TextDelta
 from runtime.serving.model import open_model
-from runtime.worker.supervisor import Worker
+from runtime.worker.supervisor import EngineSupervisor
 
 LABEL_TOKENS = 32
 HELP = (
@@ -89,9 +89,9 @@ class Chat:
     """One conversation with one model."""
 
     def __init__(
-        self, worker: Worker, prompter: Prompter, conversation: Conversation, adapter: str | None = None
+        self, supervisor: EngineSupervisor, prompter: Prompter, conversation: Conversation, adapter: str | None = None
     ) -> None:
-        self._worker = worker
+        self._supervisor = supervisor
         self._prompter = prompter
         self._adapter = adapter
         self.conversation = conversation
@@ -101,7 +101,7 @@ class Chat:
 
         Raises RequestError or EngineError. Old exchanges are forgotten while the context is too small.
         """
-        stream = self._worker.submit(self._request(text))
+        stream = self._supervisor.submit(self._request(text))
         pieces: list[str] = []
         try:
             async for event in stream:
@@ -133,7 +133,7 @@ def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
     """Load a model and talk to it until the input ends. Raises ModelNotFound, LoadFailed, RequestError, EngineError."""
     served = open_model(model, config)
     try:
-        served.worker.start()
+        served.supervisor.start()
         conversation = Conversation(served.manifest, options)
         served.prompter.chat(conversation.messages("?"))  # a model without a template says so before anyone types
         if sys.stdin.isatty():
@@ -141,9 +141,9 @@ def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
                 import readline  # noqa: F401  (gives `input` line editing)
             print(greeting(served.name, conversation), file=sys.stderr)
         with asyncio.Runner() as runner:
-            talk(Chat(served.worker, served.prompter, conversation, served.adapter), runner)
+            talk(Chat(served.supervisor, served.prompter, conversation, served.adapter), runner)
     finally:
-        served.worker.stop()
+        served.supervisor.stop()
 
 
 def greeting(name: str, conversation: Conversation) -> str:

@@ -21,10 +21,10 @@ from runtime.config import RuntimeConfig
 from runtime.engine.options import EngineOptions
 from runtime.errors import EngineDown, EngineError, LoadFailed, ModelUnknown, NoRoom, Overloaded, ShuttingDown
 from runtime.serving.model import ServedModel, load_model, under_name
-from runtime.serving.names import Wanted, find
+from runtime.serving.names import ModelRef, find
 
 from .memory import machine_budget, model_need
-from .slot import Budget, Host, Loaded
+from .slot import Budget, Loaded, ModelSlot
 
 Load = Callable[[StoredModel, Mapping[str, Path]], ServedModel]
 """Loads a base model with adapters (name -> file). Blocks. Raises EngineError."""
@@ -33,12 +33,12 @@ Load = Callable[[StoredModel, Mapping[str, Path]], ServedModel]
 RETRY_SECONDS = 15.0
 MOST_DOUBLINGS = 5
 
-_log = logging.getLogger("deskside.fleet")
+_log = logging.getLogger("deskside.pool")
 
 
 @dataclass(frozen=True)
-class FleetOptions:
-    """Bounds of a fleet.
+class PoolOptions:
+    """Bounds of a pool.
 
     `budget_bytes` bounds what the loaded models need together (None: nothing does). At most `capacity` requests wait
     for the load of one model. `idle_s` 0 keeps idle models for ever. `room_wait_s` is how long a load waits for a
@@ -51,17 +51,17 @@ class FleetOptions:
     room_wait_s: float = 5.0
 
 
-class Fleet:
+class ModelPool:
     """The models of one server, by the names they are served under; the first one answers requests that name none."""
 
     def __init__(
-        self, hosts: Sequence[Host], load: Load, options: FleetOptions, clock: Callable[[], float] = time.monotonic
+        self, slots: Sequence[ModelSlot], load: Load, options: PoolOptions, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.hosts = tuple(hosts)
+        self.slots = tuple(slots)
         self.options = options
-        self.served: Mapping[str, tuple[Host, Wanted]] = {w.id: (host, w) for host in hosts for w in host.wanted}
+        self.served: Mapping[str, tuple[ModelSlot, ModelRef]] = {w.id: (slot, w) for slot in slots for w in slot.refs}
         self.default = next(iter(self.served))
-        self._budget = Budget(self.hosts, options.budget_bytes)
+        self._budget = Budget(self.slots, options.budget_bytes)
         self._load_model = load
         self._clock = clock
         self._moving = asyncio.Lock()
@@ -77,20 +77,20 @@ class Fleet:
     @property
     def live(self) -> int:
         """Accepted answers that have not ended, of all models."""
-        return sum(loaded.base.worker.live for _, loaded in self._all_loaded())
+        return sum(loaded.base.supervisor.live for _, loaded in self._all_loaded())
 
     @property
     def broken(self) -> bool:
         """Whether every model's engine has stopped for good."""
-        return all(host.broken for host in self.hosts)
+        return all(slot.broken for slot in self.slots)
 
     @property
     def last_cause(self) -> str:
         """Why the engines that ended last did so."""
-        causes = {host.name: host.loaded.base.worker.last_cause for host in self.hosts if host.loaded is not None}
+        causes = {slot.name: slot.loaded.base.supervisor.last_cause for slot in self.slots if slot.loaded is not None}
         return "; ".join(f"{name}: {cause}" for name, cause in causes.items() if cause)
 
-    def find(self, name: str | None) -> tuple[Host, Wanted]:
+    def find(self, name: str | None) -> tuple[ModelSlot, ModelRef]:
         """Who serves `name` (None: the first). Raises ModelUnknown naming what is served."""
         if name is not None and name not in self.served:
             known = ", ".join(map(repr, self.served))
@@ -107,12 +107,12 @@ class Fleet:
 
         Raises LoadFailed, also for a model that will never fit.
         """
-        for host in self.hosts:
-            self._budget.require_fits_alone(host)
+        for slot in self.slots:
+            self._budget.require_fits_alone(slot)
         try:
-            for host in self.hosts:
-                if host is self.hosts[0] or self._budget.fits(host):
-                    self._arrive(host, self._load_now(host))
+            for slot in self.slots:
+                if slot is self.slots[0] or self._budget.fits(slot):
+                    self._arrive(slot, self._load_now(slot))
         except BaseException:
             self.close()
             raise
@@ -129,21 +129,21 @@ class Fleet:
             if reaper is not None:
                 reaper.cancel()
                 await asyncio.wait([reaper])
-            if loading := [host.loading for host in self.hosts if host.loading is not None]:
+            if loading := [slot.loading for slot in self.slots if slot.loading is not None]:
                 await asyncio.wait(loading)
             async with self._moving:
                 await asyncio.to_thread(self.close)
 
     def close(self) -> None:
         """Stop every engine that is loaded. Blocks."""
-        for host, loaded in self._all_loaded():
-            host.loaded, host.state = None, "unloaded"
-            loaded.base.worker.stop()
+        for slot, loaded in self._all_loaded():
+            slot.loaded, slot.state = None, "unloaded"
+            loaded.base.supervisor.stop()
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests; let the accepted answers finish for `timeout_s`, then fail the rest."""
         self._close_doors()
-        await asyncio.gather(*(loaded.base.worker.drain(timeout_s) for _, loaded in self._all_loaded()))
+        await asyncio.gather(*(loaded.base.supervisor.drain(timeout_s) for _, loaded in self._all_loaded()))
 
     @asynccontextmanager
     async def lease(self, name: str | None = None) -> AsyncIterator[ServedModel]:
@@ -152,24 +152,24 @@ class Fleet:
         Raises ModelUnknown, ShuttingDown, Overloaded (too many wait for the same load), LoadFailed, NoRoom, EngineDown.
         """
         self.require_open()
-        host, wanted = self.find(name)
-        host.leases += 1
+        slot, ref = self.find(name)
+        slot.leases += 1
         try:
-            if not host.usable:
-                await self._wait_for(host)
-            assert host.loaded is not None, "what is leased stays loaded"
-            yield host.loaded.views[wanted.id]
+            if not slot.usable:
+                await self._wait_for(slot)
+            assert slot.loaded is not None, "what is leased stays loaded"
+            yield slot.loaded.views[ref.id]
         finally:
-            host.leases -= 1
-            host.last_used_s = self._clock()
+            slot.leases -= 1
+            slot.last_used_s = self._clock()
             self._released.set()
 
     async def unload_idle(self) -> None:
         """Unload what nobody has used for `idle_s`."""
         async with self._moving:
-            for host in self.hosts:
-                if host.idle and self._clock() - host.last_used_s >= self.options.idle_s:
-                    await self._unload(host)
+            for slot in self.slots:
+                if slot.idle and self._clock() - slot.last_used_s >= self.options.idle_s:
+                    await self._unload(slot)
 
     async def _reap(self) -> None:
         while True:
@@ -179,106 +179,106 @@ class Fleet:
             except Exception:  # noqa: BLE001 - one that cannot be stopped must not keep the others in memory
                 _log.exception("an idle model could not be unloaded")
 
-    async def _wait_for(self, host: Host) -> None:
-        """Until `host` is usable. Raises what the load ended in, or that it failed a moment ago."""
-        if host.broken and host.state == "ready":
-            self._note_breakdown(host)
-        if host.state == "failed" and host.refusal is not None and self._clock() < host.retry_at_s:
-            kind, text = host.refusal
-            raise kind(f"{text}; it is tried again in {host.retry_at_s - self._clock():.0f} s at the earliest")
-        if host.waiting >= self.options.capacity:
-            message = f"{host.waiting} requests wait for {host.name!r} to be loaded, limit {self.options.capacity}"
+    async def _wait_for(self, slot: ModelSlot) -> None:
+        """Until `slot` is usable. Raises what the load ended in, or that it failed a moment ago."""
+        if slot.broken and slot.state == "ready":
+            self._note_breakdown(slot)
+        if slot.state == "failed" and slot.refusal is not None and self._clock() < slot.retry_at_s:
+            kind, text = slot.refusal
+            raise kind(f"{text}; it is tried again in {slot.retry_at_s - self._clock():.0f} s at the earliest")
+        if slot.waiting >= self.options.capacity:
+            message = f"{slot.waiting} requests wait for {slot.name!r} to be loaded, limit {self.options.capacity}"
             raise Overloaded(message, retry_after_s=1)
-        if host.loading is None:
-            host.loading = asyncio.create_task(self._load(host))
-        assert self._closing is not None, "models are leased while the fleet is running"
-        host.waiting += 1
+        if slot.loading is None:
+            slot.loading = asyncio.create_task(self._load(slot))
+        assert self._closing is not None, "models are leased while the pool is running"
+        slot.waiting += 1
         try:
-            await asyncio.wait({host.loading, self._closing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({slot.loading, self._closing}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            host.waiting -= 1
+            slot.waiting -= 1
         self.require_open()
-        if host.refusal is not None:
-            kind, text = host.refusal
+        if slot.refusal is not None:
+            kind, text = slot.refusal
             raise kind(text)
 
-    def _note_breakdown(self, host: Host) -> None:
-        assert host.loaded is not None, "only an engine that was loaded breaks"
+    def _note_breakdown(self, slot: ModelSlot) -> None:
+        assert slot.loaded is not None, "only an engine that was loaded breaks"
         try:
-            host.loaded.base.worker.require_room(0)
+            slot.loaded.base.supervisor.require_room(0)
         except EngineError as error:
-            self._fail(host, EngineDown(f"{host.name!r}: {error}"))
+            self._fail(slot, EngineDown(f"{slot.name!r}: {error}"))
 
-    async def _load(self, host: Host) -> None:
-        """Make room and load. Raises nothing: what went wrong stands in `host.refusal`, for everyone who waits."""
+    async def _load(self, slot: ModelSlot) -> None:
+        """Make room and load. Raises nothing: what went wrong stands in `slot.refusal`, for everyone who waits."""
         try:
             async with self._moving:
-                if host.broken:
-                    await self._unload(host)
-                await self._make_room(host)
-                host.state = "loading"
-                loaded = await asyncio.to_thread(self._load_now, host)
-                self._arrive(host, loaded)
+                if slot.broken:
+                    await self._unload(slot)
+                await self._make_room(slot)
+                slot.state = "loading"
+                loaded = await asyncio.to_thread(self._load_now, slot)
+                self._arrive(slot, loaded)
         except (NoRoom, ShuttingDown) as error:
-            host.state, host.refusal = "unloaded", (type(error), str(error))
+            slot.state, slot.refusal = "unloaded", (type(error), str(error))
         except Exception as error:  # noqa: BLE001 - whatever it was, those who wait must hear of it
-            self._fail(host, error)
+            self._fail(slot, error)
         finally:
-            host.loading = None
+            slot.loading = None
 
-    def _load_now(self, host: Host) -> Loaded:
+    def _load_now(self, slot: ModelSlot) -> Loaded:
         started_s = time.monotonic()
-        base = self._load_model(host.stored, host.adapters)
+        base = self._load_model(slot.stored, slot.adapters)
         try:
-            views = {wanted.id: under_name(wanted, base) for wanted in host.wanted}
-            base.worker.start()
+            views = {ref.id: under_name(ref, base) for ref in slot.refs}
+            base.supervisor.start()
         except BaseException:
-            base.worker.stop()
+            base.supervisor.stop()
             raise
         return Loaded(base, views, time.monotonic() - started_s)
 
-    def _arrive(self, host: Host, loaded: Loaded) -> None:
-        host.loaded, host.info, host.state = loaded, loaded.base.info, "ready"
-        host.refusal, host.failures_in_a_row = None, 0
-        host.loads += 1
-        host.last_used_s = self._clock()
-        _log.info("%s is loaded (%.1f s)", host.name, loaded.load_seconds)
+    def _arrive(self, slot: ModelSlot, loaded: Loaded) -> None:
+        slot.loaded, slot.info, slot.state = loaded, loaded.base.info, "ready"
+        slot.refusal, slot.failures_in_a_row = None, 0
+        slot.loads += 1
+        slot.last_used_s = self._clock()
+        _log.info("%s is loaded (%.1f s)", slot.name, loaded.load_seconds)
 
-    def _fail(self, host: Host, error: Exception) -> None:
-        _log.error("%s: %s", host.name, error, exc_info=None if isinstance(error, EngineError) else error)
+    def _fail(self, slot: ModelSlot, error: Exception) -> None:
+        _log.error("%s: %s", slot.name, error, exc_info=None if isinstance(error, EngineError) else error)
         kind = type(error) if isinstance(error, EngineError) else LoadFailed
-        text = str(error) if isinstance(error, EngineError) else f"{host.name!r} cannot be loaded: {error!r}"
-        host.state, host.refusal = "failed", (kind, text)
-        host.failures += 1
-        host.retry_at_s = self._clock() + RETRY_SECONDS * 2 ** min(host.failures_in_a_row, MOST_DOUBLINGS)
-        host.failures_in_a_row += 1
+        text = str(error) if isinstance(error, EngineError) else f"{slot.name!r} cannot be loaded: {error!r}"
+        slot.state, slot.refusal = "failed", (kind, text)
+        slot.failures += 1
+        slot.retry_at_s = self._clock() + RETRY_SECONDS * 2 ** min(slot.failures_in_a_row, MOST_DOUBLINGS)
+        slot.failures_in_a_row += 1
 
-    async def _make_room(self, host: Host) -> None:
-        """Unload idle models, least recently used first, until `host` fits. Raises LoadFailed, NoRoom, ShuttingDown."""
-        self._budget.require_fits_alone(host)
+    async def _make_room(self, slot: ModelSlot) -> None:
+        """Unload idle models, least recently used first, until `slot` fits. Raises LoadFailed, NoRoom, ShuttingDown."""
+        self._budget.require_fits_alone(slot)
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self.options.room_wait_s
-        while not self._budget.can_fit(host):
+        while not self._budget.can_fit(slot):
             self._released.clear()
             try:
                 async with asyncio.timeout_at(deadline_s):
                     await self._released.wait()
             except TimeoutError:
-                raise self._budget.no_room(host) from None
+                raise self._budget.no_room(slot) from None
             self.require_open()
-        while not self._budget.fits(host):
-            await self._unload(min((h for h in self.hosts if h.idle), key=lambda h: h.last_used_s))
+        while not self._budget.fits(slot):
+            await self._unload(min((other for other in self.slots if other.idle), key=lambda other: other.last_used_s))
         self.require_open()
 
-    async def _unload(self, host: Host) -> None:
-        going, host.loaded = [host.loaded], None
-        host.state = "unloading"
-        host.unloads += 1
+    async def _unload(self, slot: ModelSlot) -> None:
+        going, slot.loaded = [slot.loaded], None
+        slot.state = "unloading"
+        slot.unloads += 1
         try:
             await asyncio.to_thread(_stop_and_free, going)
         finally:
-            host.state = "unloaded"
-        _log.info("%s is unloaded", host.name)
+            slot.state = "unloaded"
+        _log.info("%s is unloaded", slot.name)
 
     def _close_doors(self) -> None:
         self._closed = True
@@ -286,49 +286,49 @@ class Fleet:
         if self._closing is not None and not self._closing.done():
             self._closing.set_result(None)
 
-    def _all_loaded(self) -> list[tuple[Host, Loaded]]:
-        return [(host, host.loaded) for host in self.hosts if host.loaded is not None]
+    def _all_loaded(self) -> list[tuple[ModelSlot, Loaded]]:
+        return [(slot, slot.loaded) for slot in self.slots if slot.loaded is not None]
 
 
 def _stop_and_free(going: list[Loaded | None]) -> None:
     """Stop the engine that `going` holds, and no one else any more, and give its memory back."""
     loaded = going.pop()
     assert loaded is not None, "only what is loaded is unloaded"
-    loaded.base.worker.stop()
+    loaded.base.supervisor.stop()
     del loaded
     # An engine's parts refer to one another: without this its weights stay until the collector comes by.
     gc.collect()
 
 
-def open_fleet(names: Sequence[str], config: RuntimeConfig, store: Store) -> Fleet:
+def open_pool(names: Sequence[str], config: RuntimeConfig, store: Store) -> ModelPool:
     """The models `names`, none loaded yet; the first of them answers requests that name none.
 
     Raises what `find` raises, BadGguf, or LoadFailed if two different models have one name.
     """
-    by_base: dict[Path, dict[str, Wanted]] = {}
-    seen: dict[str, Wanted] = {}
+    by_base: dict[Path, dict[str, ModelRef]] = {}
+    seen: dict[str, ModelRef] = {}
     for name in names:
-        wanted = find(name, store)
-        known = seen.setdefault(wanted.id, wanted)
-        if known.base.gguf.resolve() != wanted.base.gguf.resolve():
-            files = f"{str(known.base.gguf)!r} and {str(wanted.base.gguf)!r}"
-            raise LoadFailed(f"two models would be served as {wanted.id!r}: {files}; rename one of the files")
-        by_base.setdefault(wanted.base.gguf.resolve(), {})[wanted.id] = wanted
+        ref = find(name, store)
+        known = seen.setdefault(ref.id, ref)
+        if known.base.gguf.resolve() != ref.base.gguf.resolve():
+            files = f"{str(known.base.gguf)!r} and {str(ref.base.gguf)!r}"
+            raise LoadFailed(f"two models would be served as {ref.id!r}: {files}; rename one of the files")
+        by_base.setdefault(ref.base.gguf.resolve(), {})[ref.id] = ref
 
     def load(stored: StoredModel, adapters: Mapping[str, Path]) -> ServedModel:
         return load_model(stored, config, adapters)
 
-    hosts = [_host(tuple(wanted.values()), config) for wanted in by_base.values()]
+    slots = [_slot(tuple(refs.values()), config) for refs in by_base.values()]
     budget = machine_budget() if config.memory_budget is None else int(config.memory_budget * 2**30)
-    return Fleet(hosts, load, FleetOptions(budget, config.slots + config.queue, config.idle_minutes * 60))
+    return ModelPool(slots, load, PoolOptions(budget, config.slots + config.queue, config.idle_minutes * 60))
 
 
-def _host(wanted: tuple[Wanted, ...], config: RuntimeConfig) -> Host:
-    stored = wanted[0].base
+def _slot(refs: tuple[ModelRef, ...], config: RuntimeConfig) -> ModelSlot:
+    stored = refs[0].base
     meta = read_meta(stored.gguf)
     if meta.is_adapter:
         raise LoadFailed(f"{str(stored.gguf)!r} is a LoRA adapter and no model; install it and serve it as BASE:NAME")
-    files = {stored.gguf, *(path for one in wanted for path in one.adapters.values())}
+    files = {stored.gguf, *(path for ref in refs for path in ref.adapters.values())}
     options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots)
     size_bytes = sum(file.stat().st_size for file in files)
-    return Host(stored, wanted, model_need(meta, size_bytes, n_ctx=config.context, n_rows=options.n_seq_max), meta)
+    return ModelSlot(stored, refs, model_need(meta, size_bytes, n_ctx=config.context, n_rows=options.n_seq_max), meta)

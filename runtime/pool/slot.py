@@ -1,4 +1,4 @@
-"""One base model of the fleet, loaded or not, with all the names that are served from it."""
+"""One base model of the pool, loaded or not, with all the names that are served from it."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from models.store.store import StoredModel
 from runtime.errors import EngineError, LoadFailed, NoRoom
 from runtime.llama.interface import ModelInfo
 from runtime.serving.model import ServedModel
-from runtime.serving.names import Wanted
+from runtime.serving.names import ModelRef
 
 from .memory import Need, mebibytes
 
@@ -28,16 +28,16 @@ class Loaded:
 
 
 @dataclass
-class Host:
-    """What is known of one base model. Only the fleet changes it, on its event loop.
+class ModelSlot:
+    """What is known of one base model. Only the pool changes it, on its event loop.
 
     `leases` counts requests that use it or wait for it, `waiting` those that wait for it to be loaded. `refusal` says
     what the last load ended in, unless it is loaded; after a failure nothing is tried before `retry_at_s`. `info` is
-    kept when the model is unloaded. Times are of the fleet's clock, in seconds.
+    kept when the model is unloaded. Times are of the pool's clock, in seconds.
     """
 
     stored: StoredModel
-    wanted: tuple[Wanted, ...]
+    refs: tuple[ModelRef, ...]
     need: Need
     meta: GgufMeta | None = None
     state: State = "unloaded"
@@ -62,12 +62,12 @@ class Host:
     @property
     def adapters(self) -> dict[str, Path]:
         """Every adapter to load with it: its name -> its LoRA GGUF file."""
-        return {name: path for wanted in self.wanted for name, path in wanted.adapters.items()}
+        return {name: path for ref in self.refs for name, path in ref.adapters.items()}
 
     @property
     def broken(self) -> bool:
         """Whether it is loaded but its engine has stopped for good."""
-        return self.loaded is not None and self.loaded.base.worker.state == "failed"
+        return self.loaded is not None and self.loaded.base.supervisor.state == "failed"
 
     @property
     def usable(self) -> bool:
@@ -86,40 +86,40 @@ class Host:
 
 
 class Budget:
-    """The memory that the models `hosts` may take together; `limit_bytes` None: as much as they like."""
+    """The memory that the models `slots` may take together; `limit_bytes` None: as much as they like."""
 
-    def __init__(self, hosts: Sequence[Host], limit_bytes: int | None) -> None:
-        self._hosts = hosts
+    def __init__(self, slots: Sequence[ModelSlot], limit_bytes: int | None) -> None:
+        self._slots = slots
         self._limit_bytes = limit_bytes
 
-    def fits(self, host: Host) -> bool:
-        """Whether `host` fits beside all that are loaded."""
-        return self._has_room(host, [other for other in self._hosts if other.loaded is not None])
+    def fits(self, slot: ModelSlot) -> bool:
+        """Whether `slot` fits beside all that are loaded."""
+        return self._has_room(slot, [other for other in self._slots if other.loaded is not None])
 
-    def can_fit(self, host: Host) -> bool:
-        """Whether `host` fits beside those that cannot go, since requests lease them."""
-        return self._has_room(host, self._busy())
+    def can_fit(self, slot: ModelSlot) -> bool:
+        """Whether `slot` fits beside those that cannot go, since requests lease them."""
+        return self._has_room(slot, self._busy())
 
-    def require_fits_alone(self, host: Host) -> None:
-        """Raise LoadFailed, with the numbers and what to change, if `host` will never fit."""
-        if not self._has_room(host, []):
+    def require_fits_alone(self, slot: ModelSlot) -> None:
+        """Raise LoadFailed, with the numbers and what to change, if `slot` will never fit."""
+        if not self._has_room(slot, []):
             raise LoadFailed(
-                f"{host.name!r} needs {host.need}. The memory budget is {mebibytes(self._limit_bytes or 0)}; "
+                f"{slot.name!r} needs {slot.need}. The memory budget is {mebibytes(self._limit_bytes or 0)}; "
                 "try a smaller --context, fewer --slots, a smaller quantization, or another --memory-budget"
             )
 
-    def no_room(self, host: Host) -> NoRoom:
+    def no_room(self, slot: ModelSlot) -> NoRoom:
         """The error for a model that would fit if others were not answering."""
         busy = ", ".join(f"{other.name!r} ({mebibytes(other.need.total)})" for other in self._busy())
         return NoRoom(
-            f"{host.name!r} needs about {mebibytes(host.need.total)}, the memory budget is "
+            f"{slot.name!r} needs about {mebibytes(slot.need.total)}, the memory budget is "
             f"{mebibytes(self._limit_bytes or 0)}, and these are answering: {busy}; try again in a moment, or serve "
             "with a larger --memory-budget"
         )
 
-    def _busy(self) -> list[Host]:
-        return [host for host in self._hosts if host.loaded is not None and host.leases > 0]
+    def _busy(self) -> list[ModelSlot]:
+        return [slot for slot in self._slots if slot.loaded is not None and slot.leases > 0]
 
-    def _has_room(self, host: Host, beside: Sequence[Host]) -> bool:
-        needed_bytes = host.need.total + sum(other.need.total for other in beside)
+    def _has_room(self, slot: ModelSlot, beside: Sequence[ModelSlot]) -> bool:
+        needed_bytes = slot.need.total + sum(other.need.total for other in beside)
         return self._limit_bytes is None or needed_bytes <= self._limit_bytes

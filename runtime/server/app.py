@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's routes and llama-server's small ones over a fleet of models."""
+"""The HTTP server: OpenAI's routes and llama-server's small ones over a pool of models."""
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,7 +15,7 @@ from runtime.errors import Overloaded
 from runtime.monitoring.metrics import CONTENT_TYPE, Metrics
 from runtime.openai.answer import Call
 from runtime.openai.wire import Endpoint
-from runtime.pool.pool import Fleet
+from runtime.pool.pool import ModelPool
 from runtime.serving.chat import Serving, prepare, prepare_response
 from runtime.serving.decisions import prepare_decision
 from runtime.serving.embeddings import prepare_embedding
@@ -31,11 +31,11 @@ T = TypeVar("T")
 
 
 class Api:
-    """The handlers of one app, over the models of one fleet."""
+    """The handlers of one app, over the models of one pool."""
 
-    def __init__(self, fleet: Fleet, config: RuntimeConfig) -> None:
-        self.metrics = Metrics(lambda: samples(fleet))
-        self._fleet = fleet
+    def __init__(self, pool: ModelPool, config: RuntimeConfig) -> None:
+        self.metrics = Metrics(lambda: samples(pool))
+        self._pool = pool
         self._config = config
         self._started_s = int(time.time())
         self._at_work = 0
@@ -53,24 +53,24 @@ class Api:
             return prepare(kind, payload, served)
 
         call, served = await self._prepared(request, work)
-        stream = served.worker.submit(*call.requests, whole=not call.stream)
+        stream = served.supervisor.submit(*call.requests, whole=not call.stream)
         stream.on_first_token = self.metrics.first_token
         return EventStream(call, stream) if call.stream else await whole_answer(request, call, stream)
 
     async def decide(self, request: Request) -> Response:
         """POST /v1/decisions"""
         call, served = await self._prepared(request, prepare_decision)
-        return await decided(request, call, served.worker.submit(call.scoring))
+        return await decided(request, call, served.supervisor.submit(call.scoring))
 
     async def embed(self, request: Request) -> Response:
         """POST /v1/embeddings"""
         call, served = await self._prepared(request, prepare_embedding)
-        return await embedded(request, call, served.worker.submit(call.embedding))
+        return await embedded(request, call, served.supervisor.submit(call.embedding))
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses"""
         call, served = await self._prepared(request, prepare_response)
-        stream = served.worker.submit(*call.call.requests, whole=not call.call.stream)
+        stream = served.supervisor.submit(*call.call.requests, whole=not call.call.stream)
         stream.on_first_token = self.metrics.first_token
         return await responded(request, call, stream)
 
@@ -81,20 +81,20 @@ class Api:
 
         `needs_room`: refuse at once, before any work, what its engine would not accept.
         """
-        self._fleet.require_open()
+        self._pool.require_open()
         with self._one_at_work():
             body = await read_body(request, self._config.max_body_bytes)
             payload = await off_loop(body, lambda: parse_json(body))
-        served = await held_by(request).enter_async_context(self._fleet.lease(asked_model(payload)))
+        served = await held_by(request).enter_async_context(self._pool.lease(asked_model(payload)))
         if needs_room:
-            served.worker.require_room()
+            served.supervisor.require_room()
         with self._one_at_work():
             return await off_loop(body, lambda: work(payload, served)), served
 
     @contextmanager
     def _one_at_work(self) -> Iterator[None]:
         """As many requests may be read or prepared at once as a queue is long; loads are waited for outside."""
-        limit = self._fleet.options.capacity
+        limit = self._pool.options.capacity
         if self._at_work >= limit:
             raise Overloaded(f"{self._at_work} requests are being read, limit {limit}", retry_after_s=1)
         self._at_work += 1
@@ -114,20 +114,20 @@ class Api:
 
     async def models(self) -> Response:
         """GET /v1/models"""
-        return JsonBytes(list_models(self._fleet, self._started_s))
+        return JsonBytes(list_models(self._pool, self._started_s))
 
     async def model(self, name: str) -> Response:
         """GET /v1/models/{name}"""
-        return JsonBytes(show_model(self._fleet, name, self._started_s))
+        return JsonBytes(show_model(self._pool, name, self._started_s))
 
     async def health(self) -> Response:
         """GET /health and /health/ready: 200 while requests are taken, else 503."""
-        body = health(self._fleet)
+        body = health(self._pool)
         return JsonBytes(body, 200 if body["ready"] else 503)
 
     async def alive(self) -> Response:
         """GET /health/live: 503 once the engines have stopped for good."""
-        body = health(self._fleet)
+        body = health(self._pool)
         return JsonBytes(body, 200 if body["live"] else 503)
 
     async def scrape(self) -> Response:
@@ -135,13 +135,13 @@ class Api:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
 
-def create_app(fleet: Fleet, config: RuntimeConfig) -> FastAPI:
-    """The app over `fleet`. Its lifespan is that of the fleet's engines."""
-    api = Api(fleet, config)
+def create_app(pool: ModelPool, config: RuntimeConfig) -> FastAPI:
+    """The app over `pool`. Its lifespan is that of the pool's engines."""
+    api = Api(pool, config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with fleet.running():
+        async with pool.running():
             yield
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)

@@ -4,92 +4,96 @@ from collections.abc import Iterator
 from typing import Any
 
 from runtime.monitoring.metrics import ModelSample
-from runtime.pool.pool import Fleet
-from runtime.pool.slot import Host
-from runtime.serving.names import Wanted
+from runtime.pool.pool import ModelPool
+from runtime.pool.slot import ModelSlot
+from runtime.serving.names import ModelRef
 
 
-def list_models(fleet: Fleet, created_s: int) -> dict[str, Any]:
+def list_models(pool: ModelPool, created_s: int) -> dict[str, Any]:
     """The body of GET /v1/models, in the order they were named, adapters beside their base."""
-    return {"object": "list", "data": [_model(host, wanted, created_s) for host, wanted in fleet.served.values()]}
+    return {"object": "list", "data": [_model(slot, ref, created_s) for slot, ref in pool.served.values()]}
 
 
-def show_model(fleet: Fleet, name: str, created_s: int) -> dict[str, Any]:
+def show_model(pool: ModelPool, name: str, created_s: int) -> dict[str, Any]:
     """The body of GET /v1/models/{name}. Raises ModelUnknown."""
-    return _model(*fleet.find(name), created_s)
+    return _model(*pool.find(name), created_s)
 
 
-def _model(host: Host, wanted: Wanted, created_s: int) -> dict[str, Any]:
+def _model(slot: ModelSlot, ref: ModelRef, created_s: int) -> dict[str, Any]:
     return {
-        "id": wanted.id,
+        "id": ref.id,
         "object": "model",
         "created": created_s,
         "owned_by": "deskside",
-        "state": host.shown_state,
-        "root": host.name,
-        "parent": host.name if wanted.adapter is not None else None,
-        "meta": _meta(host, wanted),
+        "state": slot.shown_state,
+        "root": slot.name,
+        "parent": slot.name if ref.adapter is not None else None,
+        "meta": _meta(slot, ref),
     }
 
 
-def _meta(host: Host, wanted: Wanted) -> dict[str, Any]:
+def _meta(slot: ModelSlot, ref: ModelRef) -> dict[str, Any]:
     """What is known: of a model that was never loaded, what its manifest and the head of its file say."""
-    manifest = (wanted.adapter or wanted.base).manifest
-    info, weights = host.info, wanted.base.manifest
-    written = f"{host.meta.architecture}.context_length" if host.meta else ""
+    manifest = (ref.adapter or ref.base).manifest
+    info, weights = slot.info, ref.base.manifest
+    written = f"{slot.meta.architecture}.context_length" if slot.meta else ""
     description = info.description if info else ""
     return {
         "description": manifest.description if manifest else description,
         "task": manifest.task if manifest else "general",
         "labels": list(manifest.labels) if manifest else [],
         "quantization": weights.artefacts[0].quantization if weights and weights.artefacts else description,
-        "n_vocab": info.n_vocab if info else host.meta.n_vocab if host.meta else None,
-        "n_ctx": info.n_ctx if info else host.need.n_ctx,
-        "n_ctx_train": info.n_ctx_train if info else host.meta.number(written) if host.meta else None,
+        "n_vocab": info.n_vocab if info else slot.meta.n_vocab if slot.meta else None,
+        "n_ctx": info.n_ctx if info else slot.need.n_ctx,
+        "n_ctx_train": info.n_ctx_train if info else slot.meta.number(written) if slot.meta else None,
         "n_params": info.n_params if info else None,
-        "size": info.size_bytes if info else host.need.files,
+        "size": info.size_bytes if info else slot.need.files,
     }
 
 
-def health(fleet: Fleet) -> dict[str, Any]:
+def health(pool: ModelPool) -> dict[str, Any]:
     """The body of GET /health: `ready` while some model takes requests, `live` until every engine has stopped."""
-    ready = not fleet.closed and any(_takes_requests(host) for host in fleet.hosts)
-    models = {host.name: _health(host) for host in fleet.hosts}
-    default = fleet.find(None)[0]
-    status = "ok" if ready else "draining" if fleet.closed else models[default.name]["state"]
+    ready = not pool.closed and any(_takes_requests(slot) for slot in pool.slots)
+    models = {slot.name: _health(slot) for slot in pool.slots}
+    default = pool.find(None)[0]
+    status = "ok" if ready else "draining" if pool.closed else models[default.name]["state"]
     return {
         "status": status,
-        "live": not fleet.broken,
+        "live": not pool.broken,
         "ready": ready,
-        "model": fleet.default,
+        "model": pool.default,
         "running": sum(model["running"] for model in models.values()),
         "accepted": sum(model["accepted"] for model in models.values()),
         "restarts": sum(model["restarts"] for model in models.values()),
-        "last_cause": fleet.last_cause or None,
+        "last_cause": pool.last_cause or None,
         "models": models,
     }
 
 
-def _takes_requests(host: Host) -> bool:
-    return host.loaded.base.worker.state == "ready" if host.loaded is not None else host.state != "failed"
+def _takes_requests(slot: ModelSlot) -> bool:
+    return slot.loaded.base.supervisor.state == "ready" if slot.loaded is not None else slot.state != "failed"
 
 
-def _health(host: Host) -> dict[str, Any]:
+def _health(slot: ModelSlot) -> dict[str, Any]:
     """A loaded model's state is its engine's own."""
-    if host.loaded is None:
-        return {"state": host.state, "running": 0, "accepted": 0, "restarts": 0, "last_cause": None, "silent_s": 0.0}
-    worker = host.loaded.base.worker
-    state = worker.state if host.state == "ready" else host.state
-    engine = {"restarts": worker.restarts, "last_cause": worker.last_cause, "silent_s": round(worker.silent_s, 1)}
-    return {"state": state, "running": worker.stats().running, "accepted": worker.live} | engine
+    if slot.loaded is None:
+        return {"state": slot.state, "running": 0, "accepted": 0, "restarts": 0, "last_cause": None, "silent_s": 0.0}
+    supervisor = slot.loaded.base.supervisor
+    state = supervisor.state if slot.state == "ready" else slot.state
+    engine = {
+        "restarts": supervisor.restarts,
+        "last_cause": supervisor.last_cause,
+        "silent_s": round(supervisor.silent_s, 1),
+    }
+    return {"state": state, "running": supervisor.stats().running, "accepted": supervisor.live} | engine
 
 
-def samples(fleet: Fleet) -> Iterator[ModelSample]:
+def samples(pool: ModelPool) -> Iterator[ModelSample]:
     """Each base model's counts at this moment."""
-    for host in fleet.hosts:
-        worker = host.loaded.base.worker if host.loaded is not None else None
-        live, stats = (worker.live, worker.stats()) if worker is not None else (0, None)
-        yield ModelSample(host.name, live, stats, host.loads, host.failures, host.unloads)
+    for slot in pool.slots:
+        supervisor = slot.loaded.base.supervisor if slot.loaded is not None else None
+        live, stats = (supervisor.live, supervisor.stats()) if supervisor is not None else (0, None)
+        yield ModelSample(slot.name, live, stats, slot.loads, slot.failures, slot.unloads)
 
 
 def asked_model(payload: object) -> str | None:

@@ -15,9 +15,9 @@ from models.store.store import Store
 from runtime.config import RuntimeConfig
 from runtime.errors import EngineDown, LoadFailed
 from runtime.pool.memory import mebibytes
-from runtime.pool.pool import Fleet, open_fleet
-from runtime.pool.slot import Host, Loaded
-from runtime.serving.names import Wanted
+from runtime.pool.pool import ModelPool, open_pool
+from runtime.pool.slot import Loaded, ModelSlot
+from runtime.serving.names import ModelRef
 
 from .app import create_app
 
@@ -29,9 +29,9 @@ FLUSH_SECONDS = 5
 class DrainingServer(uvicorn.Server):
     """Drains at the first signal, with the port still open so that clients are told 503; the second signal ends it."""
 
-    def __init__(self, config: uvicorn.Config, fleet: Fleet, drain_seconds: float, greeting: str) -> None:
+    def __init__(self, config: uvicorn.Config, pool: ModelPool, drain_seconds: float, greeting: str) -> None:
         super().__init__(config)
-        self._fleet = fleet
+        self._pool = pool
         self.broke: str | None = None
         self._drain_seconds = drain_seconds
         self._greeting = greeting
@@ -47,8 +47,8 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Stop by itself when every engine is gone: whoever started the process can start it again."""
-        if self._fleet.broken:
-            self.broke, self.should_exit = self._fleet.last_cause, True
+        if self._pool.broken:
+            self.broke, self.should_exit = self._pool.last_cause, True
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -59,25 +59,25 @@ class DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
 
     def _begin_drain(self, name: str) -> None:
-        _say(f"{name}: finishing what was accepted ({self._fleet.live}), for {self._drain_seconds:g} s at most")
+        _say(f"{name}: finishing what was accepted ({self._pool.live}), for {self._drain_seconds:g} s at most")
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        await self._fleet.drain(self._drain_seconds)
+        await self._pool.drain(self._drain_seconds)
         self.should_exit = True
 
 
 def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = None) -> None:
     """Serve models until SIGTERM or SIGINT; the first answers requests that name none. Returns once it has drained.
 
-    Raises what `open_fleet` raises, LoadFailed (the address is taken included), EngineDown if the engines broke.
+    Raises what `open_pool` raises, LoadFailed (the address is taken included), EngineDown if the engines broke.
     """
     _set_up_logging(config.log_level)
-    fleet = open_fleet(names, config, store or Store())
+    pool = open_pool(names, config, store or Store())
     with listen(config.host, config.port) as listener:
-        fleet.load_at_start()
+        pool.load_at_start()
         settings = uvicorn.Config(
-            create_app(fleet, config),
+            create_app(pool, config),
             log_config=None,
             access_log=config.log_level == "debug",
             lifespan="on",
@@ -86,11 +86,11 @@ def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = Non
             server_header=False,
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )
-        server = DrainingServer(settings, fleet, config.drain_seconds, describe(fleet, config, url_of(listener)))
+        server = DrainingServer(settings, pool, config.drain_seconds, describe(pool, config, url_of(listener)))
         try:
             server.run(sockets=[listener])
         finally:
-            fleet.close()
+            pool.close()
     if server.broke is not None:
         raise EngineDown(f"the engine stopped for good, and the server with it: {server.broke}")
 
@@ -124,18 +124,18 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def describe(fleet: Fleet, config: RuntimeConfig, url: str) -> str:
+def describe(pool: ModelPool, config: RuntimeConfig, url: str) -> str:
     """The start-up lines, one for each name: what was loaded, where it runs, what it can hold, where it answers."""
-    return "\n".join(_describe(host, wanted, config, url) for host, wanted in fleet.served.values())
+    return "\n".join(_describe(slot, ref, config, url) for slot, ref in pool.served.values())
 
 
-def _describe(host: Host, wanted: Wanted, config: RuntimeConfig, url: str) -> str:
-    if host.loaded is None:
-        return f"{wanted.id} is loaded when it is asked for (needs about {mebibytes(host.need.total)}): {url}/v1"
-    if wanted.adapter is not None:
-        size = mebibytes(wanted.adapter.gguf.stat().st_size)
-        return f"{wanted.id} (LoRA adapter, {size}) on {host.name}: {url}/v1"
-    return _describe_loaded(host.loaded, config, url)
+def _describe(slot: ModelSlot, ref: ModelRef, config: RuntimeConfig, url: str) -> str:
+    if slot.loaded is None:
+        return f"{ref.id} is loaded when it is asked for (needs about {mebibytes(slot.need.total)}): {url}/v1"
+    if ref.adapter is not None:
+        size = mebibytes(ref.adapter.gguf.stat().st_size)
+        return f"{ref.id} (LoRA adapter, {size}) on {slot.name}: {url}/v1"
+    return _describe_loaded(slot.loaded, config, url)
 
 
 def _describe_loaded(loaded: Loaded, config: RuntimeConfig, url: str) -> str:

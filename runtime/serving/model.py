@@ -15,22 +15,22 @@ from runtime.llama.model import LoadOptions, load_tokenizer
 from runtime.prompt.prompter import Prompter
 from runtime.worker.messages import EngineRecipe
 from runtime.worker.process import ProcessHost
-from runtime.worker.supervisor import Worker
+from runtime.worker.supervisor import EngineSupervisor
 
-from .names import Wanted, find, require_weights
+from .names import ModelRef, find, require_weights
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model under one name. Its worker is not started yet.
+    """One model under one name. Its supervisor is not started yet.
 
     With an adapter, `adapter` is the name its requests carry, `manifest` is the adapter's own and `base` that of the
-    weights; worker, tokenizer and grammars are shared with whatever else is served from the same base.
+    weights; supervisor, tokenizer and grammars are shared with whatever else is served from the same base.
     """
 
     name: str
     manifest: Manifest | None
-    worker: Worker
+    supervisor: EngineSupervisor
     prompter: Prompter
     tokenizer: TokenizerLike
     info: ModelInfo
@@ -54,7 +54,7 @@ class ServedModel:
 
 
 def open_model(name_or_path: str, config: RuntimeConfig, store: Store | None = None) -> ServedModel:
-    """Find a model in the store, at a path, or as BASE:ADAPTER, and load it. The caller starts and stops its worker.
+    """Find a model in the store, at a path, or as BASE:ADAPTER, and load it. The caller starts and stops its engine.
 
     Raises what `find` raises, or LoadFailed.
     """
@@ -62,7 +62,7 @@ def open_model(name_or_path: str, config: RuntimeConfig, store: Store | None = N
     return under_name(wanted, load_model(wanted.base, config, wanted.adapters))
 
 
-def under_name(wanted: Wanted, loaded: ServedModel) -> ServedModel:
+def under_name(wanted: ModelRef, loaded: ServedModel) -> ServedModel:
     """`loaded`, which is the base, as what was wanted. Raises TemplateFailed if the adapter's does not parse."""
     if wanted.adapter is None:
         return loaded
@@ -98,7 +98,7 @@ def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str
     return ServedModel(
         name=stored.name,
         manifest=stored.manifest,
-        worker=Worker(host, queue=config.queue, slots=config.slots),
+        supervisor=EngineSupervisor(host, queue=config.queue, slots=config.slots),
         # Beyond the length it was trained on a model writes nonsense, however many cells the cache has.
         prompter=Prompter(tokenizer, info.chat_template, min(info.n_ctx, info.n_ctx_train or info.n_ctx)),
         tokenizer=tokenizer,

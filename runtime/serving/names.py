@@ -16,7 +16,7 @@ _log = logging.getLogger("deskside.models")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ModelRef:
     """What is served under the name `id`: `base`, with `adapter` applied if there is one.
 
     `template` is the adapter's own chat template, if it has one.
@@ -33,7 +33,7 @@ class Wanted:
         return {self.adapter.name: self.adapter.gguf} if self.adapter is not None else {}
 
 
-def find(name: str, store: Store) -> Wanted:
+def find(name: str, store: Store) -> ModelRef:
     """Look up NAME, PATH, or BASE:ADAPTER, where BASE is either and ADAPTER is installed.
 
     Raises ModelNotFound, BadManifest, BadGguf, HashMismatch (the adapter is for other weights) or LoadFailed (an
@@ -43,7 +43,7 @@ def find(name: str, store: Store) -> Wanted:
     if not colon or not base_name or Path(name).exists():
         stored = store.resolve(name)
         require_weights(stored)
-        return Wanted(stored.name, stored)
+        return ModelRef(stored.name, stored)
     base, adapter = store.resolve(base_name), store.get(adapter_name)
     require_weights(base)
     if adapter.manifest is None or adapter.manifest.kind != "adapter":
@@ -53,7 +53,7 @@ def find(name: str, store: Store) -> Wanted:
         kind = f"{meta.text('general.type')!r} {meta.text('adapter.type')!r}"
         raise BadManifest(f"{str(adapter.gguf)!r} is no LoRA adapter: general.type and adapter.type are {kind}")
     _require_base(adapter, adapter.manifest, base)
-    return Wanted(f"{base.name}:{adapter.name}", base, adapter, meta.text("tokenizer.chat_template") or None)
+    return ModelRef(f"{base.name}:{adapter.name}", base, adapter, meta.text("tokenizer.chat_template") or None)
 
 
 def require_weights(stored: StoredModel) -> None:

@@ -121,7 +121,7 @@ class Outbox:
             with self._lock:
                 write_message(self._pipe, message)
         except OSError:
-            _leave(0)
+            _exit_now(0)
 
 
 class _Forward(logging.Handler):
@@ -144,7 +144,7 @@ def main() -> NoReturn:
     try:
         start: Start = read_trusted(source)
     except EOFError:
-        _leave(0)
+        _exit_now(0)
     logging.basicConfig(handlers=[_Forward(outbox)], format="%(message)s")
     for name, level in start.log_levels.items():
         logging.getLogger(name).setLevel(level)
@@ -157,7 +157,7 @@ def main() -> NoReturn:
             _log.critical("the engine broke: %s", error, exc_info=error)
             error = EngineError(f"the engine broke: {type(error).__name__}: {error}")
         outbox.send(Broke(error))
-    _leave(BROKE)
+    _exit_now(BROKE)
 
 
 def _take_pipes() -> tuple[BinaryIO, Outbox]:
@@ -174,10 +174,10 @@ def _read(source: BinaryIO, arrived: "SimpleQueue[ToEngine]") -> NoReturn:
         while True:
             arrived.put(read_trusted(source))
     except EOFError:
-        _leave(0)
+        _exit_now(0)
     except BaseException:  # noqa: BLE001 - an engine that cannot hear must not live on
         _log.critical("the engine cannot read its messages", exc_info=True)
-        _leave(BROKE)
+        _exit_now(BROKE)
 
 
 def _prepare(engine: EngineLike, arrived: "SimpleQueue[ToEngine]", inbox: Inbox) -> NoReturn:
@@ -200,10 +200,10 @@ def _run(start: Start, arrived: "SimpleQueue[ToEngine]", outbox: Outbox) -> None
     outbox.send(Ready(info, engine.stats()))
     loop = EngineLoop(engine, inbox)
     while (stepped := loop.turn()) is not None:
-        outbox.send(Stepped(tuple(map(_ours, stepped.events)), stepped.stats))
+        outbox.send(Stepped(tuple(map(_sanitised, stepped.events)), stepped.stats))
 
 
-def _ours(event: Event) -> Event:
+def _sanitised(event: Event) -> Event:
     """The event, with a fault that is not one of our errors told in the log instead: it may not travel."""
     if not isinstance(event, Failed) or isinstance(event.error, RequestError | EngineError):
         return event
@@ -211,7 +211,7 @@ def _ours(event: Event) -> Event:
     return Failed(event.request_id, EngineError("internal error in the engine; the server's log has the details"))
 
 
-def _leave(code: int) -> NoReturn:
+def _exit_now(code: int) -> NoReturn:
     """At once: the main thread may be deep in C, and the system takes the memory back."""
     sys.stderr.flush()
     os._exit(code)

@@ -90,8 +90,8 @@ MAX_ENGINES = 2
 
 
 @dataclass(slots=True)
-class LiveRequest:
-    """An accepted request. `engines` were given it; `heard` says whether its reader got anything of it.
+class InflightRequest:
+    """An accepted request. `engines` were given it; `delivered` says whether its reader got anything of it.
 
     `ending` is why it must end early. Of a `whole` answer the reader gets nothing before its end: it is `held`.
     """
@@ -100,23 +100,23 @@ class LiveRequest:
     stream: Stream
     whole: bool
     engines: int = 0
-    heard: bool = False
+    delivered: bool = False
     ending: Exception | None = None
     held: list[Event] = field(default_factory=list)
 
     def end_with_engine(self, error: Exception) -> Exception | None:
         """Why it ends with the engine that had it, which ended by `error`; None if the next one is to answer it."""
-        if self.ending is not None or self.heard or self.engines >= MAX_ENGINES:
+        if self.ending is not None or self.delivered or self.engines >= MAX_ENGINES:
             return self.ending or error
         self.held.clear()
         return None
 
 
-class LiveRequests:
+class InflightRequests:
     """By id. `changed` guards them; `on_lost` is told of requests whose event loop is closed."""
 
     def __init__(self, changed: threading.Condition, on_lost: Callable[[tuple[str, ...]], None]) -> None:
-        self.by_id: dict[str, LiveRequest] = {}
+        self.by_id: dict[str, InflightRequest] = {}
         self._changed = changed
         self._on_lost = on_lost
         self._emptied: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -126,13 +126,13 @@ class LiveRequests:
     def __len__(self) -> int:
         return len(self.by_id)
 
-    def add(self, requests: Sequence[Work], stream: Stream, *, whole: bool) -> list[LiveRequest]:
+    def add(self, requests: Sequence[Work], stream: Stream, *, whole: bool) -> list[InflightRequest]:
         """Add all of them. Raises InvalidRequest, before any, if one is live already."""
-        added: dict[str, LiveRequest] = {}
+        added: dict[str, InflightRequest] = {}
         for request in requests:
             if request.id in self.by_id or request.id in added:
                 raise InvalidRequest(f"a request of id {request.id!r} is live already")
-            added[request.id] = LiveRequest(request, stream, whole)
+            added[request.id] = InflightRequest(request, stream, whole)
         if not self.by_id:
             self._last_end_s = time.monotonic()
         self.by_id |= added
@@ -144,8 +144,8 @@ class LiveRequests:
         with self._changed:
             for event in events:
                 entry = self.by_id.get(event.request_id)
-                if entry is not None and (told := self._told(entry, event)):
-                    by_loop.setdefault(entry.stream.loop, []).extend((entry.stream, event) for event in told)
+                if entry is not None and (ready := self._deliverable(entry, event)):
+                    by_loop.setdefault(entry.stream.loop, []).extend((entry.stream, event) for event in ready)
             emptied, self._emptied = (self._emptied, []) if not self.by_id else ([], self._emptied)
         for loop, handed in by_loop.items():
             self._call(loop, handed)
@@ -153,14 +153,14 @@ class LiveRequests:
             with contextlib.suppress(RuntimeError):  # closed: nobody waits any more
                 loop.call_soon_threadsafe(empty.set)
 
-    def _told(self, entry: LiveRequest, event: Event) -> list[Event]:
+    def _deliverable(self, entry: InflightRequest, event: Event) -> list[Event]:
         """What the reader gets now that `event` has come."""
         if not isinstance(event, TextDelta):
             self._retire(event.request_id)
         elif entry.whole:
             entry.held.append(event)
             return []
-        entry.heard = True
+        entry.delivered = True
         return [*entry.held, event]
 
     def _retire(self, request_id: str) -> None:

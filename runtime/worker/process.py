@@ -38,7 +38,7 @@ from .messages import (
 )
 
 
-class Life(ABC):
+class EngineRun(ABC):
     """One engine, from its start to its end."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class EngineHost(ABC):
         """Whether another engine can follow one that ended."""
 
     @abstractmethod
-    def launch(self) -> Life:
+    def launch(self) -> EngineRun:
         """Begin a life. Raises OSError if the machine has no room for it."""
 
 
@@ -83,12 +83,12 @@ class ThreadHost(EngineHost):
     def __init__(self, engine: EngineLike) -> None:
         self._engine = engine
 
-    def launch(self) -> Life:
+    def launch(self) -> EngineRun:
         """The engine's only life."""
-        return _ThreadLife(self._engine)
+        return _ThreadRun(self._engine)
 
 
-class _ThreadLife(Life):
+class _ThreadRun(EngineRun):
     def __init__(self, engine: EngineLike) -> None:
         self._engine = engine
         self._inbox = Inbox()
@@ -131,7 +131,7 @@ class ProcessHost(EngineHost):
         self._recipe = recipe
         self._name = name
         self._silence_s = silence_s
-        self._first: ProcessLife | None = ProcessLife(recipe, name, silence_s)
+        self._first: ProcessRun | None = ProcessRun(recipe, name, silence_s)
 
     def await_loaded(self) -> ModelInfo:
         """What the first engine has loaded. Raises LoadFailed, also when the process died of it."""
@@ -143,10 +143,10 @@ class ProcessHost(EngineHost):
         assert self._first.info is not None
         return self._first.info
 
-    def launch(self) -> Life:
+    def launch(self) -> EngineRun:
         """The first life, which has begun already, or another one."""
         first, self._first = self._first, None
-        return first or ProcessLife(self._recipe, self._name, self._silence_s)
+        return first or ProcessRun(self._recipe, self._name, self._silence_s)
 
     def close(self) -> None:
         """End the first life, if nobody has taken it."""
@@ -155,7 +155,7 @@ class ProcessHost(EngineHost):
             self._first.close()
 
 
-class ProcessLife(Life):
+class ProcessRun(EngineRun):
     """One engine process."""
 
     def __init__(self, recipe: EngineRecipe, name: str, silence_s: float) -> None:
@@ -170,7 +170,7 @@ class ProcessLife(Life):
         self._silence_s = silence_s
         self._silent = False
         self._open: set[str] = set()
-        self._heard_s = time.monotonic()
+        self._last_sign_s = time.monotonic()
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="deskside-watch", daemon=True).start()
 
@@ -196,7 +196,7 @@ class ProcessLife(Life):
     def send(self, messages: Sequence[ToEngine]) -> None:
         """Leave messages for the writing thread."""
         if not self._open:
-            self._heard_s = time.monotonic()
+            self._last_sign_s = time.monotonic()
         self._open |= {message.request.id for message in messages if isinstance(message, Add)}
         self._writer.put(messages)
 
@@ -206,7 +206,7 @@ class ProcessLife(Life):
         if isinstance(message, Ready):
             raise EngineDied("the engine's process began anew in the middle of its work")
         if message is not None:
-            self._heard_s = time.monotonic()
+            self._last_sign_s = time.monotonic()
             self._open -= {event.request_id for event in message.events if not isinstance(event, TextDelta)}
         return message
 
@@ -258,7 +258,7 @@ class ProcessLife(Life):
 
     def _watch(self) -> None:
         while not self._over.wait(WATCH_SECONDS):
-            if self._open and time.monotonic() - self._heard_s > self._silence_s:
+            if self._open and time.monotonic() - self._last_sign_s > self._silence_s:
                 self._silent = True
                 self._process.kill()
                 return

@@ -16,9 +16,9 @@ from typing import Literal
 from runtime.errors import Cancelled, EngineDown, EngineError, InvalidRequest, LoadFailed, Overloaded, ShuttingDown
 from runtime.requests import EngineStats, Event, Failed, TextDelta, Work
 
-from .inflight import LiveRequest, LiveRequests, Stream
+from .inflight import InflightRequest, InflightRequests, Stream
 from .messages import Add, Cancel, EngineLike, Stepped, summed
-from .process import EngineHost, Life, ThreadHost
+from .process import EngineHost, EngineRun, ThreadHost
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class RestartPolicy:
     pause_s: float = 0.5
 
 
-class Deaths:
+class RestartLimiter:
     """The engines that ended since one of them finished an answer."""
 
     def __init__(self, policy: RestartPolicy) -> None:
@@ -50,7 +50,7 @@ class Deaths:
         self._times_s.clear()
 
     @property
-    def hopeless(self) -> bool:
+    def exhausted(self) -> bool:
         """Whether engines end one after the other and finish nothing."""
         many = len(self._times_s) == self._policy.deaths
         return many and self._times_s[-1] - self._times_s[0] <= self._policy.window_s
@@ -70,10 +70,10 @@ CANCEL_SECONDS = 10.0
 _log = logging.getLogger("deskside.worker")
 
 
-class Worker:
+class EngineSupervisor:
     """Supervises an engine. `slots` of the live requests run, `queue` more may wait.
 
-    An `EngineHost` says where its engines run; an engine itself runs in the worker's own thread, and has no follower.
+    An `EngineHost` says where its engines run; an engine itself runs in the own thread here, and has no follower.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Worker:
         self._state: State = "starting"
         self._fatal: EngineError | None = None
         self._last_cause: str | None = None
-        self._life: Life | None = self._host.launch()
+        self._engine_run: EngineRun | None = self._host.launch()
         self._takes = False
         self._changed = threading.Condition()
-        self._live = LiveRequests(self._changed, self.cancel)
-        self._stats = self._life.await_ready()
+        self._live = InflightRequests(self._changed, self.cancel)
+        self._stats = self._engine_run.await_ready()
         self._stats_before: EngineStats | None = None
-        self._deaths = Deaths(policy or RestartPolicy())
-        self._heard_s = time.monotonic()
+        self._restart_limiter = RestartLimiter(policy or RestartPolicy())
+        self._last_sign_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="deskside-engine", daemon=True)
 
     @property
@@ -113,7 +113,7 @@ class Worker:
     @property
     def silent_s(self) -> float:
         """Seconds since the engine gave a sign, if it has work; else 0."""
-        return time.monotonic() - self._heard_s if self._live else 0.0
+        return time.monotonic() - self._last_sign_s if self._live else 0.0
 
     @property
     def live(self) -> int:
@@ -153,7 +153,7 @@ class Worker:
         with self._changed:
             self.require_room(len(requests))
             if not self._live:
-                self._heard_s = time.monotonic()
+                self._last_sign_s = time.monotonic()
             self._hand_over(self._live.add(requests, stream, whole=whole))
         return stream
 
@@ -175,19 +175,19 @@ class Worker:
     def stop(self) -> None:
         """End the engine, fail what is still live with ShuttingDown, free the model.
 
-        In the worker's own thread an engine finishes the step in progress; a process is killed if it does not leave.
+        An engine in this thread finishes the step in progress; a process is killed if it does not leave.
         """
         with self._changed:
             if self._state != "failed":
                 self._state = "stopped"
             self._changed.notify_all()
-            life = self._life
-        if life is not None:
-            life.stop()
+            run = self._engine_run
+        if run is not None:
+            run.stop()
         if self._thread.ident is not None:
             self._thread.join()
-        if life is not None:
-            life.close()
+        if run is not None:
+            run.close()
 
     def _run(self) -> None:
         while True:
@@ -200,11 +200,11 @@ class Worker:
         self._fail_all(self._fatal or ShuttingDown("the server stopped before the answer was finished"))
 
     def _supervise(self) -> None:
-        """See one engine through. Returns once the worker is stopped; raises what ended the engine."""
-        life = self._life or self._relaunch()
-        if life is None:
+        """See one engine through. Returns once the supervisor is stopped; raises what ended the engine."""
+        run = self._engine_run or self._relaunch()
+        if run is None:
             return
-        stats = life.await_ready()
+        stats = run.await_ready()
         if self.restarts:
             _log.warning("engine number %d is ready", self.restarts + 1)
         with self._changed:
@@ -213,62 +213,62 @@ class Worker:
             self._takes = True
             self._hand_over(self._live.by_id.values())
         self._note(stats)
-        while (stepped := life.receive()) is not None:
+        while (stepped := run.receive()) is not None:
             self._take(stepped)
 
-    def _relaunch(self) -> Life | None:
-        life = self._host.launch()
+    def _relaunch(self) -> EngineRun | None:
+        run = self._host.launch()
         with self._changed:
             if self._state != "stopped":
-                self._life = life
-                return life
-        life.stop()
-        life.close()
+                self._engine_run = run
+                return run
+        run.stop()
+        run.close()
         return None
 
     def _recover(self, error: Exception) -> bool:
         """The engine ended: fail the requests that cannot go on. False if no engine is to follow."""
         ours = error if isinstance(error, EngineError) else EngineDown(f"the engine stopped: {error!r}")
         with self._changed:
-            life, self._takes = self._life, False
+            run, self._takes = self._engine_run, False
             if self._state == "stopped":
                 return False
             _log.error("the engine ended: %s", error, exc_info=None if isinstance(error, EngineError) else error)
             self._last_cause = str(ours)
             self._stats = replace(self._stats, running=0, waiting=0, kv_cells_used=0)
-            self._deaths.note()
-            if not self._host.relaunches or isinstance(error, LoadFailed) or self._deaths.hopeless:
+            self._restart_limiter.note()
+            if not self._host.relaunches or isinstance(error, LoadFailed) or self._restart_limiter.exhausted:
                 # Before any request hears of it: who gets an engine's last events can tell that no more will come.
                 self._state, self._fatal = "failed", ours
                 return False
             if self._state == "ready":
                 self._state = "restarting"
-            self._life = None
+            self._engine_run = None
             ends = [Failed(n, e) for n, entry in self._live.by_id.items() if (e := entry.end_with_engine(ours))]
         self._live.deliver(ends)
-        if life is not None:
-            life.stop()
-            life.close()
+        if run is not None:
+            run.stop()
+            run.close()
         restarts = self._stats.engine_restarts_total + 1
         self._stats_before = replace(self._stats, engine_restarts_total=restarts)
         self._stats = self._stats_before
         return self._pause()
 
     def _pause(self) -> bool:
-        """Wait before the next engine. False if the worker was stopped meanwhile."""
+        """Wait before the next engine. False if the supervisor was stopped meanwhile."""
         with self._changed:
-            return not self._changed.wait_for(lambda: self._state == "stopped", self._deaths.pause_s)
+            return not self._changed.wait_for(lambda: self._state == "stopped", self._restart_limiter.pause_s)
 
-    def _hand_over(self, entries: Iterable[LiveRequest]) -> None:
+    def _hand_over(self, entries: Iterable[InflightRequest]) -> None:
         """Give requests to the engine, if it takes any now; else they wait for the next. Call it with the lock held."""
-        if not self._takes or self._life is None:
+        if not self._takes or self._engine_run is None:
             return
         messages = []
         for entry in entries:
             entry.engines += 1
             messages.append(Add(entry.request))
         if messages:
-            self._life.send(messages)
+            self._engine_run.send(messages)
 
     def _end(self, request_ids: Iterable[str], error: Exception) -> None:
         """Have the engine end these requests; if there is none at the moment, end them here."""
@@ -277,9 +277,9 @@ class Worker:
             ids = tuple(entry.request.id for entry in entries if entry.ending is None)
             for entry in entries:
                 entry.ending = entry.ending or error
-            if self._takes and self._life is not None:
+            if self._takes and self._engine_run is not None:
                 if ids:
-                    self._life.send([Cancel(ids, error)])
+                    self._engine_run.send([Cancel(ids, error)])
                 return
         self._live.deliver([Failed(name, error) for name in ids])
 
@@ -292,8 +292,8 @@ class Worker:
         self._note(stepped.stats)
         self._live.deliver(stepped.events)
         if any(not isinstance(event, TextDelta | Failed) for event in stepped.events):
-            self._deaths.forget()
+            self._restart_limiter.forget()
 
     def _note(self, stats: EngineStats) -> None:
-        self._heard_s = time.monotonic()
+        self._last_sign_s = time.monotonic()
         self._stats = stats if self._stats_before is None else summed(self._stats_before, stats)

@@ -36,9 +36,9 @@ def mails() -> list[str]:
 @pytest.fixture(scope="module")
 def served(email_triage: StoredModel) -> Iterator[ServedModel]:
     model = load_model(email_triage, RuntimeConfig(slots=4, context=2048, threads=1))
-    model.worker.start()
+    model.supervisor.start()
     yield model
-    model.worker.stop()
+    model.supervisor.stop()
 
 
 def body(served: ServedModel, mail: str) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def decide(served: ServedModel, mails: list[str]) -> list[dict[str, Any]]:
 
     async def one(mail: str) -> dict[str, Any]:
         call = prepare_decision(body(served, mail), served)
-        response = await fold_decision(call, served.worker.submit(call.scoring))
+        response = await fold_decision(call, served.supervisor.submit(call.scoring))
         answers: Any = response["answers"]
         (answer,) = answers
         assert sum(item["probability"] for item in answer["probabilities"]) == pytest.approx(1)
@@ -68,7 +68,7 @@ def written(served: ServedModel, mail: str) -> str:
     async def one() -> Any:
         fields = {"messages": [{"role": "user", "content": mail}], "temperature": 0, "max_tokens": 16}
         call = prepare("chat", fields, served)
-        return await fold(call, served.worker.submit(*call.requests))
+        return await fold(call, served.supervisor.submit(*call.requests))
 
     return str(asyncio.run(one())["choices"][0]["message"]["content"])
 
@@ -101,7 +101,7 @@ def test_sums_are_those_of_each_label_computed_by_itself(
     (question,) = call.scoring.questions
 
     async def scored() -> Scored:
-        async for event in served.worker.submit(call.scoring):
+        async for event in served.supervisor.submit(call.scoring):
             assert isinstance(event, Scored), event
             return event
         raise AssertionError

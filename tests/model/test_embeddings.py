@@ -35,14 +35,14 @@ LONG = " ".join([*INVOICES, *KERNELS] * 4)
 @pytest.fixture(scope="module")
 def served(email_triage: StoredModel) -> Iterator[ServedModel]:
     model = load_model(email_triage, RuntimeConfig(slots=2, context=512, threads=1))
-    model.worker.start()
+    model.supervisor.start()
     yield model
-    model.worker.stop()
+    model.supervisor.stop()
 
 
 async def embedded(served: ServedModel, texts: list[str]) -> np.ndarray:
     call = prepare_embedding({"input": texts}, served)
-    answer: Any = await fold_embedding(call, served.worker.submit(call.embedding))
+    answer: Any = await fold_embedding(call, served.supervisor.submit(call.embedding))
     return np.asarray([item["embedding"] for item in answer["data"]])
 
 
@@ -70,7 +70,7 @@ def test_what_is_alike_is_nearer(served: ServedModel) -> None:
 def test_text_is_the_same_while_embeddings_run(served: ServedModel) -> None:
     async def written() -> str:
         call = prepare("completion", {"prompt": INVOICES[0], "max_tokens": 12, "temperature": 0}, served)
-        answer: Any = await fold(call, served.worker.submit(*call.requests))
+        answer: Any = await fold(call, served.supervisor.submit(*call.requests))
         return str(answer["choices"][0]["text"])
 
     async def both() -> tuple[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Batches through the real engine and worker, with the toy model behind the seam."""
+"""Batches through the real engine and supervisor, with the toy model behind the seam."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from runtime.engine.options import EngineOptions
 from runtime.errors import DecodeFailed, EngineDown
 from runtime.prompt.prompter import Prompter
 from runtime.serving.model import ServedModel
-from runtime.worker.supervisor import Worker
+from runtime.worker.supervisor import EngineSupervisor
 from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama
 
 WINDOW = 8
@@ -42,13 +42,13 @@ def decision(custom_id: str, mail: str, **fields: Any) -> dict[str, Any]:
 
 @contextmanager
 def serving(llama: FakeLlama, *, queue: int = queue_for(WINDOW)) -> Iterator[ServedModel]:
-    worker = Worker(Engine(llama, EngineOptions(step_tokens=64, max_running=4)), queue=queue, slots=4)
+    supervisor = EngineSupervisor(Engine(llama, EngineOptions(step_tokens=64, max_running=4)), queue=queue, slots=4)
     prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
-    worker.start()
+    supervisor.start()
     try:
-        yield ServedModel("toy", None, worker, prompter, llama.tokenizer, llama.info, LlGuidance(llama.tokenizer))
+        yield ServedModel("toy", None, supervisor, prompter, llama.tokenizer, llama.info, LlGuidance(llama.tokenizer))
     finally:
-        worker.stop()
+        supervisor.stop()
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -60,7 +60,7 @@ def run(source: Path, output: Path, served: ServedModel) -> BatchCounts:
     async def go() -> BatchCounts:
         job = BatchJob(source, output, served.name, WINDOW)
         with open_files(job) as files:
-            batch = BatchRun(job, files, EngineAnswerer(served, served.worker), lambda counts: None)
+            batch = BatchRun(job, files, EngineAnswerer(served, served.supervisor), lambda counts: None)
             await batch.run()
             return batch.counts
 
@@ -205,13 +205,13 @@ def test_a_cancelled_run_frees_the_engine(source: Path, tmp_path: Path) -> None:
                 task.cancel()
 
         with open_files(job) as files:
-            run = BatchRun(job, files, EngineAnswerer(served, served.worker), on_progress)
+            run = BatchRun(job, files, EngineAnswerer(served, served.supervisor), on_progress)
             task = asyncio.create_task(run.run())
             with pytest.raises(asyncio.CancelledError):
                 await task
-        await served.worker.drain(30)
+        await served.supervisor.drain(30)
 
     with serving(FakeLlama()) as served:
         asyncio.run(cancel_soon(served))
-        assert served.worker.live == 0
-    assert (served.worker.stats().running, served.worker.stats().waiting) == (0, 0)
+        assert served.supervisor.live == 0
+    assert (served.supervisor.stats().running, served.supervisor.stats().waiting) == (0, 0)

@@ -22,7 +22,7 @@ from runtime.errors import DecodeFailed
 from runtime.prompt.prompter import Prompter
 from runtime.requests import Batch
 from runtime.serving.model import ServedModel
-from runtime.worker.supervisor import Worker
+from runtime.worker.supervisor import EngineSupervisor
 from tests.runtime.serving.test_names import GGUF, install, sha
 from tests.support.models.gguf_heads import LORA, head
 from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama
@@ -37,10 +37,10 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path]) -> ServedModel:
         llama = FakeLlama(adapters=tuple(adapters), **arguments)
-        worker = Worker(Engine(llama, EngineOptions()), queue=config.queue, slots=config.slots)
+        supervisor = EngineSupervisor(Engine(llama, EngineOptions()), queue=config.queue, slots=config.slots)
         prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
         constrainer = LlGuidance(llama.tokenizer)
-        return ServedModel(stored.name, None, worker, prompter, llama.tokenizer, llama.info, constrainer)
+        return ServedModel(stored.name, None, supervisor, prompter, llama.tokenizer, llama.info, constrainer)
 
     monkeypatch.setattr(batch_command, "load_model", load_model)
     return arguments

@@ -21,7 +21,7 @@ from runtime.engine.options import EngineOptions
 from runtime.errors import ContextTooLong, TemplateFailed
 from runtime.prompt.prompter import Prompter
 from runtime.serving.model import ServedModel
-from runtime.worker.supervisor import Worker
+from runtime.worker.supervisor import EngineSupervisor
 from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama
 
 SORTER = Manifest(name="sorter", description="Sorts mail.", task="classify", labels=("ham", "spam"), licence="none")
@@ -29,13 +29,13 @@ SORTER = Manifest(name="sorter", description="Sorts mail.", task="classify", lab
 
 @contextmanager
 def chatting(llama: FakeLlama, options: ChatOptions | None = None, manifest: Manifest | None = None) -> Iterator[Chat]:
-    worker = Worker(Engine(llama, EngineOptions()), queue=8, slots=4)
-    worker.start()
+    supervisor = EngineSupervisor(Engine(llama, EngineOptions()), queue=8, slots=4)
+    supervisor.start()
     prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
     try:
-        yield Chat(worker, prompter, Conversation(manifest, options or ChatOptions()))
+        yield Chat(supervisor, prompter, Conversation(manifest, options or ChatOptions()))
     finally:
-        worker.stop()
+        supervisor.stop()
 
 
 async def say(chat: Chat, text: str) -> str:
@@ -107,16 +107,16 @@ def test_an_answer_that_is_left_is_cancelled_and_forgotten() -> None:
         async with aclosing(chat.answer("hello")) as pieces:
             async for _ in pieces:
                 break
-        await chat_worker(chat).drain(30)
+        await chat_supervisor(chat).drain(30)
 
     with chatting(FakeLlama(script=lambda history: ord("a")), ChatOptions(temperature=0)) as chat:
         asyncio.run(leave(chat))
         assert chat.conversation.turns == []
-        assert chat_worker(chat).live == 0
+        assert chat_supervisor(chat).live == 0
 
 
-def chat_worker(chat: Chat) -> Worker:
-    return chat._worker
+def chat_supervisor(chat: Chat) -> EngineSupervisor:
+    return chat._supervisor
 
 
 def test_from_a_pipe_lines_become_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,16 +173,16 @@ def test_the_command_opens_and_closes_the_model(
     template: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     llama = FakeLlama(script="ham")
-    worker = Worker(Engine(llama, EngineOptions()), queue=8, slots=4)
+    supervisor = EngineSupervisor(Engine(llama, EngineOptions()), queue=8, slots=4)
     prompter = Prompter(llama.tokenizer, template, llama.info.n_ctx)
     constrainer = LlGuidance(llama.tokenizer)
-    served = ServedModel("sorter", SORTER, worker, prompter, llama.tokenizer, llama.info, constrainer)
+    served = ServedModel("sorter", SORTER, supervisor, prompter, llama.tokenizer, llama.info, constrainer)
     monkeypatch.setattr(chat_module, "open_model", lambda name, config: served)
     monkeypatch.setattr(sys, "stdin", io.StringIO("a mail\n"))
     with nullcontext() if template else pytest.raises(TemplateFailed):
         chat_with("sorter", RuntimeConfig(), ChatOptions())
     assert capsys.readouterr().out == ("ham\n" if template else "")
-    assert worker.state == "stopped"
+    assert supervisor.state == "stopped"
     assert llama.closed
 
 
@@ -214,6 +214,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
 def test_an_adapters_chat_asks_for_the_adapter() -> None:
     llama = FakeLlama(script="yes", adapters=("mail",))
     with chatting(llama) as chat:
-        with_adapter = Chat(chat_worker(chat), chat._prompter, chat.conversation, "mail")
+        with_adapter = Chat(chat_supervisor(chat), chat._prompter, chat.conversation, "mail")
         assert asyncio.run(say(with_adapter, "hello")) == "yes"
     assert set(llama.applied) == {"mail"}

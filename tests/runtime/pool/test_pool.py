@@ -1,4 +1,4 @@
-"""The fleet over toy models: loaded once for all who wait, never unloaded under a request, within its budget."""
+"""The pool over toy models: loaded once for all who wait, never unloaded under a request, within its budget."""
 
 import asyncio
 import random
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from runtime.errors import DecodeFailed, EngineDown, LoadFailed, ModelUnknown, NoRoom, Overloaded, ShuttingDown
-from runtime.pool.pool import RETRY_SECONDS, Fleet, FleetOptions
-from runtime.pool.slot import Host
+from runtime.pool.pool import RETRY_SECONDS, ModelPool, PoolOptions
+from runtime.pool.slot import ModelSlot
 from runtime.requests import Failed, Request, SamplingParams
 from tests.support.runtime.fakes import FakeLlama
 from tests.support.runtime.serving import PATIENCE_S, Toys
@@ -52,38 +52,38 @@ def make_toys(on_load: Callable[[str], None] = lambda _: None, **special: Callab
     return Toys(plain | special, on_load=on_load)
 
 
-def make_fleet(
-    toys: Toys, hosts: Iterable[Host] = (), clock: Callable[[], float] | None = None, **options: Any
-) -> Fleet:
-    """Of `hosts`, or of three toys that need a byte each."""
-    chosen = FleetOptions(**{"room_wait_s": 0.0} | options)
-    return Fleet(list(hosts) or [toys.host(name) for name in NAMES], toys.load, chosen, clock or Clock())
+def make_pool(
+    toys: Toys, slots: Iterable[ModelSlot] = (), clock: Callable[[], float] | None = None, **options: Any
+) -> ModelPool:
+    """Of `slots`, or of three toys that need a byte each."""
+    chosen = PoolOptions(**{"room_wait_s": 0.0} | options)
+    return ModelPool(list(slots) or [toys.slot(name) for name in NAMES], toys.load, chosen, clock or Clock())
 
 
-def run(fleet: Fleet, work: Callable[[], Awaitable[None]]) -> None:
+def run(pool: ModelPool, work: Callable[[], Awaitable[None]]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(PATIENCE_S), fleet.running():
+        async with asyncio.timeout(PATIENCE_S), pool.running():
             await work()
-        assert [(host.leases, host.waiting, host.loaded, host.loading) for host in fleet.hosts] == [
-            (0, 0, None, None) for _ in fleet.hosts
+        assert [(slot.leases, slot.waiting, slot.loaded, slot.loading) for slot in pool.slots] == [
+            (0, 0, None, None) for _ in pool.slots
         ]
 
     asyncio.run(limited())
 
 
-def states(fleet: Fleet) -> dict[str, str]:
-    return {host.name: host.shown_state for host in fleet.hosts}
+def states(pool: ModelPool) -> dict[str, str]:
+    return {slot.name: slot.shown_state for slot in pool.slots}
 
 
-async def use(fleet: Fleet, name: str | None = None) -> None:
-    async with fleet.lease(name):
+async def use(pool: ModelPool, name: str | None = None) -> None:
+    async with pool.lease(name):
         pass
 
 
-async def answer(fleet: Fleet, name: str) -> str:
+async def answer(pool: ModelPool, name: str) -> str:
     """What the model writes, or the error it fails with."""
-    async with fleet.lease(name) as served:
-        stream = served.worker.submit(Request(f"r{random.random()}", (1, 2, 3), SamplingParams(max_tokens=9)))
+    async with pool.lease(name) as served:
+        stream = served.supervisor.submit(Request(f"r{random.random()}", (1, 2, 3), SamplingParams(max_tokens=9)))
         events = [event async for event in stream]
     if isinstance(events[-1], Failed):
         raise events[-1].error
@@ -93,117 +93,115 @@ async def answer(fleet: Fleet, name: str) -> str:
 def test_two_requests_for_an_unloaded_model_load_it_once() -> None:
     barrier = Barrier()
     toys = make_toys(barrier)
-    fleet = make_fleet(toys)
+    pool = make_pool(toys)
 
     async def work() -> None:
-        answers = [asyncio.create_task(answer(fleet, "b")) for _ in range(2)]
+        answers = [asyncio.create_task(answer(pool, "b")) for _ in range(2)]
         await barrier.wait()
-        assert (states(fleet)["b"], fleet.hosts[1].waiting) == ("loading", 2)
+        assert (states(pool)["b"], pool.slots[1].waiting) == ("loading", 2)
         barrier.open()
         assert await asyncio.gather(*answers) == ["hello", "hello"]
 
-    run(fleet, work)
+    run(pool, work)
     assert [name for name, _ in toys.made] == ["b"]
     assert all(llama.closed for _, llama in toys.made)
 
 
 def test_a_request_without_a_model_goes_to_the_first_and_an_unknown_one_is_told_what_there_is() -> None:
-    fleet = make_fleet(make_toys())
+    pool = make_pool(make_toys())
 
     async def work() -> None:
-        async with fleet.lease() as served:
+        async with pool.lease() as served:
             assert served.name == "a"
         with pytest.raises(ModelUnknown, match=r"'gpt-9' is not served here; this server has 'a', 'b', 'c'"):
-            await use(fleet, "gpt-9")
+            await use(pool, "gpt-9")
 
-    run(fleet, work)
+    run(pool, work)
 
 
 def test_a_waiter_that_leaves_stops_no_load() -> None:
     barrier = Barrier()
-    fleet = make_fleet(make_toys(barrier))
+    pool = make_pool(make_toys(barrier))
 
     async def work() -> None:
-        leaving, staying = (asyncio.create_task(answer(fleet, "a")) for _ in range(2))
+        leaving, staying = (asyncio.create_task(answer(pool, "a")) for _ in range(2))
         await barrier.wait()
         leaving.cancel()
         await asyncio.wait([leaving])
         barrier.open()
         assert await staying == "hello"
 
-    run(fleet, work)
-    assert fleet.hosts[0].loads == 1
+    run(pool, work)
+    assert pool.slots[0].loads == 1
 
 
 def test_the_least_recently_used_idle_model_makes_room() -> None:
     clock = Clock()
-    fleet = make_fleet(make_toys(), clock=clock, budget_bytes=2)
+    pool = make_pool(make_toys(), clock=clock, budget_bytes=2)
 
     async def work() -> None:
         for name in ("a", "b", "a", "c"):
             clock.now_s += 1
-            await use(fleet, name)
-        assert states(fleet) == {"a": "ready", "b": "unloaded", "c": "ready"}
-        async with fleet.lease("a"):  # now the oldest, but in use
+            await use(pool, name)
+        assert states(pool) == {"a": "ready", "b": "unloaded", "c": "ready"}
+        async with pool.lease("a"):  # now the oldest, but in use
             clock.now_s += 1
-            await use(fleet, "c")
-            await use(fleet, "b")
-        assert states(fleet) == {"a": "ready", "b": "ready", "c": "unloaded"}
+            await use(pool, "c")
+            await use(pool, "b")
+        assert states(pool) == {"a": "ready", "b": "ready", "c": "unloaded"}
 
-    run(fleet, work)
+    run(pool, work)
 
 
 def test_no_room_beside_busy_models_names_need_budget_and_who_is_busy() -> None:
     toys = make_toys()
-    hosts = [toys.host("a", needs=3 << 20), toys.host("b", needs=2 << 20), toys.host("c", needs=4 << 20)]
-    fleet = make_fleet(toys, hosts, budget_bytes=6 << 20)
+    slots = [toys.slot("a", needs=3 << 20), toys.slot("b", needs=2 << 20), toys.slot("c", needs=4 << 20)]
+    pool = make_pool(toys, slots, budget_bytes=6 << 20)
 
     async def work() -> None:
-        await use(fleet, "b")
-        async with fleet.lease("a"):
+        await use(pool, "b")
+        async with pool.lease("a"):
             with pytest.raises(
                 NoRoom, match=r"'c' needs about 4 MiB, the memory budget is 6 MiB.*'a' \(3 MiB\)"
             ) as hit:
-                await use(fleet, "c")
+                await use(pool, "c")
             assert hit.value.retry_after_s >= 1
-            assert states(fleet) == {"a": "ready", "b": "ready", "c": "unloaded"}, "b went for nothing"
-        await use(fleet, "c")
-        assert states(fleet) == {"a": "unloaded", "b": "ready", "c": "ready"}
+            assert states(pool) == {"a": "ready", "b": "ready", "c": "unloaded"}, "b went for nothing"
+        await use(pool, "c")
+        assert states(pool) == {"a": "unloaded", "b": "ready", "c": "ready"}
 
-    run(fleet, work)
+    run(pool, work)
 
 
 def test_a_load_waits_a_while_for_a_busy_model_to_become_idle() -> None:
-    fleet = make_fleet(make_toys(), budget_bytes=1, room_wait_s=PATIENCE_S)
+    pool = make_pool(make_toys(), budget_bytes=1, room_wait_s=PATIENCE_S)
 
     async def work() -> None:
         async with AsyncExitStack() as busy:
-            await busy.enter_async_context(fleet.lease("a"))
-            waiting = asyncio.create_task(answer(fleet, "b"))
-            while not fleet.hosts[1].waiting:
+            await busy.enter_async_context(pool.lease("a"))
+            waiting = asyncio.create_task(answer(pool, "b"))
+            while not pool.slots[1].waiting:
                 await asyncio.sleep(0)
             await busy.aclose()
             assert await waiting == "hello"
 
-    run(fleet, work)
+    run(pool, work)
 
 
 def test_a_model_that_never_fits_is_refused_before_anything_is_loaded() -> None:
     toys = make_toys()
-    fleet = make_fleet(toys, [toys.host("a"), toys.host("b", needs=3 << 20)], budget_bytes=1 << 20)
+    pool = make_pool(toys, [toys.slot("a"), toys.slot("b", needs=3 << 20)], budget_bytes=1 << 20)
     with pytest.raises(LoadFailed, match=r"'b' needs about 3 MiB.*budget is 1 MiB; try a smaller --context"):
-        fleet.load_at_start()
+        pool.load_at_start()
     assert toys.made == []
 
 
 def test_at_the_start_the_first_is_loaded_and_others_as_far_as_they_fit() -> None:
     toys = make_toys()
-    fleet = make_fleet(
-        toys, [toys.host("a", needs=2), toys.host("b", needs=3), toys.host("c", needs=1)], budget_bytes=4
-    )
-    fleet.load_at_start()
-    assert states(fleet) == {"a": "ready", "b": "unloaded", "c": "ready"}
-    fleet.close()
+    pool = make_pool(toys, [toys.slot("a", needs=2), toys.slot("b", needs=3), toys.slot("c", needs=1)], budget_bytes=4)
+    pool.load_at_start()
+    assert states(pool) == {"a": "ready", "b": "unloaded", "c": "ready"}
+    pool.close()
     assert all(llama.closed for _, llama in toys.made)
 
 
@@ -213,9 +211,9 @@ def test_a_load_that_fails_at_the_start_leaves_nothing_running() -> None:
             raise LoadFailed("damaged")
 
     toys = make_toys(on_load)
-    fleet = make_fleet(toys)
+    pool = make_pool(toys)
     with pytest.raises(LoadFailed, match="damaged"):
-        fleet.load_at_start()
+        pool.load_at_start()
     assert [(name, llama.closed) for name, llama in toys.made] == [("a", True)]
 
 
@@ -229,10 +227,10 @@ def test_a_failed_load_reaches_all_who_wait_and_is_not_tried_again_at_once(error
             barrier()
             raise error
 
-    fleet = make_fleet(make_toys(on_load), clock=clock)
+    pool = make_pool(make_toys(on_load), clock=clock)
 
     async def work() -> None:
-        waiting = [asyncio.create_task(answer(fleet, "b")) for _ in range(3)]
+        waiting = [asyncio.create_task(answer(pool, "b")) for _ in range(3)]
         await barrier.wait()
         barrier.open()
         results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -241,70 +239,70 @@ def test_a_failed_load_reaches_all_who_wait_and_is_not_tried_again_at_once(error
         for wait_s in (RETRY_SECONDS, 2 * RETRY_SECONDS):
             clock.now_s += wait_s - 1
             with pytest.raises(LoadFailed, match=r"'b'.*tried again in 1 s"):
-                await use(fleet, "b")
+                await use(pool, "b")
             clock.now_s += 1
             if len(tries) == 1:
                 with pytest.raises(LoadFailed):
-                    await use(fleet, "b")
-        assert await answer(fleet, "b") == "hello"
-        assert (states(fleet)["b"], fleet.hosts[1].failures, len(tries)) == ("ready", 2, 3)
+                    await use(pool, "b")
+        assert await answer(pool, "b") == "hello"
+        assert (states(pool)["b"], pool.slots[1].failures, len(tries)) == ("ready", 2, 3)
 
-    run(fleet, work)
+    run(pool, work)
 
 
 def test_only_so_many_wait_for_one_load() -> None:
     barrier = Barrier()
-    fleet = make_fleet(make_toys(barrier), capacity=2)
+    pool = make_pool(make_toys(barrier), capacity=2)
 
     async def work() -> None:
-        waiting = [asyncio.create_task(answer(fleet, "a")) for _ in range(2)]
+        waiting = [asyncio.create_task(answer(pool, "a")) for _ in range(2)]
         await barrier.wait()
         with pytest.raises(Overloaded, match="2 requests wait for 'a' to be loaded, limit 2"):
-            await use(fleet, "a")
+            await use(pool, "a")
         barrier.open()
         await asyncio.gather(*waiting)
 
-    run(fleet, work)
+    run(pool, work)
 
 
 def test_draining_tells_those_who_wait_at_once_and_stops_what_is_loaded_meanwhile() -> None:
     barrier = Barrier()
     toys = make_toys(barrier)
-    fleet = make_fleet(toys)
+    pool = make_pool(toys)
 
     async def work() -> None:
-        waiting = [asyncio.create_task(answer(fleet, "a")) for _ in range(2)]
+        waiting = [asyncio.create_task(answer(pool, "a")) for _ in range(2)]
         await barrier.wait()
-        await fleet.drain(0)
+        await pool.drain(0)
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(result) for result in results] == [ShuttingDown] * 2
         with pytest.raises(ShuttingDown):
-            await use(fleet, "b")
+            await use(pool, "b")
         barrier.open()
 
-    run(fleet, work)
+    run(pool, work)
     assert [(name, llama.closed) for name, llama in toys.made] == [("a", True)]
 
 
 def test_idle_models_go_when_their_time_is_over_and_come_back_when_asked_for() -> None:
     clock = Clock()
-    fleet = make_fleet(make_toys(), clock=clock, idle_s=60)
+    pool = make_pool(make_toys(), clock=clock, idle_s=60)
 
     async def work() -> None:
-        async with fleet.lease("b"):
-            await use(fleet, "a")
+        async with pool.lease("b"):
+            await use(pool, "a")
             clock.now_s += 59
-            await fleet.unload_idle()
-            assert states(fleet) == {"a": "ready", "b": "ready", "c": "unloaded"}
+            await pool.unload_idle()
+            assert states(pool) == {"a": "ready", "b": "ready", "c": "unloaded"}
             clock.now_s += 1
-            await fleet.unload_idle()
-            assert states(fleet) == {"a": "unloaded", "b": "ready", "c": "unloaded"}
-        await fleet.unload_idle()
-        assert states(fleet)["b"] == "ready", "it was in use a moment ago"
-        assert await answer(fleet, "a") == "hello"
-        assert (fleet.hosts[0].loads, fleet.hosts[0].unloads) == (2, 1)
+            await pool.unload_idle()
+            assert states(pool) == {"a": "unloaded", "b": "ready", "c": "unloaded"}
+        await pool.unload_idle()
+        assert states(pool)["b"] == "ready", "it was in use a moment ago"
+        assert await answer(pool, "a") == "hello"
+        assert (pool.slots[0].loads, pool.slots[0].unloads) == (2, 1)
 
-    run(fleet, work)
+    run(pool, work)
 
 
 class SlowToClose(FakeLlama):
@@ -320,77 +318,77 @@ class SlowToClose(FakeLlama):
 def test_a_request_for_a_model_on_its_way_out_waits_and_gets_it_again() -> None:
     barrier = SlowToClose.barrier = Barrier()
     toys = make_toys(a=lambda: SlowToClose(script="hello"))
-    fleet = make_fleet(toys)
+    pool = make_pool(toys)
 
     async def work() -> None:
-        await use(fleet, "a")
-        unloading = asyncio.create_task(fleet.unload_idle())
+        await use(pool, "a")
+        unloading = asyncio.create_task(pool.unload_idle())
         await barrier.wait()
-        assert states(fleet)["a"] == "unloading"
-        asked = asyncio.create_task(answer(fleet, "a"))
-        while not fleet.hosts[0].waiting:
+        assert states(pool)["a"] == "unloading"
+        asked = asyncio.create_task(answer(pool, "a"))
+        while not pool.slots[0].waiting:
             await asyncio.sleep(0)
         barrier.open()
         assert await asked == "hello"
         await unloading
 
-    run(fleet, work)
+    run(pool, work)
     assert len(toys.made) == 2
 
 
 def test_an_engine_that_breaks_harms_no_other_and_is_loaded_again_later() -> None:
     clock = Clock()
     made = iter([FakeLlama(script="hello", fail_at={0: DecodeFailed("-3")}), FakeLlama(script="again")])
-    fleet = make_fleet(make_toys(b=lambda: next(made)), clock=clock)
+    pool = make_pool(make_toys(b=lambda: next(made)), clock=clock)
 
     async def work() -> None:
         with pytest.raises(DecodeFailed):
-            await answer(fleet, "b")
-        assert await answer(fleet, "a") == "hello"
-        assert states(fleet)["b"] == "failed"
-        assert not fleet.broken
+            await answer(pool, "b")
+        assert await answer(pool, "a") == "hello"
+        assert states(pool)["b"] == "failed"
+        assert not pool.broken
         for _ in range(2):
             with pytest.raises(EngineDown, match="'b': the engine stopped: -3; it is tried again in 15 s"):
-                await use(fleet, "b")
+                await use(pool, "b")
         clock.now_s += RETRY_SECONDS
-        assert await answer(fleet, "b") == "again"
+        assert await answer(pool, "b") == "again"
 
-    run(fleet, work)
+    run(pool, work)
 
 
-def test_a_fleet_is_broken_when_every_engine_is() -> None:
+def test_a_pool_is_broken_when_every_engine_is() -> None:
     toys = make_toys(a=lambda: FakeLlama(script="hello", fail_at={0: DecodeFailed("-3")}))
-    fleet = make_fleet(toys, [toys.host("a")])
+    pool = make_pool(toys, [toys.slot("a")])
 
     async def work() -> None:
         with pytest.raises(DecodeFailed):
-            await answer(fleet, "a")
-        assert fleet.broken
+            await answer(pool, "a")
+        assert pool.broken
 
-    run(fleet, work)
+    run(pool, work)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_whatever_comes_the_budget_holds_and_what_is_leased_is_loaded(seed: int) -> None:
     draw, toys = random.Random(seed), make_toys()
-    hosts = [toys.host("a", needs=2), toys.host("b", needs=1), toys.host("c", needs=2)]
-    fleet = make_fleet(toys, hosts, budget_bytes=3, room_wait_s=PATIENCE_S)
+    slots = [toys.slot("a", needs=2), toys.slot("b", needs=1), toys.slot("c", needs=2)]
+    pool = make_pool(toys, slots, budget_bytes=3, room_wait_s=PATIENCE_S)
 
     def check() -> None:
-        assert sum(host.need.total for host in hosts if host.loaded or host.state in ("loading", "unloading")) <= 3
+        assert sum(slot.need.total for slot in slots if slot.loaded or slot.state in ("loading", "unloading")) <= 3
 
     async def client() -> None:
         for _ in range(6):
-            async with fleet.lease(draw.choice(NAMES)) as served:
+            async with pool.lease(draw.choice(NAMES)) as served:
                 check()
-                assert fleet.find(served.name)[0].loaded is not None
+                assert pool.find(served.name)[0].loaded is not None
                 for _ in range(draw.randrange(4)):
                     await asyncio.sleep(0)
                 check()
-                assert served.worker.state == "ready"
+                assert served.supervisor.state == "ready"
 
     async def work() -> None:
         await asyncio.gather(*(client() for _ in range(5)))
 
-    run(fleet, work)
-    assert sum(host.loads for host in hosts) >= 3
+    run(pool, work)
+    assert sum(slot.loads for slot in slots) >= 3

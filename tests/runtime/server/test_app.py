@@ -209,7 +209,7 @@ def test_many_clients_at_once_get_the_same_answer_as_one(noisy: Running) -> None
     with ThreadPoolExecutor(12) as pool:
         together = list(pool.map(lambda _: texts(ask(noisy, seed=3)), range(12)))
     assert together == [alone] * 12
-    wait_until(lambda: noisy.worker.live == 0)
+    wait_until(lambda: noisy.supervisor.live == 0)
 
 
 def test_models_are_listed_and_looked_up(scripted: Running) -> None:
@@ -245,7 +245,7 @@ def test_apply_template_shows_what_a_chat_is_asked_with(scripted: Running) -> No
 
 def test_health_and_metrics(scripted: Running) -> None:
     ask(scripted)
-    wait_until(lambda: scripted.worker.live == 0)
+    wait_until(lambda: scripted.supervisor.live == 0)
     for path in ("/health", "/health/ready", "/health/live"):
         answer = scripted.http.get(path)
         assert answer.status_code == 200

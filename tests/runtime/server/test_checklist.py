@@ -161,7 +161,7 @@ def test_requests_that_fit_alone_but_not_together_all_succeed() -> None:
 
 def test_metrics_count_what_usage_says_and_come_to_rest(noisy: Running) -> None:
     def read() -> dict[str, float]:
-        wait_until(lambda: (noisy.worker.live, noisy.worker.stats().running) == (0, 0))
+        wait_until(lambda: (noisy.supervisor.live, noisy.supervisor.stats().running) == (0, 0))
         families = text_string_to_metric_families(noisy.http.get("/metrics").text)
         return {s.name: s.value for family in families for s in family.samples if s.labels == {"model": "toy"}}
 

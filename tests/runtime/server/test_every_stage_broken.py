@@ -145,10 +145,10 @@ def test_a_cache_that_is_full_in_the_middle_makes_the_newest_wait(
         llama = scene.llama
         monkeypatch.setattr(llama, "cells_hidden", llama.info.n_ctx - llama.used_cells - 1)
 
-    n_before = shared.running.worker.stats().preemptions_total
+    n_before = shared.running.supervisor.stats().preemptions_total
     shared.arm(fill, LATER)
     require_whole(play(shared, KINDS[name]), KINDS[name])
-    assert shared.running.worker.stats().preemptions_total > n_before
+    assert shared.running.supervisor.stats().preemptions_total > n_before
 
 
 @pytest.mark.parametrize("name", ["chat", "chat-stream", "completion", "response"])
@@ -215,7 +215,7 @@ def stop(scene: Scene, _: int) -> None:
     """The server is told to stop, and has waited in vain for as long as it may."""
     running = scene.running
     running.server.handle_exit(signal.SIGTERM, None)
-    wait_until(lambda: running.worker.state == "draining")
+    wait_until(lambda: running.supervisor.state == "draining")
     for _ in range(5):  # the event loop has gone round: what the end of the wait brings about is done
         assert running.http.get("/health").status_code == 503
 

@@ -230,7 +230,7 @@ def test_a_full_queue_is_a_429_with_retry_after() -> None:
     config = RuntimeConfig(slots=1, queue=2)
     with serving(FakeLlama(script=LONG, on_decode=gate), config) as running, ThreadPoolExecutor(3) as pool:
         answers = [background(pool, running) for _ in range(3)]
-        wait_until(lambda: running.worker.live == 3)
+        wait_until(lambda: running.supervisor.live == 3)
         refused = running.http.post(CHAT, json={"messages": MESSAGES})
         error = error_of(refused, 429, "queue_full")
         assert "limit 3" in error["message"]
@@ -248,7 +248,7 @@ def test_a_client_that_leaves_frees_its_slots(stream: bool, n: int) -> None:
     gate = Gate()
     llama = FakeLlama(script=LONG * 5, n_ctx=4096, on_decode=gate)
     with serving(llama, RuntimeConfig(slots=2, queue=4)) as running:
-        observed = Observed(running.worker)
+        observed = Observed(running.supervisor)
         with asked(running.url, CHAT, {"messages": MESSAGES, "max_tokens": 1000, "n": n, "stream": stream}) as client:
             for _ in range(3):
                 gate.wait()
@@ -258,9 +258,9 @@ def test_a_client_that_leaves_frees_its_slots(stream: bool, n: int) -> None:
         wait_until(lambda: len(observed.cancelled) == n)
         n_passed = llama.decodes
         gate.open()
-        wait_until(lambda: running.worker.live == 0)
+        wait_until(lambda: running.supervisor.live == 0)
         assert llama.decodes < n_passed + 3, "the answer was written on for nobody"
-        stats = running.worker.stats
+        stats = running.supervisor.stats
         wait_until(lambda: (stats().running, stats().waiting) == (0, 0))
         assert running.http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 5}).status_code == 200
 
@@ -271,9 +271,9 @@ def test_a_client_that_does_not_read_holds_nobody_up() -> None:
         running.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         fields = {"messages": MESSAGES, "max_tokens": 250, "stream": True, "logprobs": True, "top_logprobs": 20}
         with asked(running.url, CHAT, fields, buffer_bytes=4096):
-            wait_until(lambda: running.worker.stats().generated_tokens_total > 10)
+            wait_until(lambda: running.supervisor.stats().generated_tokens_total > 10)
             assert running.http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 5}).status_code == 200
-            wait_until(lambda: running.worker.live == 0)
+            wait_until(lambda: running.supervisor.live == 0)
             ended = f'deskside_http_requests_total{{route="{CHAT}",status="200"}} 1.0'
             assert ended in running.http.get("/metrics").text, "the stalled stream should still be waiting to be read"
 
@@ -294,13 +294,13 @@ def test_an_engine_that_breaks_fails_every_answer_and_then_the_server_stops() ->
     llama = FakeLlama(script=LONG, on_decode=gate, fail_at={1: DecodeFailed("llama_decode returned -3")})
     with serving(llama, RuntimeConfig(slots=2, queue=8)) as running, ThreadPoolExecutor(6) as pool:
         answers = [background(pool, running, max_tokens=50) for _ in range(6)]
-        wait_until(lambda: running.worker.live == 6)
+        wait_until(lambda: running.supervisor.live == 6)
         gate.open()
         for answer in answers:
             error_of(answer.result(), 500, "decode_failed")
         wait_until(lambda: running.server.should_exit)
-        assert running.worker.state == "failed"
-        assert running.worker.live == 0
+        assert running.supervisor.state == "failed"
+        assert running.supervisor.live == 0
 
 
 def test_the_client_library_raises_what_an_error_event_says() -> None:
@@ -314,9 +314,9 @@ def test_a_signal_drains_refuses_newcomers_and_finishes_what_runs() -> None:
     gate = Gate()
     with serving(FakeLlama(script="hello", on_decode=gate)) as running, ThreadPoolExecutor(2) as pool:
         answers = [background(pool, running), background(pool, running, stream=True)]
-        wait_until(lambda: running.worker.live == 2)
+        wait_until(lambda: running.supervisor.live == 2)
         running.server.handle_exit(signal.SIGTERM, None)
-        wait_until(lambda: running.worker.state == "draining")
+        wait_until(lambda: running.supervisor.state == "draining")
         error_of(running.http.post(CHAT, json={"messages": MESSAGES}), 503, "shutting_down")
         health = running.http.get("/health")
         assert (health.status_code, health.json()["status"]) == (503, "draining")
@@ -325,7 +325,7 @@ def test_a_signal_drains_refuses_newcomers_and_finishes_what_runs() -> None:
         gate.open()
         assert answers[0].result().json()["choices"][0]["message"]["content"] == "hello"
         assert answers[1].result().text.endswith("data: [DONE]\n\n")
-        wait_until(lambda: running.worker.state == "stopped")
+        wait_until(lambda: running.supervisor.state == "stopped")
 
 
 def test_a_drain_that_takes_too_long_ends_answers_with_an_error() -> None:
@@ -334,9 +334,9 @@ def test_a_drain_that_takes_too_long_ends_answers_with_an_error() -> None:
     llama = FakeLlama(script=LONG * 5, n_ctx=4096, on_decode=gate)
     with serving(llama, config) as running, ThreadPoolExecutor(2) as pool:
         answers = [background(pool, running, max_tokens=1000, stream=stream) for stream in (False, True)]
-        wait_until(lambda: running.worker.live == 2)
+        wait_until(lambda: running.supervisor.live == 2)
         running.server.handle_exit(signal.SIGTERM, None)
-        while running.worker.live:
+        while running.supervisor.live:
             gate.open(1)
             threading.Event().wait(0.002)
         gate.open()

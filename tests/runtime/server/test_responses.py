@@ -239,10 +239,10 @@ def test_a_fault_before_the_end_of_a_whole_response_is_an_error() -> None:
 def test_a_response_that_is_cancelled_just_ends(caplog: pytest.LogCaptureFixture) -> None:
     gate = Gate()
     with serving(FakeLlama(script="hello", on_decode=gate)) as toy:
-        observed = Observed(toy.worker)
+        observed = Observed(toy.supervisor)
         with asked(toy.url, PATH, {"input": "hi", "stream": True}) as connection:
             gate.wait()
-            toy.worker.cancel(tuple(observed.events))
+            toy.supervisor.cancel(tuple(observed.events))
             gate.open()
             status, _, content = answered(connection)
         [events] = observed.events.values()
@@ -258,14 +258,14 @@ def test_a_response_that_is_cancelled_just_ends(caplog: pytest.LogCaptureFixture
 def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
     gate = Gate()
     with serving(FakeLlama(script="hello " * 200, n_ctx=2048, on_decode=gate)) as toy:
-        observed = Observed(toy.worker)
+        observed = Observed(toy.supervisor)
         with asked(toy.url, PATH, {"input": "hi", "stream": stream}):
             gate.wait()
         wait_until(lambda: observed.cancelled)
         gate.open()
-        wait_until(lambda: toy.worker.live == 0)
+        wait_until(lambda: toy.supervisor.live == 0)
         assert toy.llama.decodes < 3, "the response was written on for nobody"
-        wait_until(lambda: toy.worker.stats().running == 0)
+        wait_until(lambda: toy.supervisor.stats().running == 0)
 
 
 @pytest.mark.parametrize(

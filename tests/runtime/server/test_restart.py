@@ -49,7 +49,7 @@ def test_a_client_that_waits_for_the_whole_answer_notices_nothing(tmp_path: Path
     with served(FakeRecipe(tmp_path, script="heKllo")) as running:
         answer = running.http.post(CHAT, json=body(n=3)).json()
         assert [choice["message"]["content"] for choice in answer["choices"]] == ["heKllo"] * 3
-        assert running.worker.restarts == 1
+        assert running.supervisor.restarts == 1
 
 
 def test_poison_is_a_500_and_no_more_than_that(tmp_path: Path) -> None:
@@ -72,9 +72,9 @@ def test_health_and_metrics_tell_of_a_restart_and_newcomers_wait_for_it(tmp_path
         wait_until((tmp_path / "waits").exists)
         (tmp_path / "hold").touch()
         os.kill(recipe.pids[0], signal.SIGKILL)
-        wait_until(lambda: running.worker.state == "restarting")
+        wait_until(lambda: running.supervisor.state == "restarting")
         second = pool.submit(ask, "b")
-        wait_until(lambda: running.worker.live == 2)
+        wait_until(lambda: running.supervisor.live == 2)
         during = running.http.get("/health")
         assert (during.status_code, during.json()["status"]) == (503, "restarting")
         assert "SIGKILL" in during.json()["last_cause"]
@@ -94,4 +94,4 @@ def test_a_server_whose_engine_is_given_up_stops(tmp_path: Path) -> None:
         response = running.http.post(CHAT, json=body("K"))
         assert (response.status_code, response.json()["error"]["code"]) == (503, "model_not_loaded")
         wait_until(lambda: running.server.should_exit)
-        assert running.worker.state == "failed"
+        assert running.supervisor.state == "failed"

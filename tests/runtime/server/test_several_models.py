@@ -17,7 +17,7 @@ from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.requests import Request, Scoring
 from runtime.server.serve import describe
-from runtime.serving.names import Wanted
+from runtime.serving.names import ModelRef
 from tests.runtime.pool.test_pool import Barrier
 from tests.support.runtime.connection import asked
 from tests.support.runtime.fakes import FakeLlama
@@ -47,10 +47,10 @@ def make_toys(**options: Any) -> Toys:
     return Toys(make, manifests={"toy": BASE}, **options)
 
 
-def adapter_of(toys: Toys) -> Wanted:
+def adapter_of(toys: Toys) -> ModelRef:
     template = "{{ bos_token }}mail:{{ messages[0]['content'] }}<start_of_turn>"
     adapter = StoredModel("mail", Path(), MAIL, Path("mail.gguf"))
-    return Wanted("toy:mail", toys.stored("toy"), adapter, template)
+    return ModelRef("toy:mail", toys.stored("toy"), adapter, template)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def toys() -> Toys:
 @pytest.fixture(scope="module")
 def running(toys: Toys) -> Iterator[Running]:
     """`toy` with its adapter `toy:mail`, and `other`, in room for one base model."""
-    hosts = [toys.host("toy", adapters=[adapter_of(toys)]), toys.host("other")]
-    with serving_toys(toys, hosts, budget_bytes=1) as running:
+    slots = [toys.slot("toy", adapters=[adapter_of(toys)]), toys.slot("other")]
+    with serving_toys(toys, slots, budget_bytes=1) as running:
         yield running
 
 
@@ -140,8 +140,8 @@ def test_an_adapters_answers_have_their_own_fingerprint_and_share_one_engine(run
         for name in ("toy", "toy:mail")
     }
     assert prints == {"toy": f"deskside-{'a' * 12}-fake", "toy:mail": f"deskside-{'a' * 12}-{'b' * 12}-fake"}
-    (host, _), (same, _) = running.fleet.find("toy"), running.fleet.find("toy:mail")
-    assert host is same
+    (slot, _), (same, _) = running.pool.find("toy"), running.pool.find("toy:mail")
+    assert slot is same
 
 
 def test_models_are_listed_with_their_state_and_what_is_known_of_them(running: Running) -> None:
@@ -202,8 +202,8 @@ def test_a_model_is_held_until_its_stream_has_ended() -> None:
     gate = Gate()
     slow = {"toy": lambda: FakeLlama(script="hello", on_decode=gate), "other": lambda: FakeLlama(script="other")}
     toys = Toys(slow)
-    hosts = [toys.host("toy"), toys.host("other")]
-    with serving_toys(toys, hosts, budget_bytes=1, room_wait_s=0) as running, ThreadPoolExecutor(1) as pool:
+    slots = [toys.slot("toy"), toys.slot("other")]
+    with serving_toys(toys, slots, budget_bytes=1, room_wait_s=0) as running, ThreadPoolExecutor(1) as pool:
         streaming = background(pool, running, stream=True)
         gate.wait()
         refused = running.http.post(CHAT, json={"messages": MESSAGES, "model": "other"})
@@ -212,21 +212,21 @@ def test_a_model_is_held_until_its_stream_has_ended() -> None:
         assert "'toy'" in refused.json()["error"]["message"]
         gate.open()
         assert streaming.result().text.endswith("data: [DONE]\n\n")
-        wait_until(lambda: hosts[0].leases == 0)
+        wait_until(lambda: slots[0].leases == 0)
         assert said(running, model="other") == "other"
-        assert hosts[0].state == "unloaded"
+        assert slots[0].state == "unloaded"
 
 
 def test_a_client_that_leaves_gives_its_model_back() -> None:
     gate = Gate()
     toys = Toys({"toy": lambda: FakeLlama(script="hello" * 50, n_ctx=2048, on_decode=gate)})
-    hosts = [toys.host("toy")]
-    with serving_toys(toys, hosts) as running:
+    slots = [toys.slot("toy")]
+    with serving_toys(toys, slots) as running:
         with asked(running.url, CHAT, {"messages": MESSAGES, "stream": True}):
             gate.wait()
-            assert hosts[0].leases == 1
+            assert slots[0].leases == 1
         gate.open()
-        wait_until(lambda: hosts[0].leases == 0)
+        wait_until(lambda: slots[0].leases == 0)
 
 
 def test_a_load_that_fails_is_a_503_and_the_others_go_on() -> None:
@@ -235,7 +235,7 @@ def test_a_load_that_fails_is_a_503_and_the_others_go_on() -> None:
             raise LoadFailed("'other.gguf' is damaged")
 
     toys = make_toys(on_load=on_load)
-    with serving_toys(toys, [toys.host("toy"), toys.host("other")], budget_bytes=1) as running:
+    with serving_toys(toys, [toys.slot("toy"), toys.slot("other")], budget_bytes=1) as running:
         for _ in range(2):
             with pytest.raises(openai.InternalServerError, match="is damaged") as caught:
                 said(running, model="other")
@@ -249,9 +249,9 @@ def test_a_load_that_fails_is_a_503_and_the_others_go_on() -> None:
 def test_while_one_model_is_loaded_another_answers() -> None:
     barrier = Barrier()
     toys = make_toys(on_load=lambda name: barrier() if name == "other" else None)
-    hosts = [toys.host("toy"), toys.host("other", needs=4)]
-    with serving_toys(toys, hosts, budget_bytes=4) as running, ThreadPoolExecutor(1) as pool:
-        hosts[1].need = hosts[0].need  # it fits beside the first, but was not loaded at the start
+    slots = [toys.slot("toy"), toys.slot("other", needs=4)]
+    with serving_toys(toys, slots, budget_bytes=4) as running, ThreadPoolExecutor(1) as pool:
+        slots[1].need = slots[0].need  # it fits beside the first, but was not loaded at the start
         waiting = background(pool, running, model="other")
         assert barrier.reached.wait(PATIENCE_S)
         assert said(running, model="toy") == "hello"
@@ -263,11 +263,11 @@ def test_while_one_model_is_loaded_another_answers() -> None:
 def test_a_signal_during_a_load_tells_those_who_wait_and_stops_cleanly() -> None:
     barrier = Barrier()
     toys = make_toys(on_load=lambda name: barrier() if name == "other" else None)
-    hosts = [toys.host("toy"), toys.host("other")]
-    with serving_toys(toys, hosts, budget_bytes=1) as running, ThreadPoolExecutor(2) as pool:
+    slots = [toys.slot("toy"), toys.slot("other")]
+    with serving_toys(toys, slots, budget_bytes=1) as running, ThreadPoolExecutor(2) as pool:
         waiting = [background(pool, running, model="other", stream=stream) for stream in (False, True)]
         assert barrier.reached.wait(PATIENCE_S)
-        wait_until(lambda: hosts[1].waiting == 2)
+        wait_until(lambda: slots[1].waiting == 2)
         running.server.handle_exit(signal.SIGTERM, None)
         for answer in waiting:
             assert (answer.result().status_code, answer.result().json()["error"]["code"]) == (503, "shutting_down")
@@ -277,16 +277,16 @@ def test_a_signal_during_a_load_tells_those_who_wait_and_stops_cleanly() -> None
 
 def test_an_idle_model_is_unloaded_by_itself_and_comes_back() -> None:
     toys = make_toys()
-    hosts = [toys.host("toy")]
-    with serving_toys(toys, hosts, idle_s=0.01) as running:
-        wait_until(lambda: hosts[0].unloads > 0)
+    slots = [toys.slot("toy")]
+    with serving_toys(toys, slots, idle_s=0.01) as running:
+        wait_until(lambda: slots[0].unloads > 0)
         assert said(running, model="toy") == "hello"
 
 
 def test_the_start_up_lines_name_every_model() -> None:
     toys = make_toys()
-    hosts = [toys.host("toy"), toys.host("other", needs=7 << 20)]
-    with serving_toys(toys, hosts, budget_bytes=7 << 20) as running:
-        lines = describe(running.fleet, RuntimeConfig(), "http://here").splitlines()
+    slots = [toys.slot("toy"), toys.slot("other", needs=7 << 20)]
+    with serving_toys(toys, slots, budget_bytes=7 << 20) as running:
+        lines = describe(running.pool, RuntimeConfig(), "http://here").splitlines()
     assert lines[0].startswith("toy (Q8_0, 0 MiB) on fake, 1 threads, 16 slots, context 512, loaded in ")
     assert lines[1:] == ["other is loaded when it is asked for (needs about 7 MiB): http://here/v1"]

@@ -202,11 +202,11 @@ def test_a_client_that_leaves_cancels_its_questions() -> None:
     gate = Gate()
     llama = FakeLlama(n_ctx=1024, on_decode=gate)
     with serving(llama) as toy:
-        observed = Observed(toy.worker)
+        observed = Observed(toy.supervisor)
         with asked(toy.url, "/v1/decisions", body(input="x", questions=COLOUR * 50)):
             gate.wait()
         wait_until(lambda: observed.cancelled)
         gate.open()
-        wait_until(lambda: toy.worker.live == 0)
+        wait_until(lambda: toy.supervisor.live == 0)
         assert llama.decodes < 3, "the questions were answered for nobody"
-        wait_until(lambda: toy.worker.stats().running == 0)
+        wait_until(lambda: toy.supervisor.stats().running == 0)

@@ -143,7 +143,7 @@ def test_an_error_of_the_engine_reaches_the_client() -> None:
         assert raised.value.status_code == 503
         written = toy.client().completions.create(model="toy", prompt="x", max_tokens=3)
         assert written.choices[0].text == "hel"
-        assert toy.worker.live == 0
+        assert toy.supervisor.live == 0
 
 
 def test_a_client_that_leaves_frees_the_engine() -> None:
@@ -159,6 +159,6 @@ def test_a_client_that_leaves_frees_the_engine() -> None:
 
         asyncio.run(leave())
         gate.open(3)
-        wait_until(lambda: toy.worker.live == 0)
+        wait_until(lambda: toy.supervisor.live == 0)
         gate.open()
         assert toy.client().embeddings.create(model="toy", input="x").data

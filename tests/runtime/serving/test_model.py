@@ -12,7 +12,7 @@ from runtime.config import RuntimeConfig
 from runtime.errors import ContextTooLong, LoadFailed
 from runtime.serving import model as served
 from runtime.serving.chat import prepare
-from runtime.serving.names import Wanted
+from runtime.serving.names import ModelRef
 from runtime.worker.process import ProcessHost
 from tests.support.runtime.engine_process import alive
 from tests.support.runtime.fakes import FakeTokenizer
@@ -41,7 +41,7 @@ def test_no_answer_grows_beyond_the_cache_or_the_trained_length(
         ProcessHost, "await_loaded", lambda host: replace(loaded(host), n_ctx=512, n_ctx_train=n_ctx_train)
     )
     model = served.load_model(stored(recipe.folder), RuntimeConfig())
-    model.worker.stop()
+    model.supervisor.stop()
     assert model.prompter.limit([1] * 10, None, param="max_tokens") == holds - 10
     with pytest.raises(ContextTooLong, match=f"holds {holds} tokens"):
         model.prompter.limit([1] * holds, None, param="max_tokens")
@@ -92,7 +92,7 @@ def test_an_adapter_is_loaded_with_its_base_and_answers_under_its_own_name(
 
     monkeypatch.setattr(served, "recipe_of", recipe_of)
     adapter = StoredModel("mail", Path(), MAIL, Path("mail.gguf"))
-    wanted = Wanted("toy:mail", StoredModel("toy", Path(), BASE, Path("toy.gguf")), adapter, template)
+    wanted = ModelRef("toy:mail", StoredModel("toy", Path(), BASE, Path("toy.gguf")), adapter, template)
     monkeypatch.setattr(served, "find", lambda *_: wanted)
     model = served.open_model("toy:mail", RuntimeConfig())
     assert given == [{"mail": Path("mail.gguf")}]
@@ -102,4 +102,4 @@ def test_an_adapter_is_loaded_with_its_base_and_answers_under_its_own_name(
     assert rendered == ("hi!" if template else "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n")
     call = prepare("chat", {"messages": [{"role": "user", "content": "hi"}], "n": 2, "model": "toy:mail"}, model)
     assert [request.adapter for request in call.requests] == ["mail", "mail"]
-    model.worker.stop()
+    model.supervisor.stop()

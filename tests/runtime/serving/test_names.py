@@ -11,7 +11,7 @@ from models.manifest import MANIFEST_FILE, Adapter, Artefact, Base, Manifest, du
 from models.store.store import Store
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
-from runtime.pool.pool import open_fleet
+from runtime.pool.pool import open_pool
 from runtime.serving.model import load_model
 from runtime.serving.names import find
 from tests.support.models.gguf_heads import GEMMA, LORA, head
@@ -87,7 +87,7 @@ def test_an_adapter_alone_is_refused_with_the_name_to_use(store: Store) -> None:
         with pytest.raises(LoadFailed, match="runs on its base only; name it base:mail"):
             refused()
     with pytest.raises(LoadFailed, match="is a LoRA adapter and no model"):
-        open_fleet([str(store.get("mail").gguf)], RuntimeConfig(), store)
+        open_pool([str(store.get("mail").gguf)], RuntimeConfig(), store)
 
 
 def test_what_cannot_be_put_on_a_base_is_refused(store: Store) -> None:
@@ -102,20 +102,20 @@ def test_what_cannot_be_put_on_a_base_is_refused(store: Store) -> None:
         find("base:fake", store)
 
 
-def test_a_fleet_loads_a_base_once_for_all_its_names(store: Store) -> None:
-    fleet = open_fleet(["base:mail", "other", "base", "base"], RuntimeConfig(), store)
-    assert list(fleet.served) == ["base:mail", "base", "other"]
-    assert (fleet.default, [host.name for host in fleet.hosts]) == ("base:mail", ["base", "other"])
-    assert fleet.hosts[0].adapters == {"mail": store.get("mail").gguf}
-    assert fleet.hosts[0].need.files == len(GGUF) + len(LORA_GGUF)
+def test_a_pool_loads_a_base_once_for_all_its_names(store: Store) -> None:
+    pool = open_pool(["base:mail", "other", "base", "base"], RuntimeConfig(), store)
+    assert list(pool.served) == ["base:mail", "base", "other"]
+    assert (pool.default, [slot.name for slot in pool.slots]) == ("base:mail", ["base", "other"])
+    assert pool.slots[0].adapters == {"mail": store.get("mail").gguf}
+    assert pool.slots[0].need.files == len(GGUF) + len(LORA_GGUF)
 
 
 def test_two_files_of_one_name_are_refused(store: Store, tmp_path: Path) -> None:
     (tmp_path / "base.gguf").write_bytes(GGUF)
     with pytest.raises(LoadFailed, match="two models would be served as 'base'"):
-        open_fleet(["base", str(tmp_path / "base.gguf")], RuntimeConfig(), store)
+        open_pool(["base", str(tmp_path / "base.gguf")], RuntimeConfig(), store)
 
 
 def test_an_unknown_name_fails_before_anything_is_loaded(store: Store) -> None:
     with pytest.raises(ModelNotFound, match="'nothing'"):
-        open_fleet(["base", "nothing"], RuntimeConfig(), store)
+        open_pool(["base", "nothing"], RuntimeConfig(), store)

@@ -35,8 +35,8 @@ from runtime.requests import (
     TextDelta,
 )
 from runtime.worker.inflight import Stream
-from runtime.worker.process import ProcessHost, ProcessLife, cause_of_death
-from runtime.worker.supervisor import RestartPolicy, Worker
+from runtime.worker.process import ProcessHost, ProcessRun, cause_of_death
+from runtime.worker.supervisor import EngineSupervisor, RestartPolicy
 from tests.support.runtime.engine_process import alive, processing
 from tests.support.runtime.serving import PATIENCE_S, wait_until
 from tests.support.runtime.toy_engine import EXIT_CODE, FakeRecipe
@@ -81,27 +81,27 @@ async def until(condition: Callable[[], object]) -> None:
     await asyncio.to_thread(wait_until, condition)
 
 
-async def require_healthy(worker: Worker) -> None:
+async def require_healthy(supervisor: EngineSupervisor) -> None:
     """The next engine answers, and holds nothing of what was before."""
-    events = await collect(worker.submit(request("healthy")))
+    events = await collect(supervisor.submit(request("healthy")))
     assert isinstance(end(events, "healthy"), Finished)
-    await until(lambda: worker.stats().running == 0)
-    assert (worker.state, worker.live, worker.stats().waiting) == ("ready", 0, 0)
+    await until(lambda: supervisor.stats().running == 0)
+    assert (supervisor.state, supervisor.live, supervisor.stats().waiting) == ("ready", 0, 0)
 
 
 def test_answers_come_out_of_another_process(tmp_path: Path) -> None:
     recipe = FakeRecipe(tmp_path)
 
     async def work() -> None:
-        events = await collect(worker.submit(request("a"), request("b", max_tokens=2), request("c", "xyz")))
+        events = await collect(supervisor.submit(request("a"), request("b", max_tokens=2), request("c", "xyz")))
         assert [text(events, name) for name in "abc"] == ["hello", "he", "hello"]
         assert all(isinstance(end(events, name), Finished) for name in "abc")
         assert recipe.pids != [os.getpid()]
-        assert worker.stats().generated_tokens_total == 12
+        assert supervisor.stats().generated_tokens_total == 12
 
-    with processing(recipe) as worker:
+    with processing(recipe) as supervisor:
         run(work)
-        assert (worker.restarts, worker.last_cause) == (0, None)
+        assert (supervisor.restarts, supervisor.last_cause) == (0, None)
 
 
 def test_a_grammar_is_compiled_where_the_engine_is(tmp_path: Path) -> None:
@@ -109,14 +109,14 @@ def test_a_grammar_is_compiled_where_the_engine_is(tmp_path: Path) -> None:
         return Request(name, (97,), SamplingParams(9, grammar=Grammar(kind, source, "choice")))
 
     async def work() -> None:
-        good = worker.submit(choosing("a", "choice", '["exmh-users"]'))
-        bad = worker.submit(choosing("b", "regex", "("))
+        good = supervisor.submit(choosing("a", "choice", '["exmh-users"]'))
+        bad = supervisor.submit(choosing("b", "regex", "("))
         assert text(await collect(good), "a") == "exmh-user"
         assert isinstance(error(await collect(bad), "b"), InvalidRequest)
 
-    with processing(FakeRecipe(tmp_path)) as worker:
+    with processing(FakeRecipe(tmp_path)) as supervisor:
         run(work)
-        assert worker.restarts == 0
+        assert supervisor.restarts == 0
 
 
 def test_a_request_that_cannot_be_sent_leaves_nobody_waiting(tmp_path: Path) -> None:
@@ -124,41 +124,41 @@ def test_a_request_that_cannot_be_sent_leaves_nobody_waiting(tmp_path: Path) -> 
 
     async def work() -> None:
         odd = Request("odd", (97,), SamplingParams(5, logit_bias=MappingProxyType({1: 1.0})))
-        failed, fine = worker.submit(odd), worker.submit(request("fine"))
+        failed, fine = supervisor.submit(odd), supervisor.submit(request("fine"))
         assert isinstance(error(await collect(failed), "odd"), EngineError)
         end(await collect(fine), "fine")
-        await require_healthy(worker)
+        await require_healthy(supervisor)
 
-    with processing(FakeRecipe(tmp_path)) as worker:
+    with processing(FakeRecipe(tmp_path)) as supervisor:
         run(work)
 
 
 def test_cancel_reaches_the_other_process(tmp_path: Path) -> None:
     async def work() -> None:
-        stream = worker.submit(request("a", max_tokens=3000), request("b", max_tokens=3000))
+        stream = supervisor.submit(request("a", max_tokens=3000), request("b", max_tokens=3000))
         await stream.__anext__()
         stream.cancel()
         events = await collect(stream)
         assert isinstance(error(events, "a"), Cancelled)
         assert isinstance(error(events, "b"), Cancelled)
-        await until(lambda: worker.stats().running == 0)
-        assert worker.stats().generated_tokens_total < 6000
-        await require_healthy(worker)
+        await until(lambda: supervisor.stats().running == 0)
+        assert supervisor.stats().generated_tokens_total < 6000
+        await require_healthy(supervisor)
 
-    with processing(FakeRecipe(tmp_path, script="hello " * 500)) as worker:
+    with processing(FakeRecipe(tmp_path, script="hello " * 500)) as supervisor:
         run(work)
 
 
 @pytest.mark.parametrize("order", ["K", "A", "X", "F", "H", "M"])
 def test_what_has_sent_nothing_is_answered_by_the_next_engine(tmp_path: Path, order: str) -> None:
     async def work() -> None:
-        events = await collect(worker.submit(request("a", order), request("b"), request("c")))
+        events = await collect(supervisor.submit(request("a", order), request("b"), request("c")))
         assert [text(events, name) for name in "abc"] == ["hello"] * 3
         assert all(isinstance(end(events, name), Finished) for name in "abc")
-        assert worker.restarts == 1
-        await require_healthy(worker)
+        assert supervisor.restarts == 1
+        await require_healthy(supervisor)
 
-    with processing(FakeRecipe(tmp_path)) as worker:
+    with processing(FakeRecipe(tmp_path)) as supervisor:
         run(work)
 
 
@@ -176,27 +176,27 @@ def test_what_has_sent_something_ends_in_an_error_that_says_why(
     tmp_path: Path, order: str, kind: type[EngineError], cause: str
 ) -> None:
     async def work() -> None:
-        events = await collect(worker.submit(request("a", max_tokens=50)))
+        events = await collect(supervisor.submit(request("a", max_tokens=50)))
         assert text(events, "a").startswith("he")
         failure = error(events, "a")
         assert isinstance(failure, kind)
         assert cause in str(failure)
-        assert worker.last_cause == str(failure)
-        await require_healthy(worker)
+        assert supervisor.last_cause == str(failure)
+        await require_healthy(supervisor)
 
-    with processing(FakeRecipe(tmp_path, script=f"he{order}llo")) as worker:
+    with processing(FakeRecipe(tmp_path, script=f"he{order}llo")) as supervisor:
         run(work)
 
 
 def test_a_whole_answer_survives_an_engine_that_ends_in_its_middle(tmp_path: Path) -> None:
     async def work() -> None:
-        events = await collect(worker.submit(request("a", max_tokens=50), whole=True))
+        events = await collect(supervisor.submit(request("a", max_tokens=50), whole=True))
         assert text(events, "a") == "heKllo"
         assert isinstance(end(events, "a"), Finished)
 
-    with processing(FakeRecipe(tmp_path, script="heKllo")) as worker:
+    with processing(FakeRecipe(tmp_path, script="heKllo")) as supervisor:
         run(work)
-        assert worker.restarts == 1
+        assert supervisor.restarts == 1
 
 
 def test_a_request_that_kills_every_engine_is_tried_twice_and_then_fails(tmp_path: Path) -> None:
@@ -204,11 +204,11 @@ def test_a_request_that_kills_every_engine_is_tried_twice_and_then_fails(tmp_pat
 
     async def work() -> None:
         for name in ("poison", "more poison"):
-            assert isinstance(error(await collect(worker.submit(request(name, "P"))), name), EngineDied)
-        await require_healthy(worker)
-        assert (worker.restarts, len(recipe.pids)) == (4, 5)
+            assert isinstance(error(await collect(supervisor.submit(request(name, "P"))), name), EngineDied)
+        await require_healthy(supervisor)
+        assert (supervisor.restarts, len(recipe.pids)) == (4, 5)
 
-    with processing(recipe) as worker:
+    with processing(recipe) as supervisor:
         run(work)
 
 
@@ -217,53 +217,53 @@ def test_killed_from_outside_while_it_decodes(tmp_path: Path) -> None:
     recipe = FakeRecipe(tmp_path, slots=2)
 
     async def work() -> None:
-        running = worker.submit(request("a", "W"), request("b"), request("c"))
+        running = supervisor.submit(request("a", "W"), request("b"), request("c"))
         await until((tmp_path / "waits").exists)
         (tmp_path / "die").touch()
         os.kill(recipe.pids[0], signal.SIGKILL)
-        await until(lambda: worker.state == "restarting")
-        late = worker.submit(request("d"))
-        gone = worker.submit(request("e"))
+        await until(lambda: supervisor.state == "restarting")
+        late = supervisor.submit(request("d"))
+        gone = supervisor.submit(request("e"))
         gone.cancel()
         assert isinstance(error(await collect(gone), "e"), Cancelled)
         (tmp_path / "go").touch()
         (tmp_path / "die").unlink()
         events = await collect(running) + await collect(late)
         assert [text(events, name) for name in "abcd"] == ["hello"] * 4
-        await require_healthy(worker)
+        await require_healthy(supervisor)
 
-    with processing(recipe, policy=RestartPolicy(deaths=1000, pause_s=0.01, window_s=0)) as worker:
+    with processing(recipe, policy=RestartPolicy(deaths=1000, pause_s=0.01, window_s=0)) as supervisor:
         run(work)
-        assert "SIGKILL" in (worker.last_cause or "")
+        assert "SIGKILL" in (supervisor.last_cause or "")
 
 
 def test_a_cancelled_request_is_not_given_to_the_next_engine(tmp_path: Path) -> None:
     recipe = FakeRecipe(tmp_path)
 
     async def work() -> None:
-        stream = worker.submit(request("a", "W"))
+        stream = supervisor.submit(request("a", "W"))
         await until((tmp_path / "waits").exists)
         stream.cancel()
         os.kill(recipe.pids[0], signal.SIGKILL)
         assert isinstance(error(await collect(stream), "a"), Cancelled)
-        await require_healthy(worker)
+        await require_healthy(supervisor)
 
-    with processing(recipe) as worker:
+    with processing(recipe) as supervisor:
         run(work)
 
 
 def test_totals_go_on_after_a_restart(tmp_path: Path) -> None:
     async def work() -> None:
-        await collect(worker.submit(request("a")))
-        before = worker.stats()
-        await collect(worker.submit(request("b", "K")))
-        after = worker.stats()
+        await collect(supervisor.submit(request("a")))
+        before = supervisor.stats()
+        await collect(supervisor.submit(request("b", "K")))
+        after = supervisor.stats()
         assert after.generated_tokens_total == before.generated_tokens_total + 5
         assert after.steps_total > before.steps_total
         assert after.kv_cells_total == before.kv_cells_total
         assert (before.engine_restarts_total, after.engine_restarts_total) == (0, 1)
 
-    with processing(FakeRecipe(tmp_path)) as worker:
+    with processing(FakeRecipe(tmp_path)) as supervisor:
         run(work)
 
 
@@ -272,16 +272,16 @@ def test_engines_that_end_one_after_the_other_are_given_up(tmp_path: Path) -> No
 
     async def work() -> None:
         (tmp_path / "die").touch()
-        waiting = worker.submit(request("a", "P"))
+        waiting = supervisor.submit(request("a", "P"))
         assert isinstance(error(await collect(waiting), "a"), EngineDied)
-        assert worker.state == "failed"
+        assert supervisor.state == "failed"
         with pytest.raises(EngineDown, match="SIGKILL"):
-            worker.submit(request("b"))
+            supervisor.submit(request("b"))
         assert len(recipe.pids) == 3
 
-    with processing(recipe, policy=RestartPolicy(deaths=3, pause_s=0.01)) as worker:
+    with processing(recipe, policy=RestartPolicy(deaths=3, pause_s=0.01)) as supervisor:
         run(work)
-    assert worker.state == "failed"
+    assert supervisor.state == "failed"
 
 
 def test_a_model_that_is_gone_at_the_restart_is_told_and_not_tried_again(tmp_path: Path) -> None:
@@ -289,12 +289,12 @@ def test_a_model_that_is_gone_at_the_restart_is_told_and_not_tried_again(tmp_pat
 
     async def work() -> None:
         (tmp_path / "refuse").touch()
-        failure = error(await collect(worker.submit(request("a", "P"))), "a")
+        failure = error(await collect(supervisor.submit(request("a", "P"))), "a")
         assert isinstance(failure, LoadFailed)
         assert "tensor 'x' not found" in str(failure)
-        assert (worker.state, len(recipe.pids)) == ("failed", 2)
+        assert (supervisor.state, len(recipe.pids)) == ("failed", 2)
 
-    with processing(recipe) as worker:
+    with processing(recipe) as supervisor:
         run(work)
 
 
@@ -312,17 +312,17 @@ def test_a_death_while_draining_keeps_the_promise_to_finish(tmp_path: Path) -> N
     recipe = FakeRecipe(tmp_path)
 
     async def work() -> None:
-        stream = worker.submit(request("a", "W"))
+        stream = supervisor.submit(request("a", "W"))
         await until((tmp_path / "waits").exists)
-        draining = asyncio.create_task(worker.drain(PATIENCE_S))
-        await until(lambda: worker.state == "draining")
+        draining = asyncio.create_task(supervisor.drain(PATIENCE_S))
+        await until(lambda: supervisor.state == "draining")
         os.kill(recipe.pids[0], signal.SIGKILL)
         (tmp_path / "go").touch()
         assert text(await collect(stream), "a") == "hello"
         await draining
-        assert (worker.state, worker.restarts) == ("draining", 1)
+        assert (supervisor.state, supervisor.restarts) == ("draining", 1)
 
-    with processing(recipe) as worker:
+    with processing(recipe) as supervisor:
         run(work)
 
 
@@ -333,18 +333,18 @@ def test_stop_ends_an_engine_that_hangs(tmp_path: Path, frozen: bool, monkeypatc
     recipe = FakeRecipe(tmp_path)
 
     async def work() -> None:
-        stream = worker.submit(request("a", "WS"))
+        stream = supervisor.submit(request("a", "WS"))
         await until((tmp_path / "waits").exists)
         (tmp_path / "go").touch()
         if frozen:
             os.kill(recipe.pids[0], signal.SIGSTOP)
-        assert worker.silent_s > 0
-        await asyncio.to_thread(worker.stop)
+        assert supervisor.silent_s > 0
+        await asyncio.to_thread(supervisor.stop)
         assert isinstance(error(await collect(stream), "a"), ShuttingDown)
 
-    with processing(recipe) as worker:
+    with processing(recipe) as supervisor:
         run(work)
-    assert worker.live == 0
+    assert supervisor.live == 0
 
 
 def test_an_engine_that_gives_no_sign_is_killed_and_its_requests_go_on(
@@ -353,15 +353,15 @@ def test_an_engine_that_gives_no_sign_is_killed_and_its_requests_go_on(
     monkeypatch.setattr("runtime.worker.process.WATCH_SECONDS", 0.01)
 
     async def work() -> None:
-        stream = worker.submit(request("a", "S"))
+        stream = supervisor.submit(request("a", "S"))
         await until((tmp_path / "done-S").exists)
-        assert isinstance(worker._life, ProcessLife)
-        worker._life._silence_s = 0.0  # of this engine only
+        assert isinstance(supervisor._engine_run, ProcessRun)
+        supervisor._engine_run._silence_s = 0.0  # of this engine only
         assert text(await collect(stream), "a") == "hello"
-        assert "silent for" in (worker.last_cause or "")
-        await require_healthy(worker)
+        assert "silent for" in (supervisor.last_cause or "")
+        await require_healthy(supervisor)
 
-    with processing(FakeRecipe(tmp_path)) as worker:
+    with processing(FakeRecipe(tmp_path)) as supervisor:
         run(work)
 
 
@@ -369,34 +369,34 @@ def test_drain_does_not_wait_for_ever_for_an_engine_that_hangs(tmp_path: Path, m
     monkeypatch.setattr("runtime.worker.supervisor.CANCEL_SECONDS", 0.05)
 
     async def work() -> None:
-        stream = worker.submit(request("a", "WS"))
+        stream = supervisor.submit(request("a", "WS"))
         await until((tmp_path / "waits").exists)
         (tmp_path / "go").touch()
-        await worker.drain(0.05)
+        await supervisor.drain(0.05)
         assert isinstance(error(await collect(stream), "a"), ShuttingDown)
 
-    with processing(FakeRecipe(tmp_path)) as worker:
+    with processing(FakeRecipe(tmp_path)) as supervisor:
         run(work)
 
 
 def test_stop_in_the_middle_of_a_restart(tmp_path: Path) -> None:
     async def work() -> None:
         (tmp_path / "die").touch()
-        stream = worker.submit(request("a", "K"))
-        await until(lambda: worker.restarts >= 2)
-        await asyncio.to_thread(worker.stop)
+        stream = supervisor.submit(request("a", "K"))
+        await until(lambda: supervisor.restarts >= 2)
+        await asyncio.to_thread(supervisor.stop)
         assert isinstance(error(await collect(stream), "a"), ShuttingDown)
 
-    with processing(FakeRecipe(tmp_path), policy=RestartPolicy(deaths=1000, pause_s=0.01, window_s=0)) as worker:
+    with processing(FakeRecipe(tmp_path), policy=RestartPolicy(deaths=1000, pause_s=0.01, window_s=0)) as supervisor:
         run(work)
-    assert worker.live == 0
+    assert supervisor.live == 0
 
 
 def test_a_worker_that_was_never_started_leaves_no_process(tmp_path: Path) -> None:
     recipe = FakeRecipe(tmp_path)
-    worker = Worker(ProcessHost(recipe, "toy"), queue=1, slots=1)
+    supervisor = EngineSupervisor(ProcessHost(recipe, "toy"), queue=1, slots=1)
     assert alive(recipe.pids[0])
-    worker.stop()
+    supervisor.stop()
     assert not alive(recipe.pids[0])
 
 
@@ -405,15 +405,15 @@ def test_a_terminals_signals_are_for_the_parent_to_judge(tmp_path: Path, signal_
     recipe = FakeRecipe(tmp_path)
 
     async def work() -> None:
-        stream = worker.submit(request("a", "W"))
+        stream = supervisor.submit(request("a", "W"))
         await until((tmp_path / "waits").exists)
         os.kill(recipe.pids[0], signal_sent)
         (tmp_path / "go").touch()
         assert text(await collect(stream), "a") == "hello"
 
-    with processing(recipe) as worker:
+    with processing(recipe) as supervisor:
         run(work)
-        assert worker.restarts == 0
+        assert supervisor.restarts == 0
 
 
 PARENT = """
@@ -424,10 +424,10 @@ from tests.support.runtime.toy_engine import FakeRecipe
 from tests.runtime.worker.test_process import request
 
 async def work():
-    worker.submit(request("a", "WS"))
+    supervisor.submit(request("a", "WS"))
     await asyncio.sleep(1000)
 
-with processing(FakeRecipe(Path(sys.argv[1]))) as worker:
+with processing(FakeRecipe(Path(sys.argv[1]))) as supervisor:
     asyncio.run(work())
 """
 

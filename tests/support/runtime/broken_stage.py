@@ -147,7 +147,7 @@ class Scene:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(serving_module, "Engine", noting)
             with serving(self.llama, RuntimeConfig(slots=slots, queue=8, drain_seconds=0)) as self.running:
-                self.observed = Observed(self.running.worker)
+                self.observed = Observed(self.running.supervisor)
                 yield self
 
     @contextmanager
@@ -162,7 +162,7 @@ class Scene:
 
     def ask(self, stack: ExitStack, kind: Kind, *, accepted: bool = True, **options: Any) -> socket.socket:
         """Send a call; if it is to be `accepted`, wait until it is, and until the engine stands."""
-        assert self.running.worker.state == "ready"
+        assert self.running.supervisor.state == "ready"
         n_before = len(self.observed.events)
         connection = stack.enter_context(asked(self.running.url, kind.path, kind.body, **options))
         if accepted:
@@ -175,13 +175,13 @@ class Scene:
     @property
     def at_work(self) -> tuple[int, int]:
         """Accepted requests that have not ended, and calls whose answer is not out."""
-        return self.running.worker.live, self.running.fleet.find(None)[0].leases
+        return self.running.supervisor.live, self.running.pool.find(None)[0].leases
 
     def require_rest(self) -> None:
         """Nothing runs or waits, each accepted request has ended once, and what is held is held by idle residents."""
         wait_until(lambda: self.at_work == (0, 0))
         [engine] = self._engines
-        stats = self.running.worker.stats
+        stats = self.running.supervisor.stats
         wait_until(lambda: (stats().running, stats().waiting) == (0, 0))
         for request_id, events in self.observed.events.items():
             assert self.observed.ends(request_id) == events[-1:], "one terminal event, and nothing after it"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.worker.process import ProcessHost
-from runtime.worker.supervisor import RestartPolicy, Worker
+from runtime.worker.supervisor import EngineSupervisor, RestartPolicy
 
 from .toy_engine import FakeRecipe
 
@@ -14,20 +14,20 @@ QUICK = RestartPolicy(pause_s=0.01)
 
 
 @contextmanager
-def processing(recipe: FakeRecipe, *, queue: int = 8, policy: RestartPolicy = QUICK) -> Iterator[Worker]:
-    """A worker whose engine has a process; none of its processes is left afterwards."""
+def processing(recipe: FakeRecipe, *, queue: int = 8, policy: RestartPolicy = QUICK) -> Iterator[EngineSupervisor]:
+    """A supervisor whose engine has a process; none of its processes is left afterwards."""
     host = ProcessHost(recipe, "toy")
     try:
         host.await_loaded()
     except BaseException:
         host.close()
         raise
-    worker = Worker(host, queue=queue, slots=recipe.slots, policy=policy)
-    worker.start()
+    supervisor = EngineSupervisor(host, queue=queue, slots=recipe.slots, policy=policy)
+    supervisor.start()
     try:
-        yield worker
+        yield supervisor
     finally:
-        worker.stop()
+        supervisor.stop()
         assert not [pid for pid in recipe.pids if alive(pid)]
 
 

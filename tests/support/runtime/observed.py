@@ -1,26 +1,26 @@
-"""What a worker was given and what it gave back, seen from outside: requests, their events, and what was cancelled."""
+"""What a supervisor was given and gave back, seen from outside: requests, their events, and what was cancelled."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from runtime.requests import Event, TextDelta, Work
 from runtime.worker.inflight import Stream
-from runtime.worker.supervisor import Worker
+from runtime.worker.supervisor import EngineSupervisor
 
 
 class Observed:
-    """Watches `worker` from now on.
+    """Watches `supervisor` from now on.
 
     `events` holds, for each accepted request, the events that reached its stream; `cancelled` the ids of requests
     whose end was asked for while they had none, in that order.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, supervisor: EngineSupervisor) -> None:
         self.events: dict[str, list[Event]] = {}
         self.cancelled: list[str] = []
-        self._submit, self._cancel = worker.submit, worker.cancel
-        worker.submit = self._noting_submit  # type: ignore[method-assign]
-        worker.cancel = self._noting_cancel  # type: ignore[method-assign]
+        self._submit, self._cancel = supervisor.submit, supervisor.cancel
+        supervisor.submit = self._noting_submit  # type: ignore[method-assign]
+        supervisor.cancel = self._noting_cancel  # type: ignore[method-assign]
 
     def ends(self, request_id: str) -> list[Event]:
         """The terminal events of a request, of which there must be one in the end."""

@@ -19,17 +19,17 @@ from runtime.decoding.grammar import LlGuidance
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.pool.memory import Need
-from runtime.pool.pool import Fleet, FleetOptions
-from runtime.pool.slot import Host
+from runtime.pool.pool import ModelPool, PoolOptions
+from runtime.pool.slot import ModelSlot
 from runtime.prompt.prompter import Prompter
 from runtime.requests import Work
 from runtime.server.app import create_app
 from runtime.server.serve import DrainingServer, listen, url_of
 from runtime.serving.model import ServedModel
-from runtime.serving.names import Wanted
+from runtime.serving.names import ModelRef
 from runtime.worker.inflight import Stream
 from runtime.worker.process import EngineHost
-from runtime.worker.supervisor import Worker
+from runtime.worker.supervisor import EngineSupervisor
 
 from .fakes import FakeLlama
 
@@ -61,7 +61,7 @@ class Running:
     """A server that runs in a thread of this process. `served` and `llama` are its first model."""
 
     url: str
-    fleet: Fleet
+    pool: ModelPool
     served: ServedModel
     server: DrainingServer
     llama: FakeLlama
@@ -75,13 +75,13 @@ class Running:
         return made
 
     @property
-    def worker(self) -> Worker:
+    def supervisor(self) -> EngineSupervisor:
         """The engine's owner."""
-        return self.served.worker
+        return self.served.supervisor
 
 
 class Toys:
-    """Toy models by name, loaded as often as a fleet asks for them.
+    """Toy models by name, loaded as often as a pool asks for them.
 
     `make` gives each its model; `made` holds those that were loaded, in order, and `submitted` all requests.
     `on_load` is called before each load with the name, in the thread that loads, and may block or raise.
@@ -107,13 +107,13 @@ class Toys:
         """Where the toy would lie."""
         return StoredModel(name, Path(), self._manifests.get(name), Path(f"{name}.gguf"))
 
-    def host(self, name: str, *, needs: int = 1, adapters: Iterable[Wanted] = ()) -> Host:
+    def slot(self, name: str, *, needs: int = 1, adapters: Iterable[ModelRef] = ()) -> ModelSlot:
         """A toy that is not loaded, and claims to need so many bytes."""
         stored = self.stored(name)
-        return Host(stored, (Wanted(name, stored), *adapters), Need(needs, 512, 0, 0, 0, overhead=0))
+        return ModelSlot(stored, (ModelRef(name, stored), *adapters), Need(needs, 512, 0, 0, 0, overhead=0))
 
     def load(self, stored: StoredModel, _: Mapping[str, Path]) -> ServedModel:
-        """A fleet's loader."""
+        """A pool's loader."""
         self.on_load(stored.name)
         llama = self._make[stored.name]()
         self.made.append((stored.name, llama))
@@ -122,7 +122,7 @@ class Toys:
         return ServedModel(
             name=stored.name,
             manifest=stored.manifest,
-            worker=_Noting(
+            supervisor=_Noting(
                 self._engine_host or engine, self.submitted, queue=self.config.queue, slots=self.config.slots
             ),
             prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
@@ -132,7 +132,7 @@ class Toys:
         )
 
 
-class _Noting(Worker):
+class _Noting(EngineSupervisor):
     """Notes what is submitted."""
 
     def __init__(self, engine: Engine | EngineHost, submitted: list[Work], *, queue: int, slots: int) -> None:
@@ -155,26 +155,26 @@ def serving(
     """Serve `llama` under the name `toy` until the block ends. A `host` runs its own engine, and `llama` none."""
     toy = llama or FakeLlama(script="hello")
     toys = Toys({"toy": lambda: toy}, config, manifests={} if manifest is None else {"toy": manifest}, engine_host=host)
-    with serving_toys(toys, [toys.host("toy")]) as running:
+    with serving_toys(toys, [toys.slot("toy")]) as running:
         yield running
 
 
 @contextmanager
-def serving_toys(toys: Toys, hosts: Sequence[Host], **options: Any) -> Iterator[Running]:
-    """Serve several toys until the block ends; `options` are those of the fleet. The first is loaded at the start."""
+def serving_toys(toys: Toys, slots: Sequence[ModelSlot], **options: Any) -> Iterator[Running]:
+    """Serve several toys until the block ends; `options` are those of the pool. The first is loaded at the start."""
     capacity = toys.config.slots + toys.config.queue
-    fleet = Fleet(hosts, toys.load, FleetOptions(capacity=capacity, **options))
-    fleet.load_at_start()
-    first = hosts[0].loaded
+    pool = ModelPool(slots, toys.load, PoolOptions(capacity=capacity, **options))
+    pool.load_at_start()
+    first = slots[0].loaded
     assert first is not None
     listener = listen("127.0.0.1", 0)
-    settings = uvicorn.Config(create_app(fleet, toys.config), log_config=None, lifespan="on", http="h11", ws="none")
-    server = DrainingServer(settings, fleet, toys.config.drain_seconds, "toys")
+    settings = uvicorn.Config(create_app(pool, toys.config), log_config=None, lifespan="on", http="h11", ws="none")
+    server = DrainingServer(settings, pool, toys.config.drain_seconds, "toys")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     wait_until(lambda: server.started)
     with httpx.Client(base_url=url_of(listener), timeout=PATIENCE_S) as http:
-        running = Running(url_of(listener), fleet, first.base, server, toys.made[0][1], http)
+        running = Running(url_of(listener), pool, first.base, server, toys.made[0][1], http)
         try:
             yield running
         finally:
