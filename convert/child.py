@@ -12,6 +12,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+StepProgress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
 _STEP = re.compile(r"(\d+) (\d+)")
 
 
@@ -69,7 +72,7 @@ class Child:
         """Whether it has ended already, and not well."""
         return self._process.poll() not in {None, 0}
 
-    def wait(self, progress: Callable[[int, int], None]) -> tuple[int, str]:
+    def wait(self, progress: StepProgress) -> tuple[int, str]:
         """Wait until it is done: its exit code and the last line it complained with."""
         assert self._process.stdout is not None
         complaint = "no word from it"
@@ -81,7 +84,7 @@ class Child:
         return self._process.wait(), complaint
 
 
-def run_child(module: str, job: Mapping[str, Any], progress: Callable[[int, int], None]) -> tuple[int, str]:
+def run_child(module: str, job: Mapping[str, Any], progress: StepProgress) -> tuple[int, str]:
     """Run `module` with one job; its exit code and the last line it complained with.
 
     `progress` is told (done, total). Whatever ends this call early, kills the child.

@@ -18,14 +18,14 @@ from convert.checkpoint.source import Checkpoint, open_checkpoint
 from convert.lora.fit import Fitted, fit
 from convert.lora.gguf_adapter import FULL_PRECISION, check_appliable, plan_adapter
 from convert.planning.inputs import ConvertRequest, Inputs, gather
-from convert.planning.plan import Plan, base_of, counted, layout_of, plan_file, write_half
+from convert.planning.plan import ConversionPlan, base_of, counted, layout_of, plan_conversion, write_f16
 from convert.proof.adapter import verify_adapter
 from convert.proof.proof import Proof
 from convert.proof.runs import verify_runs
 from convert.quantize.imatrix import IMATRIX_FILE
 from convert.quantize.quantize import HALF_PRECISION, disk_need, quantize, spec_named
 from convert.selection.by_examples import choose_by_examples
-from convert.selection.choice import cause, shared_grid
+from convert.selection.choice import shared_grid, undo_cause
 from convert.tokenizer.chat_template import ChatFormat, choose_format
 from models.card.card import render_card
 from models.card.plot import PLOT_FILE, render_plot
@@ -68,7 +68,7 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         folder = stack.enter_context(staging)
         if proof is not None:
             stack.callback(proof.close)  # before the folder goes that it reads from
-        plan = plan_file(source, inputs)
+        plan = plan_conversion(source, inputs)
         _warn(source, plan.chat, plan.fitted, inputs, report)
         work = folder / "work"
         work.mkdir()
@@ -76,21 +76,21 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
             records = inputs.examples.records if inputs.examples is not None else ()
             proof.begin(_named(source.header, plan), records, work)
         check_free(folder, _disk_need(plan, inputs))
-        half = work / _file_name(inputs, HALF_PRECISION)
+        f16 = work / _file_name(inputs, HALF_PRECISION)
         watch = (lambda: None) if proof is None else partial(proof.check, report)
-        sha256 = write_half(plan.source, plan.layout, half, _stage(plan), report, watch)
+        sha256 = write_f16(plan.source, plan.layout, f16, _stage(plan), report, watch)
         if proof is not None:
             proof.end(report)
-        quality, final = _choose(half, sha256, source, plan, inputs, store, report)
+        quality, final = _choose(f16, sha256, source, plan, inputs, store, report)
         if quality is None:
             _warn_same_grid(plan, final, report)
-        hashes = {half: sha256}
+        hashes = {f16: sha256}
         report.stage("verify")
         give_back_freed()  # the model is in memory next, in a process of its own
         verify_runs(final, plan.chat, partial(_read_back, final, hashes))
         if inputs.measured is not None:
             quality = _known_ladder(inputs.measured, hashes[final])
-        kept = [final, half] if request.keep_f16 and half != final else [final]
+        kept = [final, f16] if request.keep_f16 and f16 != final else [final]
         read_back |= {path.name for path in kept}
         if (imatrix := _imatrix_to_keep(inputs, quality, work)) is not None:
             shutil.copyfile(imatrix, folder / IMATRIX_FILE)
@@ -98,7 +98,7 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         discard(work)
 
 
-def _named(header: Header, plan: Plan) -> Header:
+def _named(header: Header, plan: ConversionPlan) -> Header:
     """The checkpoint's own header under the model's name, by which llama.cpp tells habits of its tokenizer."""
     return replace(header, fields={**header.fields, "general.name": plan.header.fields["general.name"]})
 
@@ -128,42 +128,42 @@ def _imatrix_to_keep(inputs: Inputs, quality: Quality | None, work: Path) -> Pat
 
 
 def _choose(
-    half: Path, sha256: str, source: Checkpoint, plan: Plan, inputs: Inputs, store: Store, report: Reporter
+    f16: Path, sha256: str, source: Checkpoint, plan: ConversionPlan, inputs: Inputs, store: Store, report: Reporter
 ) -> tuple[Quality | None, Path]:
     """The file to install, and how it was chosen; without examples it is the one that was asked for.
 
     What others are made from is read back before; what is installed, while it is verified.
     """
     if inputs.examples is None and inputs.quantization == HALF_PRECISION:
-        return None, half
-    check_written(half, sha256)
+        return None, f16
+    check_written(f16, sha256)
     if inputs.examples is None:
-        return None, _quantized(half, inputs, report)
-    whole = base = None
+        return None, _quantized(f16, inputs, report)
+    untrimmed = base = None
     if plan.trim is not None:
-        whole = half.with_name("whole.gguf")
-        write_half(plan.whole, layout_of(plan.header), whole, "write F16 before trimming", report)
+        untrimmed = f16.with_name("whole.gguf")
+        write_f16(plan.untrimmed, layout_of(plan.header), untrimmed, "write F16 before trimming", report)
     if inputs.adapter is not None:
-        base = _base(source, plan, inputs, half.with_name("base.gguf"), report)
-    return choose_by_examples(half, base, whole, plan, inputs, store.home / RESULTS, report)
+        base = _base(source, plan, inputs, f16.with_name("base.gguf"), report)
+    return choose_by_examples(f16, base, untrimmed, plan, inputs, store.home / RESULTS, report)
 
 
-def _base(source: Checkpoint, plan: Plan, inputs: Inputs, target: Path, report: Reporter) -> Path:
+def _base(source: Checkpoint, plan: ConversionPlan, inputs: Inputs, target: Path, report: Reporter) -> Path:
     """A file of the model before its fine-tuning: the source itself, where that is a GGUF with the same vocabulary."""
     if inputs.origin.path.is_file() and plan.trim is None:
         return inputs.origin.path
     before, layout = base_of(source, plan)
-    write_half(before, layout, target, "write the base", report)
+    write_f16(before, layout, target, "write the base", report)
     return target
 
 
-def _quantized(half: Path, inputs: Inputs, report: Reporter) -> Path:
+def _quantized(f16: Path, inputs: Inputs, report: Reporter) -> Path:
     quantization = inputs.quantization
     assert quantization is not None, "gather leaves the choice to examples only"
     report.stage(f"quantize to {quantization}")
-    final = half.with_name(_file_name(inputs, quantization))
+    final = f16.with_name(_file_name(inputs, quantization))
     spec = spec_named(quantization, imatrix=inputs.imatrix is not None)
-    written = quantize(half, final, spec, inputs.imatrix, report.advance)
+    written = quantize(f16, final, spec, inputs.imatrix, report.advance)
     if spec.overrides and written.fallbacks:
         report.warn(
             f"{written.fallbacks} of the matrices have rows that do not fit the types of {quantization}: llama.cpp "
@@ -172,14 +172,14 @@ def _quantized(half: Path, inputs: Inputs, report: Reporter) -> Path:
     return final
 
 
-def _disk_need(plan: Plan, inputs: Inputs) -> int:
+def _disk_need(plan: ConversionPlan, inputs: Inputs) -> int:
     """Of the files that are surely written; what the ladder needs it checks when it knows the candidates."""
     specs = [spec_named(inputs.quantization or HALF_PRECISION, imatrix=False)]
     n_halves = 1 if inputs.examples is None else 1 + (plan.trim is not None) + (inputs.adapter is not None)
     return disk_need(plan.layout.file_bytes, plan.layout.tensors, specs) * n_halves
 
 
-def _stage(plan: Plan) -> str:
+def _stage(plan: ConversionPlan) -> str:
     changes = plan.fitted.changes
     trimmed = "" if plan.trim is None else f", {len(plan.trim.kept)} of {plan.trim.n_before} tokens"
     return f"merge {len(changes)} tensors, write F16{trimmed}" if changes else f"write F16{trimmed}"
@@ -216,18 +216,18 @@ def _warn(source: Checkpoint | None, chat: ChatFormat, fitted: Fitted, inputs: I
         report.warn(f"the adapter {str(inputs.adapter.folder)!r} is all zero: it was never trained and changes nothing")
 
 
-def _warn_same_grid(plan: Plan, final: Path, report: Reporter) -> None:
+def _warn_same_grid(plan: ConversionPlan, final: Path, report: Reporter) -> None:
     """A base that was quantized lies on a grid; rounding the merged weights to the same grid can undo the fine-tune."""
     tuned = plan.fitted.loras
     if tuned and (grid := shared_grid(plan.base_header, read_header(final), tuned)):
         report.warn(
-            f"{cause(grid, len(tuned))}: THE FINE-TUNE MAY BE ROUNDED AWAY. Use --quant Q8_0 or F16, or a base in full "
-            "precision, and measure on your own examples (--examples)"
+            f"{undo_cause(grid, len(tuned))}: THE FINE-TUNE MAY BE ROUNDED AWAY. Use --quant Q8_0 or F16, or a base in "
+            "full precision, and measure on your own examples (--examples)"
         )
 
 
 def _describe(
-    folder: Path, files: Mapping[Path, str], inputs: Inputs, quality: Quality | None, plan: Plan | None
+    folder: Path, files: Mapping[Path, str], inputs: Inputs, quality: Quality | None, plan: ConversionPlan | None
 ) -> None:
     """Manifest and card of `files`, in the order of preference, each with its sha256."""
     artefacts = tuple(_artefact(file, sha256, inputs) for file, sha256 in files.items())

@@ -8,23 +8,21 @@ to be a reference too, as the base is, is compared in the pass that takes it.
 
 import signal
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from convert.child import run_child
+from convert.child import StepProgress, run_child
 from convert.errors import MeasureFailed
 from models.common.stats import compare_paired
 from models.quality import Answers, Loss, Work
 
-from .forward import MAX_TOGETHER, Answer
-from .loss import STORED, Row, RowLoss, plan_rows, rows_in_common, summarise
-from .tasks import Task, Tasks
-
-Progress = Callable[[int, int], None]
+from .forward import MAX_TOGETHER, ModelAnswer
+from .loss import STORED, LogitsRow, RowLoss, plan_rows, rows_in_common, summarise
+from .tasks import EvalTask, Tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +34,12 @@ class RowSet:
 
     file: str
     n_vocab: int
-    rows: tuple[Row, ...]
+    rows: tuple[LogitsRow, ...]
     kept: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class MeasureJob:
     """What a child does: `tasks` with the file `model`, `together` at once.
 
     Of its own rows it writes `keep` to a new file, and compares them with each of `compare`.
@@ -55,34 +53,34 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class MeasureOrder:
     """A job, and the file that its outcome is to be written to."""
 
-    job: Job
+    job: MeasureJob
     result: str
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class MeasureResult:
     """What a child found: an answer for each task, and for each comparison the losses in the order of its rows."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[ModelAnswer, ...]
     losses: tuple[tuple[RowLoss, ...], ...]
 
 
-def run_job(job: Job, folder: Path, progress: Progress) -> Outcome:
+def run_job(job: MeasureJob, folder: Path, progress: StepProgress) -> MeasureResult:
     """Do `job` in a child process, which leaves what it found in `folder`. `progress`: (examples done, in all).
 
     Raises MeasureFailed with the child's last word. However this ends, the child has ended too and its file is gone.
     """
     result = folder / "outcome.json"
-    order = TypeAdapter(Order).dump_python(Order(job, str(result)), mode="json")
+    order = TypeAdapter(MeasureOrder).dump_python(MeasureOrder(job, str(result)), mode="json")
     try:
         code, complaint = run_child("convert.measure.compare_child", order, progress)
         if code != 0:
             end = f"{signal.Signals(-code).name}: " if code < 0 else ""
             raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {end}{complaint}")
-        return TypeAdapter(Outcome).validate_json(result.read_bytes())
+        return TypeAdapter(MeasureResult).validate_json(result.read_bytes())
     except (OSError, ValidationError) as error:
         raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {error}") from error
     finally:
@@ -96,7 +94,7 @@ ROWS_FILE = "rows.f16"
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class ReferenceRun:
     """What others are compared with: `model`'s answer to each of `tasks`, and its `rows`, which lie in `rows_file`.
 
     `beside` is what it was itself, beside each of the references that were taken before it.
@@ -104,10 +102,10 @@ class Reference:
 
     model: Path
     tasks: Tasks
-    answers: tuple[Answer, ...]
-    rows: tuple[Row, ...]
+    answers: tuple[ModelAnswer, ...]
+    rows: tuple[LogitsRow, ...]
     rows_file: Path
-    beside: "tuple[Measured, ...]" = ()
+    beside: "tuple[MeasuredLoss, ...]" = ()
 
     @property
     def totals(self) -> Answers:
@@ -119,7 +117,7 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
-class Trimmed:
+class TrimmedTasks:
     """What a candidate with a trimmed vocabulary is asked: the same examples as its own tokenizer's `tasks`.
 
     `kept`, of shape (its n_vocab,), is the reference's token id for each of its own.
@@ -143,7 +141,7 @@ class ExampleResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredLoss:
     """A file beside a reference.
 
     `loss` is None where no row can be compared, which a trimmed vocabulary can bring about.
@@ -160,8 +158,8 @@ def rows_bytes(tasks: Tasks) -> int:
 
 
 def take_reference(
-    model: Path, tasks: Tasks, folder: Path, progress: Progress, beside: Sequence[Reference] = ()
-) -> Reference:
+    model: Path, tasks: Tasks, folder: Path, progress: StepProgress, beside: Sequence[ReferenceRun] = ()
+) -> ReferenceRun:
     """Run the GGUF `model` through `tasks`; its rows come to lie in `folder`, which is made if it is missing.
 
     In the same pass it is compared with the references `beside`, which were asked the same. `progress` is told
@@ -176,21 +174,21 @@ def take_reference(
     rows_file.unlink(missing_ok=True)
     keep, compared = RowSet(str(rows_file), tasks.n_vocab, rows), _row_sets(beside, tasks, None)
     try:
-        outcome = run_job(Job(str(model), tasks, MAX_TOGETHER, keep, compared), folder, progress)
+        outcome = run_job(MeasureJob(str(model), tasks, MAX_TOGETHER, keep, compared), folder, progress)
     except BaseException:
         rows_file.unlink(missing_ok=True)
         raise
-    return Reference(model, tasks, outcome.answers, rows, rows_file, _all_measured(outcome, tasks, beside, compared))
+    return ReferenceRun(model, tasks, outcome.answers, rows, rows_file, _all_measured(outcome, tasks, beside, compared))
 
 
 def compare(
     candidate: Path,
-    references: Sequence[Reference],
-    progress: Progress,
+    references: Sequence[ReferenceRun],
+    progress: StepProgress,
     *,
-    trimmed: Trimmed | None = None,
+    trimmed: TrimmedTasks | None = None,
     together: int = MAX_TOGETHER,
-) -> tuple[Measured, ...]:
+) -> tuple[MeasuredLoss, ...]:
     """Measure the GGUF `candidate` beside each of `references`, which were all asked the same tasks, in one pass.
 
     With `trimmed` the KL divergence is over the kept tokens, from the reference's distribution restricted to these and
@@ -203,12 +201,12 @@ def compare(
     for reference in references:
         _check(candidate, reference, references[0].tasks, tasks, kept)
     compared = _row_sets(references, tasks, kept)
-    job = Job(str(candidate), tasks, together, compare=compared)
+    job = MeasureJob(str(candidate), tasks, together, compare=compared)
     outcome = run_job(job, references[0].rows_file.parent, progress)
     return _all_measured(outcome, tasks, references, compared)
 
 
-def noise(reference: Reference, progress: Progress) -> Measured:
+def noise(reference: ReferenceRun, progress: StepProgress) -> MeasuredLoss:
     """The reference beside itself, with one example at a time: what the batch's shape alone does to its numbers.
 
     On its first NOISE_EXAMPLES examples, which are any: held-out ones are in the order of their hashes.
@@ -220,7 +218,7 @@ def noise(reference: Reference, progress: Progress) -> Measured:
     return measured
 
 
-def is_right(work: Work, answer: Answer, task: Task) -> bool:
+def is_right(work: Work, answer: ModelAnswer, task: EvalTask) -> bool:
     """Whether `answer` is the expected one: the very label, or the same text but for white space and Unicode's form.
 
     A text that was cut off is right as far as it goes.
@@ -236,7 +234,7 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def _check(candidate: Path, reference: Reference, first: Tasks, tasks: Tasks, kept: np.ndarray | None) -> None:
+def _check(candidate: Path, reference: ReferenceRun, first: Tasks, tasks: Tasks, kept: np.ndarray | None) -> None:
     """Raise MeasureFailed for what cannot be compared."""
     name = candidate.name
     if reference.tasks != first:
@@ -253,7 +251,7 @@ def _check(candidate: Path, reference: Reference, first: Tasks, tasks: Tasks, ke
         raise MeasureFailed(f"{name!r}: it was asked none of the reference's examples")
 
 
-def _row_sets(references: Sequence[Reference], tasks: Tasks, kept: np.ndarray | None) -> tuple[RowSet, ...]:
+def _row_sets(references: Sequence[ReferenceRun], tasks: Tasks, kept: np.ndarray | None) -> tuple[RowSet, ...]:
     """The rows of each reference that a candidate which is asked `tasks` has too."""
     return tuple(
         RowSet(
@@ -267,8 +265,8 @@ def _row_sets(references: Sequence[Reference], tasks: Tasks, kept: np.ndarray | 
 
 
 def _all_measured(
-    outcome: Outcome, tasks: Tasks, references: Sequence[Reference], compared: Sequence[RowSet]
-) -> tuple[Measured, ...]:
+    outcome: MeasureResult, tasks: Tasks, references: Sequence[ReferenceRun], compared: Sequence[RowSet]
+) -> tuple[MeasuredLoss, ...]:
     return tuple(
         _measured(tasks, outcome.answers, reference, list(zip(row_set.rows, losses, strict=True)))
         for reference, row_set, losses in zip(references, compared, outcome.losses, strict=True)
@@ -276,34 +274,36 @@ def _all_measured(
 
 
 def _measured(
-    tasks: Tasks, answers: Sequence[Answer], reference: Reference, losses: Sequence[tuple[Row, RowLoss]]
-) -> Measured:
+    tasks: Tasks, answers: Sequence[ModelAnswer], reference: ReferenceRun, losses: Sequence[tuple[LogitsRow, RowLoss]]
+) -> MeasuredLoss:
     of_answer: dict[int, list[float]] = {}
     for row, loss in losses:
         of_answer.setdefault(row.place, []).append(loss.kl)
-    theirs = {task.id: answer for task, answer in zip(reference.tasks.tasks, reference.answers, strict=True)}
+    reference_answer = {task.id: answer for task, answer in zip(reference.tasks.tasks, reference.answers, strict=True)}
     examples = tuple(
-        _example(tasks.work, task, answer, theirs[task.id], of_answer.get(place, ()))
+        _example_result(tasks.work, task, answer, reference_answer[task.id], of_answer.get(place, ()))
         for place, (task, answer) in enumerate(zip(tasks.tasks, answers, strict=True))
-        if task.id in theirs
+        if task.id in reference_answer
     )
     by_id = {task.id: task for task in tasks.tasks}
-    before = [is_right(tasks.work, theirs[one.id], by_id[one.id]) for one in examples]
-    return Measured(
+    before = [is_right(tasks.work, reference_answer[one.id], by_id[one.id]) for one in examples]
+    return MeasuredLoss(
         loss=summarise([loss for _, loss in losses]),
         answers=_totals([one.is_right for one in examples], before, sum(one.is_flipped for one in examples)),
         examples=examples,
     )
 
 
-def _example(work: Work, task: Task, answer: Answer, theirs: Answer, kl: Sequence[float]) -> ExampleResult:
+def _example_result(
+    work: Work, task: EvalTask, answer: ModelAnswer, reference_answer: ModelAnswer, kl: Sequence[float]
+) -> ExampleResult:
     return ExampleResult(
         id=task.id,
         expected=task.expected,
         answer=answer.text,
-        reference_answer=theirs.text,
+        reference_answer=reference_answer.text,
         is_right=is_right(work, answer, task),
-        is_flipped=normalised(answer.text) != normalised(theirs.text),
+        is_flipped=normalised(answer.text) != normalised(reference_answer.text),
         kl_mean=float(np.mean(kl)) if kl else None,
     )
 

@@ -5,7 +5,6 @@ The logits pass once: a row is compared with every reference, or written, while 
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,20 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter
 
-from convert.child import read_job, tell
+from convert.child import StepProgress, read_job, tell
 from convert.errors import ConvertError
 from runtime.errors import EngineError, RequestError
 from runtime.llama.interface import LlamaLike
 from runtime.llama.model import LoadOptions, load
 
-from .compare import Job, Order, Outcome, RowSet
+from .compare import MeasureJob, MeasureOrder, MeasureResult, RowSet
 from .forward import N_SEQ_MAX, cells_needed, run_pass
-from .loss import Row, RowFile, RowLoss, log_norm, row_loss
+from .loss import LogitsRow, RowFile, RowLoss, log_norm, row_loss
 
 N_BATCH = 512
 
 
-def do_job(llama: LlamaLike, job: Job, progress: Callable[[int, int], None]) -> Outcome:
+def do_job(llama: LlamaLike, job: MeasureJob, progress: StepProgress) -> MeasureResult:
     """Measure the loaded model. Raises EngineError, MeasureFailed, and OSError when the disk is full."""
     with ExitStack() as files:
         keepers = [_Keeper.open(kept, files) for kept in (job.keep,) if kept is not None]
@@ -34,16 +33,16 @@ def do_job(llama: LlamaLike, job: Job, progress: Callable[[int, int], None]) -> 
         takers: list[_Keeper | _Comparer] = [*keepers, *comparers]
         wanted = {place: row for taker in takers for place, row in taker.rows.items()}
 
-        def on_row(row: Row, logits: np.ndarray) -> None:
+        def on_row(row: LogitsRow, logits: np.ndarray) -> None:
             norm = log_norm(logits)
             for taker in takers:
                 taker.see(row, logits, norm)
 
         answers = run_pass(llama, job.tasks, wanted.values(), on_row, job.together, progress)
-        return Outcome(answers, tuple(comparer.losses() for comparer in comparers))
+        return MeasureResult(answers, tuple(comparer.losses() for comparer in comparers))
 
 
-_Rows = dict[tuple[int, int], Row]
+_Rows = dict[tuple[int, int], LogitsRow]
 
 
 def _by_place(row_set: RowSet) -> _Rows:
@@ -61,7 +60,7 @@ class _Keeper:
     def open(cls, kept: RowSet, files: ExitStack) -> "_Keeper":
         return cls(files.enter_context(RowFile(Path(kept.file), kept.n_vocab, create=True)), _by_place(kept))
 
-    def see(self, seen: Row, logits: np.ndarray, norm: float) -> None:
+    def see(self, seen: LogitsRow, logits: np.ndarray, norm: float) -> None:
         """Write the row `seen`, whose `log_norm` is `norm`, if it is to be kept."""
         row = self.rows.get((seen.place, seen.position))
         if row is not None:
@@ -83,7 +82,7 @@ class _Comparer:
         kept = None if compared.kept is None else np.array(compared.kept, np.int64)
         return cls(file, _by_place(compared), kept, {})
 
-    def see(self, seen: Row, logits: np.ndarray, norm: float) -> None:
+    def see(self, seen: LogitsRow, logits: np.ndarray, norm: float) -> None:
         """Compare the row `seen`, whose `log_norm` is `norm`, if this reference has it."""
         row = self.rows.get((seen.place, seen.position))
         if row is not None:
@@ -98,13 +97,13 @@ def main() -> int:
     # If llama.cpp aborts, its reason is to be the last line.
     os.environ["GGML_NO_BACKTRACE"] = "1"
     try:
-        order = TypeAdapter(Order).validate_python(read_job())
+        order = TypeAdapter(MeasureOrder).validate_python(read_job())
         job = order.job
         options = LoadOptions(
             n_ctx=cells_needed(job.tasks, job.together), n_batch=N_BATCH, n_seq_max=N_SEQ_MAX, n_outputs=N_SEQ_MAX
         )
         outcome = do_job(load(Path(job.model), options), job, tell)
-        Path(order.result).write_bytes(TypeAdapter(Outcome).dump_json(outcome))
+        Path(order.result).write_bytes(TypeAdapter(MeasureResult).dump_json(outcome))
     except (ConvertError, EngineError, RequestError, OSError) as error:
         tell(str(error).replace("\n", " "))
         return 1

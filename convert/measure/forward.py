@@ -12,17 +12,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from convert.child import StepProgress
 from convert.errors import MeasureFailed
 from runtime.decoding.choice_tree import Ballot
 from runtime.llama.interface import LlamaLike
 from runtime.requests import Batch, ScoringPrompt
 
-from .loss import Row
-from .tasks import Task, Tasks
+from .loss import LogitsRow
+from .tasks import EvalTask, Tasks
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenSpan:
     """`tokens` to compute as sequence `seq_id` from position `start` on; logits are wanted after the tokens `wanted`
     (places in `tokens`).
     """
@@ -34,7 +35,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Branch:
+class TokenBranch:
     """`tokens` to compute after the whole of sequence `trunk`, which is `length` long. `read` is given each row that
     is wanted: its place in `tokens`, and its logits, valid until it returns.
     """
@@ -46,7 +47,7 @@ class Branch:
     read: Callable[[int, np.ndarray], None]
 
 
-def decode_runs(llama: LlamaLike, runs: Sequence[Run]) -> Iterator[tuple[int, int, np.ndarray]]:
+def decode_spans(llama: LlamaLike, runs: Sequence[TokenSpan]) -> Iterator[tuple[int, int, np.ndarray]]:
     """Compute all runs. Yields (run, place in its tokens, logits of shape (n_vocab,)) for each wanted row, in order.
 
     The logits are valid until the next step of the iterator. Raises EngineError.
@@ -84,14 +85,14 @@ def _steps(wants: Sequence[bool], n_batch: int, n_rows: int) -> Iterator[tuple[i
         yield start, len(wants)
 
 
-def decode_branches(llama: LlamaLike, branches: Sequence[Branch], seq_ids: Sequence[int], room: int) -> None:
+def decode_branches(llama: LlamaLike, branches: Sequence[TokenBranch], seq_ids: Sequence[int], room: int) -> None:
     """Compute `branches` as the empty sequences `seq_ids`, in at most `room` cells at a time; they end up empty again.
 
     Each branch must fit into `room`. Raises EngineError.
     """
     waiting = list(branches)
     while waiting:
-        chosen: list[Branch] = []
+        chosen: list[TokenBranch] = []
         free = room
         while waiting and len(chosen) < len(seq_ids) and (not chosen or len(waiting[0].tokens) <= free):
             chosen.append(waiting.pop(0))
@@ -99,10 +100,10 @@ def decode_branches(llama: LlamaLike, branches: Sequence[Branch], seq_ids: Seque
         for seq_id, branch in zip(seq_ids, chosen, strict=False):
             llama.copy_prefix(branch.trunk, seq_id, branch.length)
         runs = [
-            Run(seq_id, branch.length, branch.tokens, branch.wanted)
+            TokenSpan(seq_id, branch.length, branch.tokens, branch.wanted)
             for seq_id, branch in zip(seq_ids, chosen, strict=False)
         ]
-        for index, place, row in decode_runs(llama, runs):
+        for index, place, row in decode_spans(llama, runs):
             chosen[index].read(place, row)
         for seq_id in seq_ids[: len(chosen)]:
             llama.remove(seq_id)
@@ -112,11 +113,11 @@ def decode_branches(llama: LlamaLike, branches: Sequence[Branch], seq_ids: Seque
 MAX_TOGETHER = 16
 N_SEQ_MAX = 2 * MAX_TOGETHER
 
-OnRow = Callable[[Row, np.ndarray], None]
+OnRow = Callable[[LogitsRow, np.ndarray], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ModelAnswer:
     """What a model answered: a label, or the text it wrote. `cut_off`: it was not followed to its end."""
 
     text: str
@@ -124,13 +125,13 @@ class Answer:
 
 
 @dataclass(slots=True)
-class _Asked:
+class _ActiveTask:
     """A task in work: its place among the tasks, its sequence, and the rows that are wanted, by position."""
 
     place: int
-    task: Task
+    task: EvalTask
     seq_id: int
-    rows: Mapping[int, Row]
+    rows: Mapping[int, LogitsRow]
     ballot: Ballot | None = None
     written: list[int] = field(default_factory=list)
 
@@ -138,11 +139,11 @@ class _Asked:
 def run_pass(
     llama: LlamaLike,
     tasks: Tasks,
-    rows: Iterable[Row],
+    rows: Iterable[LogitsRow],
     on_row: OnRow,
     together: int = MAX_TOGETHER,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Answer, ...]:
+    progress: StepProgress = lambda done, total: None,
+) -> tuple[ModelAnswer, ...]:
     """Give `on_row` each of `rows` with its logits, float32 of shape (n_vocab,), valid until it returns.
 
     Returns the answers in the order of the tasks. At most `together` examples are in work at once (1 … MAX_TOGETHER).
@@ -151,18 +152,19 @@ def run_pass(
     """
     if llama.info.n_vocab != tasks.n_vocab:
         raise MeasureFailed(f"the model has {llama.info.n_vocab} tokens, the tasks were made for {tasks.n_vocab}")
-    by_place: dict[int, dict[int, Row]] = {}
+    by_place: dict[int, dict[int, LogitsRow]] = {}
     for row in rows:
         by_place.setdefault(row.place, {})[row.position] = row
-    answers: list[Answer] = []
+    answers: list[ModelAnswer] = []
     total = len(tasks.tasks)
     progress(0, total)
     for group in _groups(tasks, together, llama.info.n_ctx):
         llama.clear()
         asked = [
-            _Asked(place, tasks.tasks[place], seq_id, by_place.get(place, {})) for seq_id, place in enumerate(group)
+            _ActiveTask(place, tasks.tasks[place], seq_id, by_place.get(place, {}))
+            for seq_id, place in enumerate(group)
         ]
-        answers += _Group(llama, tasks, asked, on_row).answers()
+        answers += _PromptGroup(llama, tasks, asked, on_row).answers()
         progress(len(answers), total)
     return tuple(answers)
 
@@ -188,10 +190,10 @@ def _groups(tasks: Tasks, together: int, n_ctx: int) -> Iterable[list[int]]:
         yield group
 
 
-class _Group:
+class _PromptGroup:
     """A few examples whose prompts share the cache."""
 
-    def __init__(self, llama: LlamaLike, tasks: Tasks, asked: Sequence[_Asked], on_row: OnRow) -> None:
+    def __init__(self, llama: LlamaLike, tasks: Tasks, asked: Sequence[_ActiveTask], on_row: OnRow) -> None:
         self._llama = llama
         self._tasks = tasks
         self._asked = asked
@@ -199,7 +201,7 @@ class _Group:
         self._room = llama.info.n_ctx - sum(len(one.task.prompt) for one in asked)
         self._free_ids = range(len(asked), llama.info.n_seq_max)
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[ModelAnswer]:
         """Compute everything about these examples."""
         self._prefill()
         if self._tasks.work == "classify":
@@ -208,8 +210,8 @@ class _Group:
         return self._write()
 
     def _prefill(self) -> None:
-        runs = [Run(one.seq_id, 0, one.task.prompt, {len(one.task.prompt) - 1}) for one in self._asked]
-        for index, place, logits in decode_runs(self._llama, runs):
+        runs = [TokenSpan(one.seq_id, 0, one.task.prompt, {len(one.task.prompt) - 1}) for one in self._asked]
+        for index, place, logits in decode_spans(self._llama, runs):
             one = self._asked[index]
             self._see(one, place, logits)
             if self._tasks.work == "classify":
@@ -218,11 +220,11 @@ class _Group:
             else:
                 one.written.append(_likeliest(logits))
 
-    def _see(self, one: _Asked, position: int, logits: np.ndarray) -> None:
+    def _see(self, one: _ActiveTask, position: int, logits: np.ndarray) -> None:
         if row := one.rows.get(position):
             self._on_row(row, logits)
 
-    def _expected(self, one: _Asked) -> Branch | None:
+    def _expected(self, one: _ActiveTask) -> TokenBranch | None:
         """The rows after the expected answer's tokens; nothing comes after its last one."""
         n_prompt = len(one.task.prompt)
         wanted = {position - n_prompt for position in one.rows if position >= n_prompt}
@@ -234,21 +236,21 @@ class _Group:
 
         return self._branch(one, one.task.answer[: max(wanted) + 1], wanted, read)
 
-    def _choose(self) -> list[Answer]:
+    def _choose(self) -> list[ModelAnswer]:
         ballots = [(one, one.ballot) for one in self._asked if one.ballot is not None]
         branches = [branch for one, ballot in ballots for branch in self._first_wave(one, ballot)]
         while branches:
             self._compute(branches)
             branches = [branch for one, ballot in ballots for branch in self._wave(one, ballot)]
-        return [Answer(self._tasks.labels[_first_highest(ballot.logprobs())]) for _, ballot in ballots]
+        return [ModelAnswer(self._tasks.labels[_first_highest(ballot.logprobs())]) for _, ballot in ballots]
 
-    def _first_wave(self, one: _Asked, ballot: Ballot) -> list[Branch]:
+    def _first_wave(self, one: _ActiveTask, ballot: Ballot) -> list[TokenBranch]:
         """The ballot's branches and the expected answer's, which answers for the tokens that they share."""
         wave, expected = self._wave(one, ballot), self._expected(one)
         if expected is None:
             return wave
         shared: set[int] = set()
-        rest: list[Branch] = []
+        rest: list[TokenBranch] = []
         for branch in wave:
             common = {place for place in branch.wanted if branch.tokens[: place + 1] == expected.tokens[: place + 1]}
             shared |= common
@@ -263,7 +265,7 @@ class _Group:
 
         return [replace(expected, wanted=frozenset(expected.wanted) | shared, read=read), *rest]
 
-    def _wave(self, one: _Asked, ballot: Ballot) -> list[Branch]:
+    def _wave(self, one: _ActiveTask, ballot: Ballot) -> list[TokenBranch]:
         def reader(path: tuple[int, ...]) -> Callable[[int, np.ndarray], None]:
             return lambda place, logits: ballot.read(path[: place + 1], logits)
 
@@ -273,28 +275,29 @@ class _Group:
         ]
 
     def _branch(
-        self, one: _Asked, tokens: Sequence[int], wanted: Iterable[int], read: Callable[[int, np.ndarray], None]
-    ) -> Branch:
-        return Branch(one.seq_id, len(one.task.prompt), tokens, frozenset(wanted), read)
+        self, one: _ActiveTask, tokens: Sequence[int], wanted: Iterable[int], read: Callable[[int, np.ndarray], None]
+    ) -> TokenBranch:
+        return TokenBranch(one.seq_id, len(one.task.prompt), tokens, frozenset(wanted), read)
 
-    def _compute(self, branches: Sequence[Branch]) -> None:
+    def _compute(self, branches: Sequence[TokenBranch]) -> None:
         decode_branches(self._llama, branches, self._free_ids, self._room)
 
-    def _write(self) -> list[Answer]:
+    def _write(self) -> list[ModelAnswer]:
         while going := [one for one in self._asked if self._goes_on(one)]:
             runs = [
-                Run(one.seq_id, len(one.task.prompt) + len(one.written) - 1, one.written[-1:], {0}) for one in going
+                TokenSpan(one.seq_id, len(one.task.prompt) + len(one.written) - 1, one.written[-1:], {0})
+                for one in going
             ]
-            for index, _, logits in decode_runs(self._llama, runs):
+            for index, _, logits in decode_spans(self._llama, runs):
                 going[index].written.append(_likeliest(logits))
         return [self._written(one) for one in self._asked]
 
-    def _goes_on(self, one: _Asked) -> bool:
+    def _goes_on(self, one: _ActiveTask) -> bool:
         return len(one.written) < self._tasks.max_written and one.written[-1] not in self._tasks.ends
 
-    def _written(self, one: _Asked) -> Answer:
+    def _written(self, one: _ActiveTask) -> ModelAnswer:
         ended = one.written[-1] in self._tasks.ends
-        return Answer(self._llama.tokenizer.decode(one.written[:-1] if ended else one.written), cut_off=not ended)
+        return ModelAnswer(self._llama.tokenizer.decode(one.written[:-1] if ended else one.written), cut_off=not ended)
 
 
 def _likeliest(logits: np.ndarray) -> int:

@@ -139,7 +139,7 @@ MAX_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LogitsRow:
     """The logits after token `position` of task `place`, where token `target` comes next. `number` is its place on
     disk.
     """
@@ -150,14 +150,14 @@ class Row:
     target: int
 
 
-def plan_rows(tasks: Tasks, max_rows: int = MAX_ROWS) -> tuple[Row, ...]:
+def plan_rows(tasks: Tasks, max_rows: int = MAX_ROWS) -> tuple[LogitsRow, ...]:
     """The rows to compare, numbered in order, example by example; each has one at least, whatever the limit."""
     share = max(1, even_share([len(task.answer) for task in tasks.tasks], max_rows))
-    rows: list[Row] = []
+    rows: list[LogitsRow] = []
     for place, task in enumerate(tasks.tasks):
         last = len(task.prompt) - 1
         rows += [
-            Row(len(rows) + number, place, last + step, task.answer[step])
+            LogitsRow(len(rows) + number, place, last + step, task.answer[step])
             for number, step in enumerate(spread(len(task.answer), share))
         ]
     return tuple(rows)
@@ -179,7 +179,9 @@ def spread(count: int, share: int) -> list[int]:
     return sorted({int(step) for step in np.linspace(0, count - 1, min(count, share))})
 
 
-def rows_in_common(rows: Sequence[Row], theirs: Tasks, ours: Tasks, kept: np.ndarray | None) -> Iterator[Row]:
+def rows_in_common(
+    rows: Sequence[LogitsRow], theirs: Tasks, ours: Tasks, kept: np.ndarray | None
+) -> Iterator[LogitsRow]:
     """Those of the reference's `rows` that a candidate has too, which tokenised the same examples as `ours`.
 
     `kept` maps the candidate's token ids to the reference's; None: they are the same. A row is common where all tokens
@@ -195,4 +197,4 @@ def rows_in_common(rows: Sequence[Row], theirs: Tasks, ours: Tasks, kept: np.nda
             continue
         wanted = np.asarray(task.tokens[: row.position + 2])
         if np.array_equal(mapped[place][: row.position + 2], wanted):
-            yield Row(row.number, place, row.position, int(tokens[place][row.position + 1]))
+            yield LogitsRow(row.number, place, row.position, int(tokens[place][row.position + 1]))

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter
 
-from convert.child import read_job, run_child
+from convert.child import StepProgress, read_job, run_child
 from convert.errors import MeasureFailed
 from models.quality import Shape, Speed, Work
 from runtime.config import RuntimeConfig
 
-from .speed_child import Sample
+from .speed_child import SpeedSample
 from .tasks import Tasks
 
 ROUNDS = 3
@@ -27,11 +27,9 @@ ROUNDS = 3
 SECONDS = 0.5
 DECODE_WIDTHS = (1, 8, 16)
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
-class Served:
+class ServingLoad:
     """The typical example, medians in tokens, and how it is served: the server's defaults unless said otherwise."""
 
     work: Work
@@ -61,22 +59,22 @@ class SpeedReport:
     backend: str
 
 
-Measure = Callable[[Path], Sample]
+Measure = Callable[[Path], SpeedSample]
 
 
-def served(tasks: Tasks) -> Served:
+def serving_load(tasks: Tasks) -> ServingLoad:
     """The typical example of `tasks`: median lengths of prompt and answer, in tokens; an over-long prompt is cut."""
     prompt = round(statistics.median(len(task.prompt) for task in tasks.tasks))
     answer = round(statistics.median(len(task.answer) for task in tasks.tasks))
     # what is left of the cells is for decoding
     most = RuntimeConfig.context // 2
-    return Served(tasks.work, max(1, min(prompt, most)), max(1, min(answer, most // 2)))
+    return ServingLoad(tasks.work, max(1, min(prompt, most)), max(1, min(answer, most // 2)))
 
 
 def measure_speeds(
     files: Mapping[str, Path],
-    how: Served,
-    progress: Progress,
+    how: ServingLoad,
+    progress: StepProgress,
     *,
     rounds: int = ROUNDS,
     seconds: float = SECONDS,
@@ -87,7 +85,7 @@ def measure_speeds(
     What fails in a round is a failure, and not measured again. `measure` stands in for the child process.
     """
     once = measure or (lambda file: _in_child(file, how, seconds))
-    samples: dict[str, list[Sample]] = {name: [] for name in files}
+    samples: dict[str, list[SpeedSample]] = {name: [] for name in files}
     failures: dict[str, str] = {}
     done = 0
     for number in range(rounds):
@@ -112,7 +110,7 @@ def order_of(names: Sequence[str], number: int) -> list[str]:
     return list(names) if number % 2 == 0 else list(reversed(names))
 
 
-def score(sample: Sample, how: Served) -> float:
+def score(sample: SpeedSample, how: ServingLoad) -> float:
     """Examples a second for the stated work.
 
     To classify it was measured as it is. To write, prompts and answers share the machine's time: an example takes its
@@ -124,7 +122,7 @@ def score(sample: Sample, how: Served) -> float:
     return 1 / (how.prompt_tokens / sample.prefill_tokens_per_s + how.answer_tokens / decode)
 
 
-def _speed(samples: Sequence[Sample], how: Served) -> Speed:
+def _speed(samples: Sequence[SpeedSample], how: ServingLoad) -> Speed:
     widths = samples[0].decode_tokens_per_s
     return Speed(
         prefill_tokens_per_s=statistics.median(sample.prefill_tokens_per_s for sample in samples),
@@ -136,7 +134,7 @@ def _speed(samples: Sequence[Sample], how: Served) -> Speed:
     )
 
 
-def _shape(how: Served, threads: int, rounds: int) -> Shape:
+def _shape(how: ServingLoad, threads: int, rounds: int) -> Shape:
     return Shape(
         prompt_tokens=how.prompt_tokens,
         answer_tokens=how.answer_tokens,
@@ -147,7 +145,7 @@ def _shape(how: Served, threads: int, rounds: int) -> Shape:
     )
 
 
-def _in_child(file: Path, how: Served, seconds: float) -> Sample:
+def _in_child(file: Path, how: ServingLoad, seconds: float) -> SpeedSample:
     """One measurement. Raises MeasureFailed with the child's last word."""
     # the server's settings: see EngineOptions.n_seq_max and served.load_model
     load = {"n_ctx": how.context, "n_batch": how.step_tokens, "n_seq_max": 2 * how.sequences, "n_threads": how.threads}
@@ -168,10 +166,10 @@ def _in_child(file: Path, how: Served, seconds: float) -> Sample:
         code, complaint = run_child("convert.measure.speed_child", job, lambda done, total: None)
         if code != 0:
             raise MeasureFailed(f"{file.name!r}: speed cannot be measured (exit code {code}): {complaint}")
-        return TypeAdapter(Sample).validate_json(result.read_bytes())
+        return TypeAdapter(SpeedSample).validate_json(result.read_bytes())
 
 
-class Job(BaseModel):
+class SpeedJob(BaseModel):
     """`files`: name -> path. An example has `prompt_tokens` and `answer_tokens`; they are measured `rounds` times.
 
     Without `repack` weights are computed with as they lie in the file, as on a processor without AMX.
@@ -185,9 +183,9 @@ class Job(BaseModel):
     repack: bool = True
 
 
-def speeds_of(job: Job) -> SpeedReport:
+def speeds_of(job: SpeedJob) -> SpeedReport:
     """Measure the files in turns. Raises MeasureFailed for the first of those that cannot be measured."""
-    how = Served("classify", job.prompt_tokens, job.answer_tokens, threads=job.threads, repack=job.repack)
+    how = ServingLoad("classify", job.prompt_tokens, job.answer_tokens, threads=job.threads, repack=job.repack)
     report = measure_speeds(job.files, how, lambda done, total: None, rounds=job.rounds)
     for reason in report.failures.values():
         raise MeasureFailed(reason)
@@ -197,7 +195,7 @@ def speeds_of(job: Job) -> SpeedReport:
 def main() -> int:
     """Print the speeds by file as JSON. Returns 0 when done."""
     try:
-        report = speeds_of(Job.model_validate(read_job()))
+        report = speeds_of(SpeedJob.model_validate(read_job()))
     except MeasureFailed as error:
         print(error, file=sys.stderr)
         return 1

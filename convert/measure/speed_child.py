@@ -23,7 +23,7 @@ _SEED = 7
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class LoadShape:
     """Examples of `prompt` tokens, after which `labels` tokens more are computed, a row of logits for each of them.
 
     The prompt's last token has its row too. A `cycle` is what a sequence holds when its example is done.
@@ -39,7 +39,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PackedStep:
     """A batch, and the sequences that begin a new example in it: what they held before has to go first."""
 
     batch: Batch
@@ -47,7 +47,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class StepLimits:
     """A step's most tokens, its most rows of logits, and how many sequences there are."""
 
     n_batch: int
@@ -55,7 +55,7 @@ class Limits:
     n_sequences: int
 
 
-def packed_steps(work: Work, limits: Limits, n_vocab: int) -> Iterator[Step]:
+def packed_steps(work: LoadShape, limits: StepLimits, n_vocab: int) -> Iterator[PackedStep]:
     """Steps as large as `limits` allow, without end: one example follows the other, on the sequences in turn.
 
     An example may go on in the next step. A sequence never has two examples in one step.
@@ -78,7 +78,7 @@ def packed_steps(work: Work, limits: Limits, n_vocab: int) -> Iterator[Step]:
             seq_ids=seq_ids.astype(np.int32),
             wants_logits=wants_logits.astype(np.int8),
         )
-        yield Step(batch, tuple(int(seq_id) for seq_id in seq_ids[positions == 0]))
+        yield PackedStep(batch, tuple(int(seq_id) for seq_id in seq_ids[positions == 0]))
 
 
 def decode_step(lengths: list[int], n_vocab: int) -> Batch:
@@ -102,7 +102,7 @@ _STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SpeedSample:
     """One round of one file. `examples_per_s` is of packed examples with their labels' rows; None if there are none."""
 
     prefill_tokens_per_s: float
@@ -124,13 +124,13 @@ class Meter:
 
     def warm_up(self) -> None:
         """Compute a few tokens: touches every weight once."""
-        self._packed(Work(_WARM_UP_TOKENS, 0), 1, _WARM_UP_TOKENS, 0.0)
+        self._packed(LoadShape(_WARM_UP_TOKENS, 0), 1, _WARM_UP_TOKENS, 0.0)
 
     def tokens_per_s(self, prompt: int, n_sequences: int) -> float:
         """Prompts of `prompt` tokens, one row of logits each, packed into whole steps: tokens a second."""
-        return self._packed(Work(prompt, 0), n_sequences, self._llama.info.n_batch, self._seconds)
+        return self._packed(LoadShape(prompt, 0), n_sequences, self._llama.info.n_batch, self._seconds)
 
-    def examples_per_s(self, work: Work, n_sequences: int) -> float:
+    def examples_per_s(self, work: LoadShape, n_sequences: int) -> float:
         """Examples a second of `work`, packed into whole steps."""
         return self._packed(work, n_sequences, self._llama.info.n_batch, self._seconds) / work.cycle
 
@@ -156,13 +156,13 @@ class Meter:
         for seq_id, length in enumerate(lengths):
             self._llama.remove(seq_id, length)
 
-    def _packed(self, work: Work, n_sequences: int, n_batch: int, seconds: float) -> float:
+    def _packed(self, work: LoadShape, n_sequences: int, n_batch: int, seconds: float) -> float:
         """Tokens a second."""
         self._llama.clear()
         self._lengths = {}
         n_tokens, spent = 0, 0.0
         info = self._llama.info
-        for step in packed_steps(work, Limits(n_batch, info.n_seq_max, n_sequences), info.n_vocab):
+        for step in packed_steps(work, StepLimits(n_batch, info.n_seq_max, n_sequences), info.n_vocab):
             for seq_id in step.begun:
                 self._llama.remove(seq_id)
             spent += self._timed(step.batch)
@@ -195,7 +195,7 @@ class Meter:
 
 
 def measure(
-    meter: Meter, work: Work, n_prompts: int, answer: int, decode_widths: Sequence[int]
+    meter: Meter, work: LoadShape, n_prompts: int, answer: int, decode_widths: Sequence[int]
 ) -> tuple[float, float | None, dict[int, float]]:
     """(prefill tokens a second, examples a second or None without labels, decode tokens a second by width)."""
     meter.warm_up()
@@ -217,13 +217,13 @@ def main() -> int:
     try:
         llama = load(Path(job["gguf"]), LoadOptions(**job["load"]))
         meter = Meter(llama, job["seconds"])
-        work = Work(job["prompt_tokens"], job["label_tokens"])
+        work = LoadShape(job["prompt_tokens"], job["label_tokens"])
         prefill, examples, decode = measure(meter, work, job["n_prompts"], job["answer_tokens"], job["decode_widths"])
     except EngineError as error:
         tell(str(error).replace("\n", " "))
         return 1
     info = llama.info
-    sample = Sample(prefill, decode, examples, peak_memory_bytes(), info.n_threads, info.backend)
+    sample = SpeedSample(prefill, decode, examples, peak_memory_bytes(), info.n_threads, info.backend)
     Path(job["result"]).write_text(json.dumps(asdict(sample)), encoding="utf-8")
     return 0
 

@@ -26,20 +26,18 @@ MAX_TOKENS = 4096
 # A written answer is followed this far: by then it has gone another way, or it will not.
 MAX_WRITTEN = 128
 
-Tokens = tuple[int, ...]
-
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class EvalTask:
     """One example. `answer` ends with the token that ends a turn; `expected` is its text."""
 
     id: str
-    prompt: Tokens
-    answer: Tokens
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
     expected: str
 
     @property
-    def tokens(self) -> Tokens:
+    def tokens(self) -> tuple[int, ...]:
         """Prompt and answer as one sequence."""
         return self.prompt + self.answer
 
@@ -53,22 +51,22 @@ class Tasks:
     """
 
     work: Work
-    tasks: tuple[Task, ...]
+    tasks: tuple[EvalTask, ...]
     labels: tuple[str, ...]
-    choices: tuple[Tokens, ...]
-    ends: Tokens
+    choices: tuple[tuple[int, ...], ...]
+    ends: tuple[int, ...]
     n_vocab: int
     n_too_long: int = 0
     max_written: int = MAX_WRITTEN
 
-    def room(self, task: Task) -> int:
+    def room(self, task: EvalTask) -> int:
         """The most cells that `task` fills at once: its prompt and the longest thing that may follow it."""
         written = self.max_written if self.work == "write" else 0
         return len(task.prompt) + max([len(task.answer), written, *map(len, self.choices)])
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class PromptFormat:
     """How a model is asked: its chat template, the token that ends its turn, and the manifest's prompt template."""
 
     chat_template: str | None
@@ -94,13 +92,13 @@ def tasks_of(
         stated = meta.values.get(END_OF_TURN_FIELD)
         end_of_turn = stated if isinstance(stated, int) else tokenizer.eos
     context = meta.number(f"{meta.architecture}.context_length")
-    asking = Asking(meta.text(TEMPLATE_FIELD) or None, end_of_turn, prompt_template)
+    asking = PromptFormat(meta.text(TEMPLATE_FIELD) or None, end_of_turn, prompt_template)
     return make_tasks(tokenizer, asking, records, work, labels, min(MAX_TOKENS, context or MAX_TOKENS))
 
 
 def make_tasks(
     tokenizer: TokenizerLike,
-    asking: Asking,
+    asking: PromptFormat,
     records: Sequence[ChatRecord],
     work: Work,
     labels: Sequence[str],
@@ -111,14 +109,14 @@ def make_tasks(
     Raises BadExamples when the template refuses a record, when two labels are the same tokens, or when fewer than half
     of MIN_EXAMPLES are left.
     """
-    speller = _Speller(tokenizer, asking, max_tokens)
+    speller = _TaskTokenizer(tokenizer, asking, max_tokens)
     choices = tuple(map(speller.choice, labels)) if work == "classify" else ()
     if len(set(choices)) < len(choices) or () in choices:
         raise BadExamples(f"two of the labels {list(labels)!r} are the same tokens to this model, or one is none")
     named = tuple(labels) if work == "classify" else ()
     asked = Tasks(work, (), named, choices, speller.ends, tokenizer.n_vocab)
     spelled = (
-        Task(record.id, speller.prompt(record), speller.answer(record.answer), record.answer) for record in records
+        EvalTask(record.id, speller.prompt(record), speller.answer(record.answer), record.answer) for record in records
     )
     tasks = tuple(task for task in spelled if task.prompt and asked.room(task) <= max_tokens)
     n_too_long = len(records) - len(tasks)
@@ -130,21 +128,21 @@ def make_tasks(
     return replace(asked, tasks=tasks, n_too_long=n_too_long)
 
 
-class _Speller:
+class _TaskTokenizer:
     """Texts as the tokens that one model is asked with and answers with."""
 
-    def __init__(self, tokenizer: TokenizerLike, asking: Asking, max_tokens: int) -> None:
+    def __init__(self, tokenizer: TokenizerLike, asking: PromptFormat, max_tokens: int) -> None:
         self._encode = tokenizer.encode
         self._asking = asking
         self._prompter = Prompter(tokenizer, asking.chat_template, max_tokens)
         self._chats = asking.chat_template is not None and bool(tokenizer.end_tokens)
         # A text-only model has learnt no end of a turn: a new line ends its answer too.
         new_line = () if self._chats else tuple(self._encode("\n", add_special=False, parse_special=False)[-1:])
-        self.ends: Tokens = (*tokenizer.end_tokens, *new_line)
+        self.ends: tuple[int, ...] = (*tokenizer.end_tokens, *new_line)
         end = asking.end_of_turn if asking.end_of_turn in self.ends else next(iter(self.ends), None)
-        self._end: Tokens = () if end is None else new_line or (end,)
+        self._end: tuple[int, ...] = () if end is None else new_line or (end,)
 
-    def prompt(self, record: ChatRecord) -> Tokens:
+    def prompt(self, record: ChatRecord) -> tuple[int, ...]:
         """The tokens up to where the model answers; none if they are too many."""
         try:
             return self._prompt(record)
@@ -153,7 +151,7 @@ class _Speller:
         except RequestError as error:
             raise BadExamples(f"line {record.line}: {error}") from error
 
-    def _prompt(self, record: ChatRecord) -> Tokens:
+    def _prompt(self, record: ChatRecord) -> tuple[int, ...]:
         wrap = self._asking.prompt_template
         said = [
             (message.role, wrap.replace("{text}", message.content) if message.role == "user" else message.content)
@@ -163,10 +161,10 @@ class _Speller:
             return self._prompter.chat([{"role": role, "content": text} for role, text in said])
         return self._prompter.literal(input_text(said) + ANSWER_MARK, param="messages")
 
-    def choice(self, text: str) -> Tokens:
+    def choice(self, text: str) -> tuple[int, ...]:
         """The tokens of an answer, without its end."""
         return tuple(self._encode(text if self._chats else f" {text}", add_special=False, parse_special=False))
 
-    def answer(self, text: str) -> Tokens:
+    def answer(self, text: str) -> tuple[int, ...]:
         """The tokens of an answer and of what ends it."""
         return self.choice(text) + self._end

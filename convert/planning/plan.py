@@ -29,15 +29,15 @@ _DROPPED_PREFIXES = ("split.", "quantize.imatrix.")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A conversion that was found possible. `source` is the end of the chain, `whole` what it is before trimming.
+class ConversionPlan:
+    """A conversion that was found possible. `source` is the end of the chain, `untrimmed` what it is before trimming.
 
-    `header` is that of `whole`, with the fields that the file gets; `base_header` that of the checkpoint, whose kinds
+    `header` is that of `untrimmed`, with the fields of the file; `base_header` that of the checkpoint, whose kinds
     tell what grid its weights lie on. `chat.end_of_turn` is numbered as in the file.
     """
 
     source: Checkpoint
-    whole: Checkpoint
+    untrimmed: Checkpoint
     header: Header
     base_header: Header
     fitted: Fitted
@@ -46,7 +46,7 @@ class Plan:
     layout: Layout
 
 
-def plan_file(source: Checkpoint, inputs: Inputs) -> Plan:
+def plan_conversion(source: Checkpoint, inputs: Inputs) -> ConversionPlan:
     """Check that the adapter fits, the chat format is usable and the vocabulary can be cut. Writes nothing.
 
     Raises AdapterInvalid, ArchitectureUnknown, TemplateInvalid, TrimImpossible, RequestInvalid, BadExamples.
@@ -54,17 +54,17 @@ def plan_file(source: Checkpoint, inputs: Inputs) -> Plan:
     adapter, manifest = inputs.adapter, inputs.manifest
     fitted = fit(adapter, source.header) if adapter is not None else Fitted()
     chat = choose_format(source.header, adapter.folder if adapter is not None else None)
-    whole = MergedCheckpoint(source, fitted)
+    untrimmed = MergedCheckpoint(source, fitted)
     base_header = merged_header(source.header, fitted)
-    header = replace(whole.header, fields=_fields(whole.header, manifest.name, chat))
+    header = replace(untrimmed.header, fields=_fields(untrimmed.header, manifest.name, chat))
     if inputs.trim is None:
-        return Plan(whole, whole, header, base_header, fitted, chat, None, layout_of(header))
+        return ConversionPlan(untrimmed, untrimmed, header, base_header, fitted, chat, None, layout_of(header))
     texts = texts_of(header, tokenizer_of(header), inputs.trim.records, manifest.prompt.template)
     trim = plan_trim(header, texts, inputs.trim.keep)
-    last = TrimmedCheckpoint(whole, trim)
+    last = TrimmedCheckpoint(untrimmed, trim)
     if chat.end_of_turn is not None:
         chat = replace(chat, end_of_turn=int(trim.new_ids[chat.end_of_turn]))
-    return Plan(last, whole, header, base_header, fitted, chat, trim, layout_of(last.header))
+    return ConversionPlan(last, untrimmed, header, base_header, fitted, chat, trim, layout_of(last.header))
 
 
 def layout_of(header: Header) -> Layout:
@@ -73,7 +73,7 @@ def layout_of(header: Header) -> Layout:
     return Layout(header.fields, tensors, header.alignment)
 
 
-def base_of(source: Checkpoint, plan: Plan) -> tuple[Checkpoint, Layout]:
+def base_of(source: Checkpoint, plan: ConversionPlan) -> tuple[Checkpoint, Layout]:
     """The checkpoint without the adapter, asked and trimmed as the fine-tune: what that is compared with."""
     header = replace(source.header, fields=plan.header.fields)
     if plan.trim is None:
@@ -95,7 +95,7 @@ def _fields(header: Header, name: str, chat: ChatFormat) -> dict[str, Field]:
     return fields
 
 
-def write_half(
+def write_f16(
     source: Checkpoint,
     layout: Layout,
     target: Path,

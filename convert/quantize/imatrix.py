@@ -4,14 +4,14 @@ Quantizing minimises the rounding error weighted by it, so that what the user's 
 what llama.cpp's `llama-imatrix` makes (tools/imatrix/imatrix.cpp), in its file format, so either reads the other's.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from convert.child import run_child
+from convert.child import StepProgress, run_child
 from convert.errors import ImatrixFailed, ImatrixInvalid
 from convert.gguf_writer import Layout, OutTensor, write_gguf
 from models.errors import BadGguf
@@ -25,7 +25,7 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ImatrixEntry:
     """The inputs of one matrix. `sums`: of their squares, float32 of shape (experts, n_in); a dense matrix has one row.
 
     `counts`: how many inputs were added, int64 of shape (experts,).
@@ -46,7 +46,7 @@ class Entry:
 class Imatrix:
     """Tensor name -> what its inputs were, over `n_chunks` pieces of text of at most `chunk_tokens`."""
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ImatrixEntry]
     n_chunks: int
     chunk_tokens: int
 
@@ -55,7 +55,7 @@ def collect(
     gguf: Path,
     sequences: Sequence[Sequence[int]],
     target: Path,
-    progress: Callable[[int, int], None],
+    progress: StepProgress,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
     output: bool = False,
@@ -144,14 +144,14 @@ def read_imatrix(path: Path) -> Imatrix:
     return Imatrix(entries, n_chunks, chunk_tokens)
 
 
-def _entry(header: Header, name: str) -> Entry:
+def _entry(header: Header, name: str) -> ImatrixEntry:
     counts = _values(header, name + _COUNTS)
     sums = _values(header, name + _SUMS)
     if sums.size % counts.size:
         raise ImatrixInvalid(
             f"{str(header.path)!r}: {name!r} has {sums.size} sums and {counts.size} counts: no whole rows"
         )
-    return Entry(sums.reshape(counts.size, -1), np.rint(counts).astype(np.int64))
+    return ImatrixEntry(sums.reshape(counts.size, -1), np.rint(counts).astype(np.int64))
 
 
 def _values(header: Header, name: str) -> np.ndarray:

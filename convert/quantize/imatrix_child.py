@@ -5,13 +5,13 @@ is there. After the last wanted one the computation is stopped: the output matri
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from llama_cpp import llama_cpp
 
-from convert.child import read_job, tell
+from convert.child import StepProgress, read_job, tell
 from convert.errors import ImatrixFailed
 from runtime.config import physical_cores
 from runtime.errors import EngineError
@@ -19,7 +19,7 @@ from runtime.llama.decode import decode_error
 from runtime.llama.handle import ModelHandle
 
 from .ggml import F32, Ggml, GgmlTensor
-from .imatrix import Entry, Imatrix, write_imatrix
+from .imatrix import Imatrix, ImatrixEntry, write_imatrix
 
 # Rows of logits are reserved for each token of a batch, 1 MiB each with a large vocabulary.
 _BATCH_TOKENS = 128
@@ -40,9 +40,9 @@ class Collector:
         self._enough: int | None = None
 
     @property
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, ImatrixEntry]:
         """What was added up so far."""
-        return {name: Entry(sums.astype(np.float32), self._counts[name]) for name, sums in self._sums.items()}
+        return {name: ImatrixEntry(sums.astype(np.float32), self._counts[name]) for name, sums in self._sums.items()}
 
     def begin(self) -> None:
         """A batch begins; if it is not the first, what came last in the first comes last in this one, too."""
@@ -129,9 +129,7 @@ def cut(sequences: Sequence[Sequence[int]], size: int, bos: int | None) -> Itera
             yield chunk
 
 
-def _decode(
-    model: ModelHandle, chunks: Sequence[Sequence[int]], collector: Collector, progress: Callable[[int, int], None]
-) -> None:
+def _decode(model: ModelHandle, chunks: Sequence[Sequence[int]], collector: Collector, progress: StepProgress) -> None:
     callback = llama_cpp.ggml_backend_sched_eval_callback(collector.look)
     size = max(len(chunk) for chunk in chunks)
     params = llama_cpp.llama_context_default_params()

@@ -5,13 +5,13 @@ they name, and where rows do not fit a type's blocks the result tells what llama
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from convert.child import run_child
+from convert.child import StepProgress, run_child
 from convert.errors import ImatrixInvalid, QuantizationUnknown, QuantizeFailed, RequestInvalid
 from convert.gguf_writer import OutTensor
 from models.gguf.header import Header, TensorInfo, read_header
@@ -39,7 +39,7 @@ _K_BLOCK = GGMLQuantizationType.Q4_K
 
 
 @dataclass(frozen=True)
-class Written:
+class QuantizeResult:
     """What a quantized file holds: kind -> how many tensors.
 
     `fallbacks` counts the matrices whose rows do not fit the blocks of the type they were meant for.
@@ -66,7 +66,7 @@ def disk_need(file_bytes: int, tensors: Sequence[OutTensor], specs: Iterable[Can
 
     The half-precision file is its own candidate. Raises as `resolve` does.
     """
-    return file_bytes + sum(_most_bytes(file_bytes, tensors, spec) for spec in specs if not _is_half(spec))
+    return file_bytes + sum(_most_bytes(file_bytes, tensors, spec) for spec in specs if not _is_f16(spec))
 
 
 def quantize(
@@ -74,8 +74,8 @@ def quantize(
     target: Path,
     spec: CandidateSpec,
     imatrix: Path | None,
-    progress: Callable[[int, int], None],
-) -> Written:
+    progress: StepProgress,
+) -> QuantizeResult:
     """Write `source` quantized to `target`. `progress` is told (tensors done, tensors in all).
 
     `imatrix` is used if `spec` asks for it. Raises BadGguf for the source; RequestInvalid when a pattern matches
@@ -140,7 +140,7 @@ def _columns(tensor: TensorInfo) -> int:
     return tensor.shape[-1] * experts
 
 
-def _written(header: Header, spec: CandidateSpec, kinds: Mapping[str, GGMLQuantizationType]) -> Written:
+def _written(header: Header, spec: CandidateSpec, kinds: Mapping[str, GGMLQuantizationType]) -> QuantizeResult:
     for name, kind in kinds.items():
         tensor = header.tensors[name]
         if tensor.kind != kind and fits(tensor, kind):
@@ -149,7 +149,7 @@ def _written(header: Header, spec: CandidateSpec, kinds: Mapping[str, GGMLQuanti
             )
     tensors = list(header.tensors.values())
     fallbacks = sum(is_matrix(tensor) and not fits(tensor, _meant(tensor, spec, kinds)) for tensor in tensors)
-    return Written(Counter(tensor.kind.name for tensor in tensors), fallbacks)
+    return QuantizeResult(Counter(tensor.kind.name for tensor in tensors), fallbacks)
 
 
 def _meant(tensor: Tensor, spec: CandidateSpec, kinds: Mapping[str, GGMLQuantizationType]) -> GGMLQuantizationType:
@@ -159,7 +159,7 @@ def _meant(tensor: Tensor, spec: CandidateSpec, kinds: Mapping[str, GGMLQuantiza
     return kinds.get(tensor.name, GGMLQuantizationType[spec.quantization])
 
 
-def _is_half(spec: CandidateSpec) -> bool:
+def _is_f16(spec: CandidateSpec) -> bool:
     return spec.quantization == HALF_PRECISION and not spec.overrides
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from convert.measure.examples import prompts_of, texts_of
 from convert.measure.tasks import tasks_of
 from convert.planning.inputs import Inputs
-from convert.planning.plan import Plan
+from convert.planning.plan import ConversionPlan
 from convert.quantize.imatrix import IMATRIX_FILE, collect
 from convert.quantize.layouts import ladder
 from convert.quantize.quantize import spec_named
@@ -30,27 +30,33 @@ MAX_AGREEMENT_PROMPTS = 48
 
 
 def choose_by_examples(
-    half: Path, base: Path | None, whole: Path | None, plan: Plan, inputs: Inputs, results: Path, report: Reporter
+    f16: Path,
+    base: Path | None,
+    untrimmed: Path | None,
+    plan: ConversionPlan,
+    inputs: Inputs,
+    results: Path,
+    report: Reporter,
 ) -> tuple[Quality, Path]:
-    """Measure the ladder of `half` and pick: the report, and the chosen file, which lies beside `half`.
+    """Measure the ladder of `f16` and pick: the report, and the chosen file, which lies beside `f16`.
 
-    `base` is the model before its fine-tuning, `whole` the half-precision file before its vocabulary was trimmed. What
+    `base` is the model before its fine-tuning, `untrimmed` the F16 file before its vocabulary was trimmed. What
     takes long is kept in `results` for the next run. Raises BadExamples, and as `run_ladder` does.
     """
     examples = inputs.examples
     assert examples is not None, "without examples nothing is measured"
     split, prompt_template = examples.split, inputs.manifest.prompt.template
-    tasks = tasks_of(half, split.held_out, examples.work, examples.labels, prompt_template)
-    sequences = _calibration(half, split.calibration, prompt_template)
-    imatrix = _importance(half, sequences, results, report)
-    specs = ladder(read_header(half), examples.work, imatrix=True)
+    tasks = tasks_of(f16, split.held_out, examples.work, examples.labels, prompt_template)
+    sequences = _calibration(f16, split.calibration, prompt_template)
+    imatrix = _importance(f16, sequences, results, report)
+    specs = ladder(read_header(f16), examples.work, imatrix=True)
     wanted = inputs.quantization
     if wanted is not None and wanted not in {spec.name for spec in specs}:
         specs = (*specs, spec_named(wanted, imatrix=True))
-    trim = _trim_report(half, whole, plan, split.held_out, prompt_template, report)
+    trim = _trim_report(f16, untrimmed, plan, split.held_out, prompt_template, report)
     return run_ladder(
         LadderInputs(
-            half=half,
+            f16=f16,
             stem=inputs.manifest.name,
             tasks=tasks,
             specs=specs,
@@ -62,17 +68,17 @@ def choose_by_examples(
             wanted=wanted,
         ),
         Provenance(examples.path.name, examples.sha256, len(sequences), trim),
-        half.parent,
+        f16.parent,
         report,
         results=results,
     )
 
 
-def _calibration(half: Path, records: tuple[ChatRecord, ...], prompt_template: str) -> list[list[int]]:
+def _calibration(f16: Path, records: tuple[ChatRecord, ...], prompt_template: str) -> list[list[int]]:
     """The token ids of whole examples, as many as reach MAX_CALIBRATION_TOKENS."""
-    tokenizer = load_tokenizer(half)
+    tokenizer = load_tokenizer(f16)
     taken, n_tokens = [], 0
-    for text in texts_of(read_header(half), tokenizer, records, prompt_template):
+    for text in texts_of(read_header(f16), tokenizer, records, prompt_template):
         if n_tokens >= MAX_CALIBRATION_TOKENS:
             break
         taken.append(tokenizer.encode(text, add_special=False, parse_special=True))
@@ -80,35 +86,35 @@ def _calibration(half: Path, records: tuple[ChatRecord, ...], prompt_template: s
     return taken
 
 
-def _importance(half: Path, sequences: list[list[int]], results: Path, report: Reporter) -> Path:
+def _importance(f16: Path, sequences: list[list[int]], results: Path, report: Reporter) -> Path:
     """The importance matrix of the calibration examples; collected anew only when these or the model are others."""
-    kept = results / f"imatrix-{digest([sha256_file(half), sequences])[:32]}.gguf"
+    kept = results / f"imatrix-{digest([sha256_file(f16), sequences])[:32]}.gguf"
     if not kept.is_file():
         report.stage(f"collect the importance matrix from {len(sequences)} examples")
         results.mkdir(parents=True, exist_ok=True)
-        collect(half, sequences, kept, report.advance, output=True)
-    return Path(shutil.copyfile(kept, half.with_name(IMATRIX_FILE)))
+        collect(f16, sequences, kept, report.advance, output=True)
+    return Path(shutil.copyfile(kept, f16.with_name(IMATRIX_FILE)))
 
 
 def _trim_report(
-    half: Path,
-    whole: Path | None,
-    plan: Plan,
+    f16: Path,
+    untrimmed: Path | None,
+    plan: ConversionPlan,
     records: tuple[ChatRecord, ...],
     prompt_template: str,
     report: Reporter,
 ) -> Trim | None:
     """What the cut vocabulary covers of the held-out examples, and how often it answers alike."""
-    if plan.trim is None or whole is None:
+    if plan.trim is None or untrimmed is None:
         return None
     tokenizer = tokenizer_of(plan.header)
     found = coverage(plan.header, plan.trim, texts_of(plan.header, tokenizer, records, prompt_template))
     prompts = prompts_of(plan.header, tokenizer, records, prompt_template)
     report.stage("compare answers before and after trimming the vocabulary")
     options = LoadOptions(n_ctx=4096, n_batch=512, n_seq_max=1)
-    before = load(whole, options)
+    before = load(untrimmed, options)
     try:
-        after = load(half, options)
+        after = load(f16, options)
         try:
             agreement = greedy_agreement(before, after, prompts[:MAX_AGREEMENT_PROMPTS], report.advance)
         finally:

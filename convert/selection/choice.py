@@ -20,7 +20,7 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """`candidates` in the order given, each with its verdict and the reason for it; `chosen` is one of their names.
 
     `reason` is the choice in one sentence.
@@ -32,7 +32,7 @@ class Choice:
     reason: str
 
 
-def choose(candidates: Sequence[Candidate], budget: Budget, wanted: str | None = None) -> Choice:
+def choose(candidates: Sequence[Candidate], budget: Budget, wanted: str | None = None) -> Selection:
     """Judge `candidates`, of which one is the reference `F16`, and pick one; `wanted` (a name) overrules the budget.
 
     Verdicts "failed" and "undoes the fine-tune" stand; everything else is judged here. Without speeds the smallest
@@ -51,7 +51,7 @@ def choose(candidates: Sequence[Candidate], budget: Budget, wanted: str | None =
     marked = tuple(
         one.model_copy(update={"verdict": "chosen", "reason": reason}) if one is picked else one for one in judged
     )
-    return Choice(marked, picked.name, wanted is not None, reason)
+    return Selection(marked, picked.name, wanted is not None, reason)
 
 
 def fastest(candidates: Sequence[Candidate]) -> Candidate:
@@ -70,7 +70,7 @@ def _ties(candidate: Candidate, best: Candidate) -> bool:
     return its >= bests * (1 - UNSURE) and any(one >= other for one, other in rounds)
 
 
-def excesses(candidate: Candidate, reference: Answers | None, budget: Budget) -> Iterator[str]:
+def budget_violations(candidate: Candidate, reference: Answers | None, budget: Budget) -> Iterator[str]:
     """What `candidate` loses beyond the budget, a phrase each. `reference`: the reference's own answers."""
     if candidate.loss is None:
         yield "its loss was not measured"
@@ -94,7 +94,7 @@ def _judged(candidate: Candidate, reference: Candidate, budget: Budget) -> Candi
         return candidate
     if candidate.name == REFERENCE:
         return candidate.model_copy(update={"verdict": "within budget", "reason": "the reference"})
-    over = "; ".join(excesses(candidate, reference.answers, budget))
+    over = "; ".join(budget_violations(candidate, reference.answers, budget))
     if over and candidate.grid:  # part of the fine-tune is gone, if not all of it
         over = f"{over}. {candidate.grid}"
     verdict = "over budget" if over else "within budget"
@@ -135,7 +135,7 @@ FINE_KINDS = frozenset({"F32", "F16", "BF16", "Q8_0"})
 
 
 @dataclass(frozen=True)
-class Nearness:
+class BaseDistances:
     """Where a candidate lies between base and fine-tune. KL divergences: means in nats over the same positions.
 
     `as_fine_tune` and `as_base` count, of the `differing` examples that base and fine-tune answer differently, those
@@ -149,7 +149,7 @@ class Nearness:
     differing: int = 0
 
 
-def undone(nearness: Nearness, base_distance: float, noise: float) -> str | None:
+def undo_reason(nearness: BaseDistances, base_distance: float, noise: float) -> str | None:
     """Why the candidate counts as undoing the fine-tune; None if it does not.
 
     It does when its distributions or its answers lie nearer the base's. `base_distance` is the mean KL divergence from
@@ -183,7 +183,7 @@ def shared_grid(base: Header, candidate: Header, tuned: Collection[str]) -> Mapp
     return Counter(kind for kind in kinds if kind not in FINE_KINDS)
 
 
-def cause(grid: Mapping[str, int], n_tuned: int) -> str:
+def undo_cause(grid: Mapping[str, int], n_tuned: int) -> str:
     """The cause, in words, of a fine-tune that is undone or nearly so, where `shared_grid` is `grid`."""
     if not grid:
         return "quantizing it loses more than fine-tuning changed"

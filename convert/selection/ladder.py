@@ -10,13 +10,22 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from convert.child import StepProgress
 from convert.errors import ImatrixInvalid, MeasureFailed, QuantizeFailed
 from convert.gguf_writer import OutTensor
-from convert.measure.compare import NOISE_EXAMPLES, Measured, Reference, compare, noise, rows_bytes, take_reference
-from convert.measure.speed import Progress, Served, SpeedReport, measure_speeds, served
+from convert.measure.compare import (
+    NOISE_EXAMPLES,
+    MeasuredLoss,
+    ReferenceRun,
+    compare,
+    noise,
+    rows_bytes,
+    take_reference,
+)
+from convert.measure.speed import ServingLoad, SpeedReport, measure_speeds, serving_load
 from convert.measure.tasks import Tasks
 from convert.quantize.layouts import CandidateSpec
-from convert.quantize.quantize import Written, disk_need, quantize
+from convert.quantize.quantize import QuantizeResult, disk_need, quantize
 from models.common.console import Reporter
 from models.common.files import check_free, sha256_file
 from models.common.machine import describe_machine
@@ -24,7 +33,7 @@ from models.gguf.header import Header, read_header, read_meta
 from models.quality import Budget, Candidate, Loss, Quality, Trim
 
 from .cache import Cache, digest
-from .choice import REFERENCE, Nearness, cause, choose, shared_grid, undone
+from .choice import REFERENCE, BaseDistances, choose, shared_grid, undo_cause, undo_reason
 
 NO_BASE = "there is no file of the model before its fine-tuning, so nothing could be compared with it"
 OTHER_VOCABULARY = "the base has another vocabulary, so it could not be compared with it"
@@ -36,14 +45,14 @@ NO_DISTANCE = "the fine-tune differs from its base by no more than the noise flo
 
 @dataclass(frozen=True)
 class LadderInputs:
-    """What is to be measured. `half` is the half-precision GGUF; `specs` may or may not name it ("F16").
+    """What is to be measured. `f16` is the half-precision GGUF; `specs` may or may not name it ("F16").
 
     `base`: a GGUF of the model before its fine-tuning, with the same vocabulary; `tuned`: the tensors that the
     fine-tuning changed. `base_header` is that of the weights they were merged onto, where `base` was made from them
     and is quantized otherwise. `wanted` overrules the budget by a candidate's name.
     """
 
-    half: Path
+    f16: Path
     stem: str
     tasks: Tasks
     specs: tuple[CandidateSpec, ...]
@@ -69,11 +78,11 @@ class Provenance:
 class Tools:
     """What does the work; tests put others in their place."""
 
-    quantize: Callable[[Path, Path, CandidateSpec, Path | None, Progress], Written] = quantize
-    take_reference: Callable[[Path, Tasks, Path, Progress, Sequence[Reference]], Reference] = take_reference
-    compare: Callable[[Path, Sequence[Reference], Progress], tuple[Measured, ...]] = compare
-    noise: Callable[[Reference, Progress], Measured] = noise
-    speeds: Callable[[Mapping[str, Path], Served, Progress], SpeedReport] = measure_speeds
+    quantize: Callable[[Path, Path, CandidateSpec, Path | None, StepProgress], QuantizeResult] = quantize
+    take_reference: Callable[[Path, Tasks, Path, StepProgress, Sequence[ReferenceRun]], ReferenceRun] = take_reference
+    compare: Callable[[Path, Sequence[ReferenceRun], StepProgress], tuple[MeasuredLoss, ...]] = compare
+    noise: Callable[[ReferenceRun, StepProgress], MeasuredLoss] = noise
+    speeds: Callable[[Mapping[str, Path], ServingLoad, StepProgress], SpeedReport] = measure_speeds
     machine: Callable[[str], str] = describe_machine
 
 
@@ -86,7 +95,7 @@ def run_ladder(
     *,
     results: Path | None = None,
 ) -> tuple[Quality, Path]:
-    """Make, measure and time the candidates; the report, and the chosen file: `half` itself or one in `workdir`.
+    """Make, measure and time the candidates; the report, and the chosen file: `f16` itself or one in `workdir`.
 
     Raises StoreError when the disk cannot hold all files, RequestInvalid for specs and a wanted name that cannot be,
     MeasureFailed when the reference itself does not run. A candidate that fails is a line of the report. No other
@@ -124,7 +133,7 @@ def run_ladder(
 
 
 @dataclass(frozen=True)
-class Noise:
+class NoiseFloor:
     """The reference beside itself in another batch shape, on so many `examples`."""
 
     loss: Loss | None
@@ -133,7 +142,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedCandidates:
     """Candidates with their speeds, and what these were measured on."""
 
     candidates: tuple[Candidate, ...]
@@ -152,20 +161,20 @@ class _Ladder:
         self._specs = {spec.name: spec for spec in plain}
         self._check_disk(plain)
         report.stage("hash what is measured")
-        self._half_sha256 = sha256_file(inputs.half)
+        self._f16_sha256 = sha256_file(inputs.f16)
         self._base = inputs.base if inputs.base is not None and self._same_vocabulary(inputs.base) else None
-        parts = [self._half_sha256, digest(inputs.tasks), *(sha256_file(file) for file in (self._base,) if file)]
+        parts = [self._f16_sha256, digest(inputs.tasks), *(sha256_file(file) for file in (self._base,) if file)]
         self._cache = Cache(results, parts)
-        self._references: tuple[Reference, ...] = ()
+        self._references: tuple[ReferenceRun, ...] = ()
 
     def candidates(self) -> list[Candidate]:
         """The reference and every candidate, with size and loss."""
         return [self._reference_itself(), *(self._candidate(spec) for spec in self._specs.values())]
 
-    def timed(self, candidates: Sequence[Candidate]) -> Timed:
+    def timed(self, candidates: Sequence[Candidate]) -> TimedCandidates:
         """Speeds of all that did not fail; the same set of files is timed only once on a machine."""
         names = [one.name for one in candidates if one.verdict != "failed"]
-        how = served(self._inputs.tasks)
+        how = serving_load(self._inputs.tasks)
         by_name = {one.name: one for one in candidates}
         parts = [how, self._tools.machine(""), *((name, by_name[name].sha256) for name in names)]
 
@@ -178,18 +187,18 @@ class _Ladder:
             TypeAdapter(SpeedReport), "speed", parts, measure, keep=lambda found: not found.failures
         )
         timed = tuple(_with_speed(one, report) for one in candidates)
-        return Timed(timed, report, self._tools.machine(report.backend))
+        return TimedCandidates(timed, report, self._tools.machine(report.backend))
 
-    def noise(self) -> Noise:
+    def noise(self) -> NoiseFloor:
         """The noise floor."""
 
-        def measure() -> Noise:
+        def measure() -> NoiseFloor:
             reference = self._take_references()[0]
             self._report.stage(f"measure the noise floor of {REFERENCE}", NOISE_EXAMPLES)
             measured = self._tools.noise(reference, self._report.advance)
-            return Noise(measured.loss, measured.answers.flips, measured.answers.total)
+            return NoiseFloor(measured.loss, measured.answers.flips, measured.answers.total)
 
-        return self._cache.value(TypeAdapter(Noise), "noise", [], measure)
+        return self._cache.value(TypeAdapter(NoiseFloor), "noise", [], measure)
 
     def base_distance(self) -> Loss | None:
         """How far the fine-tune lies from its base; None without one."""
@@ -207,12 +216,12 @@ class _Ladder:
     def file(self, name: str) -> Path:
         """The file of a candidate, made if it is not there."""
         if name == REFERENCE:
-            return self._inputs.half
+            return self._inputs.f16
         spec = self._specs[name]
         target = self._path(spec)
         if not target.is_file():
             self._report.stage(f"quantize to {spec.name}")
-            self._tools.quantize(self._inputs.half, target, spec, self._inputs.imatrix, self._report.advance)
+            self._tools.quantize(self._inputs.f16, target, spec, self._inputs.imatrix, self._report.advance)
         return target
 
     def discard_rows(self) -> None:
@@ -228,13 +237,13 @@ class _Ladder:
 
     def _reference_itself(self) -> Candidate:
         def measure() -> Candidate:
-            half, answers = self._inputs.half, self._take_references()[0].totals
+            f16, answers = self._inputs.f16, self._take_references()[0].totals
             none = Loss(positions=0, kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0, perplexity_ratio=1.0)
             return Candidate(
                 name=REFERENCE,
-                file=half.name,
-                size_bytes=half.stat().st_size,
-                sha256=self._half_sha256,
+                file=f16.name,
+                size_bytes=f16.stat().st_size,
+                sha256=self._f16_sha256,
                 loss=none,
                 answers=answers,
             )
@@ -272,13 +281,13 @@ class _Ladder:
         found = found.model_copy(update={"loss": measured[0].loss, "answers": measured[0].answers})
         return found if self._base is None else self._judged_by_base(found, path, measured)
 
-    def _judged_by_base(self, found: Candidate, path: Path, measured: Sequence[Measured]) -> Candidate:
+    def _judged_by_base(self, found: Candidate, path: Path, measured: Sequence[MeasuredLoss]) -> Candidate:
         assert self._base is not None
-        nearness = nearness_of(*measured)
+        nearness = base_distances(*measured)
         grid, n_tuned = self._grid(path)
-        words = cause(grid, n_tuned)
+        words = undo_cause(grid, n_tuned)
         found = found.model_copy(update={"kl_to_base": nearness.kl_to_base, "grid": words if grid else ""})
-        why = undone(nearness, self._distance(), self._floor())
+        why = undo_reason(nearness, self._distance(), self._floor())
         if why is None:
             return found
         reason = f"{why}. {words}"
@@ -300,11 +309,11 @@ class _Ladder:
         loss = self.noise().loss
         return loss.kl_mean if loss is not None else 0.0
 
-    def _take_references(self) -> tuple[Reference, ...]:
+    def _take_references(self) -> tuple[ReferenceRun, ...]:
         """The half-precision file's rows and answers, and beside it the base's, if any; taken when first needed."""
         if not self._references:
-            tasks, taken = self._inputs.tasks, list[Reference]()
-            for file, place in ((self._inputs.half, "fine-tune"), (self._base, "base")):
+            tasks, taken = self._inputs.tasks, list[ReferenceRun]()
+            for file, place in ((self._inputs.f16, "fine-tune"), (self._base, "base")):
                 if file is not None:
                     self._report.stage(f"take the reference: {place}", len(tasks.tasks))
                     folder = self._workdir / "rows" / place
@@ -316,24 +325,24 @@ class _Ladder:
         return read_meta(base).n_vocab == self._inputs.tasks.n_vocab
 
     def _check_disk(self, specs: Sequence[CandidateSpec]) -> None:
-        header = read_header(self._inputs.half)
+        header = read_header(self._inputs.f16)
         tensors = [OutTensor(info.name, info.shape, info.kind) for info in header.tensors.values()]
-        half_bytes = self._inputs.half.stat().st_size
-        needed = disk_need(half_bytes, tensors, specs) - half_bytes
+        f16_bytes = self._inputs.f16.stat().st_size
+        needed = disk_need(f16_bytes, tensors, specs) - f16_bytes
         check_free(self._workdir, needed + (2 if self._inputs.base else 1) * rows_bytes(self._inputs.tasks))
 
     def _path(self, spec: CandidateSpec) -> Path:
         return self._workdir / f"{self._inputs.stem}-{spec.name}.gguf"
 
 
-def nearness_of(to_fine_tune: Measured, to_base: Measured) -> Nearness:
+def base_distances(to_fine_tune: MeasuredLoss, to_base: MeasuredLoss) -> BaseDistances:
     """One candidate's measurement beside the fine-tune and beside the base, from one pass over the same examples."""
     pairs = [
         (one.is_flipped, other.is_flipped)
         for one, other in zip(to_fine_tune.examples, to_base.examples, strict=True)
         if one.reference_answer != other.reference_answer
     ]
-    return Nearness(
+    return BaseDistances(
         kl_to_fine_tune=to_fine_tune.loss.kl_mean if to_fine_tune.loss is not None else 0.0,
         kl_to_base=to_base.loss.kl_mean if to_base.loss is not None else 0.0,
         as_fine_tune=sum(not flipped for flipped, _ in pairs),

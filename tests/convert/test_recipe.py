@@ -13,7 +13,7 @@ from convert.errors import AdapterInvalid, ConvertError, ImatrixInvalid, Request
 from convert.lora.adapter import read_adapter
 from convert.pipeline import convert
 from convert.planning.inputs import ConvertRequest
-from convert.quantize.imatrix import IMATRIX_FILE, Entry, Imatrix, write_imatrix
+from convert.quantize.imatrix import IMATRIX_FILE, Imatrix, ImatrixEntry, write_imatrix
 from models.common.files import sha256_file
 from models.errors import BadExamples, BadManifest, HashMismatch, ModelError
 from models.gguf.header import read_header, read_meta
@@ -136,7 +136,9 @@ def test_whatever_is_cut_the_recipe_says_how_it_is_rounded(store: Store, recipe:
 def steep(layers: int = N_LAYERS) -> Imatrix:
     """An importance matrix in which the first columns matter most."""
     columns = {f"blk.{n}.{name}.weight": shape[1] for n in range(layers) for name, shape in SHAPES.items()}
-    entries = {name: Entry(np.logspace(6, -6, n, dtype=np.float32)[None], np.ones(1)) for name, n in columns.items()}
+    entries = {
+        name: ImatrixEntry(np.logspace(6, -6, n, dtype=np.float32)[None], np.ones(1)) for name, n in columns.items()
+    }
     return Imatrix(entries, 1, 1)
 
 

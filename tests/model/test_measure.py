@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.measure.compare import Reference, compare, take_reference
+from convert.measure.compare import ReferenceRun, compare, take_reference
 from convert.measure.examples import labels_of, split_examples
 from convert.measure.tasks import tasks_of
 from models.common.chat_records import read_chat_records
@@ -23,7 +23,7 @@ def ignore(done: int, total: int) -> None:
 @pytest.fixture(scope="module")
 def reference(
     email_triage: StoredModel, whole_fine_tune: StoredModel, tmp_path_factory: pytest.TempPathFactory
-) -> Reference:
+) -> ReferenceRun:
     assert email_triage.manifest is not None
     records = read_chat_records(TEST_SPLIT)
     labels = labels_of(records, email_triage.manifest.labels)
@@ -33,7 +33,7 @@ def reference(
     return take_reference(whole_fine_tune.gguf, tasks, tmp_path_factory.mktemp("reference"), ignore)
 
 
-def test_the_fine_tune_beside_itself_has_lost_nothing(reference: Reference) -> None:
+def test_the_fine_tune_beside_itself_has_lost_nothing(reference: ReferenceRun) -> None:
     assert reference.totals.correct > N_MAILS // 2
     (same,) = compare(reference.model, (reference,), ignore)
     assert same.loss is not None
@@ -42,7 +42,7 @@ def test_the_fine_tune_beside_itself_has_lost_nothing(reference: Reference) -> N
     assert same.answers.flips == 0
 
 
-def test_the_base_is_far_from_its_fine_tune(reference: Reference, base_gguf: Path) -> None:
+def test_the_base_is_far_from_its_fine_tune(reference: ReferenceRun, base_gguf: Path) -> None:
     """It has no chat template; the tokens are the fine-tune's."""
     (base,) = compare(base_gguf, (reference,), ignore)
     assert base.loss is not None

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from convert.child import StepProgress
 from convert.measure.examples import split_examples
-from convert.measure.speed import Progress, Served, SpeedReport
+from convert.measure.speed import ServingLoad, SpeedReport
 from convert.measure.tasks import tasks_of
 from convert.pipeline import convert
 from convert.planning.inputs import ConvertRequest
@@ -32,7 +33,7 @@ ALPHA = 32
 pytestmark = pytest.mark.model
 
 
-def untimed(files: Mapping[str, Path], how: Served, progress: Progress) -> SpeedReport:
+def untimed(files: Mapping[str, Path], how: ServingLoad, progress: StepProgress) -> SpeedReport:
     """No speeds: what is loaded beside the tests decides nothing here."""
     return SpeedReport({}, {}, {}, None, "")
 

@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 
 from convert.errors import MeasureFailed
-from convert.measure.compare import Measured, Reference, Trimmed, compare, is_right, noise, rows_bytes, take_reference
+from convert.measure.compare import (
+    MeasuredLoss,
+    ReferenceRun,
+    TrimmedTasks,
+    compare,
+    is_right,
+    noise,
+    rows_bytes,
+    take_reference,
+)
 from convert.measure.examples import MIN_EXAMPLES
-from convert.measure.forward import Answer
+from convert.measure.forward import ModelAnswer
 from convert.measure.loss import RowFile, plan_rows
-from convert.measure.tasks import Task, Tasks, tasks_of
+from convert.measure.tasks import EvalTask, Tasks, tasks_of
 from models.common.chat_records import ChatRecord, Message
 from tests.support.convert import tiny
 from tests.support.convert.tiny import END, TOKENS, write_model
@@ -52,7 +61,7 @@ def tasks(full: Path) -> Tasks:
 
 
 @pytest.fixture(scope="module")
-def reference(full: Path, folder: Path, tasks: Tasks) -> Reference:
+def reference(full: Path, folder: Path, tasks: Tasks) -> ReferenceRun:
     return take_reference(full, tasks, folder / "reference", ignore)
 
 
@@ -63,12 +72,12 @@ def other(folder: Path) -> Path:
     return write_model(folder / "other.gguf", template=TEMPLATE, changes=changes)
 
 
-def beside(candidate: Path, reference: Reference, **options: Any) -> Measured:
+def beside(candidate: Path, reference: ReferenceRun, **options: Any) -> MeasuredLoss:
     (measured,) = compare(candidate, (reference,), ignore, **options)
     return measured
 
 
-def test_a_reference_keeps_its_rows_and_answers(reference: Reference, tasks: Tasks) -> None:
+def test_a_reference_keeps_its_rows_and_answers(reference: ReferenceRun, tasks: Tasks) -> None:
     assert reference.rows == plan_rows(tasks)
     assert reference.rows_file.stat().st_size == rows_bytes(tasks) == len(reference.rows) * len(TOKENS) * 2
     with RowFile(reference.rows_file, len(TOKENS)) as file:
@@ -83,7 +92,7 @@ def test_a_reference_keeps_its_rows_and_answers(reference: Reference, tasks: Tas
     assert [path.name for path in reference.rows_file.parent.iterdir()] == ["rows.f16"]
 
 
-def test_a_file_loses_nothing_against_itself(reference: Reference) -> None:
+def test_a_file_loses_nothing_against_itself(reference: ReferenceRun) -> None:
     for measured in (beside(reference.model, reference), noise(reference, ignore)):
         assert measured.loss is not None
         assert measured.loss.kl_mean < 1e-4
@@ -93,7 +102,7 @@ def test_a_file_loses_nothing_against_itself(reference: Reference) -> None:
         assert measured.loss.positions == len(reference.rows)
 
 
-def test_the_noise_floor_is_that_of_some_examples(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_noise_floor_is_that_of_some_examples(reference: ReferenceRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("convert.measure.compare.NOISE_EXAMPLES", 8)
     told: list[tuple[int, int]] = []
     floor = noise(reference, lambda *step: told.append(step))
@@ -106,7 +115,7 @@ def test_the_noise_floor_is_that_of_some_examples(reference: Reference, monkeypa
 
 
 def test_a_quantized_file_loses_little_and_another_model_much(
-    reference: Reference, other: Path, folder: Path, tasks: Tasks
+    reference: ReferenceRun, other: Path, folder: Path, tasks: Tasks
 ) -> None:
     fine = write_model(folder / "q8.gguf", template=TEMPLATE, kind=gguf.GGMLQuantizationType.Q8_0)
     small, large = beside(fine, reference), beside(other, reference)
@@ -130,7 +139,7 @@ def test_a_quantized_file_loses_little_and_another_model_much(
     assert np.average(means, weights=weights) == pytest.approx(large.loss.kl_mean)
 
 
-def test_one_pass_serves_several_references(reference: Reference, other: Path, folder: Path, tasks: Tasks) -> None:
+def test_one_pass_serves_several_references(reference: ReferenceRun, other: Path, folder: Path, tasks: Tasks) -> None:
     second = take_reference(other, tasks, folder / "second", ignore)
     near, far = compare(other, (second, reference), ignore)
     assert near.loss is not None
@@ -158,25 +167,25 @@ def test_written_answers_are_compared_as_text(full: Path, other: Path, folder: P
 
 
 def test_a_trimmed_vocabulary_is_measured_over_what_it_kept(
-    reference: Reference, full: Path, folder: Path, tasks: Tasks
+    reference: ReferenceRun, full: Path, folder: Path, tasks: Tasks
 ) -> None:
     kept = np.arange(len(TOKENS))
-    whole = beside(full, reference, trimmed=Trimmed(tasks, kept))
+    whole = beside(full, reference, trimmed=TrimmedTasks(tasks, kept))
     assert whole.loss is not None
     assert whole.loss.kl_mean < 1e-4
     assert whole.answers.total == MIN_EXAMPLES
     fewer = replace(tasks, tasks=tasks.tasks[5:])
-    part = beside(full, reference, trimmed=Trimmed(fewer, kept))
+    part = beside(full, reference, trimmed=TrimmedTasks(fewer, kept))
     assert part.answers.total == MIN_EXAMPLES - 5
     assert [example.id for example in part.examples] == [task.id for task in fewer.tasks]
     elsewhere = replace(tasks, tasks=tuple(replace(task, prompt=(2, 2, *task.prompt)) for task in tasks.tasks))
-    nowhere = beside(full, reference, trimmed=Trimmed(elsewhere, kept))
+    nowhere = beside(full, reference, trimmed=TrimmedTasks(elsewhere, kept))
     assert nowhere.loss is None
     assert nowhere.answers.total == MIN_EXAMPLES
 
 
 def test_tokens_with_other_ids_are_compared_by_their_map(
-    reference: Reference, folder: Path, monkeypatch: pytest.MonkeyPatch
+    reference: ReferenceRun, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = np.arange(len(TOKENS))
     kept[-4:] = kept[-4:][::-1]
@@ -185,7 +194,7 @@ def test_tokens_with_other_ids_are_compared_by_their_map(
     permuted = write_model(folder / "permuted.gguf", template=TEMPLATE, changes=changes)
     tasks = tasks_of(permuted, records(), "classify", LABELS, end_of_turn=END)
     assert tasks.tasks[0].prompt != reference.tasks.tasks[0].prompt
-    measured = beside(permuted, reference, trimmed=Trimmed(tasks, kept))
+    measured = beside(permuted, reference, trimmed=TrimmedTasks(tasks, kept))
     assert measured.loss is not None
     assert measured.loss.positions == len(reference.rows)
     assert measured.loss.kl_mean < 1e-4
@@ -194,18 +203,18 @@ def test_tokens_with_other_ids_are_compared_by_their_map(
 
 
 @pytest.mark.parametrize("kept", [np.arange(10), np.zeros(len(TOKENS), int), np.arange(len(TOKENS)) + 1])
-def test_a_map_of_tokens_that_is_none_is_refused(reference: Reference, tasks: Tasks, kept: np.ndarray) -> None:
+def test_a_map_of_tokens_that_is_none_is_refused(reference: ReferenceRun, tasks: Tasks, kept: np.ndarray) -> None:
     with pytest.raises(MeasureFailed, match="a different token id below 267"):
-        compare(reference.model, (reference,), ignore, trimmed=Trimmed(tasks, kept))
+        compare(reference.model, (reference,), ignore, trimmed=TrimmedTasks(tasks, kept))
 
 
-def test_a_file_that_does_not_load_is_that_files_error(reference: Reference, folder: Path) -> None:
+def test_a_file_that_does_not_load_is_that_files_error(reference: ReferenceRun, folder: Path) -> None:
     (folder / "torn.gguf").write_bytes(reference.model.read_bytes()[:5000])
     with pytest.raises(MeasureFailed, match=r"'torn.gguf' cannot be measured: .*cannot be loaded"):
         beside(folder / "torn.gguf", reference)
 
 
-def test_another_vocabulary_is_that_files_error(reference: Reference) -> None:
+def test_another_vocabulary_is_that_files_error(reference: ReferenceRun) -> None:
     longer = replace(reference, tasks=replace(reference.tasks, n_vocab=300))
     with pytest.raises(MeasureFailed, match="has 267 tokens, the tasks were made for 300"):
         beside(reference.model, longer)
@@ -226,23 +235,23 @@ def test_a_child_that_aborts_is_an_error_and_nothing_more(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_an_error_in_words(
-    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: ReferenceRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convert.measure.compare import Job, RowSet
+    from convert.measure.compare import MeasureJob, RowSet
     from convert.measure.compare_child import do_job
     from tests.support.runtime.fakes import FakeLlama
 
     llama = FakeLlama(n_ctx=4096)
     small = replace(
         reference.tasks,
-        tasks=tuple(Task(str(n), (1, 2, 3), (4, 5), "x") for n in range(10)),
+        tasks=tuple(EvalTask(str(n), (1, 2, 3), (4, 5), "x") for n in range(10)),
         choices=((4,), (6,), (7,)),
         ends=(5,),
         n_vocab=260,
     )
     monkeypatch.setattr(Path, "open", lambda self, mode: open("/dev/full", "wb", buffering=0))  # noqa: PTH123, SIM115
     with pytest.raises(OSError, match="No space left"):
-        do_job(llama, Job("x", small, 16, keep=RowSet(str(tmp_path / "r"), 260, plan_rows(small))), ignore)
+        do_job(llama, MeasureJob("x", small, 16, keep=RowSet(str(tmp_path / "r"), 260, plan_rows(small))), ignore)
 
 
 def test_an_interrupt_ends_the_child_and_leaves_nothing(full: Path, tasks: Tasks, tmp_path: Path) -> None:
@@ -257,17 +266,19 @@ def test_an_interrupt_ends_the_child_and_leaves_nothing(full: Path, tasks: Tasks
 @pytest.mark.parametrize(
     ("answer", "expected", "right"),
     [
-        (Answer("Dear  Ann,\nyes. "), "Dear Ann, yes.", True),
-        (Answer("cafe\u0301"), "café", True),
-        (Answer("Dear Ann"), "Dear Ann, yes.", False),
-        (Answer("Dear Ann", cut_off=True), "Dear Ann, yes.", True),
-        (Answer("", cut_off=True), "Dear Ann, yes.", False),
+        (ModelAnswer("Dear  Ann,\nyes. "), "Dear Ann, yes.", True),
+        (ModelAnswer("cafe\u0301"), "café", True),
+        (ModelAnswer("Dear Ann"), "Dear Ann, yes.", False),
+        (ModelAnswer("Dear Ann", cut_off=True), "Dear Ann, yes.", True),
+        (ModelAnswer("", cut_off=True), "Dear Ann, yes.", False),
     ],
 )
-def test_a_text_is_right_but_for_white_space_and_as_far_as_it_goes(answer: Answer, expected: str, right: bool) -> None:
-    assert is_right("write", answer, Task("1", (1,), (2,), expected)) is right
+def test_a_text_is_right_but_for_white_space_and_as_far_as_it_goes(
+    answer: ModelAnswer, expected: str, right: bool
+) -> None:
+    assert is_right("write", answer, EvalTask("1", (1,), (2,), expected)) is right
 
 
 def test_a_label_is_right_to_the_letter() -> None:
-    assert is_right("classify", Answer("ham"), Task("1", (1,), (2,), "ham"))
-    assert not is_right("classify", Answer("Ham"), Task("1", (1,), (2,), "ham"))
+    assert is_right("classify", ModelAnswer("ham"), EvalTask("1", (1,), (2,), "ham"))
+    assert not is_right("classify", ModelAnswer("Ham"), EvalTask("1", (1,), (2,), "ham"))

@@ -10,9 +10,9 @@ import pytest
 
 from convert.errors import MeasureFailed
 from convert.measure.examples import MIN_EXAMPLES
-from convert.measure.forward import MAX_TOGETHER, Answer, cells_needed, run_pass
-from convert.measure.loss import Row, even_share, plan_rows, rows_in_common, spread
-from convert.measure.tasks import MAX_WRITTEN, Asking, Tasks, make_tasks
+from convert.measure.forward import MAX_TOGETHER, ModelAnswer, cells_needed, run_pass
+from convert.measure.loss import LogitsRow, even_share, plan_rows, rows_in_common, spread
+from convert.measure.tasks import MAX_WRITTEN, PromptFormat, Tasks, make_tasks
 from models.common.chat_records import ChatRecord, Message
 from models.errors import BadExamples
 from models.quality import Work
@@ -20,7 +20,7 @@ from runtime.errors import DecodeFailed
 from tests.support.runtime.fakes import BOS, END_OF_TURN, EOS, FAKE_TEMPLATE, FakeLlama, FakeTokenizer
 
 LABELS = ("spam", "spam filter", "ham")
-ASKING = Asking(FAKE_TEMPLATE, END_OF_TURN)
+ASKING = PromptFormat(FAKE_TEMPLATE, END_OF_TURN)
 
 
 def records(count: int = MIN_EXAMPLES, answer: str = "") -> list[ChatRecord]:
@@ -35,10 +35,12 @@ def tasks_for(work: Work, some: Sequence[ChatRecord] | None = None, max_tokens: 
     return make_tasks(FakeTokenizer(), replace(ASKING, **asking), chosen, work, LABELS, max_tokens)
 
 
-def passed(llama: FakeLlama, tasks: Tasks, together: int = MAX_TOGETHER) -> tuple[tuple[Answer, ...], dict[int, Any]]:
+def passed(
+    llama: FakeLlama, tasks: Tasks, together: int = MAX_TOGETHER
+) -> tuple[tuple[ModelAnswer, ...], dict[int, Any]]:
     seen: dict[int, Any] = {}
 
-    def on_row(row: Row, logits: np.ndarray) -> None:
+    def on_row(row: LogitsRow, logits: np.ndarray) -> None:
         assert row.number not in seen
         seen[row.number] = logits.copy()
 
@@ -145,7 +147,7 @@ def test_the_label_that_wins_is_the_likeliest_whole() -> None:
     llama = FakeLlama(n_ctx=4096)
     answers, _ = passed(llama, tasks)
     for task, answer in zip(tasks.tasks, answers, strict=True):
-        assert answer == Answer(max(LABELS, key=lambda label: logprob(llama, task.prompt, label)))
+        assert answer == ModelAnswer(max(LABELS, key=lambda label: logprob(llama, task.prompt, label)))
     assert len(set(answers)) > 1
 
 
@@ -167,12 +169,12 @@ def share(llama: FakeLlama, history: tuple[int, ...]) -> np.ndarray:
 
 def test_what_is_written_is_greedy_and_ends_with_the_turn() -> None:
     answers, _ = passed(FakeLlama(n_ctx=4096, script="Dear Ann,\nyes."), tasks_for("write"))
-    assert set(answers) == {Answer("Dear Ann,\nyes.")}
+    assert set(answers) == {ModelAnswer("Dear Ann,\nyes.")}
 
 
 def test_what_goes_on_for_ever_is_cut_off() -> None:
     answers, _ = passed(FakeLlama(n_ctx=4096, script=lambda history: ord("a")), tasks_for("write"))
-    assert set(answers) == {Answer("a" * MAX_WRITTEN, cut_off=True)}
+    assert set(answers) == {ModelAnswer("a" * MAX_WRITTEN, cut_off=True)}
 
 
 def test_a_prompt_is_computed_once() -> None:

@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 
 from convert.errors import MeasureFailed
-from convert.measure.speed import Served, measure_speeds, order_of, score, served
-from convert.measure.speed_child import Limits, Meter, Sample, Work, measure, packed_steps, peak_memory_bytes
-from convert.measure.tasks import Task, Tasks
+from convert.measure.speed import ServingLoad, measure_speeds, order_of, score, serving_load
+from convert.measure.speed_child import (
+    LoadShape,
+    Meter,
+    SpeedSample,
+    StepLimits,
+    measure,
+    packed_steps,
+    peak_memory_bytes,
+)
+from convert.measure.tasks import EvalTask, Tasks
 from tests.support.convert.tiny import write_model
 from tests.support.runtime.fakes import FakeLlama
 
@@ -30,14 +38,14 @@ class Clock:
 @pytest.mark.parametrize(
     ("work", "limits"),
     [
-        (Work(7, 3), Limits(16, 32, 4)),
-        (Work(40, 2), Limits(16, 32, 3)),
-        (Work(1, 5), Limits(16, 6, 8)),
-        (Work(3, 0), Limits(64, 4, 16)),
-        (Work(1, 0), Limits(8, 2, 1)),
+        (LoadShape(7, 3), StepLimits(16, 32, 4)),
+        (LoadShape(40, 2), StepLimits(16, 32, 3)),
+        (LoadShape(1, 5), StepLimits(16, 6, 8)),
+        (LoadShape(3, 0), StepLimits(64, 4, 16)),
+        (LoadShape(1, 0), StepLimits(8, 2, 1)),
     ],
 )
-def test_every_example_is_computed_whole_and_in_order(work: Work, limits: Limits) -> None:
+def test_every_example_is_computed_whole_and_in_order(work: LoadShape, limits: StepLimits) -> None:
     """The fake refuses a position out of order; here every cell, row and limit is counted."""
     llama = FakeLlama(n_ctx=10_000, n_batch=limits.n_batch)
     begun = rows = tokens = 0
@@ -56,7 +64,8 @@ def test_every_example_is_computed_whole_and_in_order(work: Work, limits: Limits
 
 def test_steps_are_filled() -> None:
     sizes = [
-        len(step.batch.tokens) for step in itertools.islice(packed_steps(Work(100, 3), Limits(512, 32, 16), 9), 20)
+        len(step.batch.tokens)
+        for step in itertools.islice(packed_steps(LoadShape(100, 3), StepLimits(512, 32, 16), 9), 20)
     ]
     assert set(sizes) == {512}
 
@@ -65,7 +74,7 @@ def test_rates_are_work_by_time() -> None:
     llama = FakeLlama(n_ctx=2048, n_batch=110)
     meter = Meter(llama, 1.0, Clock(llama))
     assert meter.tokens_per_s(50, 4) == pytest.approx(110 / 120)
-    assert meter.examples_per_s(Work(50, 5), 4) == pytest.approx(110 / 120 / 55)
+    assert meter.examples_per_s(LoadShape(50, 5), 4) == pytest.approx(110 / 120 / 55)
     assert meter.decode_tokens_per_s(4, 5) == pytest.approx(4 / 14)
     assert meter.decode_tokens_per_s(1, 5) == pytest.approx(1 / 11)
 
@@ -101,12 +110,12 @@ def test_a_faster_file_is_not_timed_on_longer_texts(seconds: float) -> None:
 @pytest.mark.parametrize(("prompt", "answer"), [(1, 1), (100, 3), (4000, 64), (4096, 2048), (700, 700)])
 def test_every_shape_fits_the_cells(prompt: int, answer: int) -> None:
     """Of the widest decoding to the narrowest, with as many steps as there may be: the fake counts the cells."""
-    how = Served("classify", prompt, answer)
+    how = ServingLoad("classify", prompt, answer)
     llama = FakeLlama(n_ctx=how.context, n_batch=how.step_tokens, n_seq_max=2 * how.sequences)
     meter = Meter(llama, 1e6, Clock(llama))
     meter._seconds = 1.0
     meter.warm_up()
-    meter.examples_per_s(Work(prompt, answer), how.n_prompts)
+    meter.examples_per_s(LoadShape(prompt, answer), how.n_prompts)
     meter.tokens_per_s(prompt, how.n_prompts)
     meter._seconds = 1e9
     for width in (16, 8, 1):
@@ -117,20 +126,20 @@ def test_every_shape_fits_the_cells(prompt: int, answer: int) -> None:
 
 def test_one_round_measures_all_there_is() -> None:
     llama = FakeLlama(n_ctx=8192)
-    prefill, examples, decode = measure(Meter(llama, 1.0, Clock(llama)), Work(20, 2), 16, 3, (1, 8, 16))
+    prefill, examples, decode = measure(Meter(llama, 1.0, Clock(llama)), LoadShape(20, 2), 16, 3, (1, 8, 16))
     assert prefill > 0
     assert examples is not None
     assert list(decode) == [1, 8, 16]
     assert decode[1] < decode[8] < decode[16]
-    assert measure(Meter(llama, 1.0, Clock(llama)), Work(20, 0), 16, 3, (1,))[1] is None
+    assert measure(Meter(llama, 1.0, Clock(llama)), LoadShape(20, 0), 16, 3, (1,))[1] is None
 
 
-def sample(prefill: float = 100.0, decode: float = 50.0, examples: float | None = None, memory: int = 7) -> Sample:
-    return Sample(prefill, {1: decode / 4, 16: decode}, examples, memory, 2, "CPU")
+def sample(prefill: float = 100.0, decode: float = 50.0, examples: float | None = None, memory: int = 7) -> SpeedSample:
+    return SpeedSample(prefill, {1: decode / 4, 16: decode}, examples, memory, 2, "CPU")
 
 
 def test_writing_is_scored_by_prompt_and_answer() -> None:
-    how = Served("write", 200, 100)
+    how = ServingLoad("write", 200, 100)
     assert score(sample(), how) == pytest.approx(1 / (200 / 100 + 100 / 50))
     assert score(sample(examples=3.5), how) == 3.5
 
@@ -139,14 +148,14 @@ def test_files_are_measured_to_and_fro_and_medians_taken() -> None:
     order: list[str] = []
     rates = iter([1.0, 10.0, 20.0, 2.0, 4.0, 30.0])
 
-    def once(file: Path) -> Sample:
+    def once(file: Path) -> SpeedSample:
         order.append(file.name)
         return sample(examples=next(rates), memory=len(order))
 
     told: list[tuple[int, int]] = []
     files = {"A": Path("a"), "B": Path("b")}
     found = measure_speeds(
-        files, Served("classify", 100, 3), lambda done, total: told.append((done, total)), measure=once
+        files, ServingLoad("classify", 100, 3), lambda done, total: told.append((done, total)), measure=once
     )
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert found.scores == {"A": 2.0, "B": 20.0}
@@ -161,14 +170,14 @@ def test_files_are_measured_to_and_fro_and_medians_taken() -> None:
 def test_one_that_fails_is_left_out_and_not_tried_again() -> None:
     tried: list[str] = []
 
-    def once(file: Path) -> Sample:
+    def once(file: Path) -> SpeedSample:
         tried.append(file.name)
         if file.name == "bad":
             raise MeasureFailed("aborted")
         return sample(examples=1.0)
 
     files = {"good": Path("good"), "bad": Path("bad")}
-    found = measure_speeds(files, Served("classify", 100, 3), lambda done, total: None, measure=once)
+    found = measure_speeds(files, ServingLoad("classify", 100, 3), lambda done, total: None, measure=once)
     assert tried.count("bad") == 1
     assert found.failures == {"bad": "aborted"}
     assert list(found.speeds) == ["good"]
@@ -176,15 +185,15 @@ def test_one_that_fails_is_left_out_and_not_tried_again() -> None:
 
 def test_the_typical_example_is_the_median_one() -> None:
     lengths = [(10, 2), (30, 3), (900, 60)]
-    tasks = tuple(Task(str(p), (1,) * p, (1,) * a, "x") for p, a in lengths)
-    how = served(Tasks("write", tasks, (), (), (1,), 300))
+    tasks = tuple(EvalTask(str(p), (1,) * p, (1,) * a, "x") for p, a in lengths)
+    how = serving_load(Tasks("write", tasks, (), (), (1,), 300))
     assert (how.work, how.prompt_tokens, how.answer_tokens, how.n_prompts) == ("write", 30, 3, 16)
-    assert Served("write", 4000, 90).n_prompts == 1
+    assert ServingLoad("write", 4000, 90).n_prompts == 1
 
 
 def test_a_tiny_model_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     files = {"tiny": write_model(tmp_path / "tiny.gguf"), "none": tmp_path / "none.gguf"}
-    how = Served("classify", 20, 2, context=1024, step_tokens=64, threads=1)
+    how = ServingLoad("classify", 20, 2, context=1024, step_tokens=64, threads=1)
     found = measure_speeds(files, how, lambda done, total: None, rounds=1, seconds=0.01)
     speed = found.speeds["tiny"]
     assert speed.prefill_tokens_per_s > 0

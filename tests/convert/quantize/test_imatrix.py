@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from convert.errors import ImatrixFailed, ImatrixInvalid
-from convert.quantize.imatrix import Entry, Imatrix, collect, read_imatrix, write_imatrix
+from convert.quantize.imatrix import Imatrix, ImatrixEntry, collect, read_imatrix, write_imatrix
 from convert.quantize.imatrix_child import cut
 from models.errors import BadGguf
 from models.gguf.fields import Field
@@ -84,8 +84,8 @@ def test_long_sequences_go_on_behind_a_bos() -> None:
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     entries = {
-        "b": Entry(np.array([[1, 2, 3], [0, 0, 0]], np.float32), np.array([4, 0])),
-        "a": Entry(np.array([[0.5, 8]], np.float32), np.array([2])),
+        "b": ImatrixEntry(np.array([[1, 2, 3], [0, 0, 0]], np.float32), np.array([4, 0])),
+        "a": ImatrixEntry(np.array([[0.5, 8]], np.float32), np.array([2])),
     }
     write_imatrix(tmp_path / "file", Imatrix(entries, 3, 64))
     found = read_imatrix(tmp_path / "file")
@@ -198,7 +198,7 @@ def test_a_killed_child_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypat
 
 def test_the_datasets_field_is_there_for_llama_quantize(tmp_path: Path) -> None:
     """It refuses a file without all three of its fields (common/imatrix-loader.cpp)."""
-    write_imatrix(tmp_path / "file", Imatrix({"a": Entry(np.ones((1, 2), np.float32), np.array([1]))}, 1, 512))
+    write_imatrix(tmp_path / "file", Imatrix({"a": ImatrixEntry(np.ones((1, 2), np.float32), np.array([1]))}, 1, 512))
     fields = gguf.GGUFReader(tmp_path / "file").fields
     assert fields["general.type"].contents() == "imatrix"
     assert {"imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"} <= fields.keys()

@@ -10,7 +10,7 @@ import pytest
 
 from convert.errors import ImatrixInvalid, QuantizationUnknown, QuantizeFailed, RequestInvalid
 from convert.gguf_writer import OutTensor
-from convert.quantize.imatrix import Entry, Imatrix, collect, read_imatrix, write_imatrix
+from convert.quantize.imatrix import Imatrix, ImatrixEntry, collect, read_imatrix, write_imatrix
 from convert.quantize.layouts import VOCABULARY, CandidateSpec, TypeOverride, ladder, plain
 from convert.quantize.quantize import QUANTIZATIONS, disk_need, quantize, spec_named
 from models.errors import BadGguf
@@ -105,7 +105,7 @@ def test_the_importance_matrix_weighs_the_error(tmp_path: Path, half: Path, imat
     entries = dict(read_imatrix(imatrix).entries)
     sums = np.full((1, 64), 1e-3, np.float32)
     sums[0, ::8] = 1e3
-    write_imatrix(tmp_path / "steep.gguf", Imatrix(entries | {name: Entry(sums, np.array([1]))}, 1, 64))
+    write_imatrix(tmp_path / "steep.gguf", Imatrix(entries | {name: ImatrixEntry(sums, np.array([1]))}, 1, 64))
     exact = weights_of(half, name)
     errors = {}
     for label, spec, given in (
@@ -161,7 +161,7 @@ def test_a_type_that_needs_an_entry_is_refused_where_there_is_none(tmp_path: Pat
     [("blk.7.ffn_up.weight", "no such tensor"), ("blk.0.ffn_up.weight", r"has 32 columns in it, 64 columns in")],
 )
 def test_another_models_importance_matrix_is_refused(tmp_path: Path, half: Path, name: str, message: str) -> None:
-    write_imatrix(tmp_path / "other", Imatrix({name: Entry(np.ones((1, 32), np.float32), np.array([1]))}, 1, 64))
+    write_imatrix(tmp_path / "other", Imatrix({name: ImatrixEntry(np.ones((1, 32), np.float32), np.array([1]))}, 1, 64))
     with pytest.raises(ImatrixInvalid, match=message):
         quantize(half, tmp_path / "out.gguf", CandidateSpec("x", "Q4_0", imatrix=True), tmp_path / "other", silent)
 

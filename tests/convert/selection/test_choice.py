@@ -111,9 +111,9 @@ def test_max_loss_moves_the_line() -> None:
 
 
 def test_a_wanted_name_overrules_and_says_against_what() -> None:
-    undone = made("Q4_K_M", 2.0, verdict="undoes the fine-tune", reason="nearer the base")
+    undo_reason = made("Q4_K_M", 2.0, verdict="undoes the fine-tune", reason="nearer the base")
     for wanted, against in (
-        (undone, "although it undoes the fine-tune: nearer the base"),
+        (undo_reason, "although it undoes the fine-tune: nearer the base"),
         (made("Q4_0", 2.0, kl=0.5), "although it is over budget: mean KL divergence 0.5"),
         (made("Q8_0", 0.5), "asked for by name"),
     ):

@@ -8,13 +8,14 @@ from pathlib import Path
 import gguf
 import pytest
 
+from convert.child import StepProgress
 from convert.errors import MeasureFailed, QuantizeFailed, RequestInvalid
-from convert.measure.compare import ExampleResult, Measured, Reference
-from convert.measure.forward import Answer
-from convert.measure.speed import Progress, Served, SpeedReport
-from convert.measure.tasks import Task, Tasks
+from convert.measure.compare import ExampleResult, MeasuredLoss, ReferenceRun
+from convert.measure.forward import ModelAnswer
+from convert.measure.speed import ServingLoad, SpeedReport
+from convert.measure.tasks import EvalTask, Tasks
 from convert.quantize.layouts import CandidateSpec, plain
-from convert.quantize.quantize import Written
+from convert.quantize.quantize import QuantizeResult
 from convert.selection.ladder import NO_BASE, OTHER_VOCABULARY, LadderInputs, Provenance, Tools, run_ladder
 from models.errors import StoreError
 from models.gguf.header import read_header
@@ -23,7 +24,7 @@ from tests.support.convert.tiny import TOKENS, write_model
 
 TASKS = Tasks(
     "classify",
-    tuple(Task(str(n), (5, 6, 7), (8, 9), "ab"[n % 2]) for n in range(10)),
+    tuple(EvalTask(str(n), (5, 6, 7), (8, 9), "ab"[n % 2]) for n in range(10)),
     ("a", "b"),
     ((8,), (9,)),
     (1,),
@@ -65,14 +66,14 @@ def loss(kl_mean: float) -> Loss:
     return Loss(positions=10, kl_mean=kl_mean, kl_p99=kl_mean, top1_agreement=1.0, perplexity_ratio=1.0)
 
 
-def measured(kl_mean: float, answer: str, reference_answer: str) -> Measured:
+def measured(kl_mean: float, answer: str, reference_answer: str) -> MeasuredLoss:
     examples = tuple(
         ExampleResult(task.id, "a", answer, reference_answer, answer == "a", answer != reference_answer, kl_mean)
         for task in TASKS.tasks
     )
     right = 10 if answer == "a" else 0
     answers = Answers(total=10, correct=right, flips=0, difference_low=0, difference_high=0, p_value=1.0)
-    return Measured(loss(kl_mean), answers, examples)
+    return MeasuredLoss(loss(kl_mean), answers, examples)
 
 
 @dataclass
@@ -83,26 +84,26 @@ class Work:
     fails: Mapping[str, BaseException] = field(default_factory=dict)
 
     def quantize(
-        self, source: Path, target: Path, spec: CandidateSpec, imatrix: Path | None, told: Progress
-    ) -> Written:
+        self, source: Path, target: Path, spec: CandidateSpec, imatrix: Path | None, told: StepProgress
+    ) -> QuantizeResult:
         self.done.append(f"quantize {spec.name}")
         if spec.name in self.fails and isinstance(self.fails[spec.name], QuantizeFailed):
             raise self.fails[spec.name]
         write_model(target, kind=gguf.GGMLQuantizationType.Q4_0 if "Q4" in spec.name else gguf.GGMLQuantizationType.F16)
         target.write_bytes(target.read_bytes() + spec.name.encode())
-        return Written({}, 0)
+        return QuantizeResult({}, 0)
 
     def take_reference(
-        self, model: Path, tasks: Tasks, folder: Path, told: Progress, beside: Sequence[Reference]
-    ) -> Reference:
+        self, model: Path, tasks: Tasks, folder: Path, told: StepProgress, beside: Sequence[ReferenceRun]
+    ) -> ReferenceRun:
         self.done.append(f"reference {folder.name}")
         folder.mkdir(parents=True, exist_ok=True)
         rows = folder / "rows"
         rows.write_bytes(b"x")
         distances = tuple(measured(FIGURES["base"][0], "b", "a") for _ in beside)
-        return Reference(model, tasks, tuple(Answer("a") for _ in tasks.tasks), (), rows, distances)
+        return ReferenceRun(model, tasks, tuple(ModelAnswer("a") for _ in tasks.tasks), (), rows, distances)
 
-    def compare(self, file: Path, references: Sequence[Reference], told: Progress) -> tuple[Measured, ...]:
+    def compare(self, file: Path, references: Sequence[ReferenceRun], told: StepProgress) -> tuple[MeasuredLoss, ...]:
         name = file.stem.removeprefix("tuned-")
         self.done.append(f"compare {name}")
         if name in self.fails:
@@ -111,11 +112,11 @@ class Work:
         answer = "a" if near <= far else "b"
         return tuple(measured(near if place == 0 else far, answer, "ab"[place]) for place, _ in enumerate(references))
 
-    def noise(self, reference: Reference, told: Progress) -> Measured:
+    def noise(self, reference: ReferenceRun, told: StepProgress) -> MeasuredLoss:
         self.done.append("noise")
         return measured(0.0001, "a", "a")
 
-    def speeds(self, files: Mapping[str, Path], how: Served, told: Progress) -> SpeedReport:
+    def speeds(self, files: Mapping[str, Path], how: ServingLoad, told: StepProgress) -> SpeedReport:
         self.done.append("time " + " ".join(files))
         assert all(file.is_file() for file in files.values())
         speed = Speed(prefill_tokens_per_s=1, decode_tokens_per_s={1: 1}, peak_memory_bytes=1)
@@ -129,10 +130,10 @@ class Work:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> LadderInputs:
-    half = write_model(tmp_path / "tuned-F16.gguf", kind=gguf.GGMLQuantizationType.F16)
+    f16 = write_model(tmp_path / "tuned-F16.gguf", kind=gguf.GGMLQuantizationType.F16)
     base = write_model(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q4_0)
     specs = tuple(map(plain, ("F16", "Q8_0", "Q4_0", "Q4_K_M")))
-    return LadderInputs(half, "tuned", TASKS, specs, base=base)
+    return LadderInputs(f16, "tuned", TASKS, specs, base=base)
 
 
 def test_the_fastest_that_keeps_the_fine_tune_is_chosen(inputs: LadderInputs, tmp_path: Path) -> None:
@@ -147,9 +148,9 @@ def test_the_fastest_that_keeps_the_fine_tune_is_chosen(inputs: LadderInputs, tm
     assert chosen == folder / "tuned-Q8_0.gguf"
     assert [file.name for file in folder.rglob("*.gguf")] == [chosen.name]
     assert not list(folder.rglob("rows/*/rows"))
-    undone = quality.candidates[3]
-    assert "1.4 to the fine-tune, 0.01 to its base" in undone.reason
-    assert "rounded to the very grid their base lay on (Q4_0)" in undone.reason
+    undo_reason = quality.candidates[3]
+    assert "1.4 to the fine-tune, 0.01 to its base" in undo_reason.reason
+    assert "rounded to the very grid their base lay on (Q4_0)" in undo_reason.reason
     assert any("UNDOES THE FINE-TUNE" in warning for warning in quiet.warnings)
     assert quality.base_distance == loss(1.5)
     assert (quality.noise, quality.noise_examples) == (loss(0.0001), 10)
@@ -206,7 +207,7 @@ def test_what_a_result_depends_on_makes_it_new(inputs: LadderInputs, tmp_path: P
     if what == "tasks":
         inputs = replace(inputs, tasks=replace(TASKS, tasks=TASKS.tasks[:9]))
     else:
-        file = {"half": inputs.half, "base": inputs.base, "imatrix": imatrix}[what]
+        file = {"half": inputs.f16, "base": inputs.base, "imatrix": imatrix}[what]
         assert file is not None
         file.write_bytes(file.read_bytes() + b"x")
     again = Work()
@@ -220,7 +221,7 @@ def test_a_candidate_that_fails_is_a_line_of_the_report(inputs: LadderInputs, tm
     quality, chosen = run_ladder(inputs, ORIGIN, tmp_path / "work", quiet, Work(fails={"Q8_0": error}).tools())
     failed = next(one for one in quality.candidates if one.name == "Q8_0")
     assert (failed.verdict, failed.reason) == ("failed", str(error))
-    assert chosen == inputs.half
+    assert chosen == inputs.f16
     assert quiet.warnings[0] == f"candidate Q8_0 is left out: {error}"
     again = Work()
     assert run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), again.tools())[0].chosen == "Q8_0"

@@ -7,44 +7,44 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.selection.choice import Nearness, cause, shared_grid, undone
+from convert.selection.choice import BaseDistances, shared_grid, undo_cause, undo_reason
 from models.gguf.header import read_header
 from tests.support.convert.tiny import write_model
 
 
 def test_nearer_the_base_by_distribution() -> None:
-    why = undone(Nearness(kl_to_fine_tune=1.4, kl_to_base=0.01), base_distance=1.5, noise=0.001)
+    why = undo_reason(BaseDistances(kl_to_fine_tune=1.4, kl_to_base=0.01), base_distance=1.5, noise=0.001)
     assert why == "mean KL divergence 1.4 to the fine-tune, 0.01 to its base"
 
 
 def test_nearer_the_base_by_answers() -> None:
-    nearness = Nearness(kl_to_fine_tune=0.3, kl_to_base=0.5, as_fine_tune=4, as_base=9, differing=15)
-    assert undone(nearness, 1.5, 0.001) == (
+    nearness = BaseDistances(kl_to_fine_tune=0.3, kl_to_base=0.5, as_fine_tune=4, as_base=9, differing=15)
+    assert undo_reason(nearness, 1.5, 0.001) == (
         "of 15 examples the two answer differently it answers 9 as the base, 4 as the fine-tune"
     )
 
 
 @pytest.mark.parametrize("distance", [0.0, 0.001])
 def test_where_there_is_no_fine_tune_nothing_is_undone(distance: float) -> None:
-    assert undone(Nearness(0.4, 0.3, 1, 5, 9), distance, noise=0.001) is None
+    assert undo_reason(BaseDistances(0.4, 0.3, 1, 5, 9), distance, noise=0.001) is None
 
 
 @settings(max_examples=60)
 @given(st.floats(1e-6, 10), st.integers(0, 50), st.integers(0, 50))
 def test_fine_tune_and_base_themselves_are_told_apart(distance: float, as_one: int, differing: int) -> None:
     """What equals the fine-tune is never refused, what equals the base always is."""
-    kept = Nearness(0.0, distance, as_fine_tune=differing, as_base=0, differing=differing)
-    lost = Nearness(distance, 0.0, as_fine_tune=0, as_base=differing, differing=differing)
-    assert undone(kept, distance, 0.0) is None
-    assert undone(lost, distance, 0.0) is not None
+    kept = BaseDistances(0.0, distance, as_fine_tune=differing, as_base=0, differing=differing)
+    lost = BaseDistances(distance, 0.0, as_fine_tune=0, as_base=differing, differing=differing)
+    assert undo_reason(kept, distance, 0.0) is None
+    assert undo_reason(lost, distance, 0.0) is not None
 
 
 @settings(max_examples=60)
 @given(st.floats(0, 10), st.floats(0, 10), st.integers(0, 20), st.integers(0, 20))
 def test_swapping_base_and_fine_tune_swaps_the_verdict(one: float, other: float, n_one: int, n_other: int) -> None:
     """Not both ways round: unless distributions and answers disagree, exactly one of two different sides is nearer."""
-    here = undone(Nearness(one, other, n_one, n_other, 40), 1.0, 0.0)
-    there = undone(Nearness(other, one, n_other, n_one, 40), 1.0, 0.0)
+    here = undo_reason(BaseDistances(one, other, n_one, n_other, 40), 1.0, 0.0)
+    there = undo_reason(BaseDistances(other, one, n_other, n_one, 40), 1.0, 0.0)
     if one == other and n_one == n_other:
         assert here is None
         assert there is None
@@ -63,8 +63,10 @@ def test_the_cause_is_the_shared_grid(tmp_path: Path) -> None:
     tuned = ["blk.0.attn_q.weight", "blk.1.ffn_up.weight", "blk.0.attn_norm.weight", "no.such.tensor"]
     assert shared_grid(base, same, tuned) == {"Q4_0": 2}
     assert shared_grid(base, fine, tuned) == {}
-    assert "2 of 2 fine-tuned matrices are rounded to the very grid their base lay on (Q4_0)" in cause({"Q4_0": 2}, 2)
-    assert cause({}, 2) == "quantizing it loses more than fine-tuning changed"
+    assert "2 of 2 fine-tuned matrices are rounded to the very grid their base lay on (Q4_0)" in undo_cause(
+        {"Q4_0": 2}, 2
+    )
+    assert undo_cause({}, 2) == "quantizing it loses more than fine-tuning changed"
 
 
 def test_a_fine_grid_is_no_cause_though_shared(tmp_path: Path) -> None:
