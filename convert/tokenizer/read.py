@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import TokenizerInvalid
-from models.common.machine import many_objects
+from models.common.machine import gc_paused
 from models.gguf.fields import Field
 
 from .chat_template import END_OF_TURN_MARKS, TEMPLATE_FIELD, ChatFormat, folder_format
@@ -47,7 +47,7 @@ class VocabularyFields:
     name_part: str = ""
 
 
-@many_objects()
+@gc_paused()
 def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> VocabularyFields:
     """The vocabulary of the checkpoint in `folder`: `config` is its config.json, `n_rows` the rows of its embedding.
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from models.common.machine import many_objects
+from models.common.machine import gc_paused
 
 _FREES_BETWEEN_KEPT = """
 import sys
@@ -30,10 +30,10 @@ def test_garbage_is_collected_again_as_before(enabled: bool) -> None:
     before = gc.isenabled()
     try:
         (gc.enable if enabled else gc.disable)()
-        with many_objects():
+        with gc_paused():
             assert not gc.isenabled()
         assert gc.isenabled() is enabled
-        with pytest.raises(KeyError), many_objects():
+        with pytest.raises(KeyError), gc_paused():
             raise KeyError
         assert gc.isenabled() is enabled
     finally:
