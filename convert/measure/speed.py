@@ -26,6 +26,8 @@ ROUNDS = 3
 # For each of the measurements of a round: prefill, examples, and every width of decoding. One step is the least.
 SECONDS = 0.5
 DECODE_WIDTHS = (1, 8, 16)
+# Speeds are measured as the server runs by default.
+SERVER = RuntimeConfig()
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class ServingLoad:
     work: Work
     prompt_tokens: int
     answer_tokens: int
-    sequences: int = RuntimeConfig.slots
-    step_tokens: int = RuntimeConfig.step_tokens
-    context: int = RuntimeConfig.context
+    sequences: int = SERVER.slots
+    step_tokens: int = SERVER.step_tokens
+    context: int = SERVER.context
     threads: int | None = None
     repack: bool = True
 
@@ -67,7 +69,7 @@ def serving_load(tasks: Tasks) -> ServingLoad:
     prompt = round(statistics.median(len(task.prompt) for task in tasks.tasks))
     answer = round(statistics.median(len(task.answer) for task in tasks.tasks))
     # what is left of the cells is for decoding
-    most = RuntimeConfig.context // 2
+    most = SERVER.context // 2
     return ServingLoad(tasks.work, max(1, min(prompt, most)), max(1, min(answer, most // 2)))
 
 

@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp
 
 from convert.child import StepProgress, read_job, tell
 from convert.errors import ImatrixFailed
-from runtime.config import physical_cores
+from models.common.machine import physical_cores
 from runtime.errors import EngineError
 from runtime.llama.decode import decode_error
 from runtime.llama.handle import ModelHandle

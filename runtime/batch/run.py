@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -265,7 +265,7 @@ def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> 
     window = config.slots * LINES_PER_SLOT
     job = BatchJob(source, output, wanted.id, window)
     with open_files(job) as files:
-        loaded = load_model(wanted.base, replace(config, queue=queue_for(window)), wanted.adapters)
+        loaded = load_model(wanted.base, config.model_copy(update={"queue": queue_for(window)}), wanted.adapters)
         served = under_name(wanted, loaded)
         try:
             served.supervisor.start()

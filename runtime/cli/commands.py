@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from runtime.config import RuntimeConfig
-
-from .config_flags import with_config
+from models.common.options import with_options
+from runtime.config import EngineConfig, RuntimeConfig
 
 SOME_FAILED = 3
 DEFAULT_MODEL = "email-triage"
@@ -24,7 +23,7 @@ ModelsArgument = Annotated[
 ]
 
 
-@with_config("engine", "server")
+@with_options(config=RuntimeConfig)
 def serve_command(config: RuntimeConfig, models: ModelsArgument = None) -> None:
     """Serve models to any OpenAI client, until SIGINT or SIGTERM; running answers are finished first.
 
@@ -35,9 +34,9 @@ def serve_command(config: RuntimeConfig, models: ModelsArgument = None) -> None:
     serve(config, models or [DEFAULT_MODEL])
 
 
-@with_config("engine")
+@with_options(engine=EngineConfig)
 def batch_command(
-    config: RuntimeConfig,
+    engine: EngineConfig,
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="OpenAI batch lines: custom_id, url, body.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, in the order they are finished.")],
     model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)],
@@ -46,7 +45,7 @@ def batch_command(
     """Answer a file of requests. Run again after a kill, it goes on. Failed lines go to OUT.errors.jsonl (exit 3)."""
     from runtime.batch.run import run_files
 
-    summary = run_files(source, output, model, config)
+    summary = run_files(source, output, model, RuntimeConfig(**dict(engine)))
     if as_json:
         print(json.dumps(summary), flush=True)
     if summary["interrupted"]:
@@ -54,9 +53,9 @@ def batch_command(
     raise typer.Exit(SOME_FAILED if summary["failed"] else 0)
 
 
-@with_config("engine")
+@with_options(engine=EngineConfig)
 def chat_command(
-    config: RuntimeConfig,
+    engine: EngineConfig,
     model: ModelArgument = DEFAULT_MODEL,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0: always the likeliest token.")] = None,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw among the likeliest that make up this much.")] = 1,
@@ -68,7 +67,7 @@ def chat_command(
     from .chat import ChatOptions, chat_with
 
     options = ChatOptions(temperature, top_p, max_tokens, seed, system)
-    chat_with(model, config, options)
+    chat_with(model, RuntimeConfig(**dict(engine)), options)
 
 
 def doctor_command(as_json: Json = False) -> None:

@@ -6,7 +6,6 @@ The first thing to ask for in a bug report, so it never fails itself: what canno
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,9 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from models.common.machine import (
+    available_memory_bytes,
+    describe_cpu,
+    logical_cores,
+    physical_cores,
+    physical_memory_bytes,
+)
 from models.errors import ModelError
 from models.store.store import Store, StoredModel
-from runtime.config import physical_cores
 
 DEFAULT_MODEL = "email-triage"
 DISK_NEEDED_BYTES = 2 << 30
@@ -112,30 +117,12 @@ def human_bytes(count: int | None) -> str:
 def _machine() -> Machine:
     return Machine(
         system=f"{platform.system()} {platform.release()} ({platform.machine()})",
-        cpu=_cpu_name(),
+        cpu=describe_cpu(),
         physical_cores=physical_cores(),
-        logical_cores=os.cpu_count() or 1,
-        memory_bytes=_sysconf("SC_PHYS_PAGES"),
-        memory_available_bytes=_sysconf("SC_AVPHYS_PAGES"),
+        logical_cores=logical_cores(),
+        memory_bytes=physical_memory_bytes(),
+        memory_available_bytes=available_memory_bytes(),
     )
-
-
-def _cpu_name() -> str:
-    try:
-        if sys.platform == "darwin":
-            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, subprocess.CalledProcessError):
-        return platform.processor() or "unknown"
-
-
-def _sysconf(pages: str) -> int | None:
-    try:
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
 
 
 def _version(distribution: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from llama_cpp import llama_cpp
 
-from runtime.config import physical_cores
+from models.common.machine import physical_cores
 from runtime.errors import BatchInvalid, EngineError, LoadFailed
 from runtime.requests import Batch
 

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.common.machine import machine_budget
 from models.gguf.header import read_meta
 from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
@@ -23,7 +24,7 @@ from runtime.errors import EngineDown, EngineError, LoadFailed, ModelUnknown, No
 from runtime.serving.model import ServedModel, load_model, under_name
 from runtime.serving.names import ModelRef, find
 
-from .memory import machine_budget, model_need
+from .memory import model_need
 from .slot import Budget, Loaded, ModelSlot
 
 Load = Callable[[StoredModel, Mapping[str, Path]], ServedModel]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from models.common.machine import mebibytes
 from models.gguf.header import GgufMeta
 from models.store.store import StoredModel
 from runtime.errors import EngineError, LoadFailed, NoRoom
@@ -13,7 +14,7 @@ from runtime.llama.interface import ModelInfo
 from runtime.serving.model import ServedModel
 from runtime.serving.names import ModelRef
 
-from .memory import Need, mebibytes
+from .memory import Need
 
 State = Literal["unloaded", "loading", "ready", "unloading", "failed"]
 

@@ -11,10 +11,10 @@ from types import FrameType
 
 import uvicorn
 
+from models.common.machine import mebibytes
 from models.store.store import Store
 from runtime.config import RuntimeConfig
 from runtime.errors import EngineDown, LoadFailed
-from runtime.pool.memory import mebibytes
 from runtime.pool.pool import ModelPool, open_pool
 from runtime.pool.slot import Loaded, ModelSlot
 from runtime.serving.names import ModelRef
@@ -74,7 +74,7 @@ def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = Non
     """
     _set_up_logging(config.log_level)
     pool = open_pool(names, config, store or Store())
-    with listen(config.host, config.port) as listener:
+    with listen(config.bind, config.port) as listener:
         pool.load_at_start()
         settings = uvicorn.Config(
             create_app(pool, config),
@@ -142,7 +142,7 @@ def _describe_loaded(loaded: Loaded, config: RuntimeConfig, url: str) -> str:
     served, info = loaded.base, loaded.base.info
     gpu = f", GPU layers {'all' if info.gpu_layers < 0 else info.gpu_layers}" if info.gpu_layers else ""
     return (
-        f"{served.name} ({served.quantization}, {info.size_bytes / 2**20:.0f} MiB) on {info.backend}{gpu}, "
+        f"{served.name} ({served.quantization}, {mebibytes(info.size_bytes)}) on {info.backend}{gpu}, "
         f"{info.n_threads} threads, {config.slots} slots, context {info.n_ctx}, loaded in {loaded.load_seconds:.1f} s: "
         f"{url}/v1"
     )

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from models.common.machine import physical_cores
 from models.manifest import Manifest
 from models.store.store import Store, StoredModel
-from runtime.config import RuntimeConfig, physical_cores
+from runtime.config import RuntimeConfig
 from runtime.decoding.grammar import Constrainer, LlGuidance
 from runtime.engine.options import EngineOptions
 from runtime.engine.recipe import LlamaRecipe

@@ -49,7 +49,7 @@ def serve(names: list[str], *more: str, home: Path | None = None) -> Iterator[tu
 
 def test_each_request_swaps_its_model_in(base_gguf: Path, email_triage: StoredModel) -> None:
     names = [str(base_gguf.parent), str(email_triage.folder)]
-    needs = [slot.need.total for slot in open_pool(names, RuntimeConfig.from_text(FLAGS), Store()).slots]
+    needs = [slot.need.total for slot in open_pool(names, RuntimeConfig.model_validate(FLAGS), Store()).slots]
     budget_gib = (max(needs) + min(needs) / 2) / 2**30
     with serve(names, "--memory-budget", f"{budget_gib:.3f}") as (http, said):
         assert "email-triage is loaded when it is asked for" in said

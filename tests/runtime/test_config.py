@@ -1,46 +1,47 @@
-"""The configuration: text forms, bounds, the flags made from it, and the machine's physical cores."""
+"""The configuration: text forms, limits, and the flags and variables generated from it."""
 
-import os
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from pydantic import ValidationError
+from typer.testing import CliRunner, Result
 
-from runtime.cli.config_flags import with_config
-from runtime.config import RuntimeConfig, env_name, flag, physical_cores, settings
+from models.common.options import flag, variable, with_options
+from runtime.config import RuntimeConfig
 
 
-def make_app(seen: list[RuntimeConfig]) -> typer.Typer:
+def invoke(*arguments: str, env: dict[str, str] | None = None, seen: list[RuntimeConfig] | None = None) -> Result:
     app = typer.Typer()
 
     @app.command()
-    @with_config("engine", "server")
+    @with_options(config=RuntimeConfig)
     def serve(name: Annotated[str, typer.Argument()], config: RuntimeConfig, loud: bool = False) -> None:
         assert (name, loud) == ("toy", True)
+        assert seen is not None
         seen.append(config)
 
-    return app
+    return CliRunner().invoke(app, ["toy", "--loud", *arguments], env={"COLUMNS": "200", "TERM": "dumb", **(env or {})})
 
 
-@pytest.mark.parametrize("name", settings())
+def configured(*arguments: str, **env: str) -> RuntimeConfig:
+    seen: list[RuntimeConfig] = []
+    result = invoke(*arguments, env=env, seen=seen)
+    assert result.exit_code == 0, result.output
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", RuntimeConfig.model_fields)
 def test_every_field_has_a_flag_with_help_and_a_variable(name: str) -> None:
-    result = CliRunner().invoke(make_app([]), ["--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert flag(name) in result.output
-    assert env_name(name) in result.output
-    assert settings()[name].help.split(";")[0] in result.output
+    output = invoke("--help").output
+    assert flag(RuntimeConfig, name) in output
+    assert str(variable(RuntimeConfig, name)) in output
+    assert str(RuntimeConfig.model_fields[name].description).split(";")[0] in output
 
 
 def test_a_flag_wins_over_its_variable_and_both_over_the_default() -> None:
-    seen: list[RuntimeConfig] = []
-    arguments = ["toy", "--loud", "--slots", "4", "--cors-origins", "http://a, http://b"]
-    result = CliRunner().invoke(
-        make_app(seen), arguments, env={"DESKSIDE_SLOTS": "5", "DESKSIDE_PORT": "99", "DESKSIDE_GPU_LAYERS": "7"}
-    )
-    assert result.exit_code == 0, result.output
-    config = seen[0]
+    variables = {"DESKSIDE_SLOTS": "5", "DESKSIDE_PORT": "99", "DESKSIDE_GPU_LAYERS": "7"}
+    config = configured("--slots", "4", "--cors-origins", "http://a, http://b", **variables)
     assert (config.slots, config.port, config.gpu_layers, config.context) == (4, 99, 7, 8192)
     assert config.cors_origins == ("http://a", "http://b")
 
@@ -54,58 +55,42 @@ def test_a_flag_wins_over_its_variable_and_both_over_the_default() -> None:
         (["--speculate", "on"], "--speculate takes auto|off|N, got 'on'"),
         (["--speculate", "65"], "--speculate must lie between 0 and 64, got 65"),
         (["--drain-seconds", "nan"], "--drain-seconds must lie between 0 and 86400, got nan"),
+        (["--memory-budget", "all"], "--memory-budget takes auto|GIB, got 'all'"),
         (["--log-level", "loud"], "--log-level must be one of debug, info, warning, error, got 'loud'"),
     ],
 )
 def test_a_bad_value_is_a_usage_error_that_names_flag_limit_and_value(arguments: list[str], message: str) -> None:
-    result = CliRunner().invoke(make_app([]), ["toy", "--loud", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    result = invoke(*arguments)
     assert result.exit_code == 2
     assert message in result.output
 
 
+def test_a_bad_variable_is_named() -> None:
+    result = invoke(env={"DESKSIDE_HOST": "::", "DESKSIDE_PORT": "70000"})
+    assert result.exit_code == 2
+    assert "DESKSIDE_PORT must lie between 0 and 65535, got 70000" in result.output
+
+
 def test_the_environment_alone_makes_a_configuration() -> None:
-    assert RuntimeConfig.from_env({}) == RuntimeConfig()
-    config = RuntimeConfig.from_env({"DESKSIDE_THREADS": "auto", "DESKSIDE_DRAIN_SECONDS": "1.5", "DESKSIDE_HOST": ""})
-    assert (config.threads, config.drain_seconds, config.host) == (None, 1.5, "127.0.0.1")
+    assert configured() == RuntimeConfig()
+    config = configured(
+        DESKSIDE_THREADS="auto", DESKSIDE_DRAIN_SECONDS="1.5", DESKSIDE_HOST="", DESKSIDE_LOG_LEVEL="INFO"
+    )
+    assert (config.threads, config.drain_seconds, config.bind, config.log_level) == (None, 1.5, "127.0.0.1", "info")
+
+
+def test_the_address_is_given_as_host() -> None:
+    assert configured("--host", "0.0.0.0").bind == "0.0.0.0"
+    assert configured(DESKSIDE_HOST="0.0.0.0").bind == "0.0.0.0"
 
 
 @pytest.mark.parametrize(("text", "most"), [("auto", None), ("off", 0), ("0", 0), ("Off ", 0), ("7", 7)])
 def test_speculation_is_auto_off_or_a_number(text: str, most: int | None) -> None:
-    assert RuntimeConfig.from_env({"DESKSIDE_SPECULATE": text}).speculate == most
+    assert configured(DESKSIDE_SPECULATE=text).speculate == most
 
 
-@pytest.fixture
-def four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-
-
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-def siblings(*lists: str) -> dict[str, str]:
-    name = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    return {name.format(cpu): text + "\n" for cpu, text in enumerate(lists)}
-
-
-@pytest.mark.usefixtures("four_cpus")
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({}, 4),
-        (siblings("0-1", "0-1", "2-3", "2-3"), 2),
-        (siblings("0,2", "1,3", "0,2", "1,3") | {"sys/fs/cgroup/cpu.max": "max 100000\n"}, 2),
-        ({"sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3),
-        ({"sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
-        ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 4),
-        ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 2),
-    ],
-)
-def test_physical_cores_counts_hyperthreads_once_and_keeps_to_the_quota(
-    tmp_path: Path, files: dict[str, str], cores: int
-) -> None:
-    assert physical_cores(write(tmp_path, files)) == cores
+def test_a_configuration_is_frozen_and_knows_its_fields() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        RuntimeConfig().slots = 3
+    with pytest.raises(ValidationError, match="host"):
+        RuntimeConfig.model_validate({"host": "::"})

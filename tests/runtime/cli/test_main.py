@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from models.common.options import flag
 from runtime.cli import main as cli
 from runtime.cli.main import EXIT_CODES, VERBS, Verb, exit_code, load_verb, main
-from runtime.config import flag, settings
+from runtime.config import EngineConfig, RuntimeConfig
 
 ROOT = Path(__file__).parents[3]
 ERROR_TREES = ("models.errors", "runtime.errors", "convert.errors", "benchmarks.errors")
@@ -59,11 +60,13 @@ def test_help_lists_every_verb_and_says_what_it_does(capsys: pytest.CaptureFixtu
         assert verb.help.split()[0] in out
 
 
-@pytest.mark.parametrize(("verb", "groups"), [("serve", 2), ("batch", 1), ("chat", 1)])
-def test_the_flags_are_made_from_the_config(verb: str, groups: int) -> None:
-    wanted = settings() if groups == 2 else settings("engine")
+@pytest.mark.parametrize(
+    ("verb", "config"), [("serve", RuntimeConfig), ("batch", EngineConfig), ("chat", EngineConfig)]
+)
+def test_the_flags_are_generated_from_the_config(verb: str, config: type[EngineConfig]) -> None:
     options = {option for parameter in load_verb(verb).params for option in parameter.opts}
-    assert {flag(name) for name in wanted} <= options
+    expected = {flag(RuntimeConfig, name) for name in config.model_fields}
+    assert options & {flag(RuntimeConfig, name) for name in RuntimeConfig.model_fields} == expected
 
 
 @pytest.mark.parametrize(

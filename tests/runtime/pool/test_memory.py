@@ -1,16 +1,8 @@
-"""What a model needs, by its own numbers; what the machine has, from files that stand in for the system's."""
-
-import sys
-from pathlib import Path
-
-import pytest
+"""The memory that a model needs, estimated from its header."""
 
 from models.gguf.header import GgufMeta, Value
-from runtime.pool import memory
-from runtime.pool.memory import OVERHEAD_BYTES, USABLE_SHARE, machine_budget, model_need
+from runtime.pool.memory import OVERHEAD_BYTES, model_need
 from tests.support.models.gguf_heads import GEMMA
-
-GIB = 1 << 30
 
 
 def meta(**changes: object) -> GgufMeta:
@@ -38,80 +30,3 @@ def test_heads_may_differ_from_layer_to_layer_and_default_to_the_width() -> None
 def test_a_file_that_says_nothing_counts_by_its_size() -> None:
     need = model_need(GgufMeta({}, {}), 5000, n_ctx=8192, n_rows=32)
     assert need.total == 5000 + OVERHEAD_BYTES
-
-
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(content)
-    return root
-
-
-MEMINFO = {"proc/meminfo": f"MemTotal: {16 << 20} kB\nMemAvailable:   {8 << 20} kB\n"}
-V2 = "sys/fs/cgroup/"
-V1 = "sys/fs/cgroup/memory/"
-
-
-@pytest.mark.parametrize(
-    ("files", "gib"),
-    [
-        (MEMINFO, 8),
-        ({**MEMINFO, "proc/self/cgroup": "0::/\n", V2 + "memory.max": "max\n"}, 8),
-        (
-            {
-                **MEMINFO,
-                "proc/self/cgroup": "0::/\n",
-                V2 + "memory.max": f"{4 * GIB}\n",
-                V2 + "memory.current": f"{3 * GIB}\n",
-                V2 + "memory.stat": f"anon 1\ninactive_file {2 * GIB}\n",
-            },
-            3,
-        ),
-        (
-            {
-                **MEMINFO,
-                "proc/self/cgroup": "0::/team/job\n",
-                V2 + "team/job/memory.max": "max\n",
-                V2 + "team/job/memory.current": "0\n",
-                V2 + "team/memory.max": f"{2 * GIB}\n",
-                V2 + "team/memory.current": "0\n",
-            },
-            2,
-        ),
-        (
-            {
-                **MEMINFO,
-                "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/box\n0::/\n",
-                V1 + "memory.limit_in_bytes": "9223372036854771712\n",
-                V1 + "memory.usage_in_bytes": "0\n",
-                V1 + "box/memory.limit_in_bytes": f"{GIB}\n",
-                V1 + "box/memory.usage_in_bytes": f"{GIB // 2}\n",
-            },
-            0.5,
-        ),
-        (
-            {**MEMINFO, "proc/self/cgroup": "0::/\n", V2 + "memory.max": "0\n", V2 + "memory.current": "7\n"},
-            0,
-        ),
-        ({"proc/self/cgroup": "0::/\n"}, None),
-    ],
-    ids=["machine", "no limit", "v2 and its cache", "v2 parent", "v1", "over the limit", "nothing known"],
-)
-def test_the_budget_is_nine_tenths_of_the_least_that_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], gib: float | None
-) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    found = machine_budget(write(tmp_path, files))
-    assert found == (None if gib is None else int(USABLE_SHARE * gib * GIB))
-
-
-@pytest.mark.parametrize(("level", "gib"), [(25, 4), (None, 8)])
-def test_a_mac_gives_its_free_share(monkeypatch: pytest.MonkeyPatch, level: int | None, gib: int) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(memory, "_sysctl", {"hw.memsize": 16 * GIB, "kern.memorystatus_level": level}.get)
-    assert machine_budget() == int(USABLE_SHARE * gib * GIB)
-
-
-def test_this_machine_has_some() -> None:
-    budget = machine_budget()
-    assert budget is None or budget > 0
