@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise SourceInvalid(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise SourceInvalid(f"{str(path)!r} is no JSON: {error}") from error
+        raise SourceInvalid(f"{str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise SourceInvalid(f"{str(path)!r} holds a {type(parsed).__name__}; it must be a table")
     return parsed

@@ -57,7 +57,7 @@ class HfCheckpoint:
         `read_vocabulary` raises.
         """
         if not folder.is_dir():
-            raise SourceInvalid(f"{str(folder)!r} is no folder")
+            raise SourceInvalid(f"{str(folder)!r} is not a folder")
         found = read_config(folder)
         self._shards = Shards(folder)
         try:

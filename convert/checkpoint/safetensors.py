@@ -77,7 +77,7 @@ class SafetensorsFile:
         except OSError as error:
             raise SourceInvalid(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
         except ValueError as error:  # a file of no bytes cannot be mapped
-            raise SourceInvalid(f"{str(path)!r} is no safetensors file: it is empty") from error
+            raise SourceInvalid(f"{str(path)!r} is not a safetensors file: it is empty") from error
         try:
             self.tensors: Mapping[str, StoredTensor] = self._read_header()
         except BaseException:
@@ -113,7 +113,9 @@ class SafetensorsFile:
         size = len(self._data)
         length = int.from_bytes(self._data[:_LENGTH_BYTES], "little")
         if size < _LENGTH_BYTES or length > MAX_HEADER_BYTES:
-            raise self._bad(f"is no safetensors file: its header has {length} bytes, the limit is {MAX_HEADER_BYTES}")
+            raise self._bad(
+                f"is not a safetensors file: its header has {length} bytes, the limit is {MAX_HEADER_BYTES}"
+            )
         data_start = _LENGTH_BYTES + length
         if data_start > size:
             raise self._bad(f"is truncated: its header ends at byte {data_start}, the file has {size}")
@@ -126,9 +128,9 @@ class SafetensorsFile:
         try:
             parsed = json.loads(encoded.decode(), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
-            raise self._bad(f"is no safetensors file: its header is no JSON ({error})") from error
+            raise self._bad(f"is not a safetensors file: its header is not valid JSON ({error})") from error
         if not isinstance(parsed, dict):
-            raise self._bad(f"is no safetensors file: its header is a {type(parsed).__name__}")
+            raise self._bad(f"is not a safetensors file: its header is a {type(parsed).__name__}")
         return parsed
 
     def _tensor(self, name: str, entry: Any, data_start: int) -> StoredTensor:

@@ -63,7 +63,7 @@ def _read_index(folder: Path) -> Mapping[str, str] | None:
         raise SourceInvalid(f"{str(path)!r} has no table 'weight_map'")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-            raise SourceInvalid(f"{str(path)!r} says tensor {tensor!r} is in {name!r}, which is no safetensors file")
+            raise SourceInvalid(f"{str(path)!r} says tensor {tensor!r} is in {name!r}, which is not a safetensors file")
     files = set(weight_map.values())
     if len(files) > MAX_SHARDS:
         raise SourceInvalid(f"{str(path)!r} names {len(files)} files, the limit is {MAX_SHARDS}")

@@ -85,7 +85,7 @@ def read_config(folder: Path) -> LoraConfig:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterInvalid(f"{str(folder)!r} is no PEFT adapter folder: it has no {CONFIG_FILE!r}") from None
+        raise AdapterInvalid(f"{str(folder)!r} is not a PEFT adapter folder: it has no {CONFIG_FILE!r}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterInvalid(f"{str(file)!r} cannot be read: {error}") from error
     if not isinstance(raw, dict):
@@ -128,7 +128,7 @@ def _check_patterns(file: Path, config: LoraConfig) -> None:
                 )
             re.compile(_anchored(pattern))
         except re.error as error:
-            raise AdapterInvalid(f"{str(file)!r}: pattern {pattern!r} is no regular expression: {error}") from error
+            raise AdapterInvalid(f"{str(file)!r}: pattern {pattern!r} is not a regular expression: {error}") from error
 
 
 def _anchored(pattern: str) -> str:

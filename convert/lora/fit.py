@@ -184,7 +184,7 @@ class _Fitting:
         name = self._family.tensor_name(known.removesuffix(f".{kind}"), kind)
         if name is None:
             raise AdapterInvalid(
-                f"adapter target {module!r} is no module of {self._family.architecture!r} that is known "
+                f"adapter target {module!r} is not a known module of {self._family.architecture!r} "
                 f"({str(self._header.path)!r})"
             )
         found = self._header.tensors.get(EMBEDDING if name == HEAD and self._is_tied else name)
@@ -201,7 +201,7 @@ class _Fitting:
         try:
             order = self._family.repack_rows(module, rows, self._header)
         except (ValueError, ZeroDivisionError):
-            raise self._misfit(f"adapter target {module!r} has {n_out} rows, which are no whole heads") from None
+            raise self._misfit(f"adapter target {module!r} has {n_out} rows, not a whole number of heads") from None
         return None if order is rows else order
 
     def _refuse_vocabulary(self, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:

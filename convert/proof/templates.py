@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from convert.errors import VerifyFailed
-from convert.tokenizer.chat_template import TEMPLATE_FIELD, folder_format, without_training_marks
+from convert.tokenizer.chat_template import TEMPLATE_FIELD, folder_format, template_environment
 from convert.tokenizer.pieces import TOKENIZER_CONFIG, read_object
 from convert.tokenizer.special import token_text
 from runtime.errors import EngineError, RequestError
@@ -84,14 +83,12 @@ def _compare(ours: str, tokens: list[int], expected: str, reference: ReferenceTo
 
 def _renderer(template: str, folder: Path) -> Callable[[ChatMessages], str | None]:
     """A function from a conversation to its prompt, or None where the template refuses it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = template_environment()
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     config = read_object(folder / TOKENIZER_CONFIG)
     tokens = {name: text for name in _NAMED_TOKENS if (text := token_text(config.get(name)))}
-    compiled = environment.from_string(without_training_marks(template))
+    compiled = environment.from_string(template)
 
     def render(conversation: ChatMessages) -> str | None:
         try:

@@ -1,11 +1,10 @@
-"""Which chat template and which end-of-turn token a converted model gets.
+"""Choose the chat template and the end-of-turn token of a converted model.
 
-A fine-tune is asked with the very text it was trained on, and stops at the token it was trained to stop at. Lost on
-the way, these are what make a good fine-tune babble, so they are decided here and written into the GGUF.
+A fine-tune must be prompted with the text format it was trained on, and must stop at the token it was trained to stop
+at, or it babbles. Both are decided here and written into the GGUF.
 """
 
 import json
-import re
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -16,19 +15,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from convert.errors import TemplateInvalid
 from models.gguf.header import Header
+from runtime.prompt.template import GenerationTag
 
 TEMPLATE_FIELD = "tokenizer.chat_template"
 END_OF_TURN_FIELD = "tokenizer.ggml.eot_token_id"
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_CONFIG_BYTES = 1 << 24  # Gemma's tokenizer_config.json lists 6,000 tokens in more than a megabyte
-
-_GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
 END_OF_TURN_MARKS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
+_GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """`template` is None for a model that only continues text; `origin` says where it came from."""
+    """A chat template, None for a model that only completes text, and the id of the token that ends a turn.
+
+    `origin` names the template's source for messages.
+    """
 
     template: str | None
     end_of_turn: int | None
@@ -37,7 +39,7 @@ class ChatFormat:
 
 
 def choose_format(header: Header, adapter: Path | None) -> ChatFormat:
-    """The adapter's own template, else the source's, else the family's. Raises TemplateInvalid naming the file."""
+    """The adapter's own template, else the source's, else Gemma's. Raises TemplateInvalid naming the file."""
     chosen = folder_format(adapter) if adapter is not None else None
     if chosen is None and TEMPLATE_FIELD in header.fields:
         chosen = ChatFormat(header.text(TEMPLATE_FIELD), None, "the source GGUF")
@@ -51,10 +53,17 @@ def choose_format(header: Header, adapter: Path | None) -> ChatFormat:
     return replace(chosen, end_of_turn=_end_of_turn(header, chosen.template))
 
 
-def folder_format(folder: Path) -> ChatFormat | None:
-    """The template that a tokenizer's folder holds, in one or more of its places; None if none does.
+def template_environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up for chat templates."""
+    extensions = ("jinja2.ext.loopcontrols", GenerationTag)
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
 
-    As in transformers, chat_template.jinja goes before tokenizer_config.json. Raises TemplateInvalid naming the file.
+
+def folder_format(folder: Path) -> ChatFormat | None:
+    """The chat template in a tokenizer's folder, None if it has none.
+
+    chat_template.jinja takes precedence over tokenizer_config.json, as in transformers. Raises TemplateInvalid naming
+    the file.
     """
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     named = _configured(config) if config.is_file() else {}
@@ -65,18 +74,18 @@ def folder_format(folder: Path) -> ChatFormat | None:
     )
     if not file.is_file():
         return None if configured is None else ChatFormat(configured, None, str(config), left_out)
-    text = _read(file).removesuffix("\n")  # which Jinja drops too
+    text = _read(file).removesuffix("\n")  # as Jinja does
     disagree = configured is not None and configured.strip() != text.strip()
     warning = f"{file.name!r} and {config.name!r} hold different chat templates; the first is used"
     return ChatFormat(text, None, str(file), (*((warning,) if disagree else ()), *left_out))
 
 
 def _configured(config: Path) -> dict[str, str]:
-    """The templates in tokenizer_config.json by name; a single one is the default."""
+    """Name -> template in tokenizer_config.json; a single template is called "default"."""
     try:
         raw = json.loads(_read(config, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
-        raise TemplateInvalid(f"{str(config)!r} is no JSON: {error}") from error
+        raise TemplateInvalid(f"{str(config)!r} is not valid JSON: {error}") from error
     template: Any = raw.get("chat_template") if isinstance(raw, dict) else None
     if isinstance(template, str):
         return {"default": template}
@@ -96,24 +105,15 @@ def _read(file: Path, limit: int = MAX_TEMPLATE_BYTES) -> str:
         raise TemplateInvalid(f"{str(file)!r} cannot be read: {error}") from error
 
 
-def without_training_marks(template: str) -> str:
-    """`template` for plain Jinja: `{% generation %}`, which marks what is trained on, holds what is written anyway."""
-    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
-    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)
-
-
 def _check_syntax(template: str, origin: str) -> None:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
     try:
-        environment.parse(without_training_marks(template))
+        template_environment().parse(template)
     except (TemplateSyntaxError, RecursionError) as error:
         raise TemplateInvalid(f"the chat template from {origin} is malformed: {error}") from error
 
 
 def _end_of_turn(header: Header, template: str) -> int | None:
-    """The vocabulary's end-of-turn mark that the template writes; else what the source says."""
+    """The id of the end-of-turn mark that the template writes, else the id that the source GGUF names."""
     for mark in END_OF_TURN_MARKS:
         if mark in template and (token := header.token_id(mark)) is not None:
             return token

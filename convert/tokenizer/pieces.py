@@ -1,6 +1,6 @@
-"""The nouns of a vocabulary on its way into a GGUF, and the rules that hold for each kind of tokenizer.
+"""The nouns of a tokenizer on its way into a GGUF, the table of its tokens, and the reading of its files.
 
-Types as in SentencePiece: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+Token types as in SentencePiece: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,57 +15,13 @@ from pydantic_core import from_json
 
 from convert.errors import TokenizerInvalid
 
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_MODEL = "tokenizer.model"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_FILE_BYTES = 256 << 20
 MAX_TOKENS = 1 << 21
 MAX_MERGES = 1 << 22
 MAX_TOKEN_BYTES = 1 << 16
-
-TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_MODEL = "tokenizer.model"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-
-
-def read_bytes(file: Path) -> bytes:
-    """The whole file. Raises TokenizerInvalid when it is too large or cannot be read."""
-    try:
-        if (size := file.stat().st_size) > MAX_FILE_BYTES:
-            raise TokenizerInvalid(f"{str(file)!r} has {size} bytes, the limit is {MAX_FILE_BYTES}")
-        return file.read_bytes()
-    except OSError as error:
-        raise TokenizerInvalid(f"{str(file)!r} cannot be read: {error.strerror or error}") from error
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object that `file` holds; empty when there is no such file. Raises TokenizerInvalid."""
-    if not file.exists():
-        return {}
-    try:
-        # strings that are kept for the next time would hold on to the memory of all others
-        found = from_json(read_bytes(file), cache_strings="none")
-    except ValueError as error:
-        raise TokenizerInvalid(f"{str(file)!r} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise TokenizerInvalid(f"{str(file)!r} holds a {type(found).__name__}, a JSON object is needed")
-    return found
-
-
-def part(parent: object, key: str) -> dict[str, Any]:
-    """The object at `key`; empty when there is none."""
-    found = parent.get(key) if isinstance(parent, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def entries(parent: object, key: str) -> list[Any]:
-    """The list at `key`; empty when there is none."""
-    found = parent.get(key) if isinstance(parent, dict) else None
-    return found if isinstance(found, list) else []
-
-
-def is_id(value: object) -> TypeGuard[int]:
-    """Whether `value` can be a token id."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 SPACE_MARK = "▁"
 _UNUSED_SCORE = -10_000.0
 
@@ -100,7 +56,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before anything else happens to it."""
+    """A token that the tokenizer matches in the text before it normalizes and splits the rest."""
 
     id: int
     text: str
@@ -113,12 +69,12 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class ParsedTokenizer:
-    """A tokenizer as llama.cpp understands it. `pre` names the pre-tokenizer, `merges` are of byte-level BPE only.
+    """A tokenizer in llama.cpp's terms. `pre` names the pre-tokenizer; only byte-level BPE has `merges`.
 
-    A vocabulary has hundreds of thousands of tokens, and nearly all are normal: these are a text by their id, and a
-    score where the model has scores. The `odd` ones are told in full, and count before a text of the same id.
-    `add_space_prefix` puts a space before each run of text. `nfc` says that Hugging Face's tokenizer brings text to
-    Unicode's composed form first, which llama.cpp leaves to whoever sends the text.
+    A vocabulary has hundreds of thousands of tokens, nearly all of them normal: `texts` maps their ids to texts, and
+    `scores` (float32, by id) is set where the model has scores. `odd` holds the other tokens in full and takes
+    precedence over `texts`. `add_space_prefix`: llama.cpp puts a space before each run of text. `nfc`: the original
+    tokenizer composes Unicode (NFC) first, which llama.cpp leaves to the caller.
     """
 
     model: TokenizerKind
@@ -137,7 +93,7 @@ class ParsedTokenizer:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """One token for each row of the embedding, in columns: float32 scores, int32 kinds, and the way back to the ids."""
+    """One token for each row of the embedding, in columns: texts, int32 kinds, float32 scores; and text -> id."""
 
     texts: Sequence[str]
     kinds: np.ndarray
@@ -145,33 +101,13 @@ class TokenTable:
     ids: Mapping[str, int]
 
 
-def looks_special(text: str) -> bool:
-    """Whether a token that is not marked special is one all the same: some tokenizers forget the mark."""
-    return (
-        text in {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}
-        or (text.startswith("<|") and text.endswith("|>"))
-        or (text.startswith("<｜") and text.endswith("｜>"))
-        or (text.startswith("<unused") and text.endswith(">"))
-    )
+def token_table(parsed: ParsedTokenizer, n_rows: int, source: str) -> TokenTable:
+    """The tokens of `parsed`, padded to `n_rows`: an id without a token becomes an unused one, named after its id.
 
-
-def added_piece(token: AddedToken, score: float, *, unknown: bool) -> Piece:
-    """How llama.cpp is told about an added token: control ones are not seen in a user's text."""
-    if unknown:
-        return Piece(token.text, TokenType.UNKNOWN, score)
-    if token.special or looks_special(token.text):
-        return Piece(token.text, TokenType.CONTROL, score)
-    # llama.cpp looks for these in the text as it came, before spaces become marks
-    return Piece(token.text.replace(SPACE_MARK, " "), TokenType.USER_DEFINED, score)
-
-
-def token_table(pieces: ParsedTokenizer, n_rows: int, source: str) -> TokenTable:
-    """One token for each row of the embedding. Ids that no token has are unused ones, named after their place.
-
-    Raises TokenizerInvalid for a vocabulary that is empty, larger than the embedding, or spells two tokens alike,
-    on which llama.cpp aborts.
+    Raises TokenizerInvalid for a vocabulary that is empty or larger than the embedding, and for two tokens of the same
+    text, on which llama.cpp aborts.
     """
-    last = max(chain(pieces.texts, pieces.odd), default=-1)
+    last = max(chain(parsed.texts, parsed.odd), default=-1)
     if last < 0:
         raise TokenizerInvalid(f"{source} holds no tokens")
     if last >= n_rows:
@@ -179,16 +115,80 @@ def token_table(pieces: ParsedTokenizer, n_rows: int, source: str) -> TokenTable
             f"the tokenizer is larger than the embedding: {source} has token ids up to {last}, "
             f"the model has {n_rows} rows; was a token added without resizing the model?"
         )
-    unused = [index for index in range(n_rows) if index not in pieces.texts]
-    odd = {index: Piece(f"[PAD{index}]", TokenType.UNUSED, _UNUSED_SCORE) for index in unused} | dict(pieces.odd)
-    texts = [pieces.texts.get(index, "") for index in range(n_rows)]
+    unused = [index for index in range(n_rows) if index not in parsed.texts]
+    odd = {index: Piece(f"[PAD{index}]", TokenType.UNUSED, _UNUSED_SCORE) for index in unused} | dict(parsed.odd)
+    texts = [parsed.texts.get(index, "") for index in range(n_rows)]
     kinds = np.full(n_rows, TokenType.NORMAL, np.int32)
     scores = np.zeros(n_rows, np.float32)
-    if pieces.scores is not None:
-        scores[: len(pieces.scores)] = pieces.scores
+    if parsed.scores is not None:
+        scores[: len(parsed.scores)] = parsed.scores
     for index, piece in odd.items():
         texts[index], kinds[index], scores[index] = piece.text, piece.kind, piece.score
     return TokenTable(texts, kinds, scores, _ids(texts, source))
+
+
+def added_piece(token: AddedToken, score: float, *, unknown: bool) -> Piece:
+    """An added token as llama.cpp needs it: control tokens are not recognised in a user's text, user-defined ones are.
+
+    `unknown`: it is the token for unknown text.
+    """
+    if unknown:
+        return Piece(token.text, TokenType.UNKNOWN, score)
+    if token.special or _looks_special(token.text):
+        return Piece(token.text, TokenType.CONTROL, score)
+    # llama.cpp matches these in the raw text, before spaces become marks
+    return Piece(token.text.replace(SPACE_MARK, " "), TokenType.USER_DEFINED, score)
+
+
+def read_bytes(file: Path) -> bytes:
+    """The whole file. Raises TokenizerInvalid when it is too large or cannot be read."""
+    try:
+        if (size := file.stat().st_size) > MAX_FILE_BYTES:
+            raise TokenizerInvalid(f"{str(file)!r} has {size} bytes, the limit is {MAX_FILE_BYTES}")
+        return file.read_bytes()
+    except OSError as error:
+        raise TokenizerInvalid(f"{str(file)!r} cannot be read: {error.strerror or error}") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`, empty if the file does not exist. Raises TokenizerInvalid."""
+    if not file.exists():
+        return {}
+    try:
+        # cached strings would keep the memory of the whole parse alive
+        found = from_json(read_bytes(file), cache_strings="none")
+    except ValueError as error:
+        raise TokenizerInvalid(f"{str(file)!r} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise TokenizerInvalid(f"{str(file)!r} holds a {type(found).__name__}, a JSON object is needed")
+    return found
+
+
+def part(parent: object, key: str) -> dict[str, Any]:
+    """The object at `key`, empty if there is none."""
+    found = parent.get(key) if isinstance(parent, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def entries(parent: object, key: str) -> list[Any]:
+    """The list at `key`, empty if there is none."""
+    found = parent.get(key) if isinstance(parent, dict) else None
+    return found if isinstance(found, list) else []
+
+
+def is_id(value: object) -> TypeGuard[int]:
+    """True for a value that can be a token id."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _looks_special(text: str) -> bool:
+    """True for texts of special tokens that some tokenizers do not mark as special."""
+    return (
+        text in {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}
+        or (text.startswith("<|") and text.endswith("|>"))
+        or (text.startswith("<｜") and text.endswith("｜>"))
+        or (text.startswith("<unused") and text.endswith(">"))
+    )
 
 
 def _ids(texts: Sequence[str], source: str) -> dict[str, int]:

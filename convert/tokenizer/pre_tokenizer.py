@@ -1,6 +1,6 @@
-"""Which of llama.cpp's pre-tokenizers a byte-level BPE needs, recognised by the pattern that splits its text.
+"""Recognise the llama.cpp pre-tokenizer of a byte-level BPE by the pattern that splits its text.
 
-A fine-tune may carry new tokens, so that what its tokenizer makes of a test text says little; the pattern stays.
+The pattern survives fine-tuning; the tokens of a probe text (llama.cpp's own method) do not, once tokens were added.
 The names are llama.cpp's: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 """
 
@@ -21,7 +21,7 @@ _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_U
 _CASED_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DIGITS = r"\p{N}"
 
-# Steps that split the text -> pre-tokenizer by whether whole words are looked up before they are merged.
+# Patterns that split the text, in order -> `ignore_merges` of tokenizer.json -> llama.cpp's name.
 _KNOWN: Mapping[tuple[str, ...], Mapping[bool, str]] = {
     (_GPT2,): {False: "gpt-2"},
     (_DIGITS, _GPT2): {False: "smollm"},
@@ -34,7 +34,7 @@ _KNOWN: Mapping[tuple[str, ...], Mapping[bool, str]] = {
     (_CASED % ("", "") + r"|\p{N}" + _CASED_TAIL,): {True: "tekken"},
     (_CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _CASED_TAIL,): {False: "gpt-4o"},
 }
-# Families that llama.cpp has its own name for, with the same pattern.
+# (name, model type) -> the name that llama.cpp uses for this family, with the same pattern.
 _FAMILY_NAMES: Mapping[tuple[str, str], str] = {
     ("smollm", "granite"): "refact",
     ("smollm", "granitemoe"): "refact",
@@ -42,7 +42,7 @@ _FAMILY_NAMES: Mapping[tuple[str, str], str] = {
     ("qwen2", "stablelm"): "stablelm2",
 }
 
-# llama.cpp tells capital from small letters in ASCII only, and knows no combining marks in these.
+# llama.cpp only approximates these: it distinguishes case in ASCII alone and ignores combining marks.
 APPROXIMATE = frozenset({"tekken", "gpt-4o"})
 
 _SPELLINGS = (
@@ -56,7 +56,7 @@ _POSSESSIVE = re.compile(r"(?<!\\)([?*+])\+")
 
 
 def recognise(pre_tokenizer: object, *, ignores_merges: bool, family: str, source: str) -> tuple[str, str | None]:
-    """llama.cpp's name of the pre-tokenizer, and a warning where it is not quite the same.
+    """llama.cpp's name of the pre-tokenizer, and a warning where llama.cpp only approximates it.
 
     `family` is the model type of config.json. Raises TokenizerInvalid with the pattern that llama.cpp does not know.
     """
@@ -70,19 +70,15 @@ def recognise(pre_tokenizer: object, *, ignores_merges: bool, family: str, sourc
     name = variants.get(ignores_merges, next(iter(variants.values())))
     warning = None
     if name in APPROXIMATE:
-        warning = (
-            f"llama.cpp only comes near the pre-tokenizer {name!r}: words with accents or marks may be cut elsewhere"
-        )
+        warning = f"llama.cpp only approximates the pre-tokenizer {name!r}: it may split accented words elsewhere"
     elif ignores_merges not in variants:
         does = "merges them" if ignores_merges else "looks them up"
-        warning = (
-            f"{source} treats words that are tokens otherwise than llama.cpp's pre-tokenizer {name!r}, which {does}"
-        )
+        warning = f"{source} treats words that are tokens differently from llama.cpp's {name!r}, which {does}"
     return _FAMILY_NAMES.get((name, family), name), warning
 
 
 def _steps(step: object, source: str) -> Iterator[str]:
-    """The patterns in order, in one spelling. Raises TokenizerInvalid for what cannot be told by a pattern."""
+    """The patterns in order, normalised. Raises TokenizerInvalid for a step that is not a pattern."""
     kind = step.get("type") if isinstance(step, dict) else None
     if not isinstance(step, dict) or not isinstance(kind, str):
         raise TokenizerInvalid(
@@ -123,7 +119,7 @@ def _byte_level(step: dict[str, Any], source: str) -> Iterator[str]:
 
 
 def spelled(pattern: str) -> str:
-    """`pattern` in one spelling: escapes, contractions and quantifiers that mean the same are written alike."""
+    """`pattern` with equivalent escapes, contractions and quantifiers written in one way."""
     for old, new in _SPELLINGS:
         pattern = pattern.replace(old, new)
     return _POSSESSIVE.sub(r"\1", pattern)

@@ -1,6 +1,6 @@
-"""A Hugging Face folder's tokenizer as the fields of a GGUF.
+"""Convert a Hugging Face folder's tokenizer into the `tokenizer.*` fields of a GGUF.
 
-`tokenizer.json` is what transformers reads, so it goes before `tokenizer.model` where both are there.
+`tokenizer.json` takes precedence over `tokenizer.model` where a folder has both, as in transformers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,16 +29,17 @@ from .special import TokenizerFiles, special_fields
 from .tokenizer_json import read_json
 from .tokenizer_model import read_protobuf
 
-# llama.cpp lets special tokens swallow the white space after them, except these three, for models of such a name only.
+# In models called NAME_THAT_STRIPS llama.cpp strips white space after special tokens, except after these three.
 _KEEP_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _LOST_FILES = ("vocab.json", "tekken.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
 class VocabularyFields:
-    """What a GGUF says of its tokens: `fields` are all of tokenizer.*, `size` counts tokens, padding included.
+    """All `tokenizer.*` fields of a GGUF. `size` is the number of tokens, padding included.
 
-    `name_part` must stand in `general.name` if it is not empty: llama.cpp tells a family's habits by it.
+    `name_part` must occur in `general.name` if it is not empty, and no other such part may: llama.cpp derives from the
+    name how special tokens treat white space (see `general_name`).
     """
 
     fields: Mapping[str, Field]
@@ -49,32 +50,34 @@ class VocabularyFields:
 
 @gc_paused()
 def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> VocabularyFields:
-    """The vocabulary of the checkpoint in `folder`: `config` is its config.json, `n_rows` the rows of its embedding.
+    """Read the vocabulary of the checkpoint in `folder`: `config` is its config.json, `n_rows` its embedding's rows.
 
-    Raises TokenizerInvalid naming the file and what is wrong with it, or what llama.cpp cannot repeat; TemplateInvalid.
+    Raises TokenizerInvalid naming the file and the fault, or what llama.cpp cannot reproduce; TemplateInvalid.
     """
     chat = folder_format(folder)
     tokenizer = read_object(folder / TOKENIZER_JSON)
     if tokenizer:
         file, family = folder / TOKENIZER_JSON, str(config.get("model_type", ""))
-        pieces = read_json(tokenizer, repr(str(file)), family, answers_chats=chat is not None)
+        parsed = read_json(tokenizer, repr(str(file)), family, answers_chats=chat is not None)
     elif (file := folder / TOKENIZER_MODEL).is_file():
-        pieces = read_protobuf(file)
+        parsed = read_protobuf(file)
     else:
         raise _missing(folder)
-    tokens = token_table(pieces, n_rows, repr(str(file)))
+    tokens = token_table(parsed, n_rows, repr(str(file)))
     raw = TokenizerFiles(
         tokenizer,
         read_object(folder / TOKENIZER_CONFIG),
         read_object(folder / "generation_config.json"),
         config,
     )
-    special = special_fields(raw, tokens, _mark(chat, tokens), sentence=pieces.model != TokenizerKind.BPE)
-    strips = _name_that_strips(pieces.added, tokens)
-    fields = {**_token_fields(pieces, tokens), **special.fields, **_chat_fields(chat)}
-    told = chat.warnings if chat is not None else ("the folder has no chat template",)
-    odd = () if strips else _odd_flags(pieces.added)
-    return VocabularyFields(fields, n_rows, (*pieces.warnings, *_nfc(pieces), *odd, *special.warnings, *told), strips)
+    special = special_fields(raw, tokens, _end_of_turn(chat, tokens), sentence=parsed.model != TokenizerKind.BPE)
+    strips = _name_that_strips(parsed.added, tokens)
+    fields = {**_token_fields(parsed, tokens), **special.fields, **_chat_fields(chat)}
+    chat_warnings = chat.warnings if chat is not None else ("the folder has no chat template",)
+    ignored = () if strips else _ignored_flags(parsed.added)
+    return VocabularyFields(
+        fields, n_rows, (*parsed.warnings, *_nfc(parsed), *ignored, *special.warnings, *chat_warnings), strips
+    )
 
 
 def _missing(folder: Path) -> TokenizerInvalid:
@@ -86,23 +89,23 @@ def _missing(folder: Path) -> TokenizerInvalid:
     )
 
 
-def _token_fields(pieces: ParsedTokenizer, tokens: TokenTable) -> dict[str, Field]:
+def _token_fields(parsed: ParsedTokenizer, tokens: TokenTable) -> dict[str, Field]:
     fields = {
-        "tokenizer.ggml.model": Field.string(pieces.model),
-        "tokenizer.ggml.pre": Field.string(pieces.pre),
+        "tokenizer.ggml.model": Field.string(parsed.model),
+        "tokenizer.ggml.pre": Field.string(parsed.pre),
         "tokenizer.ggml.tokens": Field.string_array([text.encode() for text in tokens.texts]),
         "tokenizer.ggml.token_type": Field.int32_array(tokens.kinds.tolist()),
     }
-    if pieces.merges is None:
+    if parsed.merges is None:
         fields["tokenizer.ggml.scores"] = Field.float32_array(tokens.scores.tolist())
     else:
-        fields["tokenizer.ggml.merges"] = Field.string_array(pieces.merges)
-    if pieces.add_space_prefix is not None:
-        fields["tokenizer.ggml.add_space_prefix"] = Field.boolean(pieces.add_space_prefix)
-    if pieces.remove_extra_whitespaces is not None:
-        fields["tokenizer.ggml.remove_extra_whitespaces"] = Field.boolean(pieces.remove_extra_whitespaces)
-    if pieces.charsmap:
-        fields["tokenizer.ggml.precompiled_charsmap"] = Field.uint8_array(pieces.charsmap)
+        fields["tokenizer.ggml.merges"] = Field.string_array(parsed.merges)
+    if parsed.add_space_prefix is not None:
+        fields["tokenizer.ggml.add_space_prefix"] = Field.boolean(parsed.add_space_prefix)
+    if parsed.remove_extra_whitespaces is not None:
+        fields["tokenizer.ggml.remove_extra_whitespaces"] = Field.boolean(parsed.remove_extra_whitespaces)
+    if parsed.charsmap:
+        fields["tokenizer.ggml.precompiled_charsmap"] = Field.uint8_array(parsed.charsmap)
     return fields
 
 
@@ -110,26 +113,26 @@ def _chat_fields(chat: ChatFormat | None) -> dict[str, Field]:
     return {} if chat is None or chat.template is None else {TEMPLATE_FIELD: Field.string(chat.template)}
 
 
-def _mark(chat: ChatFormat | None, tokens: TokenTable) -> str | None:
+def _end_of_turn(chat: ChatFormat | None, tokens: TokenTable) -> str | None:
     template = (chat.template or "") if chat is not None else ""
     return next((mark for mark in END_OF_TURN_MARKS if mark in template and mark in tokens.ids), None)
 
 
-def _nfc(pieces: ParsedTokenizer) -> tuple[str, ...]:
-    note = "the tokenizer composes Unicode (NFC) first and llama.cpp does not: send text that is composed"
-    return (note,) if pieces.nfc else ()
+def _nfc(parsed: ParsedTokenizer) -> tuple[str, ...]:
+    note = "the tokenizer composes Unicode (NFC) first and llama.cpp does not: send composed text"
+    return (note,) if parsed.nfc else ()
 
 
 def _name_that_strips(added: Sequence[AddedToken], tokens: TokenTable) -> str:
-    special = [token for token in added if token.special]
-    stripping = {token.text for token in special if token.strips_right}
-    known = _KEEP_SPACE | {"</s>"} <= tokens.ids.keys()
-    alike = known and stripping >= {token.text for token in special} - _KEEP_SPACE and not stripping & _KEEP_SPACE
-    return NAME_THAT_STRIPS if alike and stripping else ""
+    special = {token.text for token in added if token.special}
+    stripping = {token.text for token in added if token.special and token.strips_right}
+    all_known = _KEEP_SPACE | {"</s>"} <= tokens.ids.keys()
+    is_alike = all_known and stripping >= special - _KEEP_SPACE and not stripping & _KEEP_SPACE
+    return NAME_THAT_STRIPS if is_alike and stripping else ""
 
 
-def _odd_flags(added: Sequence[AddedToken]) -> tuple[str, ...]:
+def _ignored_flags(added: Sequence[AddedToken]) -> tuple[str, ...]:
     odd = [token.text for token in added if token.strips_left or token.strips_right or token.single_word]
     if not odd:
         return ()
-    return (f"{len(odd)} tokens swallow white space beside them, which llama.cpp does not: {', '.join(odd[:4])} …",)
+    return (f"{len(odd)} tokens strip white space beside them, llama.cpp does not: {', '.join(odd[:4])} …",)

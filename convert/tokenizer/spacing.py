@@ -1,10 +1,10 @@
-"""How a tokenizer treats spaces and Unicode before it cuts text up, and which of that llama.cpp repeats.
+"""Spaces and Unicode: what a tokenizer does to text before it splits it, and which of that llama.cpp reproduces.
 
 llama.cpp's SentencePiece tokenizer writes ▁ for each space and can put one before every run of text (between special
 tokens). Hugging Face says this in one of two ways:
 - a normalizer: `Prepend ▁` (a prefix before every run), `Replace " " ▁` (spaces to marks);
 - a pre-tokenizer `Metaspace`: both, with `prepend_scheme` always, first (only where the text begins) or never.
-Byte-level BPE needs none; composing Unicode (NFC) is left to whoever sends the text. The rest is refused by name.
+Byte-level BPE needs neither; composing Unicode (NFC) is left to the caller. Every other step is refused by name.
 """
 
 import base64
@@ -20,12 +20,15 @@ from convert.errors import TokenizerInvalid
 
 from .pieces import SPACE_MARK, entries, part
 
+NAME_THAT_STRIPS = "phi-3"
+"""The part of `general.name` by which llama.cpp recognises models whose special tokens strip white space after them."""
+_STRIPS = re.compile(r"(phi)-?(3)", re.IGNORECASE)
 _WAY_OUT = "make the GGUF elsewhere and convert it with --gguf"
 
 
 @dataclass(frozen=True)
 class Spacing:
-    """`prefix`: each run of text gets a space. `removes_extra`: runs of spaces become one, none stay at the ends."""
+    """`prefix`: a space goes before each run of text. `removes_extra`: runs of spaces collapse, ends are stripped."""
 
     prefix: bool
     removes_extra: bool = False
@@ -34,7 +37,7 @@ class Spacing:
 
 
 def byte_level_spacing(raw: Mapping[str, Any], source: str) -> bool:
-    """Whether a byte-level BPE composes Unicode first. Raises TokenizerInvalid for any other normalizer."""
+    """True if a byte-level BPE composes Unicode (NFC) first. Raises TokenizerInvalid for any other normalizer."""
     nfc = False
     for step in _flat(raw.get("normalizer"), "normalizers"):
         if step.get("type") != "NFC":
@@ -44,9 +47,9 @@ def byte_level_spacing(raw: Mapping[str, Any], source: str) -> bool:
 
 
 def sentence_spacing(raw: Mapping[str, Any], source: str, *, splits: bool, answers_chats: bool) -> Spacing:
-    """How a SentencePiece tokenizer treats spaces. `splits`: pieces never reach over a space, as in Unigram.
+    """A SentencePiece tokenizer's treatment of spaces. `splits`: pieces never contain an inner space, as in Unigram.
 
-    Raises TokenizerInvalid for a normalizer or pre-tokenizer that llama.cpp cannot repeat.
+    Raises TokenizerInvalid for a normalizer or pre-tokenizer that llama.cpp cannot reproduce.
     """
     prefix = marks = removes_extra = False
     charsmap = b""
@@ -69,28 +72,49 @@ def sentence_spacing(raw: Mapping[str, Any], source: str, *, splits: bool, answe
             if not splits and step.get("split", True):
                 raise _refused(step, source)
         elif not (step.get("type") == "Split" and marks and part(step, "pattern").get("String") == " "):
-            raise _refused(step, source)  # splitting at spaces that are marks by now does nothing
+            raise _refused(step, source)  # spaces are marks by now: splitting at them does nothing
     if metaspace is not None:
         marks = True
         scheme = metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never")
         prefix = scheme == "always" or (scheme == "first" and not answers_chats)
-        warnings.extend(_told(scheme, source, answers_chats=answers_chats))
+        warnings.extend(_scheme_warning(scheme, source, answers_chats=answers_chats))
     if not marks:
         raise TokenizerInvalid(f"{source} has no step that writes {SPACE_MARK} for a space, llama.cpp does; {_WAY_OUT}")
     return Spacing(prefix, removes_extra, charsmap, tuple(warnings))
 
 
-def _told(scheme: object, source: str, *, answers_chats: bool) -> Iterator[str]:
-    if scheme == "first" and answers_chats:
-        yield (
-            f"{source} puts a space before a text but not after a special token; llama.cpp knows always or never: "
-            "never is written, which is right for chats"
-        )
-    elif scheme == "first":
-        yield (
-            f"{source} puts a space before a text but not after a special token; llama.cpp knows always or never: "
-            "always is written, which is right for plain texts"
-        )
+def checked_charsmap(data: bytes, source: str) -> bytes:
+    """`data`, unless an index in it is out of bounds, where llama.cpp throws an uncaught exception.
+
+    The index is a double array (Darts): a unit leads to unit `place ^ base ^ byte`, and to a text by its offset.
+    Raises TokenizerInvalid.
+    """
+    if not data:
+        return data
+    index = int.from_bytes(data[:4], "little")
+    if not 4 <= index < len(data) - 4 or index % 4 or data[-1]:
+        raise TokenizerInvalid(f"{source} has a precompiled_charsmap of {len(data)} bytes whose index claims {index}")
+    units = np.frombuffer(data, "<u4", index // 4, 4)
+    is_value = units >> 31 == 1
+    base = (units.astype(np.int64) >> 10) << ((units & 0x200) >> 6)
+    reached = np.where(is_value, 0, np.arange(units.size) ^ base)
+    texts = units[np.minimum(reached, units.size - 1)] & 0x7FFF_FFFF
+    has_text = ~is_value & (units >> 8 & 1 == 1)
+    if ((reached | 0xFF) >= units.size).any() or (texts[has_text] >= len(data) - 4 - index).any():
+        raise TokenizerInvalid(f"{source} has a precompiled_charsmap with an index out of bounds")
+    return data
+
+
+def name_part(name: str) -> str:
+    """The part of `name` that llama.cpp acts on: NAME_THAT_STRIPS or nothing."""
+    return NAME_THAT_STRIPS if _STRIPS.search(name) else ""
+
+
+def general_name(name: str, part: str) -> str:
+    """`name` with the least change that makes its `name_part` be `part`: `mails (phi-3)`, `phi 3 mails`."""
+    if name_part(name) == part:
+        return name
+    return f"{name} ({part})" if part else _STRIPS.sub(r"\1 \2", name)
 
 
 def _meaning(step: Mapping[str, Any]) -> str | None:
@@ -109,35 +133,27 @@ def _meaning(step: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _scheme_warning(scheme: object, source: str, *, answers_chats: bool) -> Iterator[str]:
+    if scheme == "first" and answers_chats:
+        yield (
+            f"{source} puts a space before a text but not after a special token; llama.cpp knows always or never: "
+            "never is written, which is right for chats"
+        )
+    elif scheme == "first":
+        yield (
+            f"{source} puts a space before a text but not after a special token; llama.cpp knows always or never: "
+            "always is written, which is right for plain texts"
+        )
+
+
 def _charsmap(step: Mapping[str, Any], source: str) -> bytes:
-    """SentencePiece's table of replacements: 4 bytes with the length of an index, the index, then texts."""
+    """SentencePiece's table of replacements: the index's length in 4 bytes, the index, then texts."""
     encoded = step.get("precompiled_charsmap")
     try:
         data = base64.b64decode(encoded, validate=True) if isinstance(encoded, str) else b""
     except binascii.Error as error:
-        raise TokenizerInvalid(f"{source} has a precompiled_charsmap that is no base64: {error}") from error
+        raise TokenizerInvalid(f"{source} has a precompiled_charsmap that is not base64: {error}") from error
     return checked_charsmap(data, source)
-
-
-def checked_charsmap(data: bytes, source: str) -> bytes:
-    """`data` if nothing in it leads out of it, where llama.cpp throws what nobody catches. Raises TokenizerInvalid.
-
-    The index is a double array (Darts): from a unit one comes to `place ^ base ^ byte`, and to a text by its offset.
-    """
-    if not data:
-        return data
-    index = int.from_bytes(data[:4], "little")
-    if not 4 <= index < len(data) - 4 or index % 4 or data[-1]:
-        raise TokenizerInvalid(f"{source} has a precompiled_charsmap of {len(data)} bytes whose index claims {index}")
-    units = np.frombuffer(data, "<u4", index // 4, 4)
-    is_value = units >> 31 == 1
-    base = (units.astype(np.int64) >> 10) << ((units & 0x200) >> 6)
-    reached = np.where(is_value, 0, np.arange(units.size) ^ base)
-    texts = units[np.minimum(reached, units.size - 1)] & 0x7FFF_FFFF
-    has_text = ~is_value & (units >> 8 & 1 == 1)
-    if ((reached | 0xFF) >= units.size).any() or (texts[has_text] >= len(data) - 4 - index).any():
-        raise TokenizerInvalid(f"{source} has a precompiled_charsmap that leads out of itself")
-    return data
 
 
 def _flat(step: object, inner: str) -> Iterator[dict[str, Any]]:
@@ -149,21 +165,5 @@ def _flat(step: object, inner: str) -> Iterator[dict[str, Any]]:
 
 
 def _refused(step: Mapping[str, Any], source: str) -> TokenizerInvalid:
-    told = {key: value for key, value in step.items() if key != "precompiled_charsmap"}
-    return TokenizerInvalid(f"{source} prepares text by {told!r:.200}, which llama.cpp cannot repeat; {_WAY_OUT}")
-
-
-NAME_THAT_STRIPS = "phi-3"
-_STRIPS = re.compile(r"(phi)-?(3)", re.IGNORECASE)
-
-
-def name_part(name: str) -> str:
-    """What `name` says to llama.cpp: NAME_THAT_STRIPS, or nothing."""
-    return NAME_THAT_STRIPS if _STRIPS.search(name) else ""
-
-
-def general_name(name: str, part: str) -> str:
-    """`name`, changed as little as it takes to say to llama.cpp what `part` says: `mails (phi-3)`, `phi 3 mails`."""
-    if name_part(name) == part:
-        return name
-    return f"{name} ({part})" if part else _STRIPS.sub(r"\1 \2", name)
+    shown = {key: value for key, value in step.items() if key != "precompiled_charsmap"}
+    return TokenizerInvalid(f"{source} prepares text by {shown!r:.200}, which llama.cpp cannot repeat; {_WAY_OUT}")

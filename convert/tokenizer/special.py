@@ -1,7 +1,7 @@
-"""Which tokens begin, end, pad and stand for the unknown, and whether llama.cpp adds the first and the last itself.
+"""Special tokens: BOS, EOS, padding, unknown, and whether llama.cpp adds BOS and EOS to a text itself.
 
-A fine-tune that does not stop where it was trained to babbles. Hugging Face may name several ids that end an answer;
-llama.cpp has three places for them (eos, eot, eom) and knows some more by their texts, so all must find room there.
+A model that misses its end token babbles on. Hugging Face may name several ids that end an answer; llama.cpp has three
+fields for them (eos, eot, eom) and recognises more by their text, so each id must get a field or have a known text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from models.gguf.fields import Field
 
 from .pieces import TokenTable, TokenType, entries, is_id, part
 
-# What llama.cpp takes for an end by its text, whatever the file says (src/llama-vocab.cpp).
+# Texts that llama.cpp takes for an end token, whatever the file says (src/llama-vocab.cpp).
 ENDS_BY_TEXT = frozenset(
     {
         "<|eot_id|>",
@@ -49,7 +49,7 @@ _FIELD_NAMES = {"unk": "unknown", "pad": "padding", "sep": "seperator"}  # as GG
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The small files of a checkpoint that speak about tokens."""
+    """The small JSON files of a checkpoint that describe its tokens."""
 
     tokenizer: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
@@ -59,7 +59,7 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class SpecialFields:
-    """The fields, and what the user should know about them."""
+    """The fields of special tokens, and warnings for the user."""
 
     fields: Mapping[str, Field]
     warnings: tuple[str, ...]
@@ -68,9 +68,10 @@ class SpecialFields:
 def special_fields(
     folder: TokenizerFiles, tokens: TokenTable, end_of_turn: str | None, *, sentence: bool
 ) -> SpecialFields:
-    """Fields tokenizer.ggml.*_token_id and add_*_token. `end_of_turn` is the mark that the chat template writes.
+    """The fields tokenizer.ggml.*_token_id and add_*_token. `end_of_turn` is the mark that the chat template writes.
 
-    `sentence` tells a SentencePiece tokenizer. Raises TokenizerInvalid when no token ends an answer, or an id is none.
+    `sentence`: it is a SentencePiece tokenizer. Raises TokenizerInvalid when no token ends an answer or an id is out
+    of range.
     """
     ids, texts = tokens.ids, tokens.texts
     roles = {role: found for role in _ROLES if (found := _role(role, folder, ids, len(texts))) is not None}
@@ -78,13 +79,13 @@ def special_fields(
     warnings: list[str] = []
     if sentence and "unk" not in roles:
         roles |= [("unk", int(index)) for index in np.flatnonzero(tokens.kinds == TokenType.UNKNOWN)[:1]]
-    places, homeless = _places(ends, texts, ids.get(end_of_turn or ""))
-    if homeless:
-        told = ", ".join(repr(texts[index]) for index in homeless)
-        warnings.append(f"llama.cpp has no place left for the ends {told}: an answer goes on after them")
+    places, unplaced = _places(ends, texts, ids.get(end_of_turn or ""))
+    if unplaced:
+        shown = ", ".join(repr(texts[index]) for index in unplaced)
+        warnings.append(f"llama.cpp has no field left for the end tokens {shown}: an answer will not stop at them")
     adds, contradicted = _adds(folder, ids, roles.get("bos"), ends[0], sentence=sentence)
     warnings += contradicted
-    # without a word llama.cpp takes token 11 of a BPE vocabulary, which is a comma or the like
+    # without a field llama.cpp takes token 11 of a BPE vocabulary, an ordinary token
     roles.setdefault("bos", ends[0])
     fields = {f"tokenizer.ggml.{_FIELD_NAMES.get(role, role)}_token_id": index for role, index in roles.items()}
     fields |= {f"tokenizer.ggml.{place}_token_id": index for place, index in places.items()}
@@ -92,8 +93,14 @@ def special_fields(
     return SpecialFields({key: Field.uint32(index) for key, index in sorted(fields.items())} | flags, tuple(warnings))
 
 
+def token_text(entry: object) -> str:
+    """The text of a token that is written as a string or as an object; empty if there is none."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else ""
+
+
 def _role(role: str, folder: TokenizerFiles, ids: Mapping[str, int], size: int) -> int | None:
-    """The tokenizer's own word first, as transformers does, then the model's."""
+    """The token's id from tokenizer_config.json, else from config.json: transformers' order."""
     text = token_text(folder.tokenizer_config.get(f"{role}_token"))
     if text in ids:
         return ids[text]
@@ -101,18 +108,12 @@ def _role(role: str, folder: TokenizerFiles, ids: Mapping[str, int], size: int) 
     return index if is_id(index) and index < size else None
 
 
-def token_text(entry: object) -> str:
-    """The text of a token that is written bare or with its flags; empty when there is none."""
-    text = entry.get("content") if isinstance(entry, dict) else entry
-    return text if isinstance(text, str) else ""
-
-
 def _configured(config: Mapping[str, Any], key: str) -> Any:
     return config[key] if config.get(key) is not None else part(config, "text_config").get(key)
 
 
 def _ends(folder: TokenizerFiles, ids: Mapping[str, int], size: int) -> list[int]:
-    """Every id that ends an answer, the tokenizer's own first."""
+    """Every id that ends an answer, the one of tokenizer_config.json first."""
     found = [ids[text]] if (text := token_text(folder.tokenizer_config.get("eos_token"))) in ids else []
     for config in (folder.generation_config, folder.config):
         named = _configured(config, "eos_token_id")
@@ -128,7 +129,7 @@ def _ends(folder: TokenizerFiles, ids: Mapping[str, int], size: int) -> list[int
 
 
 def _places(ends: Sequence[int], texts: Sequence[str], turn: int | None) -> tuple[dict[str, int], list[int]]:
-    """eos, eot and eom, so that every end is one of them or known by its text; and the ends without a place."""
+    """Ids for eos, eot and eom, and the end tokens that get no field and that llama.cpp does not know by their text."""
     places = {"eos": ends[0]}
     rest = [index for index in ends[1:] if texts[index] not in ENDS_BY_TEXT]
     if turn is not None and turn != ends[0] and (texts[turn] in ENDS_BY_TEXT or turn in rest or not rest):
@@ -143,7 +144,7 @@ def _places(ends: Sequence[int], texts: Sequence[str], turn: int | None) -> tupl
 def _adds(
     folder: TokenizerFiles, ids: Mapping[str, int], bos: int | None, eos: int, *, sentence: bool
 ) -> tuple[dict[str, bool], list[str]]:
-    """Whether BOS and EOS are put around a text: the post-processor's word before tokenizer_config's."""
+    """Whether to add BOS and EOS to a text: tokenizer.json's post-processor takes precedence over the config."""
     shown, warnings = _post_processed(folder.tokenizer, ids, bos, eos)
     adds = {}
     for role, index in (("bos", bos), ("eos", eos)):
@@ -151,7 +152,7 @@ def _adds(
         said = said if isinstance(said, bool) else None
         if role in shown and said is not None and said != shown[role]:
             warnings.append(
-                f"tokenizer_config.json says add_{role}_token = {said}, tokenizer.json does the opposite, and counts"
+                f"tokenizer_config.json says add_{role}_token = {said}, tokenizer.json the opposite, which is used"
             )
         kind = str(folder.tokenizer_config.get("tokenizer_class", ""))
         unasked = role == "bos" and sentence and kind.startswith(_ADDS_BOS_UNASKED)
@@ -163,7 +164,7 @@ def _adds(
 def _post_processed(
     tokenizer: Mapping[str, Any], ids: Mapping[str, int], bos: int | None, eos: int
 ) -> tuple[dict[str, bool], list[str]]:
-    """What tokenizer.json itself puts around a text."""
+    """Whether tokenizer.json's post-processor adds BOS and EOS; empty if it has none."""
     processor = tokenizer.get("post_processor")
     if not tokenizer or not isinstance(processor, dict):
         return {}, []

@@ -1,7 +1,7 @@
-"""tokenizer.json, the `tokenizers` library's own file, in llama.cpp's terms.
+"""Read tokenizer.json, the file of the `tokenizers` library, in llama.cpp's terms.
 
-Three kinds of tokenizer are known: byte-level BPE, BPE over characters with a byte for what has no token (as
-SentencePiece makes it), and Unigram. What llama.cpp would do otherwise than the file says is refused by name.
+Three kinds of tokenizer are known: byte-level BPE, BPE over characters with byte fallback (SentencePiece's), and
+Unigram. Options that llama.cpp cannot reproduce are refused by name.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,10 +33,10 @@ _MAX_SCORE = float(np.finfo(np.float32).max)
 
 
 def read_json(raw: Mapping[str, Any], source: str, family: str, *, answers_chats: bool) -> ParsedTokenizer:
-    """The tokenizer that `source` holds. Raises TokenizerInvalid naming what is wrong, or what llama.cpp cannot do.
+    """Read the tokenizer in `raw`, the parsed tokenizer.json named `source` in messages.
 
-    `family` is the model type of config.json; `answers_chats` that there is a chat template. The merges in `raw` are
-    used up: they are most of what it holds in memory, and are not needed again.
+    `family` is the model type of config.json; `answers_chats`: the model has a chat template. Consumes the merges of
+    `raw`, which are most of its memory. Raises TokenizerInvalid naming the fault, or what llama.cpp cannot reproduce.
     """
     model = part(raw, "model")
     kind = model.get("type") or ("BPE" if "merges" in model else None)
@@ -92,7 +92,7 @@ def _sentence_bpe(
         _scores(cuts, max(texts) + 1),
         add_space_prefix=spacing.prefix,
         added=added,
-        warnings=(*spacing.warnings, *_joined_otherwise(vocabulary, cuts, source)),
+        warnings=(*spacing.warnings, *_extra_joins(vocabulary, cuts, source)),
     )
 
 
@@ -151,7 +151,7 @@ def _by_id(vocabulary: Mapping[str, Any], source: str) -> dict[int, str]:
 
 
 def _merges(model: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
-    """The pairs in order, from either spelling: "a b" or ["a", "b"]. Each is let go of when it has been read."""
+    """The pairs in order, from either form: "a b" or ["a", "b"]. Releases each merge in `model` once read."""
     listed = entries(model, "merges")
     if len(listed) > MAX_MERGES:
         raise TokenizerInvalid(f"{source} has {len(listed)} merges, the limit is {MAX_MERGES}")
@@ -160,7 +160,7 @@ def _merges(model: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
         halves = merge.split(" ") if isinstance(merge, str) else merge
         if type(halves) is list and len(halves) == 2:
             left, right = halves
-            # half a million of them: the exact type, which JSON gives, is the cheapest question
+            # half a million of them: comparing exact types is the cheapest check
             if type(left) is str and type(right) is str and left and right:
                 yield left, right
                 continue
@@ -168,9 +168,9 @@ def _merges(model: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
 
 
 def _cuts(merges: Iterable[tuple[str, str]], vocabulary: Mapping[str, int]) -> dict[int | str, int]:
-    """What the merges make, in their order, and of which halves: bit n is set when one of them ends after n characters.
+    """Results of the merges in order -> their cuts: bit n is set if a merge joins its first n characters to the rest.
 
-    A token stands there by its id, which takes no memory of its own, and what is none by its text.
+    A result that is a token is keyed by its id, which takes no memory of its own, any other by its text.
     """
     cuts: dict[int | str, int] = {}
     for left, right in merges:
@@ -181,7 +181,7 @@ def _cuts(merges: Iterable[tuple[str, str]], vocabulary: Mapping[str, int]) -> d
 
 
 def _scores(cuts: Mapping[int | str, int], n_scores: int) -> np.ndarray:
-    """Scores by id, so that llama.cpp, which merges the best score first, keeps the merges' order."""
+    """Scores by id that make llama.cpp, which merges the best score first, follow the merges' order."""
     scores = np.full(n_scores, -float(len(cuts)), np.float32)
     for rank, made in enumerate(cuts):
         if isinstance(made, int):
@@ -189,19 +189,19 @@ def _scores(cuts: Mapping[int | str, int], n_scores: int) -> np.ndarray:
     return scores
 
 
-def _joined_otherwise(vocabulary: Mapping[str, int], cuts: Mapping[int | str, int], source: str) -> Iterator[str]:
-    """llama.cpp joins any two pieces that make a token, Hugging Face only those in the merges: is that the same?"""
+def _extra_joins(vocabulary: Mapping[str, int], cuts: Mapping[int | str, int], source: str) -> Iterator[str]:
+    """Warn of pairs that llama.cpp joins but no merge does: it joins any two pieces whose texts make a token."""
     extra = []
     for text, index in vocabulary.items():
         cut = cuts.get(index, 0)
         for at in range(1, len(text)):
-            # the cheapest question first: there are over a million places
+            # over a million places: the cheapest check first
             if not cut >> at & 1 and text[at:] in vocabulary and text[:at] in vocabulary and text not in _BYTE_TEXTS:
                 extra.append(text)
     if extra:
         yield (
             f"{source} has {len(extra)} pairs of pieces that no merge joins but llama.cpp does ({extra[0]!r:.40}): "
-            "texts may come out differently"
+            "texts may get other tokens"
         )
 
 

@@ -1,8 +1,9 @@
-"""tokenizer.model, SentencePiece's own file, read strictly and in llama.cpp's terms.
+"""Read tokenizer.model, SentencePiece's own file, in llama.cpp's terms.
 
-A small reader of protocol buffers rather than the `sentencepiece` library: that one does not tell how text is
-normalised, nor which pieces are user-defined, and asks for another library to parse its file. It stays the
-independent judge of the result, in `parity`. Lengths are checked against what is left before anything is read.
+The protocol buffer is read here, not by `sentencepiece_model_pb2`: every error names the byte, field or token at fault,
+lengths are checked against the rest of the file before anything is read, and the `protobuf` package, which the
+`sentencepiece` library does not install, is not needed. The library itself exposes neither the normalizer's settings
+nor which pieces are user-defined; it remains the independent judge of the result, in `proof.reference`.
 Fields: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
@@ -34,14 +35,17 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _MAX_VARINT_BYTES = 10
 _KINDS: Mapping[int, TokenType] = {kind.value: kind for kind in TokenType}
-_UNIGRAM, _BPE = 1, 2
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of ModelProto
+_MODEL_TYPE, _SUFFIX_MARKS, _BYTE_FALLBACK = 3, 24, 35  # of TrainerSpec
+_CHARSMAP, _DUMMY_PREFIX, _REMOVE_EXTRA, _ESCAPE = 2, 3, 4, 5  # of NormalizerSpec
+_UNIGRAM, _BPE = 1, 2  # model types
 _ADDED_SCORE = -1000.0
 
 ProtobufValue = int | bytes
 
 
 def read_protobuf(file: Path) -> ParsedTokenizer:
-    """The tokenizer in `file` and its folder's added tokens. Raises TokenizerInvalid naming what is wrong."""
+    """Read the tokenizer in `file`, with the added tokens of its folder. Raises TokenizerInvalid naming the fault."""
     source = repr(str(file))
     trainer: dict[int, ProtobufValue] = {}
     normalizer: dict[int, ProtobufValue] = {}
@@ -49,7 +53,7 @@ def read_protobuf(file: Path) -> ParsedTokenizer:
     odd: dict[int, Piece] = {}
     scores: list[float] = []
     for number, value in _fields(read_bytes(file), source):
-        if number == 1:
+        if number == _PIECES:
             if (index := len(texts)) >= MAX_TOKENS:
                 raise TokenizerInvalid(f"{source} has more than {MAX_TOKENS} tokens")
             piece = _piece(_message(value, source), index, source)
@@ -57,24 +61,24 @@ def read_protobuf(file: Path) -> ParsedTokenizer:
             scores.append(piece.score)
             if piece.kind is not TokenType.NORMAL:
                 odd[index] = piece
-        elif number in {2, 3}:
-            (trainer if number == 2 else normalizer).update(_message(value, source))
+        elif number in {_TRAINER, _NORMALIZER}:
+            (trainer if number == _TRAINER else normalizer).update(_message(value, source))
     if texts and not (trainer and normalizer):
-        raise TokenizerInvalid(f"{source} is truncated: it does not say how it was trained and how text is normalised")
+        raise TokenizerInvalid(f"{source} is truncated: it does not say how it was trained and how it normalizes text")
     added = added_in_folder(file.parent)
-    pieces = _settled(
+    parsed = _settled(
         ParsedTokenizer(TokenizerKind.UNIGRAM, "default", texts, odd, np.array(scores, np.float32), added=added),
         trainer,
         normalizer,
         source,
     )
     unknown = {index for index, piece in odd.items() if piece.kind is TokenType.UNKNOWN}
-    told = {token.id: added_piece(token, _ADDED_SCORE, unknown=token.id in unknown) for token in added}
-    return replace(pieces, odd=odd | told)
+    added_pieces = {token.id: added_piece(token, _ADDED_SCORE, unknown=token.id in unknown) for token in added}
+    return replace(parsed, odd=odd | added_pieces)
 
 
 def added_in_folder(folder: Path) -> tuple[AddedToken, ...]:
-    """The added tokens beside a tokenizer.model: added_tokens.json, and what tokenizer_config.json says of them."""
+    """The added tokens beside a tokenizer.model, by id: from added_tokens.json, then from tokenizer_config.json."""
     file = folder / "added_tokens.json"
     found = {index: AddedToken(index, text, special=False) for text, index in read_object(file).items() if is_id(index)}
     for number, entry in part(read_object(folder / "tokenizer_config.json"), "added_tokens_decoder").items():
@@ -87,29 +91,33 @@ def added_in_folder(folder: Path) -> tuple[AddedToken, ...]:
 
 
 def _settled(
-    pieces: ParsedTokenizer, trainer: Mapping[int, ProtobufValue], normalizer: Mapping[int, ProtobufValue], source: str
+    parsed: ParsedTokenizer, trainer: Mapping[int, ProtobufValue], normalizer: Mapping[int, ProtobufValue], source: str
 ) -> ParsedTokenizer:
-    """`pieces` with what the file says of its kind and of spaces. Raises TokenizerInvalid."""
-    kind, prefix, removes = trainer.get(3, _UNIGRAM), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
-    charsmap = normalizer.get(2, b"")
+    """`parsed` with its kind and its treatment of spaces from the file's settings. Raises TokenizerInvalid."""
+    kind, prefix, removes = (
+        trainer.get(_MODEL_TYPE, _UNIGRAM),
+        bool(normalizer.get(_DUMMY_PREFIX, 1)),
+        bool(normalizer.get(_REMOVE_EXTRA, 1)),
+    )
+    charsmap = normalizer.get(_CHARSMAP, b"")
     if not isinstance(charsmap, bytes):
         raise TokenizerInvalid(f"{source} has a precompiled_charsmap that is a number")
-    if not normalizer.get(5, 1) or trainer.get(24):
+    if not normalizer.get(_ESCAPE, 1) or trainer.get(_SUFFIX_MARKS):
         raise TokenizerInvalid(f"{source} does not write spaces as marks before words, llama.cpp does")
     if kind == _UNIGRAM:
-        if trainer.get(35):
+        if trainer.get(_BYTE_FALLBACK):
             raise TokenizerInvalid(f"{source} is a Unigram tokenizer that falls back to bytes, which llama.cpp cannot")
         charsmap = checked_charsmap(charsmap, source)
-        return replace(pieces, add_space_prefix=prefix, remove_extra_whitespaces=removes, charsmap=charsmap)
+        return replace(parsed, add_space_prefix=prefix, remove_extra_whitespaces=removes, charsmap=charsmap)
     if kind != _BPE:
         raise TokenizerInvalid(f"{source} has the model type {kind!r}; known are {_UNIGRAM} (Unigram) and {_BPE} (BPE)")
     if removes or charsmap:
-        what = "removes extra white space" if removes else "replaces characters before it cuts text up"
+        what = "removes extra white space" if removes else "replaces characters before it splits text"
         raise TokenizerInvalid(f"{source} {what}, which llama.cpp cannot repeat for BPE")
-    n_bytes = sum(piece.kind is TokenType.BYTE for piece in pieces.odd.values())
+    n_bytes = sum(piece.kind is TokenType.BYTE for piece in parsed.odd.values())
     if n_bytes != 256:
         raise TokenizerInvalid(f"{source} has {n_bytes} byte tokens, llama.cpp needs all 256")
-    return replace(pieces, model=TokenizerKind.SENTENCEPIECE, add_space_prefix=prefix)
+    return replace(parsed, model=TokenizerKind.SENTENCEPIECE, add_space_prefix=prefix)
 
 
 def _piece(fields: Mapping[int, ProtobufValue], index: int, source: str) -> Piece:
@@ -134,7 +142,7 @@ def _message(value: ProtobufValue, source: str) -> dict[int, ProtobufValue]:
 
 
 def _fields(data: bytes, source: str) -> Iterator[tuple[int, ProtobufValue]]:
-    """The fields of a message in order: numbers as they are, everything else as bytes."""
+    """The fields of a message in order: (number, value), varints as int, everything else as bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at, source)
@@ -148,7 +156,7 @@ def _fields(data: bytes, source: str) -> Iterator[tuple[int, ProtobufValue]]:
         elif wire in _FIXED_SIZES:
             size = _FIXED_SIZES[wire]
         else:
-            raise TokenizerInvalid(f"{source} is no SentencePiece model: wire type {wire} before byte {at}")
+            raise TokenizerInvalid(f"{source} is not a SentencePiece model: wire type {wire} before byte {at}")
         if size > len(data) - at:
             raise TokenizerInvalid(f"{source} is truncated: field {number} has {size} bytes, {len(data) - at} are left")
         yield number, data[at : at + size]
@@ -156,11 +164,11 @@ def _fields(data: bytes, source: str) -> Iterator[tuple[int, ProtobufValue]]:
 
 
 def _varint(data: bytes, at: int, source: str) -> tuple[int, int]:
-    if at < len(data) and data[at] < 0x80:  # nearly all of them, nearly two million in a vocabulary
+    if at < len(data) and data[at] < 0x80:  # the fast path: nearly all of the two million in a vocabulary
         return data[at], at + 1
     value = 0
     for place, byte in enumerate(data[at : at + _MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << (7 * place)
         if byte < 0x80:
             return value, at + place + 1
-    raise TokenizerInvalid(f"{source} is no SentencePiece model: no number ends at byte {at}")
+    raise TokenizerInvalid(f"{source} is not a SentencePiece model: the number at byte {at} does not end")

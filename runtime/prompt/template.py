@@ -22,6 +22,17 @@ MAX_RENDER_SECONDS = 2.0
 MAX_POWER_OPERAND = 1000
 
 
+class GenerationTag(Extension):
+    """`{% generation %} … {% endgeneration %}`, which marks trained text: only its content is rendered."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes between the tags. Raises TemplateSyntaxError when the closing tag is missing."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     """Variables → text. Immutable: any thread may use it.
 
@@ -30,7 +41,7 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         """Raises TemplateFailed if the template does not parse."""
-        extensions = ("jinja2.ext.loopcontrols", _Generation)
+        extensions = ("jinja2.ext.loopcontrols", GenerationTag)
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
@@ -63,16 +74,6 @@ def _texts(tree: nodes.Template) -> Iterator[nodes.TemplateData | nodes.Const]:
     for node in tree.find_all((nodes.TemplateData, nodes.Const)):
         assert isinstance(node, nodes.TemplateData | nodes.Const)
         yield node
-
-
-class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}`, which marks what is trained on: here, just what it holds."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

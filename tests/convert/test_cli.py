@@ -57,7 +57,7 @@ def test_a_hot_adapter_is_made(model: Path, capsys: pytest.CaptureFixture[str]) 
         (("--name", "x", "--quant", "Q9"), 2, "unknown quantization 'Q9'"),
         (("--name", "x", "--hot"), 2, "--hot needs --adapter DIR"),
         (("--name", "x", "--hot", "--adapter", "a", "--quant", "Q8_0"), 2, "leave out --quant"),
-        (("--name", "x", "--adapter", "no/such"), 1, "'no/such' is no PEFT adapter folder"),
+        (("--name", "x", "--adapter", "no/such"), 1, "'no/such' is not a PEFT adapter folder"),
     ],
 )
 def test_faults_are_one_line_and_an_exit_code(

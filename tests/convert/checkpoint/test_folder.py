@@ -189,9 +189,9 @@ def yarn(**settings: Any) -> Callable[[Path], None]:
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (no_config, "has no 'config.json'$"),
     "an adapter": (only_an_adapter, "holds an adapter, give it with --adapter"),
-    "config is no JSON": (text("config.json", "{'a': 1}"), "config.json' is no JSON"),
+    "config is not valid JSON": (text("config.json", "{'a': 1}"), "config.json' is not valid JSON"),
     "config is no table": (text("config.json", "[1]"), "holds a list; it must be a table"),
-    "config is too deep": (text("config.json", "[" * 100_000), "config.json' is no JSON"),
+    "config is too deep": (text("config.json", "[" * 100_000), "config.json' is not valid JSON"),
     "pickles": (pickled, "'pytorch_model.bin', a pickle: .* not opened.*safe_serialization=True"),
     "no weights": (no_weights, "has no 'model.safetensors'$"),
     "shards without an index": (shards_without_an_index, "'model-00001-of-00001.safetensors', but no '" + INDEX),
@@ -277,10 +277,10 @@ def spoil_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("../model.safetensors", "'../model.safetensors', which is no safetensors file"),
-        ("/etc/passwd", "'/etc/passwd', which is no safetensors file"),
-        ("pytorch_model.bin", "'pytorch_model.bin', which is no safetensors file"),
-        (7, "7, which is no safetensors file"),
+        ("../model.safetensors", "'../model.safetensors', which is not a safetensors file"),
+        ("/etc/passwd", "'/etc/passwd', which is not a safetensors file"),
+        ("pytorch_model.bin", "'pytorch_model.bin', which is not a safetensors file"),
+        (7, "7, which is not a safetensors file"),
         ("other.safetensors", "other.safetensors' is missing: .*download it again"),
     ],
 )

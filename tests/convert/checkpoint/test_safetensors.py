@@ -93,12 +93,12 @@ def test_a_tensor_that_is_no_weight_is_refused_when_read(tmp_path: Path) -> None
 DEEP = b"[" * 100_000
 BAD = {
     "empty": (b"", None, "it is empty"),
-    "short": (b"abc", None, "is no safetensors file|truncated"),
+    "short": (b"abc", None, "is not a safetensors file|truncated"),
     "huge header": (struct.pack("<Q", 1 << 40) + b"{}", None, f"header has {1 << 40} bytes, the limit is {64 << 20}"),
     "header past the end": (struct.pack("<Q", 999) + b"{}", None, "truncated: its header ends at byte 1007"),
-    "no JSON": (b"", b"{not json", "its header is no JSON"),
-    "too deep": (b"", DEEP, "its header is no JSON"),
-    "no UTF-8": (b"", b'{"\xff": 1}', "its header is no JSON"),
+    "no JSON": (b"", b"{not json", "its header is not valid JSON"),
+    "too deep": (b"", DEEP, "its header is not valid JSON"),
+    "no UTF-8": (b"", b'{"\xff": 1}', "its header is not valid JSON"),
     "a list": (b"", b"[]", "its header is a list"),
     "a name twice": (b"", b'{"a": {}, "a": {}}', "'a' is there twice"),
 }

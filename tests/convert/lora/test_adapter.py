@@ -94,7 +94,7 @@ def test_an_untrained_adapter_is_recognised(tmp_path: Path) -> None:
         ({"r": 0}, "r: Input should be greater"),
         ({"r": "many"}, "r: Input should be a valid integer"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
-        ({"rank_pattern": {"(": 8}}, "'(' is no regular expression"),
+        ({"rank_pattern": {"(": 8}}, "'(' is not a regular expression"),
         ({"alpha_pattern": {"q" * 300: 8}}, "pattern of 300 characters"),
     ],
 )
@@ -189,7 +189,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(AdapterInvalid, match=r"adapter_config\.json"):
             read_adapter(folder)
     config.unlink()
-    with pytest.raises(AdapterInvalid, match="is no PEFT adapter folder"):
+    with pytest.raises(AdapterInvalid, match="is not a PEFT adapter folder"):
         read_adapter(folder)
 
 

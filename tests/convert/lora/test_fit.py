@@ -215,10 +215,10 @@ MISFITS: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "layer's number": (
         lora_of("model.layers.00.self_attn.q_proj", 64, 64),
         {},
-        "is no module of 'gemma3' that is known",
+        "is not a known module of 'gemma3'",
     ),
-    "module": (lora_of("model.layers.0.self_attn.qkv_proj", 64, 64), {}, "is no module of 'gemma3' that is known"),
-    "classifier": ({f"{STEM}score.weight": np.ones((2, 64))}, {}, "'score' is no module of 'gemma3'"),
+    "module": (lora_of("model.layers.0.self_attn.qkv_proj", 64, 64), {}, "is not a known module of 'gemma3'"),
+    "classifier": ({f"{STEM}score.weight": np.ones((2, 64))}, {}, "'score' is not a known module of 'gemma3'"),
     "fewer rows": (
         lora_of("model.layers.0.self_attn.q_proj", 32, 64),
         {},
@@ -254,7 +254,7 @@ def test_what_does_not_fit_the_base_is_refused_and_both_are_named(tmp_path: Path
         fit(read_adapter(folder), header)
     assert reason in str(caught.value)
     assert repr(str(header.path)) in str(caught.value)
-    if "is no module" not in reason:
+    if "is not a known module" not in reason:
         assert f"the adapter {str(folder)!r}, trained on 'them/theirs', does not fit" in str(caught.value)
 
 
@@ -262,7 +262,7 @@ def test_rows_that_are_no_whole_heads_are_refused(tmp_path: Path) -> None:
     changes = {"blk.0.attn_q.weight": np.ones((30, 64), np.float32)}
     base = write_model(tmp_path / "base.gguf", "llama", changes=changes)
     adapter = read_adapter(write_adapter(tmp_path / "adapter", lora_of("model.layers.0.self_attn.q_proj", 30, 64)))
-    with pytest.raises(AdapterInvalid, match="has 30 rows, which are no whole heads"):
+    with pytest.raises(AdapterInvalid, match="has 30 rows, not a whole number of heads"):
         fit(adapter, read_header(base))
 
 
@@ -313,7 +313,7 @@ def test_the_language_model_of_a_multimodal_one_is_found(tmp_path: Path) -> None
     inner = {name.replace("model.model.", "model.model.language_model."): a for name, a in adapter_tensors().items()}
     made, _ = fitted(tmp_path, inner)
     assert made.loras.keys() == fitted(tmp_path, adapter_tensors())[0].loras.keys()
-    with pytest.raises(AdapterInvalid, match=r"vision_tower\.layers\.0\.self_attn\.q_proj' is no module of 'gemma3'"):
+    with pytest.raises(AdapterInvalid, match=r"layers\.0\.self_attn\.q_proj' is not a known module of 'gemma3'"):
         fitted(tmp_path, lora_of("model.vision_tower.layers.0.self_attn.q_proj", 64, 64))
 
 

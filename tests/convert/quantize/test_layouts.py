@@ -122,7 +122,7 @@ def test_a_pattern_that_decides_about_no_matrix_is_refused(pattern: str) -> None
 
 
 def test_what_is_no_pattern_or_no_type_is_refused() -> None:
-    with pytest.raises(RequestInvalid, match=r"'\(' is no regular expression"):
+    with pytest.raises(RequestInvalid, match=r"'\(' is not a regular expression"):
         resolve(tensors(), CandidateSpec("x", "Q8_0", overrides=(TypeOverride("(", Kind.Q4_0),)))
     with pytest.raises(QuantizationUnknown, match="nothing is stored as Q8_K; known: BF16, F16"):
         resolve(tensors(), CandidateSpec("x", "Q8_0", overrides=(TypeOverride(LAYERS, Kind.Q8_K),)))

@@ -111,8 +111,8 @@ def test_a_model_without_any_template_is_said_to_have_none() -> None:
         ("chat_template.jinja", b"{% for", "malformed"),
         ("chat_template.jinja", b"\xff", "cannot be read"),
         ("chat_template.jinja", b"x" * (2 << 20), "has 2097152 bytes, the limit is 1048576"),
-        ("tokenizer_config.json", b"{", "is no JSON"),
-        ("tokenizer_config.json", b"[" * 100_000, "is no JSON"),
+        ("tokenizer_config.json", b"{", "is not valid JSON"),
+        ("tokenizer_config.json", b"[" * 100_000, "is not valid JSON"),
     ],
 )
 def test_an_unusable_template_is_refused(

@@ -166,7 +166,12 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_numbers(fold
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "is no JSON"), (b"[" * 100_000, "is no JSON"), (b"\xff", "is no JSON"), (b"[]", "holds a list")],
+    [
+        (b"{", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"\xff", "is not valid JSON"),
+        (b"[]", "holds a list"),
+    ],
 )
 def test_broken_json_is_refused(folder: Path, content: bytes, message: str) -> None:
     (folder / "tokenizer.json").write_bytes(content)
@@ -206,7 +211,7 @@ def test_added_tokens_are_control_or_user_defined(folder: Path, saved: Mapping[s
             ["<a>", "<b>", "<c>"],
             [704, 705, 706],
             {"eos": 701, "eot": 704, "eom": 705},
-            "no place left for the ends '<c>'",
+            "no field left for the end tokens '<c>'",
         ),
     ],
 )
@@ -294,12 +299,12 @@ def test_the_post_processor_goes_before_tokenizer_config_as_in_transformers(fold
     configure(folder, bos_token="<s>", eos_token="</s>", add_bos_token=True)
     vocabulary = read_vocabulary(folder, {}, 704)
     assert value(vocabulary, "add_bos_token") is False
-    assert "add_bos_token = True, tokenizer.json does the opposite" in vocabulary.warnings[0]
+    assert "add_bos_token = True, tokenizer.json the opposite" in vocabulary.warnings[0]
 
 
 def test_composed_unicode_is_told(folder: Path) -> None:
     tiny.edit(folder, {"normalizer": {"type": "NFC"}})
-    assert any("send text that is composed" in warning for warning in read_vocabulary(folder, {}, 704).warnings)
+    assert any("send composed text" in warning for warning in read_vocabulary(folder, {}, 704).warnings)
 
 
 def test_tokens_that_swallow_space_are_told(folder: Path, saved: Mapping[str, Any]) -> None:
@@ -307,7 +312,7 @@ def test_tokens_that_swallow_space_are_told(folder: Path, saved: Mapping[str, An
     tiny.edit(folder, {"added_tokens": swallowing})
     vocabulary = read_vocabulary(folder, {}, 704)
     assert vocabulary.name_part == ""
-    assert any("4 tokens swallow white space" in warning for warning in vocabulary.warnings)
+    assert any("4 tokens strip white space" in warning for warning in vocabulary.warnings)
 
 
 def test_phi_3s_swallowing_tokens_need_its_name(tmp_path: Path) -> None:

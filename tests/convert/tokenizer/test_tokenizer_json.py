@@ -92,5 +92,5 @@ def test_a_score_that_no_float_holds_is_refused(score: Any, tmp_path: Path) -> N
 )
 def test_what_is_nearly_json_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(TokenizerInvalid, match=r"tokenizer.json' is no JSON: .* at line 1"):
+    with pytest.raises(TokenizerInvalid, match=r"tokenizer.json' is not valid JSON: .* at line 1"):
         read_vocabulary(tmp_path, {}, 1000)

@@ -3,9 +3,11 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as proto
 
 from convert.errors import TokenizerInvalid
 from convert.tokenizer.pieces import TokenType, token_table
@@ -26,10 +28,10 @@ def write(folder: Path, data: bytes) -> Path:
 
 
 def test_pieces_scores_and_types_are_sentencepieces(model: bytes, tmp_path: Path) -> None:
-    pieces = read_protobuf(write(tmp_path, model))
+    parsed = read_protobuf(write(tmp_path, model))
     judge = sentencepiece.SentencePieceProcessor(model_proto=model)
-    assert len(pieces.texts) == judge.GetPieceSize()
-    tokens = token_table(pieces, judge.GetPieceSize(), "x")
+    assert len(parsed.texts) == judge.GetPieceSize()
+    tokens = token_table(parsed, judge.GetPieceSize(), "x")
     for index, (text, kind, score) in enumerate(zip(tokens.texts, tokens.kinds, tokens.scores, strict=True)):
         assert text.replace(" ", "▁") == judge.IdToPiece(index)
         assert score == judge.GetScore(index)
@@ -38,7 +40,7 @@ def test_pieces_scores_and_types_are_sentencepieces(model: bytes, tmp_path: Path
         assert (kind == TokenType.UNKNOWN) == judge.IsUnknown(index)
     own = tokens.kinds == TokenType.USER_DEFINED
     assert {text for text, is_own in zip(tokens.texts, own, strict=True) if is_own} == {"<tag>", "  "}
-    assert (pieces.model, pieces.add_space_prefix) == ("llama", True)
+    assert (parsed.model, parsed.add_space_prefix) == ("llama", True)
 
 
 def test_added_tokens_beside_it_count(model: bytes, tmp_path: Path) -> None:
@@ -55,29 +57,42 @@ def test_added_tokens_beside_it_count(model: bytes, tmp_path: Path) -> None:
 
 
 def field(number: int, payload: bytes) -> bytes:
+    """A field of bytes as it is on the wire, for what the library refuses to write."""
     return bytes([number << 3 | 2, len(payload)]) + payload
 
 
-TRAINED_AS_BPE = field(2, b"\x18\x02")
-NORMALISED = field(3, field(1, b"identity"))
-ONE_PIECE = field(1, field(1, b"a") + b"\x15" + struct.pack("<f", -1.0))
+def trained(**settings: Any) -> bytes:
+    return proto.ModelProto(trainer_spec=proto.TrainerSpec(**settings)).SerializeToString()
+
+
+def normalised(**settings: Any) -> bytes:
+    return proto.ModelProto(normalizer_spec=proto.NormalizerSpec(**settings)).SerializeToString()
+
+
+BPE, UNIGRAM, WORDS = proto.TrainerSpec.BPE, proto.TrainerSpec.UNIGRAM, proto.TrainerSpec.WORD
+NORMALISED = normalised(name="identity")
+KEEPS_SPACES = {"remove_extra_whitespaces": False}
+ONE_PIECE = proto.ModelProto(pieces=[{"piece": "a", "score": -1.0}]).SerializeToString()
 HOSTILE = {
     "no field": (b"\x07", "wire type 7"),
     "length past the end": (b"\x0a\xff\xff\xff\xff\x7f", "is truncated: field 1 has 34359738367 bytes, 0 are left"),
-    "number that does not end": (b"\x08" + b"\xff" * 20, "no number ends"),
+    "number that does not end": (b"\x08" + b"\xff" * 20, "the number at byte 1 does not end"),
     "number for a message": (b"\x08\x01", "a number where a message is needed"),
     "text that is a number": (field(1, b"\x08\x01"), "fields of the wrong type"),
     "unknown type": (field(1, field(1, b"a") + b"\x18\x09"), "has the type 9"),
     "text that is not UTF-8": (field(1, field(1, b"\xff")), "is not UTF-8"),
     "empty": (b"", "holds no tokens"),
     "no settings": (ONE_PIECE, "does not say how it was trained"),
-    "words": (ONE_PIECE + NORMALISED + field(2, b"\x18\x03"), "model type 3"),
-    "no bytes": (ONE_PIECE + TRAINED_AS_BPE + field(3, b"\x20\x00"), "has 0 byte tokens"),
-    "spaces removed": (ONE_PIECE + TRAINED_AS_BPE + NORMALISED, "removes extra white space"),
-    "characters replaced": (ONE_PIECE + TRAINED_AS_BPE + field(3, b"\x20\x00" + field(2, b"x")), "replaces characters"),
-    "marks behind words": (ONE_PIECE + NORMALISED + field(2, b"\xc0\x01\x01"), "marks before words"),
+    "words": (ONE_PIECE + NORMALISED + trained(model_type=WORDS), "model type 3"),
+    "no bytes": (ONE_PIECE + trained(model_type=BPE) + normalised(**KEEPS_SPACES), "has 0 byte tokens"),
+    "spaces removed": (ONE_PIECE + trained(model_type=BPE) + NORMALISED, "removes extra white space"),
+    "characters replaced": (
+        ONE_PIECE + trained(model_type=BPE) + normalised(precompiled_charsmap=b"x", **KEEPS_SPACES),
+        "replaces characters",
+    ),
+    "marks behind words": (ONE_PIECE + NORMALISED + trained(treat_whitespace_as_suffix=True), "marks before words"),
     "charsmap": (
-        ONE_PIECE + field(2, b"\x18\x01") + field(3, field(2, b"\xff\xff\xff\xff\x00")),
+        ONE_PIECE + trained(model_type=UNIGRAM) + normalised(precompiled_charsmap=b"\xff\xff\xff\xff\x00"),
         "whose index claims 4294967295",
     ),
 }
@@ -103,5 +118,5 @@ def test_a_table_of_replacements_that_leads_out_of_itself_is_refused(tmp_path: P
     assert checked_charsmap(table, "x") == table
     size = int.from_bytes(table[:4], "little")
     for unit in (1 << 30, 0x0000_0100):  # a base far away; a text where there is none
-        with pytest.raises(TokenizerInvalid, match="leads out of itself"):
+        with pytest.raises(TokenizerInvalid, match="with an index out of bounds"):
             checked_charsmap(table[:4] + struct.pack("<I", unit) + table[8 : 4 + size] + b"\0\0", "x")
