@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import InvalidRequest
+from runtime.openai.wire import parse_strict_json
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/decisions", "/v1/embeddings")
 FIELDS = ("custom_id", "method", "url", "body")
@@ -86,7 +87,7 @@ def parse_line(number: int, raw: bytes) -> BatchLine | BadLine:
 
 def _json_object(raw: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(raw, parse_constant=_no_constant)
+        record = parse_strict_json(raw)
     except ValueError as error:
         raise _refuse(f"the line is not JSON: {error}") from error
     if not isinstance(record, dict):
@@ -124,10 +125,6 @@ def _request(number: int, custom_id: str, record: Mapping[str, Any]) -> BatchLin
 
 def _refuse(message: str, param: str | None = None) -> InvalidRequest:
     return InvalidRequest(message, param=param)
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _skip_line(readline: Callable[[int], bytes]) -> int:

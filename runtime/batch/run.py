@@ -279,7 +279,7 @@ def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> 
 
 def _run(job: BatchJob, files: BatchFiles, served: ServedModel) -> tuple[BatchCounts, bool]:
     with progress_bar(count_lines(job.source)) as draw:
-        batch = BatchRun(job, files, EngineAnswerer(served, served.supervisor), draw)
+        batch = BatchRun(job, files, EngineAnswerer(served), draw)
         try:
             asyncio.run(_until_signalled(batch))
         except (KeyboardInterrupt, asyncio.CancelledError):

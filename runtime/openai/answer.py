@@ -1,11 +1,23 @@
 """OpenAI's wire answers: engine events become stream chunks, and the whole answer is a fold over the same events."""
 
 import codecs
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from runtime.requests import Event, Failed, Finished, FinishReason, Request, TextDelta, TokenLogprob, Usage
+from runtime.requests import (
+    Embedded,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Request,
+    Scored,
+    TextDelta,
+    TokenLogprob,
+    Usage,
+)
 
 from .tool_calls import CallDelta, ToolCallReader, ToolDelta, ToolFormat
 from .wire import Endpoint
@@ -13,16 +25,72 @@ from .wire import Endpoint
 # JSON has no infinity; OpenAI writes this for a token that cannot come.
 LEAST_LOGPROB = -9999.0
 
+Chunk = Mapping[str, Any] | str
+"""The data of one server-sent event: a JSON object, or the text DONE."""
+DONE = "[DONE]"
+
+
+class WireAnswer(ABC):
+    """A wire answer in the making. Feed it every event of its call; then `response` is whole.
+
+    A streamed answer is the chunks of `begin`, of each `feed`, and of `end`; of `fail` instead if an error ends it.
+    """
+
+    def begin(self) -> Iterable[Chunk]:
+        """Chunks to send before the first event."""
+        return ()
+
+    @abstractmethod
+    def feed(self, event: Event) -> Iterable[Chunk]:
+        """Take in an event and return the chunks that show it. Raises the error of a `Failed`."""
+
+    def end(self) -> Iterable[Chunk]:
+        """Chunks to send after the last event."""
+        return ()
+
+    def fail(self, error: Mapping[str, Any]) -> Iterable[Chunk]:
+        """Chunks that end a stream with an error, given as the body that `to_error` makes of it."""
+        return (error,)
+
+    @abstractmethod
+    def response(self) -> dict[str, Any]:
+        """Return the whole answer, once every event was fed."""
+
+
+WholeEvent = TypeVar("WholeEvent", bound=Scored | Embedded)
+
+
+class WholeAnswer(WireAnswer, Generic[WholeEvent]):
+    """An answer that one event, a `kind`, brings whole: scores or vectors."""
+
+    def __init__(self, kind: type[WholeEvent], to_response: Callable[[WholeEvent], dict[str, Any]]) -> None:
+        self._kind = kind
+        self._to_response = to_response
+        self._event: WholeEvent | None = None
+
+    def feed(self, event: Event) -> Iterable[Chunk]:
+        """Keep the event."""
+        if isinstance(event, Failed):
+            raise event.error
+        assert isinstance(event, self._kind), f"expected {self._kind.__name__}, got {type(event).__name__}"
+        self._event = event
+        return ()
+
+    def response(self) -> dict[str, Any]:
+        """Translate the event."""
+        assert self._event is not None, "every request ends in a terminal event"
+        return self._to_response(self._event)
+
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A wire request that became `requests`: `choices_per_prompt` for each prompt, in order of choice index.
+class TextCall:
+    """A chat or completion request that became `requests`: `choices_per_prompt` for each prompt, by choice index.
 
     `tools` is how the model writes calls, if it may call any.
     """
 
     id: str
-    kind: Endpoint
+    endpoint: Endpoint
     model: str
     created_s: int
     fingerprint: str
@@ -49,55 +117,56 @@ class AnswerChoice:
     usage: Usage | None = None
 
 
-class Answer:
-    """What has been answered to a call: feed it every event, and send the chunks it returns or ask for the response."""
+class TextAnswer(WireAnswer):
+    """The answer to a chat or completion request: chunks if it is streamed, else the fold of the same events."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: TextCall) -> None:
         self.call = call
         self.choices = [AnswerChoice(index) for index in range(len(call.requests))]
         self._by_id = {request.id: choice for request, choice in zip(call.requests, self.choices, strict=True)}
         self._offsets = [TextOffsets() for _ in self.choices]
         self._readers = [call_reader(call, choice.index) for choice in self.choices]
 
-    def feed(self, event: Event) -> dict[str, Any] | None:
-        """Take in an event; the chunk that tells it, or None if it shows nothing. Raises the error of a `Failed`."""
-        choice = self._by_id[event.request_id]
-        if isinstance(event, Finished):
-            choice.finish_reason, choice.usage = event.reason, event.usage
-            reader = self._readers[choice.index]
-            told = ToolDelta(reader.finish()) if reader else ToolDelta()
-            reason = finish_reason(event.reason, reader)
-            return to_chunk(self.call, choice.index, told.content or None, finish_reason=reason)
-        if isinstance(event, Failed):
-            raise event.error
-        assert isinstance(event, TextDelta), "a call for text has been given scores"
-        if not self.call.stream:
-            choice.text.append(event.text)
-            choice.logprobs.extend(event.logprobs)
-            return None
-        if not event.text and not event.logprobs:
-            return None
-        logprobs = to_logprobs(self.call, event.logprobs, self._offsets[choice.index])
-        if (reader := self._readers[choice.index]) is None:
-            return to_chunk(self.call, choice.index, event.text, logprobs)
-        told = reader.feed(event.text)
-        if not told.content and not told.calls and not event.logprobs:
-            return None
-        return to_chunk(self.call, choice.index, told.content or None, logprobs, calls=told.calls)
-
-    def first_chunks(self) -> Iterator[dict[str, Any]]:
-        """What is sent before the first token: for a chat, who speaks."""
-        if self.call.kind == "chat":
+    def begin(self) -> Iterator[Chunk]:
+        """For a chat, name the role of each choice."""
+        if self.call.endpoint == "chat":
             for choice in self.choices:
                 first = to_chunk(self.call, choice.index, "", role="assistant")
                 if self.call.tools is not None:
                     first["choices"][0]["delta"]["content"] = None
                 yield first
 
-    def last_chunks(self) -> Iterator[dict[str, Any]]:
-        """What is sent after the last choice has finished: the token counts, if asked for."""
+    def feed(self, event: Event) -> Iterable[Chunk]:
+        """Take in an event. A streamed answer gives a chunk unless the event shows nothing; another one keeps it."""
+        choice = self._by_id[event.request_id]
+        if isinstance(event, Finished):
+            choice.finish_reason, choice.usage = event.reason, event.usage
+            reader = self._readers[choice.index]
+            told = ToolDelta(reader.finish()) if reader else ToolDelta()
+            reason = finish_reason(event.reason, reader)
+            return (to_chunk(self.call, choice.index, told.content or None, finish_reason=reason),)
+        if isinstance(event, Failed):
+            raise event.error
+        assert isinstance(event, TextDelta), "a call for text has been given scores"
+        if not self.call.stream:
+            choice.text.append(event.text)
+            choice.logprobs.extend(event.logprobs)
+            return ()
+        if not event.text and not event.logprobs:
+            return ()
+        logprobs = to_logprobs(self.call, event.logprobs, self._offsets[choice.index])
+        if (reader := self._readers[choice.index]) is None:
+            return (to_chunk(self.call, choice.index, event.text, logprobs),)
+        told = reader.feed(event.text)
+        if not told.content and not told.calls and not event.logprobs:
+            return ()
+        return (to_chunk(self.call, choice.index, told.content or None, logprobs, calls=told.calls),)
+
+    def end(self) -> Iterator[Chunk]:
+        """Give the token counts, if the client asked for them, and DONE."""
         if self.call.include_usage:
             yield _envelope(self.call, chunk=True) | {"choices": [], "usage": self.usage()}
+        yield DONE
 
     def usage(self) -> dict[str, Any]:
         """The token counts of all choices so far; see `to_usage`."""
@@ -123,14 +192,15 @@ class TextOffsets:
         return start
 
 
-def _envelope(call: Call, *, chunk: bool) -> dict[str, Any]:
-    kind = "text_completion" if call.kind == "completion" else "chat.completion.chunk" if chunk else "chat.completion"
-    envelope: dict[str, Any] = {"id": call.id, "object": kind, "created": call.created_s, "model": call.model}
+def _envelope(call: TextCall, *, chunk: bool) -> dict[str, Any]:
+    chat = "chat.completion.chunk" if chunk else "chat.completion"
+    name = "text_completion" if call.endpoint == "completion" else chat
+    envelope: dict[str, Any] = {"id": call.id, "object": name, "created": call.created_s, "model": call.model}
     return envelope | {"system_fingerprint": call.fingerprint}
 
 
 def to_chunk(
-    call: Call,
+    call: TextCall,
     index: int,
     text: str | None = None,
     logprobs: dict[str, Any] | None = None,
@@ -141,7 +211,7 @@ def to_chunk(
 ) -> dict[str, Any]:
     """One chunk of a streamed choice."""
     choice: dict[str, Any] = {"index": index}
-    if call.kind == "completion":
+    if call.endpoint == "completion":
         choice["text"] = text or ""
     else:
         choice["delta"] = ({"role": role} if role else {}) | ({} if text is None else {"content": text})
@@ -152,17 +222,17 @@ def to_chunk(
     return chunk | {"usage": None} if call.include_usage else chunk
 
 
-def to_choice(call: Call, choice: AnswerChoice) -> dict[str, Any]:
+def to_choice(call: TextCall, choice: AnswerChoice) -> dict[str, Any]:
     """One whole choice of a response."""
     text = "".join(choice.text)
     reader = call_reader(call, choice.index)
-    said = {"text": text} if call.kind == "completion" else {"message": _message(text, reader)}
+    said = {"text": text} if call.endpoint == "completion" else {"message": _message(text, reader)}
     logprobs = to_logprobs(call, choice.logprobs, TextOffsets())
     reason = choice.finish_reason and finish_reason(choice.finish_reason, reader)
     return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason}
 
 
-def call_reader(call: Call, index: int) -> ToolCallReader | None:
+def call_reader(call: TextCall, index: int) -> ToolCallReader | None:
     """What reads the calls out of a choice, if it may hold any."""
     return None if call.tools is None else ToolCallReader(call.tools, call.requests[index].id)
 
@@ -223,11 +293,11 @@ def to_input_output_usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def to_logprobs(call: Call, tokens: Sequence[TokenLogprob], offsets: TextOffsets) -> dict[str, Any] | None:
+def to_logprobs(call: TextCall, tokens: Sequence[TokenLogprob], offsets: TextOffsets) -> dict[str, Any] | None:
     """The log-probabilities of some tokens in the call's form, None if they were not asked for."""
     if not call.logprobs:
         return None
-    if call.kind == "chat":
+    if call.endpoint == "chat":
         return {"content": [_chat_token(token) for token in tokens], "refusal": None}
     wants_top = bool(call.requests[0].params.logprobs)
     return {

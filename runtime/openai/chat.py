@@ -1,30 +1,31 @@
 """OpenAI's wire requests: the types of their bodies, and how a body becomes engine requests.
 
-Pure: no server, tokenizer or clock. Which fields there are, and what happens to each, stands in `openai_fields`.
+Pure: no server, tokenizer or clock. `wire.FIELDS` says which fields there are, and what happens to each.
 """
 
 import reprlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Self, overload
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_serializer, model_validator
 
 from runtime.errors import InvalidRequest
 from runtime.requests import Grammar, Request, SamplingParams
 
-from . import tools as openai_tools
-from . import wire as openai_grammar
-from .tools import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, check_tools, check_turns
-from .wire import MESSAGE_FIELDS_REFUSED, Endpoint, used_fields
+from .tools import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, check_tools, parse_tool_choice
+from .wire import (
+    MESSAGE_FIELDS_REFUSED,
+    Endpoint,
+    WireModel,
+    choice_grammar,
+    format_grammar,
+    invalid_request,
+    lark_grammar,
+    plain_text,
+    regex_grammar,
+    used_fields,
+)
 
 MAX_ANSWERS_PER_CALL = 128
 MAX_MESSAGES = 4096
@@ -36,17 +37,7 @@ SEED_SPACE = 1 << 64
 
 
 def _plain_text(content: object) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise ValueError("content must be a string or a non-empty list of text parts")
-    texts = []
-    for index, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"content part {index} must be of type 'text' with a text, not {reprlib.repr(kind)}")
-        texts.append(part["text"])
-    return "".join(texts)
+    return plain_text(content, prefix="content ")
 
 
 def texts_or_ids(value: object) -> tuple[str | tuple[int, ...], ...]:
@@ -92,18 +83,14 @@ def _logit_bias(value: object) -> dict[int, float]:
     return biases
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class StreamOptions(_Wire):
+class StreamOptions(WireModel):
     """`include_usage` sends token counts in one more chunk at the end."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class Message(_Wire):
+class Message(WireModel):
     """One turn of the conversation, its content parts joined to one text. It is dumped as chat templates read it."""
 
     role: Annotated[
@@ -149,7 +136,7 @@ class Message(_Wire):
         return {"role": self.role, "content": self.content} | calls | answers | named
 
 
-class _Body(_Wire):
+class TextBody(WireModel):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -165,21 +152,21 @@ class _Body(_Wire):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias)] = Field(default_factory=dict)
     ignore_eos: bool = False
-    grammar: Annotated[Grammar | None, PlainValidator(openai_grammar.lark)] = None
-    regex: Annotated[Grammar | None, PlainValidator(openai_grammar.regex)] = None
-    choice: Annotated[Grammar | None, PlainValidator(openai_grammar.choice)] = None
+    grammar: Annotated[Grammar | None, PlainValidator(lark_grammar)] = None
+    regex: Annotated[Grammar | None, PlainValidator(regex_grammar)] = None
+    choice: Annotated[Grammar | None, PlainValidator(choice_grammar)] = None
 
 
-class ChatBody(_Body):
+class ChatBody(TextBody):
     """The used fields of `/v1/chat/completions`."""
 
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES, strict=False)
     max_completion_tokens: int | None = Field(None, ge=1)
-    response_format: Annotated[Grammar | None, PlainValidator(openai_grammar.response_format)] = None
+    response_format: Annotated[Grammar | None, PlainValidator(format_grammar)] = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: tuple[Tool, ...] = Field((), max_length=MAX_TOOLS, strict=False)
-    tool_choice: Annotated[ToolChoice, PlainValidator(openai_tools.tool_choice)] = ToolChoice()
+    tool_choice: Annotated[ToolChoice, PlainValidator(parse_tool_choice)] = ToolChoice()
     parallel_tool_calls: bool = True
 
     @property
@@ -188,7 +175,7 @@ class ChatBody(_Body):
         return () if self.tool_choice.mode == "none" else self.tools
 
 
-class CompletionBody(_Body):
+class CompletionBody(TextBody):
     """The used fields of `/v1/completions`."""
 
     prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(texts_or_ids)]
@@ -198,11 +185,17 @@ class CompletionBody(_Body):
 Body = ChatBody | CompletionBody
 
 
-def parse(kind: Endpoint, payload: object) -> Body:
-    """The body of a request, checked field by field. Raises InvalidRequest with `param` and the value given."""
-    used = used_fields(kind, payload)
+@overload
+def parse(endpoint: Literal["chat"], payload: object) -> ChatBody: ...
+@overload
+def parse(endpoint: Literal["completion"], payload: object) -> CompletionBody: ...
+@overload
+def parse(endpoint: Endpoint, payload: object) -> Body: ...
+def parse(endpoint: Endpoint, payload: object) -> Body:
+    """Read the body of a request, field by field. Raises InvalidRequest with `param` and the value given."""
+    used = used_fields(endpoint, payload)
     try:
-        body = ChatBody.model_validate(used) if kind == "chat" else CompletionBody.model_validate(used)
+        body = ChatBody.model_validate(used) if endpoint == "chat" else CompletionBody.model_validate(used)
     except ValidationError as error:
         raise invalid_request(error) from None
     _check_together(body)
@@ -234,8 +227,9 @@ def _check_together(body: Body) -> None:
 
 
 def _check_tools(body: ChatBody, grammars: Sequence[Grammar]) -> None:
-    check_tools(body.tools, body.tool_choice)
-    check_turns(body.messages)
+    if body.tools or body.tool_choice.mode == "required":
+        check_tools(body.tools, body.tool_choice)
+    _check_turns(body.messages)
     if not body.callable_tools:
         return
     # Each of these would break a call off, or forbid it.
@@ -243,6 +237,27 @@ def _check_tools(body: ChatBody, grammars: Sequence[Grammar]) -> None:
     clashing += [name for name in ("stop", "ignore_eos") if getattr(body, name)]
     if clashing:
         raise InvalidRequest(f"{clashing[0]} cannot be combined with tools; give one of them", param=clashing[0])
+
+
+def _check_turns(messages: Sequence[Message]) -> None:
+    """Every result must answer a call before it, once, and no two calls share an id. Raises InvalidRequest."""
+    called: set[str] = set()
+    answered: set[str] = set()
+    for place, message in enumerate(messages):
+        for number, call in enumerate(message.tool_calls):
+            if call.id in called:
+                param = f"messages[{place}].tool_calls[{number}].id"
+                raise InvalidRequest(f"{param}: {reprlib.repr(call.id)} is the id of an earlier call", param=param)
+            called.add(call.id)
+        if message.tool_call_id is not None:
+            param = f"messages[{place}].tool_call_id"
+            if message.tool_call_id not in called:
+                shown = reprlib.repr(message.tool_call_id)
+                raise InvalidRequest(f"{param}: no earlier message calls a tool with id {shown}", param=param)
+            if message.tool_call_id in answered:
+                shown = reprlib.repr(message.tool_call_id)
+                raise InvalidRequest(f"{param}: the call {shown} is answered already", param=param)
+            answered.add(message.tool_call_id)
 
 
 def _grammars(body: Body) -> list[Grammar]:
@@ -253,18 +268,6 @@ def _grammars(body: Body) -> list[Grammar]:
 def grammar_of(body: Body) -> Grammar | None:
     """What the answers must look like, if the body says."""
     return next(iter(_grammars(body)), None)
-
-
-def invalid_request(error: ValidationError) -> InvalidRequest:
-    """The first fault that pydantic found, with the field's path as `param` and the value given."""
-    first = error.errors()[0]
-    param = ""
-    for part in first["loc"]:
-        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
-    if first["type"] == "missing":
-        return InvalidRequest(f"{param!r} is required", param=param, code="missing_required_parameter")
-    message = first["msg"].removeprefix("Value error, ").replace("Tuple", "List").replace("tuple", "list")
-    return InvalidRequest(f"{param}: {message}, got {reprlib.repr(first['input'])}", param=param, code="invalid_value")
 
 
 def token_limit(body: Body) -> tuple[int | None, str]:
@@ -283,17 +286,45 @@ def _alternatives(body: Body) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def to_request(
-    body: Body, request_id: str, prompt: tuple[int, ...], max_tokens: int, seed: int, adapter: str | None = None
-) -> Request:
-    """One choice as the engine takes it. `seed` may be negative, as OpenAI's are; it is folded into 64 bits."""
-    params = SamplingParams(
-        max_tokens=max_tokens,
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """A prompt as token ids, and how many tokens each answer to it may have."""
+
+    tokens: tuple[int, ...]
+    max_tokens: int
+
+
+def to_requests(
+    body: Body,
+    call_id: str,
+    prompts: Sequence[TokenizedPrompt],
+    drawn_seeds: Sequence[int],
+    adapter: str | None = None,
+) -> tuple[Request, ...]:
+    """All choices of a call, in order of index: prompt by prompt, `n` of each.
+
+    With a seed given, choice i of every prompt uses seed + i, so that a list of prompts answers as single calls would;
+    without one, choice k of the call takes `drawn_seeds[k]`. A seed may be negative, as OpenAI's are; it is folded into
+    64 bits.
+    """
+    params = _sampling_params(body)
+    requests: list[Request] = []
+    for prompt in prompts:
+        for choice in range(body.n):
+            seed = drawn_seeds[len(requests)] if body.seed is None else body.seed + choice
+            drawn = replace(params, max_tokens=prompt.max_tokens, seed=seed % SEED_SPACE)
+            requests.append(Request(f"{call_id}-{len(requests)}", prompt.tokens, drawn, adapter))
+    return tuple(requests)
+
+
+def _sampling_params(body: Body) -> SamplingParams:
+    """The parameters that all choices share; each has its own limit and seed."""
+    return SamplingParams(
+        max_tokens=1,
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
         min_p=body.min_p,
-        seed=seed % SEED_SPACE,
         stop=body.stop,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
@@ -302,25 +333,3 @@ def to_request(
         ignore_eos=body.ignore_eos,
         grammar=grammar_of(body),
     )
-    return Request(request_id, prompt, params, adapter)
-
-
-def to_requests(
-    body: Body,
-    call_id: str,
-    prompts: Sequence[tuple[int, ...]],
-    limits: Sequence[int],
-    drawn_seeds: Sequence[int],
-    adapter: str | None = None,
-) -> tuple[Request, ...]:
-    """All choices of a call, in order of index: prompt by prompt, `n` of each.
-
-    With a seed given, choice i of every prompt uses seed + i, so that a list of prompts answers as single calls would;
-    otherwise choice k of the call takes `drawn_seeds[k]`.
-    """
-    requests: list[Request] = []
-    for prompt, limit in zip(prompts, limits, strict=True):
-        for choice in range(body.n):
-            seed = drawn_seeds[len(requests)] if body.seed is None else body.seed + choice
-            requests.append(to_request(body, f"{call_id}-{len(requests)}", prompt, limit, seed, adapter))
-    return tuple(requests)

@@ -10,14 +10,14 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
 
 from runtime.errors import EngineError, InvalidRequest
-from runtime.requests import MAX_SCORED_CHOICES, Usage
+from runtime.requests import MAX_SCORED_CHOICES, Scored
 
 from .answer import to_input_output_usage
-from .chat import MAX_MESSAGES, invalid_request
-from .wire import FieldRule, read_fields
+from .chat import MAX_MESSAGES
+from .wire import FieldRule, WireModel, invalid_request, read_fields
 
 MAX_QUESTIONS = 400
 MAX_CHOICE_CHARS = 1024
@@ -69,11 +69,7 @@ Text = Annotated[str, PlainValidator(_text), AfterValidator(_said)]
 Option = Annotated[str, Field(max_length=MAX_CHOICE_CHARS), AfterValidator(_said)]
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class InputMessage(_Wire):
+class InputMessage(WireModel):
     """One message of the input, its parts joined to one text."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -89,7 +85,7 @@ class InputMessage(_Wire):
         return value
 
 
-class _Question(_Wire):
+class _Question(WireModel):
     instructions: Text
     name: str | None = Field(None, max_length=MAX_NAME_CHARS)
 
@@ -100,7 +96,7 @@ class Predicate(_Question):
     type: Literal["predicate"]
 
 
-class ChoiceOption(_Wire):
+class ChoiceOption(WireModel):
     """One of the values to choose from. The model reads `text`."""
 
     value: Annotated[str | bool, PlainValidator(_value)]
@@ -119,7 +115,7 @@ class Choice(_Question):
     choices: tuple[ChoiceOption, ...] = Field(min_length=2, max_length=MAX_SCORED_CHOICES, strict=False)
 
 
-class ScoreLevel(_Wire):
+class ScoreLevel(WireModel):
     """One step of a scale."""
 
     label: Option
@@ -149,13 +145,13 @@ def _input(value: object) -> tuple[InputMessage, ...]:
     return tuple(InputMessage.model_validate(item) for item in value)
 
 
-class _Body(_Wire):
+class RawDecisionBody(WireModel):
     model: str | None = None
     input: Annotated[tuple[InputMessage, ...], PlainValidator(_input)]
     questions: list[Any] = Field(min_length=1, max_length=MAX_QUESTIONS)
 
 
-class DecisionBody(_Wire):
+class DecisionBody(WireModel):
     """The used fields of `/v1/decisions`; a text as input is one message of the user."""
 
     model: str | None
@@ -166,7 +162,7 @@ class DecisionBody(_Wire):
 def parse_decision(payload: object) -> DecisionBody:
     """The body, checked field by field. Raises InvalidRequest with `param` and the value given."""
     try:
-        body = _Body.model_validate(read_fields(DECISION_FIELDS, payload))
+        body = RawDecisionBody.model_validate(read_fields(DECISION_FIELDS, payload))
     except ValidationError as error:
         raise invalid_request(error) from None
     questions = tuple(_question(place, item) for place, item in enumerate(body.questions))
@@ -203,15 +199,10 @@ def options(question: Question) -> list[tuple[str, str | None]]:
     return [("yes", None), ("no", None)]
 
 
-def to_decision(
-    model: str, questions: Sequence[Question], logprobs: Sequence[Sequence[float]], usage: Usage
-) -> dict[str, Any]:
-    """The wire answer; `logprobs` holds for each question those of its options. Raises EngineError if all are zero."""
-    return {
-        "answers": [to_answer(question, shares(row)) for question, row in zip(questions, logprobs, strict=True)],
-        "model": model,
-        "usage": to_input_output_usage(usage),
-    }
+def to_decision(model: str, questions: Sequence[Question], scored: Scored) -> dict[str, Any]:
+    """The wire answer. Raises EngineError if no option of a question has any probability."""
+    answers = [to_answer(question, shares(row)) for question, row in zip(questions, scored.logprobs, strict=True)]
+    return {"answers": answers, "model": model, "usage": to_input_output_usage(scored.usage)}
 
 
 def to_answer(question: Question, probabilities: Sequence[float]) -> dict[str, Any]:

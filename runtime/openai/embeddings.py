@@ -4,14 +4,13 @@ import base64
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+from pydantic import PlainValidator, ValidationError
 
 from runtime.errors import InvalidRequest
-from runtime.requests import Usage
+from runtime.requests import Embedded
 
-from .chat import invalid_request, texts_or_ids
-from .wire import FieldRule, read_fields
+from .chat import texts_or_ids
+from .wire import FieldRule, WireModel, invalid_request, read_fields
 
 MAX_INPUTS = 2048
 
@@ -31,10 +30,8 @@ def _inputs(value: object) -> tuple[str | tuple[int, ...], ...]:
     return inputs
 
 
-class EmbeddingBody(BaseModel):
+class EmbeddingBody(WireModel):
     """The used fields of `/v1/embeddings`; `input` in any of its four shapes is a tuple of texts or token-id tuples."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     model: str | None = None
     input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_inputs)]
@@ -57,17 +54,16 @@ def parse_embedding(payload: object, n_embd: int) -> EmbeddingBody:
     return body
 
 
-def to_embeddings(
-    model: str, vectors: np.ndarray, usage: Usage, encoding: Literal["float", "base64"]
-) -> dict[str, Any]:
-    """The wire answer. `vectors` is float32 of shape (inputs, width); base64 is of its little-endian bytes."""
+def to_embeddings(model: str, embedded: Embedded, encoding: Literal["float", "base64"]) -> dict[str, Any]:
+    """The wire answer. base64 is of each vector's little-endian float32 bytes."""
     if encoding == "base64":
-        shown: list[Any] = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
+        shown: list[Any] = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in embedded.vectors]
     else:
-        shown = vectors.tolist()
+        shown = embedded.vectors.tolist()
+    n_tokens = embedded.usage.prompt_tokens
     return {
         "object": "list",
         "data": [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(shown)],
         "model": model,
-        "usage": {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens},
+        "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
     }

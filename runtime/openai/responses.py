@@ -5,18 +5,17 @@ left to it; `Origins` says where in this body a field of that one came from.
 """
 
 import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, Field, PlainValidator, ValidationError
 
 from runtime.errors import InvalidRequest
 
-from .chat import MAX_MESSAGES, invalid_request
+from .chat import MAX_MESSAGES
 from .tools import MAX_CALL_ID_CHARS, MAX_TOOLS, CalledFunction
-from .wire import FieldRule, read_fields
+from .wire import FieldRule, WireModel, invalid_request, plain_text, read_fields
 
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS, MAX_METADATA_VALUE_CHARS = 64, 512
@@ -42,29 +41,14 @@ RESPONSE_FIELDS: tuple[FieldRule, ...] = (
 )
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 Status = Literal["in_progress", "completed", "incomplete"]
 
-
+# As they are sent, and as they came in an earlier response.
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
 def _plain_text(content: object) -> str:
-    """A text, or text parts joined: as they are sent, or as they came in an earlier response."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise ValueError("must be a string or a non-empty list of text parts")
-    texts = []
-    for place, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else part
-        if not isinstance(part, dict) or kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
-            raise ValueError(f"part {place} must be of type 'input_text' with a text, not {reprlib.repr(kind)}")
-        texts.append(part["text"])
-    return "".join(texts)
+    return plain_text(content, _TEXT_PARTS)
 
 
 def _text_or_items(value: object) -> str | list[Any]:
@@ -76,7 +60,7 @@ def _text_or_items(value: object) -> str | list[Any]:
 PlainText = Annotated[str, PlainValidator(_plain_text)]
 
 
-class MessageItem(_Wire):
+class MessageItem(WireModel):
     """A message of the input. `id`, `status` and `phase` come back from earlier outputs, and change nothing."""
 
     type: Literal["message"] = "message"
@@ -96,7 +80,7 @@ class CallItem(CalledFunction):
     status: Status | None = None
 
 
-class ResultItem(_Wire):
+class ResultItem(WireModel):
     """What a call came to."""
 
     type: Literal["function_call_output"]
@@ -114,14 +98,14 @@ _ITEMS: dict[object, type[Item]] = {
 }
 
 
-class TextOptions(_Wire):
+class TextOptions(WireModel):
     """How the text is to look; the format is checked as a chat's `response_format`."""
 
     format: dict[str, Any] | None = None
     verbosity: None = None
 
 
-class OwnFields(_Wire):
+class OwnFields(WireModel):
     """The used fields that a chat's body does not have in this form."""
 
     input: Annotated[str | list[Any], PlainValidator(_text_or_items)]

@@ -3,13 +3,13 @@
 A response is a message with the text, if any, and then the calls; each is added, grows and is done before the next.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.requests import Event, Failed, Finished, FinishReason, TextDelta, Usage
 
-from .answer import Call, TextOffsets, call_reader, to_input_output_usage, to_logprobs
+from .answer import Chunk, TextCall, TextOffsets, WireAnswer, call_reader, to_input_output_usage, to_logprobs
 from .responses import ResponseBody
 from .tool_calls import CallDelta, ToolDelta
 
@@ -18,7 +18,7 @@ from .tool_calls import CallDelta, ToolDelta
 class ResponseCall:
     """A request for a response that became `call`, which has one choice."""
 
-    call: Call
+    call: TextCall
     body: ResponseBody
 
     @property
@@ -45,8 +45,8 @@ class _Open:
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
-class ResponseAnswer:
-    """What has been answered: send the events it returns, or ask for the response after the last."""
+class ResponseAnswer(WireAnswer):
+    """The answer to a request for a response: its chunks are the stream's events, of which the last holds it whole."""
 
     def __init__(self, asked: ResponseCall, clock_s: Callable[[], float]) -> None:
         """`clock_s` gives the seconds since 1970."""
@@ -61,12 +61,12 @@ class ResponseAnswer:
         self._ended: dict[str, Any] = {"status": "in_progress"}
         self._usage: Usage | None = None
 
-    def begin(self) -> list[dict[str, Any]]:
-        """The events before the first token."""
+    def begin(self) -> Iterable[Chunk]:
+        """Announce the response, still empty."""
         return [self._event(f"response.{name}", response=self.response()) for name in ("created", "in_progress")]
 
-    def feed(self, event: Event) -> list[dict[str, Any]]:
-        """The events that tell `event`. Raises the error of a `Failed`."""
+    def feed(self, event: Event) -> Iterable[Chunk]:
+        """Return the stream's events that show `event`. Raises the error of a `Failed`."""
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Finished):
@@ -77,13 +77,13 @@ class ResponseAnswer:
         self._untold += found["content"] if found else []
         return self._tell(told)
 
-    def fail(self, error: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The event that ends a response which failed with `error`, as OpenAI writes errors."""
-        self._ended = {"status": "failed", "error": {"code": "server_error", "message": error["message"]}}
+    def fail(self, error: Mapping[str, Any]) -> Iterable[Chunk]:
+        """End the stream with `response.failed`, which has only one code for every error."""
+        self._ended = {"status": "failed", "error": {"code": "server_error", "message": error["error"]["message"]}}
         return [self._event("response.failed", response=self.response())]
 
     def response(self) -> dict[str, Any]:
-        """The response as far as it has come."""
+        """Return the response as far as it has come."""
         call, own, chat = self._asked.call, self._asked.body.own, self._asked.body.chat
         params = call.requests[0].params
         response: dict[str, Any] = {

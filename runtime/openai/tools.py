@@ -1,19 +1,18 @@
 """OpenAI's tools on the wire: what may be called, whether it must be, and the calls and results in a conversation.
 
-Pure. Sizes are bounded here; how a model writes its calls stands in `openai_tool_formats`.
+Pure. Sizes are bounded here; how a model writes its calls is in `tool_calls`.
 """
 
 import json
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn, Protocol
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from runtime.errors import InvalidRequest
 
-from .wire import MAX_GRAMMAR_BYTES, bound_depth
+from .wire import MAX_GRAMMAR_BYTES, WireModel, bound_depth, parse_strict_json
 
 MAX_TOOLS = 128
 MAX_CALLS = 128
@@ -33,7 +32,7 @@ def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _arguments(text: str) -> str:
     try:
-        arguments = json.loads(text or "{}", parse_constant=_no_constant)
+        arguments = parse_strict_json(text or "{}")
     except (ValueError, RecursionError):
         raise ValueError("must be a JSON object written as a string") from None
     if not isinstance(arguments, dict):
@@ -42,15 +41,7 @@ def _arguments(text: str) -> str:
     return text or "{}"
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-class _Wire(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Function(_Wire):
+class Function(WireModel):
     """A function that the model may call. Its arguments are held to `parameters` whether it is `strict` or not."""
 
     name: str = Field(pattern=NAME_PATTERN)
@@ -64,7 +55,7 @@ class Function(_Wire):
         return NO_PARAMETERS if self.parameters is None else self.parameters
 
 
-class Tool(_Wire):
+class Tool(WireModel):
     """A tool; functions are the only kind."""
 
     type: Literal["function"]
@@ -77,14 +68,14 @@ class Tool(_Wire):
         return {"type": self.type, "function": function}
 
 
-class CalledFunction(_Wire):
+class CalledFunction(WireModel):
     """A function that was called, and the JSON text of its arguments."""
 
     name: str = Field(pattern=NAME_PATTERN)
     arguments: Annotated[str, AfterValidator(_arguments)]
 
 
-class ToolCall(_Wire):
+class ToolCall(WireModel):
     """A call that the model made in an earlier turn."""
 
     id: str = Field(min_length=1, max_length=MAX_CALL_ID_CHARS)
@@ -105,7 +96,7 @@ class ToolChoice:
     name: str | None = None
 
 
-def tool_choice(value: object) -> ToolChoice:
+def parse_tool_choice(value: object) -> ToolChoice:
     """OpenAI's `tool_choice`. Raises ValueError for what is none of its forms."""
     if value == "none" or value == "auto" or value == "required":
         return ToolChoice(value)
@@ -131,40 +122,3 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
     if choice.name is not None and choice.name not in names:
         message = f"tool_choice names the function {choice.name[:64]!r}, which is not among the tools"
         raise InvalidRequest(message, param="tool_choice", code="invalid_value")
-
-
-class Turn(Protocol):
-    """What of a message says who called what."""
-
-    @property
-    def role(self) -> str:
-        """Who speaks."""
-
-    @property
-    def tool_calls(self) -> tuple[ToolCall, ...]:
-        """What it calls."""
-
-    @property
-    def tool_call_id(self) -> str | None:
-        """Which call it answers."""
-
-
-def check_turns(messages: Sequence[Turn]) -> None:
-    """Every result must answer a call before it, once, and no two calls share an id. Raises InvalidRequest."""
-    called: set[str] = set()
-    answered: set[str] = set()
-    for place, message in enumerate(messages):
-        for number, call in enumerate(message.tool_calls):
-            if call.id in called:
-                param = f"messages[{place}].tool_calls[{number}].id"
-                raise InvalidRequest(f"{param}: {reprlib.repr(call.id)} is the id of an earlier call", param=param)
-            called.add(call.id)
-        if message.tool_call_id is not None:
-            param = f"messages[{place}].tool_call_id"
-            if message.tool_call_id not in called:
-                shown = reprlib.repr(message.tool_call_id)
-                raise InvalidRequest(f"{param}: no earlier message calls a tool with id {shown}", param=param)
-            if message.tool_call_id in answered:
-                shown = reprlib.repr(message.tool_call_id)
-                raise InvalidRequest(f"{param}: the call {shown} is answered already", param=param)
-            answered.add(message.tool_call_id)

@@ -1,14 +1,17 @@
-"""OpenAI's body fields, row by row: which are used, which ignored, which refused. Each row has a test.
+"""What every endpoint's wire translation shares: strict JSON and models, the table of fields, errors, grammars.
 
-A field that is not here is refused by name. `null` counts as absent everywhere.
+FIELDS says of each OpenAI body field whether it is used, ignored or refused; each row has a test. A field that is not
+in it is refused by name. `null` counts as absent everywhere.
 """
 
 import difflib
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from runtime.errors import (
     BatchInvalid,
@@ -42,13 +45,61 @@ Treatment = Literal["used", "ignored", "refused"]
 _BOTH: tuple[Endpoint, ...] = ("chat", "completion")
 
 
+class WireModel(BaseModel):
+    """A part of a request body: strict types, no unknown fields, finite numbers."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def parse_strict_json(
+    text: str | bytes, *, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """Parse JSON without Python's NaN and Infinity. Raises ValueError, or RecursionError if it is nested too deeply."""
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=object_pairs_hook)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def plain_text(content: object, kinds: Sequence[str] = ("text",), *, prefix: str = "") -> str:
+    """A string, or the texts of a list of parts joined. Parts have a type of `kinds`, of which errors name the first.
+
+    Raises ValueError; `prefix` begins its message.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{prefix}must be a string or a non-empty list of text parts")
+    texts = []
+    for place, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else part
+        if not isinstance(part, dict) or kind not in kinds or not isinstance(part.get("text"), str):
+            expected = f"must be of type {kinds[0]!r} with a text"
+            raise ValueError(f"{prefix}part {place} {expected}, not {reprlib.repr(kind)}")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def invalid_request(error: ValidationError) -> InvalidRequest:
+    """The first fault that pydantic found, with the field's path as `param` and the value given."""
+    first = error.errors()[0]
+    param = ""
+    for part in first["loc"]:
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
+    if first["type"] == "missing":
+        return InvalidRequest(f"{param!r} is required", param=param, code="missing_required_parameter")
+    message = first["msg"].removeprefix("Value error, ").replace("Tuple", "List").replace("tuple", "list")
+    return InvalidRequest(f"{param}: {message}, got {reprlib.repr(first['input'])}", param=param, code="invalid_value")
+
+
 @dataclass(frozen=True, slots=True)
 class FieldRule:
-    """What happens to a body field. A refused one is let pass with a value of `harmless`, which asks for nothing."""
+    """The treatment of a body field. A refused field passes with a value of `harmless`, which asks for nothing."""
 
     name: str
     treatment: Treatment
-    kinds: tuple[Endpoint, ...] = _BOTH
+    endpoints: tuple[Endpoint, ...] = _BOTH
     harmless: tuple[Any, ...] = ()
 
 
@@ -86,18 +137,18 @@ MESSAGE_FIELDS_REFUSED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def rules(kind: Endpoint) -> dict[str, FieldRule]:
-    """The rows of FIELDS that hold for `kind`, by name."""
-    return {rule.name: rule for rule in FIELDS if kind in rule.kinds}
+def rules(endpoint: Endpoint) -> dict[str, FieldRule]:
+    """The rows of FIELDS that hold for `endpoint`, by name."""
+    return {rule.name: rule for rule in FIELDS if endpoint in rule.endpoints}
 
 
-def used_fields(kind: Endpoint, payload: object) -> dict[str, Any]:
-    """What of a body is to be read. Raises InvalidRequest if it is no object, and for unknown and refused fields."""
-    return read_fields(rules(kind), payload)
+def used_fields(endpoint: Endpoint, payload: object) -> dict[str, Any]:
+    """The fields of a body to read. Raises InvalidRequest unless it is an object, and for unknown or refused fields."""
+    return read_fields(rules(endpoint), payload)
 
 
 def read_fields(known: Mapping[str, FieldRule], payload: object) -> dict[str, Any]:
-    """As `used_fields`, by the rows of any table."""
+    """Do the same as `used_fields` by the rows of another table."""
     if not isinstance(payload, dict):
         raise InvalidRequest(f"the body must be a JSON object, got {reprlib.repr(payload)}")
     used = {}
@@ -120,7 +171,7 @@ def read_fields(known: Mapping[str, FieldRule], payload: object) -> dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class WireError:
-    """How a kind of error looks on the wire."""
+    """The status, type and code of a class of errors on the wire."""
 
     status: int
     type: str
@@ -179,7 +230,7 @@ _FORMATS = {
 _SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
 
 
-def response_format(value: object) -> Grammar | None:
+def format_grammar(value: object) -> Grammar | None:
     """OpenAI's `response_format`; None for plain text. A schema is enforced whether it calls itself strict or not."""
     fields = _object(value, "an object with a type")
     kind = fields.get("type")
@@ -197,21 +248,21 @@ def response_format(value: object) -> Grammar | None:
     return _bounded(Grammar("json_schema", json.dumps(schema, ensure_ascii=False), "response_format"))
 
 
-def lark(value: object) -> Grammar:
+def lark_grammar(value: object) -> Grammar:
     """`grammar`: a grammar in llguidance's dialect of Lark."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError("must be the text of a Lark grammar, which defines the rule start")
     return _bounded(Grammar("lark", value, "grammar"))
 
 
-def regex(value: object) -> Grammar:
+def regex_grammar(value: object) -> Grammar:
     """`regex`: a regular expression that the whole answer matches."""
     if not isinstance(value, str) or not value:
         raise ValueError("must be a regular expression")
     return _bounded(Grammar("regex", value, "regex"))
 
 
-def choice(value: object) -> Grammar:
+def choice_grammar(value: object) -> Grammar:
     """`choice`: texts of which the answer is one."""
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
         raise ValueError("must be a non-empty list of non-empty strings")

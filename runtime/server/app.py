@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -13,18 +13,14 @@ from starlette.responses import Response
 from runtime.config import RuntimeConfig
 from runtime.errors import Overloaded
 from runtime.monitoring.metrics import CONTENT_TYPE, Metrics
-from runtime.openai.answer import Call
-from runtime.openai.wire import Endpoint
 from runtime.pool.pool import ModelPool
-from runtime.serving.chat import Serving, prepare, prepare_response
-from runtime.serving.decisions import prepare_decision
-from runtime.serving.embeddings import prepare_embedding
 from runtime.serving.model import ServedModel
+from runtime.serving.routes import ROUTES, Prepare
 
-from .http import Counted, Holding, add_error_table, held_by, key_check, off_loop, parse_json, read_body
-from .models import asked_model, health, list_models, samples, show_model
-from .native import apply_template, detokenize, tokenize
-from .stream import EventStream, JsonBytes, decided, embedded, responded, whole_answer
+from .http import Counted, Holding, add_error_table, asked_model, held_by, key_check, off_loop, parse_json, read_body
+from .models import health, list_models, samples, show_model
+from .native import NATIVE_ROUTES
+from .stream import JsonBytes, respond
 
 Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
@@ -40,77 +36,66 @@ class Api:
         self._started_s = int(time.time())
         self._at_work = 0
 
-    async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions"""
-        return await self._complete("chat", request)
+    def answering(self, prepare: Prepare) -> Handler:
+        """The handler of an endpoint that a model answers through its engine."""
 
-    async def completion(self, request: Request) -> Response:
-        """POST /v1/completions"""
-        return await self._complete("completion", request)
+        async def handle(http: Request) -> Response:
+            call, model = await self._prepared(http, prepare)
+            events = model.supervisor.submit(*call.work, whole=not call.streams)
+            events.on_first_token = self.metrics.first_token
+            return await respond(http, call, events)
 
-    async def _complete(self, kind: Endpoint, request: Request) -> Response:
-        def work(payload: object, served: ServedModel) -> Call:
-            return prepare(kind, payload, served)
+        return handle
 
-        call, served = await self._prepared(request, work)
-        stream = served.supervisor.submit(*call.requests, whole=not call.stream)
-        stream.on_first_token = self.metrics.first_token
-        return EventStream(call, stream) if call.stream else await whole_answer(request, call, stream)
+    def native(self, answer: Callable[[object, ServedModel], dict[str, Any]]) -> Handler:
+        """The handler of one of llama-server's own routes, which need no engine."""
 
-    async def decide(self, request: Request) -> Response:
-        """POST /v1/decisions"""
-        call, served = await self._prepared(request, prepare_decision)
-        return await decided(request, call, served.supervisor.submit(call.scoring))
-
-    async def embed(self, request: Request) -> Response:
-        """POST /v1/embeddings"""
-        call, served = await self._prepared(request, prepare_embedding)
-        return await embedded(request, call, served.supervisor.submit(call.embedding))
-
-    async def respond(self, request: Request) -> Response:
-        """POST /v1/responses"""
-        call, served = await self._prepared(request, prepare_response)
-        stream = served.supervisor.submit(*call.call.requests, whole=not call.call.stream)
-        stream.on_first_token = self.metrics.first_token
-        return await responded(request, call, stream)
-
-    async def _prepared(
-        self, request: Request, work: Callable[[object, ServedModel], T], *, needs_room: bool = True
-    ) -> tuple[T, ServedModel]:
-        """The body, read, parsed and worked on, and the model it asks for, which is held until the answer is out.
-
-        `needs_room`: refuse at once, before any work, what its engine would not accept.
-        """
-        self._pool.require_open()
-        with self._one_at_work():
-            body = await read_body(request, self._config.max_body_bytes)
-            payload = await off_loop(body, lambda: parse_json(body))
-        served = await held_by(request).enter_async_context(self._pool.lease(asked_model(payload)))
-        if needs_room:
-            served.supervisor.require_room()
-        with self._one_at_work():
-            return await off_loop(body, lambda: work(payload, served)), served
-
-    @contextmanager
-    def _one_at_work(self) -> Iterator[None]:
-        """As many requests may be read or prepared at once as a queue is long; loads are waited for outside."""
-        limit = self._pool.options.capacity
-        if self._at_work >= limit:
-            raise Overloaded(f"{self._at_work} requests are being read, limit {limit}", retry_after_s=1)
-        self._at_work += 1
-        try:
-            yield
-        finally:
-            self._at_work -= 1
-
-    def native(self, answer: Callable[[object, Serving], dict[str, Any]]) -> Handler:
-        """The handler of one of llama-server's own routes."""
-
-        async def handle(request: Request) -> Response:
-            response, _ = await self._prepared(request, lambda *asked: JsonBytes(answer(*asked)), needs_room=False)
+        async def handle(http: Request) -> Response:
+            response, _ = await self._prepared(http, lambda *asked: JsonBytes(answer(*asked)), needs_room=False)
             return response
 
         return handle
+
+    async def _prepared(
+        self, http: Request, prepare: Callable[[object, ServedModel], T], *, needs_room: bool = True
+    ) -> tuple[T, ServedModel]:
+        """Read, parse and prepare the body, and lease the model that it asks for until the answer is out.
+
+        `needs_room`: refuse before any preparation what the model's engine would not accept.
+        """
+        self._pool.require_open()
+        with self._one_at_work() as waiting:
+            body = await read_body(http, self._config.max_body_bytes)
+            payload = await off_loop(body, lambda: parse_json(body))
+            with waiting():
+                model = await held_by(http).enter_async_context(self._pool.lease(asked_model(payload)))
+            if needs_room:
+                model.supervisor.require_room()
+            return await off_loop(body, lambda: prepare(payload, model)), model
+
+    @contextmanager
+    def _one_at_work(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """Admit at most `capacity` requests to reading and preparation; waiting for a model to load does not count.
+
+        Raises Overloaded. Yields the context to wait in.
+        """
+        limit = self._pool.options.capacity
+        if self._at_work >= limit:
+            raise Overloaded(f"{self._at_work} requests are being read, limit {limit}", retry_after_s=1)
+
+        @contextmanager
+        def waiting() -> Iterator[None]:
+            self._at_work -= 1
+            try:
+                yield
+            finally:
+                self._at_work += 1
+
+        self._at_work += 1
+        try:
+            yield waiting
+        finally:
+            self._at_work -= 1
 
     async def models(self) -> Response:
         """GET /v1/models"""
@@ -171,14 +156,10 @@ def _keyed_routes(api: Api) -> APIRouter:
         "/v1/models/{name:path}": api.model,
         "/metrics": api.scrape,
     }
-    posts = {"/v1/chat/completions": api.chat, "/v1/completions": api.completion, "/v1/decisions": api.decide}
-    posts["/v1/embeddings"] = api.embed
-    posts["/v1/responses"] = api.respond
-    natives = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-template": apply_template}
     for path, get in gets.items():
         router.add_api_route(path, get, methods=["GET"], response_model=None)
-    for path, post in posts.items():
-        router.add_api_route(path, post, methods=["POST"], response_model=None)
-    for path, native in natives.items():
-        router.add_api_route(path, api.native(native), methods=["POST"], response_model=None)
+    for path, prepare in ROUTES.items():
+        router.add_api_route(path, api.answering(prepare), methods=["POST"], response_model=None)
+    for path, answer in NATIVE_ROUTES.items():
+        router.add_api_route(path, api.native(answer), methods=["POST"], response_model=None)
     return router

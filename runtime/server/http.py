@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -28,7 +28,7 @@ from runtime.errors import (
     Unauthorized,
 )
 from runtime.monitoring.metrics import Metrics
-from runtime.openai.wire import error_body, to_error
+from runtime.openai.wire import error_body, parse_strict_json, to_error
 
 from .stream import JsonBytes
 
@@ -171,7 +171,7 @@ def parse_json(body: bytes) -> Any:
     """The body as JSON. Raises InvalidRequest for what is not strict JSON in UTF-8: NaN and lone surrogates too."""
     try:
         text = body.decode("utf-8")
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_bounded_object)
+        value = parse_strict_json(text, object_pairs_hook=_bounded_object)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -192,8 +192,10 @@ def _bounded_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+def asked_model(payload: object) -> str | None:
+    """The model that a body names; None if it names none, or holds something that validation will refuse."""
+    model = payload.get("model") if isinstance(payload, dict) else None
+    return model if isinstance(model, str) else None
 
 
 async def off_loop(body: bytes, work: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""What the server says about its models: /v1/models, /health, and the counts for /metrics. Loads nothing."""
+"""The models on the wire: /v1/models, /health, and the counts for /metrics. Loads nothing."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +33,7 @@ def _model(slot: ModelSlot, ref: ModelRef, created_s: int) -> dict[str, Any]:
 
 
 def _meta(slot: ModelSlot, ref: ModelRef) -> dict[str, Any]:
-    """What is known: of a model that was never loaded, what its manifest and the head of its file say."""
+    """The facts about a model: before its first load, those of its manifest and of its file's header."""
     manifest = (ref.adapter or ref.base).manifest
     info, weights = slot.info, ref.base.manifest
     written = f"{slot.meta.architecture}.context_length" if slot.meta else ""
@@ -94,9 +94,3 @@ def samples(pool: ModelPool) -> Iterator[ModelSample]:
         supervisor = slot.loaded.base.supervisor if slot.loaded is not None else None
         live, stats = (supervisor.live, supervisor.stats()) if supervisor is not None else (0, None)
         yield ModelSample(slot.name, live, stats, slot.loads, slot.failures, slot.unloads)
-
-
-def asked_model(payload: object) -> str | None:
-    """The model that a body names; None if it names none, or something that its validation will refuse."""
-    model = payload.get("model") if isinstance(payload, dict) else None
-    return model if isinstance(model, str) else None

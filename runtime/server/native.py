@@ -1,27 +1,30 @@
 """llama-server's own routes that tools rely on: /tokenize, /detokenize and /apply-template, in its shapes."""
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 
 from runtime.errors import InvalidRequest
-from runtime.openai.chat import MAX_MESSAGES, Message, invalid_request
-from runtime.serving.chat import Serving, require_chat, require_model
+from runtime.openai.chat import MAX_MESSAGES, Message
+from runtime.openai.wire import WireModel, invalid_request
+from runtime.serving.chat import require_chat, require_model
+from runtime.serving.model import ServedModel
 
 # Tokenising can take time with the square of the text's length: texts and lists far beyond any prompt are refused.
 MOST_PER_CELL = 16
 
 
-class _Native(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+class NativeBody(WireModel):
+    """Every native route takes the model's name."""
 
     model: str | None = None
 
 
-B = TypeVar("B", bound=_Native)
+B = TypeVar("B", bound=NativeBody)
 
 
-class TokenizeBody(_Native):
+class TokenizeBody(NativeBody):
     """What `/tokenize` takes. `parse_special` reads control tokens written out in the text."""
 
     content: str
@@ -30,65 +33,72 @@ class TokenizeBody(_Native):
     with_pieces: bool = False
 
 
-class DetokenizeBody(_Native):
+class DetokenizeBody(NativeBody):
     """What `/detokenize` takes."""
 
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
 
 
-class TemplateBody(_Native):
+class TemplateBody(NativeBody):
     """What `/apply-template` takes."""
 
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES, strict=False)
 
 
-def tokenize(payload: object, served: Serving) -> dict[str, Any]:
+def tokenize(payload: object, model: ServedModel) -> dict[str, Any]:
     """{content} -> {tokens}: ids, or with `with_pieces` {id, piece}, where a piece that is no text is a byte list."""
-    body = _parse(TokenizeBody, payload, served)
-    _check_size("content", "characters", len(body.content), served)
-    tokens = served.tokenizer.encode(body.content, add_special=body.add_special, parse_special=body.parse_special)
+    body = _parse(TokenizeBody, payload, model)
+    _check_size("content", "characters", len(body.content), model)
+    tokens = model.tokenizer.encode(body.content, add_special=body.add_special, parse_special=body.parse_special)
     if not body.with_pieces:
         return {"tokens": tokens}
-    return {"tokens": [{"id": token, "piece": _piece(served, token)} for token in tokens]}
+    return {"tokens": [{"id": token, "piece": _piece(model, token)} for token in tokens]}
 
 
-def detokenize(payload: object, served: Serving) -> dict[str, Any]:
+def detokenize(payload: object, model: ServedModel) -> dict[str, Any]:
     """{tokens} -> {content}, control tokens written out, bytes that are no text as U+FFFD."""
-    body = _parse(DetokenizeBody, payload, served)
-    _check_size("tokens", "ids", len(body.tokens), served)
+    body = _parse(DetokenizeBody, payload, model)
+    _check_size("tokens", "ids", len(body.tokens), model)
     largest = max(body.tokens, default=0)
-    if largest >= served.tokenizer.n_vocab:
-        message = f"tokens holds id {largest}, the vocabulary has {served.tokenizer.n_vocab}"
+    if largest >= model.tokenizer.n_vocab:
+        message = f"tokens holds id {largest}, the vocabulary has {model.tokenizer.n_vocab}"
         raise InvalidRequest(message, param="tokens")
-    raw = b"".join(served.tokenizer.token_bytes(token, special=True) for token in body.tokens)
+    raw = b"".join(model.tokenizer.token_bytes(token, special=True) for token in body.tokens)
     return {"content": raw.decode("utf-8", "replace")}
 
 
-def apply_template(payload: object, served: Serving) -> dict[str, Any]:
+def apply_template(payload: object, model: ServedModel) -> dict[str, Any]:
     """{messages} -> {prompt}: the text that a chat completion would be asked with."""
-    body = _parse(TemplateBody, payload, served)
-    require_chat(served)
-    return {"prompt": served.prompter.render([message.model_dump() for message in body.messages])}
+    body = _parse(TemplateBody, payload, model)
+    require_chat(model)
+    return {"prompt": model.prompter.render([message.model_dump() for message in body.messages])}
 
 
-def _parse(kind: type[B], payload: object, served: Serving) -> B:
+NATIVE_ROUTES: Mapping[str, Callable[[object, ServedModel], dict[str, Any]]] = {
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+    "/apply-template": apply_template,
+}
+
+
+def _parse(kind: type[B], payload: object, model: ServedModel) -> B:
     try:
         body = kind.model_validate(payload)
     except ValidationError as error:
         raise invalid_request(error) from None
-    require_model(body.model, served.name)
+    require_model(body.model, model.name)
     return body
 
 
-def _check_size(field: str, unit: str, size: int, served: Serving) -> None:
-    limit = MOST_PER_CELL * served.info.n_ctx
+def _check_size(field: str, unit: str, size: int, model: ServedModel) -> None:
+    limit = MOST_PER_CELL * model.info.n_ctx
     if size > limit:
         message = f"{field} has {size} {unit}, limit {limit} ({MOST_PER_CELL} for each token of the context)"
         raise InvalidRequest(message, param=field)
 
 
-def _piece(served: Serving, token: int) -> str | list[int]:
-    raw = served.tokenizer.token_bytes(token, special=True)
+def _piece(model: ServedModel, token: int) -> str | list[int]:
+    raw = model.tokenizer.token_bytes(token, special=True)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:

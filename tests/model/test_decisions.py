@@ -14,9 +14,9 @@ import pytest
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.llama.model import LoadOptions, load
-from runtime.requests import Batch, Scored, ScoringPrompt
-from runtime.serving.chat import fold, prepare
-from runtime.serving.decisions import fold_decision, prepare_decision
+from runtime.requests import Batch, Scored, Scoring, ScoringPrompt
+from runtime.serving.chat import prepare_chat
+from runtime.serving.decisions import prepare_decision
 from runtime.serving.model import ServedModel, load_model
 
 pytestmark = pytest.mark.model
@@ -52,7 +52,7 @@ def decide(served: ServedModel, mails: list[str]) -> list[dict[str, Any]]:
 
     async def one(mail: str) -> dict[str, Any]:
         call = prepare_decision(body(served, mail), served)
-        response = await fold_decision(call, served.supervisor.submit(call.scoring))
+        response = await call.fold(served.supervisor.submit(*call.work))
         answers: Any = response["answers"]
         (answer,) = answers
         assert sum(item["probability"] for item in answer["probabilities"]) == pytest.approx(1)
@@ -67,8 +67,8 @@ def decide(served: ServedModel, mails: list[str]) -> list[dict[str, Any]]:
 def written(served: ServedModel, mail: str) -> str:
     async def one() -> Any:
         fields = {"messages": [{"role": "user", "content": mail}], "temperature": 0, "max_tokens": 16}
-        call = prepare("chat", fields, served)
-        return await fold(call, served.supervisor.submit(*call.requests))
+        call = prepare_chat(fields, served)
+        return await call.fold(served.supervisor.submit(*call.work))
 
     return str(asyncio.run(one())["choices"][0]["message"]["content"])
 
@@ -98,10 +98,12 @@ def test_sums_are_those_of_each_label_computed_by_itself(
     served: ServedModel, email_triage: StoredModel, mails: list[str]
 ) -> None:
     call = prepare_decision(body(served, mails[0]), served)
-    (question,) = call.scoring.questions
+    (scoring,) = call.work
+    assert isinstance(scoring, Scoring)
+    (question,) = scoring.questions
 
     async def scored() -> Scored:
-        async for event in served.supervisor.submit(call.scoring):
+        async for event in served.supervisor.submit(scoring):
             assert isinstance(event, Scored), event
             return event
         raise AssertionError

@@ -15,8 +15,8 @@ from runtime.llama.decode import BatchArrays
 from runtime.llama.handle import ModelHandle
 from runtime.llama.model import Llama
 from runtime.requests import Batch
-from runtime.serving.chat import fold, prepare
-from runtime.serving.embeddings import fold_embedding, prepare_embedding
+from runtime.serving.chat import prepare_completion
+from runtime.serving.embeddings import prepare_embedding
 from runtime.serving.model import ServedModel, load_model
 
 pytestmark = pytest.mark.model
@@ -42,7 +42,7 @@ def served(email_triage: StoredModel) -> Iterator[ServedModel]:
 
 async def embedded(served: ServedModel, texts: list[str]) -> np.ndarray:
     call = prepare_embedding({"input": texts}, served)
-    answer: Any = await fold_embedding(call, served.supervisor.submit(call.embedding))
+    answer: Any = await call.fold(served.supervisor.submit(*call.work))
     return np.asarray([item["embedding"] for item in answer["data"]])
 
 
@@ -69,8 +69,8 @@ def test_what_is_alike_is_nearer(served: ServedModel) -> None:
 
 def test_text_is_the_same_while_embeddings_run(served: ServedModel) -> None:
     async def written() -> str:
-        call = prepare("completion", {"prompt": INVOICES[0], "max_tokens": 12, "temperature": 0}, served)
-        answer: Any = await fold(call, served.supervisor.submit(*call.requests))
+        call = prepare_completion({"prompt": INVOICES[0], "max_tokens": 12, "temperature": 0}, served)
+        answer: Any = await call.fold(served.supervisor.submit(*call.work))
         return str(answer["choices"][0]["text"])
 
     async def both() -> tuple[str, np.ndarray]:

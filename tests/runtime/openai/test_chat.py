@@ -11,7 +11,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from runtime.errors import DecodeFailed, InvalidRequest
-from runtime.openai.answer import Answer, Call, TextOffsets
+from runtime.openai.answer import DONE, TextAnswer, TextCall, TextOffsets
 from runtime.openai.chat import (
     DEFAULT_COMPLETION_TOKENS,
     MAX_ANSWERS_PER_CALL,
@@ -21,6 +21,7 @@ from runtime.openai.chat import (
     MAX_STOPS,
     ChatBody,
     CompletionBody,
+    TokenizedPrompt,
     parse,
     to_requests,
     token_limit,
@@ -30,7 +31,7 @@ from runtime.requests import Event, Failed, Finished, Request, SamplingParams, T
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 MINIMAL: dict[Endpoint, dict[str, Any]] = {"chat": {"messages": MESSAGES}, "completion": {"prompt": "hi"}}
-ROWS = [(rule, kind) for rule in FIELDS for kind in rule.kinds]
+ROWS = [(rule, kind) for rule in FIELDS for kind in rule.endpoints]
 # A value of each used field, and what the engine's request then holds.
 USED: dict[str, tuple[Any, str, Any]] = {
     "max_tokens": (7, "max_tokens", 7),
@@ -51,8 +52,8 @@ USED: dict[str, tuple[Any, str, Any]] = {
 def requests_of(kind: Endpoint, **fields: Any) -> tuple[Request, ...]:
     body = parse(kind, MINIMAL[kind] | fields)
     limit = token_limit(body)[0] or 99
-    prompts = [(1, 2)] * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
-    return to_requests(body, "call", prompts, [limit] * len(prompts), range(100, 100 + MAX_ANSWERS_PER_CALL))
+    prompts = [TokenizedPrompt((1, 2), limit)] * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
+    return to_requests(body, "call", prompts, range(100, 100 + MAX_ANSWERS_PER_CALL))
 
 
 def refusal(kind: Endpoint, **fields: Any) -> InvalidRequest:
@@ -86,7 +87,7 @@ def test_each_row_of_the_field_table_is_treated_as_it_says(rule: FieldRule, kind
 def test_what_is_read_is_what_the_table_calls_used(kind: Endpoint) -> None:
     used = {rule.name for rule in rules(kind).values() if rule.treatment == "used"}
     assert used == set((ChatBody if kind == "chat" else CompletionBody).model_fields)
-    assert len(rules(kind)) == len([rule for rule in FIELDS if kind in rule.kinds])
+    assert len(rules(kind)) == len([rule for rule in FIELDS if kind in rule.endpoints])
 
 
 @pytest.mark.parametrize("name", USED)
@@ -99,7 +100,7 @@ def test_each_sampling_field_reaches_the_engine(name: str) -> None:
 
 
 def rules_with(name: str) -> tuple[Endpoint, ...]:
-    return next(rule.kinds for rule in FIELDS if rule.name == name)
+    return next(rule.endpoints for rule in FIELDS if rule.name == name)
 
 
 def test_logprobs_have_one_meaning_behind_two_forms() -> None:
@@ -283,10 +284,10 @@ def test_each_message_field_we_cannot_honour_is_refused(name: str) -> None:
 
 def make_call(
     kind: Endpoint, n: int = 1, logprobs: int | None = None, *, stream: bool = False, usage: bool = False
-) -> Call:
+) -> TextCall:
     params = SamplingParams(max_tokens=9, logprobs=logprobs)
     requests = tuple(Request(f"c-{index}", (1, 2, 3), params) for index in range(n))
-    return Call("c", kind, "toy", 1_700_000_000, "print", requests, n, stream, usage)
+    return TextCall("c", kind, "toy", 1_700_000_000, "print", requests, n, stream, usage)
 
 
 def token(text: bytes, logprob: float = -0.5) -> TokenLogprob:
@@ -308,13 +309,15 @@ def answer_events(logprobs: bool) -> list[Event]:
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 def test_the_chunks_of_a_stream_add_up_to_the_whole_answer(kind: Endpoint, logprobs: int | None) -> None:
     events = answer_events(logprobs is not None)
-    whole = Answer(make_call(kind, 2, logprobs))
-    streamed = Answer(make_call(kind, 2, logprobs, stream=True, usage=True))
-    chunks = list(streamed.first_chunks())
+    whole = TextAnswer(make_call(kind, 2, logprobs))
+    streamed = TextAnswer(make_call(kind, 2, logprobs, stream=True, usage=True))
+    chunks: list[Any] = list(streamed.begin())
     for event in events:
         whole.feed(event)
-        chunks += [chunk for chunk in [streamed.feed(event)] if chunk]
-    chunks += streamed.last_chunks()
+        chunks += streamed.feed(event)
+    *last, done = streamed.end()
+    assert done == DONE
+    chunks += last
     response = json.loads(json.dumps(whole.response(), allow_nan=False))
     (ChatCompletion if kind == "chat" else Completion).model_validate(response)
     assert [choice["index"] for choice in response["choices"]] == [0, 1]
@@ -348,7 +351,7 @@ def fold_chunks(kind: Endpoint, chunks: list[dict[str, Any]], index: int) -> dic
 
 
 def test_logprobs_in_both_forms() -> None:
-    chat, completion = Answer(make_call("chat", 2, 2)), Answer(make_call("completion", 2, 2))
+    chat, completion = TextAnswer(make_call("chat", 2, 2)), TextAnswer(make_call("completion", 2, 2))
     for event in answer_events(logprobs=True):
         chat.feed(event)
         completion.feed(event)
@@ -362,7 +365,7 @@ def test_logprobs_in_both_forms() -> None:
 
 
 def test_usage_counts_a_shared_prompt_once_and_as_cached_what_nobody_computed() -> None:
-    answer = Answer(make_call("chat", 2))
+    answer = TextAnswer(make_call("chat", 2))
     answer.feed(Finished("c-0", "stop", Usage(100, 60, 5)))
     answer.feed(Finished("c-1", "stop", Usage(100, 99, 7)))
     assert answer.usage() == {
@@ -375,12 +378,12 @@ def test_usage_counts_a_shared_prompt_once_and_as_cached_what_nobody_computed() 
 
 def test_a_failed_choice_fails_the_answer() -> None:
     with pytest.raises(DecodeFailed, match="broken"):
-        Answer(make_call("chat", 2)).feed(Failed("c-1", DecodeFailed("broken")))
+        TextAnswer(make_call("chat", 2)).feed(Failed("c-1", DecodeFailed("broken")))
 
 
 def test_text_without_news_makes_no_chunk() -> None:
-    answer = Answer(make_call("chat", stream=True))
-    assert answer.feed(TextDelta("c-0", "", (7,))) is None
+    answer = TextAnswer(make_call("chat", stream=True))
+    assert list(answer.feed(TextDelta("c-0", "", (7,)))) == []
 
 
 def test_offsets_count_whole_characters() -> None:

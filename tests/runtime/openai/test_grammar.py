@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from runtime.errors import InvalidRequest
-from runtime.openai.chat import MAX_ANSWERS_PER_CALL, parse, to_requests
+from runtime.openai.chat import MAX_ANSWERS_PER_CALL, TokenizedPrompt, parse, to_requests
 from runtime.openai.wire import MAX_CHOICE_TEXTS, MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, Endpoint
 from runtime.requests import Grammar
 
@@ -19,7 +19,8 @@ SCHEMA = {"type": "object", "properties": {"ä": {"type": "string"}}}
 
 def grammars_of(kind: Endpoint, **fields: Any) -> list[Grammar | None]:
     body = parse(kind, MINIMAL[kind] | fields)
-    return [request.params.grammar for request in to_requests(body, "c", [(1,)], [9], range(MAX_ANSWERS_PER_CALL))]
+    prompts = [TokenizedPrompt((1,), 9)]
+    return [request.params.grammar for request in to_requests(body, "c", prompts, range(MAX_ANSWERS_PER_CALL))]
 
 
 def refusal(kind: Endpoint, **fields: Any) -> InvalidRequest:

@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from runtime.openai.answer import Call
+from runtime.openai.answer import TextAnswer, TextCall
 from runtime.requests import Event, Finished, Request, SamplingParams, TextDelta, Usage
-from runtime.server.stream import EventStream
+from runtime.server.stream import ServerSentEvents
+from runtime.serving.call import Call
 from runtime.worker.inflight import Stream
 
 REQUEST = Request("c-0", (1, 2), SamplingParams(max_tokens=3))
-CALL = Call("c", "chat", "toy", 0, "f", (REQUEST,), 1, stream=True, include_usage=True)
+CHAT = TextCall("c", "chat", "toy", 0, "f", (REQUEST,), 1, stream=True, include_usage=True)
+CALL = Call("c", (REQUEST,), partial(TextAnswer, CHAT), streams=True)
 STEPS: tuple[tuple[Event, ...], ...] = (
     (TextDelta("c-0", "he", (3,)),),
     (TextDelta("c-0", "llo", (4,)), Finished("c-0", "stop", Usage(2, 0, 3))),
@@ -31,7 +34,7 @@ async def bodies(steps: Sequence[Sequence[Event]]) -> list[bytes]:
         for event in left.pop(0) if left else ():
             stream.put(event)
 
-    await EventStream(CALL, stream)({"type": "http"}, receive, send)
+    await ServerSentEvents(CALL, stream)({"type": "http"}, receive, send)
     return sent
 
 

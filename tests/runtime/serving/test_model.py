@@ -11,7 +11,7 @@ from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.errors import ContextTooLong, LoadFailed
 from runtime.serving import model as served
-from runtime.serving.chat import prepare
+from runtime.serving.chat import prepare_chat
 from runtime.serving.names import ModelRef
 from runtime.worker.process import ProcessHost
 from tests.support.runtime.engine_process import alive
@@ -100,6 +100,6 @@ def test_an_adapter_is_loaded_with_its_base_and_answers_under_its_own_name(
     assert model.fingerprint == f"deskside-{'a' * 12}-{'b' * 12}-fake"
     rendered = model.prompter.render([{"role": "user", "content": "hi"}])
     assert rendered == ("hi!" if template else "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n")
-    call = prepare("chat", {"messages": [{"role": "user", "content": "hi"}], "n": 2, "model": "toy:mail"}, model)
-    assert [request.adapter for request in call.requests] == ["mail", "mail"]
+    call = prepare_chat({"messages": [{"role": "user", "content": "hi"}], "n": 2, "model": "toy:mail"}, model)
+    assert [work.adapter for work in call.work] == ["mail", "mail"]
     model.supervisor.stop()
