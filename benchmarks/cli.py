@@ -20,6 +20,7 @@ from benchmarks.peers.report import peers_command
 from benchmarks.soak.soak import soak_command
 from models.common.console import show_progress
 from models.common.options import JsonOption, with_options
+from models.errors import SOME_FAILED
 from models.manifest import Prompt as ManifestPrompt
 from models.store.store import Store
 
@@ -58,7 +59,6 @@ def make_task(model: str, settings: EvalSettings, store: Store) -> EvaluationTas
 if TYPE_CHECKING:
     pass
 
-SOME_FAILED = 3
 _Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the latency distributions to this PNG.")]
 
 

@@ -14,18 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from models.common.files import write_atomic
+from models.common.record import Record as Record
 
 from .errors import BadRecord
-
-
-class Record(BaseModel):
-    """Base of the record's parts: immutable, and strict about what a file may hold."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 

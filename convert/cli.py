@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.models import OptionInfo
 
-from models.quality import Work
+from models.quality import TaskKind
 
 if TYPE_CHECKING:
     from convert.planning.inputs import ConvertRequest
@@ -41,7 +41,7 @@ def convert_command(
         bool, typer.Option("--hot", help="Do not merge: install the adapter, to be served as SOURCE:NAME.")
     ] = False,
     examples: Annotated[Path | None, _file("JSONL of chat records: choose the quantization by them.")] = None,
-    work: Annotated[Work | None, _work] = None,
+    work: Annotated[TaskKind | None, _work] = None,
     max_loss: Annotated[float | None, _loss] = None,
     quant: Annotated[
         str | None,

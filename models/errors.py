@@ -1,4 +1,6 @@
-"""The errors of `models`. Each message names the thing, the value found and, where there is one, the fix.
+"""The errors of `models`, and the exit codes of every command.
+
+Each message names the thing, the value found and, where there is one, the fix.
 
 ModelError
 ├── ModelNotFound      no model of that name or path
@@ -10,6 +12,8 @@ ModelError
 ├── DownloadFailed     no source could deliver the file
 └── StoreError         the store cannot be written, or the name is taken or not allowed
 """
+
+DONE, FAILED, USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class ModelError(Exception):

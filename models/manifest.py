@@ -5,7 +5,9 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from models.common.record import Record
 
 from .errors import BadManifest
 
@@ -15,11 +17,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Base(_Part):
+class Base(Record):
     """The weights a model was made from."""
 
     name: str
@@ -28,7 +26,7 @@ class Base(_Part):
     sha256: Sha256
 
 
-class Adapter(_Part):
+class Adapter(Record):
     """The LoRA adapter that was merged. `path` is relative to the manifest while the model is not built yet."""
 
     path: str
@@ -36,7 +34,7 @@ class Adapter(_Part):
     rank: int | None = None
 
 
-class Prompt(_Part):
+class Prompt(Record):
     """How the model was trained to be asked. `template` holds `{text}` once: the user's message is put there."""
 
     template: str = "{text}"
@@ -48,7 +46,7 @@ class Prompt(_Part):
         return self
 
 
-class Conversion(_Part):
+class Conversion(Record):
     """How a model is made of its weights. In a recipe it is the outcome of measuring: building it need not measure.
 
     `trim` names a file of examples in the recipe's folder, by which the vocabulary is cut to `keep` tokens. In a model
@@ -72,7 +70,7 @@ class Conversion(_Part):
         return self
 
 
-class Artefact(_Part):
+class Artefact(Record):
     """A GGUF file of the model."""
 
     file: str
@@ -87,7 +85,7 @@ class Artefact(_Part):
         return self
 
 
-class Quality(_Part):
+class Accuracy(Record):
     """One measured accuracy: what was measured, on which examples, with its 95 % interval (Wilson)."""
 
     what: str
@@ -98,7 +96,7 @@ class Quality(_Part):
     interval_high: Annotated[float, Field(ge=0, le=1)]
 
     @model_validator(mode="after")
-    def _possible(self) -> "Quality":
+    def _possible(self) -> "Accuracy":
         if self.correct > self.total:
             raise ValueError(f"correct must be at most total, got {self.correct} of {self.total}")
         if self.interval_low > self.interval_high:
@@ -106,7 +104,7 @@ class Quality(_Part):
         return self
 
 
-class Manifest(_Part):
+class Manifest(Record):
     """A model: its name, what it is for, where it comes from and which files it has.
 
     A built model has at least one artefact; a recipe (base plus adapter, not built yet) has none. `source` is where
@@ -133,7 +131,7 @@ class Manifest(_Part):
     prompt: Prompt = Prompt()
     labels: tuple[str, ...] = ()
     artefacts: tuple[Artefact, ...] = ()
-    quality: tuple[Quality, ...] = ()
+    quality: tuple[Accuracy, ...] = ()
 
     @model_validator(mode="after")
     def _labels_differ(self) -> "Manifest":

@@ -6,24 +6,21 @@ Everything is measured against the half-precision file of the same conversion, o
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from models.common.files import write_atomic
+from models.common.record import Record
 
 from .errors import BadManifest
 
 QUALITY_FILE = "quality.json"
 
-Work = Literal["classify", "write"]
+TaskKind = Literal["classify", "write"]
 Verdict = Literal["unjudged", "chosen", "within budget", "over budget", "undoes the fine-tune", "failed"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Loss(_Part):
+class Loss(Record):
     """The next-token distributions beside the reference's, over `positions` rows of logits.
 
     KL divergence in nats, reference first. `top1_agreement`: share of positions with the same likeliest token.
@@ -37,7 +34,7 @@ class Loss(_Part):
     perplexity_ratio: float
 
 
-class Answers(_Part):
+class Answers(Record):
     """The answers to the held-out examples. `flips`: answers that differ from the reference's.
 
     `difference_low` … `difference_high`: 95 % interval of the paired accuracy difference, this less the reference's
@@ -52,7 +49,7 @@ class Answers(_Part):
     p_value: Share
 
 
-class Speed(_Part):
+class Speed(Record):
     """Measured on this machine, medians over rounds. `decode_tokens_per_s`: by number of sequences that decode at once.
 
     `score_samples_per_s`: examples a second for the stated work, one figure a round, in order.
@@ -64,7 +61,7 @@ class Speed(_Part):
     score_samples_per_s: tuple[float, ...] = ()
 
 
-class Shape(_Part):
+class Shape(Record):
     """What the speeds were measured with: the typical example (medians, in tokens) and how it was served."""
 
     prompt_tokens: Annotated[int, Field(gt=0)]
@@ -75,7 +72,7 @@ class Shape(_Part):
     rounds: Annotated[int, Field(gt=0)]
 
 
-class Candidate(_Part):
+class Candidate(Record):
     """One file that was made and measured. `score_per_s`: what the pick compares, examples a second for the work.
 
     `kl_to_base`: mean KL divergence to the model before its fine-tuning, where that was at hand. `grid`: what of the
@@ -98,14 +95,14 @@ class Candidate(_Part):
     reason: str = ""
 
 
-class Budget(_Part):
+class Budget(Record):
     """What a candidate may lose at most. Accuracy may not be lower at 95 % on the paired test."""
 
     kl_mean: float = 0.02
     flips: float = 0.02
 
 
-class Trim(_Part):
+class Trim(Record):
     """A vocabulary that was cut. Coverage is of the held-out texts, in the untrimmed vocabulary's tokens."""
 
     tokens_before: int
@@ -115,7 +112,7 @@ class Trim(_Part):
     greedy_agreement: Share | None = None
 
 
-class Quality(_Part):
+class Quality(Record):
     """The whole report. `noise`: the reference against itself in another batch shape; nothing below it means anything.
     It was measured on the first `noise_examples` of the held-out ones (None: on all of them).
 
@@ -124,7 +121,7 @@ class Quality(_Part):
     """
 
     schema_version: Literal[1] = 1
-    work: Work
+    work: TaskKind
     budget: Budget
     machine: str
     examples_file: str

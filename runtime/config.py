@@ -5,9 +5,10 @@ A new setting is one new field here, and nothing else.
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from models.common.options import AutoFloat, AutoInt, AutoOffInt, Flag
+from models.common.record import Record
 
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"],
@@ -17,10 +18,9 @@ LogLevel = Annotated[
 GibiBytes = Annotated[AutoFloat, Flag(metavar="auto|GIB", shown="auto")]
 
 
-class EngineConfig(BaseModel):
+class EngineConfig(Record):
     """Settings of a model's engine; batch and chat take these alone. None is "auto"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     env_prefix: ClassVar[str] = "DESKSIDE_"
 
     slots: int = Field(default=16, ge=1, le=128, description="Answers written at the same time.")

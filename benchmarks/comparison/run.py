@@ -30,6 +30,7 @@ from benchmarks.record import Arm, BenchRun, Level, Record, RequestSample, Workl
 from models.common.console import Progress
 from models.common.files import sha256_file
 from models.manifest import Prompt as ManifestPrompt
+from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store
 
 from .arms import BASE, FINE_TUNE, HOSTED, ArmPlan, base_arm, fine_tune_arm, hosted_arm, replayed_arm
@@ -128,7 +129,7 @@ KEY_VARIABLE = "DESKSIDE_HOSTED_KEY"
 class BenchSettings(Record):
     """What `deskside bench` can be told. `quick` changes the defaults that make a run long."""
 
-    model: str = Field(default="email-triage", description="The fine-tune: a model of the store, or a path.")
+    model: str = Field(default=DEFAULT_MODEL, description="The fine-tune: a model of the store, or a path.")
     base: str = Field(default="gemma-3-270m", description="The base model that gets the few-shot prompt.")
     examples: Path | None = Field(
         default=None, description="Labelled chat records, .jsonl or .jsonl.gz (default: test split)."

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from models.common.console import show_progress
 from models.common.options import JsonOption, ReportOption, with_options
+from models.errors import SOME_FAILED
 
 from .aims import PeerAim
 from .figures import OfflineRow, OnlineRow, PeerFigures, ratio
@@ -130,8 +131,6 @@ def _notes(run: PeerRun, figures: PeerFigures) -> Iterator[str]:
 
 if TYPE_CHECKING:
     from .record import PeerRun
-
-SOME_FAILED = 3
 
 
 @with_options(settings=PeerSettings)

@@ -34,8 +34,9 @@ from models.card.card import render_quality
 from models.common.console import Progress
 from models.common.files import write_atomic
 from models.common.stats import Interval
-from models.manifest import Quality
+from models.manifest import Accuracy
 from models.quality import read_quality
+from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store
 
 from .plots import confusion_picture
@@ -82,7 +83,7 @@ def measure(results: Path, store: Store, progress: Progress) -> dict[str, Evalua
         written, scored = results / f"base_{shots}.json", results / f"base_{shots}_scored.json"
         found[written.stem] = evaluate(EvaluationTask(arm, TEST, CONCURRENCY, written), progress)
         found[scored.stem] = evaluate(EvaluationTask(arm, TEST, CONCURRENCY_SCORED, scored, "labels scored"), progress)
-    served = fine_tune_arm(store.resolve("email-triage"), PromptTemplate("short"), None)
+    served = fine_tune_arm(store.resolve(DEFAULT_MODEL), PromptTemplate("short"), None)
     found["as_served"] = evaluate(EvaluationTask(served, TEST, CONCURRENCY, results / "as_served.json"), progress)
     for name in MADE_ELSEWHERE:
         if (file := results / f"{name}.json").exists():
@@ -138,7 +139,7 @@ def figures(scores: Mapping[str, ClassificationScore]) -> dict[str, object]:
 def quality(scores: Mapping[str, ClassificationScore]) -> str:
     """The same accuracies as the `[[quality]]` entries of a model.toml."""
     entries = [
-        Quality(
+        Accuracy(
             what=NAMES[name],
             split="test",
             correct=score.correct,

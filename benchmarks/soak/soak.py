@@ -23,6 +23,7 @@ from benchmarks.load.workload import labels_of, read_examples
 from benchmarks.record import Record, describe, save_json
 from models.common.console import Progress, show_progress
 from models.common.options import JsonOption, with_options
+from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store
 
 from .checks import Kill, Memory, SoakCheck, SoakRun, check, kill_engine, look
@@ -33,7 +34,7 @@ class SoakSettings(Record):
     """What a soak can be told."""
 
     minutes: float = Field(default=30.0, gt=0, description="How long the load lasts.")
-    model: str = Field(default="email-triage", description="The model that is served.")
+    model: str = Field(default=DEFAULT_MODEL, description="The model that is served.")
     slots: int = Field(default=8, ge=1, description="Answers written at the same time.")
     queue: int = Field(default=8, ge=1, description="Answers that may wait; small, so that the server must refuse.")
     overload: float = Field(default=2.0, gt=1, description="Clients as a multiple of slots and queue.")

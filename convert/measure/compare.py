@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from convert.child import StepProgress, run_child
 from convert.errors import MeasureFailed
 from models.common.stats import compare_paired
-from models.quality import Answers, Loss, Work
+from models.quality import Answers, Loss, TaskKind
 
 from .forward import MAX_TOGETHER, ModelAnswer
 from .loss import STORED, LogitsRow, RowLoss, plan_rows, rows_in_common, summarise
@@ -218,7 +218,7 @@ def noise(reference: ReferenceRun, progress: StepProgress) -> MeasuredLoss:
     return measured
 
 
-def is_right(work: Work, answer: ModelAnswer, task: EvalTask) -> bool:
+def is_right(work: TaskKind, answer: ModelAnswer, task: EvalTask) -> bool:
     """Whether `answer` is the expected one: the very label, or the same text but for white space and Unicode's form.
 
     A text that was cut off is right as far as it goes.
@@ -295,7 +295,7 @@ def _measured(
 
 
 def _example_result(
-    work: Work, task: EvalTask, answer: ModelAnswer, reference_answer: ModelAnswer, kl: Sequence[float]
+    work: TaskKind, task: EvalTask, answer: ModelAnswer, reference_answer: ModelAnswer, kl: Sequence[float]
 ) -> ExampleResult:
     return ExampleResult(
         id=task.id,

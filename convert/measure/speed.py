@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from convert.child import StepProgress, read_job, run_child
 from convert.errors import MeasureFailed
-from models.quality import Shape, Speed, Work
+from models.quality import Shape, Speed, TaskKind
 from runtime.config import RuntimeConfig
 
 from .speed_child import SpeedSample
@@ -34,7 +34,7 @@ SERVER = RuntimeConfig()
 class ServingLoad:
     """The typical example, medians in tokens, and how it is served: the server's defaults unless said otherwise."""
 
-    work: Work
+    work: TaskKind
     prompt_tokens: int
     answer_tokens: int
     sequences: int = SERVER.slots

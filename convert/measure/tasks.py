@@ -13,7 +13,7 @@ from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD
 from models.common.chat_records import ChatRecord
 from models.errors import BadExamples
 from models.gguf.header import read_meta
-from models.quality import Work
+from models.quality import TaskKind
 from runtime.errors import ContextTooLong, RequestError
 from runtime.llama.interface import TokenizerLike
 from runtime.llama.model import load_tokenizer
@@ -50,7 +50,7 @@ class Tasks:
     followed for at most `max_written` tokens. Any of `ends` ends an answer. `n_too_long` examples were left out.
     """
 
-    work: Work
+    work: TaskKind
     tasks: tuple[EvalTask, ...]
     labels: tuple[str, ...]
     choices: tuple[tuple[int, ...], ...]
@@ -77,7 +77,7 @@ class PromptFormat:
 def tasks_of(
     gguf: Path,
     records: Sequence[ChatRecord],
-    work: Work,
+    work: TaskKind,
     labels: Sequence[str] = (),
     prompt_template: str = "{text}",
     end_of_turn: int | None = None,
@@ -100,7 +100,7 @@ def make_tasks(
     tokenizer: TokenizerLike,
     asking: PromptFormat,
     records: Sequence[ChatRecord],
-    work: Work,
+    work: TaskKind,
     labels: Sequence[str],
     max_tokens: int,
 ) -> Tasks:

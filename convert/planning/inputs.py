@@ -17,7 +17,7 @@ from models.common.files import sha256_file
 from models.errors import HashMismatch
 from models.manifest import MANIFEST_FILE, Base, Conversion, Manifest, read_manifest
 from models.manifest import Adapter as AdapterRecord
-from models.quality import QUALITY_FILE, Budget, Work
+from models.quality import QUALITY_FILE, Budget, TaskKind
 from models.store.catalog import CatalogEntry, load_catalog
 from models.store.store import Store, check_name
 
@@ -44,7 +44,7 @@ class ConvertRequest:
     hot: bool = False
     gguf: Path | None = None
     examples: Path | None = None
-    work: Work | None = None
+    work: TaskKind | None = None
     max_loss: float | None = None
     trim: Path | None = None
     keep: int | None = None
@@ -59,7 +59,7 @@ class Examples:
     sha256: str
     split: Split
     labels: tuple[str, ...]
-    work: Work
+    work: TaskKind
     budget: Budget
 
     @property

@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from convert.errors import QuantizationUnknown, RequestInvalid
 from models.gguf.header import Header
-from models.quality import Work
+from models.quality import TaskKind
 
 PLAIN = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
 
@@ -28,7 +28,7 @@ OVERRIDE_KINDS = {
 # Kinds whose rounding does not ask which columns matter.
 _IGNORES_IMATRIX = {"F16", "BF16", "Q8_0"}
 
-WORKS: tuple[Work, ...] = ("classify", "write")
+TASK_KINDS: tuple[TaskKind, ...] = ("classify", "write")
 LAYERS = r"^blk\."
 VOCABULARY = r"^(token_embd|output)\.weight$"
 _WIDE_FFN = r"^blk\.\d+\.ffn_(gate|up)\.weight$"
@@ -75,7 +75,7 @@ def plain(quantization: str, *, imatrix: bool = False) -> CandidateSpec:
     return CandidateSpec(quantization, quantization, imatrix and quantization not in _IGNORES_IMATRIX)
 
 
-def ladder(header: Header, work: Work, *, imatrix: bool) -> tuple[CandidateSpec, ...]:
+def ladder(header: Header, work: TaskKind, *, imatrix: bool) -> tuple[CandidateSpec, ...]:
     """What is worth measuring for the model of `header` and this work.
 
     `imatrix`: there is one, which `collect` made with `output`, so that the vocabulary is weighted like the layers.
@@ -101,7 +101,7 @@ def mixes(*, imatrix: bool) -> tuple[CandidateSpec, ...]:
     """Every mixed layout that some ladder has, whatever the model and the work."""
     found = [
         spec
-        for work in WORKS
+        for work in TASK_KINDS
         for k_quants in (True, False)
         for spec in _vocabulary_mixes(work, imatrix=imatrix, k_quants=k_quants)
     ]
@@ -124,7 +124,7 @@ def _layer_mixes(*, imatrix: bool) -> list[CandidateSpec]:
     ]
 
 
-def _vocabulary_mixes(work: Work, *, imatrix: bool, k_quants: bool) -> list[CandidateSpec]:
+def _vocabulary_mixes(work: TaskKind, *, imatrix: bool, k_quants: bool) -> list[CandidateSpec]:
     """The layers in one type, embedding and output matrix in another.
 
     classify: layers in the types that prefill fastest, F16 on plain vector units and Q8_0 where llama.cpp repacks it or

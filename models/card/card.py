@@ -3,8 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from models.manifest import Artefact, Manifest
-from models.manifest import Quality as Accuracy
+from models.manifest import Accuracy, Artefact, Manifest
 from models.quality import Answers, Candidate, Loss, Quality, Shape, Speed, Trim
 
 from .plot import PLOT_FILE

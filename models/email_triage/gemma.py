@@ -17,7 +17,7 @@ PADDING = 0
 
 
 @dataclass(frozen=True)
-class Example:
+class TrainingMail:
     """One labelled mail as text."""
 
     id: str
@@ -39,7 +39,7 @@ class Mail:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What the model makes of one mail. `greedy` is None when greedy decoding would leave the set of labels."""
 
     id: str
@@ -72,18 +72,18 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> float:
         return float(model(input_ids=ids, labels=ids).loss.exp())
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Path) -> list[TrainingMail]:
     """Chat records of a .jsonl.gz, in the file's order."""
     examples = []
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             record = json.loads(line)
             content, label = (message["content"] for message in record["messages"])
-            examples.append(Example(record["id"], content, label))
+            examples.append(TrainingMail(record["id"], content, label))
     return examples
 
 
-def encode(tokenizer: Any, example: Example) -> Mail:
+def encode(tokenizer: Any, example: TrainingMail) -> Mail:
     answer = encode_label(tokenizer, example.label)
     return Mail(example.id, example.label, encode_prompt(tokenizer, example.content), answer)
 
@@ -117,18 +117,18 @@ def completion_loss(model: Any, mails: Sequence[Mail]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[rows, columns]), torch.tensor(targets))
 
 
-def judge(model: Any, tokenizer: Any, mails: Sequence[Mail], labels: Sequence[str], batch: int = 8) -> list[Verdict]:
+def judge(model: Any, tokenizer: Any, mails: Sequence[Mail], labels: Sequence[str], batch: int = 8) -> list[Judgement]:
     """Score every whole label for every mail: the sum of log p over its tokens and its end of turn. Shortest first."""
     answers = [encode_label(tokenizer, label) for label in labels]
     ordered = sorted(mails, key=len)
-    verdicts: list[Verdict] = []
+    verdicts: list[Judgement] = []
     for start in range(0, len(ordered), batch):
         group = ordered[start : start + batch]
         with torch.inference_mode():
             judged = _branch_scores(model, group, answers)
         for mail, (scores, greedy) in zip(group, judged, strict=True):
             chosen = next((label for label, hit in zip(labels, greedy, strict=True) if hit), None)
-            verdicts.append(Verdict(mail.id, mail.label, labels[scores.index(max(scores))], chosen))
+            verdicts.append(Judgement(mail.id, mail.label, labels[scores.index(max(scores))], chosen))
     return verdicts
 
 

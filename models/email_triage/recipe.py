@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .data.prepare import LABELS
-from .gemma import Example, Mail, Verdict, completion_loss, encode, judge, load_base, perplexity, read_examples
+from .gemma import Judgement, Mail, TrainingMail, completion_loss, encode, judge, load_base, perplexity, read_examples
 
 HOME = Path(__file__).parent
 SANITY_TEXT = "The capital of France is Paris, and the capital of Italy is Rome. Water freezes at zero degrees Celsius."
@@ -199,7 +199,7 @@ def schedule(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def cropped(example: Example, share: float, chance: random.Random) -> Example:
+def cropped(example: TrainingMail, share: float, chance: random.Random) -> TrainingMail:
     """With probability `share`, the body is cut to a random run of its words, at least half of it."""
     subject, _, body = example.content.partition("\n\n")
     if chance.random() >= share:
@@ -207,7 +207,7 @@ def cropped(example: Example, share: float, chance: random.Random) -> Example:
     start = body.find(" ", int(len(body) * chance.uniform(0, 0.3)))
     stop = body.rfind(" ", 0, int(len(body) * chance.uniform(0.8, 1)))
     piece = body[start + 1 : stop] if 0 <= start < stop else body
-    return Example(example.id, f"{subject}\n\n{piece.strip()}", example.label)
+    return TrainingMail(example.id, f"{subject}\n\n{piece.strip()}", example.label)
 
 
 def bucketed(mails: Sequence[Mail], size: int, chance: random.Random) -> list[list[Mail]]:
@@ -230,7 +230,7 @@ def save_atomically(tensors: dict[str, torch.Tensor], path: Path, facts: dict[st
     part.replace(path)
 
 
-def share_correct(verdicts: Sequence[Verdict]) -> float:
+def share_correct(verdicts: Sequence[Judgement]) -> float:
     return sum(v.prediction == v.label for v in verdicts) / len(verdicts)
 
 

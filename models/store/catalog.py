@@ -4,23 +4,23 @@ import tomllib
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from models.common.record import Record
 from models.errors import BadCatalog, DownloadFailed, ModelNotFound
 from models.manifest import Artefact, Name
 
 from .sources import parse_source
 
+DEFAULT_MODEL = "email-triage"
 _HERE = Path(__file__).parents[1]
 
 
-class CatalogEntry(BaseModel):
+class CatalogEntry(Record):
     """A known model: either a file with its `sources` in order, or a `recipe` that `deskside convert` builds.
 
     Of a recipe `file`, `quantization` and `sha256` are empty and `size_bytes` is 0: they depend on how it is built.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Name
     description: str
@@ -83,9 +83,7 @@ class Catalog:
         return self._entries[name]
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _Document(Record):
     models: tuple[CatalogEntry, ...]
 
 

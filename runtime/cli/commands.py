@@ -9,13 +9,11 @@ from typing import Annotated
 
 import typer
 
-from models.common.options import with_options
+from models.common.options import JsonOption, with_options
+from models.errors import DONE, FAILED, SOME_FAILED
+from models.store.catalog import DEFAULT_MODEL
 from runtime.config import EngineConfig, RuntimeConfig
 
-SOME_FAILED = 3
-DEFAULT_MODEL = "email-triage"
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 MODEL_HELP = "An installed model, a path to a GGUF file, or BASE:ADAPTER."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 ModelsArgument = Annotated[
@@ -40,7 +38,7 @@ def batch_command(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="OpenAI batch lines: custom_id, url, body.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, in the order they are finished.")],
     model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)],
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Answer a file of requests. Run again after a kill, it goes on. Failed lines go to OUT.errors.jsonl (exit 3)."""
     from runtime.batch.run import run_files
@@ -50,7 +48,7 @@ def batch_command(
         print(json.dumps(summary), flush=True)
     if summary["interrupted"]:
         raise KeyboardInterrupt
-    raise typer.Exit(SOME_FAILED if summary["failed"] else 0)
+    raise typer.Exit(SOME_FAILED if summary["failed"] else DONE)
 
 
 @with_options(engine=EngineConfig)
@@ -70,7 +68,7 @@ def chat_command(
     chat_with(model, RuntimeConfig(**dict(engine)), options)
 
 
-def doctor_command(as_json: Json = False) -> None:
+def doctor_command(as_json: JsonOption = False) -> None:
     """Say what this machine has, what is installed, and what is missing, with the command that fixes it."""
     from models.store.store import Store
 
@@ -81,4 +79,4 @@ def doctor_command(as_json: Json = False) -> None:
         print(json.dumps(report.as_dict(), indent=2))
     else:
         print_report(report)
-    raise typer.Exit(0 if report.healthy else 1)
+    raise typer.Exit(DONE if report.healthy else FAILED)

@@ -24,9 +24,9 @@ from models.common.machine import (
     physical_memory_bytes,
 )
 from models.errors import ModelError
+from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store, StoredModel
 
-DEFAULT_MODEL = "email-triage"
 DISK_NEEDED_BYTES = 2 << 30
 GPU_HELP = "README, 'GPU': how to install llama-cpp-python for CUDA, Metal or Vulkan"
 

@@ -19,10 +19,8 @@ from typer.main import get_command
 
 from benchmarks.errors import BenchError
 from convert.errors import ConvertError, RequestInvalid
-from models.errors import ModelError
+from models.errors import FAILED, INTERRUPTED, USAGE, ModelError
 from runtime.errors import BatchRefused, EngineError, RequestError
-
-FAILED, USAGE, SOME_FAILED, INTERRUPTED = 1, 2, 3, 130
 
 
 @dataclass(frozen=True, slots=True)

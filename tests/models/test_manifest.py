@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.errors import BadManifest
-from models.manifest import Adapter, Artefact, Base, Manifest, Prompt, Quality, dump_manifest, read_manifest
+from models.manifest import Accuracy, Adapter, Artefact, Base, Manifest, Prompt, dump_manifest, read_manifest
 
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
 HASHES = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
@@ -17,11 +17,11 @@ SHARES = st.floats(min_value=0, max_value=1)
 
 
 @st.composite
-def qualities(draw: st.DrawFn) -> Quality:
+def qualities(draw: st.DrawFn) -> Accuracy:
     total = draw(st.integers(1, 10_000))
     low, high = sorted((draw(SHARES), draw(SHARES)))
     correct = draw(st.integers(0, total))
-    return Quality(
+    return Accuracy(
         what=draw(WORDS), split=draw(WORDS), correct=correct, total=total, interval_low=low, interval_high=high
     )
 

@@ -54,7 +54,7 @@ _ARTEFACT = re.compile(r"\b[\w.-]*taint\.org\b|\b[yz]{4,}\w*\b", re.IGNORECASE)
 _SUBJECT_TAG = re.compile(r"\[[^\]]{1,60}\]")
 
 
-class _Text(HTMLParser):
+class _TextReader(HTMLParser):
     """The visible text of an HTML mail."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ def _first_text(mail: Message) -> str:
             return text
     for part in parts:
         if part.get_content_type() == "text/html":
-            reader = _Text()
+            reader = _TextReader()
             reader.feed(_decoded(part))
             return "".join(reader.parts)
     return ""

@@ -28,7 +28,7 @@ SHINGLE_WORDS = 5
 
 
 @dataclass(frozen=True)
-class Example:
+class CleanMail:
     """One mail as the model sees it, and the mailing list (or spam) it belongs to."""
 
     id: str
@@ -71,7 +71,7 @@ def label_of(mail_id: str, list_id: str) -> str | None:
     return name.group(1) if name and name.group(1) in LABELS else None
 
 
-def examples_of(mails: Iterable[tuple[str, bytes]]) -> Iterator[Example]:
+def examples_of(mails: Iterable[tuple[str, bytes]]) -> Iterator[CleanMail]:
     """Labelled, cleaned mails that have at least MINIMUM_WORDS words of their own."""
     for mail_id, raw in mails:
         mail = parse(raw)
@@ -80,15 +80,15 @@ def examples_of(mails: Iterable[tuple[str, bytes]]) -> Iterator[Example]:
             continue
         body = body_of(mail)
         if len(normalise(body).split()) >= MINIMUM_WORDS:
-            yield Example(mail_id, label, subject_of(mail), body)
+            yield CleanMail(mail_id, label, subject_of(mail), body)
 
 
-def without_duplicates(examples: Iterable[Example]) -> list[Example]:
+def without_duplicates(examples: Iterable[CleanMail]) -> list[CleanMail]:
     """Each body once; a body that two lists received belongs to none; near-copies of a kept mail are dropped."""
-    by_body: dict[bytes, list[Example]] = {}
+    by_body: dict[bytes, list[CleanMail]] = {}
     for example in examples:
         by_body.setdefault(example.digest, []).append(example)
-    kept: list[Example] = []
+    kept: list[CleanMail] = []
     sizes: list[int] = []
     owners: dict[tuple[str, ...], list[int]] = {}
     for same in by_body.values():
@@ -105,7 +105,7 @@ def without_duplicates(examples: Iterable[Example]) -> list[Example]:
     return kept
 
 
-def capped(examples: Iterable[Example]) -> list[Example]:
+def capped(examples: Iterable[CleanMail]) -> list[CleanMail]:
     """At most CAP_PER_CLASS of each label. Ordered by the digest's tail, since its head decides the split."""
     taken: Counter[str] = Counter()
     chosen = []
@@ -136,7 +136,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return stream.read() if stream else b""
 
 
-def _shingles(example: Example) -> set[tuple[str, ...]]:
+def _shingles(example: CleanMail) -> set[tuple[str, ...]]:
     words = normalise(example.body).split()
     return {tuple(words[i : i + SHINGLE_WORDS]) for i in range(len(words) - SHINGLE_WORDS + 1)}
 

@@ -10,7 +10,7 @@ from benchmarks.errors import BadRecord
 from benchmarks.record import save_json
 from benchmarks.report.card_figures import NAMES, majority, markdown, quality, with_part
 from benchmarks.report.plots import confusion_picture, latency_picture
-from models.manifest import Quality
+from models.manifest import Accuracy
 from tests.support.benchmarks.examples import arm, run_of, sample
 
 LABELS = ("fork", "ilug", "spam")
@@ -42,7 +42,7 @@ def test_the_table_has_every_row_and_the_paired_difference() -> None:
 
 def test_the_entries_for_the_manifest_are_valid_and_say_the_same() -> None:
     scores = {"as_served": score_evaluation(made(54))}
-    (entry,) = (Quality.model_validate(entry) for entry in tomllib.loads(quality(scores))["quality"])
+    (entry,) = (Accuracy.model_validate(entry) for entry in tomllib.loads(quality(scores))["quality"])
     assert (entry.what, entry.correct, entry.total) == ("fine-tune as served", 54, 60)
     assert entry.interval_low == pytest.approx(0.7985, abs=1e-3)
 

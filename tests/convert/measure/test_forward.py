@@ -15,7 +15,7 @@ from convert.measure.loss import LogitsRow, even_share, plan_rows, rows_in_commo
 from convert.measure.tasks import MAX_WRITTEN, PromptFormat, Tasks, make_tasks
 from models.common.chat_records import ChatRecord, Message
 from models.errors import BadExamples
-from models.quality import Work
+from models.quality import TaskKind
 from runtime.errors import DecodeFailed
 from tests.support.runtime.fakes import BOS, END_OF_TURN, EOS, FAKE_TEMPLATE, FakeLlama, FakeTokenizer
 
@@ -30,7 +30,7 @@ def records(count: int = MIN_EXAMPLES, answer: str = "") -> list[ChatRecord]:
     ]
 
 
-def tasks_for(work: Work, some: Sequence[ChatRecord] | None = None, max_tokens: int = 512, **asking: Any) -> Tasks:
+def tasks_for(work: TaskKind, some: Sequence[ChatRecord] | None = None, max_tokens: int = 512, **asking: Any) -> Tasks:
     chosen = records() if some is None else some
     return make_tasks(FakeTokenizer(), replace(ASKING, **asking), chosen, work, LABELS, max_tokens)
 
@@ -126,7 +126,7 @@ def test_spread_rows_are_different_and_begin_with_the_first() -> None:
 
 @pytest.mark.parametrize("work", ["classify", "write"])
 @pytest.mark.parametrize("shape", [(16, 2048, 512), (1, 512, 512), (5, 600, 7), (16, 400, 33)])
-def test_rows_are_the_models_after_exactly_those_tokens(work: Work, shape: tuple[int, int, int]) -> None:
+def test_rows_are_the_models_after_exactly_those_tokens(work: TaskKind, shape: tuple[int, int, int]) -> None:
     together, n_ctx, n_batch = shape
     tasks = tasks_for(work)
     llama = FakeLlama(n_ctx=n_ctx, n_seq_max=2 * together, n_batch=n_batch)
@@ -218,7 +218,7 @@ def test_progress_ends_with_all() -> None:
 
 
 @pytest.mark.parametrize("work", ["classify", "write"])
-def test_logits_that_are_no_numbers_are_an_error(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_no_numbers_are_an_error(work: TaskKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeLlama, "logits", lambda self, history: np.full(260, np.nan, np.float32))
     with pytest.raises(Exception, match="not numbers"):
         run_pass(FakeLlama(n_ctx=4096), tasks_for(work), (), lambda row, logits: None)

@@ -19,7 +19,7 @@ from convert.quantize.layouts import (
 )
 from convert.quantize.quantize import QUANTIZATIONS
 from models.gguf.header import Header, TensorInfo
-from models.quality import Work
+from models.quality import TaskKind
 
 Kind = gguf.GGMLQuantizationType
 
@@ -55,7 +55,7 @@ PLAIN = ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL"]
         ("write", ["Q8_0-vocab-Q4_0", "Q8_0-vocab-IQ4_NL", "Q4_0-vocab-Q4_0", "Q8_0-vocab-Q5_1"]),
     ],
 )
-def test_the_ladder_of_a_small_model(work: Work, mixes: list[str]) -> None:
+def test_the_ladder_of_a_small_model(work: TaskKind, mixes: list[str]) -> None:
     specs = ladder(header(tensors()), work, imatrix=True)
     assert names(specs) == PLAIN + mixes
     assert len(set(names(specs))) == len(specs)

@@ -15,7 +15,7 @@ from convert.quantize.layouts import VOCABULARY, CandidateSpec, TypeOverride, la
 from convert.quantize.quantize import QUANTIZATIONS, disk_need, quantize, spec_named
 from models.errors import BadGguf
 from models.gguf.header import Header, read_header
-from models.quality import Work
+from models.quality import TaskKind
 from tests.support.convert.tiny import hash_tensors, write_model
 
 Kind = gguf.GGMLQuantizationType
@@ -220,7 +220,7 @@ def test_names_are_checked_whatever_their_case() -> None:
 
 @pytest.mark.parametrize("work", ["classify", "write"])
 @pytest.mark.parametrize("imatrix", [True, False])
-def test_what_a_ladder_has_can_be_asked_for_by_its_name(half: Path, work: Work, imatrix: bool) -> None:
+def test_what_a_ladder_has_can_be_asked_for_by_its_name(half: Path, work: TaskKind, imatrix: bool) -> None:
     for spec in ladder(read_header(half), work, imatrix=imatrix):
         assert spec_named(spec.name.lower(), imatrix=imatrix) == spec
 

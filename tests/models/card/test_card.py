@@ -1,10 +1,10 @@
 """The card says everything the manifest knows, and does not say what nobody measured."""
 
 from models.card.card import render_card
-from models.manifest import Adapter, Base, Manifest, Prompt, Quality
+from models.manifest import Accuracy, Adapter, Base, Manifest, Prompt
 from tests.support.models.build import artefact
 
-MEASURED = Quality(what="As served", split="test", correct=86, total=100, interval_low=0.779, interval_high=0.915)
+MEASURED = Accuracy(what="As served", split="test", correct=86, total=100, interval_low=0.779, interval_high=0.915)
 FULL = Manifest(
     name="triage",
     description="Sorts mail",

@@ -14,7 +14,7 @@ from models.email_triage.data.prepare import (
     LABELS,
     MINIMUM_WORDS,
     SPLITS,
-    Example,
+    CleanMail,
     capped,
     examples_of,
     label_of,
@@ -27,7 +27,7 @@ from models.email_triage.data.prompts import EXAMPLES, few_shot, zero_shot
 HOME = Path(__file__).parents[3] / "models" / "email_triage"
 
 
-def load(split: str) -> list[Example]:
+def load(split: str) -> list[CleanMail]:
     with gzip.open(HOME / "data" / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
     examples = []
@@ -36,24 +36,24 @@ def load(split: str) -> list[Example]:
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         head, _, body = user["content"].partition("\n\n")
         assert head.startswith("Subject: ")
-        examples.append(Example(record["id"], assistant["content"], head.removeprefix("Subject: "), body))
+        examples.append(CleanMail(record["id"], assistant["content"], head.removeprefix("Subject: "), body))
     return examples
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, list[Example]]:
+def splits() -> dict[str, list[CleanMail]]:
     return {split: load(split) for split in SPLITS}
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_mail_is_in_the_split_its_text_decides(splits: dict[str, list[Example]], split: str) -> None:
+def test_every_mail_is_in_the_split_its_text_decides(splits: dict[str, list[CleanMail]], split: str) -> None:
     assert splits[split]
     for example in splits[split]:
         first = hashlib.sha256(normalise(example.body).encode()).digest()[0] % 5
         assert {0: "test", 1: "validation"}.get(first, "train") == split, example.id
 
 
-def test_classes_are_known_present_and_capped(splits: dict[str, list[Example]]) -> None:
+def test_classes_are_known_present_and_capped(splits: dict[str, list[CleanMail]]) -> None:
     counts = Counter(example.label for examples in splits.values() for example in examples)
     assert set(counts) == set(LABELS)
     assert max(counts.values()) <= CAP_PER_CLASS
@@ -61,7 +61,7 @@ def test_classes_are_known_present_and_capped(splits: dict[str, list[Example]]) 
         assert {example.label for example in examples} == set(LABELS), split
 
 
-def test_no_mail_stands_twice(splits: dict[str, list[Example]]) -> None:
+def test_no_mail_stands_twice(splits: dict[str, list[CleanMail]]) -> None:
     everyone = [example for examples in splits.values() for example in examples]
     assert len({example.id for example in everyone}) == len(everyone)
     assert len({example.digest for example in everyone}) == len(everyone)
@@ -69,7 +69,7 @@ def test_no_mail_stands_twice(splits: dict[str, list[Example]]) -> None:
     assert without_duplicates(in_order) == in_order, "a near-copy was left in"
 
 
-def test_texts_are_short_and_tell_nothing_but_their_content(splits: dict[str, list[Example]]) -> None:
+def test_texts_are_short_and_tell_nothing_but_their_content(splits: dict[str, list[CleanMail]]) -> None:
     for example in (example for examples in splits.values() for example in examples):
         assert len(example.body) <= BODY_CHARACTERS, example.id
         assert len(normalise(example.body).split()) >= MINIMUM_WORDS, example.id
@@ -84,7 +84,7 @@ def test_files_are_those_the_data_card_names() -> None:
         assert f"{digest}  {split}.jsonl.gz" in card
 
 
-def test_prompts_show_two_train_mails_a_class_and_no_others(splits: dict[str, list[Example]]) -> None:
+def test_prompts_show_two_train_mails_a_class_and_no_others(splits: dict[str, list[CleanMail]]) -> None:
     train = {example.id: example for example in splits["train"]}
     chosen = [(str(train[mail].record()["messages"][0]["content"]), label) for label, mail in _turns()]  # type: ignore[index]
     assert [train[mail].label for _, mail in _turns()] == [label for label, _ in _turns()]
@@ -143,14 +143,14 @@ def test_labels(mail_id: str, list_id: str, label: str | None) -> None:
 
 def test_a_body_two_lists_received_belongs_to_none_and_near_copies_go() -> None:
     words = "one two three four five six seven eight nine ten"
-    crossposted = [Example("a/1", "fork", "x", words), Example("a/2", "ilug", "x", words.upper() + " 42")]
+    crossposted = [CleanMail("a/1", "fork", "x", words), CleanMail("a/2", "ilug", "x", words.upper() + " 42")]
     assert without_duplicates(crossposted) == []
-    first, near = Example("a/1", "fork", "x", words), Example("a/2", "fork", "x", words + " eleven")
+    first, near = CleanMail("a/1", "fork", "x", words), CleanMail("a/2", "fork", "x", words + " eleven")
     assert without_duplicates([first, near]) == [first]
 
 
 def test_the_cap_keeps_the_same_mails_whatever_their_order() -> None:
-    many = [Example(f"a/{i}", "fork", "x", "word " + chr(97 + i // 26) * 3 + chr(97 + i % 26)) for i in range(300)]
+    many = [CleanMail(f"a/{i}", "fork", "x", "word " + chr(97 + i // 26) * 3 + chr(97 + i % 26)) for i in range(300)]
     kept = capped(many)
     assert len(kept) == CAP_PER_CLASS
     assert capped(reversed(many)) == kept

@@ -18,9 +18,16 @@ from convert.checkpoint.source import GgufCheckpoint  # noqa: E402
 from convert.trim.plan import plan_trim  # noqa: E402
 from convert.trim.source import TrimmedCheckpoint  # noqa: E402
 from models.email_triage import recipe  # noqa: E402
-from models.email_triage.data.prepare import LABELS, Example, write_jsonl_gz  # noqa: E402
-from models.email_triage.gemma import Example as Text  # noqa: E402
-from models.email_triage.gemma import _branch_scores, completion_loss, encode, encode_label, judge, load_base  # noqa: E402
+from models.email_triage.data.prepare import LABELS, CleanMail, write_jsonl_gz  # noqa: E402
+from models.email_triage.gemma import (  # noqa: E402
+    TrainingMail,
+    _branch_scores,
+    completion_loss,
+    encode,
+    encode_label,
+    judge,
+    load_base,
+)
 from models.gguf.fields import Field  # noqa: E402
 from runtime.llama.model import load_tokenizer  # noqa: E402
 from tests.convert.trim.test_source import write  # noqa: E402
@@ -45,7 +52,7 @@ def tiny_gemma() -> Any:
 
 def test_a_branch_scores_as_the_label_alone_would() -> None:
     model, tokenizer = tiny_gemma(), Letters()
-    mails = [encode(tokenizer, Text(str(i), "mail " * (i + 1), label)) for i, label in enumerate(LABELS)]
+    mails = [encode(tokenizer, TrainingMail(str(i), "mail " * (i + 1), label)) for i, label in enumerate(LABELS)]
     answers = [encode_label(tokenizer, label) for label in LABELS]
     verdicts = {verdict.id: verdict for verdict in judge(model, tokenizer, mails, LABELS, batch=3)}
     with torch.no_grad():
@@ -69,7 +76,7 @@ class Stopped(Exception):
 @pytest.fixture
 def few_mails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
-    records = [Example(str(i), LABELS[i % 8], f"subject {i}", f"some words of mail {i}").record() for i in range(24)]
+    records = [CleanMail(str(i), LABELS[i % 8], f"subject {i}", f"some words of mail {i}").record() for i in range(24)]
     write_jsonl_gz(tmp_path / "data" / "train.jsonl.gz", records)
     write_jsonl_gz(tmp_path / "data" / "validation.jsonl.gz", records[:8])
     monkeypatch.setattr(recipe, "HOME", tmp_path)
@@ -108,7 +115,7 @@ def test_a_stopped_run_ends_with_the_weights_of_a_whole_one(tmp_path: Path, monk
 @pytest.mark.usefixtures("few_mails")
 def test_other_settings_do_not_continue_a_checkpoint(tmp_path: Path) -> None:
     first = trainer(tmp_path)
-    first._update([encode(Letters(), Text("0", "mail", "fork"))])
+    first._update([encode(Letters(), TrainingMail("0", "mail", "fork"))])
     first._save_checkpoint()
     other = recipe.Trainer(tiny_gemma(), Letters(), tmp_path, recipe.Hyperparameters(rank=2, seed=1))
     with pytest.raises(SystemExit, match="remove it to start again"):
@@ -126,7 +133,7 @@ def test_learning_rate_rises_then_falls_to_nothing() -> None:
 
 def test_a_cropped_mail_keeps_its_subject_and_half_of_its_words_in_a_row() -> None:
     words = [f"word{i}" for i in range(40)]
-    mail = Text("1", "Subject: a\n\n" + " ".join(words), "fork")
+    mail = TrainingMail("1", "Subject: a\n\n" + " ".join(words), "fork")
     chance = random.Random(0)
     cut = [recipe.cropped(mail, 1.0, chance).content for _ in range(50)]
     for content in cut:
@@ -140,7 +147,7 @@ def test_a_cropped_mail_keeps_its_subject_and_half_of_its_words_in_a_row() -> No
 
 
 def test_batches_hold_every_mail_once_and_little_padding() -> None:
-    mails = [encode(Letters(), Text(str(i), "x" * (i * 7 % 90), "fork")) for i in range(101)]
+    mails = [encode(Letters(), TrainingMail(str(i), "x" * (i * 7 % 90), "fork")) for i in range(101)]
     batches = recipe.bucketed(mails, 8, random.Random(0))
     assert sorted(mail.id for batch in batches for mail in batch) == sorted(mail.id for mail in mails)
     assert max(map(len, batches)) == 8
@@ -157,7 +164,7 @@ def test_a_trimmed_vocabulary_is_trained_on_as_it_will_be_served(tmp_path: Path)
     model, tokenizer = load_base(trimmed)
     assert model.get_input_embeddings().weight.shape[0] == len(plan.kept) < plan.n_before
     served = load_tokenizer(trimmed)
-    mail = encode(tokenizer, Text("1", "Hello ello \x07", "hell"))
+    mail = encode(tokenizer, TrainingMail("1", "Hello ello \x07", "hell"))
     prompt = "<start_of_turn>user\nHello ello \x07<end_of_turn>\n<start_of_turn>model\n"
     assert list(mail.prompt[1:]) == served.encode(prompt, add_special=False, parse_special=True)
     assert mail.answer[-1] == plan.new_ids[END]

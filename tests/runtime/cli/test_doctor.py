@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest
+from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store
 from runtime.cli import doctor
-from runtime.cli.doctor import DEFAULT_MODEL, Report, examine, human_bytes, print_report
+from runtime.cli.doctor import Report, examine, human_bytes, print_report
 from runtime.cli.main import main
 
 Install = Callable[[str], None]
