@@ -5,7 +5,7 @@ Pure: no server, tokenizer or clock. `wire.FIELDS` says which fields there are, 
 
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, overload
 
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_serializer, model_validator
@@ -307,20 +307,19 @@ def to_requests(
     without one, choice k of the call takes `drawn_seeds[k]`. A seed may be negative, as OpenAI's are; it is folded into
     64 bits.
     """
-    params = _sampling_params(body)
     requests: list[Request] = []
     for prompt in prompts:
         for choice in range(body.n):
             seed = drawn_seeds[len(requests)] if body.seed is None else body.seed + choice
-            drawn = replace(params, max_tokens=prompt.max_tokens, seed=seed % SEED_SPACE)
-            requests.append(Request(f"{call_id}-{len(requests)}", prompt.tokens, drawn, adapter))
+            params = _sampling_params(body, prompt.max_tokens, seed % SEED_SPACE)
+            requests.append(Request(f"{call_id}-{len(requests)}", prompt.tokens, params, adapter))
     return tuple(requests)
 
 
-def _sampling_params(body: Body) -> SamplingParams:
-    """The parameters that all choices share; each has its own limit and seed."""
+def _sampling_params(body: Body, max_tokens: int, seed: int) -> SamplingParams:
     return SamplingParams(
-        max_tokens=1,
+        max_tokens=max_tokens,
+        seed=seed,
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
