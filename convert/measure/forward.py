@@ -14,9 +14,9 @@ import numpy as np
 
 from convert.child import StepProgress
 from convert.errors import MeasureFailed
-from runtime.decoding.choice_tree import Ballot
-from runtime.llama.interface import LlamaLike
-from runtime.requests import Batch, ScoringPrompt
+from runtime.decoding.choice_tree import ChoiceTree
+from runtime.llama.interface import Batch, LlamaLike
+from runtime.requests import ScoringPrompt
 
 from .loss import LogitsRow
 from .tasks import EvalTask, Tasks
@@ -132,7 +132,7 @@ class _ActiveTask:
     task: EvalTask
     seq_id: int
     rows: Mapping[int, LogitsRow]
-    ballot: Ballot | None = None
+    ballot: ChoiceTree | None = None
     written: list[int] = field(default_factory=list)
 
 
@@ -215,7 +215,7 @@ class _PromptGroup:
             one = self._asked[index]
             self._see(one, place, logits)
             if self._tasks.work == "classify":
-                one.ballot = Ballot(ScoringPrompt(one.task.prompt, self._tasks.choices, self._tasks.ends))
+                one.ballot = ChoiceTree(ScoringPrompt(one.task.prompt, self._tasks.choices, self._tasks.ends))
                 one.ballot.read((), logits)
             else:
                 one.written.append(_likeliest(logits))
@@ -244,7 +244,7 @@ class _PromptGroup:
             branches = [branch for one, ballot in ballots for branch in self._wave(one, ballot)]
         return [ModelAnswer(self._tasks.labels[_first_highest(ballot.logprobs())]) for _, ballot in ballots]
 
-    def _first_wave(self, one: _ActiveTask, ballot: Ballot) -> list[TokenBranch]:
+    def _first_wave(self, one: _ActiveTask, ballot: ChoiceTree) -> list[TokenBranch]:
         """The ballot's branches and the expected answer's, which answers for the tokens that they share."""
         wave, expected = self._wave(one, ballot), self._expected(one)
         if expected is None:
@@ -265,7 +265,7 @@ class _PromptGroup:
 
         return [replace(expected, wanted=frozenset(expected.wanted) | shared, read=read), *rest]
 
-    def _wave(self, one: _ActiveTask, ballot: Ballot) -> list[TokenBranch]:
+    def _wave(self, one: _ActiveTask, ballot: ChoiceTree) -> list[TokenBranch]:
         def reader(path: tuple[int, ...]) -> Callable[[int, np.ndarray], None]:
             return lambda place, logits: ballot.read(path[: place + 1], logits)
 

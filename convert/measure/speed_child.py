@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.child import read_job, tell
-from runtime.llama.interface import LlamaLike
-from runtime.requests import Batch
+from runtime.llama.interface import Batch, LlamaLike
 
 _SEED = 7
 

@@ -36,7 +36,7 @@ class Branch:
     first: int
 
 
-class Ballot:
+class ChoiceTree:
     """One question: take `next_wave`, compute its branches, `read` their rows, until there is no further wave."""
 
     def __init__(self, question: ScoringPrompt) -> None:

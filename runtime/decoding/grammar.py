@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from threading import Lock
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -23,37 +23,6 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from runtime.errors import GrammarFailed, InvalidRequest
 from runtime.llama.interface import TokenizerLike
 from runtime.requests import Grammar
-
-
-class Constraint(Protocol):
-    """One answer's place in its grammar. Not thread-safe: one thread at a time."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether the answer is whole and nothing may follow but its end."""
-
-    def allowed(self) -> np.ndarray:
-        """Which tokens may come next, bool of shape (n_vocab,); the end tokens among them where the answer may end.
-
-        Raises GrammarFailed when the grammar leaves no token, or runs into a limit.
-        """
-
-    def forced(self) -> list[int]:
-        """The tokens that must come next, whatever the model says; often none. Does not accept them."""
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        """These tokens came next. Raises GrammarFailed if the grammar does not allow them."""
-
-
-class Constrainer(Protocol):
-    """Grammars over one model's vocabulary. Any thread may use it."""
-
-    def check(self, grammar: Grammar) -> None:
-        """Raises InvalidRequest, with the grammar's `param`, if it cannot be used."""
-
-    def start(self, grammar: Grammar) -> Constraint:
-        """The grammar at its beginning, for one answer. Raises InvalidRequest as `check` does."""
-
 
 # Measured: 6,000 Lark rules that each name the next, or 5,000 schema references, compile within 64 MiB; an accepted
 # grammar is too small in bytes for more than about 8,000. Only what is used of it becomes memory.
@@ -92,21 +61,17 @@ _REASON_CHARS = 300
 _MARK = "\x02"
 
 
-class LlGuidance:
-    """`Constrainer` over llguidance, for the vocabulary of one model."""
+class Grammars:
+    """`Grammars` over llguidance, for the vocabulary of one model."""
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
         self._source = tokenizer
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._lock = Lock()
 
-    def check(self, grammar: Grammar) -> None:
-        """Raises InvalidRequest, with the grammar's `param`, if it cannot be used."""
-        self._matcher(grammar)
-
-    def start(self, grammar: Grammar) -> "GuidedAnswer":
-        """The grammar at its beginning, for one answer. Raises InvalidRequest as `check` does."""
-        return GuidedAnswer(self._matcher(grammar).deep_copy(), self._source)
+    def compile(self, grammar: Grammar) -> "GrammarState":
+        """The grammar at its beginning, for one answer. Raises InvalidRequest, with the grammar's `param`."""
+        return GrammarState(self._matcher(grammar).deep_copy(), self._source)
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
         with self._lock:
@@ -127,8 +92,8 @@ class LlGuidance:
         return LLTokenizer(TokenizerWrapper(_Vocabulary(source)), source.n_vocab, list(source.end_tokens))
 
 
-class GuidedAnswer:
-    """`Constraint` over one of llguidance's matchers."""
+class GrammarState:
+    """`GrammarState` over one of llguidance's matchers."""
 
     def __init__(self, matcher: LLMatcher, tokenizer: TokenizerLike) -> None:
         self._matcher = matcher

@@ -176,23 +176,23 @@ class StepTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class DraftCandidate:
     """`count` drafts that a row of the step could have, each right with probability `rate` if those before it are."""
 
     rate: float
     count: int
 
 
-NOBODY = Candidate(0.0, 0)
+NO_CANDIDATE = DraftCandidate(0.0, 0)
 
 
 def draft_lengths(
-    candidates: Sequence[Candidate], spare: int, time: StepTime, *, others_wait: bool = False
+    candidates: Sequence[DraftCandidate], spare: int, time: StepTime, *, others_wait: bool = False
 ) -> list[int]:
     """How many drafts each row of a step gets, at most `spare` in all, so that it gives the most tokens in its time.
 
-    There is a candidate for every row the step has without drafts, `NOBODY` for one that can have none. `others_wait`
-    if answers that are not in the step wait for it to end.
+    `candidates[i]` belongs to row i of the step; NO_CANDIDATE where no draft is possible. `others_wait` says that
+    answers outside the step wait for it to end.
     """
     rows = len(candidates)
     bare_s = time.of(rows)

@@ -29,7 +29,7 @@ BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SampledToken:
     """A drawn token; `logprob` and the likeliest `top` (token id, log-probability) when asked for."""
 
     token: int
@@ -55,7 +55,7 @@ class Sampler:
         self._drawn: Counter[int] = Counter()
         self._n_drawn = 0
 
-    def draw(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> Draw:
+    def draw(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> SampledToken:
         """The next token of the answer, from one row of logits, float32 of shape (n_vocab,), which is left as it is.
 
         `allowed`, bool of the same shape, says which tokens may come (None: all). Raises EngineError if no allowed
@@ -73,7 +73,7 @@ class Sampler:
         token = likeliest if params.temperature < GREEDY_BELOW else _draw(row, row[likeliest], params, self._uniform())
         self.note(token)
         if params.logprobs is None:
-            return Draw(token)
+            return SampledToken(token)
         return _with_logprobs(logits, token, params.logprobs)
 
     def note(self, token: int) -> None:
@@ -171,10 +171,10 @@ def _pick(weights: np.ndarray, uniform: float) -> int:
     return start + int(np.searchsorted(inside, max(target, 0), side="right"))
 
 
-def _with_logprobs(logits: np.ndarray, token: int, n_top: int) -> Draw:
+def _with_logprobs(logits: np.ndarray, token: int, n_top: int) -> SampledToken:
     highest = logits.max()
     weights = logits - highest
     np.exp(weights, out=weights)
     norm = float(highest) + float(np.log(weights.sum()))
     top = _likeliest(logits, n_top) if n_top else ()
-    return Draw(token, float(logits[token]) - norm, tuple((int(i), float(logits[i]) - norm) for i in top))
+    return SampledToken(token, float(logits[token]) - norm, tuple((int(i), float(logits[i]) - norm) for i in top))

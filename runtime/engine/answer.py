@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.decoding.detokenize import TextStream
-from runtime.decoding.grammar import Constrainer, Constraint
+from runtime.decoding.grammar import Grammars, GrammarState
 from runtime.decoding.prompt_lookup import Drafter
 from runtime.decoding.sampling import Sampler
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.llama.interface import ModelInfo, TokenizerLike
-from runtime.requests import FinishReason, Grammar, Request, SamplingParams, Sequence
+from runtime.requests import FinishReason, Grammar, Request, SamplingParams
+from runtime.scheduling.plan import ScheduledSequence
 
 
 class Guide:
     """A constraint, and whether its forced tokens are taken `one_by_one`."""
 
-    def __init__(self, constraint: Constraint, *, one_by_one: bool) -> None:
+    def __init__(self, constraint: GrammarState, *, one_by_one: bool) -> None:
         self._constraint = constraint
         self._one_by_one = one_by_one
 
@@ -49,20 +50,20 @@ class Guide:
 
 
 def begin(
-    constrainer: Constrainer, grammar: Grammar, params: SamplingParams, token_bytes: Callable[[int], bytes]
+    grammars: Grammars, grammar: Grammar, params: SamplingParams, token_bytes: Callable[[int], bytes]
 ) -> tuple[Guide, list[int]]:
     """A new answer's guide, and the tokens that are forced before anything is drawn.
 
     They never end the answer: at least one token is left to draw. Raises InvalidRequest or GrammarFailed.
     """
     if params.logprobs is not None:
-        return Guide(constrainer.start(grammar), one_by_one=True), []
-    room = _room_before_end(constrainer.start(grammar), params, token_bytes)
-    guide = Guide(constrainer.start(grammar), one_by_one=False)
+        return Guide(grammars.compile(grammar), one_by_one=True), []
+    room = _room_before_end(grammars.compile(grammar), params, token_bytes)
+    guide = Guide(grammars.compile(grammar), one_by_one=False)
     return guide, guide.force(room)
 
 
-def _room_before_end(constraint: Constraint, params: SamplingParams, token_bytes: Callable[[int], bytes]) -> int:
+def _room_before_end(constraint: GrammarState, params: SamplingParams, token_bytes: Callable[[int], bytes]) -> int:
     """How many forced tokens come before one that would end the answer: by length, stop string or grammar."""
     text = TextStream(token_bytes, params.stop)
     forced = constraint.forced()[: params.max_tokens - 1]
@@ -91,14 +92,14 @@ def speller(tokenizer: TokenizerLike, spelled: tuple[int, ...]) -> Callable[[int
 
 
 @dataclass(eq=False, slots=True)
-class Answer:
+class Generation:
     """A live answer.
 
     `allowed` is what the guide lets be drawn next, bool of shape (n_vocab,), while it is worked out. `unsent` tokens
     stand in the sequence already, but their text was not given out yet. `drafter` is there once it was looked up.
     """
 
-    sequence: Sequence
+    sequence: ScheduledSequence
     sampler: Sampler
     text: TextStream
     guide: Guide | None = None

@@ -13,17 +13,17 @@ from dataclasses import replace
 
 from runtime.decoding.prompt_lookup import (
     ENGINE_MEMORY,
-    NOBODY,
+    NO_CANDIDATE,
     Acceptance,
-    Candidate,
+    DraftCandidate,
     Drafter,
     StepTimes,
     draft_lengths,
 )
-from runtime.requests import Chunk, Plan
+from runtime.scheduling.plan import Chunk, StepPlan
 from runtime.scheduling.scheduler import Scheduler
 
-from .answer import Answer
+from .answer import Generation
 
 # Drafts of one answer in one step, unless a setting says otherwise. More hardly pay, however sure they are.
 MAX_DRAFTS = 15
@@ -44,7 +44,7 @@ class Drafts:
         self.n_drafted = 0
         self.n_accepted = 0
 
-    def extend(self, plan: Plan, scheduler: Scheduler, answers: Mapping[str, Answer]) -> Plan:
+    def extend(self, plan: StepPlan, scheduler: Scheduler, answers: Mapping[str, Generation]) -> StepPlan:
         """The scheduler's plan with drafts, as its step has room; the same plan if it has none or none would pay."""
         if not self._limit:
             return plan
@@ -53,7 +53,9 @@ class Drafts:
         if spare < 1 or self._rest:
             return plan
         drafters = [self._look(answers.get(chunk.sequence.request.id)) for chunk in plan.chunks]
-        candidates = [Candidate(drafter.rate, len(drafter.guess)) if drafter else NOBODY for drafter in drafters]
+        candidates = [
+            DraftCandidate(drafter.rate, len(drafter.guess)) if drafter else NO_CANDIDATE for drafter in drafters
+        ]
         time = self._times.fit()
         if time is None or not any(candidate.count for candidate in candidates):
             return plan
@@ -65,26 +67,26 @@ class Drafts:
         ]
         return replace(plan, chunks=tuple(chunks))
 
-    def timed(self, plan: Plan, seconds: float) -> None:
+    def timed(self, plan: StepPlan, seconds: float) -> None:
         """The plan's decode took so long."""
         if self._limit and all(chunk.count == chunk.n_rows for chunk in plan.chunks):
             self._times.note(plan.n_tokens, seconds)
 
-    def withdraw(self, plan: Plan) -> bool:
+    def withdraw(self, plan: StepPlan) -> bool:
         """The plan's decode failed: if it had drafts, none are made for a while, so that it can be tried without."""
         had = any(chunk.drafts for chunk in plan.chunks)
         if had:
             self._rest = REST_STEPS
         return had
 
-    def judge(self, answer: Answer, chunk: Chunk, drawn: list[int]) -> None:
+    def judge(self, answer: Generation, chunk: Chunk, drawn: list[int]) -> None:
         """`drawn` are the tokens that were drawn after the chunk: one, and one for each draft that was right."""
         self.n_drafted += len(chunk.drafts)
         self.n_accepted += sum(a == b for a, b in zip(chunk.drafts, drawn, strict=False))
         if answer.drafter is not None:
             answer.drafter.judge(drawn)
 
-    def _look(self, answer: Answer | None) -> Drafter | None:
+    def _look(self, answer: Generation | None) -> Drafter | None:
         """The drafter of an answer that can have drafts, with its guess. One with a grammar cannot: it has its own."""
         if answer is None or answer.guide is not None or answer.sequence.n_generated < FIRST_LOOK:
             return None

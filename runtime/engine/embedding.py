@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.errors import ContextTooLong, EngineError, InvalidRequest
-from runtime.llama.interface import LlamaLike, ModelInfo, Pooling
-from runtime.requests import Batch, Embedded, Embedding, Event, Failed, Usage
+from runtime.llama.interface import Batch, LlamaLike, ModelInfo, Pooling
+from runtime.requests import Embedded, Embedding, Event, Failed, Usage
 
 
 @dataclass(eq=False, slots=True)
@@ -28,7 +28,7 @@ class _Job:
 
 
 @dataclass(eq=False, slots=True)
-class _Text:
+class _TextProgress:
     """A text that was begun, under its sequence id."""
 
     job: _Job
@@ -45,7 +45,7 @@ class _Text:
 class _Piece:
     """`count` more tokens of a text."""
 
-    text: _Text
+    text: _TextProgress
     count: int
 
 
@@ -57,7 +57,7 @@ class Embedder:
         self._jobs: dict[str, _Job] = {}
         self._turns: deque[_Job] = deque()
         self._suspects: deque[_Job] = deque()
-        self._begun: _Text | None = None
+        self._begun: _TextProgress | None = None
         self._stepped_last = False
         self.n_prompt = 0
 
@@ -120,7 +120,7 @@ class Embedder:
                 break
         return pieces
 
-    def _texts(self) -> Iterator[_Text]:
+    def _texts(self) -> Iterator[_TextProgress]:
         begun = self._begun
         jobs = deque([self._suspects[0]]) if self._suspects else self._turns
         first = begun.job if begun is not None else next(job for job in jobs if job.todo)
@@ -132,7 +132,7 @@ class Embedder:
         while waiting := next((job for job in jobs if job in alike and job.todo), None):
             jobs.remove(waiting)
             jobs.append(waiting)
-            yield _Text(waiting, waiting.todo.popleft(), next(free))
+            yield _TextProgress(waiting, waiting.todo.popleft(), next(free))
 
     def _advance(self, piece: _Piece, rows: np.ndarray) -> list[Event]:
         text, job = piece.text, piece.text.job

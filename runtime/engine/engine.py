@@ -10,38 +10,34 @@ What a grammar allows depends on the tokens before, not on the logits, so it is 
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from types import TracebackType
 
 import numpy as np
 
 from runtime.decoding.detokenize import TextStream
-from runtime.decoding.grammar import Constrainer
-from runtime.decoding.sampling import Draw, Sampler
+from runtime.decoding.grammar import Grammars
+from runtime.decoding.sampling import SampledToken, Sampler
 from runtime.errors import BatchInvalid, Cancelled, DecodeAborted, DecodeFailed, InvalidRequest, ModelUnknown, NoKvSlot
-from runtime.llama.interface import LlamaLike
+from runtime.llama.interface import Batch, LlamaLike
 from runtime.requests import (
-    Chunk,
-    Copy,
-    Edit,
     Embedding,
     EngineStats,
     Event,
     Failed,
     Finished,
-    Plan,
     Request,
     Scoring,
-    Sequence,
     TextDelta,
     TokenLogprob,
     Usage,
     Work,
 )
-from runtime.scheduling.plan import batch_of, seq_id_of
+from runtime.scheduling.plan import Chunk, Copy, Edit, ScheduledSequence, StepPlan
 from runtime.scheduling.prefix_cache import PrefixCache
 from runtime.scheduling.scheduler import Scheduler
 
-from .answer import Answer, begin, check_request, speller
+from .answer import Generation, begin, check_request, speller
 from .drafts import Drafts
 from .embedding import Embedder, check_embedding
 from .options import EngineOptions
@@ -69,7 +65,7 @@ class Stopwatch:
 
 
 class Engine:
-    """Continuous batching over one `LlamaLike`; without a `constrainer` it takes no request with a grammar.
+    """Continuous batching over one `LlamaLike`; without a `grammars` it takes no request with a grammar.
 
     `clock`, in seconds, times steps and decodes: whether drafts pay depends on it, what an answer says does not.
     """
@@ -78,27 +74,27 @@ class Engine:
         self,
         llama: LlamaLike,
         options: EngineOptions | None = None,
-        constrainer: Constrainer | None = None,
+        grammars: Grammars | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         options = options or EngineOptions()
         info = llama.info
         self._llama = llama
         self._tokenizer = llama.tokenizer
-        self._ledger = PrefixCache(info.n_ctx, info.n_seq_max, options.idle_bound(info.n_ctx))
+        self._cache = PrefixCache(info.n_ctx, info.n_seq_max, options.idle_bound(info.n_ctx))
         self._scheduler = Scheduler(
-            self._ledger,
+            self._cache,
             step_tokens=min(options.step_tokens, info.n_batch),
             max_running=min(options.max_running, info.n_seq_max),
             max_rows=info.n_seq_max,  # a model gives no fewer in one decode
             mix_cells=options.mix_bound(info.gpu_layers),
         )
-        self._constrainer = constrainer
+        self._grammars = grammars
         self._guides = ThreadPoolExecutor(1, "deskside-guides")  # one: a grammar has one reader at a time
         self._scorer = Scorer(self._scheduler, self._next_arrival, max(1, options.max_running // 2))
         self._drafts = Drafts(options.max_drafts)
         self._embedder = Embedder(llama)
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, Generation] = {}
         self._failure: DecodeFailed | None = None
         self._n_arrivals = 0
         self._n_steps = 0
@@ -147,15 +143,15 @@ class Engine:
 
     def prepare(self, request: Work) -> None:
         """Compile the request's grammar, from any thread, so that no step waits for it. Raises InvalidRequest."""
-        if isinstance(request, Request) and request.params.grammar is not None and self._constrainer is not None:
-            self._constrainer.check(request.params.grammar)
+        if isinstance(request, Request) and request.params.grammar is not None and self._grammars is not None:
+            self._grammars.compile(request.params.grammar)
 
     def cancel(self, request_id: str, error: Exception | None = None) -> list[Event]:
         """End a request with `error` (None: Cancelled) and free its cells at once. No event if it is not live."""
         if not self._is_live(request_id):
             return []
         events = self._fail(request_id, error or Cancelled(f"request {request_id!r} was cancelled"))
-        self._edit(self._ledger.take_edits())
+        self._edit(self._cache.take_edits())
         return events
 
     def step(self) -> list[Event]:
@@ -176,7 +172,7 @@ class Engine:
                 return []
             self._edit(plan.edits)
             events = self._compute(self._drafts.extend(plan, self._scheduler, self._answers))
-            self._edit(self._ledger.take_edits())
+            self._edit(self._cache.take_edits())
         except Exception as error:  # noqa: BLE001 - whatever it is, no client may be left waiting
             return self._die(error)
         return events
@@ -186,8 +182,8 @@ class Engine:
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
-            kv_cells_used=self._ledger.used_cells,
-            kv_cells_total=self._ledger.n_cells,
+            kv_cells_used=self._cache.used_cells,
+            kv_cells_total=self._cache.n_cells,
             prompt_tokens_total=self._n_prompt + self._scorer.n_prompt + self._embedder.n_prompt,
             cached_tokens_total=self._n_cached + self._scorer.n_cached,
             generated_tokens_total=self._n_generated,
@@ -204,18 +200,18 @@ class Engine:
         self._guides.shutdown()
         self._llama.close()
 
-    def _open(self, request: Request) -> Answer:
+    def _open(self, request: Request) -> Generation:
         params = request.params
         token_bytes = speller(self._tokenizer, params.spelled)
-        answer = Answer(
-            Sequence(request, self._next_arrival(), list(request.prompt)),
+        answer = Generation(
+            ScheduledSequence(request, self._next_arrival(), list(request.prompt)),
             Sampler(params, self._tokenizer.end_tokens),
             TextStream(token_bytes, params.stop),
         )
         if params.grammar is not None:
-            if self._constrainer is None:
+            if self._grammars is None:
                 raise InvalidRequest("this engine takes no grammars", param=params.grammar.param)
-            answer.guide, forced = begin(self._constrainer, params.grammar, params, token_bytes)
+            answer.guide, forced = begin(self._grammars, params.grammar, params, token_bytes)
             answer.sequence.tokens += forced
             answer.sequence.n_ahead = len(forced)
             answer.unsent = forced
@@ -223,7 +219,7 @@ class Engine:
                 answer.sampler.note(token)
         return answer
 
-    def _compute(self, plan: Plan) -> list[Event]:
+    def _compute(self, plan: StepPlan) -> list[Event]:
         self._ask_guides(plan)
         try:
             batch = batch_of(plan)
@@ -243,7 +239,7 @@ class Engine:
                 n_read += chunk.n_rows
         return events
 
-    def _retry(self, plan: Plan, error: NoKvSlot | BatchInvalid | DecodeAborted) -> list[Event]:
+    def _retry(self, plan: StepPlan, error: NoKvSlot | BatchInvalid | DecodeAborted) -> list[Event]:
         """The plan failed and harmed nobody: have the next one do less, or fail the one that cannot do with less."""
         if not isinstance(error, NoKvSlot):
             for chunk in plan.chunks:
@@ -253,7 +249,7 @@ class Engine:
         again = self._scheduler.shrink if isinstance(error, NoKvSlot) else self._scheduler.isolate
         return [] if again(plan) else self._fail(plan.chunks[0].sequence.request.id, error)
 
-    def _ask_guides(self, plan: Plan) -> None:
+    def _ask_guides(self, plan: StepPlan) -> None:
         for chunk in plan.chunks:
             answer = self._answers.get(chunk.sequence.request.id)
             if chunk.samples and answer is not None and answer.guide is not None:
@@ -280,7 +276,7 @@ class Engine:
             return events + self._fail(sequence.request.id, error)
         return events
 
-    def _emit(self, answer: Answer, draw: Draw) -> list[Event]:
+    def _emit(self, answer: Generation, draw: SampledToken) -> list[Event]:
         sequence, request = answer.sequence, answer.sequence.request
         ends = self._tokenizer.is_end(draw.token)
         written = answer.write(draw.token, ends=ends)
@@ -296,14 +292,14 @@ class Engine:
             del self._answers[request.id]
         return events
 
-    def _logprobs(self, draw: Draw) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, draw: SampledToken) -> tuple[TokenLogprob, ...]:
         if draw.logprob is None:
             return ()
         name = self._tokenizer.token_bytes
         top = tuple((token, name(token, special=True), logprob) for token, logprob in draw.top)
         return (TokenLogprob(draw.token, name(draw.token, special=True), draw.logprob, top),)
 
-    def _count(self, answer: Answer) -> None:
+    def _count(self, answer: Generation) -> None:
         sequence = answer.sequence
         if answer.n_counted == 0:
             self._n_prompt += len(sequence.request.prompt)
@@ -351,3 +347,26 @@ class Engine:
     def _raise_if_dead(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+
+def batch_of(plan: StepPlan) -> Batch:
+    """The arrays of the plan's decode."""
+    counts = [chunk.count for chunk in plan.chunks]
+    tokens = [[*chunk.sequence.tokens[chunk.start : chunk.start + chunk.count], *chunk.drafts] for chunk in plan.chunks]
+    ends = np.cumsum(counts)
+    wants_logits = np.zeros(ends[-1], np.int8)
+    for end, chunk in zip(ends, plan.chunks, strict=True):
+        wants_logits[end - chunk.n_rows : end] = 1
+    starts = np.repeat([chunk.start for chunk in plan.chunks] - (ends - counts), counts)
+    return Batch(
+        tokens=np.fromiter(chain.from_iterable(tokens), np.int32, ends[-1]),
+        positions=(starts + np.arange(ends[-1])).astype(np.int32),
+        seq_ids=np.repeat([seq_id_of(chunk) for chunk in plan.chunks], counts).astype(np.int32),
+        wants_logits=wants_logits,
+    )
+
+
+def seq_id_of(chunk: Chunk) -> int:
+    """The sequence id under which the chunk is computed."""
+    assert chunk.sequence.seq_id is not None
+    return chunk.sequence.seq_id

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.llama.interface import ModelInfo
 from runtime.llama.model import LoadOptions, load
 
@@ -22,4 +22,4 @@ class LlamaRecipe:
     def build(self) -> tuple[Engine, ModelInfo]:
         """Load the model. Raises LoadFailed."""
         llama = load(self.gguf, self.load)
-        return Engine(llama, self.engine, LlGuidance(llama.tokenizer)), llama.info
+        return Engine(llama, self.engine, Grammars(llama.tokenizer)), llama.info

@@ -11,19 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.decoding.choice_tree import Ballot, Branch
+from runtime.decoding.choice_tree import Branch, ChoiceTree
 from runtime.errors import ContextTooLong, InvalidRequest
-from runtime.requests import (
-    MAX_SCORED_CHOICES,
-    Event,
-    Request,
-    SamplingParams,
-    Scored,
-    Scoring,
-    ScoringPrompt,
-    Sequence,
-    Usage,
-)
+from runtime.requests import MAX_SCORED_CHOICES, Event, Request, SamplingParams, Scored, Scoring, ScoringPrompt, Usage
+from runtime.scheduling.plan import ScheduledSequence
 from runtime.scheduling.scheduler import Scheduler
 
 # Arrival numbers of one question: its prompt's, and one for each choice that may fork off.
@@ -37,19 +28,19 @@ class _Call:
     n_begun: int = 0
     n_cached: int = 0
     n_computed: int = 0
-    live: list[Sequence] = field(default_factory=list)
+    live: list[ScheduledSequence] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
-class _Poll:
+class _ScoringJob:
     """One question while it is worked on. `live` are its sequences; `root` is the one that computes the prompt."""
 
     call: _Call
     place: int
-    ballot: Ballot
-    root: Sequence
+    ballot: ChoiceTree
+    root: ScheduledSequence
     arrivals: int
-    live: list[Sequence]
+    live: list[ScheduledSequence]
 
 
 class Scorer:
@@ -61,7 +52,7 @@ class Scorer:
         self._next_arrival = next_arrival
         self._at_once = at_once
         self._calls: dict[str, _Call] = {}
-        self._polls: dict[int, _Poll] = {}
+        self._polls: dict[int, _ScoringJob] = {}
         self.n_prompt = 0
         self.n_cached = 0
 
@@ -88,7 +79,7 @@ class Scorer:
         self._calls.clear()
         self._polls.clear()
 
-    def advance(self, sequence: Sequence, rows: np.ndarray) -> list[Event]:
+    def advance(self, sequence: ScheduledSequence, rows: np.ndarray) -> list[Event]:
         """`rows` are the logits after the last tokens that were computed of `sequence`."""
         poll = self._polls.get(sequence.arrival)
         if poll is None:  # another branch of it broke in this very step
@@ -107,17 +98,17 @@ class Scorer:
     def _begin(self, call: _Call) -> None:
         question = call.scoring.questions[call.n_begun]
         root = _sequence(call, question, self._next_arrival(), question.prompt, len(question.prompt) - 1)
-        poll = _Poll(call, call.n_begun, Ballot(question), root, root.arrival + 1, [])
+        poll = _ScoringJob(call, call.n_begun, ChoiceTree(question), root, root.arrival + 1, [])
         call.n_begun += 1
         self._start(poll, root)
 
-    def _start(self, poll: _Poll, sequence: Sequence) -> None:
+    def _start(self, poll: _ScoringJob, sequence: ScheduledSequence) -> None:
         poll.live.append(sequence)
         poll.call.live.append(sequence)
         self._polls[sequence.arrival] = poll
         self._scheduler.add(sequence)
 
-    def _end(self, poll: _Poll, sequence: Sequence) -> None:
+    def _end(self, poll: _ScoringJob, sequence: ScheduledSequence) -> None:
         poll.live.remove(sequence)
         poll.call.live.remove(sequence)
         del self._polls[sequence.arrival]
@@ -128,7 +119,7 @@ class Scorer:
         if not poll.live:
             self._fork(poll, poll.ballot.next_wave())
 
-    def _grow(self, poll: _Poll) -> None:
+    def _grow(self, poll: _ScoringJob) -> None:
         """The prompt is computed, and so where each choice stands after its first token. That may tell them all."""
         root, prompt = poll.root, poll.ballot.question.prompt
         wave = poll.ballot.next_wave()
@@ -141,7 +132,7 @@ class Scorer:
         poll.call.n_computed += len(first.path)
         self._fork(poll, others)
 
-    def _fork(self, poll: _Poll, branches: tuple[Branch, ...] | list[Branch]) -> None:
+    def _fork(self, poll: _ScoringJob, branches: tuple[Branch, ...] | list[Branch]) -> None:
         prompt = poll.ballot.question.prompt
         for branch in branches:
             first_row = len(prompt) - 1 + branch.first
@@ -150,7 +141,7 @@ class Scorer:
             poll.arrivals += 1
             poll.call.n_computed += len(branch.path)
 
-    def _answer(self, poll: _Poll) -> list[Event]:
+    def _answer(self, poll: _ScoringJob) -> list[Event]:
         call = poll.call
         call.answers[poll.place] = poll.ballot.logprobs()
         call.n_cached += poll.root.n_cached
@@ -166,10 +157,12 @@ class Scorer:
         return [Scored(call.scoring.id, answers, Usage(n_prompt, call.n_cached, call.n_computed))]
 
 
-def _sequence(call: _Call, question: ScoringPrompt, arrival: int, tokens: tuple[int, ...], first_row: int) -> Sequence:
+def _sequence(
+    call: _Call, question: ScoringPrompt, arrival: int, tokens: tuple[int, ...], first_row: int
+) -> ScheduledSequence:
     params = SamplingParams(max_tokens=max(map(len, question.choices)))
     request = Request(call.scoring.id, question.prompt, params, call.scoring.adapter)
-    return Sequence(request, arrival, list(tokens), first_row=first_row)
+    return ScheduledSequence(request, arrival, list(tokens), first_row=first_row)
 
 
 def check_scoring(scoring: Scoring, n_vocab: int, n_ctx: int) -> None:

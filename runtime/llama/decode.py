@@ -7,9 +7,8 @@ import numpy as np
 from llama_cpp import llama_cpp
 
 from runtime.errors import BatchInvalid, DecodeAborted, DecodeFailed, EngineError, NoKvSlot
-from runtime.requests import Batch
 
-from .interface import LlamaLike
+from .interface import Batch, LlamaLike
 
 
 class BatchArrays:

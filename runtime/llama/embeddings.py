@@ -14,11 +14,10 @@ import numpy as np
 from llama_cpp import llama_cpp
 
 from runtime.errors import BatchInvalid
-from runtime.requests import Batch
 
 from .decode import BatchArrays, decode_error
 from .handle import ModelHandle
-from .interface import ModelInfo, Pooling
+from .interface import Batch, ModelInfo, Pooling
 from .lora import Adapters
 
 # Bounds the cells of the context, and with them the texts it takes.

@@ -10,8 +10,6 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from runtime.requests import Batch
-
 Pooling = Literal["mean", "cls", "last"]
 
 
@@ -89,6 +87,16 @@ class TokenizerLike(Protocol):
 
     def is_end(self, token: int) -> bool:
         """Whether `token` ends an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The arrays of one `llama_decode`, all of shape (n_tokens,): token ids, positions, sequence ids, logits wanted."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    seq_ids: np.ndarray
+    wants_logits: np.ndarray
 
 
 class LlamaLike(Protocol):

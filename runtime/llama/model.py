@@ -15,12 +15,11 @@ from llama_cpp import llama_cpp
 
 from models.common.machine import physical_cores
 from runtime.errors import BatchInvalid, EngineError, LoadFailed
-from runtime.requests import Batch
 
 from .decode import BatchArrays, decode_error
 from .embeddings import EmbedContext, embed_info
 from .handle import AMX_UNUSED, ModelHandle, system_info
-from .interface import ModelInfo
+from .interface import Batch, ModelInfo
 from .lora import Adapters
 from .tokenizer import Tokenizer
 

@@ -1,30 +1,93 @@
-"""A plan as the arrays that `llama_decode` takes."""
+"""The nouns of scheduling: live sequences, chunks of their tokens, edits of the KV cache, and the plan of a step."""
 
-from itertools import chain
+from dataclasses import dataclass
 
-import numpy as np
-
-from runtime.requests import Batch, Chunk, Plan
+from runtime.requests import Request
 
 
-def batch_of(plan: Plan) -> Batch:
-    """The arrays of the plan's decode."""
-    counts = [chunk.count for chunk in plan.chunks]
-    tokens = [[*chunk.sequence.tokens[chunk.start : chunk.start + chunk.count], *chunk.drafts] for chunk in plan.chunks]
-    ends = np.cumsum(counts)
-    wants_logits = np.zeros(ends[-1], np.int8)
-    for end, chunk in zip(ends, plan.chunks, strict=True):
-        wants_logits[end - chunk.n_rows : end] = 1
-    starts = np.repeat([chunk.start for chunk in plan.chunks] - (ends - counts), counts)
-    return Batch(
-        tokens=np.fromiter(chain.from_iterable(tokens), np.int32, ends[-1]),
-        positions=(starts + np.arange(ends[-1])).astype(np.int32),
-        seq_ids=np.repeat([seq_id_of(chunk) for chunk in plan.chunks], counts).astype(np.int32),
-        wants_logits=wants_logits,
-    )
+@dataclass(slots=True)
+class ScheduledSequence:
+    """A request while the engine works on it.
+
+    `arrival` numbers requests in the order they came: the lower goes first. `tokens` is the prompt followed by what was
+    generated. The first `n_computed` of them are in the KV cache under `seq_id` (None while waiting or pre-empted).
+    `n_cached` of the prompt's tokens were found there already. `n_ahead` of the generated tokens were forced by a
+    grammar before anything was drawn. The logits after token `first_row`
+    and every later one are wanted (None: those after the last one only, which is what an answer that is being written
+    needs).
+    """
+
+    request: Request
+    arrival: int
+    tokens: list[int]
+    seq_id: int | None = None
+    n_computed: int = 0
+    n_cached: int = 0
+    n_ahead: int = 0
+    first_row: int | None = None
+
+    @property
+    def n_generated(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
 
 
-def seq_id_of(chunk: Chunk) -> int:
-    """The sequence id under which the chunk is computed."""
-    assert chunk.sequence.seq_id is not None
-    return chunk.sequence.seq_id
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start … start+count-1` of `sequence`, to be computed, with the logits of the last `n_rows` of them.
+
+    The last of them may be `drafts`: tokens that were not drawn yet, but may well be.
+    """
+
+    sequence: ScheduledSequence
+    start: int
+    count: int
+    n_rows: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def samples(self) -> bool:
+        """Whether logits come of it."""
+        return self.n_rows > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest known prefix of a prompt: `length` tokens, held by sequence id `source` (None: nobody)."""
+
+    source: int | None
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Share the first `length` cells of `source` with `target` (both sequence ids)."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Take `seq_id` out of the cells at positions `start` and up; cells nobody is left in become free."""
+
+    seq_id: int
+    start: int = 0
+
+
+Edit = Copy | Remove
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step does: edit the KV cache, in this order, then compute these chunks in one decode under `adapter`."""
+
+    edits: tuple[Edit, ...]
+    chunks: tuple[Chunk, ...]
+    adapter: str | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the decode."""
+        return sum(chunk.count for chunk in self.chunks)

@@ -1,6 +1,6 @@
 """Who holds which tokens in the KV cache: sequence ids, cells, shared prefixes, and what stays after an answer.
 
-A pure ledger of the unified cache. It knows for every resident sequence the tokens it holds and the cells they lie in;
+A pure cache of the unified cache. It knows for every resident sequence the tokens it holds and the cells they lie in;
 a cell counts once however many sequences share it. A finished sequence stays resident, idle, so that the next prompt
 with the same beginning need not compute it again, until its cells or its id are needed (least recently used first).
 Attention scans every used cell, so idle residents cost everyone: how many cells they may hold is bounded.
@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.requests import Copy, Edit, Match, Remove
-
-from .radix_tree import PrefixTree
+from .plan import Copy, Edit, Match, Remove
+from .radix_tree import RadixTree
 
 
 @dataclass(eq=False, slots=True)
@@ -27,7 +26,7 @@ class _Resident:
 
 
 class PrefixCache:
-    """The ledger of `n_cells` cells and `n_seq_max` sequence ids.
+    """The cache of `n_cells` cells and `n_seq_max` sequence ids.
 
     Idle residents hold at most `idle_cells` that no running sequence shares.
     """
@@ -41,7 +40,7 @@ class PrefixCache:
         self._free_ids = list(range(n_seq_max - 1, -1, -1))
         self._running: dict[int, _Resident] = {}
         self._idle: dict[int, _Resident] = {}
-        self._tree = PrefixTree()
+        self._tree = RadixTree()
         self._edits: list[Edit] = []
 
     @property

@@ -25,7 +25,7 @@ class _End:
     length: int
 
 
-class PrefixTree:
+class RadixTree:
     """The tokens of sequences, each named by a number.
 
     A node other than a root has two children at least, or a sequence ends there: no path has more nodes than there are

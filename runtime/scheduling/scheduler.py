@@ -6,8 +6,8 @@ instead: an answer being written waits for one prefill at most, a prompt for one
 step does less; when nothing at all fits, the newest sequence is pre-empted and its tokens are computed again later. The
 oldest always gets on, so everyone does.
 
-A step computes under one LoRA adapter; the adapters take turns (`Turns`). Slots and cells are given first come first
-served whatever the adapter: a request joins in its order, and computes when its adapter's turn comes.
+A step computes under one LoRA adapter; the adapters take turns (`AdapterRotation`). Slots and cells are given first
+come first served whatever the adapter: a request joins in its order, and computes when its adapter's turn comes.
 """
 
 from bisect import insort
@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.requests import Chunk, Match, Plan, Sequence
-
+from .plan import Chunk, Match, ScheduledSequence, StepPlan
 from .prefix_cache import PrefixCache
-from .radix_tree import PrefixTree
+from .radix_tree import RadixTree
 
 # A turn lasts until so many tokens were computed, a step counting as `STEP_TOKENS` at least: four steps of a few rows,
 # two of sixteen, one that prefills. A change makes llama.cpp reserve its buffers anew (4-5 ms, Gemma 3 270M, Q4_K_M, on
@@ -31,17 +30,17 @@ STEP_TOKENS = 8
 
 
 @dataclass(slots=True)
-class _Group:
+class _AdapterGroup:
     live: int = 0
     spent: int = 0
     prefilled: bool = False
 
 
-class Turns:
+class AdapterRotation:
     """The adapters of the live sequences (None: the bare model), first whose turn it is."""
 
     def __init__(self) -> None:
-        self._groups: dict[str | None, _Group] = {}
+        self._groups: dict[str | None, _AdapterGroup] = {}
 
     @property
     def order(self) -> tuple[str | None, ...]:
@@ -50,7 +49,7 @@ class Turns:
 
     def join(self, adapter: str | None) -> None:
         """One more sequence wants `adapter`."""
-        self._groups.setdefault(adapter, _Group()).live += 1
+        self._groups.setdefault(adapter, _AdapterGroup()).live += 1
 
     def leave(self, adapter: str | None) -> None:
         """One sequence that wanted `adapter` is gone."""
@@ -97,33 +96,33 @@ class Scheduler:
 
     def __init__(
         self,
-        ledger: PrefixCache,
+        cache: PrefixCache,
         *,
         step_tokens: int,
         max_running: int,
         max_rows: int | None = None,
         mix_cells: int | None = None,
     ) -> None:
-        self._ledger = ledger
+        self._cache = cache
         self._step_tokens = step_tokens
         self._max_running = max_running
         self._max_rows = step_tokens if max_rows is None else max_rows
         self._mix_cells = mix_cells
         self._limit = step_tokens
         self._tokens: dict[int, np.ndarray] = {}
-        self._promised = PrefixTree()  # by arrival: the running sequences' tokens, computed already or soon
-        self._suspects: deque[Sequence] = deque()
-        self._turns = Turns()
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self._promised = RadixTree()  # by arrival: the running sequences' tokens, computed already or soon
+        self._suspects: deque[ScheduledSequence] = deque()
+        self._turns = AdapterRotation()
+        self.waiting: list[ScheduledSequence] = []
+        self.running: list[ScheduledSequence] = []
         self.n_preemptions = 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: ScheduledSequence) -> None:
         """A new sequence waits for its turn."""
         self._turns.join(sequence.request.adapter)
         self._wait(sequence)
 
-    def plan(self) -> Plan | None:
+    def plan(self) -> StepPlan | None:
         """The next step, or None when there is nothing to do. Follow it with `commit`, `shrink` or `isolate`."""
         chunks = self._alone() or self._by_turns(join=True)
         while not chunks and self.running:
@@ -131,38 +130,38 @@ class Scheduler:
             chunks = self._by_turns(join=not self.running)
         if not chunks:
             return None
-        return Plan(self._ledger.take_edits(), tuple(chunks), chunks[0].sequence.request.adapter)
+        return StepPlan(self._cache.take_edits(), tuple(chunks), chunks[0].sequence.request.adapter)
 
-    def spare(self, plan: Plan) -> int:
+    def spare(self, plan: StepPlan) -> int:
         """How many tokens more, each with its row, the plan's step could compute; 0 unless all it does is decode.
 
         Nobody gives way for them: no prompt that shares a step, no idle prefix, not the search for a guilty sequence.
         """
         if self._suspects or not all(chunk.count == chunk.n_rows == 1 for chunk in plan.chunks):
             return 0
-        free = self._ledger.n_cells - self._ledger.used_cells
+        free = self._cache.n_cells - self._cache.used_cells
         return max(min(self._limit, self._max_rows, free) - plan.n_tokens, 0)
 
-    def commit(self, plan: Plan) -> None:
+    def commit(self, plan: StepPlan) -> None:
         """The plan was computed."""
         self._limit = min(self._step_tokens, self._limit * 2)
         prefilled = not all(_has_few_left(chunk.sequence) for chunk in plan.chunks)
         self._turns.computed(plan.adapter, plan.n_tokens, prefilled=prefilled)
         for chunk in plan.chunks:
             assert chunk.sequence.seq_id is not None
-            self._ledger.extend(chunk.sequence.seq_id, chunk.count)
+            self._cache.extend(chunk.sequence.seq_id, chunk.count)
             chunk.sequence.n_computed += chunk.count
 
-    def trim(self, sequence: Sequence, length: int) -> None:
+    def trim(self, sequence: ScheduledSequence, length: int) -> None:
         """Take back what was computed after the first `length` tokens of a running sequence, if anything was."""
         if sequence.n_computed > length:
             assert sequence.seq_id is not None
-            self._ledger.trim(sequence.seq_id, length)
+            self._cache.trim(sequence.seq_id, length)
             sequence.n_computed = length
 
-    def shrink(self, plan: Plan) -> bool:
+    def shrink(self, plan: StepPlan) -> bool:
         """The plan found no room in the real cache: do less next time. False when nothing less can be done."""
-        if self._ledger.evict_idle():
+        if self._cache.evict_idle():
             return True
         if plan.n_tokens > 1:
             self._limit = plan.n_tokens // 2
@@ -172,24 +171,24 @@ class Scheduler:
             return True
         return False
 
-    def isolate(self, plan: Plan) -> bool:
+    def isolate(self, plan: StepPlan) -> bool:
         """The plan failed: next run its sequences one by one, to find the guilty one. False when there was only one."""
         if len(plan.chunks) == 1:
             return False
         self._suspects = deque(chunk.sequence for chunk in plan.chunks)
         return True
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: ScheduledSequence) -> None:
         """The answer is whole; what was computed stays in the cache for others to share."""
         assert sequence.seq_id is not None
         self.trim(sequence, len(sequence.tokens))
-        self._ledger.retire(sequence.seq_id, np.asarray(sequence.tokens[: sequence.n_computed], np.int32))
+        self._cache.retire(sequence.seq_id, np.asarray(sequence.tokens[: sequence.n_computed], np.int32))
         self._forget(sequence)
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: ScheduledSequence) -> None:
         """The sequence failed or was cancelled, wherever it is; its cells are free with the next edits."""
         if sequence.seq_id is not None:
-            self._ledger.release(sequence.seq_id)
+            self._cache.release(sequence.seq_id)
         self._forget(sequence)
 
     def clear(self) -> None:
@@ -197,7 +196,7 @@ class Scheduler:
         self.waiting.clear()
         self.running.clear()
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: ScheduledSequence) -> None:
         (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
         self._promised.discard(sequence.arrival)
         self._turns.leave(sequence.request.adapter)
@@ -242,9 +241,9 @@ class Scheduler:
         if self._mix_cells is None or n_tokens < TILE_TOKENS:
             return True
         seq_ids = [chunk.sequence.seq_id for chunk in rows if chunk.sequence.seq_id is not None]
-        return self._ledger.cells_held(seq_ids) <= self._mix_cells
+        return self._cache.cells_held(seq_ids) <= self._mix_cells
 
-    def _fill(self, sequences: Iterable[Sequence], others: list[Chunk]) -> list[Chunk]:
+    def _fill(self, sequences: Iterable[ScheduledSequence], others: list[Chunk]) -> list[Chunk]:
         """The `others`, and after them a chunk of each of the running sequences, as far as there is room."""
         chunks = others[:]
         for sequence in sequences:
@@ -270,29 +269,29 @@ class Scheduler:
                 chunks.append(chunk)
         return chunks
 
-    def _chunk(self, sequence: Sequence, others: list[Chunk]) -> Chunk | None:
+    def _chunk(self, sequence: ScheduledSequence, others: list[Chunk]) -> Chunk | None:
         """As much of `sequence` as the step, its rows and the cells allow beside the `others`."""
         start, planned = sequence.n_computed, _planned(others)
         without_rows = max(_first_row(sequence) - start, 0)
         rows_left = self._max_rows - sum(chunk.n_rows for chunk in others)
         wanted = min(len(sequence.tokens) - start, self._limit - planned, without_rows + rows_left)
-        count = self._ledger.make_room(planned + wanted) - planned
+        count = self._cache.make_room(planned + wanted) - planned
         return Chunk(sequence, start, count, max(count - without_rows, 0)) if count > 0 else None
 
-    def _match(self, sequence: Sequence) -> Match | None:
+    def _match(self, sequence: ScheduledSequence) -> Match | None:
         """The prefix `sequence` would start from; None if another one is just computing a much longer one."""
         tokens = self._tokens[sequence.arrival][: _first_row(sequence) + 1]
-        match = self._ledger.match(tokens, sequence.request.adapter)
+        match = self._cache.match(tokens, sequence.request.adapter)
         _, promised = self._promised.match(tokens[:-1], sequence.request.adapter)
         return match if promised - match.length < HOLD_BACK_TOKENS else None
 
-    def _join(self, sequence: Sequence, match: Match) -> bool:
+    def _join(self, sequence: ScheduledSequence, match: Match) -> bool:
         """Let `sequence` run if there is an id for it and, unless it would be alone, room for all of its tokens."""
         needed = len(sequence.tokens) - match.length + sum(map(_outstanding, self.running))
-        if self.running and not self._ledger.can_hold(needed, match):
+        if self.running and not self._cache.can_hold(needed, match):
             return False
         tokens, adapter = self._tokens[sequence.arrival], sequence.request.adapter
-        seq_id = self._ledger.admit(tokens, match, adapter)
+        seq_id = self._cache.admit(tokens, match, adapter)
         if seq_id is None:
             return False
         self._promised.add(sequence.arrival, tokens, adapter)
@@ -303,25 +302,25 @@ class Scheduler:
         insort(self.running, sequence, key=_arrival)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: ScheduledSequence) -> None:
         assert sequence.seq_id is not None
-        self._ledger.release(sequence.seq_id)
+        self._cache.release(sequence.seq_id)
         self._promised.discard(sequence.arrival)
         self.running.remove(sequence)
         sequence.seq_id, sequence.n_computed = None, 0
         self.n_preemptions += 1
         self._wait(sequence)
 
-    def _wait(self, sequence: Sequence) -> None:
+    def _wait(self, sequence: ScheduledSequence) -> None:
         self._tokens[sequence.arrival] = np.asarray(sequence.tokens, np.int32)
         insort(self.waiting, sequence, key=_arrival)
 
 
-def _arrival(sequence: Sequence) -> int:
+def _arrival(sequence: ScheduledSequence) -> int:
     return sequence.arrival
 
 
-def _first_row(sequence: Sequence) -> int:
+def _first_row(sequence: ScheduledSequence) -> int:
     """The first token whose logits are wanted. What is computed already gives none, so a match must end before it."""
     return len(sequence.tokens) - 1 if sequence.first_row is None else sequence.first_row
 
@@ -330,15 +329,15 @@ def _planned(chunks: list[Chunk]) -> int:
     return sum(chunk.count for chunk in chunks)
 
 
-def _is_prefilling(sequence: Sequence) -> bool:
+def _is_prefilling(sequence: ScheduledSequence) -> bool:
     return len(sequence.tokens) - sequence.n_computed > 1
 
 
-def _has_few_left(sequence: Sequence) -> bool:
+def _has_few_left(sequence: ScheduledSequence) -> bool:
     return len(sequence.tokens) - sequence.n_computed <= FEW_TOKENS
 
 
-def _outstanding(sequence: Sequence) -> int:
+def _outstanding(sequence: ScheduledSequence) -> int:
     """Cells a running sequence will soon need: the rest of its prompt and a bit of its answer."""
     answer = sequence.request.params.max_tokens - sequence.n_generated
     return len(sequence.tokens) - sequence.n_computed + min(answer, HEADROOM_TOKENS)

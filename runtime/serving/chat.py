@@ -98,7 +98,7 @@ def _text_call(
     _check_ids(body, prompts, model.tokenizer.n_vocab)
     tokenized = [TokenizedPrompt(prompt, _limit(body, prompt, model)) for prompt in prompts]
     if (grammar := tools.grammar if tools else grammar_of(body)) is not None:
-        model.constrainer.check(grammar)
+        model.grammars.compile(grammar)
     drawn = [secrets.randbits(64) for _ in range(len(prompts) * body.n)]
     endpoint: Endpoint = "chat" if isinstance(body, ChatBody) else "completion"
     call_id = _ID_PREFIX[endpoint] + secrets.token_hex(12)

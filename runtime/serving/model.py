@@ -8,7 +8,7 @@ from models.common.machine import physical_cores
 from models.manifest import Manifest
 from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
-from runtime.decoding.grammar import Constrainer, LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.engine.options import EngineOptions
 from runtime.engine.recipe import LlamaRecipe
 from runtime.llama.interface import ModelInfo, TokenizerLike
@@ -35,7 +35,7 @@ class ServedModel:
     prompter: Prompter
     tokenizer: TokenizerLike
     info: ModelInfo
-    constrainer: Constrainer
+    grammars: Grammars
     adapter: str | None = None
     base: Manifest | None = None
 
@@ -103,7 +103,7 @@ def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str
         # Beyond the length it was trained on a model writes nonsense, however many cells the cache has.
         prompter=Prompter(tokenizer, info.chat_template, min(info.n_ctx, info.n_ctx_train or info.n_ctx)),
         tokenizer=tokenizer,
-        constrainer=LlGuidance(tokenizer),
+        grammars=Grammars(tokenizer),
         info=info,
     )
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.llama.model import Llama
 from runtime.requests import Event, Finished, Grammar, Request, SamplingParams, TextDelta
@@ -27,8 +27,8 @@ MAIL = "Subject: meeting moved\n\nHi all, the meeting moved to Thursday at ten.\
 
 
 @pytest.fixture(scope="module")
-def constrainer(loaded_base: Llama) -> LlGuidance:
-    return LlGuidance(loaded_base.tokenizer)
+def grammars(loaded_base: Llama) -> Grammars:
+    return Grammars(loaded_base.tokenizer)
 
 
 def ask(llama: Llama, name: str, params: SamplingParams) -> Request:
@@ -49,8 +49,8 @@ def run(engine: Engine, *requests: Request) -> dict[str, tuple[str, list[int], F
     return {name: (texts[name], tokens[name], end) for name, end in ends.items()}
 
 
-def test_answers_under_a_schema_parse_beside_neighbours_without(base: Llama, constrainer: LlGuidance) -> None:
-    engine = Engine(base, constrainer=constrainer)
+def test_answers_under_a_schema_parse_beside_neighbours_without(base: Llama, grammars: Grammars) -> None:
+    engine = Engine(base, grammars=grammars)
     requests = [ask(base, str(i), SamplingParams(60, i / 2, seed=i, grammar=LABEL)) for i in range(3)]
     answers = run(engine, *requests, ask(base, "plain", SamplingParams(5, 0, ignore_eos=True)))
     assert len(answers) == 4
@@ -62,16 +62,16 @@ def test_answers_under_a_schema_parse_beside_neighbours_without(base: Llama, con
         assert (type(answer["urgent"]), len(answer["subject"]) <= 20) == (bool, True)
 
 
-def test_forced_tokens_save_steps_and_are_the_tokens_of_the_text(base: Llama, constrainer: LlGuidance) -> None:
-    engine = Engine(base, constrainer=constrainer)
+def test_forced_tokens_save_steps_and_are_the_tokens_of_the_text(base: Llama, grammars: Grammars) -> None:
+    engine = Engine(base, grammars=grammars)
     text, tokens, end = run(engine, ask(base, "a", SamplingParams(60, 0, grammar=LISTS)))["a"]
     assert text in ("exmh-users", "exmh-workers")
     assert base.tokenizer.decode(tokens) == text
     assert end.usage.completion_tokens == len(tokens) > engine.stats().steps_total
 
 
-def test_control_tokens_are_never_allowed_and_text_that_looks_like_one_is(base: Llama, constrainer: LlGuidance) -> None:
-    constraint = constrainer.start(LABEL)
+def test_control_tokens_are_never_allowed_and_text_that_looks_like_one_is(base: Llama, grammars: Grammars) -> None:
+    constraint = grammars.compile(LABEL)
     assert base.tokenizer.decode(constraint.forced()) == '{"label":"'
     constraint.accept(
         base.tokenizer.encode('{"label":"spam","urgent":true,"subject":"', add_special=False, parse_special=False)

@@ -13,8 +13,9 @@ import pytest
 
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
+from runtime.llama.interface import Batch
 from runtime.llama.model import LoadOptions, load
-from runtime.requests import Batch, Scored, Scoring, ScoringPrompt
+from runtime.requests import Scored, Scoring, ScoringPrompt
 from runtime.serving.chat import prepare_chat
 from runtime.serving.decisions import prepare_decision
 from runtime.serving.model import ServedModel, load_model

@@ -14,7 +14,7 @@ from .test_engine import agree, ask, ids, run, written
 
 pytestmark = pytest.mark.model
 
-NOTE = "Bring 14 blue pens, 3 staplers and the old ledger (shelf Q7) to Ms. Okonkwo by Friday."
+NOTE = "Bring 14 blue pens, 3 staplers and the old cache (shelf Q7) to Ms. Okonkwo by Friday."
 COPY = f"Note: {NOTE}\nNote again: {NOTE}\nNote again: {NOTE}\nNote again: Bring 14 blue pens, 3"
 GREEDY = SamplingParams(16, temperature=0, logprobs=2, ignore_eos=True)
 
@@ -32,7 +32,7 @@ def test_a_copy_takes_fewer_steps_and_says_the_same(base: Llama) -> None:
     without, plain = answered(base, 0, asked)
     events, engine = answered(base, 15, asked)
     assert agree(written(without, "copy"), written(events, "copy"))
-    assert base.tokenizer.decode(ids(events, "copy")).startswith(" staplers and the old ledger")
+    assert base.tokenizer.decode(ids(events, "copy")).startswith(" staplers and the old cache")
     stats = engine.stats()
     assert stats.steps_total < plain.stats().steps_total - 6
     assert stats.draft_tokens_accepted_total > 6

@@ -13,8 +13,8 @@ from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.llama.decode import BatchArrays
 from runtime.llama.handle import ModelHandle
+from runtime.llama.interface import Batch
 from runtime.llama.model import Llama
-from runtime.requests import Batch
 from runtime.serving.chat import prepare_completion
 from runtime.serving.embeddings import prepare_embedding
 from runtime.serving.model import ServedModel, load_model

@@ -5,8 +5,9 @@ import pytest
 
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
+from runtime.llama.interface import Batch
 from runtime.llama.model import Llama
-from runtime.requests import Batch, Event, Failed, Finished, Request, SamplingParams, TextDelta, TokenLogprob
+from runtime.requests import Event, Failed, Finished, Request, SamplingParams, TextDelta, TokenLogprob
 
 pytestmark = pytest.mark.model
 

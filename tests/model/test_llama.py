@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from runtime.errors import BatchInvalid, EngineError, InvalidRequest, LoadFailed, NoKvSlot
+from runtime.llama.interface import Batch
 from runtime.llama.model import Llama, LoadOptions, load, load_tokenizer
-from runtime.requests import Batch
 
 pytestmark = pytest.mark.model
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.llama.model import Llama
 from runtime.openai.tool_calls import FORMATS, ToolCallReader, tool_grammar
@@ -29,13 +29,13 @@ PROMPT = "Ask for the weather in Oslo for two days:\n"
 
 
 @pytest.fixture(scope="module")
-def constrainer(loaded_base: Llama) -> LlGuidance:
-    return LlGuidance(loaded_base.tokenizer)
+def grammars(loaded_base: Llama) -> Grammars:
+    return Grammars(loaded_base.tokenizer)
 
 
 @pytest.mark.parametrize("name", ["hermes", "llama", "mistral-args", "control"])
-def test_a_required_call_can_be_read_and_fits(name: str, base: Llama, constrainer: LlGuidance) -> None:
-    form, engine = FORMS[name], Engine(base, constrainer=constrainer)
+def test_a_required_call_can_be_read_and_fits(name: str, base: Llama, grammars: Grammars) -> None:
+    form, engine = FORMS[name], Engine(base, grammars=grammars)
     control = control_tokens(form, base.tokenizer)
     assert list(control) == (["<start_of_turn>"] if name == "control" else [])
     grammar = tool_grammar(form, TOOLS, control, must_call=True, parallel=False)

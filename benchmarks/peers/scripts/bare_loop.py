@@ -23,9 +23,9 @@ from runtime.config import RuntimeConfig
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.engine.recipe import LlamaRecipe
-from runtime.llama.interface import LlamaLike
+from runtime.llama.interface import Batch, LlamaLike
 from runtime.llama.model import load
-from runtime.requests import Batch, Finished, Request, SamplingParams
+from runtime.requests import Finished, Request, SamplingParams
 from runtime.serving.model import recipe_of
 
 CLIENTS = 16

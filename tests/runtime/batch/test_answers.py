@@ -12,7 +12,7 @@ import pytest
 from runtime.batch.answers import EngineAnswerer, queue_for
 from runtime.batch.lines import URLS
 from runtime.batch.run import BatchCounts, BatchJob, BatchRun, open_files
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import DecodeFailed, EngineDown
@@ -47,7 +47,7 @@ def serving(llama: FakeLlama, *, queue: int = queue_for(WINDOW)) -> Iterator[Ser
     prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
     supervisor.start()
     try:
-        yield ServedModel("toy", None, supervisor, prompter, llama.tokenizer, llama.info, LlGuidance(llama.tokenizer))
+        yield ServedModel("toy", None, supervisor, prompter, llama.tokenizer, llama.info, Grammars(llama.tokenizer))
     finally:
         supervisor.stop()
 

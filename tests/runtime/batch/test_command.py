@@ -15,12 +15,12 @@ from models.store.store import Store, StoredModel
 from runtime.batch import run as batch_command
 from runtime.cli.main import main
 from runtime.config import RuntimeConfig
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import DecodeFailed
+from runtime.llama.interface import Batch
 from runtime.prompt.prompter import Prompter
-from runtime.requests import Batch
 from runtime.serving.model import ServedModel
 from runtime.worker.supervisor import EngineSupervisor
 from tests.runtime.serving.test_names import GGUF, install, sha
@@ -39,8 +39,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         llama = FakeLlama(adapters=tuple(adapters), **arguments)
         supervisor = EngineSupervisor(Engine(llama, EngineOptions()), queue=config.queue, slots=config.slots)
         prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
-        constrainer = LlGuidance(llama.tokenizer)
-        return ServedModel(stored.name, None, supervisor, prompter, llama.tokenizer, llama.info, constrainer)
+        grammars = Grammars(llama.tokenizer)
+        return ServedModel(stored.name, None, supervisor, prompter, llama.tokenizer, llama.info, grammars)
 
     monkeypatch.setattr(batch_command, "load_model", load_model)
     return arguments

@@ -15,7 +15,7 @@ from models.manifest import Manifest
 from runtime.cli import chat as chat_module
 from runtime.cli.chat import Chat, ChatOptions, Conversation, chat_with, greeting, talk
 from runtime.config import RuntimeConfig
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import ContextTooLong, TemplateFailed
@@ -175,8 +175,8 @@ def test_the_command_opens_and_closes_the_model(
     llama = FakeLlama(script="ham")
     supervisor = EngineSupervisor(Engine(llama, EngineOptions()), queue=8, slots=4)
     prompter = Prompter(llama.tokenizer, template, llama.info.n_ctx)
-    constrainer = LlGuidance(llama.tokenizer)
-    served = ServedModel("sorter", SORTER, supervisor, prompter, llama.tokenizer, llama.info, constrainer)
+    grammars = Grammars(llama.tokenizer)
+    served = ServedModel("sorter", SORTER, supervisor, prompter, llama.tokenizer, llama.info, grammars)
     monkeypatch.setattr(chat_module, "open_model", lambda name, config: served)
     monkeypatch.setattr(sys, "stdin", io.StringIO("a mail\n"))
     with nullcontext() if template else pytest.raises(TemplateFailed):

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.decoding.grammar import KEPT_GRAMMARS, GuidedAnswer, LlGuidance
+from runtime.decoding.grammar import KEPT_GRAMMARS, Grammars, GrammarState
 from runtime.errors import GrammarFailed, InvalidRequest
 from runtime.openai.wire import MAX_GRAMMAR_BYTES
 from runtime.requests import Grammar, GrammarKind
 from tests.support.runtime.fakes import BOS, EOS, FakeTokenizer
 
-CONSTRAINER = LlGuidance(FakeTokenizer())
+GRAMMARS = Grammars(FakeTokenizer())
 ENDS = FakeTokenizer.end_tokens
 TEXTS = st.text(min_size=1, max_size=12)
 
@@ -28,7 +28,7 @@ def grammar(kind: GrammarKind, source: object) -> Grammar:
 
 def walk(asked: Grammar, seed: int, *, forcing: bool, limit: int = 4000) -> str:
     """An answer drawn uniformly from what is allowed, with forced tokens taken at once or drawn like the others."""
-    constraint, random, written = CONSTRAINER.start(asked), np.random.default_rng(seed), list[int]()
+    constraint, random, written = GRAMMARS.compile(asked), np.random.default_rng(seed), list[int]()
     while not constraint.complete:
         assert len(written) < limit
         if forcing and (forced := constraint.forced()):
@@ -112,20 +112,20 @@ def test_a_lark_grammar_allows_what_it_says() -> None:
 
 
 def test_the_end_is_allowed_where_the_answer_may_end_and_control_tokens_never_are() -> None:
-    constraint = CONSTRAINER.start(grammar("choice", ["a", "ab"]))
+    constraint = GRAMMARS.compile(grammar("choice", ["a", "ab"]))
     assert np.flatnonzero(constraint.allowed()).tolist() == [ord("a")]
     constraint.accept([ord("a")])
     assert np.flatnonzero(constraint.allowed()).tolist() == [ord("b"), *ENDS]
     assert not constraint.complete
     constraint.accept([ord("b")])
     assert constraint.complete
-    string = CONSTRAINER.start(grammar("regex", "(?s).*"))
+    string = GRAMMARS.compile(grammar("regex", "(?s).*"))
     assert not string.allowed()[BOS]
     assert string.allowed()[EOS]
 
 
 def test_forced_tokens_are_named_without_being_taken() -> None:
-    constraint = CONSTRAINER.start(grammar("choice", ["exmh-users", "exmh-workers"]))
+    constraint = GRAMMARS.compile(grammar("choice", ["exmh-users", "exmh-workers"]))
     assert bytes(constraint.forced()) == bytes(constraint.forced()) == b"exmh-"
     constraint.accept([*b"exmh-w"])
     assert bytes(constraint.forced()) == b"orkers"
@@ -133,7 +133,7 @@ def test_forced_tokens_are_named_without_being_taken() -> None:
 
 def test_a_token_that_is_not_allowed_breaks_this_answer_only() -> None:
     asked = grammar("regex", "ab")
-    broken, fine = CONSTRAINER.start(asked), CONSTRAINER.start(asked)
+    broken, fine = GRAMMARS.compile(asked), GRAMMARS.compile(asked)
     with pytest.raises(GrammarFailed, match="grammar"):
         broken.accept([ord("x")])
     assert not broken.complete
@@ -162,12 +162,11 @@ def test_what_cannot_be_used_is_refused_with_its_field_and_the_reason(
     kind: GrammarKind, source: object, said: str
 ) -> None:
     asked = grammar(kind, source)
-    for refuse in (CONSTRAINER.check, CONSTRAINER.start):
-        with pytest.raises(InvalidRequest) as caught:
-            refuse(asked)
-        assert caught.value.param == asked.param
-        assert str(caught.value).startswith(asked.param)
-        assert said in str(caught.value)
+    with pytest.raises(InvalidRequest) as caught:
+        GRAMMARS.compile(asked)
+    assert caught.value.param == asked.param
+    assert str(caught.value).startswith(asked.param)
+    assert said in str(caught.value)
 
 
 def chain(count: int) -> str:
@@ -217,10 +216,10 @@ def test_the_vocabulary_is_made_once_however_many_ask_first() -> None:
             spelled.append(token)
             return super().token_bytes(token, special=special)
 
-    constrainer = LlGuidance(Counting())
+    grammars = Grammars(Counting())
     assert not spelled
     asked = [grammar("choice", [str(i)]) for i in range(8)]
-    threads = [threading.Thread(target=constrainer.check, args=(one,)) for one in asked]
+    threads = [threading.Thread(target=grammars.compile, args=(one,)) for one in asked]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -229,10 +228,10 @@ def test_the_vocabulary_is_made_once_however_many_ask_first() -> None:
 
 
 def test_a_grammar_that_was_let_go_is_compiled_again() -> None:
-    constrainer = LlGuidance(FakeTokenizer())
+    grammars = Grammars(FakeTokenizer())
     for i in range(KEPT_GRAMMARS + 2):
-        constrainer.check(grammar("choice", [f"{i}!"]))
-    assert bytes(constrainer.start(grammar("choice", ["0!"])).forced()) == b"0!"
+        grammars.compile(grammar("choice", [f"{i}!"]))
+    assert bytes(grammars.compile(grammar("choice", ["0!"])).forced()) == b"0!"
 
 
 def test_a_tokenizer_that_puts_a_space_in_front_is_seen_through() -> None:
@@ -240,5 +239,5 @@ def test_a_tokenizer_that_puts_a_space_in_front_is_seen_through() -> None:
         def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
             return super().encode(" " + text, add_special=add_special, parse_special=parse_special)
 
-    constraint: GuidedAnswer = LlGuidance(Spaced()).start(grammar("choice", ["spam"]))
+    constraint: GrammarState = Grammars(Spaced()).compile(grammar("choice", ["spam"]))
     assert bytes(constraint.forced()) == b"spam"

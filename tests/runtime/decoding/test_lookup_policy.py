@@ -10,9 +10,9 @@ from runtime.decoding.prompt_lookup import (
     FORGET_STEPS,
     GUESSED_SLOPE,
     MAX_DELAY,
-    NOBODY,
+    NO_CANDIDATE,
     WORTH,
-    Candidate,
+    DraftCandidate,
     StepTime,
     StepTimes,
     draft_lengths,
@@ -77,17 +77,19 @@ def test_what_was_dear_once_is_forgotten() -> None:
     assert fit.of(2) == pytest.approx(0.1 * (1 + GUESSED_SLOPE))
 
 
-def expected(candidate: Candidate, length: int) -> float:
+def expected(candidate: DraftCandidate, length: int) -> float:
     return sum(candidate.rate**k for k in range(length + 1))
 
 
 candidates = st.lists(
-    st.one_of(st.just(NOBODY), st.builds(Candidate, st.floats(0, 1), st.integers(0, 3))), min_size=1, max_size=3
+    st.one_of(st.just(NO_CANDIDATE), st.builds(DraftCandidate, st.floats(0, 1), st.integers(0, 3))),
+    min_size=1,
+    max_size=3,
 )
 
 
 @given(candidates, st.integers(0, 9), st.builds(StepTime, st.floats(0.001, 0.1), st.floats(0, 0.05)))
-def test_it_is_the_best_of_all_ways_to_share_out(rows: list[Candidate], spare: int, time: StepTime) -> None:
+def test_it_is_the_best_of_all_ways_to_share_out(rows: list[DraftCandidate], spare: int, time: StepTime) -> None:
     def speed(lengths: tuple[int, ...]) -> float:
         tokens = sum(expected(row, length) for row, length in zip(rows, lengths, strict=True))
         return tokens / time.of(len(rows) + sum(lengths))
@@ -118,25 +120,25 @@ def test_it_is_the_best_of_all_ways_to_share_out(rows: list[Candidate], spare: i
     ],
 )
 def test_one_answer_gets_as_many_as_pay(rate: float, time: StepTime, length: int) -> None:
-    assert draft_lengths([Candidate(rate, 15)], 31, time) == [length]
+    assert draft_lengths([DraftCandidate(rate, 15)], 31, time) == [length]
 
 
 def test_a_full_batch_gets_fewer_each_than_one_alone() -> None:
-    many = draft_lengths([Candidate(0.8, 15)] * 16, 100, CPU)
-    assert max(many) < draft_lengths([Candidate(0.8, 15)], 100, CPU)[0]
+    many = draft_lengths([DraftCandidate(0.8, 15)] * 16, 100, CPU)
+    assert max(many) < draft_lengths([DraftCandidate(0.8, 15)], 100, CPU)[0]
 
 
 def test_who_gets_no_drafts_waits_little_longer_for_those_of_others() -> None:
-    company = [Candidate(1.0, 15)] + [NOBODY] * 7
+    company = [DraftCandidate(1.0, 15)] + [NO_CANDIDATE] * 7
     lengths = draft_lengths(company, 24, CPU)
     assert lengths[0] > 0
     assert CPU.of(8 + sum(lengths)) <= MAX_DELAY * CPU.of(8)
-    assert draft_lengths([Candidate(1.0, 15)] * 8, 24, CPU) == [3] * 8
-    alone = [Candidate(1.0, 15)]
+    assert draft_lengths([DraftCandidate(1.0, 15)] * 8, 24, CPU) == [3] * 8
+    alone = [DraftCandidate(1.0, 15)]
     assert draft_lengths(alone, 24, CPU)[0] > draft_lengths(alone, 24, CPU, others_wait=True)[0] == 1
 
 
 def test_what_is_not_there_is_not_given() -> None:
-    assert draft_lengths([Candidate(1.0, 2), Candidate(1.0, 0)], 24, FREE_ROWS) == [2, 0]
-    assert draft_lengths([Candidate(1.0, 9)], 3, FREE_ROWS) == [3]
-    assert draft_lengths([Candidate(1.0, 9)], 0, FREE_ROWS) == [0]
+    assert draft_lengths([DraftCandidate(1.0, 2), DraftCandidate(1.0, 0)], 24, FREE_ROWS) == [2, 0]
+    assert draft_lengths([DraftCandidate(1.0, 9)], 3, FREE_ROWS) == [3]
+    assert draft_lengths([DraftCandidate(1.0, 9)], 0, FREE_ROWS) == [0]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.decoding.sampling import Draw, Sampler
+from runtime.decoding.sampling import SampledToken, Sampler
 from runtime.errors import EngineError
 from runtime.requests import SamplingParams
 
@@ -18,7 +18,7 @@ def row_of(n: int, seed: int = 0, spread: float = 2.0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, spread, n).astype(np.float32)
 
 
-def drawn(row: np.ndarray, sampler: Sampler) -> Draw:
+def drawn(row: np.ndarray, sampler: Sampler) -> SampledToken:
     return sampler.draw(row)
 
 

@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 
 from runtime.decoding.detokenize import TextStream
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.decoding.sampling import Sampler
-from runtime.engine.answer import Answer
+from runtime.engine.answer import Generation
 from runtime.engine.drafts import FIRST_LOOK, MAX_DRAFTS, Drafts
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import BatchInvalid, DecodeAborted, NoKvSlot
-from runtime.requests import Batch, Event, Failed, Finished, Grammar, Request, SamplingParams, Sequence
+from runtime.llama.interface import Batch
+from runtime.requests import Event, Failed, Finished, Grammar, Request, SamplingParams
+from runtime.scheduling.plan import ScheduledSequence
 from runtime.scheduling.prefix_cache import PrefixCache
 from runtime.scheduling.scheduler import Scheduler
 from tests.support.runtime.fakes import END_OF_TURN, EOS, FakeLlama, FakeTokenizer
@@ -217,8 +219,8 @@ def test_who_waits_for_another_step_waits_little_longer_for_drafts() -> None:
     answers = {}
     for arrival, name in enumerate("ab"):
         request = Request(name, tuple(b"abc" * 9), LONG)
-        sequence = Sequence(request, arrival, [*request.prompt, *b"abcabc"])
-        answers[name] = Answer(sequence, Sampler(LONG), TextStream(FakeTokenizer().token_bytes))
+        sequence = ScheduledSequence(request, arrival, [*request.prompt, *b"abcabc"])
+        answers[name] = Generation(sequence, Sampler(LONG), TextStream(FakeTokenizer().token_bytes))
         scheduler.add(sequence)
     while (plan := scheduler.plan()) and not scheduler.spare(plan):
         scheduler.commit(plan)
@@ -240,7 +242,7 @@ def test_an_answer_with_a_grammar_gets_no_drafts() -> None:
     llama = FakeLlama(script=STORY)
     timed = Timed(row=0.0)
     llama.on_decode = timed.passes
-    engine = Engine(llama, EngineOptions(max_drafts=15), LlGuidance(FakeTokenizer()), clock=lambda: timed.now)
+    engine = Engine(llama, EngineOptions(max_drafts=15), Grammars(FakeTokenizer()), clock=lambda: timed.now)
     grammar = Grammar("regex", "[a-z, ]*", "regex")
     events = run(engine, asked("a", COPY, SamplingParams(40, temperature=0, grammar=grammar)))
     assert text_of(events, "a") == STORY[:40]

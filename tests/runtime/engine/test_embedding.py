@@ -16,9 +16,8 @@ from runtime.errors import (
     InvalidRequest,
     ModelUnknown,
 )
-from runtime.llama.interface import Pooling
+from runtime.llama.interface import Batch, Pooling
 from runtime.requests import (
-    Batch,
     Embedded,
     Embedding,
     Event,

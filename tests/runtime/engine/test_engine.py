@@ -215,7 +215,7 @@ def test_a_poisonous_sequence_fails_alone(error: Exception) -> None:
 def test_cells_that_vanish_cost_time_not_answers() -> None:
     llama = FakeLlama(n_ctx=128)
     requests = [asked(str(i), "mail " * 3, SamplingParams(20, temperature=0, ignore_eos=True)) for i in range(5)]
-    llama.cells_hidden = 80  # the ledger believes in 128
+    llama.cells_hidden = 80  # the cache believes in 128
     events = run(Engine(llama), *requests)
     assert {r.id: ids_of(events, r.id) for r in requests} == {r.id: naive(llama, r) for r in requests}
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.decoding.grammar import Constraint, GuidedAnswer, LlGuidance
+from runtime.decoding.grammar import Grammars, GrammarState
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import BatchInvalid, GrammarFailed, InvalidRequest, NoKvSlot
 from runtime.requests import Event, Failed, Finished, Grammar, Request, SamplingParams, TextDelta
 from tests.support.runtime.fakes import FakeLlama, FakeTokenizer
 
-CONSTRAINER = LlGuidance(FakeTokenizer())
+GRAMMARS = Grammars(FakeTokenizer())
 LISTS = Grammar("choice", '["exmh-users", "exmh-workers"]', "choice")
 SCHEMA = {
     "type": "object",
@@ -37,7 +37,7 @@ def asked(name: str, params: SamplingParams, text: str = "a mail") -> Request:
 
 
 def run(llama: FakeLlama, *requests: Request, options: EngineOptions | None = None) -> list[Event]:
-    engine = Engine(llama, options or EngineOptions(idle_cells=0), CONSTRAINER)
+    engine = Engine(llama, options or EngineOptions(idle_cells=0), GRAMMARS)
     for request in requests:
         engine.add(request)
     events: list[Event] = []
@@ -174,20 +174,20 @@ def test_failed_decodes_lose_nothing_of_the_grammar() -> None:
     assert {r.id: said(events, r.id) for r in requests} == {r.id: said(run(FakeLlama(), r), r.id) for r in requests}
 
 
-class Breaking(LlGuidance):
+class Breaking(Grammars):
     """Breaks the grammars of kind regex at the n-th question of one kind."""
 
     def __init__(self, where: str, after: int) -> None:
         super().__init__(FakeTokenizer())
         self.where, self.after = where, after
 
-    def start(self, grammar: Grammar) -> GuidedAnswer:
-        constraint = super().start(grammar)
+    def compile(self, grammar: Grammar) -> GrammarState:
+        constraint = super().compile(grammar)
         if grammar.kind == "regex":
             self._break(constraint)
         return constraint
 
-    def _break(self, constraint: Constraint) -> None:
+    def _break(self, constraint: GrammarState) -> None:
         answer, left = getattr(constraint, self.where), iter(range(self.after))
 
         def asked(*arguments: object) -> object:
@@ -223,7 +223,7 @@ def test_a_grammar_that_fails_ends_its_answer_and_no_other(where: str, after: in
 
 def test_cancelling_in_the_midst_frees_everything() -> None:
     llama = FakeLlama()
-    engine = Engine(llama, EngineOptions(idle_cells=0), CONSTRAINER)
+    engine = Engine(llama, EngineOptions(idle_cells=0), GRAMMARS)
     engine.add(asked("a", SamplingParams(300, 1, grammar=LABEL)))
     engine.step()
     assert [type(event) for event in engine.cancel("a")] == [Failed]
@@ -231,7 +231,7 @@ def test_cancelling_in_the_midst_frees_everything() -> None:
 
 
 def test_cached_prompt_tokens_are_told_although_tokens_were_forced() -> None:
-    engine = Engine(FakeLlama(script="users"), EngineOptions(), CONSTRAINER)
+    engine = Engine(FakeLlama(script="users"), EngineOptions(), GRAMMARS)
     usages = []
     for name in "ab":
         engine.add(asked(name, SamplingParams(50, 0, grammar=LISTS), "a rather long mail"))
@@ -246,14 +246,14 @@ def test_what_cannot_be_used_is_refused_by_add_and_leaves_nothing() -> None:
     with pytest.raises(InvalidRequest, match="no grammars") as caught:
         Engine(FakeLlama()).add(asked("a", SamplingParams(5, grammar=LISTS)))
     assert caught.value.param == "choice"
-    engine = Engine(FakeLlama(), constrainer=CONSTRAINER)
+    engine = Engine(FakeLlama(), grammars=GRAMMARS)
     with pytest.raises(InvalidRequest, match="regular expression"):
         engine.add(asked("a", SamplingParams(5, grammar=Grammar("regex", "(", "regex"))))
     assert not engine.has_work
 
 
 def test_a_grammar_that_was_prepared_is_not_compiled_when_the_request_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(FakeLlama(), constrainer=LlGuidance(FakeTokenizer()))
+    engine = Engine(FakeLlama(), grammars=Grammars(FakeTokenizer()))
     request = asked("a", SamplingParams(5, grammar=YES_NO))
     engine.prepare(request)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.decoding.choice_tree import NEGLIGIBLE, Ballot
+from runtime.decoding.choice_tree import NEGLIGIBLE, ChoiceTree
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import (
@@ -34,6 +34,7 @@ from runtime.requests import (
 from tests.support.runtime.fakes import BOS, END_OF_TURN, EOS, FAKE_VOCAB, FakeLlama
 
 ENDS = (EOS, END_OF_TURN)
+TOO_MANY = tuple((k % 250, k) for k in range(MAX_SCORED_CHOICES + 1))
 LABELS = ("spam", "spamassassin", "fork", "forks", "ilug")
 
 
@@ -182,13 +183,13 @@ def row(**logits: float) -> np.ndarray:
     return made
 
 
-def waves_of(ballot: Ballot) -> list[str]:
+def waves_of(ballot: ChoiceTree) -> list[str]:
     return [bytes(branch.path).decode() for branch in ballot.next_wave()]
 
 
 def test_a_second_wave_computes_what_the_first_could_not_exclude() -> None:
     """`aa` begins likelier but never goes on; `ba` begins at 0.005 % of it, which seems negligible, and wins."""
-    ballot = Ballot(question("m", ("aa", "ba", "ca")))
+    ballot = ChoiceTree(question("m", ("aa", "ba", "ca")))
     ballot.read((), row(a=0, b=math.log(5e-5)))
     assert waves_of(ballot) == ["a"]
     ballot.read((ord("a"),), row(x=0, a=-30))
@@ -200,7 +201,7 @@ def test_a_second_wave_computes_what_the_first_could_not_exclude() -> None:
 
 def test_there_are_two_waves_at_most() -> None:
     """`aa` dies out, and so would `ba`: the second wave computes `ca` as well rather than leave it to a third."""
-    ballot = Ballot(question("m", ("aa", "ba", "ca")))
+    ballot = ChoiceTree(question("m", ("aa", "ba", "ca")))
     ballot.read((), row(a=0, b=math.log(5e-5), c=math.log(1e-9)))
     assert waves_of(ballot) == ["a"]
     ballot.read((ord("a"),), row(x=0))
@@ -212,7 +213,7 @@ def test_there_are_two_waves_at_most() -> None:
 
 def test_a_choice_that_is_known_at_once_is_no_measure_while_another_begins_likelier() -> None:
     """`d`, whole but at 0.1 %, lets everything down to 0.00001 % pass; the likely beginning `a` does not."""
-    ballot = Ballot(question("m", ("aa", "d", "ba")))
+    ballot = ChoiceTree(question("m", ("aa", "d", "ba")))
     ballot.read((), row(a=0, d=math.log(1e-3), b=math.log(5e-5)))
     assert waves_of(ballot) == ["a"]
     ballot.read((ord("a"),), row(a=0))
@@ -221,7 +222,7 @@ def test_a_choice_that_is_known_at_once_is_no_measure_while_another_begins_likel
 
 def test_what_ends_a_choice_counts_only_where_another_goes_on_from_it() -> None:
     """After `ab` comes half an end, half `c`. So `abc` has half; `ab`, alone in needing an end, the other half."""
-    ballot = Ballot(question("m", ("ab", "abc", "x")))
+    ballot = ChoiceTree(question("m", ("ab", "abc", "x")))
     ballot.read((), row(a=0, x=0))
     ballot.read((ord("a"),), row(b=0))
     after = row(c=0)
@@ -232,7 +233,7 @@ def test_what_ends_a_choice_counts_only_where_another_goes_on_from_it() -> None:
 
 
 def test_a_choice_that_begins_another_needs_no_branch_of_its_own() -> None:
-    ballot = Ballot(question("m", ("ab", "abcd", "abd", "abde")))
+    ballot = ChoiceTree(question("m", ("ab", "abcd", "abd", "abde")))
     ballot.read((), np.zeros(FAKE_VOCAB, np.float32))
     assert [(bytes(b.path), b.first) for b in ballot.next_wave()] == [(b"abc", 1), (b"abd", 3)]
 
@@ -329,7 +330,7 @@ def test_logits_that_are_no_numbers_fail_it_and_spare_its_neighbour() -> None:
         (Scoring("s", (ScoringPrompt((1,), ((2,), ()), ENDS),)), InvalidRequest),
         (Scoring("s", (ScoringPrompt((1,), ((2,), (2,)), ENDS),)), InvalidRequest),
         (
-            Scoring("s", (ScoringPrompt((1,), tuple((k % 250, k) for k in range(MAX_SCORED_CHOICES + 1)), ENDS),)),
+            Scoring("s", (ScoringPrompt((1,), TOO_MANY, ENDS),)),
             InvalidRequest,
         ),
         (Scoring("s", (ScoringPrompt((1,), ((FAKE_VOCAB,),), ENDS),)), InvalidRequest),

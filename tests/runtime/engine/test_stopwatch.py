@@ -5,7 +5,8 @@ import pytest
 
 from runtime.engine.engine import Engine, Stopwatch
 from runtime.errors import DecodeFailed, NoKvSlot
-from runtime.requests import Batch, Request, SamplingParams
+from runtime.llama.interface import Batch
+from runtime.requests import Request, SamplingParams
 from tests.support.runtime.fakes import BOS, FakeLlama, FakeTokenizer
 
 DECODE_S, LOOK_UP_S = 2.0, 0.25

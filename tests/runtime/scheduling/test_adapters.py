@@ -2,7 +2,8 @@
 
 from itertools import groupby
 
-from runtime.requests import Plan, Request, SamplingParams, Sequence
+from runtime.requests import Request, SamplingParams
+from runtime.scheduling.plan import ScheduledSequence, StepPlan
 from runtime.scheduling.scheduler import STEP_TOKENS, TURN_TOKENS
 
 from .test_scheduler import Desk
@@ -14,10 +15,10 @@ LONGEST_WAIT = TURN_TOKENS // STEP_TOKENS
 class Office(Desk):
     """A desk that serves adapters."""
 
-    def want(self, adapter: str | None, n_prompt: int, *, max_tokens: int = 50, shared: int = 0) -> Sequence:
+    def want(self, adapter: str | None, n_prompt: int, *, max_tokens: int = 50, shared: int = 0) -> ScheduledSequence:
         prompt = (*range(shared), *(1000 * (self.n + 1) + i for i in range(n_prompt - shared)))
         request = Request(str(self.n), prompt, SamplingParams(max_tokens), adapter)
-        sequence = Sequence(request, self.n, list(prompt))
+        sequence = ScheduledSequence(request, self.n, list(prompt))
         self.n += 1
         self.scheduler.add(sequence)
         return sequence
@@ -28,7 +29,7 @@ class Office(Desk):
         self.work_on(plan)
         return plan.adapter
 
-    def work_on(self, plan: Plan) -> None:
+    def work_on(self, plan: StepPlan) -> None:
         assert {chunk.sequence.request.adapter for chunk in plan.chunks} == {plan.adapter}
         self.scheduler.commit(plan)
         for chunk in plan.chunks:
@@ -119,7 +120,7 @@ def test_without_cells_the_newest_of_all_gives_way_and_the_oldest_finishes() -> 
     assert sorted(order) == list(range(6))
     assert order[0] == 0
     assert office.scheduler.n_preemptions > 0
-    assert office.ledger.used_cells == 0
+    assert office.cache.used_cells == 0
 
 
 def test_an_adapter_that_comes_again_comes_last() -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from runtime.engine.engine import Engine
 from runtime.engine.options import MIX_CELLS, EngineOptions
-from runtime.requests import Plan, Request, SamplingParams, Sequence
+from runtime.requests import Request, SamplingParams
+from runtime.scheduling.plan import ScheduledSequence, StepPlan
 from runtime.scheduling.scheduler import FEW_TOKENS, TILE_TOKENS
 from tests.runtime.engine.test_engine import run
 from tests.support.runtime.fakes import FakeLlama
@@ -18,7 +19,7 @@ from .test_adapters import Office
 from .test_scheduler import Desk
 
 
-def writing(desk: Desk, n_prompt: int, *, shared: int = 0) -> Sequence:
+def writing(desk: Desk, n_prompt: int, *, shared: int = 0) -> ScheduledSequence:
     """An answer that is being written."""
     sequence = desk.ask(n_prompt, shared=shared)
     while sequence.n_generated == 0:
@@ -57,7 +58,7 @@ def test_cells_that_rows_share_count_once() -> None:
     desk = Desk(mix_cells=110)
     for _ in range(2):
         writing(desk, 90, shared=80)
-    assert desk.ledger.cells_held([0, 1]) == 101
+    assert desk.cache.cells_held([0, 1]) == 101
     desk.ask(250)
     assert desk.step() == [(0, 1), (1, 1), (2, 98)]
 
@@ -167,14 +168,14 @@ def watched_step(office: Office, missed: dict[int, int], mix_cells: int) -> None
     office.work_on(plan)
 
 
-def is_row(sequence: Sequence) -> bool:
+def is_row(sequence: ScheduledSequence) -> bool:
     return len(sequence.tokens) - sequence.n_computed <= FEW_TOKENS
 
 
-def assert_one_sort(office: Office, plan: Plan, mix_cells: int) -> None:
+def assert_one_sort(office: Office, plan: StepPlan, mix_cells: int) -> None:
     rows = [chunk.sequence.seq_id for chunk in plan.chunks if is_row(chunk.sequence) and chunk.start]
     prompts = [chunk for chunk in plan.chunks if not is_row(chunk.sequence)]
-    held = office.ledger.cells_held([seq_id for seq_id in rows if seq_id is not None])
+    held = office.cache.cells_held([seq_id for seq_id in rows if seq_id is not None])
     assert not (rows and prompts) or held <= mix_cells or plan.n_tokens < TILE_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""The ledger against a plain model of a cache that really holds tokens, and its rules one by one."""
+"""The cache against a plain model of a cache that really holds tokens, and its rules one by one."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from runtime.requests import Batch, Copy, Match, Remove
+from runtime.llama.interface import Batch
+from runtime.scheduling.plan import Copy, Match, Remove
 from runtime.scheduling.prefix_cache import PrefixCache
 from runtime.scheduling.radix_tree import common_prefix
 from tests.support.runtime.fakes import FakeLlama
@@ -161,7 +162,7 @@ def test_adapters_never_share() -> None:
 
 
 class AgainstRealCells(RuleBasedStateMachine):
-    """Every edit is carried out on the fake's cells; ledger and cells must agree, and a match must really be held.
+    """Every edit is carried out on the fake's cells; cache and cells must agree, and a match must really be held.
 
     The longest prefix and the cells are recomputed here from everything that every resident holds.
     """

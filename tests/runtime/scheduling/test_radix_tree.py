@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from runtime.scheduling.radix_tree import PrefixTree, _Node, common_prefix
+from runtime.scheduling.radix_tree import RadixTree, _Node, common_prefix
 
 NOTHING = np.empty(0, np.int32)
 TEXTS = st.lists(st.integers(0, 2), max_size=10).map(lambda tokens: np.array(tokens, np.int32))
@@ -24,7 +24,7 @@ def test_common_prefix() -> None:
 
 
 def test_part_of_an_edge_counts_to_the_token() -> None:
-    tree = PrefixTree()
+    tree = RadixTree()
     tree.add(1, ids("instructions"), None)
     assert tree.match(ids("instruments"), None) == (1, 6)
     tree.add(2, ids("instruments"), None)
@@ -35,7 +35,7 @@ def test_part_of_an_edge_counts_to_the_token() -> None:
 
 
 def test_a_look_up_compares_only_along_its_path() -> None:
-    tree = PrefixTree()
+    tree = RadixTree()
     for key in range(200):
         tree.add(key, np.concatenate((np.arange(1000), [key + 5000, *range(500)])).astype(np.int32), None)
     tokens = np.concatenate((np.arange(1000), [5007, 3])).astype(np.int32)
@@ -43,7 +43,7 @@ def test_a_look_up_compares_only_along_its_path() -> None:
     assert [len(node.edge) for node in nodes_on(tree, tokens)] == [1000, 501]
 
 
-def nodes_on(tree: PrefixTree, tokens: np.ndarray) -> Iterator[_Node]:
+def nodes_on(tree: RadixTree, tokens: np.ndarray) -> Iterator[_Node]:
     node = tree._roots[None]
     at = 0
     while at < len(tokens) and (child := node.children.get(int(tokens[at]))):
@@ -56,7 +56,7 @@ class AgainstBruteForce(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tree = PrefixTree()
+        self.tree = RadixTree()
         self.texts: dict[int, tuple[str | None, np.ndarray]] = {}
         self.n = 0
 

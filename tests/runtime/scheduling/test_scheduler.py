@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from runtime.requests import Copy, Plan, Remove, Request, SamplingParams, Sequence
+from runtime.requests import Request, SamplingParams
+from runtime.scheduling.plan import Copy, Remove, ScheduledSequence, StepPlan
 from runtime.scheduling.prefix_cache import PrefixCache
 from runtime.scheduling.scheduler import HOLD_BACK_TOKENS, Scheduler
 
 
 class Desk:
-    """A scheduler with its ledger, and a stand-in for the engine's part in the protocol."""
+    """A scheduler with its cache, and a stand-in for the engine's part in the protocol."""
 
     def __init__(
         self,
@@ -20,19 +21,19 @@ class Desk:
         idle_cells: int = 0,
         mix_cells: int | None = None,
     ) -> None:
-        self.ledger = PrefixCache(n_cells, max_running + 2, idle_cells)
-        self.scheduler = Scheduler(self.ledger, step_tokens=step_tokens, max_running=max_running, mix_cells=mix_cells)
+        self.cache = PrefixCache(n_cells, max_running + 2, idle_cells)
+        self.scheduler = Scheduler(self.cache, step_tokens=step_tokens, max_running=max_running, mix_cells=mix_cells)
         self.n = 0
 
-    def ask(self, n_prompt: int, *, max_tokens: int = 50, shared: int = 0) -> Sequence:
+    def ask(self, n_prompt: int, *, max_tokens: int = 50, shared: int = 0) -> ScheduledSequence:
         """A request whose prompt is its own but for the first `shared` tokens."""
         prompt = (*range(shared), *(1000 * (self.n + 1) + i for i in range(n_prompt - shared)))
-        sequence = Sequence(Request(str(self.n), prompt, SamplingParams(max_tokens)), self.n, list(prompt))
+        sequence = ScheduledSequence(Request(str(self.n), prompt, SamplingParams(max_tokens)), self.n, list(prompt))
         self.n += 1
         self.scheduler.add(sequence)
         return sequence
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         plan = self.scheduler.plan()
         assert plan is not None
         return plan
@@ -163,7 +164,7 @@ def test_the_whole_prompt_known_still_computes_its_last_token() -> None:
     assert again.n_cached == 39
 
 
-def _written(desk: Desk, sequence: Sequence) -> Sequence:
+def _written(desk: Desk, sequence: ScheduledSequence) -> ScheduledSequence:
     desk.step()
     return sequence
 
@@ -241,7 +242,7 @@ def test_what_a_decoding_step_leaves_over_is_spare_and_a_prefilling_one_leaves_n
 
 def test_rows_bound_what_is_spare() -> None:
     desk = Desk(step_tokens=100)
-    desk.scheduler = Scheduler(desk.ledger, step_tokens=100, max_running=4, max_rows=6)
+    desk.scheduler = Scheduler(desk.cache, step_tokens=100, max_running=4, max_rows=6)
     desk.ask(8), desk.ask(8)
     desk.step()
     assert desk.scheduler.spare(desk.plan()) == 4
@@ -264,13 +265,13 @@ def test_trimming_takes_back_cells_and_finishing_trims_to_what_was_written() -> 
     [chunk] = plan.chunks
     drafted = replace(chunk, count=5, n_rows=5, drafts=(8, 8, 8, 8))
     desk.scheduler.commit(replace(plan, chunks=(drafted,)))
-    assert (sequence.n_computed, desk.ledger.used_cells) == (15, 15)
+    assert (sequence.n_computed, desk.cache.used_cells) == (15, 15)
     desk.scheduler.trim(sequence, 13)
     desk.scheduler.trim(sequence, 14)
-    assert (sequence.n_computed, desk.ledger.used_cells) == (13, 13)
+    assert (sequence.n_computed, desk.cache.used_cells) == (13, 13)
     desk.scheduler.finish(sequence)
-    assert desk.ledger.used_cells == len(sequence.tokens) == 11
-    assert desk.ledger.take_edits() == (Remove(0, 13), Remove(0, 11))
+    assert desk.cache.used_cells == len(sequence.tokens) == 11
+    assert desk.cache.take_edits() == (Remove(0, 13), Remove(0, 11))
 
 
 def test_a_failed_batch_is_taken_apart() -> None:
@@ -294,5 +295,5 @@ def test_dropping_frees_everything_wherever_it_is(steps: int) -> None:
         desk.step()
     desk.scheduler.drop(running)
     desk.scheduler.drop(waiting)
-    assert desk.ledger.used_cells == 0
+    assert desk.cache.used_cells == 0
     assert desk.scheduler.plan() is None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.decoding.grammar import GuidedAnswer
+from runtime.decoding.grammar import GrammarState
 from runtime.errors import (
     BatchInvalid,
     Cancelled,
@@ -153,16 +153,16 @@ def test_a_cache_that_is_full_in_the_middle_makes_the_newest_wait(
 
 @pytest.mark.parametrize("name", ["chat", "chat-stream", "completion", "response"])
 def test_a_grammar_that_fails_in_mid_answer(shared: Scene, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    allowed = GuidedAnswer.allowed
-    n_asked: dict[GuidedAnswer, int] = {}
+    allowed = GrammarState.allowed
+    n_asked: dict[GrammarState, int] = {}
 
-    def breaking(self: GuidedAnswer) -> np.ndarray:
+    def breaking(self: GrammarState) -> np.ndarray:
         n_asked[self] = n_asked.get(self, 0) + 1
         if n_asked[self] == 4:
             raise GrammarFailed("broken")
         return allowed(self)
 
-    monkeypatch.setattr(GuidedAnswer, "allowed", breaking)
+    monkeypatch.setattr(GrammarState, "allowed", breaking)
     schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 20}}, "required": ["a"]}
     formatted: dict[str, Any] = {"text": {"format": {"type": "json_schema", "name": "a", "schema": schema}}}
     grammar = formatted if name == "response" else {"regex": "[a-z]{20}"}

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars, GrammarState
 from runtime.requests import Grammar
 from tests.support.runtime.fakes import FakeLlama
 from tests.support.runtime.serving import Running, serving
@@ -95,14 +95,14 @@ def test_what_cannot_be_used_is_a_400_before_the_engine_sees_it(
 def test_others_are_answered_while_the_first_grammar_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Making the tokenizer ready and compiling happen off the event loop."""
     arrived, go_on = threading.Event(), threading.Event()
-    check = LlGuidance.check
+    compile_grammar = Grammars.compile
 
-    def slowly(self: LlGuidance, grammar: Grammar) -> None:
+    def slowly(self: Grammars, grammar: Grammar) -> GrammarState:
         arrived.set()
         assert go_on.wait(60)
-        check(self, grammar)
+        return compile_grammar(self, grammar)
 
-    monkeypatch.setattr(LlGuidance, "check", slowly)
+    monkeypatch.setattr(Grammars, "compile", slowly)
     with serving(FakeLlama(script="hello")) as toy:
         answers: list[Any] = []
         body = {"prompt": "x", "choice": ["hello"]}

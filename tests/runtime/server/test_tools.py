@@ -10,7 +10,7 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageFunctionToolCall
 from pydantic import BaseModel
 
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.openai.tool_calls import FORMATS, tool_grammar
 from runtime.openai.tools import Tool
 from tests.support.runtime import tool_templates as templates
@@ -209,7 +209,7 @@ def test_a_marker_in_the_text_begins_a_call_or_cannot_be_written(control: bool) 
     tokenizer = FakeTokenizer(CONTROL if control else ())
     tokens = {"[TOOL_CALLS]": tokenizer.specials["[TOOL_CALLS]"]} if control else {}
     grammar = tool_grammar(form, [Tool.model_validate(G)], tokens, must_call=False, parallel=True)
-    written = LlGuidance(tokenizer).start(grammar)
+    written = Grammars(tokenizer).compile(grammar)
     written.accept(b"Well, [TOOL_CALLS")
     assert written.allowed()[ord("]")] == (not control)
     if control:

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 
 from runtime.config import RuntimeConfig
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
-from runtime.requests import Batch, Failed
+from runtime.llama.interface import Batch
+from runtime.requests import Failed
 
 from . import serving as serving_module
 from .connection import answered, asked
@@ -139,9 +140,9 @@ class Scene:
     def on(self, slots: int = 4) -> Iterator[Self]:
         """Serve until the block ends."""
 
-        def noting(llama: FakeLlama, options: EngineOptions, constrainer: LlGuidance) -> Engine:
+        def noting(llama: FakeLlama, options: EngineOptions, grammars: Grammars) -> Engine:
             options = replace(options, idle_cells=self._idle_cells)
-            self._engines.append(Engine(llama, options, constrainer))
+            self._engines.append(Engine(llama, options, grammars))
             return self._engines[-1]
 
         with pytest.MonkeyPatch.context() as patch:
@@ -211,14 +212,14 @@ class Scene:
 
 def _require_idle(engine: Engine, llama: FakeLlama) -> None:
     """Every sequence id is free or an idle resident's, and the cache holds what the idle residents hold."""
-    ledger = engine._ledger
-    assert not ledger._running
-    assert len(ledger._free_ids) + len(ledger._idle) == llama.info.n_seq_max
-    assert {name: len(idle.cells) for name, idle in ledger._idle.items()} == {
+    cache = engine._cache
+    assert not cache._running
+    assert len(cache._free_ids) + len(cache._idle) == llama.info.n_seq_max
+    assert {name: len(idle.cells) for name, idle in cache._idle.items()} == {
         name: len(tokens) for name, tokens in llama.sequences.items()
     }
-    idle_cells = {cell for idle in ledger._idle.values() for cell in idle.cells}
-    assert llama.used_cells == ledger.used_cells == engine.stats().kv_cells_used == len(idle_cells)
+    idle_cells = {cell for idle in cache._idle.values() for cell in idle.cells}
+    assert llama.used_cells == cache.used_cells == engine.stats().kv_cells_used == len(idle_cells)
 
 
 @cache

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from runtime.errors import BatchInvalid, DecodeAborted, DecodeFailed, EngineError, InvalidRequest, NoKvSlot
-from runtime.llama.interface import ModelInfo
-from runtime.requests import Batch
+from runtime.llama.interface import Batch, ModelInfo
 
 BOS, EOS, START_OF_TURN, END_OF_TURN = 256, 257, 258, 259
 FAKE_VOCAB = 260

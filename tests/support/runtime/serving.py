@@ -15,7 +15,7 @@ import uvicorn
 from models.manifest import Manifest
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.pool.memory import Need
@@ -117,8 +117,8 @@ class Toys:
         self.on_load(stored.name)
         llama = self._make[stored.name]()
         self.made.append((stored.name, llama))
-        constrainer = LlGuidance(llama.tokenizer)
-        engine = self._engine_host or Engine(llama, EngineOptions(max_running=self.config.slots), constrainer)
+        grammars = Grammars(llama.tokenizer)
+        engine = self._engine_host or Engine(llama, EngineOptions(max_running=self.config.slots), grammars)
         return ServedModel(
             name=stored.name,
             manifest=stored.manifest,
@@ -127,7 +127,7 @@ class Toys:
             ),
             prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
             tokenizer=llama.tokenizer,
-            constrainer=constrainer,
+            grammars=grammars,
             info=llama.info,
         )
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from runtime.decoding.grammar import LlGuidance
+from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import DecodeFailed, LoadFailed
-from runtime.llama.interface import ModelInfo
-from runtime.requests import Batch
+from runtime.llama.interface import Batch, ModelInfo
 
 from .fakes import FakeLlama
 
@@ -82,7 +81,7 @@ class FakeRecipe:
         print("printed", flush=True)  # by C or Python, it must not get between the messages
         logging.getLogger("deskside.llama").warning("a warning of llama.cpp")
         llama = FakeLlama(n_ctx=4096, script=self.script, on_decode=self._obey)
-        engine = Engine(llama, EngineOptions(max_running=self.slots), LlGuidance(llama.tokenizer))
+        engine = Engine(llama, EngineOptions(max_running=self.slots), Grammars(llama.tokenizer))
         return engine, replace(llama.info, description="toy")
 
     def _obey(self, _: int, batch: Batch) -> None:

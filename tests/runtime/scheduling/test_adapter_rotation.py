@@ -1,13 +1,13 @@
-"""Turns between adapters: alone it is always one's turn; together nobody waits longer than a turn of each other."""
+"""The rotation of adapters: alone one always has the turn; together none waits longer than a turn of each other."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.scheduling.scheduler import STEP_TOKENS, TURN_TOKENS, Turns
+from runtime.scheduling.scheduler import STEP_TOKENS, TURN_TOKENS, AdapterRotation
 
 
-def turns(*adapters: str | None) -> Turns:
-    made = Turns()
+def turns(*adapters: str | None) -> AdapterRotation:
+    made = AdapterRotation()
     for adapter in adapters:
         made.join(adapter)
     return made
