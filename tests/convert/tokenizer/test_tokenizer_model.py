@@ -62,11 +62,13 @@ def field(number: int, payload: bytes) -> bytes:
 
 
 def trained(**settings: Any) -> bytes:
-    return proto.ModelProto(trainer_spec=proto.TrainerSpec(**settings)).SerializeToString()
+    data: bytes = proto.ModelProto(trainer_spec=proto.TrainerSpec(**settings)).SerializeToString()
+    return data
 
 
 def normalised(**settings: Any) -> bytes:
-    return proto.ModelProto(normalizer_spec=proto.NormalizerSpec(**settings)).SerializeToString()
+    data: bytes = proto.ModelProto(normalizer_spec=proto.NormalizerSpec(**settings)).SerializeToString()
+    return data
 
 
 BPE, UNIGRAM, WORDS = proto.TrainerSpec.BPE, proto.TrainerSpec.UNIGRAM, proto.TrainerSpec.WORD
