@@ -18,6 +18,19 @@ StepProgress = Callable[[int, int], None]
 _STEP = re.compile(r"(\d+) (\d+)")
 
 
+def start_python(module: str) -> "subprocess.Popen[str]":
+    """Start `module` in a fresh interpreter: pipes at its standard input and output, its errors among the output."""
+    # -P: a folder called `convert` where the user stands must not be taken for ours
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
 class Child:
     """`module` at work on `job`. Leaving its block kills it if it is not done: whatever ends the block early, ends it.
 
@@ -26,15 +39,7 @@ class Child:
     """
 
     def __init__(self, module: str, job: Mapping[str, Any]) -> None:
-        # -P: a folder called `convert` where the user stands must not be taken for ours
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
+        self._process = start_python(module)
         self.give(job)
 
     def __enter__(self) -> "Child":

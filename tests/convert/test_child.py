@@ -6,6 +6,8 @@ import pytest
 
 from convert.child import Child, run_child
 
+pytestmark = pytest.mark.usefixtures("fresh_children")
+
 SAYS = "tests.support.convert.saying_child"
 
 

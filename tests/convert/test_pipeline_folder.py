@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -55,17 +57,42 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def hasty() -> Iterator[None]:
     """Speeds are measured, but not well."""
-    monkeypatch.setattr(
-        "convert.selection.ladder.Tools", partial(Tools, speeds=partial(measure_speeds, rounds=1, seconds=0.01))
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "convert.selection.ladder.Tools", partial(Tools, speeds=partial(measure_speeds, rounds=1, seconds=0.01))
+        )
+        yield
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "home")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A conversion by examples, all of whose candidates were measured."""
+
+    store: Store
+    notes: Notes
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, examples: Path) -> Run:
+    """The checkpoint as `mine`, chosen by the examples in a new store."""
+    run = Run(Store(tmp_path_factory.mktemp("first") / "home"), Notes())
+    convert(ConvertRequest(str(checkpoint), "mine", examples=examples), run.store, run.notes)
+    return run
+
+
+@pytest.fixture
+def measured(store: Store, first_run: Run) -> Store:
+    """A store without models that holds what the first run has measured, for conversions called `mine`."""
+    shutil.copytree(first_run.store.home / RESULTS, store.home / RESULTS)
+    return store
 
 
 def test_a_folder_is_proved_converted_and_installed(store: Store, checkpoint: Path) -> None:
@@ -141,9 +168,9 @@ def test_phi_3s_tokens_swallow_white_space_under_any_name(store: Store, tmp_path
     assert not strips(plain, "phi3-letters")
 
 
-def test_the_examples_choose_and_the_card_says_how(store: Store, checkpoint: Path, examples: Path) -> None:
+def test_the_examples_choose_and_the_card_says_how(measured: Store, checkpoint: Path, examples: Path) -> None:
     notes = Notes()
-    stored = convert(ConvertRequest(str(checkpoint), "chosen", examples=examples, max_loss=0.5), store, notes)
+    stored = convert(ConvertRequest(str(checkpoint), "mine", examples=examples, max_loss=0.5), measured, notes)
     quality = read_quality(stored.folder)
     assert stored.manifest is not None
     assert quality.work == "classify"
@@ -161,9 +188,9 @@ def test_the_examples_choose_and_the_card_says_how(store: Store, checkpoint: Pat
     assert names == {"README.md", "model.toml", "quality.json", "quality.svg", stored.gguf.name}
 
 
-def test_what_a_file_was_rounded_by_is_kept_with_it(store: Store, checkpoint: Path, examples: Path) -> None:
+def test_what_a_file_was_rounded_by_is_kept_with_it(measured: Store, checkpoint: Path, examples: Path) -> None:
     request = ConvertRequest(str(checkpoint), "mine", quantization="Q4_0", examples=examples, keep_f16=True)
-    stored = convert(request, store, Notes())
+    stored = convert(request, measured, Notes())
     assert stored.manifest is not None
     assert stored.manifest.conversion is not None
     assert stored.manifest.conversion.imatrix == IMATRIX_FILE
@@ -173,30 +200,28 @@ def test_what_a_file_was_rounded_by_is_kept_with_it(store: Store, checkpoint: Pa
     assert sha256_file(again) == stored.manifest.artefacts[0].sha256
 
 
-def test_what_needs_no_importance_matrix_is_kept_without(store: Store, checkpoint: Path, examples: Path) -> None:
-    stored = convert(ConvertRequest(str(checkpoint), "mine", quantization="Q8_0", examples=examples), store, Notes())
+def test_what_needs_no_importance_matrix_is_kept_without(measured: Store, checkpoint: Path, examples: Path) -> None:
+    stored = convert(ConvertRequest(str(checkpoint), "mine", quantization="Q8_0", examples=examples), measured, Notes())
     assert stored.manifest is not None
     assert stored.manifest.conversion is not None
     assert stored.manifest.conversion.imatrix == ""
     assert not (stored.folder / IMATRIX_FILE).exists()
 
 
-def test_a_second_run_measures_nothing_again(store: Store, checkpoint: Path, examples: Path) -> None:
-    request = ConvertRequest(str(checkpoint), "twice", examples=examples, replace=True)
-    first, again = Notes(), Notes()
-    convert(request, store, first)
-    kept = {path.name for path in (store.home / RESULTS).iterdir()}
-    stored = convert(request, store, again)
-    assert {path.name for path in (store.home / RESULTS).iterdir()} == kept
+def test_a_second_run_measures_nothing_again(measured: Store, first_run: Run, checkpoint: Path, examples: Path) -> None:
+    again = Notes()
+    kept = {path.name for path in (first_run.store.home / RESULTS).iterdir()}
+    stored = convert(ConvertRequest(str(checkpoint), "mine", examples=examples), measured, again)
+    assert {path.name for path in (measured.home / RESULTS).iterdir()} == kept
     busy = ("collect", "measure", "take", "time")
-    assert [stage for stage in first.stages if stage.startswith(busy)]
+    assert [stage for stage in first_run.notes.stages if stage.startswith(busy)]
     assert [stage for stage in again.stages if stage.startswith(busy)] == []
-    store.verify(stored.name)
+    measured.verify(stored.name)
 
 
-def test_quant_overrules_the_examples_and_the_card_says_so(store: Store, checkpoint: Path, examples: Path) -> None:
+def test_quant_overrules_the_examples_and_the_card_says_so(measured: Store, checkpoint: Path, examples: Path) -> None:
     request = ConvertRequest(str(checkpoint), "mine", quantization="q5_0", examples=examples)
-    stored = convert(request, store, Notes())
+    stored = convert(request, measured, Notes())
     quality = read_quality(stored.folder)
     assert (quality.chosen, quality.overruled) == ("Q5_0", True)
     assert "overruled" in (stored.folder / "README.md").read_text()

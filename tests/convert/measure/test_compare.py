@@ -220,6 +220,7 @@ def test_another_vocabulary_is_that_files_error(reference: ReferenceRun) -> None
         beside(reference.model, longer)
 
 
+@pytest.mark.usefixtures("fresh_children")
 def test_a_child_that_aborts_is_an_error_and_nothing_more(
     full: Path, tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

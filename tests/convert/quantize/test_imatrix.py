@@ -180,6 +180,7 @@ def test_an_interrupt_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["toy.gguf"]
 
 
+@pytest.mark.usefixtures("fresh_children")
 def test_a_killed_child_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, children = write_model(tmp_path / "toy.gguf"), list[subprocess.Popen[str]]()
 
