@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -111,16 +112,14 @@ def pull_command(
 
 @contextmanager
 def _progress(what: str) -> Iterator["Progress"]:
-    """A bar on stderr, which is drawn when there is something to wait for; nothing where stderr is not a terminal."""
-    from rich.console import Console
+    """A bar of bytes, drawn from the first report on."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
 
-    console = Console(stderr=True)
+    from models.common.console import ProgressBars
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bars(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
-        task = bars.add_task(what, total=None, visible=False)
-        yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
+    with ProgressBars(*columns, TimeRemainingColumn()) as bars:
+        yield partial(bars.update, what)
 
 
 def _row(store: "Store", name: str) -> dict[str, Any]:

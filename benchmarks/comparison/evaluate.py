@@ -19,7 +19,7 @@ from benchmarks.load.label_scoring import LabelScorer
 from benchmarks.load.loop import closed_loop
 from benchmarks.load.workload import LabelledExample, labels_of, read_examples
 from benchmarks.record import MachineRecord, Record, describe, load_record, save_json
-from models.common.console import Progress
+from models.common.console import NamedProgress
 from models.common.files import sha256_file
 
 from .arms import ArmPlan
@@ -97,7 +97,7 @@ class EvaluationTask:
     scoring: AnswerMethod = "greedy text"
 
 
-def evaluate(task: EvaluationTask, progress: Progress) -> Evaluation:
+def evaluate(task: EvaluationTask, progress: NamedProgress) -> Evaluation:
     """Ask what has not been answered yet. Raises ServerFailed when a request fails: a gap would look like an error."""
     examples = read_examples(task.examples)
     source = _source(task)

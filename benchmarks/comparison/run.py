@@ -27,7 +27,7 @@ from benchmarks.load.workload import (
     template_prompt,
 )
 from benchmarks.record import Arm, BenchRun, Level, Record, RequestSample, Workload, describe, load_average, save_run
-from models.common.console import Progress
+from models.common.console import NamedProgress
 from models.common.files import sha256_file
 from models.manifest import Prompt as ManifestPrompt
 from models.store.catalog import DEFAULT_MODEL
@@ -48,7 +48,7 @@ class RunPlan:
     out: Path
 
 
-def run(plan: RunPlan, progress: Progress) -> BenchRun:
+def run(plan: RunPlan, progress: NamedProgress) -> BenchRun:
     """Run every arm and return the record, which is also on disk. `progress(what, done, total)` hears each answer.
 
     Raises ServerFailed when a server does not start or fails its warm-up; what was measured before is on disk.
@@ -74,7 +74,7 @@ def run(plan: RunPlan, progress: Progress) -> BenchRun:
 class _Measurement:
     """One arm against its running server. Its clock starts again with each level."""
 
-    def __init__(self, plan: ArmPlan, base_url: str, keep: Keep, progress: Progress) -> None:
+    def __init__(self, plan: ArmPlan, base_url: str, keep: Keep, progress: NamedProgress) -> None:
         self._plan = plan
         self._keep = keep
         self._progress = progress

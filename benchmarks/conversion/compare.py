@@ -21,7 +21,7 @@ from typing import Any, Literal
 from benchmarks.errors import ServerFailed
 from benchmarks.load.process_memory import PeakWatch
 from benchmarks.record import describe, load_average, save_json
-from models.common.console import Progress, show_progress
+from models.common.console import NamedProgress, show_progress
 from models.common.options import JsonOption, ReportOption, with_options
 from models.gguf.header import read_header
 from models.store.store import Store
@@ -54,7 +54,7 @@ class Converter:
     children: Sequence[str] = ()
 
 
-def compare_converters(settings: ConvertSettings, progress: Progress) -> ConvertRun:
+def compare_converters(settings: ConvertSettings, progress: NamedProgress) -> ConvertRun:
     """Make the checkpoint, run both converters in turn, and weigh what they need. Raises BenchError."""
     gguf = Store().resolve(settings.model).gguf
     checkpoint = settings.folder / f"{settings.model}-hf"

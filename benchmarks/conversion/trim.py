@@ -13,7 +13,7 @@ from pydantic import Field
 from benchmarks.errors import BadRecord, ServerFailed
 from benchmarks.load.model_file import RECIPE, ModelFile, converted, recipe_file
 from benchmarks.record import MachineRecord, Record, describe, load_record, save_json
-from models.common.console import Progress, show_progress
+from models.common.console import NamedProgress, show_progress
 from models.common.options import JsonOption, ReportOption, with_options
 from models.gguf.header import read_meta
 from models.manifest import read_manifest
@@ -93,7 +93,7 @@ def load_trim_run(path: Path) -> TrimRun:
     return load_record(path, TrimRun, "is not a comparison of trimmed files")
 
 
-def compare_trimmed(settings: TrimSettings, progress: Progress) -> TrimRun:
+def compare_trimmed(settings: TrimSettings, progress: NamedProgress) -> TrimRun:
     """Make the files and measure them. Raises ModelError, and BenchError when a conversion or a measurement fails.
 
     The typical example is the one that the recipe's own ladder was timed with.
@@ -138,7 +138,7 @@ def compare_trimmed(settings: TrimSettings, progress: Progress) -> TrimRun:
     )
 
 
-def _files(settings: TrimSettings, progress: Progress) -> dict[str, tuple[str, bool, ModelFile]]:
+def _files(settings: TrimSettings, progress: NamedProgress) -> dict[str, tuple[str, bool, ModelFile]]:
     """Name -> (quantization, is it trimmed, the file)."""
     recipe = read_manifest(recipe_file())
     if recipe.adapter is None or recipe.conversion is None or not recipe.conversion.trim:

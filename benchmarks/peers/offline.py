@@ -19,7 +19,7 @@ from benchmarks.errors import ServerFailed
 from benchmarks.load.model_file import ModelFile
 from benchmarks.load.servers import deskside_command, free_port, serve_command, serving
 from benchmarks.load.workload import LabelledExample
-from models.common.console import Progress
+from models.common.console import NamedProgress
 
 from .record import BarePass, OfflinePass
 from .run import PeerRunFile, PeerWorkload, Slices
@@ -42,7 +42,7 @@ class TokenizedMails:
 
 def run_offline(
     files: PeerFiles, examples: Sequence[LabelledExample], threads: int, peers_python: Path, comparison: PeerWorkload,
-    recorder: PeerRunFile, progress: Progress,
+    recorder: PeerRunFile, progress: NamedProgress,
 ) -> None:  # fmt: skip
     """Measure every way in turn, in reversed order with each repetition."""
     tokens = _tokens(files, examples, comparison.labels)
@@ -156,7 +156,7 @@ def _tokens(files: PeerFiles, examples: Sequence[LabelledExample], labels: Seque
 
 
 def run_bare(
-    file: ModelFile, slices: Slices, repetitions: int, threads: int, recorder: PeerRunFile, progress: Progress
+    file: ModelFile, slices: Slices, repetitions: int, threads: int, recorder: PeerRunFile, progress: NamedProgress
 ) -> None:
     """Measure labels and replies of 16 clients. Raises ServerFailed with the child's last words."""
     progress("engine beside a bare loop", 0, 1)

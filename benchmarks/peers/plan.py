@@ -12,7 +12,7 @@ from benchmarks.load.model_file import recipe_file
 from benchmarks.load.servers import deskside_command
 from benchmarks.load.workload import LabelledExample, PromptTemplate, labels_of, read_examples, read_prompt
 from benchmarks.record import describe
-from models.common.console import Progress
+from models.common.console import NamedProgress
 from models.store.store import Store
 
 from .offline import run_bare, run_offline
@@ -50,7 +50,7 @@ class _Material:
     offline: Sequence[LabelledExample]
 
 
-def compare_peers(settings: PeerSettings, progress: Progress) -> tuple[PeerRun, Path]:
+def compare_peers(settings: PeerSettings, progress: NamedProgress) -> tuple[PeerRun, Path]:
     """Install, convert, measure; the run, and where it was saved. Raises BenchError and ModelError."""
     settings = settings.effective()
     folder = settings.folder.absolute()

@@ -19,7 +19,7 @@ from benchmarks.load.loop import closed_loop
 from benchmarks.load.servers import RunningServer, read_counters
 from benchmarks.load.workload import LabelledExample, PromptTemplate
 from benchmarks.record import RequestSample, load_average
-from models.common.console import Progress
+from models.common.console import NamedProgress
 
 from .record import Pass, PeerRun, Server, save_peer_run
 from .servers import ServerPlan
@@ -86,7 +86,7 @@ class PlannedPass:
         return f"{self.task.name}, {self.way}: {self.plan.name}, repetition {self.repetition + 1}"
 
 
-def run_stage(stage: Stage, comparison: PeerWorkload, recorder: PeerRunFile, progress: Progress) -> None:
+def run_stage(stage: Stage, comparison: PeerWorkload, recorder: PeerRunFile, progress: NamedProgress) -> None:
     """Measure every task of the stage. Raises ServerFailed when a server does not start or fails its warm-up."""
     comparison.logs.mkdir(parents=True, exist_ok=True)
     if stage.cold:
@@ -138,7 +138,12 @@ def _warm_up(stage: Stage, plan: ServerPlan, address: str, labels: Sequence[str]
 
 
 def _measure(
-    turn: PlannedPass, address: str, stage: Stage, comparison: PeerWorkload, recorder: PeerRunFile, progress: Progress
+    turn: PlannedPass,
+    address: str,
+    stage: Stage,
+    comparison: PeerWorkload,
+    recorder: PeerRunFile,
+    progress: NamedProgress,
 ) -> None:
     examples = comparison.slices[turn.task.name, turn.way][turn.repetition]
     if turn.plan.slow:

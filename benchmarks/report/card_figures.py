@@ -31,7 +31,7 @@ from benchmarks.load.model_file import recipe_file
 from benchmarks.load.workload import PromptTemplate, labels_of, read_examples, read_prompt
 from benchmarks.record import save_json
 from models.card.card import render_quality
-from models.common.console import Progress
+from models.common.console import NamedProgress
 from models.common.files import write_atomic
 from models.common.stats import Interval
 from models.manifest import Accuracy
@@ -71,7 +71,7 @@ def majority() -> Evaluation:
     )
 
 
-def measure(results: Path, store: Store, progress: Progress) -> dict[str, Evaluation]:
+def measure(results: Path, store: Store, progress: NamedProgress) -> dict[str, Evaluation]:
     """Every set of predictions there can be; those of MADE_ELSEWHERE only if the recipe's folder has them.
 
     Raises ModelNotFound when one of the two models is not installed; what was measured before is kept.

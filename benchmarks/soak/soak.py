@@ -21,7 +21,7 @@ from benchmarks.load.model_file import recipe_file
 from benchmarks.load.servers import RunningServer, free_port, read_counters, serve_command, serving
 from benchmarks.load.workload import labels_of, read_examples
 from benchmarks.record import Record, describe, save_json
-from models.common.console import Progress, show_progress
+from models.common.console import NamedProgress, show_progress
 from models.common.options import JsonOption, with_options
 from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store
@@ -56,7 +56,7 @@ CANARY = "Subject: Cheap loans\n\nLowest rates ever, click here to apply now, no
 GAUGES = tuple(f"deskside_{name}" for name in ("live", "running", "waiting", "kv_cells_used", "kv_cells_total"))
 
 
-def soak(settings: SoakSettings, log: Path, progress: Progress) -> SoakRun:
+def soak(settings: SoakSettings, log: Path, progress: NamedProgress) -> SoakRun:
     """Serve, load, watch, and report. Raises ServerFailed when the server does not start."""
     port = free_port()
     stored = Store().resolve(settings.model)
@@ -70,7 +70,7 @@ def soak(settings: SoakSettings, log: Path, progress: Progress) -> SoakRun:
 class _Soak:
     """One soak against a running server."""
 
-    def __init__(self, settings: SoakSettings, server: RunningServer, progress: Progress) -> None:
+    def __init__(self, settings: SoakSettings, server: RunningServer, progress: NamedProgress) -> None:
         self._settings = settings
         self._server = server
         self._progress = progress

@@ -1,38 +1,106 @@
-"""How a conversion says where it is: stages with a measure, and warnings. Shown on stderr; stdout is for data."""
+"""Progress and messages on stderr; stdout is for data.
+
+`ProgressBars` draws every bar that Deskside shows. A long function takes a callback and calls it with what is done and
+the total: `Progress` for one task (see `files`), `NamedProgress` for several.
+"""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from types import TracebackType
+from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+REDRAW_S = 0.1
+
+NamedProgress = Callable[[str, int, int], None]
+"""Called with a task's name, the amount done so far and the total."""
+
+
+class ProgressBars:
+    """One bar for each task, moved at most ten times a second. `draws` None: only where stderr is a terminal.
+
+    `columns` are rich's; without any, its default ones. A `transient` bar disappears at the end.
+    """
+
+    def __init__(self, *columns: str | ProgressColumn, draws: bool | None = None, transient: bool = False) -> None:
+        self._console = Console(stderr=True)
+        self.draws = self._console.is_terminal if draws is None else draws
+        self._bars = Bars(*columns, console=self._console, transient=transient, disable=not self.draws)
+        self._tasks: dict[str, TaskID] = {}
+        self._redraw_at_s: dict[str, float] = {}
+
+    def __enter__(self) -> "ProgressBars":
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def start(self, name: str, total: int | None = None, **fields: Any) -> None:
+        """Add a bar. `fields` are those of its own that `columns` show."""
+        self._tasks[name] = self._bars.add_task(name, total=total, **fields)
+        self._redraw_at_s[name] = 0.0
+
+    def update(self, name: str, done: int, total: int | None = None, **fields: Any) -> None:
+        """Move the bar `name`, added here if it is new. `total` None keeps the one known before."""
+        if name not in self._tasks:
+            self.start(name, total)
+        now_s = time.monotonic()
+        if now_s >= self._redraw_at_s[name] or done == total:
+            self._redraw_at_s[name] = now_s + REDRAW_S
+            self._bars.update(self._tasks[name], completed=done, total=total, **fields)
+
+    def finish(self, name: str) -> None:
+        """Show the bar `name` as full."""
+        total = self._bars.tasks[self._tasks[name]].total or 1
+        self._bars.update(self._tasks[name], total=total, completed=total)
+
+    def print(self, message: RenderableType) -> None:
+        """Print above the bars."""
+        self._console.print(message)
+
+
+@contextmanager
+def show_progress() -> Iterator[NamedProgress]:
+    """A bar for each task where stderr is a terminal, else a line at its start and at its end."""
+    with ProgressBars() as bars:
+        yield bars.update if bars.draws else _print_ends
+
+
+def _print_ends(name: str, done: int, total: int) -> None:
+    if done in (0, total):
+        print(name if done == 0 else f"{name}: {done} of {total}", file=sys.stderr)
+
 
 class Reporter(Protocol):
-    """What the pipeline tells its caller."""
+    """Reports on a conversion: one stage after the other, and messages."""
 
     def stage(self, name: str, total: int | None = None) -> None:
-        """A stage begins (and the one before it is done); `total` is what `advance` counts up to, if known."""
+        """End the stage before and begin the next. `total` is what `advance` counts up to, if known."""
 
     def advance(self, done: int, total: int | None = None) -> None:
-        """The stage has done `done` in all; `total` when it is known only now."""
+        """Report how much of the stage is done; `total` when it is known only now."""
 
     def note(self, message: str) -> None:
-        """Something that was found to be as it should be."""
+        """Report a check that passed."""
 
     def warn(self, message: str) -> None:
-        """Something the user should know; the conversion goes on."""
+        """Report something the user should know; the conversion continues."""
 
     def close(self) -> None:
-        """The last stage is over, well or not."""
+        """End the last stage, finished or not."""
 
 
 def reporter() -> Reporter:
-    """Bars on a terminal, one line per stage otherwise."""
+    """Bars on a terminal, else one line per stage."""
     return BarReporter() if sys.stderr.isatty() else LineReporter()
 
 
@@ -44,7 +112,7 @@ class LineReporter:
         print(f"{name} …", file=sys.stderr, flush=True)
 
     def advance(self, done: int, total: int | None = None) -> None:
-        """A log needs no steps."""
+        """Print nothing: a log needs no steps."""
 
     def note(self, message: str) -> None:
         """Print the note."""
@@ -55,72 +123,41 @@ class LineReporter:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 class BarReporter:
-    """A bar per stage; finished ones stay with their time."""
+    """A bar per stage; finished ones stay, with their time."""
 
     def __init__(self) -> None:
-        self._progress = Bars(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
-        )
-        self._task: TaskID | None = None
-        self._shown_s = 0.0
-        self._progress.start()
+        self._bars = ProgressBars(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), draws=True)
+        self._stage: str | None = None
+        self._bars.__enter__()
 
     def stage(self, name: str, total: int | None = None) -> None:
         """Start a bar."""
         self._finish()
-        self._task = self._progress.add_task(name, total=total)
+        self._stage = name
+        self._bars.start(name, total)
 
     def advance(self, done: int, total: int | None = None) -> None:
-        """Move the bar, at most ten times a second."""
-        now_s = time.monotonic()
-        if self._task is not None and now_s - self._shown_s > 0.1:
-            self._shown_s = now_s
-            self._progress.update(self._task, completed=done, total=total)
+        """Move the bar."""
+        if self._stage is not None:
+            self._bars.update(self._stage, done, total)
 
     def note(self, message: str) -> None:
         """Print the note above the bars."""
-        self._progress.console.print(Text(f"  {message}"))
+        self._bars.print(Text(f"  {message}"))
 
     def warn(self, message: str) -> None:
         """Print the warning above the bars."""
-        self._progress.console.print(Text.assemble(("warning: ", "bold yellow"), message))
+        self._bars.print(Text.assemble(("warning: ", "bold yellow"), message))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._finish()
-        self._progress.stop()
+        self._bars.__exit__(None, None, None)
 
     def _finish(self) -> None:
-        if self._task is not None:
-            total = self._progress.tasks[self._task].total or 1
-            self._progress.update(self._task, total=total, completed=total)
-
-
-Progress = Callable[[str, int, int], None]
-
-
-@contextmanager
-def show_progress() -> Iterator[Progress]:
-    """A bar on stderr when it is a terminal, else one line for each thing that is done."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _print_whole
-        return
-    with Bars(console=console) as bars:
-        tasks = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
-
-        yield show
-
-
-def _print_whole(what: str, done: int, total: int) -> None:
-    if done in (0, total):
-        print(what if done == 0 else f"{what}: {done} of {total}", file=sys.stderr)
+        if self._stage is not None:
+            self._bars.finish(self._stage)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from models.common.console import ProgressBars
 from models.store.store import Store
 from runtime.config import RuntimeConfig
 from runtime.errors import BatchRefused, EngineError, InvalidRequest, RequestError
@@ -198,10 +198,6 @@ def check_files(source: Path, output: Path) -> None:
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[BatchCounts], None]]:
     """Draws done, failed, tokens/s and time left; `total` counts lines."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda counts: None
-        return
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -210,17 +206,9 @@ def progress_bar(total: int) -> Iterator[Callable[[BatchCounts], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("", total=total, failed=0, rate=0.0)
-        drawn_s = 0.0
-
-        def draw(counts: BatchCounts) -> None:
-            nonlocal drawn_s
-            if time.monotonic() - drawn_s > 0.1:
-                drawn_s = time.monotonic()
-                bars.update(task, completed=counts.lines, failed=counts.failed, rate=counts.tokens_per_s)
-
-        yield draw
+    with ProgressBars(*columns, transient=True) as bars:
+        bars.start("", total, failed=0, rate=0.0)
+        yield lambda counts: bars.update("", counts.lines, failed=counts.failed, rate=counts.tokens_per_s)
 
 
 def summarise(job: BatchJob, counts: BatchCounts, interrupted: bool) -> dict[str, Any]:
