@@ -78,8 +78,8 @@ oracle: $(ORACLE)/.ready ## Compare conversions with transformers and llama.cpp'
 bench-convert: setup $(ORACLE)/.ready ## Measure conversion beside llama.cpp's own converter
 	@$(DESKSIDE) bench convert $(ARGS)
 
-test: setup ## Run every test, those on the real model included
-	@$(BIN)/pytest -q $(ARGS)
+test: setup ## Run every test, those on the real model included; ARGS are passed on (-n 0: in one process)
+	@$(BIN)/pytest -q -n auto --maxprocesses 4 $(ARGS)
 
 check: $(READY) ## Lint, formatting, types and the layout of the house
 	@$(BIN)/ruff check .

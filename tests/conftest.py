@@ -1,17 +1,25 @@
 """What every test may count on, however the run was started."""
 
+import os
 import signal
 import sys
 
+import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+MODEL_TESTS = "tests/model/"
 
 
 def pytest_configure() -> None:
     """Let SIGINT interrupt. A shell starts background jobs with SIGINT ignored, and children inherit that: a test that
     interrupts a child would wait for it for ever.
 
-    Hypothesis judges no test by its speed: on a busy machine any example may be slow.
+    Hypothesis judges no test by its speed: on a busy machine any example may be slow. llama.cpp's threads give a busy
+    core back instead of spinning on it, as when `deskside` starts them.
     """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when llama.cpp's library is loaded
     signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.register_profile("deskside", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("deskside")
@@ -23,3 +31,27 @@ def pytest_unconfigure() -> None:
     if utilities is not None:
         utilities.outnull_file.close()
         utilities.errnull_file.close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several workers: begin with the longest share, which is one worker's."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(MODEL_TESTS))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> "FileScheduling":
+    """Share the tests out among the workers by files."""
+    config.option.loadscopereorder = False
+    return FileScheduling(config, log)
+
+
+class FileScheduling(LoadScopeScheduling):
+    """A file's tests share a worker, and so its fixtures.
+
+    All tests on the real models share one: each of them uses every core, and loads models that the next can use.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return MODEL_TESTS if nodeid.startswith(MODEL_TESTS) else nodeid.partition("::")[0]
