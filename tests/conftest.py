@@ -47,7 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> "FileSc
     return FileScheduling(config, log)
 
 
-class FileScheduling(LoadScopeScheduling):
+class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """A file's tests share a worker, and so its fixtures.
 
     All tests on the real models share one: each of them uses every core, and loads models that the next can use.
