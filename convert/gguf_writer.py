@@ -1,4 +1,4 @@
-"""Writing a GGUF file: streamed to a name of its own and hashed on the way, then renamed."""
+"""Write a GGUF file: stream it to a temporary name, hash it on the way, then rename it."""
 
 import hashlib
 import struct
@@ -28,7 +28,7 @@ Rows = Callable[[str], Iterator[np.ndarray]]
 
 @dataclass(frozen=True)
 class OutTensor:
-    """A tensor to be written; `shape` in numpy's order."""
+    """A tensor to write; `shape` in numpy's order."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class Layout:
         return sum(map(len, self.head())) + self.data_bytes
 
     def head(self) -> Iterator[bytes]:
-        """Everything before the first tensor, padded, in pieces: a large vocabulary is not to be copied."""
+        """Everything before the first tensor, padded, in pieces, so that a large vocabulary is not copied."""
         n_bytes = 0
         for piece in self._head():
             n_bytes += len(piece)
@@ -81,10 +81,10 @@ class Layout:
 
 
 def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int], None]) -> str:
-    """Write `target` and return the sha256 of what was written; whoever reads it back knows by that what it must be.
+    """Write `target` and return the sha256 of its content, by which `check_written` verifies it.
 
-    The same input gives the same bytes. On an error nothing is left. `advance` is told each piece's bytes. Raises
-    VerifyFailed for a tensor of another size than its shape, StoreError when the disk is full, and what `rows` raises.
+    The same input gives the same bytes. An error leaves no file. `advance` receives the bytes of each piece. Raises
+    VerifyFailed for a tensor whose data do not fit its shape, StoreError when the disk is full, and errors of `rows`.
     """
     partial = target.with_name(target.name + ".partial")
     digest = hashlib.sha256()
@@ -112,34 +112,34 @@ def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int]
 
 
 def write_head(target: Path, fields: Mapping[str, Field], alignment: int) -> None:
-    """A file of metadata alone: enough for llama.cpp to read a vocabulary from."""
+    """Write a file of metadata alone, from which llama.cpp can read a vocabulary."""
     with target.open("wb") as file:
         file.writelines(Layout(fields, (), alignment).head())
 
 
 def check_written(path: Path, sha256: str) -> None:
-    """Read `path` back. Raises VerifyFailed unless its sha256 is that of what was written."""
+    """Read `path` back. Raises VerifyFailed unless its sha256 is the one it was written with."""
     if (found := sha256_file(path)) != sha256:
         raise VerifyFailed(f"{path.name!r} was written with sha256 {sha256}, the disk has {found}")
 
 
 def _pieces(layout: Layout, rows: Rows) -> Iterator[np.ndarray | None]:
-    """All tensors' pieces in order, None after each tensor's last."""
+    """The pieces of all tensors in order, None after each tensor's last."""
     for tensor in layout.tensors:
         yield from rows(tensor.name)
         yield None
 
 
 def _ahead(pieces: Iterator[np.ndarray | None]) -> Generator[np.ndarray | None, None, None]:
-    """The same, each made by another thread while the one before it is hashed and written."""
+    """The same pieces, each made in another thread while the previous one is hashed and written."""
     with ThreadPoolExecutor(1) as worker:
-        upcoming = worker.submit(_one_of, pieces)
+        upcoming = worker.submit(_next_of, pieces)
         while piece := upcoming.result():
-            upcoming = worker.submit(_one_of, pieces)
+            upcoming = worker.submit(_next_of, pieces)
             yield piece[0]
 
 
-def _one_of(pieces: Iterator[np.ndarray | None]) -> list[np.ndarray | None]:
+def _next_of(pieces: Iterator[np.ndarray | None]) -> list[np.ndarray | None]:
     return list(islice(pieces, 1))
 
 

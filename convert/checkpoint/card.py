@@ -1,6 +1,6 @@
-"""Who made a model and how it likes to be sampled: the `general.*` fields of a GGUF, from a folder's card and configs.
+"""The `general.*` fields of a GGUF (authorship, sampling defaults), from a folder's model card and configs.
 
-The rules by which names are taken apart are llama.cpp's, in the `gguf` library: they are used, not written again.
+The rules that split a model's name into parts are llama.cpp's, from the `gguf` library.
 """
 
 from pathlib import Path
@@ -19,12 +19,12 @@ from .config import read_json
 CARD_FILE = "README.md"
 GENERATION_FILE = "generation_config.json"
 MAX_CARD_BYTES = 1 << 20
-# What the library raises for cards it was not written for.
+# The library's errors on unexpected cards.
 _UNUSABLE = (SourceInvalid, yaml.YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 def general_fields(folder: Path, n_parameters: int) -> tuple[dict[str, Field], tuple[str, ...]]:
-    """The fields, and warnings about files that could not be used: no model is refused for its card."""
+    """The fields, and warnings about unusable files: a bad card never refuses a model."""
     try:
         return _fields(_load(folder, n_parameters), folder, n_parameters), ()
     except _UNUSABLE as error:
@@ -38,7 +38,7 @@ def _load(folder: Path, n_parameters: int) -> Any:
         raise SourceInvalid(f"{CARD_FILE!r} has {size} bytes, the limit is {MAX_CARD_BYTES}")
     sampling = read_json(generation) if generation.is_file() else {}
     metadata = Metadata.load(None, folder.resolve(), None, n_parameters)
-    # llama.cpp's converter reads this one since the library was last released
+    # llama.cpp's converter reads this, the library's released version does not yet
     if metadata.sampling_penalty_repeat is None:
         metadata.sampling_penalty_repeat = sampling.get("repetition_penalty")
     return metadata
@@ -56,7 +56,7 @@ def _fields(metadata: Any, folder: Path, n_parameters: int) -> dict[str, Field]:
 
 
 def _field(kind: Any, value: Any) -> Field | None:
-    """None for what has another type than its key should: a card may hold anything."""
+    """The value as a field, None if its type does not fit `kind`: a card may hold anything."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 31
     if kind == GGUFValueType.STRING and isinstance(value, str):
         return Field.string(value)

@@ -1,4 +1,4 @@
-"""The config.json of a Hugging Face folder: of which family it is, and the values of its text model."""
+"""Read the config.json of a Hugging Face folder: the model family, and the values of its text model."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _DEQUANTIZE = "load it with transformers, call `model.dequantize()`, then `save_
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """What config.json says. `raw` is the text model's part over the rest, as it is in the file."""
+    """A checked config.json. `raw` holds the file's values; those of `text_config` override the outer ones."""
 
     family: Family
     config: Config
@@ -28,7 +28,7 @@ class FolderConfig:
 def read_config(folder: Path) -> FolderConfig:
     """Read and check the folder's config.json.
 
-    Raises SourceInvalid naming the file and what is wrong, ArchitectureUnknown for a family that is not known.
+    Raises SourceInvalid naming the file and the fault, ArchitectureUnknown for an unknown family.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -48,7 +48,7 @@ def read_config(folder: Path) -> FolderConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file of bounded size. Raises SourceInvalid naming the file."""
+    """The JSON object in a file of bounded size. Raises SourceInvalid naming the file."""
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise SourceInvalid(f"{str(path)!r} has {size} bytes, the limit is {MAX_JSON_BYTES}")
@@ -68,8 +68,8 @@ def _family(path: Path, raw: Mapping[str, Any]) -> Family:
     family = BY_CLASS.get(name) if isinstance(name, str) else None
     if family is None:
         raise ArchitectureUnknown(
-            f"{str(path)!r} names the architecture {name!r}; known are {', '.join(BY_CLASS)}. The way out: convert it "
-            "with llama.cpp's convert_hf_to_gguf.py, or take a GGUF that others made, and pass it with --gguf FILE"
+            f"{str(path)!r} names the architecture {name!r}; known are {', '.join(BY_CLASS)}. Convert it "
+            "with llama.cpp's convert_hf_to_gguf.py, or download a GGUF of it, and pass the file with --gguf FILE"
         )
     return family
 

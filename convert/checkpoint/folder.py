@@ -1,7 +1,7 @@
-"""A Hugging Face folder as a source to convert: its head in GGUF's terms, its weights in slabs, without PyTorch.
+"""Open a Hugging Face folder as a checkpoint: its header in GGUF's terms, its weights in slabs, without PyTorch.
 
-Everything that can be found wrong without reading the weights is found when it is opened: every tensor's name, shape
-and type is checked against config.json before anything is written.
+Opening it finds every fault that shows without reading the weights: each tensor's name, shape and type is checked
+against config.json before anything is written.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ from .shards import Place, Shards
 _FILE_TYPE_F16 = 1
 _F32 = GGMLQuantizationType.F32
 _OUTPUT = "lm_head.weight"
-# A slab passes through several forms on its way to the file: small enough to stay in the processor's cache meanwhile.
+# A slab takes several forms on its way to the file: small enough to stay in the processor's cache.
 CACHED_SLAB_ELEMENTS = 1 << 18
 
 
@@ -39,8 +39,8 @@ ReadVocabulary = Callable[[Path, Mapping[str, Any], int], VocabularyFields]
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A tensor of the GGUF: computed already, or to be made of the places its weight names."""
+class _PlannedTensor:
+    """A tensor of the GGUF: computed `values`, or a `weight` with the places of its sources."""
 
     weight: Weight | None
     places: Sequence[Place]
@@ -48,13 +48,13 @@ class _Tensor:
 
 
 class HfCheckpoint:
-    """A folder opened for reading; close it when done."""
+    """A Hugging Face folder, open for reading. Close it when done."""
 
     def __init__(self, folder: Path, read_vocabulary: ReadVocabulary) -> None:
         """Read config.json, the headers of the weights and the tokenizer.
 
-        Raises SourceInvalid naming the file, the tensor or the setting that is wrong, ArchitectureUnknown, and what
-        `read_vocabulary` raises.
+        Raises SourceInvalid naming the file, the tensor or the setting at fault, ArchitectureUnknown, and the errors
+        of `read_vocabulary`.
         """
         if not folder.is_dir():
             raise SourceInvalid(f"{str(folder)!r} is not a folder")
@@ -75,13 +75,13 @@ class HfCheckpoint:
         self.header = Header(folder, fields, infos, DEFAULT_ALIGNMENT)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._shards.close()
 
     def slabs(self, tensor: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, float32 array of shape (rows, n_in)), in the GGUF's order and form.
 
-        Raises SourceInvalid naming a tensor that has values which are not finite.
+        Raises SourceInvalid naming a tensor with a value that is not finite.
         """
         planned = self._tensors[tensor.name]
         if planned.values is not None:
@@ -107,8 +107,10 @@ def _read(weight: Weight, place: Place) -> Iterator[tuple[int, np.ndarray]]:
         yield first, rows if weight.heads is None else interleave_halves(rows, len(rows) // group)
 
 
-def _plan(folder: Path, found: FolderConfig, places: Mapping[str, Place]) -> tuple[dict[str, _Tensor], tuple[str, ...]]:
-    """The GGUF's tensors in the order of llama.cpp's converter: computed ones, then as the folder has them."""
+def _plan(
+    folder: Path, found: FolderConfig, places: Mapping[str, Place]
+) -> tuple[dict[str, _PlannedTensor], tuple[str, ...]]:
+    """The GGUF's tensors in the order of llama.cpp's converter, computed ones first, and warnings."""
     family, config = found.family, found.config
     named = _named(folder, family, places)
     warnings: tuple[str, ...] = ()
@@ -122,8 +124,8 @@ def _plan(folder: Path, found: FolderConfig, places: Mapping[str, Place]) -> tup
         )
     order = dict(zip(named, count(), strict=False))
     weights.sort(key=lambda entry: max(order[source] for source in entry[0].sources))
-    computed = {name: _Tensor(None, (), values) for name, values in family.extras(config).items()}
-    return {**computed, **{weight.name: _Tensor(weight, sources) for weight, sources in weights}}, warnings
+    computed = {name: _PlannedTensor(None, (), values) for name, values in family.extras(config).items()}
+    return {**computed, **{weight.name: _PlannedTensor(weight, sources) for weight, sources in weights}}, warnings
 
 
 def _named(folder: Path, family: Family, places: Mapping[str, Place]) -> dict[str, Place]:
@@ -156,7 +158,7 @@ def _sources(folder: Path, weight: Weight, named: Mapping[str, Place]) -> list[P
     return found
 
 
-def _info(name: str, tensor: _Tensor) -> TensorInfo:
+def _info(name: str, tensor: _PlannedTensor) -> TensorInfo:
     if tensor.values is not None or tensor.weight is None:
         assert tensor.values is not None, f"{name!r} is computed or read"
         return TensorInfo(name, tensor.values.shape, _F32, 0, tensor.values.nbytes)

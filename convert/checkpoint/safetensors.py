@@ -1,7 +1,8 @@
-"""One safetensors file, read strictly through a memory map: the weights of a Hugging Face checkpoint or a shard of it.
+"""Read a safetensors file strictly, through a memory map: the weights of a Hugging Face checkpoint or a shard of it.
 
-The `safetensors` library hands out whole tensors, and has no bfloat16 for numpy. Here rows come as float32 a slab at a
-time; they are copied out of the map, and what was read is given back, so that a 16 GB checkpoint needs no 16 GB.
+Rows come as float32, a slab at a time, copied out of the map, whose pages are then released: a 16 GB checkpoint does
+not take 16 GB of memory. The `safetensors` library slices rows too (`safe_open(…).get_slice`), but needs ml_dtypes for
+bfloat16, does not release the pages it has read, and does not name file and tensor in its errors.
 Layout: https://github.com/huggingface/safetensors#format
 """
 
@@ -22,7 +23,7 @@ MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 1 << 48
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
-# What the format knows; only the first three are weights here.
+# Types of the format; only the first three are accepted as weights.
 _ELEMENT_BYTES: Mapping[str, int] = {
     "F32": 4,
     "F16": 2,
@@ -66,7 +67,7 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """A safetensors file opened for reading; close it when done. `tensors` are in the order of their names."""
+    """A safetensors file, open for reading; close it when done. `tensors` are ordered by name."""
 
     def __init__(self, path: Path) -> None:
         """Map the file and check its header against its size. Raises SourceInvalid naming the file and the value."""
@@ -85,13 +86,13 @@ class SafetensorsFile:
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._data.close()
 
     def rows(self, tensor: StoredTensor, first: int, count: int) -> np.ndarray:
         """`count` rows from `first` on as float32 of shape (count, n_in); a one-dimensional tensor is one row.
 
-        Raises SourceInvalid for a type that is no weight, and for a value that is not finite.
+        Raises SourceInvalid for a type that is not accepted as a weight, and for a value that is not finite.
         """
         if tensor.dtype not in READABLE:
             raise self._bad(f"has tensor {tensor.name!r} of type {tensor.dtype}; known are {', '.join(READABLE)}")
@@ -105,7 +106,7 @@ class SafetensorsFile:
         return _widen(raw, tensor.dtype).reshape(count, width)
 
     def _release(self) -> None:
-        """Give all pages back, those too that the system mapped around what was read: they would count as ours."""
+        """Release all pages, readahead included: they would count as this process's memory."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._data.madvise(mmap.MADV_DONTNEED)
 
@@ -177,7 +178,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_counts(value: Any, most: int) -> TypeGuard[list[int]]:
-    """True for a list of at most `most` numbers that can count something."""
+    """True for a list of at most `most` integers of 0 or more."""
     return (
         isinstance(value, list)
         and len(value) <= most
@@ -186,7 +187,7 @@ def _is_counts(value: Any, most: int) -> TypeGuard[list[int]]:
 
 
 def _widen(raw: bytes, dtype: str) -> np.ndarray:
-    """numpy has no bfloat16: its 16 bits are the upper half of a float32."""
+    """The numbers in `raw` as float32. bfloat16, which numpy lacks, is the upper half of a float32."""
     if dtype == "BF16":
         wide: np.ndarray = np.left_shift(np.frombuffer(raw, dtype="<u2"), 16, dtype=np.uint32)
         return wide.view(np.float32)
@@ -194,7 +195,7 @@ def _widen(raw: bytes, dtype: str) -> np.ndarray:
 
 
 def _is_finite(raw: bytes, dtype: str) -> bool:
-    """False if any exponent is all ones. numpy takes several times as long to look at half floats."""
+    """False if any exponent is all ones; several times faster than numpy's isfinite on half floats."""
     mask = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000}[dtype]
     bits = np.frombuffer(raw, dtype="<u4" if dtype == "F32" else "<u2")
     return bits.size == 0 or int((bits & bits.dtype.type(mask)).max()) != mask

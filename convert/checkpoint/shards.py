@@ -1,6 +1,6 @@
-"""The weights of a Hugging Face folder: one safetensors file, or several with an index that says what lies where.
+"""The weight files of a Hugging Face folder: one safetensors file, or shards with an index of tensor -> file.
 
-Pickles are never opened: reading one runs whatever code is in it.
+Pickles are never opened: reading one runs the code in it.
 """
 
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ _NO_WEIGHTS = {"optimizer.pt", "scheduler.pt", "training_args.bin"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies."""
+    """The place of a tensor: its file, and its entry there."""
 
     file: SafetensorsFile
     tensor: StoredTensor
 
 
 class Shards:
-    """All weight files of a folder, opened. `places` has every tensor, file by file, in the order of their names."""
+    """All weight files of a folder, open for reading. `places`: every tensor, file by file, ordered by name."""
 
     def __init__(self, folder: Path) -> None:
-        """Open them and check them against the index. Raises SourceInvalid naming the file or the tensor."""
+        """Open the files and check them against the index. Raises SourceInvalid naming the file or the tensor."""
         index = _read_index(folder)
         self._files: list[SafetensorsFile] = []
         try:
@@ -45,13 +45,13 @@ class Shards:
             raise
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for file in self._files:
             file.close()
 
 
 def _read_index(folder: Path) -> Mapping[str, str] | None:
-    """Tensor name -> file name; None for a folder with a single file."""
+    """Tensor name -> file name; None for a folder with one weight file."""
     path = folder / INDEX_FILE
     single = (folder / WEIGHTS_FILE).is_file()
     if not path.is_file():
@@ -81,7 +81,7 @@ def _no_weights(folder: Path) -> str:
         return f"{str(folder)!r} holds {parts[0]!r}, but no {INDEX_FILE!r}, which says what the shards must hold"
     if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES) and name not in _NO_WEIGHTS]:
         return (
-            f"{str(folder)!r} holds its weights in {pickles[0]!r}, a pickle: it could run any code and is not opened. "
+            f"{str(folder)!r} holds its weights in {pickles[0]!r}, a pickle: opening it could run any code. "
             "Save them as safetensors: `model.save_pretrained(FOLDER, safe_serialization=True)`"
         )
     return f"{str(folder)!r} has no {WEIGHTS_FILE!r}"
@@ -111,5 +111,5 @@ def _check_index(path: Path, index: Mapping[str, str], places: Mapping[str, Plac
             raise SourceInvalid(f"{str(path)!r} says tensor {name!r} is in {file!r}, where it is not")
     if extra := sorted(places.keys() - index.keys()):
         raise SourceInvalid(
-            f"{str(places[extra[0]].file.path)!r} holds tensor {extra[0]!r}, of which {INDEX_FILE!r} knows nothing"
+            f"{str(places[extra[0]].file.path)!r} holds tensor {extra[0]!r}, which {INDEX_FILE!r} does not list"
         )

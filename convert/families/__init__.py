@@ -1,4 +1,4 @@
-"""The model families a Hugging Face folder may be of, by the class its config.json names and by GGUF architecture."""
+"""The known model families, by the class that config.json names and by GGUF architecture."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -26,7 +26,7 @@ BY_CLASS: Mapping[str, Family] = MappingProxyType(
         "StableLmForCausalLM": StableLmFamily(),
     }
 )
-"""A class of transformers, as `architectures` in config.json has it -> the family."""
+"""A class of transformers, from `architectures` in config.json -> the family."""
 
 BY_ARCHITECTURE: Mapping[str, Family] = MappingProxyType(
     {family.architecture: family for family in reversed(tuple(BY_CLASS.values()))}

@@ -1,7 +1,7 @@
-"""A family of models: what its config.json means in a GGUF, and which tensors a folder of it holds.
+"""The base of all model families: the GGUF fields that a config.json becomes, and the tensors that a folder must hold.
 
-The keys and value types are those llama.cpp's own converter writes, so that a file made here is the file made there;
-what llama.cpp would compute otherwise than the checkpoint means is refused, not written.
+Keys and value types are those that llama.cpp's own converter writes, so that both give the same file. A setting that
+llama.cpp would not compute as the checkpoint means it is refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,15 +16,15 @@ from .config import MAX_CONTEXT, Config, Sizes, read_sizes
 from .names import Names
 from .rope import Rope, read_rope, scaling_fields
 
-# Buffers that old versions of transformers saved; they follow from config.json.
+# Buffers that old versions of transformers saved; config.json determines them.
 _HARMLESS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the GGUF and the tensors of the folder it is made of, each of `shape`, stacked where several.
+    """A tensor of the GGUF and the folder's tensors it is made of, each of `shape`, stacked if there are several.
 
-    `heads`: its rows are reordered in that many heads. `offset` is added to every value.
+    `heads`: rows are reordered within that many heads. `offset` is added to every value.
     """
 
     name: str
@@ -40,28 +40,28 @@ class Weight:
 
 
 class Family(Names):
-    """What all families share. A family says where it differs."""
+    """The rules most families share; a family overrides those in which it differs."""
 
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """What transformers assumes for keys config.json leaves out."""
+    """transformers' values for keys that config.json omits."""
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
     activations: ClassVar[tuple[str, ...]] = ("silu",)
     rotates_part: ClassVar[bool] = False
-    """Rotary embeddings may be on part of each head."""
+    """Rotary embeddings may cover a part of each head."""
     fixed_head_dim: ClassVar[bool] = False
-    """llama.cpp takes a head for as wide as the hidden size divided by the heads."""
+    """llama.cpp takes the hidden size divided by the number of heads for a head's width."""
     may_tie: ClassVar[bool] = True
-    """llama.cpp can do without a matrix for the output."""
+    """llama.cpp can use the embedding as the output matrix."""
 
     def sizes(self, config: Config) -> Sizes:
-        """The model's sizes. Raises SourceInvalid naming the value that cannot be."""
+        """The model's sizes. Raises SourceInvalid naming the value at fault."""
         sizes = read_sizes(config)
         if self.fixed_head_dim and sizes.n_q != sizes.n_embd:
             raise config.bad("head_dim", f"in this family llama.cpp needs {sizes.n_embd} / {sizes.n_head}")
         return sizes
 
     def check(self, config: Config) -> None:
-        """Refuse, by name and value, what llama.cpp would not compute as the checkpoint means it."""
+        """Raise SourceInvalid, with name and value, for settings that llama.cpp would not compute as they are meant."""
         config.require(self.activation_key(config), self.activations)
         for key in ("num_local_experts", "num_experts", "n_routed_experts"):
             config.require(key, (None, 0, 1), "mixtures of experts are not supported")
@@ -73,27 +73,27 @@ class Family(Names):
             raise config.bad("tie_word_embeddings", f"llama.cpp needs a {self.architecture} model's output matrix")
 
     def activation_key(self, config: Config) -> str:
-        """Where config.json names the MLP's activation."""
+        """The key of config.json that names the MLP's activation."""
         return "hidden_act"
 
     def source_name(self, name: str) -> str | None:
-        """What a tensor of the folder is called in `weights`; None for one that is nobody's weight."""
+        """The name in `weights` of a tensor of the folder; None for a tensor that is not a weight."""
         return None if name.endswith(_HARMLESS) else name
 
     def warnings(self, config: Config) -> tuple[str, ...]:
-        """What the user should know about running it in llama.cpp."""
+        """Warnings for the user about running the model in llama.cpp."""
         return ()
 
     def is_tied(self, config: Config) -> bool:
-        """True if the embedding is the output matrix, too."""
+        """True if the embedding is also the output matrix."""
         return config.flag("tie_word_embeddings")
 
     def rope(self, config: Config) -> Rope:
-        """The rotary embeddings of layers that see everything."""
+        """The rotary embeddings of layers with full attention."""
         return read_rope(config, self.rope_kinds)
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """The fields below `{architecture}.`"""
+        """The fields, keyed without their prefix `{architecture}.`"""
         sizes = self.sizes(config)
         fields = {
             "block_count": Field.uint32(sizes.n_layers),
@@ -108,22 +108,22 @@ class Family(Names):
         return fields | self.head_fields(config)
 
     def head_fields(self, config: Config) -> dict[str, Field]:
-        """The width of a head, where config.json gives it."""
+        """The width of a head, if config.json gives it."""
         if config.get("head_dim") is None:
             return {}
         width = Field.uint32(self.sizes(config).head_dim)
         return {"attention.key_length": width, "attention.value_length": width}
 
     def extras(self, config: Config) -> dict[str, np.ndarray]:
-        """Tensors that are computed from config.json: GGUF name -> float32."""
+        """Tensors computed from config.json: GGUF name -> float32."""
         return {}
 
     def biases(self, config: Config) -> frozenset[str]:
-        """A layer's modules that have a bias."""
+        """The modules of a layer that have a bias."""
         return frozenset()
 
     def weights(self, config: Config) -> Iterator[Weight]:
-        """Every tensor a folder must hold, in no particular order."""
+        """Every tensor that a folder must hold, in no particular order."""
         sizes = self.sizes(config)
         yield self.weight("model.embed_tokens", (sizes.n_vocab, sizes.n_embd))
         if not self.is_tied(config):
@@ -177,13 +177,13 @@ class Family(Names):
 
 
 def window_warning(config: Config) -> tuple[str, ...]:
-    """For a family whose sliding window llama.cpp leaves out: what that means for this model."""
+    """A warning if the model's sliding window matters, for families in which llama.cpp ignores it."""
     if config.get("sliding_window") is None:
         return ()
     window = config.integer("sliding_window", MAX_CONTEXT, least=0)
     if not 0 < window < config.integer("max_position_embeddings", MAX_CONTEXT):
         return ()
     return (
-        f"the model sees the last {window} tokens only, llama.cpp lets it see all: prompts longer than that are "
-        "answered otherwise than the checkpoint would",
+        f"the model attends to the last {window} tokens only, llama.cpp to all: prompts longer than that may get "
+        "other answers than from the checkpoint",
     )

@@ -1,6 +1,6 @@
-"""What config.json says of a model, asked for value by value: each with its bounds, and refused by name where it fails.
+"""Typed, bounded access to the values of a config.json; every error names the key and the value.
 
-Nothing a config says reaches llama.cpp or decides a size before it has been through here.
+No value of a config reaches llama.cpp or decides a size before it is checked here.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ..errors import SourceInvalid
+from convert.errors import SourceInvalid
 
 MAX_LAYERS = 1000
 MAX_HEADS = 4096
@@ -20,14 +20,14 @@ _LARGEST = 1e30
 
 
 class Config:
-    """The values of one config.json (of its text model), over what transformers assumes for those it leaves out."""
+    """The values of one config.json (of its text model), with transformers' defaults for those it omits."""
 
     def __init__(self, path: Path, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.path = path
         self._values = {**defaults, **values}
 
     def get(self, key: str) -> Any:
-        """The value as it is; None where there is none."""
+        """The unchecked value, None if there is none."""
         return self._values.get(key)
 
     def integer(self, key: str, most: int, least: int = 1) -> int:
@@ -45,27 +45,27 @@ class Config:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false; what is missing or null is false."""
+        """True or false; a missing value and null are false."""
         value = self.get(key)
         if value is not None and not isinstance(value, bool):
             raise self.bad(key, "it must be true or false")
         return bool(value)
 
     def require(self, key: str, allowed: Collection[Any], why: str = "") -> None:
-        """Refuse a value that is not one of `allowed`."""
+        """Raise SourceInvalid unless the value is one of `allowed`; `why` explains the limit."""
         if self.get(key) not in allowed:
             known = ", ".join(repr(value) for value in allowed)
-            raise self.bad(key, f"this family is converted with {known}{why and f' only: {why}'}")
+            raise self.bad(key, f"only {known} can be converted in this family{why and f': {why}'}")
 
     def bad(self, key: str, why: str) -> SourceInvalid:
-        """The error that says what is wrong with the value of `key`."""
+        """The error for the value of `key`."""
         shown = repr(self.get(key))
         return SourceInvalid(f"{str(self.path)!r}: {key!r} is {shown[:80]}; {why}")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes all weights of a model follow from, in elements."""
+    """The sizes that determine the shapes of all weights, in elements."""
 
     n_layers: int
     n_embd: int
@@ -87,7 +87,7 @@ class Sizes:
 
 
 def read_sizes(config: Config) -> Sizes:
-    """The sizes, each within its bounds and fitting the others. Raises SourceInvalid naming the value."""
+    """Read the sizes and check their bounds and that they fit each other. Raises SourceInvalid naming the value."""
     n_embd = config.integer("hidden_size", MAX_WIDTH)
     n_head = config.integer("num_attention_heads", MAX_HEADS)
     n_head_kv = n_head
@@ -115,6 +115,6 @@ def read_sizes(config: Config) -> Sizes:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """True for a finite number that fits into 32 bits of floating point."""
+    """True for a finite number that fits into a float32."""
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
     return is_real and math.isfinite(value) and abs(value) <= _LARGEST

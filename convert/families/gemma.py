@@ -1,4 +1,8 @@
-"""Gemma 2: norms before and after each half of a layer, soft-capped logits, every other layer sees a window."""
+"""Gemma 1, 2 and 3: norm weights stored minus one, norms before and after attention and MLP, sliding windows.
+
+Gemma 2 caps its logits and gives every other layer a window. Gemma 3 norms q and k, gives five of six layers a window,
+and rotates those with a base of their own.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,27 +14,36 @@ from .config import MAX_CONTEXT, Config
 from .names import ATTENTION, MLP, QK_NORMS
 from .rope import FULL, SLIDING, Rope, read_rope
 
-GEMMA_NORMS: Mapping[str, str] = {
+_NORMS: Mapping[str, str] = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _ROPE_BASE = 10_000.0
+# Images are not served: of a multimodal folder only the language model is converted.
+_VISION = ("vision_tower.", "multi_modal_projector.")
+
+
+class Gemma1Family(Family):
+    """The first Gemma: its folders are not converted, but GGUF files of it can take an adapter."""
+
+    architecture = "gemma"
+    norm_offset = 1.0
 
 
 class GemmaFamily(Family):
-    """What Gemma 2 and 3 share."""
+    """The rules that Gemma 2 and 3 share."""
 
     norm_offset = 1.0
     activations = ("gelu_pytorch_tanh",)
     period: ClassVar[int]
-    """One layer in so many sees everything, unless config.json says otherwise."""
+    """Every `period`-th layer has full attention, unless config.json lists the layers' kinds."""
     largest: ClassVar[int]
-    """The number of layers by which llama.cpp knows the 27B model, which scales its queries in another way."""
+    """The number of layers by which llama.cpp recognises the 27B model, which scales its queries differently."""
 
     def check(self, config: Config) -> None:
-        """llama.cpp derives the scale of the queries, which config.json states."""
+        """Refuse a scale of the queries other than the one that llama.cpp derives from the sizes."""
         super().check(config)
         config.require("attention_bias", (None, False))
         config.require("use_bidirectional_attention", (None, False))
@@ -41,11 +54,11 @@ class GemmaFamily(Family):
         self.windowed(config)
 
     def activation_key(self, config: Config) -> str:
-        """The first Gemma's configs had it wrong under the usual key, so there is another."""
+        """`hidden_activation` if present: early Gemma configs hold a wrong value under the usual key."""
         return "hidden_activation" if config.get("hidden_activation") is not None else "hidden_act"
 
     def windowed(self, config: Config) -> list[bool]:
-        """For each layer, whether it sees a window only."""
+        """For each layer, true if its attention is limited to the window."""
         n_layers = self.sizes(config).n_layers
         kinds = config.get("layer_types")
         if kinds is None:
@@ -58,7 +71,7 @@ class GemmaFamily(Family):
         return [kind == SLIDING for kind in kinds]
 
     def window_fields(self, config: Config) -> dict[str, Field]:
-        """The window, and which layers have it where that is not llama.cpp's own rule."""
+        """The window, and the layers that have it if they are not those of llama.cpp's own rule."""
         windowed = self.windowed(config)
         if not any(windowed):
             return {}
@@ -72,7 +85,7 @@ class Gemma2Family(GemmaFamily):
     """`Gemma2ForCausalLM`"""
 
     architecture = "gemma2"
-    layer_modules: ClassVar[Mapping[str, str]] = {**ATTENTION, **MLP, **GEMMA_NORMS}
+    layer_modules: ClassVar[Mapping[str, str]] = {**ATTENTION, **MLP, **_NORMS}
     period = 2
     largest = 46
     rope_kinds = ("default",)
@@ -92,17 +105,17 @@ class Gemma2Family(GemmaFamily):
     }
 
     def check(self, config: Config) -> None:
-        """llama.cpp takes the embedding for the output, and always caps."""
+        """Refuse an output matrix of its own, uncapped logits, and layers that all have full attention."""
         super().check(config)
         config.require("tie_word_embeddings", (True,))
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if config.number(key) == 0:
-                raise config.bad(key, "llama.cpp caps a Gemma 2's logits, so it must not be zero")
+                raise config.bad(key, "llama.cpp caps the logits of a Gemma 2, so it must not be zero")
         if not any(self.windowed(config)):
             raise config.bad("layer_types", "llama.cpp gives some layers of a Gemma 2 a window")
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """With the window and both caps; the base of the rotation only where it is not llama.cpp's default."""
+        """Adds the window and both caps; omits RoPE's base where it is llama.cpp's default."""
         fields = super().fields(config) | self.window_fields(config)
         if self.rope(config).theta == _ROPE_BASE:
             del fields["rope.freq_base"]
@@ -111,16 +124,11 @@ class Gemma2Family(GemmaFamily):
         return fields
 
 
-_WINDOW_ROPE_BASE = 10_000.0
-# Images are not served: of a multimodal folder the language model is converted.
-_VISION = ("vision_tower.", "multi_modal_projector.")
-
-
 class Gemma3Family(GemmaFamily):
     """`Gemma3ForCausalLM`, and the language model inside `Gemma3ForConditionalGeneration`"""
 
     architecture = "gemma3"
-    layer_modules: ClassVar[Mapping[str, str]] = {**ATTENTION, **QK_NORMS, **MLP, **GEMMA_NORMS}
+    layer_modules: ClassVar[Mapping[str, str]] = {**ATTENTION, **QK_NORMS, **MLP, **_NORMS}
     period = 6
     largest = 62
     rope_kinds = ("default", "linear")
@@ -132,7 +140,7 @@ class Gemma3Family(GemmaFamily):
         "head_dim": 256,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": _WINDOW_ROPE_BASE,
+        "rope_local_base_freq": _ROPE_BASE,
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
@@ -140,17 +148,17 @@ class Gemma3Family(GemmaFamily):
     }
 
     def source_name(self, name: str) -> str | None:
-        """Without what stands around the language model in a multimodal folder."""
+        """Strips the prefix of the language model in a multimodal folder, and ignores the vision part."""
         inner = name.replace("language_model.", "")
         return None if inner.removeprefix("model.").startswith(_VISION) else super().source_name(inner)
 
     def check(self, config: Config) -> None:
-        """Gemma 3 has no cap on attention."""
+        """Refuse a cap on attention, which llama.cpp does not apply to Gemma 3."""
         super().check(config)
         config.require("attn_logit_softcapping", (None,))
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """With the window, and the base of the rotation in it."""
+        """Adds the window and RoPE's base within it."""
         fields = super().fields(config) | self.window_fields(config)
         fields["rope.freq_base_swa"] = Field.float32(self._window_rope(config).theta)
         if config.get("final_logit_softcapping"):
@@ -158,7 +166,7 @@ class Gemma3Family(GemmaFamily):
         return fields
 
     def _window_rope(self, config: Config) -> Rope:
-        """transformers 4 has one number for it, and scales the other layers only."""
+        """The embeddings of windowed layers. transformers 4 has one number for them, and does not scale them."""
         local = {"rope_theta": config.get("rope_local_base_freq")}
         nested = config.get("rope_parameters")
         if isinstance(nested, dict) and isinstance(nested.get(SLIDING), dict):

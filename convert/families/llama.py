@@ -1,4 +1,7 @@
-"""Llama 2 and 3.x, SmolLM2, TinyLlama: the family whose layout the others vary."""
+"""Llama 2 and 3.x, SmolLM2, TinyLlama; Mistral and Granite, which vary their layout.
+
+Mistral may have a sliding window, which llama.cpp ignores. Granite scales embedding, attention, residuals and logits.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -11,6 +14,13 @@ from .base import Family, window_warning
 from .config import Config
 from .names import ATTENTION, MLP
 from .rope import llama3_factors
+
+_SCALES = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
 
 
 class LlamaFamily(Family):
@@ -27,7 +37,7 @@ class LlamaFamily(Family):
     }
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """With the size of the vocabulary, and of what is rotated: the whole head."""
+        """Adds the size of the vocabulary, and the rotated part of a head: all of it."""
         sizes = self.sizes(config)
         return {
             **super().fields(config),
@@ -36,19 +46,19 @@ class LlamaFamily(Family):
         }
 
     def head_fields(self, config: Config) -> dict[str, Field]:
-        """transformers gives a Llama's heads a width of their own, also where config.json does not."""
+        """The width of a head, also where config.json omits it: transformers derives it."""
         width = Field.uint32(self.sizes(config).head_dim)
         return {"attention.key_length": width, "attention.value_length": width}
 
     def extras(self, config: Config) -> dict[str, np.ndarray]:
-        """Llama 3.1's stretched frequencies."""
+        """The divisors of Llama 3.1's stretched frequencies."""
         rope = self.rope(config)
         if rope.kind != "llama3":
             return {}
         return {"rope_freqs.weight": llama3_factors(rope, self.sizes(config).head_dim)}
 
     def biases(self, config: Config) -> frozenset[str]:
-        """All of attention, all of the MLP, or neither."""
+        """All modules of attention, all of the MLP, or none, as config.json says."""
         return frozenset(ATTENTION if config.flag("attention_bias") else ()) | frozenset(
             MLP if config.flag("mlp_bias") else ()
         )
@@ -65,20 +75,12 @@ class MistralFamily(LlamaFamily):
     }
 
     def biases(self, config: Config) -> frozenset[str]:
-        """None: its config has no such switch."""
+        """None: Mistral's config has no switch for them."""
         return frozenset()
 
     def warnings(self, config: Config) -> tuple[str, ...]:
-        """llama.cpp's Llama has no window."""
+        """llama.cpp computes Mistral as a Llama, without a window."""
         return window_warning(config)
-
-
-_SCALES = {
-    "attention_multiplier": "attention.scale",
-    "embedding_multiplier": "embedding_scale",
-    "residual_multiplier": "residual_scale",
-    "logits_scaling": "logit_scale",
-}
 
 
 class GraniteFamily(LlamaFamily):
@@ -89,16 +91,16 @@ class GraniteFamily(LlamaFamily):
     defaults: ClassVar[Mapping[str, Any]] = {**LlamaFamily.defaults, **dict.fromkeys(_SCALES, 1.0)}
 
     def check(self, config: Config) -> None:
-        """A scale of zero would be taken for none."""
+        """Refuse a scale of zero, which llama.cpp takes for a missing one."""
         super().check(config)
         for key in _SCALES:
             if config.number(key) == 0:
                 raise config.bad(key, "it must not be zero")
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """With the four scales."""
+        """Adds the four scales."""
         return super().fields(config) | {key: Field.float32(config.number(name)) for name, key in _SCALES.items()}
 
     def head_fields(self, config: Config) -> dict[str, Field]:
-        """None: llama.cpp takes the width from the sizes."""
+        """None: llama.cpp derives the width from the sizes."""
         return {}

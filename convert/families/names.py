@@ -1,6 +1,6 @@
-"""What a Hugging Face tensor is called in a GGUF, and how its rows are reordered: one place for every source.
+"""The GGUF name of a Hugging Face tensor, and the order of its rows.
 
-A folder, a LoRA merged onto a GGUF and an adapter written as a GGUF all ask here.
+Converting a folder, merging a LoRA onto a GGUF and writing an adapter as a GGUF all use these rules.
 """
 
 import re
@@ -42,14 +42,14 @@ class Names:
     architecture: ClassVar[str]
     """`general.architecture`"""
     layer_modules: ClassVar[Mapping[str, str]] = ATTENTION | MLP | PRE_NORMS
-    """A layer's module -> the part of a GGUF tensor's name it became."""
+    """A layer's module -> its part of the GGUF tensor's name."""
     permutes_qk: ClassVar[bool] = False
-    """llama.cpp rotates neighbouring rows in this family, Hugging Face the halves of a head: q and k move."""
+    """q and k are reordered: llama.cpp rotates neighbouring rows in this family, Hugging Face the halves of a head."""
     norm_offset: ClassVar[float] = 0.0
-    """What the GGUF's norm weights have more than the folder's."""
+    """Added to the folder's norm weights on their way into the GGUF."""
 
     def tensor_name(self, module: str, kind: str = "weight") -> str | None:
-        """The GGUF tensor a module such as `model.layers.0.self_attn.q_proj` became; None if it is not known.
+        """The GGUF tensor of a module such as `model.layers.0.self_attn.q_proj`; None for an unknown module.
 
         `kind` is "weight" or "bias".
         """
@@ -60,13 +60,13 @@ class Names:
         return f"blk.{match[1]}.{part}.{kind}" if match and part else None
 
     def permuted_heads(self, module: str, n_head: int, n_head_kv: int) -> int | None:
-        """In how many heads the output rows of `module` are reordered by `interleave_halves`; None: they stay."""
+        """The number of heads for `interleave_halves` to reorder the rows of `module`; None: rows stay in place."""
         if not self.permutes_qk or not module.endswith((".q_proj", ".k_proj")):
             return None
         return n_head if module.endswith(".q_proj") else n_head_kv
 
     def repack_rows(self, module: str, rows: np.ndarray, header: Header) -> np.ndarray:
-        """Bring the output rows of `module`, shape (n_out, …), into the order the GGUF has them in."""
+        """The output rows of `module`, shape (n_out, …), in the GGUF's order."""
         n_head = header.integer(f"{self.architecture}.attention.head_count")
         key = f"{self.architecture}.attention.head_count_kv"
         n_head_kv = header.integer(key) if key in header.fields else n_head
@@ -74,7 +74,7 @@ class Names:
         return rows if heads is None else interleave_halves(rows, heads)
 
     def offset(self, module: str) -> float:
-        """What is added to every value of `module`'s weight on its way into the GGUF: 1 for Gemma's norms, else 0."""
+        """The number added to every value of `module`'s weight in the GGUF: 1 for Gemma's norms, else 0."""
         return self.norm_offset if module.endswith("norm") else 0.0
 
 

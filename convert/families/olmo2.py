@@ -1,4 +1,4 @@
-"""OLMo 2: no norm before attention or MLP, one after each, and norms over the whole width of q and k."""
+"""OLMo 2: norms after attention and MLP, none before them, and norms over the whole width of q and k."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -29,13 +29,13 @@ class Olmo2Family(Family):
     }
 
     def check(self, config: Config) -> None:
-        """No biases, no window and no clipping, which llama.cpp has not here."""
+        """Refuse biases, a window and clipping, which llama.cpp does not have here."""
         super().check(config)
         config.require("attention_bias", (None, False))
         config.require("sliding_window", (None,))
         config.require("clip_qkv", (None,))
 
     def norm(self, module: str, sizes: Sizes) -> Iterator[Weight]:
-        """q and k are normed before they are cut into heads."""
+        """Norms over all of q and all of k, before they are split into heads."""
         widths = {"q_norm": sizes.n_q, "k_norm": sizes.n_kv}
         yield self.weight(module, (widths.get(module.rpartition(".")[2], sizes.n_embd),))

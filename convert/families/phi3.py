@@ -1,4 +1,4 @@
-"""Phi-3 mini and Phi-4 mini: q, k and v in one matrix, gate and up in another, LongRoPE for the long contexts."""
+"""Phi-3 mini and Phi-4 mini: q, k and v in one matrix, gate and up in another, LongRoPE for long contexts."""
 
 import math
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class Phi3Family(Family):
     }
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """With what is rotated of a head, the context before scaling, and the window (0 tells Phi-4 from Phi-3)."""
+        """Adds the rotated part of a head, the context before scaling, and the window (0 marks a Phi-4)."""
         rope = self.rope(config)
         window = 0 if config.get("sliding_window") is None else config.integer("sliding_window", MAX_CONTEXT, least=0)
         fields = {
@@ -51,11 +51,11 @@ class Phi3Family(Family):
         return fields
 
     def head_fields(self, config: Config) -> dict[str, Field]:
-        """None: llama.cpp takes the width from the sizes."""
+        """None: llama.cpp derives the width from the sizes."""
         return {}
 
     def extras(self, config: Config) -> dict[str, np.ndarray]:
-        """What each frequency is divided by, beyond the original context and within it."""
+        """The divisors of the frequencies beyond the original context (long) and within it (short)."""
         rope = self.rope(config)
         if rope.kind != "longrope":
             return {}
@@ -66,7 +66,7 @@ class Phi3Family(Family):
         }
 
     def warnings(self, config: Config) -> tuple[str, ...]:
-        """llama.cpp has switched this family's window off."""
+        """llama.cpp has disabled this family's window."""
         return window_warning(config)
 
     def _rotated(self, config: Config, rope: Rope) -> int:
@@ -80,7 +80,7 @@ class Phi3Family(Family):
         return config.integer("original_max_position_embeddings", MAX_CONTEXT, least=2)
 
     def _attention_factor(self, config: Config) -> float:
-        """LongRoPE's, https://arxiv.org/abs/2402.13753, section 4."""
+        """LongRoPE's attention factor, https://arxiv.org/abs/2402.13753, section 4."""
         scale = config.integer("max_position_embeddings", MAX_CONTEXT) / self._original(config)
         return math.sqrt(1 + math.log(scale) / math.log(self._original(config))) if scale > 1 else 1.0
 

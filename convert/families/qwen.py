@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: biases on q, k and v."""
+"""Qwen 2 and 2.5, with biases on q, k and v; Qwen 3, with norms on q and k instead."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ class Qwen2Family(Family):
     }
 
     def check(self, config: Config) -> None:
-        """llama.cpp lets every layer of a Qwen see everything."""
+        """Refuse a sliding window, which llama.cpp does not have in this family."""
         super().check(config)
         kinds = config.get("layer_types")
         if kinds is not None and (not isinstance(kinds, list) or SLIDING in kinds):
@@ -37,7 +37,7 @@ class Qwen2Family(Family):
                 raise config.bad("use_sliding_window", "llama.cpp has no sliding window in this family")
 
     def biases(self, config: Config) -> frozenset[str]:
-        """Always, and never on the output."""
+        """q, k and v, always."""
         return _QKV
 
 
@@ -50,10 +50,10 @@ class Qwen3Family(Qwen2Family):
     defaults: ClassVar[Mapping[str, Any]] = {**Qwen2Family.defaults, "head_dim": 128}
 
     def check(self, config: Config) -> None:
-        """llama.cpp has no bias on the output of attention here."""
+        """Refuse biases in attention, which llama.cpp does not have here."""
         super().check(config)
         config.require("attention_bias", (None, False))
 
     def biases(self, config: Config) -> frozenset[str]:
-        """None."""
+        """None, unlike Qwen 2."""
         return frozenset()

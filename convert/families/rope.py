@@ -1,7 +1,7 @@
-"""Rotary position embeddings: how config.json describes them, in each of its spellings, and what of that a GGUF holds.
+"""Rotary position embeddings: read from config.json in each of its forms, and written as GGUF fields.
 
 transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`, for some families one set per
-kind of layer. What they mean is in transformers' `modeling_rope_utils`.
+kind of layer. transformers' `modeling_rope_utils` defines their meaning.
 """
 
 import math
@@ -18,7 +18,7 @@ from .config import MAX_CONTEXT, Config, is_number
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _NEEDS_ORIGINAL = {"llama3", "yarn", "longrope"}
-# Of each kind, what changes the embeddings and a GGUF can say.
+# Kind of scaling -> the settings that a GGUF can express.
 _KNOWN: Mapping[str, Collection[str]] = {
     "default": (),
     "linear": ("factor",),
@@ -26,14 +26,14 @@ _KNOWN: Mapping[str, Collection[str]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("factor", "short_factor", "long_factor"),
 }
-# Where a GGUF could say otherwise, llama.cpp does not read it for these families, and computes with this.
+# llama.cpp ignores a GGUF's values of these for the known families and computes with the numbers here.
 _YARN_FIXED: Mapping[str, float] = {"beta_fast": 32.0, "beta_slow": 1.0, "extrapolation_factor": 1.0}
 _EVERYWHERE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary embeddings of one kind of layer. `original` is the context before scaling, where that matters."""
+    """The rotary embeddings of one kind of layer. `original`: the context length before scaling, 0 where unused."""
 
     config: Config
     key: str
@@ -51,12 +51,12 @@ class Rope:
         return float(value)
 
     def bad(self, why: str) -> SourceInvalid:
-        """The error that says what is wrong with them."""
+        """The error for these settings."""
         return self.config.bad(self.key, why)
 
 
 def read_rope(config: Config, kinds: Collection[str], layer: str = FULL) -> Rope:
-    """The embeddings of `layer`s, which must be of one of `kinds`. Raises SourceInvalid naming the value."""
+    """Read the embeddings of layers of kind `layer`; their scaling must be one of `kinds`. Raises SourceInvalid."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     values = config.get(key) or {}
     if isinstance(values, dict) and (FULL in values or SLIDING in values):
@@ -100,10 +100,10 @@ def scaling_fields(rope: Rope) -> dict[str, Field]:
 
 
 def llama3_factors(rope: Rope, head_dim: int) -> np.ndarray:
-    """What each frequency is divided by, float32 of shape (head_dim / 2,).
+    """The divisor of each frequency, float32 of shape (head_dim / 2,).
 
-    Long wavelengths are stretched by `factor`, short ones stay, those between are blended: Llama 3.1's rule,
-    https://arxiv.org/abs/2407.21783, as transformers computes it.
+    Llama 3.1's rule (https://arxiv.org/abs/2407.21783), computed as in transformers: long wavelengths are stretched by
+    `factor`, short ones stay, those between are blended.
     """
     factor, low, high = (rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     if low >= high:
@@ -132,7 +132,7 @@ def _check_yarn(rope: Rope) -> None:
     for name, value in fixed.items():
         if rope.values.get(name) is not None and not math.isclose(rope.number(name), value, rel_tol=1e-6):
             found = rope.values[name]
-            raise rope.bad(f"{name!r} is {found!r}, which llama.cpp ignores: it computes with {value:g} here")
+            raise rope.bad(f"{name!r} is {found!r}, which llama.cpp ignores: it computes with {value:g}")
 
 
 def _original(config: Config, values: Mapping[str, Any]) -> int:

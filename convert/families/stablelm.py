@@ -1,4 +1,4 @@
-"""StableLM 2: layer norms with biases, rotary embeddings on part of each head."""
+"""StableLM 2: layer norms with biases, rotary embeddings on a part of each head."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ class StableLmFamily(Family):
     }
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """The norms are others than most families'; the rotation's base only where it is not the default."""
+        """The fields, in this family's own order, with RoPE's base only if it is not llama.cpp's default."""
         sizes, rope = self.sizes(config), self.rope(config)
         rotated = int(rope.partial * sizes.head_dim)
         if not 2 <= rotated <= sizes.head_dim or rotated % 2:
@@ -51,11 +51,11 @@ class StableLmFamily(Family):
         return fields if rope.theta == _ROPE_BASE else {**fields, "rope.freq_base": Field.float32(rope.theta)}
 
     def biases(self, config: Config) -> frozenset[str]:
-        """On q, k and v or not at all."""
+        """q, k and v, or none."""
         return frozenset(f"self_attn.{name}_proj" for name in ("q", "k", "v") if config.flag("use_qkv_bias"))
 
     def parts(self, config: Config) -> Iterator[str]:
-        """The 12B model norms q and k, and has one norm for attention and MLP, which run beside each other."""
+        """The modules of a layer. The 12B model norms q and k, and shares one norm between attention and MLP."""
         for part in self.layer_modules:
             is_extra = part in _QK_NORMS and not config.flag("qk_layernorm")
             is_shared = part == "post_attention_layernorm" and config.flag("use_parallel_residual")
@@ -63,7 +63,7 @@ class StableLmFamily(Family):
                 yield part
 
     def norm(self, module: str, sizes: Sizes) -> Iterator[Weight]:
-        """Weight and bias; those of q and k have no bias, and one weight per head."""
+        """Weight and bias of a layer norm; the norms of q and k have no bias and one weight per head."""
         heads = {"q_layernorm": sizes.n_head, "k_layernorm": sizes.n_head_kv}.get(module.rpartition(".")[2])
         if heads is None:
             yield self.weight(module, (sizes.n_embd,))

@@ -1,8 +1,8 @@
-"""A PEFT LoRA or DoRA adapter, read from its folder: what each module learned, under Hugging Face's names.
+"""Read a PEFT LoRA or DoRA adapter from its folder: the change of each module, under Hugging Face's names.
 
-Everything is checked before anything is written: a half-copied file or a variant whose merge is another formula would
-otherwise give a model that loads, runs and babbles. Whole tensors that were trained beside the LoRA stay in the file
-until they are written: an embedding can be larger than the rest of the adapter by far.
+Everything is checked before anything is written: a half-copied file, or a variant with another merge formula, would
+give a model that loads, runs and babbles. Whole tensors trained beside the LoRA stay in the file until they are
+written: an embedding can be far larger than the rest of the adapter.
 """
 
 import re
@@ -26,7 +26,7 @@ _EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 _MAGNITUDE = "lora_magnitude_vector"
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _WHOLE = ("weight", "bias")
-# PEFT's name of a tensor inside a wrapped module, and ours for it
+# PEFT's name of a tensor in a wrapped module -> the name used here
 _PARTS: Mapping[str, str] = {
     **{name: name for name in (_A, _B, _BIAS, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _TOKENS)},
     f"{_MAGNITUDE}.weight": _MAGNITUDE,
@@ -41,9 +41,9 @@ _Parts = Mapping[str, SavedTensor]
 
 @dataclass(frozen=True, eq=False)
 class PeftAdapter:
-    """An adapter as its folder has it: changes by module, whole tensors and biases' shifts by parameter.
+    """An adapter's folder: LoRAs and trained rows by module, whole tensors and bias shifts by parameter.
 
-    `rank` is the configuration's; single modules may have another. `base` is what it says it was trained on.
+    `rank` is the configuration's; single modules may have another. `base` names the model it was trained on.
     """
 
     folder: Path
@@ -57,9 +57,9 @@ class PeftAdapter:
 
     @property
     def is_zero(self) -> bool:
-        """Whether merging changes nothing (PEFT starts with B = 0, so this is an adapter that was never trained).
+        """True if merging changes nothing: PEFT starts with B = 0, so the adapter was never trained.
 
-        Of a DoRA and of whole tensors that cannot be told without the base: they count as trained.
+        A DoRA and whole tensors could be compared with the base only; they count as trained.
         """
         more = self.saved or self.tokens or any(np.any(shift) for shift in self.shifts.values())
         return not more and not any(
@@ -73,7 +73,11 @@ def read_adapter(folder: Path) -> PeftAdapter:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = folder / "adapter_model.bin"
-        hint = f"; {pickled.name!r} is a pickle and is not opened: save it as safetensors" if pickled.exists() else ""
+        hint = (
+            f"; {pickled.name!r} is a pickle, which could run any code: save it as safetensors"
+            if pickled.exists()
+            else ""
+        )
         raise AdapterInvalid(f"{str(folder)!r} has no {WEIGHTS_FILE!r}{hint}")
     try:
         modules = _modules(SafetensorsFile(path))
@@ -97,7 +101,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
 
 
 def _modules(file: SafetensorsFile) -> dict[str, dict[str, SavedTensor]]:
-    """Module -> its tensors by what they are, each found to be readable and finite."""
+    """Module -> its tensors by their name here, each checked to be readable and finite."""
     modules: dict[str, dict[str, SavedTensor]] = {}
     for name, tensor in file.tensors.items():
         match = _NAME.fullmatch(name)
@@ -107,7 +111,7 @@ def _modules(file: SafetensorsFile) -> dict[str, dict[str, SavedTensor]]:
             )
         parts, part = modules.setdefault(match[1], {}), _PARTS[match[2]]
         if part in parts:
-            raise AdapterInvalid(f"adapter tensor {name!r} is {part!r} of {match[1]!r}, which is there twice")
+            raise AdapterInvalid(f"adapter tensor {name!r} is {part!r} of {match[1]!r}, which occurs twice")
         parts[part] = _checked(SavedTensor(file, tensor))
     if not modules:
         raise AdapterInvalid(f"{str(file.path)!r} holds no tensors")
@@ -119,13 +123,13 @@ def _checked(saved: SavedTensor) -> SavedTensor:
         raise AdapterInvalid(
             f"adapter tensor {saved.tensor.name!r} has shape {saved.shape}: neither a matrix nor a vector"
         )
-    for _ in saved.slabs():  # reading finds what is not finite
+    for _ in saved.slabs():  # reading raises if a value is not finite
         pass
     return saved
 
 
 def _check_complete(modules: Mapping[str, _Parts], config: LoraConfig) -> None:
-    """What adapter_config.json says was trained has to be there: what is missing was lost on the way."""
+    """Raise AdapterInvalid if a tensor that adapter_config.json says was trained is missing."""
     for name in config.modules_to_save:
         if not any(
             _is_called(module, name) and any(kind in parts for kind in _WHOLE) for module, parts in modules.items()
@@ -171,14 +175,14 @@ def _magnitude(module: str, parts: _Parts, n_out: int, config: LoraConfig) -> np
     if _MAGNITUDE not in parts:
         return None
     if not config.use_dora:
-        raise AdapterInvalid(f"adapter tensor '{_PREFIX}{module}.{_MAGNITUDE}' is there, but use_dora is not set")
+        raise AdapterInvalid(f"adapter tensor '{_PREFIX}{module}.{_MAGNITUDE}' exists, but use_dora is not set")
     return _vector(module, _MAGNITUDE, parts, n_out)
 
 
 def _shift(module: str, parts: _Parts, config: LoraConfig) -> np.ndarray:
-    """A bias of B is scaled like B itself."""
+    """The shift of a bias: the bias of B, scaled like B itself."""
     if not config.lora_bias:
-        raise AdapterInvalid(f"adapter tensor '{_PREFIX}{module}.{_BIAS}' is there, but lora_bias is not set")
+        raise AdapterInvalid(f"adapter tensor '{_PREFIX}{module}.{_BIAS}' exists, but lora_bias is not set")
     return _vector(module, _BIAS, parts, parts[_B].shape[0]) * np.float32(config.scale_of(module))
 
 

@@ -1,7 +1,7 @@
-"""What an adapter does to a tensor: the changes, each applied to a slab of rows at a time, in float32.
+"""The changes that an adapter makes to a tensor, each applied to a slab of rows at a time, in float32.
 
-Formulas as in https://github.com/huggingface/peft (tuners/lora/layer.py, tuners/lora/variants.py), which they equal up
-to the order in which a matrix product adds. Values that overflow are noticed when they are written, by tensor name.
+Formulas as in https://github.com/huggingface/peft (tuners/lora/layer.py, tuners/lora/variants.py); results equal PEFT's
+up to the order in which a matrix product adds. `merge.file_rows` reports values that overflow, by tensor name.
 """
 
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ from convert.checkpoint.source import SLAB_ELEMENTS
 
 
 class Change(Protocol):
-    """One step from a tensor of the base to the tuned one. Rows are in the GGUF's order."""
+    """One step from a tensor of the base to the tuned one, with rows in the GGUF's order."""
 
     def apply(self, start: int, rows: np.ndarray) -> np.ndarray:
-        """What rows `start …` become, float32 of the same shape (rows, n_in). The given ones stay as they are."""
+        """The changed rows `start …`, float32 of the same shape (rows, n_in). Does not modify `rows`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Lora:
     """W + scale · B · A of one module: a of shape (rank, n_in), b of shape (n_out, rank), float32.
 
-    With a `magnitude`, shape (n_out,), it is a DoRA (https://arxiv.org/abs/2402.09353): each row is brought to that
-    length. On an embedding, where PEFT stores both factors transposed, they are turned the same way here.
+    With a `magnitude`, shape (n_out,), it is a DoRA (https://arxiv.org/abs/2402.09353): each row is scaled to that
+    length. PEFT stores both factors of an embedding transposed; here they have the shapes above.
     """
 
     module: str
@@ -56,7 +56,7 @@ class Lora:
 
 @dataclass(frozen=True, eq=False)
 class SavedTensor:
-    """A whole tensor as the adapter's file has it, opened and found to be finite."""
+    """A whole tensor in the adapter's file, readable and finite."""
 
     file: SafetensorsFile
     tensor: StoredTensor
@@ -72,30 +72,30 @@ class SavedTensor:
 
     @property
     def array(self) -> np.ndarray:
-        """All of it, float32; read anew each time."""
+        """The whole tensor, float32, read from the file at each use."""
         return self.rows(0, self.n_rows).reshape(self.shape)
 
     @property
     def n_rows(self) -> int:
-        """How many rows it has; a vector is one."""
+        """The number of rows; a vector is one row."""
         return prod(self.shape[:-1])
 
     def slabs(self) -> Iterator[np.ndarray]:
-        """All of it, a slab of rows at a time."""
+        """Yield the tensor a slab of rows at a time."""
         step = max(1, SLAB_ELEMENTS // self.shape[-1])
         for start in range(0, self.n_rows, step):
             yield self.rows(start, min(step, self.n_rows - start))
 
     def equals(self, other: "SavedTensor") -> bool:
-        """Whether both hold the same numbers."""
+        """True if both hold the same numbers."""
         return self.shape == other.shape and all(map(np.array_equal, self.slabs(), other.slabs()))
 
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """A tensor that was trained whole takes the place of the base's.
+    """Replaces the base's tensor by one that was trained whole.
 
-    `order` says which row of it (or number, of a bias) comes where; `offset` is added to every value.
+    Row i becomes row (of a bias: number) `order[i]` of `saved`; `offset` is added to every value.
     """
 
     saved: SavedTensor
@@ -110,14 +110,14 @@ class Replace:
             values = self.saved.array[self.order].reshape(rows.shape)
         else:
             wanted = self.order[start : start + len(rows)]
-            low = int(wanted.min())  # rows move within their head only, so this reads hardly more than is wanted
+            low = int(wanted.min())  # rows move within their head only, so this reads few extra rows
             values = self.saved.rows(low, int(wanted.max()) + 1 - low)[wanted - low]
         return values + np.float32(self.offset) if self.offset else values
 
 
 @dataclass(frozen=True, eq=False)
 class ReplaceRows:
-    """Rows of an embedding that were trained by themselves: `ids` (n,), ascending, and `values` (n, n_in)."""
+    """Replaces single rows of an embedding: `ids` (n,), ascending, by `values` (n, n_in)."""
 
     ids: np.ndarray
     values: np.ndarray
@@ -134,7 +134,7 @@ class ReplaceRows:
 
 @dataclass(frozen=True, eq=False)
 class AddBias:
-    """What a trained bias of B adds to the base's bias, shape (n_out,): llama.cpp has one bias to a layer."""
+    """Adds a trained bias of B, shape (n_out,), to the base's bias: llama.cpp has one bias per layer."""
 
     values: np.ndarray
 

@@ -1,4 +1,4 @@
-"""`adapter_config.json` of a PEFT adapter: the settings that decide the merge, and a refusal of those that change it.
+"""Read `adapter_config.json` of a PEFT adapter: the settings that define the merge; unsupported ones are refused.
 
 Fields and pattern rule as in https://github.com/huggingface/peft (LoraConfig, get_pattern_key).
 """
@@ -28,7 +28,7 @@ _REFUSED: Mapping[str, str] = {
     "arrow_config": "Arrow routes between adapters and cannot be merged",
     "megatron_config": "Megatron's parallel layers are split",
 }
-# Settings that say how the adapter was trained or made, not what it means. Any other that is set is refused.
+# Settings that do not change the merge, or that LoraConfig reads. Any other setting with a value is refused.
 _HARMLESS = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "task_type",
@@ -36,14 +36,14 @@ _HARMLESS = {
     "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
     "ensure_weight_tying", "modules_to_save", "use_dora", "lora_bias", "trainable_token_indices",
 }  # fmt: skip
-# These initialisations subtract from the base's own weights, so the adapter fits only the changed base.
+# These initialisations change the base's weights, and the adapter fits the changed base only.
 _BASE_CHANGING_INIT = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 class LoraConfig(BaseModel):
-    """What the merge needs: ranks and scales, per module where patterns say so, and what was trained beside the LoRA.
+    """The settings of a merge: ranks and scales, per module where patterns match, and what was trained beside the LoRA.
 
-    `base` is the base's name as PEFT was given it: an id of the Hub, a path, or nothing.
+    `base` is the base's name as given to PEFT: an id of the Hub, a path, or empty.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,7 +63,7 @@ class LoraConfig(BaseModel):
 
     @property
     def tokens(self) -> Mapping[str, tuple[int, ...]]:
-        """Ending of a module's name -> the ids of its rows that were trained."""
+        """Ending of a module's name -> the ids of its trained rows."""
         given = self.trainable_token_indices
         return given if isinstance(given, dict) else {"embed_tokens": given} if given else {}
 
@@ -109,7 +109,7 @@ def _refuse_variants(file: Path, raw: Mapping[str, Any]) -> None:
     for setting in sorted(raw.keys() - _HARMLESS - _REFUSED.keys()):
         if raw[setting]:
             raise AdapterInvalid(
-                f"{str(file)!r}: {setting} = {raw[setting]!r} is not known here and may change what the adapter means"
+                f"{str(file)!r}: {setting} = {raw[setting]!r} is unknown and may change what the adapter means"
             )
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT):

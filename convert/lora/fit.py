@@ -1,8 +1,8 @@
-"""An adapter fitted to a base: which tensor of the GGUF each change belongs to, in the order the GGUF has its rows in.
+"""Fit an adapter to a base: assign each change to a tensor of the GGUF, with rows in the GGUF's order.
 
-A base of another shape, with fewer layers or other modules is refused before anything is written. Where the base ties
-its output head to the embedding and the adapter trained one of them apart, the head becomes a tensor of its own: that
-is what the adapter was trained with (PEFT's merge_and_unload, which works in place, changes both then).
+A base of another shape, with fewer layers or other modules is refused before anything is written. If the base ties its
+output head to the embedding and the adapter trained one of them alone, the head becomes a tensor of its own, as in
+training. (PEFT's merge_and_unload works in place and changes both then.)
 """
 
 import re
@@ -14,72 +14,25 @@ import numpy as np
 from convert.errors import AdapterInvalid, ArchitectureUnknown
 from convert.families import BY_ARCHITECTURE
 from convert.families.base import Family
+from convert.families.gemma import Gemma1Family
 from models.gguf.header import Header
 
 from .adapter import PeftAdapter
 from .changes import AddBias, Change, Lora, Replace, ReplaceRows, SavedTensor
 
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+# llama.cpp always uses the embedding as the head in these families (its src/models/gemma.cpp and gemma2.cpp).
+_ALWAYS_TIED = ("gemma", "gemma2")
 _NAMES = ("general.name", "general.basename", "general.base_model.0.name", "general.source.huggingface.repository")
-# Endings that say how the weights are stored, not which they are.
+# Endings of a model's name that say how its weights are stored.
 _STORAGE = re.compile(
     r"(gguf|hf|unsloth|bnb|[248]bit|gptq|awq|fp?16|fp?32|bf16|i?q[1-8]|[01]|k|nl|xxs|xs|s|m|l|xl|ud)", re.IGNORECASE
 )
 
 
-def base_warning(adapter: PeftAdapter, header: Header) -> str | None:
-    """What to tell the user when the adapter names another base than `header` is of; None when nothing is known."""
-    if not _is_hub_name(adapter.base):
-        return None
-    own = [header.path.stem, header.path.name, header.path.parent.name]
-    own += [str(header.fields[key].value) for key in _NAMES if key in header.fields]
-    if _essence(adapter.base) in {_essence(name) for name in own}:
-        return None
-    called = header.fields["general.name"].value if "general.name" in header.fields else header.path.name
-    return (
-        f"the adapter {str(adapter.folder)!r} says that it was trained on {adapter.base!r}, this base calls itself "
-        f"{called!r}: on another model than its own an adapter does harm, even where it fits"
-    )
-
-
-def _is_hub_name(name: str) -> bool:
-    """True for OWNER/NAME and for a plain name. A path on the machine it was trained on says nothing."""
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.startswith(".")
-
-
-def _essence(name: str) -> str:
-    words = re.split(r"[^a-z0-9]+", name.rsplit("/", 1)[-1].lower())
-    while len(words) > 1 and _STORAGE.fullmatch(words[-1]):
-        words.pop()
-    return "".join(words)
-
-
-class Gemma1Family(Family):
-    """The first Gemma. Its folders are not converted, but GGUF files of it can take an adapter."""
-
-    architecture = "gemma"
-    norm_offset = 1.0
-
-
-def family_of(header: Header) -> Family:
-    """The family of a checkpoint. Raises ArchitectureUnknown naming it and the known ones."""
-    families = {Gemma1Family.architecture: Gemma1Family(), **BY_ARCHITECTURE}
-    family = families.get(header.architecture)
-    if family is None:
-        raise ArchitectureUnknown(
-            f"no adapter can be merged into architecture {header.architecture!r} ({str(header.path)!r}); "
-            f"known are {', '.join(sorted(families))}"
-        )
-    return family
-
-
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-# In these families llama.cpp knows no head but the embedding (its src/models/gemma.cpp and gemma2.cpp).
-_ALWAYS_TIED = ("gemma", "gemma2")
-
-
 @dataclass(frozen=True)
 class Fitted:
-    """The changes by the base's tensor names, to be applied in turn. `warnings` are for the user.
+    """The changes of each of the base's tensors, by name, in the order to apply them, and warnings for the user.
 
     `unties`: the base has no output head of its own and gets one, which starts as a copy of the embedding.
     """
@@ -90,7 +43,7 @@ class Fitted:
 
     @property
     def loras(self) -> dict[str, Lora]:
-        """Tensor name -> its low-rank change, where it has one."""
+        """Tensor name -> its low-rank change, for tensors that have one."""
         return {name: one for name, changes in self.changes.items() for one in changes if isinstance(one, Lora)}
 
 
@@ -99,7 +52,36 @@ def fit(adapter: PeftAdapter, header: Header) -> Fitted:
     return _Fitting(adapter, header, family_of(header)).fitted()
 
 
+def family_of(header: Header) -> Family:
+    """The family of a GGUF. Raises ArchitectureUnknown naming its architecture and the known ones."""
+    families: dict[str, Family] = {Gemma1Family.architecture: Gemma1Family(), **BY_ARCHITECTURE}
+    family = families.get(header.architecture)
+    if family is None:
+        raise ArchitectureUnknown(
+            f"no adapter can be merged into architecture {header.architecture!r} ({str(header.path)!r}); "
+            f"known are {', '.join(sorted(families))}"
+        )
+    return family
+
+
+def base_warning(adapter: PeftAdapter, header: Header) -> str | None:
+    """A warning if the adapter names another base than that of `header`; None also if it names none."""
+    if not _is_hub_name(adapter.base):
+        return None
+    own = [header.path.stem, header.path.name, header.path.parent.name]
+    own += [str(header.fields[key].value) for key in _NAMES if key in header.fields]
+    if _stem(adapter.base) in {_stem(name) for name in own}:
+        return None
+    called = header.fields["general.name"].value if "general.name" in header.fields else header.path.name
+    return (
+        f"the adapter {str(adapter.folder)!r} was trained on {adapter.base!r}, this base calls itself {called!r}: "
+        "on another model an adapter does harm even if its shapes fit"
+    )
+
+
 class _Fitting:
+    """One fit under way: collects the changes by tensor name."""
+
     def __init__(self, adapter: PeftAdapter, header: Header, family: Family) -> None:
         self._adapter = adapter
         self._header = header
@@ -115,7 +97,7 @@ class _Fitting:
             self._add_bias(parameter, values)
         for module, rows in self._adapter.tokens.items():
             self._replace_rows(module, rows)
-        unties = self._settle_head()
+        unties = self._unties_head()
         warnings = [base_warning(self._adapter, self._header)]
         if unties:
             size = self._header.tensors[EMBEDDING].n_elements * 2 / 2**20
@@ -168,7 +150,7 @@ class _Fitting:
                 f"{rows.ids[-1]}, {name!r} of the base has {(n_rows, n_in)}"
             )
         self._append(name, rows)
-        if name == EMBEDDING and self._is_tied:  # PEFT ties these rows where the model ties them
+        if name == EMBEDDING and self._is_tied:  # as PEFT does in a tied model
             self._append(HEAD, rows)
 
     @property
@@ -179,7 +161,7 @@ class _Fitting:
         self._changes[name] = (*self._changes.get(name, ()), change)
 
     def _target(self, module: str, kind: str = "weight") -> tuple[str, tuple[int, ...]]:
-        """The GGUF tensor that a module's parameter became, and its shape."""
+        """The name and shape of the GGUF tensor that a module's parameter became. Raises AdapterInvalid."""
         known = self._family.source_name(f"{module}.{kind}") or ""
         name = self._family.tensor_name(known.removesuffix(f".{kind}"), kind)
         if name is None:
@@ -196,7 +178,7 @@ class _Fitting:
         raise self._misfit(f"adapter target {module!r} is not in the base, which has {layers} layers and no {name!r}")
 
     def _order(self, module: str, n_out: int) -> np.ndarray | None:
-        """Where the rows of `module` move: row `order[i]` of Hugging Face's is row i of the GGUF's. None: they stay."""
+        """The order of `module`'s rows: row i of the GGUF is Hugging Face's row `order[i]`. None: unchanged."""
         rows = np.arange(n_out)
         try:
             order = self._family.repack_rows(module, rows, self._header)
@@ -216,8 +198,8 @@ class _Fitting:
         adapter, base = str(self._adapter.folder), str(self._header.path)
         return AdapterInvalid(f"{what}: the adapter {adapter!r}{trained} does not fit the base {base!r}")
 
-    def _settle_head(self) -> bool:
-        """Whether a tied head becomes a tensor of its own. One that was changed just as the embedding stays tied."""
+    def _unties_head(self) -> bool:
+        """Decide if a tied head becomes a tensor of its own; a head changed exactly as the embedding stays tied."""
         if not self._is_tied or not {EMBEDDING, HEAD} & self._changes.keys():
             return False
         embedding, head = self._changes.get(EMBEDDING, ()), self._changes.get(HEAD, ())
@@ -244,3 +226,15 @@ def _is_same(first: Change, second: Change) -> bool:
     if isinstance(first, Replace) and isinstance(second, Replace):
         return first.saved.equals(second.saved)
     return first is second
+
+
+def _is_hub_name(name: str) -> bool:
+    """True for OWNER/NAME and for a plain name, false for a path on the machine it was trained on."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.startswith(".")
+
+
+def _stem(name: str) -> str:
+    words = re.split(r"[^a-z0-9]+", name.rsplit("/", 1)[-1].lower())
+    while len(words) > 1 and _STORAGE.fullmatch(words[-1]):
+        words.pop()
+    return "".join(words)

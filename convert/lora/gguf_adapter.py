@@ -1,9 +1,9 @@
-"""A PEFT adapter as a LoRA GGUF, which llama.cpp applies while it serves the base, instead of merging it.
+"""Plan a LoRA GGUF of a PEFT adapter, which llama.cpp applies while it serves the base, instead of merging it.
 
-So the fine-tune is kept where merging would lose it: a base that was quantized keeps its file, and the change is added
-in float32 as it was trained, not rounded to the base's grid. And any number of tasks share one base in memory.
-Names and shapes as llama.cpp's `src/llama-adapter.cpp` wants them: the base's tensor name with `.lora_a`, shape
-(rank, n_in), and `.lora_b`, shape (n_out, rank).
+A quantized base keeps its file, and the change is added in float32 as trained: merging would round it to the base's
+grid, and could lose it. Any number of adapters share one base in memory.
+llama.cpp's `src/llama-adapter.cpp` defines names and shapes: the base's tensor name with `.lora_a`, shape (rank, n_in),
+and `.lora_b`, shape (n_out, rank).
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,19 +28,19 @@ _A, _B = ".lora_a", ".lora_b"
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What the adapter's file will hold: `matrices` by tensor name, float32."""
+    """The adapter's file: its layout, and its float32 `matrices` by tensor name."""
 
     layout: Layout
     matrices: Mapping[str, np.ndarray]
 
     def rows(self, name: str) -> Iterator[np.ndarray]:
-        """The tensor `name`, whole."""
+        """The tensor `name`, in one piece."""
         yield self.matrices[name]
 
 
 def check_appliable(adapter: PeftAdapter, fitted: Fitted) -> None:
-    """Raise AdapterInvalid for what llama.cpp cannot apply while it serves: everything but LoRA on linear layers."""
-    more = {
+    """Raise AdapterInvalid for an adapter that llama.cpp cannot apply while it serves: only LoRA on linear layers."""
+    unsupported = {
         "use_dora": [lora.module for lora in adapter.loras.values() if lora.magnitude is not None],
         "modules_to_save": [name for name in adapter.saved if name.endswith(".weight")],
         "bias": [name for name in adapter.saved if name.endswith(".bias")],
@@ -49,7 +49,7 @@ def check_appliable(adapter: PeftAdapter, fitted: Fitted) -> None:
         "a LoRA on the embedding": [lora.module for lora in adapter.loras.values() if lora.on_embedding],
         "a LoRA on the output head, which this base ties to its embedding": [HEAD] if fitted.unties else [],
     }
-    for what, where in more.items():
+    for what, where in unsupported.items():
         if where:
             raise AdapterInvalid(
                 f"the adapter {str(adapter.folder)!r} has {what} ({where[0]!r}), which can be merged but not applied "
@@ -58,11 +58,11 @@ def check_appliable(adapter: PeftAdapter, fitted: Fitted) -> None:
 
 
 def plan_adapter(header: Header, loras: Mapping[str, Lora], chat: ChatFormat, name: str, licence: str) -> AdapterPlan:
-    """The file of an adapter that was fitted to the base of `header`: `loras` by the base's tensor names."""
+    """Plan the file of an adapter fitted to the base of `header`; `loras` by the base's tensor names."""
     alpha = _alpha(loras)
     matrices: dict[str, np.ndarray] = {}
     for tensor, lora in loras.items():
-        # llama.cpp applies alpha / rank; what this module's scale is beyond that goes into B
+        # llama.cpp scales by alpha / rank; the rest of this module's scale goes into B
         rest = lora.scale * len(lora.a) / alpha
         matrices[tensor + _A] = lora.a
         matrices[tensor + _B] = lora.b * np.float32(rest)
@@ -81,6 +81,6 @@ def plan_adapter(header: Header, loras: Mapping[str, Lora], chat: ChatFormat, na
 
 
 def _alpha(loras: Mapping[str, Lora]) -> float:
-    """One alpha for the file: the first module's. To llama.cpp 0 means none was given, so an adapter of 0 has 1."""
+    """The file's alpha: the first module's. llama.cpp takes 0 for a missing alpha, so a scale of 0 gets 1."""
     first = next(iter(loras.values()))
     return first.scale * len(first.a) or 1.0

@@ -1,4 +1,4 @@
-"""A base with an adapter merged into it, a source like any other; and the rows of a source as a file has them."""
+"""A checkpoint with an adapter merged into it; and a checkpoint's rows as a GGUF file stores them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +15,7 @@ from .fit import EMBEDDING, HEAD, Fitted
 
 
 class MergedCheckpoint:
-    """`source` with the changes of `fitted` made to it, a slab of rows at a time; closing it closes `source`."""
+    """`source` with the changes of `fitted` applied, a slab of rows at a time. Closing it closes `source`."""
 
     def __init__(self, source: Checkpoint, fitted: Fitted) -> None:
         self._source = source
@@ -24,12 +24,12 @@ class MergedCheckpoint:
 
     @property
     def header(self) -> Header:
-        """The source's own, with an output head where the adapter unties it."""
+        """The source's header, with an output head if the adapter unties it."""
         return self._header
 
     def slabs(self, tensor: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, float32 array of shape (rows, n_in)) of the merged tensor until it is read."""
-        # a head that was tied begins as the embedding
+        # a head that was tied starts as the embedding
         origin = self._source.header.tensors.get(tensor.name) or self._source.header.tensors[EMBEDDING]
         for start, rows in self._source.slabs(origin):
             for change in self._changes.get(tensor.name, ()):
@@ -42,22 +42,22 @@ class MergedCheckpoint:
 
 
 def merged_header(header: Header, fitted: Fitted) -> Header:
-    """`header`, with an output head like the embedding where `fitted` unties it."""
+    """`header`, with an output head of the embedding's shape and type if `fitted` unties it."""
     if not fitted.unties:
         return header
     return replace(header, tensors={**header.tensors, HEAD: replace(header.tensors[EMBEDDING], name=HEAD)})
 
 
 def half_precision_kind(tensor: TensorInfo) -> GGMLQuantizationType:
-    """F16 for matrices, F32 for what llama.cpp keeps so: one-dimensional tensors, norms and expert routers."""
+    """F16 for matrices, F32 for tensors that llama.cpp keeps in it: one-dimensional ones, norms, expert routers."""
     stays = len(tensor.shape) == 1 or tensor.name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
     return GGMLQuantizationType.F32 if stays else GGMLQuantizationType.F16
 
 
 def file_rows(source: Checkpoint, tensor: TensorInfo, kind: GGMLQuantizationType | None = None) -> Iterator[np.ndarray]:
-    """Yield the tensor's rows as float16 or float32: as `kind` (F16 or F32) says, or else `half_precision_kind`.
+    """Yield the tensor's rows as `kind` (F16 or F32), by default `half_precision_kind`.
 
-    Raises SourceInvalid when a value is not finite, or too large for float16.
+    Raises SourceInvalid when a value is not finite or too large for float16.
     """
     wanted = half_precision_kind(tensor) if kind is None else kind
     dtype = np.float16 if wanted == GGMLQuantizationType.F16 else np.float32
@@ -73,7 +73,7 @@ def file_rows(source: Checkpoint, tensor: TensorInfo, kind: GGMLQuantizationType
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    """False if any exponent is all ones, seen in the bits: numpy's isfinite of half floats takes many times longer."""
+    """False if any exponent is all ones; many times faster than numpy's isfinite on half floats."""
     if values.dtype == np.float16:
         return int((values.view(np.uint16) & np.uint16(0x7C00)).max()) != 0x7C00
     return int((values.view(np.uint32) & np.uint32(0x7F80_0000)).max()) != 0x7F80_0000

@@ -1,4 +1,4 @@
-"""The proof that a LoRA GGUF runs: llama.cpp applies it to its base, and the logits change."""
+"""Prove that a LoRA GGUF runs: llama.cpp applies it to its base, and the logits change."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from .runs import check_logits, probe
 
 
 def verify_adapter(base: Path, adapter: Path, chat: ChatFormat, *, is_zero: bool) -> None:
-    """Load the adapter on its base and decode one token with and without it. Raises VerifyFailed saying what is wrong.
+    """Load the adapter on its base and decode one token with and without it.
 
-    The logits must be finite and, unless the adapter `is_zero`, not those of the base.
+    Raises VerifyFailed unless the logits are finite and, if not `is_zero`, differ from the base's.
     """
     options = LoadOptions(n_ctx=256, n_batch=64, n_seq_max=1, n_threads=1, gpu_layers=0, adapters={"new": adapter})
     try:
@@ -34,8 +34,8 @@ def verify_adapter(base: Path, adapter: Path, chat: ChatFormat, *, is_zero: bool
 def _check(llama: Llama, chat: ChatFormat, *, is_zero: bool) -> None:
     if chat.end_of_turn is not None and not llama.tokenizer.is_end(chat.end_of_turn):
         raise VerifyFailed(
-            f"token {chat.end_of_turn} ends a turn of this adapter, but the base does not take it for an end, "
-            "which only a merged model can change: leave out --hot"
+            f"token {chat.end_of_turn} ends a turn of this adapter, but not of the base; only a merged model can "
+            "change that: leave out --hot"
         )
     tokens = probe(llama)
     bare = last_logits(llama, tokens)
@@ -43,4 +43,4 @@ def _check(llama: Llama, chat: ChatFormat, *, is_zero: bool) -> None:
     tuned = last_logits(llama, tokens)
     check_logits(tuned)
     if np.array_equal(bare, tuned) and not is_zero:
-        raise VerifyFailed("the adapter was applied, but the logits are those of the bare base")
+        raise VerifyFailed("the adapter was applied, but the logits are those of the base alone")

@@ -1,6 +1,6 @@
-"""The proof that a converted vocabulary is the checkpoint's: llama.cpp and Hugging Face's tokenizer give the same ids.
+"""Prove that a converted vocabulary is the checkpoint's: llama.cpp and Hugging Face's tokenizer give the same ids.
 
-Both read the same texts: the user's examples, the torture texts, and texts with the vocabulary's own special tokens.
+Both read the user's examples, the torture texts, and texts with the vocabulary's own special tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ _SHOWN_IDS = 8
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A text that comes out otherwise: the ids from llama.cpp and from Hugging Face's tokenizer."""
+    """A text with different ids from llama.cpp (`ours`) and from Hugging Face's tokenizer (`theirs`)."""
 
     text: str
     ours: tuple[int, ...]
@@ -34,7 +34,7 @@ class Mismatch:
 
     @property
     def first(self) -> int:
-        """The place of the first token that differs."""
+        """The index of the first token that differs."""
         pairs = enumerate(zip(self.ours, self.theirs, strict=False))
         return next((place for place, (a, b) in pairs if a != b), min(len(self.ours), len(self.theirs)))
 
@@ -47,9 +47,9 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class TokenizerParity:
-    """What was compared. `mismatches` are among the torture texts only, where llama.cpp is known to come near at best.
+    """The result of a comparison. `mismatches`: torture texts only, where llama.cpp has only an approximation.
 
-    `limits` says in words how texts were brought to where both can agree.
+    `limits`: in words, how texts were changed so that both sides can agree.
     """
 
     n_texts: int
@@ -60,9 +60,9 @@ class TokenizerParity:
 
 @dataclass(frozen=True)
 class TokenizerPair:
-    """The two that must agree: a GGUF's vocabulary in llama.cpp, and the tokenizer of the folder it was made from.
+    """The two sides: a GGUF's vocabulary in llama.cpp, and the tokenizer of the folder it was made from.
 
-    `forced` are texts that llama.cpp takes for special tokens by itself (`</s>` in any vocabulary), and the other not.
+    `forced`: texts that only llama.cpp takes for special tokens (`</s>` in any vocabulary).
     """
 
     folder: Path
@@ -73,9 +73,9 @@ class TokenizerPair:
 
 
 def open_pair(gguf: Path, folder: Path, reference: ReferenceTokenizer | None = None) -> TokenizerPair:
-    """Load both, without any weights; `reference` if it is loaded already.
+    """Load both sides, without weights; pass `reference` if it is loaded already.
 
-    Raises VerifyFailed when llama.cpp cannot read its side, TokenizerInvalid for the other.
+    Raises VerifyFailed if llama.cpp cannot read the GGUF, TokenizerInvalid for the folder.
     """
     try:
         tokenizer, fields = load_tokenizer(gguf), read_fields(gguf)
@@ -92,8 +92,8 @@ def check_tokenizer(
 ) -> TokenizerParity:
     """Compare token ids on `texts`, on the torture texts and on texts with special tokens.
 
-    Raises VerifyFailed with the first text that gets other tokens. Torture texts may, where llama.cpp has only an
-    approximation of the pre-tokenizer: then they are in the result. `progress` is told texts done and all texts.
+    Raises VerifyFailed with the first text whose ids differ. Torture texts may differ if llama.cpp only approximates
+    the pre-tokenizer; the result lists them. `progress` receives the texts done and their total.
     """
     _check_ends(pair)
     torture = (*TEXTS, *(around(_special(pair.fields)) if pair.reference.knows_special else ()))
@@ -113,9 +113,9 @@ def check_tokenizer(
 
 
 def encode_both(pair: TokenizerPair, text: str) -> tuple[list[int], list[int]]:
-    """The ids of `text` from llama.cpp and from Hugging Face's tokenizer. Raises VerifyFailed when one refuses.
+    """The ids of `text` from llama.cpp and from Hugging Face's tokenizer. Raises VerifyFailed if llama.cpp refuses it.
 
-    Special tokens in it count, unless the text holds a forced one: then it is compared as a message's text is read.
+    Special tokens in `text` are recognised, unless it holds a forced one: then it is compared as the text of a message.
     """
     text = pair.reference.comparable(text)
     special = not any(mark in text for mark in pair.forced)
@@ -127,7 +127,7 @@ def encode_both(pair: TokenizerPair, text: str) -> tuple[list[int], list[int]]:
 
 
 def _check_ends(pair: TokenizerPair) -> None:
-    """BOS and EOS are added where the files say so, unless they ask for something that llama.cpp has no flag for."""
+    """Raise VerifyFailed unless BOS and EOS are added as the files say, as far as llama.cpp has flags for that."""
     text, tokenizer, reference = "Hello", pair.tokenizer, pair.reference
     theirs, bare = reference.encode_whole(text), reference.encode(text)
     if theirs is None:
@@ -135,7 +135,9 @@ def _check_ends(pair: TokenizerPair) -> None:
     around_it = [token for token in theirs if token not in bare]
     ours = tokenizer.encode(text, add_special=True, parse_special=False)
     if set(around_it) <= {tokenizer.bos, tokenizer.eos} and ours != theirs:
-        raise VerifyFailed(f"BOS or EOS are not added as before: {Mismatch(text, tuple(ours), tuple(theirs))}")
+        raise VerifyFailed(
+            f"BOS or EOS are not added as in the checkpoint: {Mismatch(text, tuple(ours), tuple(theirs))}"
+        )
 
 
 def _special(fields: Mapping[str, Field]) -> list[str]:

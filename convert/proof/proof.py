@@ -1,7 +1,7 @@
-"""The proof that goes with every conversion of a folder: its tokenizer and chat template came over unchanged.
+"""The proof of a converted folder: its tokenizer and chat template give the same tokens and prompts as before.
 
-It is made by a process of its own, on a file that holds the vocabulary alone, while the weights are being written:
-Hugging Face's tokenizer of a large vocabulary takes seconds to load, and hundreds of MiB that are free again with it.
+A child process makes it, on a file of the vocabulary alone, while the weights are written: Hugging Face's tokenizer of
+a large vocabulary takes seconds to load, and hundreds of MiB, which are free again when the process ends.
 """
 
 import signal
@@ -18,17 +18,17 @@ from models.common.chat_records import ChatRecord
 from models.common.console import Reporter
 from models.gguf.header import Header
 
-# What more than these would add is time: each is tokenised twice.
+# Each example is tokenized twice; more of them add time, not certainty.
 MAX_EXAMPLES = 1000
 _MAX_MESSAGE_CHARS = 20_000  # llama.cpp's tokenizer is quadratic on text that falls back to bytes
 
 DIFFERENT, UNREADABLE = 1, 3
-"""Exit codes of the comparing process: a difference was found; the folder's tokenizer cannot be loaded."""
+"""Exit codes of the child: it found a difference; it cannot load the folder's tokenizer."""
 
 
 @dataclass(frozen=True)
 class ProofResult:
-    """What was compared and found alike, and what the user should know about it."""
+    """The counts of what was compared and found equal, with warnings and notes for the user."""
 
     n_texts: int
     n_tokens: int
@@ -38,40 +38,40 @@ class ProofResult:
 
 
 class Proof:
-    """The comparison, under way. Close it when done."""
+    """The comparison in its child process. Close it when done."""
 
     def __init__(self, folder: Path) -> None:
-        """Begin to load the tokenizer of `folder`."""
+        """Start the child, which loads the tokenizer of `folder`."""
         self._child = Child("convert.proof.proof_child", {"folder": str(folder)})
         self._result: Path | None = None
 
     def close(self) -> None:
-        """End it, done or not. Closing twice is harmless."""
+        """Kill the child if it still runs. Closing twice is harmless."""
         self._child.close()
 
     @property
     def pid(self) -> int:
-        """The id of the process that compares."""
+        """The child's process id."""
         return self._child.pid
 
     def begin(self, header: Header, records: tuple[ChatRecord, ...], workdir: Path) -> None:
-        """Compare it with what llama.cpp makes of `header`, on the built-in texts and the user's own `records`."""
+        """Start comparing with llama.cpp's tokenizer of `header`, on the built-in texts and the user's `records`."""
         vocabulary, self._result = workdir / "vocabulary.gguf", workdir / "proof.json"
         write_head(vocabulary, header.fields, header.alignment)
         shown = [record for record in records[:MAX_EXAMPLES] if _is_short(record)]
         texts = [message.content for record in shown for message in record.prompt] + [one.answer for one in shown]
         conversations = [messages_of(record) for record in shown]
-        told = {"vocabulary": str(vocabulary), "texts": texts, "conversations": conversations}
-        self._child.give(told | {"result": str(self._result)})
+        job = {"vocabulary": str(vocabulary), "texts": texts, "conversations": conversations}
+        self._child.give(job | {"result": str(self._result)})
 
     def check(self, report: Reporter) -> None:
-        """Do not wait. Raises as `end` does if it has failed already."""
+        """Raise as `end` does if the comparison has failed already; does not wait."""
         if self._child.has_failed:
             self.end(report)
 
     def end(self, report: Reporter) -> None:
-        """Wait for it and tell what was compared. Raises VerifyFailed with the first difference, TokenizerInvalid."""
-        assert self._result is not None, "begun before"
+        """Wait for the result and report it. Raises VerifyFailed with the first difference, TokenizerInvalid."""
+        assert self._result is not None, "begin() comes first"
         report.stage("compare the tokenizer with Hugging Face's")
         code, complaint = self._child.wait(report.advance)
         if code == UNREADABLE:

@@ -1,7 +1,7 @@
-"""The process that compares two tokenizers: `python -m convert.proof.proof_child`, its jobs on its standard input.
+"""The child process that compares two tokenizers: `python -m convert.proof.proof_child`, with jobs on standard input.
 
-The first names the folder, whose tokenizer is loaded at once; the second, when there is one, the file with the
-vocabulary that was made of it, and what to compare on. What was found is written to the file that it names.
+The first job names the folder, whose tokenizer is loaded at once. The second names the converted vocabulary's file, the
+texts and conversations to compare, and the file for the result.
 """
 
 import sys
@@ -20,7 +20,7 @@ from .templates import check_template
 
 
 def main() -> int:
-    """Do both jobs; what goes wrong is one line on standard output, and the exit code."""
+    """Do both jobs. An error is one line on standard output and an exit code."""
     try:
         folder = Path(read_job()["folder"])
         reference = open_reference(folder)
@@ -43,7 +43,7 @@ def _compare(pair: TokenizerPair, job: dict[str, Any]) -> ProofResult:
         n_texts=tokens.n_texts,
         n_tokens=tokens.n_tokens,
         n_prompts=prompts.n_compared,
-        warnings=tuple(f"llama.cpp comes only near this tokenizer: {mismatch}" for mismatch in tokens.mismatches),
+        warnings=tuple(f"llama.cpp only approximates this tokenizer: {mismatch}" for mismatch in tokens.mismatches),
         notes=(*tokens.limits, *prompts.warnings),
     )
 

@@ -1,7 +1,7 @@
 """Hugging Face's side of the proof: the `tokenizers` library on tokenizer.json, `sentencepiece` on tokenizer.model.
 
-Where llama.cpp is known to part from it, and `tokenizer` has warned, texts are brought to where both can agree:
-composed Unicode, no leading space, a special token before the text. `limits` tells which of these were needed.
+Where llama.cpp is known to differ, of which the tokenizer's reader has warned, texts are changed so that both sides can
+agree: composed Unicode, no leading space, a special token before the text. `limits` lists the changes that were needed.
 """
 
 import json
@@ -27,43 +27,46 @@ from convert.tokenizer.pieces import (
 from convert.tokenizer.special import token_text
 from convert.tokenizer.tokenizer_model import added_in_folder, read_protobuf
 
+# SentencePiece adds scores up in single precision, llama.cpp in double.
+_ROUNDING = 1e-5
+
 
 class ReferenceTokenizer(Protocol):
-    """A tokenizer that is not llama.cpp's."""
+    """A tokenizer to compare llama.cpp's with."""
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """What is done to texts before they are compared, in words."""
+        """The changes made to texts before they are compared, in words."""
 
     @property
     def knows_special(self) -> bool:
-        """Whether text after a special token is treated as llama.cpp does."""
+        """True if text after a special token is treated as in llama.cpp."""
 
     def match_spacing(self, *, space_prefix: bool) -> None:
-        """Texts are compared as llama.cpp spaces them: `space_prefix` says whether it puts a space before each run."""
+        """Compare texts as llama.cpp spaces them. `space_prefix`: it puts a space before each run of text."""
 
     def comparable(self, text: str) -> str:
-        """The text that both can be asked about."""
+        """`text`, changed so that both sides can agree on it."""
 
     @property
     def special(self) -> frozenset[str]:
-        """The texts that are cut out as tokens of their own."""
+        """The texts of special and added tokens."""
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The ids of `text`; special tokens in it count unless not `special`, none are added."""
+        """The ids of `text`, without added BOS or EOS. `special`: recognise special tokens in it."""
 
     def equally_good(self, ours: Sequence[int], theirs: Sequence[int]) -> bool:
-        """Whether `ours` are the same text cut another way, which only rounding prefers less."""
+        """True if `ours` splits the same text differently with an equal score, up to rounding."""
 
     def encode_rendered(self, text: str) -> list[int]:
         """The ids of a whole prompt, its special tokens written out."""
 
     def encode_whole(self, text: str) -> list[int] | None:
-        """The ids of `text` with what is put around it; None when the files do not say."""
+        """The ids of `text` with BOS and EOS as the files add them; None if they do not say."""
 
 
 def open_reference(folder: Path) -> ReferenceTokenizer:
-    """The tokenizer of `folder`. Raises TokenizerInvalid."""
+    """Load the tokenizer of `folder`. Raises TokenizerInvalid."""
     return _TokenizerJson(folder) if (folder / TOKENIZER_JSON).is_file() else _SentencePiece(folder)
 
 
@@ -131,17 +134,10 @@ class _TokenizerJson:
         return ids
 
 
-_ROUNDING = 1e-5
-
-
 class _SentencePiece:
-    """tokenizer.model: added and control tokens are cut out first, what lies between is SentencePiece's."""
+    """tokenizer.model: added and control tokens are matched first, SentencePiece reads the text between them."""
 
     knows_special = True
-
-    @property
-    def limits(self) -> tuple[str, ...]:
-        return ("cuts of a text that are equally likely count as alike",) if self._is_unigram else ()
 
     def __init__(self, folder: Path) -> None:
         file = folder / TOKENIZER_MODEL
@@ -158,8 +154,12 @@ class _SentencePiece:
         longest_first = sorted(map(re.escape, self._cut), key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
 
+    @property
+    def limits(self) -> tuple[str, ...]:
+        return ("splits of a text with equal scores count as equal",) if self._is_unigram else ()
+
     def match_spacing(self, *, space_prefix: bool) -> None:
-        """SentencePiece's own spaces are in the file."""
+        """Nothing to do: the file itself defines SentencePiece's spaces."""
 
     def comparable(self, text: str) -> str:
         return text
@@ -181,7 +181,6 @@ class _SentencePiece:
         ours, theirs = ([index for index in ids if index in known] for ids in (ours, theirs))
         scores = [sum(map(self._processor.GetScore, ids)) for ids in (ours, theirs)]
         same = self._processor.DecodeIds(ours) == self._processor.DecodeIds(theirs)
-        # SentencePiece adds up in single precision, llama.cpp in double
         return same and self._is_unigram and math.isclose(*scores, rel_tol=_ROUNDING)
 
     def encode_rendered(self, text: str) -> list[int]:
@@ -192,7 +191,7 @@ class _SentencePiece:
 
 
 def _steps(stage: Any, inner: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer or a pre-tokenizer, flat, as the library keeps them: in the words of tokenizer.json."""
+    """The steps of a normalizer or a pre-tokenizer as a flat list, each as in tokenizer.json."""
     return _flat(json.loads(stage.__getstate__()), inner) if stage is not None else []
 
 

@@ -1,4 +1,4 @@
-"""The proof that a converted file runs: llama.cpp loads it, answers with finite logits and knows where to stop."""
+"""Prove that a converted file runs: llama.cpp loads it, gives finite logits and knows the end of a turn."""
 
 import os
 import signal
@@ -22,9 +22,9 @@ _PROBE = "Hello"
 
 
 def verify_runs(path: Path, chat: "ChatFormat", meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Load the GGUF at `path` and decode one token after a short text, in a process of its own, which may abort.
+    """Load the GGUF at `path` and decode one token after a short text, in a child process, which may abort.
 
-    This process does `meanwhile` while it waits. Raises VerifyFailed saying what is wrong.
+    Calls `meanwhile` while the child works. Raises VerifyFailed with the reason.
     """
     job = {"file": str(path), "template": chat.template, "end_of_turn": chat.end_of_turn}
     with Child("convert.proof.runs", job) as child:
@@ -36,8 +36,8 @@ def verify_runs(path: Path, chat: "ChatFormat", meanwhile: Callable[[], None] = 
 
 
 def check_runs(path: Path, template: str | None, end_of_turn: int | None) -> None:
-    """The same, in this process."""
-    # As the file lies on the disk: repacked weights would be in memory twice.
+    """The check of `verify_runs`, in this process."""
+    # Repacked weights would be in memory twice.
     options = LoadOptions(n_ctx=256, n_batch=64, n_seq_max=1, n_threads=1, gpu_layers=0, repack=False)
     try:
         llama = load(path, options)
@@ -54,10 +54,10 @@ def check_runs(path: Path, template: str | None, end_of_turn: int | None) -> Non
 def _check(llama: Llama, template: str | None, end_of_turn: int | None) -> None:
     if llama.info.chat_template != template:
         raise VerifyFailed(
-            f"the converted file has another chat template than was written: {llama.info.chat_template!r}"
+            f"the converted file has another chat template than the one written: {llama.info.chat_template!r}"
         )
     if end_of_turn is not None and not llama.tokenizer.is_end(end_of_turn):
-        raise VerifyFailed(f"token {end_of_turn} ends a turn, but llama.cpp does not take it for an end")
+        raise VerifyFailed(f"token {end_of_turn} ends a turn, but llama.cpp does not know it as an end token")
     check_logits(last_logits(llama, probe(llama)))
 
 
@@ -70,7 +70,7 @@ def probe(llama: Llama) -> list[int]:
 
 
 def check_logits(logits: np.ndarray) -> None:
-    """Raise VerifyFailed if the logits, shape (n_vocab,), say nothing."""
+    """Raise VerifyFailed if logits, shape (n_vocab,), are not finite or are all equal."""
     if not np.isfinite(logits).all():
         raise VerifyFailed(f"{int((~np.isfinite(logits)).sum())} of {logits.size} logits are not finite")
     if logits.min() == logits.max():
@@ -78,8 +78,8 @@ def check_logits(logits: np.ndarray) -> None:
 
 
 def main() -> int:
-    """Check the file that stands on standard input; what is wrong with it is one line on standard output."""
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # if llama.cpp aborts, its reason is to be the last line
+    """Check the file of the job on standard input. An error is one line on standard output and exit code 1."""
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # if llama.cpp aborts, its reason must be the last line
     job = read_job()
     try:
         check_runs(Path(job["file"]), job["template"], job["end_of_turn"])

@@ -1,7 +1,7 @@
-"""The proof that a converted model is asked as the checkpoint was: the same rendered prompts, the same token ids.
+"""Prove that a converted model gets the checkpoint's prompts: the same rendered text, the same token ids.
 
-Hugging Face's rule is: render the template, then tokenise the text without adding special tokens again, so that no BOS
-stands there twice. It is followed here with plain Jinja and the reference tokenizer, beside the prompts as served.
+Hugging Face's rule is: render the template, then tokenize the text without adding special tokens, so that BOS does not
+occur twice. It is followed here with plain Jinja and the reference tokenizer, and compared with the prompts as served.
 """
 
 import json
@@ -32,7 +32,7 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @dataclass(frozen=True)
 class TemplateParity:
-    """The number of conversations that came out alike, and notes for the user."""
+    """The number of conversations with equal prompts, and warnings for the user."""
 
     n_compared: int
     warnings: tuple[str, ...] = ()
@@ -41,8 +41,9 @@ class TemplateParity:
 def check_template(pair: TokenizerPair, conversations: Sequence[ChatMessages]) -> TemplateParity:
     """Compare prompts as served with those of the folder's template and tokenizer, built-in conversations included.
 
-    A conversation ends with the user's turn. One in which a message spells a special token is skipped: as served, that
-    is text. Raises VerifyFailed with the first prompt that differs; a model without a template has nothing to compare.
+    A conversation ends with the user's turn. Skips conversations that the folder's template refuses, and those in which
+    a message spells a special token: serving treats that as text. A model without a template compares nothing. Raises
+    VerifyFailed with the first prompt that differs.
     """
     chat, tokenizer, reference = folder_format(pair.folder), pair.tokenizer, pair.reference
     template = pair.fields.get(TEMPLATE_FIELD)
@@ -63,26 +64,28 @@ def check_template(pair: TokenizerPair, conversations: Sequence[ChatMessages]) -
             ours = prompter.render(plain)
             tokens = list(prompter.chat(plain))
         except (EngineError, RequestError) as error:
-            raise VerifyFailed(f"the template refuses a conversation that it took before: {error}") from error
+            raise VerifyFailed(f"the template as served refuses a conversation: {error}") from error
         extra_bos |= _compare(ours, tokens, expected, reference, tokenizer.bos)
         compared += 1
-    told = ("the template writes no BOS: it is added as to any text, training may have gone without it",)
-    return TemplateParity(compared, told if extra_bos else ())
+    warning = "the template writes no BOS: llama.cpp adds it, as to any text; training may not have had it"
+    return TemplateParity(compared, (warning,) if extra_bos else ())
 
 
 def _compare(ours: str, tokens: list[int], expected: str, reference: ReferenceTokenizer, bos: int | None) -> bool:
-    """Raise VerifyFailed unless text and ids are Hugging Face's; true when ours have a BOS that the template omits."""
+    """Raise VerifyFailed unless text and ids are Hugging Face's. True if only ours start with a BOS."""
     if ours != expected:
         raise VerifyFailed(f"the rendered prompt is {ours!r:.200}, Hugging Face's is {expected!r:.200}")
     theirs = reference.encode_rendered(ours)
     extra = tokens[:1] == [bos] and theirs[:1] != [bos]
     if tokens[extra:] != theirs:
-        raise VerifyFailed(f"a prompt gets other tokens than before: {Mismatch(ours, tuple(tokens), tuple(theirs))}")
+        raise VerifyFailed(
+            f"a prompt gets other tokens than Hugging Face's: {Mismatch(ours, tuple(tokens), tuple(theirs))}"
+        )
     return extra
 
 
 def _renderer(template: str, folder: Path) -> Callable[[ChatMessages], str | None]:
-    """A function from a conversation to its prompt, or None where the template refuses it."""
+    """A function from a conversation to its prompt, None if the template refuses it."""
     environment = template_environment()
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
@@ -92,7 +95,7 @@ def _renderer(template: str, folder: Path) -> Callable[[ChatMessages], str | Non
 
     def render(conversation: ChatMessages) -> str | None:
         try:
-            # transformers gives both, none of them, to every template
+            # transformers passes these two to every template, as None
             given = {"messages": conversation, "tools": None, "documents": None, **tokens}
             return compiled.render(add_generation_prompt=True, **given)
         except (TemplateError, TypeError):

@@ -1,7 +1,7 @@
-"""Texts on which tokenizers part ways: what the proof of a vocabulary is made of, beside the user's own examples.
+"""Texts on which tokenizers differ, for the proof of a vocabulary beside the user's own examples.
 
-Each text stays short: llama.cpp's tokenizers take time with the square of a word's length, and its regular expressions
-memory with it. Characters are of Unicode 12 or older, which all tables agree on.
+Each text is short: llama.cpp's tokenizers take time quadratic in a word's length, its regular expressions memory linear
+in it. Characters are of Unicode 12 or older, on which all tables agree.
 """
 
 from collections.abc import Iterator, Sequence

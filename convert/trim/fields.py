@@ -1,7 +1,7 @@
-"""The vocabulary as a GGUF's fields hold it: read and checked, and written again with fewer tokens.
+"""The vocabulary in a GGUF's fields: read and checked, and written with fewer tokens.
 
-Checked hard, because llama.cpp aborts the process on some of what it does not expect (a token listed twice, a byte that
-cannot be spelled).
+The checks are strict, because llama.cpp aborts the process on some faults (a token listed twice, a byte without a
+token).
 """
 
 import re
@@ -17,18 +17,18 @@ from models.gguf.fields import Field
 from models.gguf.header import Header
 
 KEPT_FIELD = "deskside.vocabulary.kept_ids"
-"""The ids that a trimmed file's tokens had before: an array of int32, new id -> old id."""
+"""Field of a trimmed file: an int32 array, new id -> id before trimming."""
 
 MAX_TOKEN_BYTES = 4096
 _PREFIX = "tokenizer.ggml."
 _ID_FIELD = re.compile(r"[\w.-]+_token_id")
 _TOKENS, _SCORES, _TYPES, _MERGES = (_PREFIX + name for name in ("tokens", "scores", "token_type", "merges"))
 _SUPPRESSED, _ADDED = _PREFIX + "suppress_tokens", _PREFIX + "added_tokens"
-# the whole tokenizer.json as one text, which would not be true any more
+# the whole tokenizer.json as one text, which trimming makes wrong
 _DROPPED = ("tokenizer.huggingface.json",)
 
 
-# what llama.cpp takes for the special tokens of a file that does not say
+# llama.cpp's special tokens for a file that does not name them
 _DEFAULT_IDS: Mapping[TokenizerKind, Mapping[str, int]] = {
     TokenizerKind.SENTENCEPIECE: {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
     TokenizerKind.BPE: {"bos_token_id": 11, "eos_token_id": 11},
@@ -40,7 +40,7 @@ _DEFAULT_IDS: Mapping[TokenizerKind, Mapping[str, int]] = {
 class GgufVocabulary:
     """Tokens in the order of their ids, their types (int32) and scores (float32, zeros for BPE), and BPE's merges.
 
-    `special_ids`: field -> the id that llama.cpp takes for it, said by the file or not.
+    `special_ids`: field -> the id that llama.cpp uses, from the file or its own default.
     """
 
     model: TokenizerKind
@@ -63,7 +63,7 @@ class GgufVocabulary:
 
 
 def read_gguf_vocabulary(header: Header) -> GgufVocabulary:
-    """Read a vocabulary and check it. Raises TrimImpossible naming the file and what stands in the way."""
+    """Read a vocabulary and check it. Raises TrimImpossible naming the file and the obstacle."""
     where = repr(str(header.path))
     if KEPT_FIELD in header.fields:
         raise TrimImpossible(f"{where} has a trimmed vocabulary already; trim the file that it was made from")
@@ -84,7 +84,7 @@ def read_gguf_vocabulary(header: Header) -> GgufVocabulary:
 
 
 def trimmed_fields(header: Header, vocabulary: GgufVocabulary, kept: np.ndarray) -> dict[str, Field]:
-    """The fields of `header` with only the tokens `kept` (ids, ascending), and every id in them made the new one."""
+    """The fields of `header` with only the tokens `kept` (ids, ascending), and with every id in them renumbered."""
     new_ids = {int(old): new for new, old in enumerate(kept)}
     fields = {
         key: field for key, field in header.fields.items() if key not in _DROPPED and not _ID_FIELD.fullmatch(key)
@@ -109,7 +109,7 @@ def trimmed_fields(header: Header, vocabulary: GgufVocabulary, kept: np.ndarray)
 
 
 def _kept_merges(vocabulary: GgufVocabulary, new_ids: Mapping[int, int]) -> list[bytes]:
-    """The merges none of whose tokens is cut: neither a part, nor the whole."""
+    """The merges of which neither a part nor the result is cut."""
     cut = {token for index, token in enumerate(vocabulary.tokens) if index not in new_ids}
     return [
         line
@@ -122,7 +122,7 @@ def _model(header: Header, where: str) -> TokenizerKind:
     name = header.text(_PREFIX + "model")
     if name not in {model.value for model in TokenizerKind}:
         known = ", ".join(repr(model.value) for model in TokenizerKind)
-        raise TrimImpossible(f"{where} has a tokenizer of model {name!r}; one that can be trimmed is of {known}")
+        raise TrimImpossible(f"{where} has a tokenizer of model {name!r}; those that can be trimmed are {known}")
     return TokenizerKind(name)
 
 
@@ -157,7 +157,7 @@ def _numbers(header: Header, key: str, count: int, where: str) -> np.ndarray:
 
 
 def _special_ids(header: Header, model: TokenizerKind, n_tokens: int) -> dict[str, int]:
-    """llama.cpp passes over an id that is out of range, and takes its default, if that is in range."""
+    """llama.cpp ignores an id that is out of range and uses its default, if that is in range."""
     found = {_PREFIX + name: index for name, index in _DEFAULT_IDS[model].items()}
     for key, field in header.fields.items():
         if _ID_FIELD.fullmatch(key) and isinstance(field.value, int) and 0 <= field.value < n_tokens:
@@ -168,5 +168,5 @@ def _special_ids(header: Header, model: TokenizerKind, n_tokens: int) -> dict[st
 def _require_bytes(vocabulary: GgufVocabulary, where: str) -> None:
     missing = [byte for byte in range(256) if b"<0x%02X>" % byte not in vocabulary.ids]
     if missing:
-        message = f"{where} has no token for byte 0x{missing[0]:02X}: a character that is cut could not be spelled"
+        message = f"{where} has no token for byte 0x{missing[0]:02X}: the characters that are cut could not be spelled"
         raise TrimImpossible(message)

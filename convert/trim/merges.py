@@ -1,6 +1,6 @@
-"""Which tokens may be cut out of a vocabulary without any other text being read differently, per kind of tokenizer.
+"""Rules, per kind of tokenizer, for cutting tokens without changing the tokens of texts that do not use them.
 
-The guarantee: a text whose full tokenization uses kept tokens only is tokenized alike by the kept tokens alone.
+The guarantee: a text whose full tokenization uses kept tokens only gets the same tokens from the kept tokens alone.
 
 SentencePiece ("llama") and byte-level BPE ("gpt2") merge neighbours, the best pair first, the leftmost of equals.
 Let the full vocabulary make tokens t1 … tn of a text.
@@ -8,19 +8,18 @@ Let the full vocabulary make tokens t1 … tn of a text.
    and was step by step what happens to ti's own text by itself: the *path* of ti.
 2. If every token on the paths of t1 … tn is kept, and every merge between kept tokens, then at each step the best pair
    is still there, and no pair is there that was not. By induction the steps are the same, and so is the end.
-So a set of tokens that holds the paths of its members is closed, whatever else is cut. A token whose own text ends as
-something else is never made of text by merging and needs nothing. Characters that are no token end as byte tokens,
-which are all kept. BPE may end with what is no token at all (and then spell it in bytes): such paths are kept too. A
-word that is taken whole without merging (`ignore_merges`) is taken whole as long as it is kept.
+So a set of tokens that holds the paths of its members is closed, whatever else is cut. A token whose own text gets
+other tokens is never made by merging and needs nothing. Characters without a token end as byte tokens, which are all
+kept. BPE may end with a text that is not a token (and then spell it in bytes): such paths are kept too. A word that is
+taken whole without merging (`ignore_merges`) is taken whole as long as it is kept.
 
 Unigram ("t5") takes the path of the highest sum of scores, the first found of equals. A best path of kept tokens is
-among fewer rivals after the cut, with its own sum unchanged. What must not happen is that a rival gets better: the
-unknown token's score hangs on the lowest score of all normal tokens, which is therefore kept; and where a one-character
-token is cut an unknown token may come in, whose score is below any normal one's. (A token of type "unused" with a still
-lower score is kept.)
+among fewer rivals after the cut, with its own sum unchanged. No rival may get better: the unknown token's score depends
+on the lowest score of all normal tokens, which is therefore kept; and where a one-character token is cut an unknown
+token may come in, whose score is below any normal one's. (A token of type "unused" with a still lower score is kept.)
 
-Control and user-defined tokens are cut out of the text before all this; the longest first. Cutting one that the text
-does not hold changes nothing, unless equally long ones overlap, whose order is the sort's: `may_overlap` tells.
+Control and user-defined tokens are matched in the text before all this, the longest first. Removing one that the text
+does not hold changes nothing, unless two of one length overlap, whose order is the sort's: `may_overlap` finds those.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,18 +39,18 @@ _UNKNOWN_PENALTY = 10.0
 _LEAD_BYTES = (1,) * 12 + (2, 2, 3, 4)
 
 Rank = Callable[[bytes, bytes], float]
-"""How soon two neighbours merge, lower first; infinite if they never do."""
+"""Two neighbours -> the rank of their merge, lower first; infinite if they never merge."""
 
 
 class Rules(Protocol):
-    """What one kind of tokenizer needs of a token that is kept."""
+    """The tokens that one kind of tokenizer needs for a kept token."""
 
     @property
     def anchors(self) -> np.ndarray:
-        """Ids that must stay whatever the texts are."""
+        """Ids that must stay, whatever the texts."""
 
     def path(self, token: bytes) -> Iterator[bytes]:
-        """The texts that `token` is merged from on its way, itself last; none if text never becomes it."""
+        """The texts on the way of merging `token`, itself last; none if merging never makes it."""
 
 
 def rules_for(vocabulary: GgufVocabulary) -> Rules:
@@ -71,7 +70,7 @@ class SentencePieceRules:
         self._ranks = dict(zip(vocabulary.tokens, ranks, strict=True))
 
     def path(self, token: bytes) -> Iterator[bytes]:
-        """The characters too: llama.cpp merges them if they are no tokens, but other readers of the file do not."""
+        """Characters included: llama.cpp merges them even if they are not tokens, other readers of the file do not."""
         ranks = self._ranks
         pieces = characters(token)
         made = merge(pieces, lambda left, right: ranks.get(left + right, inf))
@@ -90,7 +89,7 @@ class BpeRules:
         self.anchors = np.array(sorted({self._ids[text] for one in nameless for text in self._steps(one)}), np.int32)
 
     def path(self, token: bytes) -> Iterator[bytes]:
-        """The characters too: a merge is cut with either of its parts."""
+        """Characters included: a merge is cut with either of its parts."""
         pieces = characters(token)
         made = merge(pieces, lambda left, right: self._ranks.get((left, right), inf))
         return iter([*characters(token), *made] if pieces == [token] else ())
@@ -100,7 +99,7 @@ class BpeRules:
 
 
 class UnigramRules:
-    """No merges: only what the unknown token's score hangs on."""
+    """No merges: only the tokens that the unknown token's score depends on must stay."""
 
     def __init__(self, vocabulary: GgufVocabulary) -> None:
         normal = np.flatnonzero(vocabulary.types == TokenType.NORMAL)
@@ -127,7 +126,7 @@ def characters(text: bytes) -> list[bytes]:
 
 
 def merge(pieces: list[bytes], rank: Rank) -> list[bytes]:
-    """Merge neighbours in place while there are any, lowest rank first, leftmost of equals; what was made, in order."""
+    """Merge neighbours in place, lowest rank first, leftmost of equals, until none merge; the results in order."""
     made = []
     ranks = [rank(left, right) for left, right in pairwise(pieces)]
     while ranks and (best := min(ranks)) < inf:
@@ -143,7 +142,7 @@ def merge(pieces: list[bytes], rank: Rank) -> list[bytes]:
 
 
 def may_overlap(texts: Sequence[bytes]) -> bool:
-    """Whether two different texts of one length can overlap: an end of one is the beginning of another."""
+    """True if two different texts of one length can overlap: an end of one is the beginning of another."""
     by_length: dict[int, list[bytes]] = {}
     for text in texts:
         by_length.setdefault(len(text), []).append(text)

@@ -1,8 +1,8 @@
-"""Cutting a vocabulary down to what a task needs: which tokens stay.
+"""Plan a vocabulary cut down to the needs of a task: choose the tokens that stay.
 
-Two thirds of a small model can be its vocabulary, and each generated token costs a product with all of it. What stays:
-what the examples and the chat template need, special and byte tokens, all that these are merged from, and then the most
-common of the rest. `vocabulary_merges` says why no other text that is made of them is read differently.
+Two thirds of a small model can be its vocabulary, and each generated token costs a product with all of it. Kept are the
+tokens of the examples and of the chat template, special and byte tokens, all that these are merged from, and then the
+most common of the rest. `merges` proves that texts of kept tokens get the same tokens as before.
 """
 
 import re
@@ -32,7 +32,7 @@ ROWS = 32
 """llama.cpp repacks a matrix for its fast kernels only if its rows come in groups; Q4_0 decodes 1.2× faster so."""
 
 _SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE)
-# Reserved for a use that nobody gave them: <unused17>, <|reserved_special_token_3|>, <|placeholder1|>, [unused5] …
+# Reserved and never used: <unused17>, <|reserved_special_token_3|>, <|placeholder1|>, [unused5] …
 _PLACEHOLDER = re.compile(rb"[<\[]\|?(unused|reserved|placeholder|dummy|extra)(_special)?(_token)?_?\d+\|?[>\]]")
 # GPT-2's spelling of the bytes: printable ones as they are, the others from U+0100 on
 _PLAIN_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -40,9 +40,9 @@ _PLAIN_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 
 @dataclass(frozen=True)
 class TrimPlan:
-    """What a trimmed vocabulary holds. `kept`: int32, new id -> old id, ascending. `fields`: the whole metadata.
+    """A trimmed vocabulary. `kept`: int32, new id -> old id, ascending. `fields`: the whole metadata.
 
-    `n_needed` of the tokens are needed; the others are there because they are common.
+    `n_needed` of the tokens are needed; the others are the most common of the rest.
     """
 
     kept: np.ndarray
@@ -61,32 +61,32 @@ class TrimPlan:
 def plan_trim(
     header: Header, texts: Iterable[str], keep: int = DEFAULT_KEEP, *, template: str | None = None
 ) -> TrimPlan:
-    """Choose the tokens that stay: at most `keep` in all, and a multiple of `ROWS` where that is enough.
+    """Choose the tokens that stay: at most `keep`, rounded down to a multiple of `ROWS` if that is enough.
 
-    `texts`: the examples as the model reads them, turns and control tokens written out, answers included. `template`:
-    the chat template if it is another than the header's. The most common are those that the vocabulary was built with
-    first: by score (SentencePiece's are in the order of merging, Unigram's are log-probabilities), then by id.
+    `texts`: the examples as the model reads them, with turns, control tokens and answers. `template`: the chat template
+    if it is not the header's. The most common tokens are the first by score (SentencePiece's are in the order of
+    merging, Unigram's are log-probabilities), then by id.
 
-    Raises TrimImpossible for a vocabulary that cannot be cut, RequestInvalid when there are no texts or when `keep` is
-    below the least possible, which it names, or not below what there is.
+    Raises TrimImpossible for a vocabulary that cannot be cut; RequestInvalid if there are no texts, if `keep` is not
+    below the present size, or if it is below the least possible, which the message names.
     """
     vocabulary = read_gguf_vocabulary(header)
     n_before = len(vocabulary.tokens)
     if keep >= n_before:
-        raise RequestInvalid(f"a vocabulary of {n_before} tokens is not cut by keeping {keep}; keep fewer")
+        raise RequestInvalid(f"keeping {keep} tokens does not cut a vocabulary of {n_before}; keep fewer")
     tokenizer = tokenizer_of(header)
     used = _used(tokenizer, texts)
     if not used:
         raise RequestInvalid("the examples to trim the vocabulary by hold no text")
-    written = template if template is not None else _template(header)
-    used |= _used(tokenizer, [ChatTemplate(written).written] if written else [])
+    chat = template if template is not None else _template(header)
+    used |= _used(tokenizer, [ChatTemplate(chat).written] if chat else [])
     choice = _Choice(vocabulary, rules_for(vocabulary))
     choice.add(_special(vocabulary, tokenizer, used) | used | set(vocabulary.special_ids.values()))
     n_needed = len(choice.kept)
     if n_needed > keep:
         raise RequestInvalid(
-            f"{keep} tokens are to be kept, but {n_needed} are needed: special and byte tokens, what the examples use "
-            f"and what that is merged from; keep at least {n_needed}"
+            f"{keep} tokens are to be kept, but {n_needed} are needed: special and byte tokens, those of the "
+            f"examples and all that these are merged from; keep at least {n_needed}"
         )
     whole_rows = keep // ROWS * ROWS
     choice.fill(whole_rows if whole_rows >= n_needed else keep)
@@ -95,7 +95,7 @@ def plan_trim(
 
 
 def tokenizer_of(header: Header, fields: Mapping[str, Field] | None = None) -> Tokenizer:
-    """llama.cpp's tokenizer for a header without its weights; `fields` instead of its own, if given.
+    """llama.cpp's tokenizer for a header without its weights, or for `fields` in place of the header's.
 
     Raises TrimImpossible with llama.cpp's reason.
     """
@@ -109,7 +109,7 @@ def tokenizer_of(header: Header, fields: Mapping[str, Field] | None = None) -> T
 
 
 class _Choice:
-    """A growing set of tokens that is closed: with each token it holds what that is merged from."""
+    """A growing, closed set of tokens: with each token it holds the tokens that it is merged from."""
 
     def __init__(self, vocabulary: GgufVocabulary, rules: Rules) -> None:
         self.kept: set[int] = set()
@@ -118,12 +118,12 @@ class _Choice:
         self.add(set(rules.anchors.tolist()))
 
     def add(self, tokens: set[int]) -> None:
-        """Take all of `tokens`, and what they are merged from, whose own path is on theirs."""
+        """Add `tokens` and their paths; the path of a token on a path is part of that path."""
         for token in tokens - self.kept:
             self.kept |= {token} | self._path(token)
 
     def fill(self, size: int) -> None:
-        """Take the most common tokens until there are `size`; those that no text becomes are passed over."""
+        """Add the most common tokens until there are `size`; skip tokens that merging never makes."""
         vocabulary = self._vocabulary
         scores = vocabulary.scores if vocabulary.model != TokenizerKind.BPE else np.zeros(len(vocabulary.tokens))
         for token in np.argsort(-scores, kind="stable").tolist():
@@ -151,7 +151,7 @@ def _used(tokenizer: Tokenizer, texts: Iterable[str]) -> set[int]:
 
 
 def _special(vocabulary: GgufVocabulary, tokenizer: Tokenizer, used: set[int]) -> set[int]:
-    """Special and byte tokens, also those that llama.cpp knows by their text; of placeholders only those in use."""
+    """Special and byte tokens, those that llama.cpp knows by their text included; placeholders only if in use."""
     found = set(np.flatnonzero(np.isin(vocabulary.types, _SPECIAL)).tolist())
     texts = [text.encode() for text in tokenizer.special_texts]
     found |= {vocabulary.ids[text] for text in texts if text in vocabulary.ids}

@@ -1,4 +1,4 @@
-"""A checkpoint whose vocabulary is cut: the same source, of whose embedding and output rows only some are given."""
+"""A checkpoint with a cut vocabulary, and the measures of what the cut costs: coverage, and agreement of answers."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +14,15 @@ from runtime.llama.interface import LlamaLike
 
 from .plan import TrimPlan, tokenizer_of
 
+MAX_ANSWER_TOKENS = 64
 _BY_TOKEN = ("token_embd.weight", "output.weight", "output.bias", "per_layer_token_embd.weight")
 
 
 class TrimmedCheckpoint:
-    """Another checkpoint without the rows of cut tokens. The rows that stay are the same, bit for bit and in order."""
+    """`source` without the rows of cut tokens; the others stay bit for bit and in order. Closing it closes `source`."""
 
     def __init__(self, source: Checkpoint, plan: TrimPlan) -> None:
-        """Raises TrimImpossible when a tensor has not one row for each token, or has and is not known to."""
+        """Raises TrimImpossible for a known tensor without a row per token, and for an unknown tensor with one."""
         self._source = source
         self._kept = plan.kept
         tensors = {name: _trimmed(source.header, tensor, plan) for name, tensor in source.header.tensors.items()}
@@ -29,7 +30,7 @@ class TrimmedCheckpoint:
 
     @property
     def header(self) -> Header:
-        """The header with the trimmed vocabulary, and the shapes that go with it."""
+        """The header with the trimmed vocabulary and the trimmed shapes."""
         return self._header
 
     def slabs(self, tensor: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
@@ -43,7 +44,7 @@ class TrimmedCheckpoint:
             yield from self._kept_rows(whole)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the source."""
         self._source.close()
 
     def _kept_rows(self, tensor: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
@@ -51,6 +52,52 @@ class TrimmedCheckpoint:
             first, last = np.searchsorted(self._kept, (start, start + len(slab)))
             if last > first:
                 yield int(first), slab[self._kept[first:last] - start]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Of held-out texts, tokenized by the full vocabulary: the share of kept tokens, and of texts with all kept."""
+
+    tokens: float
+    examples: float
+
+    def report(self, plan: TrimPlan, greedy_agreement: float | None = None) -> Trim:
+        """The figures as a record of `quality.json`."""
+        return Trim(
+            tokens_before=plan.n_before,
+            tokens_after=len(plan.kept),
+            covered_tokens=self.tokens,
+            covered_examples=self.examples,
+            greedy_agreement=greedy_agreement,
+        )
+
+
+def coverage(header: Header, plan: TrimPlan, texts: Iterable[str]) -> Coverage:
+    """Measure the plan's coverage of `texts`; `header` has the full vocabulary. Raises RequestInvalid for no text."""
+    tokenizer, new_ids = tokenizer_of(header), plan.new_ids
+    found = [new_ids[tokenizer.encode(text, add_special=False, parse_special=True)] >= 0 for text in texts]
+    if not sum(map(len, found)):
+        raise RequestInvalid("the held-out examples hold no text")
+    tokens = float(np.concatenate(found).mean())
+    return Coverage(tokens, sum(bool(kept.all()) for kept in found) / len(found))
+
+
+def greedy_agreement(
+    whole: LlamaLike, trimmed: LlamaLike, prompts: Sequence[str], progress: Callable[[int, int], None]
+) -> float:
+    """The share of prompts that both models answer greedily with the same text, of at most MAX_ANSWER_TOKENS tokens.
+
+    `prompts`: conversations as the model reads them, up to its answer, control tokens written out. Texts are compared,
+    not tokens: a cut vocabulary may spell a text differently. Raises RequestInvalid for no prompts, or one too long
+    for either context.
+    """
+    if not prompts:
+        raise RequestInvalid("there are no held-out prompts to answer")
+    same = 0
+    for done, prompt in enumerate(prompts, 1):
+        same += _answer(whole, prompt) == _answer(trimmed, prompt)
+        progress(done, len(prompts))
+    return same / len(prompts)
 
 
 def _trimmed(header: Header, tensor: TensorInfo, plan: TrimPlan) -> TensorInfo:
@@ -64,59 +111,10 @@ def _trimmed(header: Header, tensor: TensorInfo, plan: TrimPlan) -> TensorInfo:
         return replace(tensor, shape=shape, n_bytes=tensor.n_bytes // n_rows * len(plan.kept))
     if n_rows == plan.n_before and not tensor.name.startswith("blk."):
         raise TrimImpossible(
-            f"{str(header.path)!r}: tensor {tensor.name!r} seems to have a row for each token; known are "
-            f"{', '.join(_BY_TOKEN)}"
+            f"{str(header.path)!r}: tensor {tensor.name!r} seems to have a row for each token, but is not "
+            f"among those known to: {', '.join(_BY_TOKEN)}"
         )
     return tensor
-
-
-MAX_ANSWER_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Of held-out texts, in the whole vocabulary's tokens: the share of tokens kept, and of texts with all kept."""
-
-    tokens: float
-    examples: float
-
-    def report(self, plan: TrimPlan, greedy_agreement: float | None = None) -> Trim:
-        """The figures as `quality.json` has them."""
-        return Trim(
-            tokens_before=plan.n_before,
-            tokens_after=len(plan.kept),
-            covered_tokens=self.tokens,
-            covered_examples=self.examples,
-            greedy_agreement=greedy_agreement,
-        )
-
-
-def coverage(header: Header, plan: TrimPlan, texts: Iterable[str]) -> Coverage:
-    """How much of `texts` the plan covers; `header` is the whole vocabulary's. Raises RequestInvalid for no text."""
-    tokenizer, new_ids = tokenizer_of(header), plan.new_ids
-    found = [new_ids[tokenizer.encode(text, add_special=False, parse_special=True)] >= 0 for text in texts]
-    if not sum(map(len, found)):
-        raise RequestInvalid("the held-out examples hold no text")
-    tokens = float(np.concatenate(found).mean())
-    return Coverage(tokens, sum(bool(kept.all()) for kept in found) / len(found))
-
-
-def greedy_agreement(
-    whole: LlamaLike, trimmed: LlamaLike, prompts: Sequence[str], progress: Callable[[int, int], None]
-) -> float:
-    """The share of prompts that both models answer with the same text, up to its end or MAX_ANSWER_TOKENS.
-
-    `prompts`: conversations as the model reads them, up to where it answers, control tokens written out. The texts are
-    compared, for a cut vocabulary may spell one otherwise. Raises RequestInvalid for no prompts, or one too long for
-    either context.
-    """
-    if not prompts:
-        raise RequestInvalid("there are no held-out prompts to answer")
-    same = 0
-    for done, prompt in enumerate(prompts, 1):
-        same += _answer(whole, prompt) == _answer(trimmed, prompt)
-        progress(done, len(prompts))
-    return same / len(prompts)
 
 
 def _answer(llama: LlamaLike, prompt: str) -> str:

@@ -188,7 +188,7 @@ def test_a_window_that_llama_cpp_leaves_out_is_told(tmp_path: Path) -> None:
             return source.warnings
 
     for family in ("mistral", "phi3"):
-        assert "the model sees the last 512 tokens only" in warnings(family, f"{family}-1", sliding_window=512)[0]
+        assert "the model attends to the last 512 tokens only" in warnings(family, f"{family}-1", sliding_window=512)[0]
         assert warnings(family, f"{family}-2", sliding_window=None) == ()
         assert warnings(family, f"{family}-3", sliding_window=1024) == ()
 

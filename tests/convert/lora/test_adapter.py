@@ -90,7 +90,7 @@ def test_an_untrained_adapter_is_recognised(tmp_path: Path) -> None:
             "trainable_token_indices names 'embed_tokens', but the adapter holds no rows",
         ),
         ({"trainable_token_indices": [-1]}, "trainable_token_indices"),
-        ({"use_bdlora": True}, "use_bdlora = True is not known here"),
+        ({"use_bdlora": True}, "use_bdlora = True is unknown"),
         ({"r": 0}, "r: Input should be greater"),
         ({"r": "many"}, "r: Input should be a valid integer"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
@@ -126,7 +126,7 @@ WRONG_TENSORS = {
     "infinity": (adapter_tensors() | {f"{Q0}.lora_A.weight": np.full((4, 64), np.inf)}, "not finite"),
     "magnitude": (
         adapter_tensors() | {f"{Q0}.lora_magnitude_vector": np.ones(64)},
-        "lora_magnitude_vector' is there, but use_dora is not set",
+        "lora_magnitude_vector' exists, but use_dora is not set",
     ),
     "half an embedding": (
         {f"{EMBEDDING}.lora_embedding_A": np.ones((4, 9))},
@@ -134,12 +134,12 @@ WRONG_TENSORS = {
     ),
     "bias of B": (
         adapter_tensors() | {f"{Q0}.lora_B.bias": np.ones(64)},
-        "lora_B.bias' is there, but lora_bias is not set",
+        "lora_B.bias' exists, but lora_bias is not set",
     ),
     "only a bias of B": ({f"{Q0}.lora_B.bias": np.ones(64)}, f"'{Q0}.lora_A.weight' is missing"),
     "twice": (
         {f"{Q0}.weight": np.ones((64, 64)), f"{Q0}.base_layer.weight": np.ones((64, 64))},
-        "'weight' of 'model.layers.0.self_attn.q_proj', which is there twice",
+        "'weight' of 'model.layers.0.self_attn.q_proj', which occurs twice",
     ),
     "scalar": ({f"{Q0}.weight": np.ones(())}, "has shape (): neither a matrix nor a vector"),
     "empty": ({f"{Q0}.weight": np.ones((0, 64))}, "has shape (0, 64): neither"),
@@ -176,13 +176,13 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     data = weights.read_bytes()
     for size in (0, 7, 100, len(data) - 1):
         weights.write_bytes(data[:size])
-        with pytest.raises(AdapterInvalid, match=r"is truncated|no safetensors file|header"):
+        with pytest.raises(AdapterInvalid, match=r"is truncated|not a safetensors file|header"):
             read_adapter(folder)
     weights.unlink()
     with pytest.raises(AdapterInvalid, match=r"has no 'adapter_model.safetensors'$"):
         read_adapter(folder)
     (folder / "adapter_model.bin").write_bytes(b"never opened")
-    with pytest.raises(AdapterInvalid, match="is a pickle and is not opened"):
+    with pytest.raises(AdapterInvalid, match="is a pickle, which could run any code"):
         read_adapter(folder)
     for content in ("[]", "{", "\xff"):
         config.write_bytes(content.encode("latin-1"))

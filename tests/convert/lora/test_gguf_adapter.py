@@ -149,7 +149,7 @@ def test_an_adapter_that_changes_no_logit_is_not_installed(
     store: Store, tmp_path: Path, hot_request: ConvertRequest
 ) -> None:
     faint = write_adapter(tmp_path / "faint", {name: array * 1e-18 for name, array in adapter_tensors().items()})
-    with pytest.raises(VerifyFailed, match="those of the bare base"):
+    with pytest.raises(VerifyFailed, match="those of the base alone"):
         convert(dataclasses.replace(hot_request, adapter=faint), store, Notes())
     assert files_under(store) == []
 

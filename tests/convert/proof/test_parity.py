@@ -130,7 +130,7 @@ def test_bos_and_eos_are_added_as_the_post_processor_says(tmp_path: Path) -> Non
     check_tokenizer(open_pair(gguf, folder), [])
     without = {**vocabulary.fields, "tokenizer.ggml.add_eos_token": Field.boolean(False)}
     wrong = tiny.vocabulary_gguf(tmp_path / "w.gguf", type(vocabulary)(without, vocabulary.size, ()))
-    with pytest.raises(VerifyFailed, match="BOS or EOS are not added as before"):
+    with pytest.raises(VerifyFailed, match="BOS or EOS are not added as in the checkpoint"):
         check_tokenizer(open_pair(wrong, folder), [])
 
 

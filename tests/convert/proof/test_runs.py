@@ -28,8 +28,8 @@ def test_a_file_that_llama_cpp_cannot_load_is_told_with_its_reason(tmp_path: Pat
 @pytest.mark.parametrize(
     ("chat", "says"),
     [
-        (ChatFormat("{{ messages }}", None, "a test"), "has another chat template than was written: None"),
-        (ChatFormat(None, END + 1, "a test"), f"token {END + 1} ends a turn, but llama.cpp does not take it"),
+        (ChatFormat("{{ messages }}", None, "a test"), "has another chat template than the one written: None"),
+        (ChatFormat(None, END + 1, "a test"), f"token {END + 1} ends a turn, but llama.cpp does not know it"),
     ],
 )
 def test_what_the_file_should_say_is_asked(tmp_path: Path, chat: ChatFormat, says: str) -> None:

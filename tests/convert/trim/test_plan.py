@@ -274,7 +274,7 @@ def test_a_vocabulary_that_cannot_be_cut_is_refused(broken: Header, said: str) -
         ([], 265, "hold no text"),
         (["", ""], 265, "hold no text"),
         (["ab"], 12, r"12 tokens .* at least 262"),
-        (["ab"], 268, "268 tokens is not cut by keeping 268"),
+        (["ab"], 268, "keeping 268 tokens does not cut a vocabulary of 268"),
         (["ab", "\ud800"], 265, "example 1 cannot be tokenized"),
     ],
 )
