@@ -1,8 +1,8 @@
-"""The fields of a GGUF file, its metadata, read strictly: hostile lengths are refused, long arrays only passed over.
+"""The fields (metadata) of a GGUF file, read strictly: hostile lengths are refused, long arrays are skipped.
 
 `gguf.GGUFReader` makes a numpy view of every vocabulary entry (10 s and 700 MB for 262,144 tokens) and follows lengths
 past the end of the file. Here each length is checked against what the file has left, and a field keeps its bytes: a
-copy repeats them exactly, and what nobody asks for is never decoded.
+copy repeats them exactly, and a value is decoded only on access.
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -23,6 +23,7 @@ MAX_TENSORS = 65_536
 MAX_KEY_BYTES = 65_535
 # Ten times the largest vocabulary: what comes before the weights is held in memory.
 MAX_HEAD_BYTES = 1 << 28
+TOKENS = "tokenizer.ggml.tokens"
 
 _UINT8, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 0, 4, 5, 6, 7, 8, 9
 # The other types by their number in the file: u8 i8 u16 i16 u32 i32 f32 bool, then u64 i64 f64.
@@ -34,10 +35,22 @@ _LENGTH = struct.Struct("<Q")
 _LENGTH_BYTES = _LENGTH.size
 _ARRAY_HEAD = struct.Struct("<IIQ")
 
+# Ending of a field's name below its architecture's -> the least and the most it may be.
+_LIMITS: Mapping[str, tuple[int, int]] = {
+    "block_count": (1, 512),
+    "attention.head_count": (0, 1 << 14),
+    "attention.head_count_kv": (0, 1 << 14),
+    "attention.key_length": (0, 1 << 14),
+    "attention.value_length": (0, 1 << 14),
+}
+# Nothing that is counted in a model is more: tokens, positions, widths.
+_MOST = 1 << 30
+_SMALLEST = ("_epsilon",)
+
 
 @dataclass(frozen=True)
 class Field:
-    """A metadata value: its type and payload as the file has them, already found to be whole."""
+    """A metadata value: its type and payload as in the file, complete."""
 
     raw: bytes
 
@@ -106,7 +119,7 @@ class Field:
 
     @property
     def length(self) -> int | None:
-        """How many elements the array has; None for what is no array."""
+        """Length of an array; None for anything else."""
         return int(_ARRAY_HEAD.unpack_from(self.raw)[2]) if self._kind == _ARRAY else None
 
     @property
@@ -123,7 +136,7 @@ class Field:
         return list(self._each_string()) if self._elements[0] == _STRING else None
 
     def find(self, text: bytes) -> int | None:
-        """The place of the first string of the array that is `text`; None without one, and for anything else."""
+        """The index of the first string of the array that equals `text`; None without one, and for anything else."""
         if self._elements[0] != _STRING or _LENGTH.pack(len(text)) + text not in self.raw:
             return None
         return next((place for place, string in enumerate(self._each_string()) if string == text), None)
@@ -141,7 +154,7 @@ class Field:
 
     @property
     def _elements(self) -> tuple[int | None, int]:
-        """The type of an array's elements and how many there are; None and 0 for what is no array."""
+        """Element type and length of an array; None and 0 for anything else."""
         if self._kind != _ARRAY:
             return None, 0
         _, kind, length = _ARRAY_HEAD.unpack_from(self.raw)
@@ -154,9 +167,34 @@ def read_fields(path: Path) -> dict[str, Field]:
         return head.fields()[0]
 
 
+def check_fields(path: Path, fields: Mapping[str, Field]) -> None:
+    """Raise BadGguf for a size out of range, naming the field, the limit and the value."""
+    named = fields.get("general.architecture")
+    prefix = f"{named.value}." if named is not None else None
+    for key, field in fields.items():
+        if prefix is not None and key.startswith(prefix):
+            for value in _numbers(field):
+                _check(path, key, key.removeprefix(prefix), value)
+
+
+def check_vocabulary(path: Path, fields: Mapping[str, Field]) -> None:
+    """Raise BadGguf for a token that is listed twice: llama.cpp aborts on an assertion."""
+    field = fields.get(TOKENS)
+    tokens = (field.strings if field is not None else None) or []
+    if b"\0" in b"".join(tokens):  # to llama.cpp a token ends there
+        tokens = [token.split(b"\0", 1)[0] for token in tokens]
+    if b"" in tokens:  # and each empty one gets a name of its own
+        tokens = [token or b"[EMPTY_%d]" % index for index, token in enumerate(tokens)]
+    if len(set(tokens)) == len(tokens):
+        return
+    twice = next(token for token, count in Counter(tokens).items() if count > 1)
+    places = [index for index, token in enumerate(tokens) if token == twice][:2]
+    raise BadGguf(f"{str(path)!r} has the token {twice[:64]!r} twice: as {places[0]} and as {places[1]}")
+
+
 @contextmanager
 def open_head(path: Path) -> Iterator["HeadReader"]:
-    """The file at `path`, to be read from its beginning. Raises BadGguf for what cannot be opened."""
+    """Open the file at `path` for reading from its beginning. Raises BadGguf if it cannot be opened."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield HeadReader(path, data)
@@ -167,7 +205,7 @@ def open_head(path: Path) -> Iterator["HeadReader"]:
 
 
 class HeadReader:
-    """A cursor over the file that never reads past its end. Whatever is wrong is told as a BadGguf."""
+    """A cursor over the file that never reads past its end. Every fault raises BadGguf."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
@@ -180,7 +218,7 @@ class HeadReader:
         return len(self._data)
 
     def fields(self) -> tuple[dict[str, Field], int]:
-        """All fields, and how many tensors follow them."""
+        """All fields, and the number of tensors that follow them."""
         if self._take(4, "magic") != MAGIC:
             raise self.bad(f"starts with {self._data[:4]!r}, a GGUF file starts with {MAGIC!r}")
         version = self.uint32("version")
@@ -196,7 +234,7 @@ class HeadReader:
         return fields, n_tensors
 
     def bad(self, what: str) -> BadGguf:
-        """The error that says `what` is wrong with this file."""
+        """An error about this file; `what` continues its name."""
         return BadGguf(f"{str(self.path)!r} {what}")
 
     def uint32(self, what: str) -> int:
@@ -270,30 +308,6 @@ class HeadReader:
         self._skip(at - self.at, f"array {key!r}")
 
 
-# Ending of a field's name below its architecture's -> the least and the most it may be.
-_LIMITS: Mapping[str, tuple[int, int]] = {
-    "block_count": (1, 512),
-    "attention.head_count": (0, 1 << 14),
-    "attention.head_count_kv": (0, 1 << 14),
-    "attention.key_length": (0, 1 << 14),
-    "attention.value_length": (0, 1 << 14),
-}
-# Nothing that is counted in a model is more: tokens, positions, widths.
-_MOST = 1 << 30
-_SMALLEST = ("_epsilon",)
-_TOKENS = "tokenizer.ggml.tokens"
-
-
-def check_fields(path: Path, fields: Mapping[str, Field]) -> None:
-    """Raise BadGguf for a size of the model that cannot be, naming the field, the limit and the value."""
-    named = fields.get("general.architecture")
-    prefix = f"{named.value}." if named is not None else None
-    for key, field in fields.items():
-        if prefix is not None and key.startswith(prefix):
-            for value in _numbers(field):
-                _check(path, key, key.removeprefix(prefix), value)
-
-
 def _numbers(field: Field) -> Iterable[int | float]:
     value = field.value
     if isinstance(value, int | float):
@@ -308,18 +322,3 @@ def _check(path: Path, key: str, name: str, value: int | float) -> None:
             raise BadGguf(f"{str(path)!r} has {key!r} = {value}; it must be finite, and an epsilon not negative")
     elif not least <= value <= most:
         raise BadGguf(f"{str(path)!r} has {key!r} = {value}; allowed are {least} to {most}")
-
-
-def check_vocabulary(path: Path, fields: Mapping[str, Field]) -> None:
-    """Raise BadGguf for a token that is listed twice, which llama.cpp asserts not to be."""
-    field = fields.get(_TOKENS)
-    tokens = (field.strings if field is not None else None) or []
-    if b"\0" in b"".join(tokens):  # to llama.cpp a token ends there
-        tokens = [token.split(b"\0", 1)[0] for token in tokens]
-    if b"" in tokens:  # and each empty one gets a name of its own
-        tokens = [token or b"[EMPTY_%d]" % index for index, token in enumerate(tokens)]
-    if len(set(tokens)) == len(tokens):
-        return
-    twice = next(token for token, count in Counter(tokens).items() if count > 1)
-    places = [index for index, token in enumerate(tokens) if token == twice][:2]
-    raise BadGguf(f"{str(path)!r} has the token {twice[:64]!r} twice: as {places[0]} and as {places[1]}")

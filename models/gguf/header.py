@@ -1,4 +1,8 @@
-"""The head of a GGUF file, read strictly: its fields, and where each tensor lies."""
+"""The head of a GGUF file, read strictly: its fields, and where each tensor lies.
+
+Two views: `Header` for conversion, with every field and tensor, and `GgufMeta` for serving, which is small enough to
+keep and answers with a default where a field is missing.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +13,14 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from models.errors import BadGguf
 
-from .fields import Field, HeadReader, check_fields, check_vocabulary, open_head, read_fields
+from .fields import TOKENS, Field, HeadReader, check_fields, check_vocabulary, open_head, read_fields
 
 DEFAULT_ALIGNMENT = 32
-_TOKENS = "tokenizer.ggml.tokens"
 MAX_DIMENSIONS = 4
+# The longest array of numbers that GgufMeta keeps: one for each layer of a model, say.
+MAX_KEPT = 1024
+
+Value = str | int | float | tuple[int | float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class TensorInfo:
 
     @property
     def n_elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return prod(self.shape)
 
 
@@ -62,14 +69,52 @@ class Header:
 
     @property
     def n_vocab(self) -> int:
-        """How many tokens the vocabulary has; 0 without one."""
-        field = self.fields.get(_TOKENS)
+        """Size of the vocabulary; 0 without one."""
+        field = self.fields.get(TOKENS)
         return (field.length or 0) if field is not None else 0
 
     def token_id(self, text: str) -> int | None:
-        """The token that the vocabulary spells so (the first, where one is listed twice); None without one."""
-        field = self.fields.get(_TOKENS)
+        """The id of the token spelled `text` (the first, if it is listed twice); None without one."""
+        field = self.fields.get(TOKENS)
         return field.find(text.encode()) if field is not None else None
+
+
+@dataclass(frozen=True)
+class GgufMeta:
+    """A file's metadata. `values` holds None for arrays of texts or of very many numbers, `lengths` all arrays'."""
+
+    values: Mapping[str, Value]
+    lengths: Mapping[str, int]
+
+    def text(self, key: str) -> str:
+        """A text; empty when the file does not say."""
+        value = self.values.get(key)
+        return value if isinstance(value, str) else ""
+
+    def numbers(self, key: str, count: int) -> tuple[int, ...]:
+        """`count` whole numbers: one for each layer, or the same for all. Zeros when the file does not say."""
+        value = self.values.get(key)
+        many = value if isinstance(value, tuple) else (value,) * count
+        return tuple(int(one) if isinstance(one, int | float) else 0 for one in many[:count])
+
+    def number(self, key: str) -> int:
+        """A whole number; 0 when the file does not say."""
+        return max(self.numbers(key, 1), default=0)
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`, the prefix of the family's own fields; empty when the file does not say."""
+        return self.text("general.architecture")
+
+    @property
+    def is_adapter(self) -> bool:
+        """True for a LoRA adapter, False for a model."""
+        return self.text("general.type") == "adapter"
+
+    @property
+    def n_vocab(self) -> int:
+        """Size of the vocabulary; 0 without one."""
+        return self.lengths.get(TOKENS, 0)
 
 
 def read_header(path: Path) -> Header:
@@ -80,6 +125,19 @@ def read_header(path: Path) -> Header:
         check_vocabulary(path, fields)
         alignment = _alignment(head, fields)
         return Header(path, fields, _tensors(head, n_tensors, alignment), alignment)
+
+
+def read_meta(path: Path) -> GgufMeta:
+    """Read the metadata of the GGUF file at `path`. Raises BadGguf naming the place and the value."""
+    fields = read_fields(path)
+    check_fields(path, fields)
+    lengths = {key: field.length for key, field in fields.items() if field.length is not None}
+    return GgufMeta({key: _kept(field) for key, field in fields.items()}, lengths)
+
+
+def padded(n_bytes: int, alignment: int) -> int:
+    """`n_bytes` rounded up to a multiple of `alignment`."""
+    return -(-n_bytes // alignment) * alignment
 
 
 def _alignment(head: HeadReader, fields: Mapping[str, Field]) -> int:
@@ -130,63 +188,6 @@ def _tensor(head: HeadReader) -> TensorInfo:
     if min(shape) < 1 or shape[-1] % block:
         raise head.bad(f"has tensor {name!r} of shape {shape}; rows of {kind.name} come in multiples of {block}")
     return TensorInfo(name, shape, kind, offset, prod(shape) // block * block_bytes)
-
-
-def padded(n_bytes: int, alignment: int) -> int:
-    """`n_bytes` rounded up to a multiple of `alignment`."""
-    return -(-n_bytes // alignment) * alignment
-
-
-# Numbers of an array that are kept: one for each layer of a model, say.
-MAX_KEPT = 1024
-
-Value = str | int | float | tuple[int | float, ...] | None
-
-
-@dataclass(frozen=True)
-class GgufMeta:
-    """Metadata of one file. `values` holds None for arrays of texts or of very many numbers, `lengths` all arrays'."""
-
-    values: Mapping[str, Value]
-    lengths: Mapping[str, int]
-
-    def text(self, key: str) -> str:
-        """A text; empty when the file does not say."""
-        value = self.values.get(key)
-        return value if isinstance(value, str) else ""
-
-    def numbers(self, key: str, count: int) -> tuple[int, ...]:
-        """`count` whole numbers: one for each layer, or the same for all. Zeros when the file does not say."""
-        value = self.values.get(key)
-        many = value if isinstance(value, tuple) else (value,) * count
-        return tuple(int(one) if isinstance(one, int | float) else 0 for one in many[:count])
-
-    def number(self, key: str) -> int:
-        """A whole number; 0 when the file does not say."""
-        return max(self.numbers(key, 1), default=0)
-
-    @property
-    def architecture(self) -> str:
-        """The family, which begins the names of its own fields."""
-        return self.text("general.architecture")
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether the file is a LoRA adapter and no model."""
-        return self.text("general.type") == "adapter"
-
-    @property
-    def n_vocab(self) -> int:
-        """How many tokens there are; 0 when the file holds no vocabulary."""
-        return self.lengths.get("tokenizer.ggml.tokens", 0)
-
-
-def read_meta(path: Path) -> GgufMeta:
-    """Read the metadata of the GGUF file at `path`. Raises BadGguf naming the place and the value."""
-    fields = read_fields(path)
-    check_fields(path, fields)
-    lengths = {key: field.length for key, field in fields.items() if field.length is not None}
-    return GgufMeta({key: _kept(field) for key, field in fields.items()}, lengths)
 
 
 def _kept(field: Field) -> Value:
