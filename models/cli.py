@@ -1,4 +1,4 @@
-"""`deskside models …` and `deskside pull`: data on stdout, progress on stderr. Errors are left to the front door."""
+"""`deskside models …` and `deskside pull`: data on stdout, progress on stderr. `runtime.cli.main` reports errors."""
 
 import json
 import sys
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from models.common.machine import mebibytes
+
 from .errors import BadManifest, HashMismatch, ModelError
 
 if TYPE_CHECKING:
@@ -17,12 +19,13 @@ if TYPE_CHECKING:
     from models.store.store import Store, StoredModel
 
 _NameArgument = Annotated[str, typer.Argument(help="An installed model.", metavar="NAME")]
+# That of `common.options` loads pydantic.
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 def create_app() -> typer.Typer:
     """The verbs of `deskside models`."""
-    app = typer.Typer(name="models", help="The models on this machine.", no_args_is_help=True, add_completion=False)
+    app = typer.Typer(name="models", help="Manage installed models.", no_args_is_help=True, add_completion=False)
     app.command("list")(list_command)
     app.command("show")(show_command)
     app.command("verify")(verify_command)
@@ -44,7 +47,7 @@ def list_command(as_json: _Json = False) -> None:
 
 
 def show_command(name: _NameArgument, as_json: _Json = False) -> None:
-    """Show a model's card: what it is, how to ask it, licence, files and measured quality."""
+    """Show a model's card: purpose, prompt, licence, files and measured quality."""
     from models.card.card import render_card
     from models.store.store import Store
 
@@ -60,10 +63,10 @@ def show_command(name: _NameArgument, as_json: _Json = False) -> None:
 
 def verify_command(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Models; all of them if none is named.", metavar="[NAME]…")
+        list[str] | None, typer.Argument(help="Installed models; default: all.", metavar="[NAME]…")
     ] = None,
 ) -> None:
-    """Read models again and compare every file with its sha256."""
+    """Hash the files of models and compare with the manifest."""
     from models.store.store import Store
 
     store = Store()
@@ -95,9 +98,9 @@ def pull_command(
     as_json: bool = False,
     build: "Build | None" = None,
 ) -> None:
-    """Install a model by its catalogue name or hf:// address; `build` makes those that are recipes.
+    """Install a model by its catalogue name or hf:// address. `build` builds recipes: `models` cannot convert.
 
-    The front door declares the options and gives `build`, since models converts nothing.
+    `runtime.cli.main` declares the options and passes `build`.
     """
     from models.store.pull import pull
     from models.store.store import Store
@@ -158,7 +161,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, no_wrap=True)
     table.add_column("Description", overflow="fold")
     for row in rows:
-        size = f"{row['size_bytes'] / (1 << 20):.0f} MiB" if row["size_bytes"] is not None else ""
+        size = mebibytes(row["size_bytes"]) if row["size_bytes"] is not None else ""
         table.add_row(row["name"], row["state"], row["kind"] or "", row["quantization"] or "", size, row["description"])
     # Descriptions are other people's text: square brackets in them are no markup.
     Console(markup=False).print(table)

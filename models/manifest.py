@@ -1,4 +1,4 @@
-"""`model.toml`: what a model folder says about itself. Read and written here, and nowhere else."""
+"""`model.toml`, the manifest of a model's folder. Only this module reads and writes it."""
 
 import tomllib
 from pathlib import Path, PurePosixPath
@@ -35,7 +35,7 @@ class Adapter(Record):
 
 
 class Prompt(Record):
-    """How the model was trained to be asked. `template` holds `{text}` once: the user's message is put there."""
+    """The prompt that the model was trained with. `template` holds `{text}` once, for the user's message."""
 
     template: str = "{text}"
 
@@ -47,10 +47,10 @@ class Prompt(Record):
 
 
 class Conversion(Record):
-    """How a model is made of its weights. In a recipe it is the outcome of measuring: building it need not measure.
+    """How a model is made from its weights. A recipe holds the measured choice, so that a build need not measure.
 
     `trim` names a file of examples in the recipe's folder, by which the vocabulary is cut to `keep` tokens. In a model
-    that was cut by other examples it is empty and `keep` tells the size; without either the vocabulary is whole.
+    that was cut by other examples it is empty and `keep` gives the size; without either the vocabulary is whole.
     `imatrix` names the importance matrix in the folder by which weights are rounded, in llama.cpp's format.
     """
 
@@ -86,7 +86,7 @@ class Artefact(Record):
 
 
 class Accuracy(Record):
-    """One measured accuracy: what was measured, on which examples, with its 95 % interval (Wilson)."""
+    """A measured accuracy on a split of the examples, with its 95 % interval (Wilson)."""
 
     what: str
     split: str
@@ -105,7 +105,7 @@ class Accuracy(Record):
 
 
 class Manifest(Record):
-    """A model: its name, what it is for, where it comes from and which files it has.
+    """A model: name, purpose, origin and files.
 
     A built model has at least one artefact; a recipe (base plus adapter, not built yet) has none. `source` is where
     the artefacts were fetched from; it is empty when they were made here.

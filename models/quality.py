@@ -1,4 +1,4 @@
-"""`quality.json`: what quantizing (and trimming) lost and gained, candidate by candidate, and which was picked and why.
+"""`quality.json`: the loss and gain of quantizing (and trimming) by candidate, and the choice with its reason.
 
 Everything is measured against the half-precision file of the same conversion, on held-out examples, on one machine.
 """
@@ -62,7 +62,7 @@ class Speed(Record):
 
 
 class Shape(Record):
-    """What the speeds were measured with: the typical example (medians, in tokens) and how it was served."""
+    """The workload of the speed measurements: the typical example (medians, in tokens) and how it was served."""
 
     prompt_tokens: Annotated[int, Field(gt=0)]
     answer_tokens: Annotated[int, Field(gt=0)]
@@ -73,10 +73,10 @@ class Shape(Record):
 
 
 class Candidate(Record):
-    """One file that was made and measured. `score_per_s`: what the pick compares, examples a second for the work.
+    """A file that was made and measured. `score_per_s`: examples per second for the work, by which the choice is made.
 
-    `kl_to_base`: mean KL divergence to the model before its fine-tuning, where that was at hand. `grid`: what of the
-    fine-tuned matrices is rounded to the grid their base lay on, in words. `verdict` is "unjudged" until the choice.
+    `kl_to_base`: mean KL divergence to the model before its fine-tuning, where that was at hand. `grid` describes
+    which fine-tuned matrices are rounded to the grid their base lay on. `verdict` is "unjudged" until the choice.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Candidate(Record):
 
 
 class Budget(Record):
-    """What a candidate may lose at most. Accuracy may not be lower at 95 % on the paired test."""
+    """The largest permitted loss of a candidate. Accuracy may not be lower at 95 % on the paired test."""
 
     kl_mean: float = 0.02
     flips: float = 0.02
@@ -113,11 +113,11 @@ class Trim(Record):
 
 
 class Quality(Record):
-    """The whole report. `noise`: the reference against itself in another batch shape; nothing below it means anything.
-    It was measured on the first `noise_examples` of the held-out ones (None: on all of them).
+    """The whole report. `noise` is the noise floor: the reference compared with itself at another batch size,
+    measured on the first `noise_examples` of the held-out ones (None: on all of them).
 
-    `base_distance` tells how far the fine-tune lies from its base, where there is a base to compare with, and
-    `base_check` what that comparison was, or why there was none. `overruled`: the user chose, not the budget.
+    `base_distance` is the distance of the fine-tune from its base, if there is a base to compare with;
+    `base_check` describes that comparison, or why there was none. `overruled`: the user chose, not the budget.
     """
 
     schema_version: Literal[1] = 1

@@ -1,23 +1,13 @@
-"""A model's README.md: everything its manifest knows, for people. Pure; says "not measured" where nothing was."""
+"""A model's README.md, rendered from its manifest and quality.json. Pure; missing figures read "not measured"."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from models.common.machine import mebibytes
 from models.manifest import Accuracy, Artefact, Manifest
 from models.quality import Answers, Candidate, Loss, Quality, Shape, Speed, Trim
 
 from .plot import PLOT_FILE
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; bars and line breaks in a cell stay in it."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
 
 _NOTHING = "–"
 _LOSS_HEAD = (
@@ -26,8 +16,23 @@ _LOSS_HEAD = (
 )
 
 
+def render_card(manifest: Manifest, measured: Quality | None = None) -> str:
+    """The model card as Markdown. `measured` is the model's `quality.json`, if there is one."""
+    sections = [
+        f"# {manifest.name}\n\n{manifest.description or 'No description was given.'}",
+        _run(manifest),
+        _prompt(manifest),
+        _origin(manifest),
+        _licence(manifest),
+        "## Files\n\n" + _files(manifest.artefacts),
+        "## Quality\n\n" + _quality(manifest.quality) if manifest.quality or measured is None else "",
+        "## The choice of the file\n\n" + render_quality(measured) if measured is not None else "",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
 def render_quality(quality: Quality) -> str:
-    """The card's section about the choice, without its heading. Says what was not measured."""
+    """The card's section about the choice of the file, without its heading."""
     parts = [
         _summary(quality),
         f"![Speed, loss and size of each file]({PLOT_FILE})" if _has_plot(quality) else "",
@@ -38,6 +43,12 @@ def render_quality(quality: Quality) -> str:
         _how(quality),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; bars are escaped and line breaks removed in its cells."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
 
 
 def _summary(quality: Quality) -> str:
@@ -52,7 +63,7 @@ def _loss_rows(quality: Quality) -> Iterator[Sequence[str]]:
     for one in quality.candidates:
         mark = "**" if one.name == quality.chosen else ""
         verdict = "**chosen**, overruled" if mark and quality.overruled else f"{mark}{one.verdict}{mark}"
-        yield (f"{mark}{one.name}{mark}", _mib(one.size_bytes), *_loss(one.loss), *_answers(one.answers), verdict)
+        yield (f"{mark}{one.name}{mark}", mebibytes(one.size_bytes), *_loss(one.loss), *_answers(one.answers), verdict)
     if quality.noise is not None:
         flips = _NOTHING if quality.noise_flips is None else str(quality.noise_flips)
         flips += "" if quality.noise_examples is None else f" of {quality.noise_examples}"
@@ -102,7 +113,7 @@ def _speed_row(one: Candidate, speed: Speed, widths: Sequence[int], chosen: str)
         f"{mark}{one.name}{mark}",
         f"{speed.prefill_tokens_per_s:.0f}",
         *decode,
-        _mib(speed.peak_memory_bytes),
+        mebibytes(speed.peak_memory_bytes),
         score,
     )
 
@@ -121,14 +132,15 @@ def _is(verdict: str) -> str:
 
 def _trimmed(trim: Trim) -> str:
     agreement = (
-        f" With it the likeliest answer was the untrimmed model's for {trim.greedy_agreement:.1%} of them."
+        f" The trimmed model gave the untrimmed model's likeliest answer for {trim.greedy_agreement:.1%} of them."
         if trim.greedy_agreement is not None
         else ""
     )
     return (
-        f"The vocabulary was cut from {trim.tokens_before:,} tokens to {trim.tokens_after:,}. What stays covers "
-        f"{trim.covered_tokens:.1%} of the tokens of the held-out examples, and {trim.covered_examples:.1%} of these "
-        f"examples whole; other words are spelled in smaller pieces.{agreement}"
+        f"The vocabulary was cut from {trim.tokens_before:,} tokens to {trim.tokens_after:,}. The "
+        f"remaining tokens cover {trim.covered_tokens:.1%} of the tokens of the held-out examples, and "
+        f"{trim.covered_examples:.1%} of these examples completely; other words are spelled in smaller pieces."
+        f"{agreement}"
     )
 
 
@@ -136,7 +148,7 @@ def _how(quality: Quality) -> str:
     budget = quality.budget
     lines = [
         f"- Budget: mean KL divergence ≤ {budget.kl_mean:g} nats, answers changed ≤ {budget.flips:.0%}, accuracy not "
-        "lower at 95 % on the paired test (exact McNemar; the interval is Newcombe's). All beside F16.",
+        "lower at 95 % on the paired test (exact McNemar; the interval is Newcombe's). All compared with F16.",
         f"- Examples: {quality.held_out_examples} held out of `{quality.examples_file}` (sha256 "
         f"`{quality.examples_sha256}`), {quality.calibration_examples} others for the importance matrix.",
     ]
@@ -152,7 +164,7 @@ def _how(quality: Quality) -> str:
 
 
 def _shape(shape: Shape, work: str) -> str:
-    task = "its answer weighed" if work == "classify" else "its answer written"
+    task = "its answer scored" if work == "classify" else "its answer written"
     return (
         f" {shape.threads} threads, {shape.rounds} rounds in turns, each file in a process of its own; medians. An "
         f"example is {shape.prompt_tokens} tokens of prompt and {shape.answer_tokens} of answer, {task}, "
@@ -164,30 +176,8 @@ def _has_plot(quality: Quality) -> bool:
     return any(one.score_per_s is not None for one in quality.candidates)
 
 
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / _MIB:.0f} MiB"
-
-
 def _sentence(reason: str) -> str:
     return reason + "." if reason and not reason.endswith(".") else reason
-
-
-_MIB = 1 << 20
-
-
-def render_card(manifest: Manifest, measured: Quality | None = None) -> str:
-    """The model card as Markdown. `measured` is the model's `quality.json`, where its quantization was chosen."""
-    sections = [
-        f"# {manifest.name}\n\n{manifest.description or 'No description was given.'}",
-        _run(manifest),
-        _prompt(manifest),
-        _origin(manifest),
-        _licence(manifest),
-        "## Files\n\n" + _files(manifest.artefacts),
-        "## Quality\n\n" + _quality(manifest.quality) if manifest.quality or measured is None else "",
-        "## The choice of the file\n\n" + render_quality(measured) if measured is not None else "",
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _run(manifest: Manifest) -> str:
@@ -243,7 +233,7 @@ def _files(artefacts: Sequence[Artefact]) -> str:
     return table(
         ("File", "Quantization", "Size", "sha256"),
         (
-            (f"`{file.file}`", file.quantization, f"{file.size_bytes / _MIB:.1f} MiB", f"`{file.sha256}`")
+            (f"`{file.file}`", file.quantization, mebibytes(file.size_bytes, 1), f"`{file.sha256}`")
             for file in artefacts
         ),
     )
@@ -273,3 +263,7 @@ def _fenced(text: str, language: str = "") -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

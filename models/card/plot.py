@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from models.common.machine import mebibytes
 from models.quality import Candidate, Quality
 
 PLOT_FILE = "quality.svg"
@@ -18,7 +19,6 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 735, 76, 380
 # Where the logarithmic axis begins; the reference, which loses nothing, stands to the left of it.
 _START, _REFERENCE = 106, 82
 _CHARACTER, _LINE = 7.0, 15.0
-_MIB = 1 << 20
 _CLASSES = {"chosen": "best", "within budget": "within", "undoes the fine-tune": "undone"}
 _LEGEND = (("best", "chosen"), ("within", "within budget"), ("over", "over budget"), ("undone", "undoes the fine-tune"))
 _STYLE = """
@@ -119,7 +119,7 @@ def _kl(one: Candidate) -> float:
 def _dot(one: Candidate, speed: float, scales: _Scales, largest: int) -> _Dot:
     style = _CLASSES.get(one.verdict, "over")
     radius = 13 * math.sqrt(one.size_bytes / largest)
-    return _Dot(scales.x(_kl(one)), scales.y(speed), radius, style, f"{one.name}, {one.size_bytes / _MIB:.0f} MiB")
+    return _Dot(scales.x(_kl(one)), scales.y(speed), radius, style, f"{one.name}, {mebibytes(one.size_bytes)}")
 
 
 def _frame(scales: _Scales, work: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and what they hash to. Here because store, download and convert all need it."""
+"""Atomic writes, hashes, and room on the disk."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from models.errors import StoreError
 CHUNK_BYTES = 1 << 20
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Weights in these files are pickles, which run code when they are opened: Deskside never opens one."""
-# Left free beside a model: manifest, card, and room for the rest of the machine to breathe.
+# Space kept free beside a model, for its manifest and card and for other programs.
 MARGIN_BYTES = 16 << 20
 
 Progress = Callable[[int, int | None], None]
@@ -33,7 +33,7 @@ def sha256_file(path: Path, progress: Progress | None = None) -> str:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write beside `path`, flush to disk, rename: a reader sees the old content or the new one, never a part."""
+    """Write beside `path`, flush to disk, rename: a reader sees the old content or the new, never a part."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)

@@ -1,4 +1,4 @@
-"""The models Deskside knows by name: `catalog.toml`, read and checked. Data, so that no address stands in code."""
+"""The models Deskside knows by name: `catalog.toml`, read and checked."""
 
 import tomllib
 from pathlib import Path
@@ -53,11 +53,11 @@ class CatalogEntry(Record):
         return self
 
     def artefact(self) -> Artefact:
-        """The file the sources deliver, for the manifest. Not for recipes."""
+        """The file that the sources deliver, for the manifest. Not for recipes."""
         return Artefact(file=self.file, quantization=self.quantization, size_bytes=self.size_bytes, sha256=self.sha256)
 
     def recipe_folder(self) -> Path:
-        """The folder with the recipe's `model.toml` and adapter. Not for files."""
+        """The folder with the recipe's `model.toml` and adapter. For recipes only."""
         return _HERE / self.recipe
 
 

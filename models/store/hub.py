@@ -1,4 +1,4 @@
-"""A source -> a verified file. The one door to the Hugging Face Hub, whose errors become ours here.
+"""Fetch a source into a verified file. The one door to the Hugging Face Hub, whose errors become ours here.
 
 A dropped connection is resumed with a Range request, as often as data keeps coming. `HF_ENDPOINT`, `HF_TOKEN` and
 `HF_HUB_OFFLINE` are honoured; a file that the Hub's own cache holds already is taken from there.
@@ -26,7 +26,7 @@ _SHA256_LENGTH = 64
 
 @dataclass(frozen=True)
 class HubFacts:
-    """What the Hub says of a file before it is fetched. `sha256` is None when it keeps the file outside LFS."""
+    """Facts about a file, known before it is fetched. `sha256` is None when the Hub keeps the file outside LFS."""
 
     commit: str
     size_bytes: int | None
@@ -41,9 +41,9 @@ def fetch(
     size_bytes: int | None,
     progress: Progress | None = None,
 ) -> Path:
-    """Bring the file of `source` (see models/store/sources.py) to `destination` and return that path.
+    """Fetch the file of `source` (see models/store/sources.py) to `destination` and return that path.
 
-    It is written beside `destination` and renamed when it is whole and its hash is right; on failure nothing is left.
+    It is written beside `destination` and renamed once its hash is verified; a failure leaves nothing behind.
     Raises DownloadFailed, HashMismatch, or StoreError when the disk is too small for `size_bytes`.
     """
     parsed = parse_source(source)
@@ -92,7 +92,7 @@ def _from_hub(source: HubFile, folder: Path, sha256: str | None, progress: Progr
                 source.path,
                 revision=source.revision,
                 local_dir=folder,
-                # Its own cache is looked at above, where a damaged file is not taken for the right one.
+                # Its own cache is searched above, where the hash is verified.
                 cache_dir=folder / "cache",
                 endpoint=os.environ.get("HF_ENDPOINT"),
                 tqdm_class=tqdm_for(progress),
@@ -102,7 +102,7 @@ def _from_hub(source: HubFile, folder: Path, sha256: str | None, progress: Progr
 
 @contextmanager
 def hub_errors(source: HubFile | HubRepo) -> Iterator[None]:
-    """Whatever the Hub's client raises while `source` is fetched becomes a DownloadFailed that names it."""
+    """Turn every error of the Hub's client into a DownloadFailed that names `source`."""
     from huggingface_hub import errors
 
     # The transport's base class comes from whichever httpx this huggingface_hub was built on.
@@ -125,7 +125,7 @@ def hub_errors(source: HubFile | HubRepo) -> Iterator[None]:
 
 
 def is_offline() -> bool:
-    """Whether the user forbade the Hub's client to connect."""
+    """True if HF_HUB_OFFLINE forbids the Hub's client to connect."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
@@ -137,13 +137,13 @@ def _first_line(error: Exception) -> str:
 
 
 def tqdm_for(progress: Progress | None, before: int = 0) -> type[Any]:
-    """A tqdm that draws nothing and tells `progress` instead: whoever called us decides what is shown.
+    """A tqdm class that calls `progress` and draws nothing.
 
-    `before` bytes were there already when its file began.
+    `before` is the number of bytes fetched before this file.
     """
     from tqdm import tqdm
 
-    class Reporter(tqdm):  # type: ignore[type-arg]
+    class SilentTqdm(tqdm):  # type: ignore[type-arg]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._done: int = kwargs.get("initial", 0)
             self._size: int | None = kwargs.get("total")
@@ -155,10 +155,10 @@ def tqdm_for(progress: Progress | None, before: int = 0) -> type[Any]:
                 progress(before + self._done, self._size)
             return None
 
-    return Reporter
+    return SilentTqdm
 
 
-_WANTED = re.compile(
+_CHECKPOINT_FILES = re.compile(
     r"(model[\w.-]*\.safetensors(\.index\.json)?|config\.json|generation_config\.json|tokenizer[\w.-]*\.json|"
     r"tokenizer\.model|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|"
     r"chat_templates/[\w.-]+\.jinja)"
@@ -166,7 +166,7 @@ _WANTED = re.compile(
 
 
 def fetch_checkpoint(source: HubRepo, progress: Progress | None = None) -> Path:
-    """The folder that holds the checkpoint's files, fetched where they are missing.
+    """Fetch the missing files of a checkpoint and return their folder.
 
     Weights are checked against the sha256 that the Hub promises. Raises DownloadFailed (no such repository, no access,
     no safetensors in it …), HashMismatch, or StoreError when the disk is too small.
@@ -202,8 +202,8 @@ def fetch_checkpoint(source: HubRepo, progress: Progress | None = None) -> Path:
 
 
 def _chosen(source: HubRepo, siblings: Sequence[Any]) -> list[Any]:
-    """What to fetch, the configuration last: its folder is the checkpoint's."""
-    chosen = [file for file in siblings if _WANTED.fullmatch(file.rfilename)]
+    """The files to fetch, config.json last: its folder is the checkpoint's."""
+    chosen = [file for file in siblings if _CHECKPOINT_FILES.fullmatch(file.rfilename)]
     names = [file.rfilename for file in chosen]
     if "config.json" not in names:
         raise DownloadFailed(f"{source} is no checkpoint: it has no 'config.json'")
@@ -217,7 +217,7 @@ def _chosen(source: HubRepo, siblings: Sequence[Any]) -> list[Any]:
 def _check(source: HubRepo, file: Any, path: Path) -> None:
     promised = file.lfs.sha256 if file.lfs is not None else None
     if promised is not None and (found := sha256_file(path)) != promised:
-        # The Hub's client would take the damaged file for the right one ever after.
+        # Without this the Hub's client would use the damaged file from its cache.
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise HashMismatch(f"{source}: {file.rfilename!r} has sha256 {found}, the Hub says {promised}; fetch it again")

@@ -1,4 +1,4 @@
-"""A name or an address -> an installed model: the catalogue says where from, the store says where to."""
+"""Install a model by its catalogue name or its address on the Hub."""
 
 import re
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from .sources import HubFile, parse_source
 from .store import Store, StoredModel, check_name
 
 Build = Callable[[CatalogEntry, Store], StoredModel]
-"""Builds a catalogue entry that is a recipe and installs it. Given by the front door: models converts nothing."""
+"""Builds a catalogue entry that is a recipe and installs it. The caller passes it: `models` cannot convert."""
 
 _QUANTIZATION = re.compile(r"(?<![A-Za-z0-9])(I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4|BF16|F16|F32)(?![A-Za-z0-9])", re.I)
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What to fetch. The manifest is complete once the file is here: of some files the hash is not known before."""
+class _Download:
+    """A file to fetch, and its manifest's fields. Some sources do not give the hash in advance."""
 
     name: str
     description: str
@@ -46,11 +46,11 @@ def pull(
     catalog: Catalog | None = None,
     build: Build | None = None,
 ) -> StoredModel:
-    """Install a model from the catalogue, or any GGUF file by its hf:// address; returns it if it is there already.
+    """Install a model from the catalogue, or any GGUF file by its hf:// address; return it if it is installed.
 
-    `build` makes a recipe's model, and knows whether one that is there still is the recipe's. `name` is what an hf://
-    model is to be called, by default derived from its file's name. Raises ModelNotFound, DownloadFailed (naming every
-    source and why it failed), HashMismatch, StoreError.
+    `build` builds a recipe's model, or rebuilds it if the recipe has changed. `name` names an hf:// model; by default
+    the name is derived from its file's. Raises ModelNotFound, DownloadFailed (naming every source and why it failed),
+    HashMismatch, StoreError.
     """
     if "://" in name_or_uri:
         source = parse_source(name_or_uri)
@@ -76,7 +76,7 @@ def pull(
 
 
 def name_of(source: HubFile) -> str:
-    """The name a file on the Hub gets in the store: its own, in lower case, other characters made dashes."""
+    """The name in the store of a file on the Hub: its own, in lower case, with dashes for other characters."""
     return check_name(re.sub(r"[^a-z0-9._-]+", "-", PurePosixPath(source.path).stem.lower()).strip("-._")[:64])
 
 
@@ -90,16 +90,16 @@ def _installed_from(store: Store, name: str, source: HubFile) -> StoredModel | N
     return stored
 
 
-def _in_catalog(entry: CatalogEntry) -> _Wanted:
+def _in_catalog(entry: CatalogEntry) -> _Download:
     kept = {"name", "description", "licence", "licence_notice", "hint"}
     artefact = entry.artefact()
-    return _Wanted(**entry.model_dump(include=kept), **artefact.model_dump(), sources=entry.sources)
+    return _Download(**entry.model_dump(include=kept), **artefact.model_dump(), sources=entry.sources)
 
 
-def _on_hub(name: str, source: HubFile) -> _Wanted:
+def _on_hub(name: str, source: HubFile) -> _Download:
     facts = look_up(source)
     found = _QUANTIZATION.search(PurePosixPath(source.path).stem)
-    return _Wanted(
+    return _Download(
         name=name,
         description=f"{PurePosixPath(source.path).name} from {source.repo}",
         licence=f"as stated by its publisher, {source.repo}",
@@ -112,45 +112,45 @@ def _on_hub(name: str, source: HubFile) -> _Wanted:
     )
 
 
-def _install(wanted: _Wanted, store: Store, progress: Progress | None) -> StoredModel:
-    with store.staging(wanted.name) as folder:
-        file = folder / wanted.file
-        source = _fetch_first(wanted, file, progress)
+def _install(download: _Download, store: Store, progress: Progress | None) -> StoredModel:
+    with store.staging(download.name) as folder:
+        file = folder / download.file
+        source = _fetch_first(download, file, progress)
         with file.open("rb") as opened:
             if (magic := opened.read(4)) != b"GGUF":
                 raise DownloadFailed(f"{source} is not a GGUF file: it starts with {magic!r}")
-        manifest = _manifest(wanted, file, source)
+        manifest = _manifest(download, file, source)
         write_atomic(folder / MANIFEST_FILE, dump_manifest(manifest))
         write_atomic(folder / "README.md", render_card(manifest))
-    return store.get(wanted.name)
+    return store.get(download.name)
 
 
-def _fetch_first(wanted: _Wanted, file: Path, progress: Progress | None) -> str:
+def _fetch_first(download: _Download, file: Path, progress: Progress | None) -> str:
     failures: list[ModelError] = []
-    for source in wanted.sources:
+    for source in download.sources:
         try:
-            fetch(source, file, sha256=wanted.sha256, size_bytes=wanted.size_bytes, progress=progress)
+            fetch(source, file, sha256=download.sha256, size_bytes=download.size_bytes, progress=progress)
         except (DownloadFailed, HashMismatch) as error:
             failures.append(error)
         else:
             return source
     reasons = "".join(f"\n  - {error}" for error in failures)
     kind = HashMismatch if all(isinstance(error, HashMismatch) for error in failures) else DownloadFailed
-    raise kind(f"no source delivered {wanted.name!r}:{reasons}" + (f"\n{wanted.hint}" if wanted.hint else ""))
+    raise kind(f"no source delivered {download.name!r}:{reasons}" + (f"\n{download.hint}" if download.hint else ""))
 
 
-def _manifest(wanted: _Wanted, file: Path, source: str) -> Manifest:
+def _manifest(download: _Download, file: Path, source: str) -> Manifest:
     artefact = Artefact(
-        file=wanted.file,
-        quantization=wanted.quantization,
+        file=download.file,
+        quantization=download.quantization,
         size_bytes=file.stat().st_size,
-        sha256=wanted.sha256 or sha256_file(file),
+        sha256=download.sha256 or sha256_file(file),
     )
     return Manifest(
-        name=wanted.name,
-        description=wanted.description,
-        licence=wanted.licence,
-        licence_notice=wanted.licence_notice,
+        name=download.name,
+        description=download.description,
+        licence=download.licence,
+        licence_notice=download.licence_notice,
         source=source,
         artefacts=(artefact,),
     )

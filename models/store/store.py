@@ -1,11 +1,10 @@
-"""Where models lie on disk: a name or a path becomes a verified local file; installing is all or nothing.
+"""The models on disk: a name or a path becomes a verified local file; installing is all or nothing.
 
-<home>/models/<name>/    model.toml, *.gguf, README.md: whole models only
+<home>/models/<name>/    model.toml, *.gguf, README.md: complete models only
 <home>/staging/<id>/     models in the making, each held by the lock file <id>.lock of a living process
-<home>/staging/.lock     held for the moments in which folders change places
+<home>/staging/.lock     held while folders are renamed
 """
 
-import builtins
 import os
 import re
 import uuid
@@ -31,7 +30,7 @@ def default_home() -> Path:
 
 
 def check_name(name: str) -> str:
-    """`name`, when it may be the name of a model. Raises StoreError: a name must not lead out of the store."""
+    """Return `name` if it may name a model. Raises StoreError: a name must not lead out of the store."""
     if not _NAME.fullmatch(name):
         raise StoreError(
             f"{name!r} is not a model name: 1 to 64 of a-z, 0-9, '.', '_' and '-', starting with a letter or a digit"
@@ -57,15 +56,11 @@ class Store:
         self._models = self.home / "models"
         self._staging = self.home / "staging"
 
-    def names(self) -> builtins.list[str]:
+    def names(self) -> list[str]:
         """The names of the installed models, sorted."""
         if not self._models.is_dir():
             return []
         return sorted(path.name for path in self._models.iterdir() if (path / MANIFEST_FILE).is_file())
-
-    def list(self) -> builtins.list[StoredModel]:
-        """All installed models, by name. Raises BadManifest when one of them is damaged."""
-        return [self.get(name) for name in self.names()]
 
     def get(self, name: str) -> StoredModel:
         """The installed model of that name. Raises ModelNotFound, BadManifest, StoreError (not a name)."""
@@ -102,28 +97,28 @@ class Store:
         """A temporary folder to build the model `name` in; leaving the block installs it.
 
         On leaving, `model.toml` is read, each artefact's size and sha256 are verified, everything is flushed to disk
-        and renamed into place at once. Artefacts whose names are in `read_back` by then are not read again: the caller
-        has. When the block raises (KeyboardInterrupt included), the folder is removed.
+        and renamed into place at once. Artefacts whose names are in `read_back` by then are not hashed again: the
+        caller has done so. When the block raises (KeyboardInterrupt included), the folder is removed.
         Raises StoreError (name taken and not `replace`, or not a name), BadManifest, HashMismatch.
         """
         target = self._models / check_name(name)
         if target.exists() and not replace:
             raise _taken(name)
-        with self._workplace(name) as folder:
+        with self._staged_folder(name) as folder:
             yield folder
             self._check_staged(name, folder, read_back)
-            with self._moving():
-                self._put_in_place(folder, target, replace=replace)
+            with self._renaming():
+                self._install(folder, target, replace=replace)
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
-        """Held by whoever fetches `name`, so that a second process waits for the first instead of repeating it."""
+        """Lock `name` while it is fetched or built: a second process waits for the first."""
         self._prepare()
         with FileLock(self._staging / f"{check_name(name)}.pull.lock"):
             yield
 
     def verify(self, name: str, progress: Progress | None = None) -> None:
-        """Read every artefact of the model again. Raises HashMismatch naming the file and both hashes."""
+        """Hash every artefact of the model. Raises HashMismatch naming the file and both hashes."""
         stored = self.get(name)
         for artefact in stored.manifest.artefacts if stored.manifest is not None else ():
             _check_hash(
@@ -134,11 +129,11 @@ class Store:
             )
 
     def remove(self, name: str) -> None:
-        """Delete the model. It is gone from the list at once, even when deleting its files takes a while."""
+        """Delete the model. Its name is free at once, even when deleting the files takes a while."""
         folder = self._models / check_name(name)
         if not folder.exists() and not folder.is_symlink():
             raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}")
-        with self._workplace(name) as trash, self._moving():
+        with self._staged_folder(name) as trash, self._renaming():
             folder.rename(trash / name)
 
     def _installed(self) -> str:
@@ -153,17 +148,17 @@ class Store:
             raise StoreError(f"the store {str(self.home)!r} cannot be written: {error}; set DESKSIDE_HOME") from error
 
     @contextmanager
-    def _moving(self) -> Iterator[None]:
+    def _renaming(self) -> Iterator[None]:
         self._prepare()
         with FileLock(self._staging / ".lock"):
             yield
 
     @contextmanager
-    def _workplace(self, name: str) -> Iterator[Path]:
-        """A folder under staging that lives as long as the block, known to be alive by the lock beside it."""
+    def _staged_folder(self, name: str) -> Iterator[Path]:
+        """Make a folder in staging for the block; the lock file beside it shows that this process still uses it."""
         folder = self._staging / f"{name}.{uuid.uuid4().hex[:12]}"
         alive = FileLock(_lock_of(folder))
-        with self._moving():
+        with self._renaming():
             self._sweep()
             alive.acquire()
             folder.mkdir()
@@ -175,7 +170,7 @@ class Store:
             discard(_lock_of(folder))
 
     def _sweep(self) -> None:
-        """Remove what dead processes left in staging; put back a model whose replacement was cut short."""
+        """Remove the leftovers of dead processes from staging; restore a model whose replacement was interrupted."""
         for folder in self._staging.iterdir():
             if not folder.is_dir():
                 continue
@@ -206,16 +201,16 @@ class Store:
             sync(path)
         sync(folder)
 
-    def _put_in_place(self, folder: Path, target: Path, *, replace: bool) -> None:
+    def _install(self, folder: Path, target: Path, *, replace: bool) -> None:
         if target.exists() and not replace:
             raise _taken(target.name)
-        with self._aside(target):
+        with self._moved_aside(target):
             folder.rename(target)
         sync(self._models)
 
     @contextmanager
-    def _aside(self, target: Path) -> Iterator[None]:
-        """The old model steps aside; it comes back when the block fails, at once or at the next sweep."""
+    def _moved_aside(self, target: Path) -> Iterator[None]:
+        """Move the installed model aside for the block; restore it if the block fails, or at the next sweep."""
         if not target.exists():
             yield
             return

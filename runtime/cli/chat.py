@@ -1,7 +1,7 @@
 """A chat in the terminal: one conversation over the same supervisor that serves HTTP.
 
-On a terminal it prompts, streams, and lets Ctrl-C stop an answer; from a pipe it reads a message a line and writes an
-answer a line, so that it can stand in a shell script.
+On a terminal it prompts, streams, and lets Ctrl-C stop an answer; from a pipe it reads one message per line and writes
+one answer per line, for use in shell scripts.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ HELP = (
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What may be asked for an answer; None leaves it to the model's task."""
+    """Options of every answer; None leaves the choice to the model's task."""
 
     temperature: float | None = None
     top_p: float = 1.0
@@ -38,7 +38,7 @@ class ChatOptions:
 
 @dataclass
 class Conversation:
-    """What was said, as the model wants to see it. A classifier judges each text by itself, so it keeps nothing."""
+    """The exchanges so far, in the model's format. A classifier labels each text independently, so it keeps none."""
 
     manifest: Manifest | None
     options: ChatOptions
@@ -47,7 +47,7 @@ class Conversation:
 
     @property
     def classifies(self) -> bool:
-        """Whether the model answers with one of its labels."""
+        """True if the model answers with one of its labels."""
         return self.manifest is not None and self.manifest.task == "classify"
 
     def messages(self, text: str) -> list[dict[str, str]]:
@@ -57,7 +57,7 @@ class Conversation:
         return [*system, *self.turns, {"role": "user", "content": template.replace("{text}", text)}]
 
     def remember(self, text: str, answer: str) -> None:
-        """Keep an exchange, unless each text stands by itself."""
+        """Append an exchange, unless the model is a classifier."""
         if not self.classifies:
             asked = self.messages(text)[-1]
             self.turns += [asked, {"role": "assistant", "content": answer}]
@@ -69,18 +69,18 @@ class Conversation:
         return dropped
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """How long the answer may be; None: as long as the context allows."""
+    def max_tokens(self) -> int | None:
+        """Length limit of the answer; None: as long as the context allows."""
         return self.options.max_tokens or (LABEL_TOKENS if self.classifies else None)
 
     def sampling(self, max_tokens: int) -> SamplingParams:
-        """How the answer is drawn: greedily for a label."""
+        """Sampling parameters of the next answer: greedy for a label."""
         given = self.options.temperature
         temperature = given if given is not None else 0.0 if self.classifies else 0.8
         return SamplingParams(max_tokens, temperature=temperature, top_p=self.options.top_p, seed=self.seed())
 
     def seed(self) -> int:
-        """The next answer's seed: drawn, or counted up from the given one, so that a conversation can be repeated."""
+        """The next answer's seed: random, or counted up from the given one, so that a conversation can be repeated."""
         self.asked += 1
         return secrets.randbits(63) if self.options.seed is None else self.options.seed + self.asked - 1
 
@@ -97,9 +97,9 @@ class Chat:
         self.conversation = conversation
 
     async def answer(self, text: str) -> AsyncGenerator[str, None]:
-        """The answer to `text`, piece by piece; remembered once it is whole. Closed early, it is cancelled.
+        """Stream the answer to `text`; remember it once it is complete. Closing the generator cancels it.
 
-        Raises RequestError or EngineError. Old exchanges are forgotten while the context is too small.
+        Raises RequestError or EngineError. Drops the oldest exchanges while the context is too small.
         """
         stream = self._supervisor.submit(self._request(text))
         pieces: list[str] = []
@@ -119,11 +119,11 @@ class Chat:
         while True:
             prompt = self._prompter.chat(self.conversation.messages(text))
             try:
-                limit = self._prompter.limit(prompt, self.conversation.wanted_tokens, param="--max-tokens")
+                limit = self._prompter.limit(prompt, self.conversation.max_tokens, param="--max-tokens")
             except ContextTooLong:
                 if self.conversation.forget_oldest():
                     continue
-                self.conversation.turns = turns  # the text alone is too long: nothing said before is to blame
+                self.conversation.turns = turns  # the text alone is too long: keep the conversation
                 raise
             params = self.conversation.sampling(limit)
             return Request(f"chat-{self.conversation.asked}", prompt, params, self._adapter)
@@ -135,7 +135,7 @@ def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
     try:
         served.supervisor.start()
         conversation = Conversation(served.manifest, options)
-        served.prompter.chat(conversation.messages("?"))  # a model without a template says so before anyone types
+        served.prompter.chat(conversation.messages("?"))  # a model without a template fails before the first prompt
         if sys.stdin.isatty():
             with suppress(ImportError):
                 import readline  # noqa: F401  (gives `input` line editing)
@@ -147,11 +147,11 @@ def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
 
 
 def greeting(name: str, conversation: Conversation) -> str:
-    """What the model is for, and how to leave."""
+    """The model's purpose and the chat's commands."""
     manifest = conversation.manifest
     about = f"{name}: {manifest.description}" if manifest and manifest.description else name
     if manifest and conversation.classifies:
-        about += f"\nIt answers each text by itself with one of: {', '.join(manifest.labels)}."
+        about += f"\nIt answers each text independently with one of: {', '.join(manifest.labels)}."
     return f"{about}\n{HELP}"
 
 
@@ -190,7 +190,7 @@ async def _write_answer(chat: Chat, text: str) -> None:
 
 
 def _next_message(interactive: bool) -> str | None:
-    """The next message, without the blanks around it; None at the end of the input."""
+    """Read the next message, stripped; None at the end of the input."""
     try:
         line = _read_line("> " if interactive else "")
         if not line.startswith('"""'):

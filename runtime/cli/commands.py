@@ -1,4 +1,4 @@
-"""The verbs of the runtime, as the front door calls them: options in, one call, output and exit code.
+"""The verbs of the runtime: options in, one call, output and exit code.
 
 Everything heavy is imported inside a command, so that its help text costs nothing.
 """
@@ -23,9 +23,9 @@ ModelsArgument = Annotated[
 
 @with_options(config=RuntimeConfig)
 def serve_command(config: RuntimeConfig, models: ModelsArgument = None) -> None:
-    """Serve models to any OpenAI client, until SIGINT or SIGTERM; running answers are finished first.
+    """Serve models to any OpenAI client until SIGINT or SIGTERM; running answers are finished first.
 
-    A request chooses by its field `model`; one that names none goes to the first.
+    A request chooses a model by its field `model`; without that field, the first model answers.
     """
     from runtime.server.serve import serve
 
@@ -36,11 +36,11 @@ def serve_command(config: RuntimeConfig, models: ModelsArgument = None) -> None:
 def batch_command(
     engine: EngineConfig,
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="OpenAI batch lines: custom_id, url, body.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, in the order they are finished.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, in the order of completion.")],
     model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)],
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a file of requests. Run again after a kill, it goes on. Failed lines go to OUT.errors.jsonl (exit 3)."""
+    """Answer a file of requests. Rerun the same command to resume. Failed lines go to OUT.errors.jsonl (exit 3)."""
     from runtime.batch.run import run_files
 
     summary = run_files(source, output, model, RuntimeConfig(**dict(engine)))
@@ -56,12 +56,14 @@ def chat_command(
     engine: EngineConfig,
     model: ModelArgument = DEFAULT_MODEL,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0: always the likeliest token.")] = None,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw among the likeliest that make up this much.")] = 1,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Repeat a conversation's draws.")] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Instruction put before the conversation.")] = None,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Sample from the tokens with this probability mass.")
+    ] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes a conversation repeatable.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the conversation.")] = None,
 ) -> None:
-    """Talk to a model. From a pipe: a message a line in, an answer a line out."""
+    """Talk to a model. From a pipe: one message per line in, one answer per line out."""
     from .chat import ChatOptions, chat_with
 
     options = ChatOptions(temperature, top_p, max_tokens, seed, system)
@@ -69,7 +71,7 @@ def chat_command(
 
 
 def doctor_command(as_json: JsonOption = False) -> None:
-    """Say what this machine has, what is installed, and what is missing, with the command that fixes it."""
+    """Show what this machine has, what is installed and what is missing, each with the command that fixes it."""
     from models.store.store import Store
 
     from .doctor import examine, print_report

@@ -1,6 +1,6 @@
-"""What this machine has, what is installed, and what is missing for the default model, each with the fix.
+"""Report on this machine, the installation, and whatever the default model lacks, each with its fix.
 
-The first thing to ask for in a bug report, so it never fails itself: what cannot be found out says so.
+Bug reports begin with it, so it never fails: a fact that the system does not give is reported as unknown.
 """
 
 import os
@@ -45,7 +45,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that must hold. `fix` is what to do where it does not."""
+    """A condition that must hold. `fix` is the command or step that restores it."""
 
     name: str
     ok: bool
@@ -55,7 +55,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All of it; `healthy` when every check holds."""
+    """Facts and checks; `healthy` when every check holds."""
 
     machine: Machine
     python: str
@@ -70,16 +70,16 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """Whether the default model can be served right now."""
+        """True when the default model can be served now."""
         return all(check.ok for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The report as `--json` prints it."""
         return {**asdict(self), "healthy": self.healthy}
 
 
 def examine(store: Store) -> Report:
-    """Look at everything. Slow parts: loading llama.cpp (under a second), reading manifests."""
+    """Collect facts and run all checks. Slow parts: loading llama.cpp (under a second), reading manifests."""
     backend, gpu_offload, trouble = llama_cpp_state()
     disk_free = shutil.disk_usage(_existing(store.home)).free
     models, damaged = _installed(store)
@@ -104,7 +104,7 @@ def examine(store: Store) -> Report:
 
 
 def human_bytes(count: int | None) -> str:
-    """`count` in the unit people read it in."""
+    """Format `count` bytes in the largest unit that keeps it above 1."""
     if count is None:
         return "unknown"
     size, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
@@ -137,7 +137,7 @@ def _existing(path: Path) -> Path:
 
 
 def llama_cpp_state() -> tuple[str, bool, str]:
-    """(backend, can offload to a GPU, what is wrong)."""
+    """Backend, whether it can offload to a GPU, and the reason why it cannot be loaded (empty if it can)."""
     try:
         from runtime.llama.model import describe_build
 
@@ -147,7 +147,7 @@ def llama_cpp_state() -> tuple[str, bool, str]:
 
 
 def _slow_amx(backend: str) -> str:
-    return ": compiled without the mend for AMX; `make rebuild` puts it in" if "AMX unused" in backend else ""
+    return ": built without the AMX patch; run `make rebuild`" if "AMX unused" in backend else ""
 
 
 def _installed(store: Store) -> tuple[list[StoredModel], list[Check]]:
@@ -173,7 +173,7 @@ def _check_python() -> Check:
 
 def _check_store(home: Path, disk_free: int, has_models: bool) -> Check:
     if not os.access(_existing(home), os.W_OK):
-        fix = "set DESKSIDE_HOME to a folder you may write to"
+        fix = "set DESKSIDE_HOME to a writable folder"
         return Check("store", False, f"{str(home)!r} cannot be written", fix)
     enough = has_models or disk_free >= DISK_NEEDED_BYTES
     detail = f"{str(home)!r}, {human_bytes(disk_free)} free"

@@ -1,11 +1,13 @@
-"""The front door, `deskside`: composes every folder's verbs, and turns each error into one line and an exit code.
+"""The command `deskside`: composes the verbs of all houses, and turns each error into one line and an exit code.
 
 A verb's module is imported when the verb is called, so that `deskside --help` and the small verbs answer at once.
 Exit codes: 0 done, 1 failed, 2 usage, 3 finished with some items failed, 130 interrupted.
 """
 
 import importlib
+import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -25,7 +27,7 @@ from runtime.errors import BatchRefused, EngineError, RequestError
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """Where a verb lives: `factory` of `module` is a typer app maker (`create_app`) or the command function itself."""
+    """Location of a verb: `factory` of `module` makes a typer app (`create_app`) or is the command function itself."""
 
     module: str
     factory: str
@@ -40,11 +42,11 @@ VERBS: Mapping[str, Verb] = {
     "serve": Verb("runtime.cli.commands", "serve_command", "Serve models to any OpenAI client."),
     "batch": Verb("runtime.cli.commands", "batch_command", "Answer a file of requests; resumable, nothing lost."),
     "chat": Verb("runtime.cli.commands", "chat_command", "Talk to a model in the terminal."),
-    "bench": Verb("benchmarks.cli", "create_app", "Measure speed and cost against a hosted prompt."),
-    "doctor": Verb("runtime.cli.commands", "doctor_command", "Say what this machine has, and what is missing."),
+    "bench": Verb("benchmarks.cli", "create_app", "Measure speed and cost, compared with a hosted prompt."),
+    "doctor": Verb("runtime.cli.commands", "doctor_command", "Show what this machine has and what is missing."),
 }
 
-# type -> exit code, for everything we raise on purpose. The first row an error is an instance of decides.
+# Error type -> exit code; the first matching row decides. Any other error is a bug.
 EXIT_CODES: Mapping[type[BaseException], int] = {
     RequestInvalid: USAGE,
     ConvertError: FAILED,
@@ -62,14 +64,14 @@ class LazyGroup(TyperGroup):
     """A group that lists its verbs by their summaries and loads only the one that is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
-        """Put the real verb in the place of its summary."""
+        """Replace a verb's summary with the loaded verb."""
         name, summary, rest = super().resolve_command(ctx, args)
         return name, summary if name is None else load_verb(name), rest
 
 
 @dataclass
 class Flags:
-    """What was said before the verb."""
+    """The options before the verb."""
 
     debug: bool = False
 
@@ -85,11 +87,12 @@ def load_verb(name: str) -> Any:
         app.command(name)(target)
     command: Any = get_command(app)
     command.name = name
+    _unwrap(command)
     return command
 
 
 def create_app(flags: Flags | None = None) -> Any:
-    """The command `deskside`, with a summary in the place of each verb."""
+    """Make the command `deskside`, with a summary in place of each verb."""
     flags = flags or Flags()
     app = typer.Typer(name="deskside", cls=LazyGroup, no_args_is_help=True, add_completion=False)
 
@@ -109,12 +112,12 @@ def create_app(flags: Flags | None = None) -> Any:
 
 def pull_command(
     model: Annotated[str, typer.Argument(metavar="NAME", help="A catalogue name, or hf://owner/name/file@revision.")],
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="What to call an hf:// model.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name for an hf:// model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Install a model: download it, or build it where the catalogue holds its recipe. What is there already stays.
+    """Install a model: download it, or build it where the catalogue has its recipe. An installed model is kept.
 
-    An earlier version of a recipe's own build is made anew; a model of that name that you made otherwise is not.
+    Rebuilds a model made by an older version of its recipe; never replaces a model you made yourself.
     """
     from convert.cli import build_recipe
     from models.cli import pull_command as pull
@@ -123,7 +126,7 @@ def pull_command(
 
 
 def exit_code(error: BaseException) -> int | None:
-    """The table's answer for `error`; None if nobody raises it on purpose."""
+    """Look `error` up in EXIT_CODES; None for an error that is a bug."""
     return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
 
 
@@ -137,8 +140,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         create_app(flags).main(list(sys.argv[1:] if argv is None else argv), prog_name="deskside")
     except SystemExit as leaving:
         sys.exit(_flushed(leaving.code))
-    except BaseException as error:  # noqa: BLE001  (the last door: whatever comes, one line and an exit code)
+    except BaseException as error:  # noqa: BLE001  (last resort: every error is one line and an exit code)
         sys.exit(_flushed(_report(error, flags.debug)))
+
+
+def _unwrap(command: Any) -> None:
+    """Join the lines of each paragraph of the help texts: the terminal's width decides where they break."""
+    command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(command.help or ""))
+    for inner in getattr(command, "commands", {}).values():
+        _unwrap(inner)
 
 
 def _report(error: BaseException, debug: bool) -> int:
@@ -148,15 +158,15 @@ def _report(error: BaseException, debug: bool) -> int:
     if code == INTERRUPTED:
         return INTERRUPTED
     if code is None:
-        hint = "" if debug else "; `deskside --debug …` shows where"
-        print(f"error: {type(error).__name__}: {error} (a fault of Deskside{hint})", file=sys.stderr)
+        hint = "" if debug else "; `deskside --debug …` shows the traceback"
+        print(f"error: {type(error).__name__}: {error} (a bug in Deskside{hint})", file=sys.stderr)
         return FAILED
     print(f"error: {error}", file=sys.stderr)
     return code
 
 
 def _flushed(code: str | int | None) -> str | int | None:
-    """`code`, once stdout is flushed: a reader that went away (`| head`) is no news."""
+    """Flush stdout and return `code`. A reader that closed the pipe (`| head`) is not reported."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -172,7 +182,7 @@ def _print_version(wanted: bool) -> None:
 
 
 def _summary() -> None:
-    raise AssertionError("a summary stands for its verb in the help text only")
+    raise AssertionError("a summary exists for the help text only")
 
 
 if __name__ == "__main__":

@@ -4,34 +4,34 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from runtime.requests import EngineStats
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# The format of `generate_latest`, underscores in place of other characters in names.
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 _GAUGES = {
     "running": "Answers being written",
     "waiting": "Answers waiting for a slot in the engine",
     "kv_cells_used": "KV cache cells in use",
-    "kv_cells_total": "KV cache cells there are",
+    "kv_cells_total": "KV cache cells in total",
 }
 _COUNTERS = {
     "prompt_tokens_total": "Prompt tokens of all answers",
-    "cached_tokens_total": "Prompt tokens that were found in the KV cache",
+    "cached_tokens_total": "Prompt tokens taken from the KV cache",
     "generated_tokens_total": "Tokens generated",
     "steps_total": "Engine steps",
-    "preemptions_total": "Sequences set back because the KV cache was full",
-    "draft_tokens_total": "Tokens that were looked up and verified ahead of being drawn",
-    "draft_tokens_accepted_total": "Of these, the tokens that were then drawn",
+    "preemptions_total": "Sequences preempted because the KV cache was full",
+    "draft_tokens_total": "Speculative tokens that were verified",
+    "draft_tokens_accepted_total": "Speculative tokens that were accepted",
     "decode_seconds_total": "Seconds inside the model's decode",
     "step_seconds_total": "Seconds inside engine steps: decode, planning, sampling and emitting",
-    "engine_restarts_total": "Times the engine's process was started again",
+    "engine_restarts_total": "Restarts of the engine's process",
 }
-
-
 _MODEL_COUNTERS = {
     "loads": "Times the model was loaded",
     "load_failures": "Times the model could not be loaded, or its engine stopped",
@@ -41,7 +41,7 @@ _MODEL_COUNTERS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelSample:
-    """A model at the moment of a scrape. `stats` is None while it is not loaded; its engine then counts from 0 again.
+    """A model at the moment of a scrape. `stats` is None while it is not loaded; a reloaded engine counts from 0.
 
     `live` counts accepted answers that have not ended.
     """
@@ -55,7 +55,7 @@ class ModelSample:
 
 
 class _EngineCollector(Collector):
-    """Reads the engines' own counts at the moment of a scrape, one time series for each model."""
+    """Reads the engines' counters at each scrape, one time series per model."""
 
     def __init__(self, models: Callable[[], Iterable[ModelSample]]) -> None:
         self._models = models
@@ -63,7 +63,7 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         models = list(self._models())
         yield _gauge("live", "Accepted answers that have not ended", {m.model: m.live for m in models})
-        yield _gauge("model_loaded", "Whether the model is in memory", {m.model: m.stats is not None for m in models})
+        yield _gauge("model_loaded", "1 while the model is in memory", {m.model: m.stats is not None for m in models})
         for name, text in _MODEL_COUNTERS.items():
             yield _counter(f"model_{name}", text, {m.model: getattr(m, name) for m in models})
         engines = {m.model: m.stats for m in models if m.stats is not None}
@@ -89,7 +89,7 @@ def _counter(name: str, text: str, values: Mapping[str, float]) -> Metric:
 
 
 class Metrics:
-    """What the server counts, and each model's counts beside it. All names begin with `deskside_`."""
+    """The server's counters and those of each model. All names begin with `deskside_`."""
 
     def __init__(self, models: Callable[[], Iterable[ModelSample]]) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
@@ -117,9 +117,9 @@ class Metrics:
         self._seconds.labels(route).observe(seconds)
 
     def first_token(self, seconds: float) -> None:
-        """Note how long a call waited for its first token."""
+        """Record the wait of a call for its first token."""
         self._first_token.observe(seconds)
 
     def render(self) -> bytes:
-        """The text that Prometheus scrapes."""
+        """Render the text that Prometheus scrapes."""
         return generate_latest(self._registry)

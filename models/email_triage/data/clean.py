@@ -1,7 +1,7 @@
-"""Raw mail -> the text a triage model may see: subject and the start of the body, without what gives the list away.
+"""Raw mail -> the text a triage model may see: subject and the start of the body, without traces of the list.
 
-It is its own module because every rule here is a decision about leakage: a classifier that reads `[ILUG]` or a mailman
-footer has learnt nothing. What people say about a list's topic is content, and stays.
+Every rule here decides about leakage: a classifier that reads `[ILUG]` or a mailman footer has learnt nothing. Text
+about a list's topic is content, and stays.
 """
 
 import re
@@ -19,7 +19,7 @@ _LIST_HOSTS = (
     r"(?:linux\.ie|xent\.com|freshrpms\.net|sourceforge\.net|sf\.net|redhat\.com|taint\.org|netnoteinc\.com"
     r"|slashnull\.org|jmason\.org)"
 )
-# Everything from the first of these on is a footer, a signature or somebody else's mail.
+# A footer, a signature or a quoted mail begins at the first match.
 _TAIL = re.compile(
     r"^(?:-- ?$|_{8,}\s*$|-{5,} ?original message|-{3,} ?forwarded|begin:vcard|-----begin pgp signature"
     r"|-{20,}\s*$\s*(?:this (?:sf\.?net|sourceforge)|in remembrance|sponsored by|welcome to geek|don't miss)"
@@ -77,7 +77,7 @@ class _TextReader(HTMLParser):
 
 
 def parse(raw: bytes) -> Message:
-    """One RFC 822 mail, tolerant of everything spam does to it."""
+    """Parse an RFC 822 mail, tolerant of the malformations of spam."""
     if raw.startswith(b"From "):
         raw = raw.partition(b"\n")[2]
     return message_from_bytes(raw)
@@ -90,7 +90,7 @@ def subject_of(mail: Message) -> str:
         text = str(make_header(decode_header(value)))
     except (LookupError, ValueError):
         text = str(value)
-    return _squeeze(_without_list(_SUBJECT_TAG.sub(" ", text)))
+    return _squeeze(without_list(_SUBJECT_TAG.sub(" ", text)))
 
 
 def body_of(mail: Message) -> str:
@@ -101,22 +101,17 @@ def body_of(mail: Message) -> str:
     text = text[: tail.start()] if tail else text
     text = _QUOTED.sub("", text)
     text = _HEADER_LINE.sub("", _ATTRIBUTION.sub("", text))
-    lines = (_squeeze(line) for line in _without_list(text).splitlines())
+    lines = (_squeeze(line) for line in without_list(text).splitlines())
     return "\n".join(line for line in lines if line)[:BODY_CHARACTERS].rstrip()
 
 
 def normalise(body: str) -> str:
-    """What makes two mails the same mail: their letters, in order, in lower case."""
+    """The key by which two mails are equal: their letters, in order, in lower case."""
     return " ".join(re.findall(r"[^\W\d_]+", body.casefold()))
 
 
-def leaks(text: str) -> list[str]:
-    """Every trace of a list's name, address, URL or footer that is still in `text`."""
-    patterns = (_LIST_URL, _LIST_ADDRESS, _LIST_WORD, _FORK_WORD, _ARTEFACT)
-    return [hit.group(0) for pattern in patterns for hit in pattern.finditer(text)]
-
-
-def _without_list(text: str) -> str:
+def without_list(text: str) -> str:
+    """`text` without the list's name, addresses, URLs and footers."""
     for pattern in (_LIST_URL, _LIST_ADDRESS, _LIST_WORD, _FORK_WORD, _ARTEFACT):
         text = pattern.sub(" ", text)
     return text

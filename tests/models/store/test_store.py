@@ -38,7 +38,7 @@ def test_an_installed_model_is_listed_found_and_removed(store: Store) -> None:
     install(store)
     install(store, "other")
     assert store.names() == ["other", "tiny"]
-    assert [stored.name for stored in store.list()] == ["other", "tiny"]
+    assert [store.get(name).name for name in store.names()] == ["other", "tiny"]
     found = store.get("tiny")
     assert found.gguf.read_bytes() == CONTENT
     assert found.manifest is not None

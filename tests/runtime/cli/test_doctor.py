@@ -1,4 +1,4 @@
-"""The doctor tells what is there and what is missing, and never fails itself."""
+"""The doctor reports facts and missing parts, each with its fix, and never fails itself."""
 
 import hashlib
 import io
@@ -52,7 +52,7 @@ def test_an_empty_store_lacks_the_default_model(home: Path) -> None:
     assert not home.exists()
 
 
-def test_with_the_default_model_all_is_well(home: Path, install: Install) -> None:
+def test_a_store_with_the_default_model_is_healthy(home: Path, install: Install) -> None:
     install(DEFAULT_MODEL)
     report = examine(Store(home))
     assert report.healthy
@@ -73,17 +73,17 @@ def test_a_damaged_model_is_named_with_its_fix(home: Path, install: Install) -> 
     assert "deskside models remove broken" in failed(examine(Store(home)))["model broken"]
 
 
-@pytest.mark.parametrize(("backend", "told"), [("CPU (AVX2, AMX unused)", True), ("CPU (AVX2, AMX_INT8)", False)])
-def test_amx_that_lies_idle_is_told_with_the_fix(
-    home: Path, monkeypatch: pytest.MonkeyPatch, backend: str, told: bool
+@pytest.mark.parametrize(("backend", "reported"), [("CPU (AVX2, AMX unused)", True), ("CPU (AVX2, AMX_INT8)", False)])
+def test_unused_amx_is_reported_with_the_fix(
+    home: Path, monkeypatch: pytest.MonkeyPatch, backend: str, reported: bool
 ) -> None:
     monkeypatch.setattr(doctor, "llama_cpp_state", lambda: (backend, False, ""))
     [check] = [check for check in examine(Store(home)).checks if check.name == "llama.cpp"]
     assert check.ok
-    assert ("make rebuild" in check.detail) is told
+    assert ("make rebuild" in check.detail) is reported
 
 
-def test_a_llama_cpp_that_cannot_be_loaded_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_llama_cpp_that_cannot_be_loaded_is_reported(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "llama_cpp_state", lambda: ("unknown", False, "no such library"))
     report = examine(Store(home))
     assert "llama.cpp" in failed(report)
@@ -95,7 +95,7 @@ def test_the_installed_llama_cpp_can_be_asked() -> None:
     assert trouble == ""
 
 
-def test_a_small_disk_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_disk_is_reported(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "DISK_NEEDED_BYTES", 1 << 62)
     assert "DESKSIDE_HOME" in failed(examine(Store(home)))["store"]
 
@@ -121,7 +121,7 @@ def test_the_command(home: Path, install: Install, capsys: pytest.CaptureFixture
     assert {check["name"] for check in report["checks"]} >= {"python", "llama.cpp", "store", f"model {DEFAULT_MODEL}"}
 
 
-def test_sizes_are_read_in_people_units() -> None:
+def test_sizes_have_readable_units() -> None:
     assert [human_bytes(n) for n in (None, 7, 2048, 5 << 20, 3 << 29)] == [
         "unknown",
         "7 B",

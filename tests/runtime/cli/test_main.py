@@ -1,4 +1,4 @@
-"""The front door: every verb has its help, every error its exit code, and what is not called is not imported."""
+"""`deskside`: every verb has help, every error an exit code, and a verb is imported only when it is called."""
 
 import importlib
 import inspect
@@ -91,7 +91,7 @@ def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "Usage: deskside" in err
 
 
-def test_a_typing_mistake_is_met_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelled_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'batch'" in run("bacth", capsys=capsys)[2]
 
 
@@ -130,15 +130,15 @@ def test_debug_shows_the_traceback(
     assert err.endswith("error: no disk\n")
 
 
-def test_a_fault_of_our_own_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_is_a_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     raising(monkeypatch, KeyError("x"))
     code, _, err = run("doctor", capsys=capsys)
     assert code == 1
     assert err.count("\n") == 1
-    assert err.startswith("error: KeyError: 'x' (a fault of Deskside")
+    assert err.startswith("error: KeyError: 'x' (a bug in Deskside")
 
 
-def test_a_reader_that_goes_away_is_no_news() -> None:
+def test_a_reader_that_closes_the_pipe_is_not_reported() -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", "from runtime.cli.main import main; main(['--help'])"],
         cwd=ROOT,
@@ -170,9 +170,7 @@ except SystemExit:
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("7", "7")])
-def test_threads_spin_briefly_unless_told_otherwise(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
-) -> None:
+def test_threads_spin_briefly_by_default(monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", given or "")
     if given is None:
         monkeypatch.delenv("GOMP_SPINCOUNT")
