@@ -1,4 +1,4 @@
-"""`deskside bench` with what is below it, and `deskside eval`: data on stdout, progress on stderr."""
+"""The verbs `deskside bench` and `deskside eval`: data on stdout, progress on stderr."""
 
 import json
 import sys
@@ -8,62 +8,49 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import Field
+from rich.console import Console
 
 from benchmarks.comparison.arms import base_arm, fine_tune_arm
-from benchmarks.comparison.evaluate import EvaluationTask
-from benchmarks.comparison.run import BenchSettings
+from benchmarks.comparison.evaluate import EvaluationTask, evaluate, score_evaluation
+from benchmarks.comparison.figures import derive
+from benchmarks.comparison.run import BenchSettings, make_plan, run
 from benchmarks.conversion.compare import convert_speed_command
 from benchmarks.conversion.trim import trim_command
 from benchmarks.load.model_file import recipe_file
 from benchmarks.load.workload import read_prompt, template_prompt
 from benchmarks.peers.report import peers_command
+from benchmarks.report.plots import latency_picture
+from benchmarks.report.terminal import render, render_score
 from benchmarks.soak.soak import soak_command
 from models.common.console import show_progress
 from models.common.options import JsonOption, with_options
+from models.common.record import Record
 from models.errors import SOME_FAILED
-from models.manifest import Prompt as ManifestPrompt
+from models.manifest import Prompt
 from models.store.store import Store
 
-from .cost import Assumptions
-from .record import BenchRun, Record
-
-
-class EvalSettings(Record):
-    """Without `prompt`, the model is asked through the chat endpoint as its manifest says."""
-
-    examples: Path | None = Field(
-        default=None, description="Labelled chat records (default: email-triage's test split)."
-    )
-    prompt: Path | None = Field(
-        default=None, description="Prompt file with {mail} once, to be continued by a base model."
-    )
-    url: str | None = Field(default=None, description="A running server (…/v1), instead of one of our own.")
-    concurrency: int = Field(default=8, ge=1, description="Requests at a time.")
-    out: Path | None = Field(
-        default=None, description="Keep each answer in this JSON file; a second run goes on from it."
-    )
-
-
-def make_task(model: str, settings: EvalSettings, store: Store) -> EvaluationTask:
-    """Look the model and the files up. Raises ModelNotFound, BadManifest, BadWorkload."""
-    stored = store.resolve(model)
-    if settings.prompt is None:
-        template = (stored.manifest.prompt if stored.manifest else ManifestPrompt()).template
-        arm = fine_tune_arm(stored, template_prompt("short prompt", template), settings.url)
-    else:
-        arm = base_arm(stored, read_prompt(settings.prompt), settings.url)
-    examples = settings.examples or recipe_file("data", "test.jsonl.gz")
-    return EvaluationTask(arm, examples, settings.concurrency, settings.out)
-
-
-if TYPE_CHECKING:
-    pass
+from .cost import Assumptions, check
+from .record import BenchRun, load_run, save_run
 
 _Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the latency distributions to this PNG.")]
 
 
+class EvalSettings(Record):
+    """The options of `deskside eval`. Without `prompt`, the chat endpoint gets the prompt of the model's manifest."""
+
+    examples: Path | None = Field(
+        default=None, description="Labelled chat records (default: email-triage's test split)."
+    )
+    prompt: Path | None = Field(default=None, description="Prompt file with {mail} once, for a base model to continue.")
+    url: str | None = Field(default=None, description="A running server (…/v1); without it, one is started.")
+    concurrency: int = Field(default=8, ge=1, description="Requests at a time.")
+    out: Path | None = Field(
+        default=None, description="Keep each answer in this JSON file; a second run resumes from it."
+    )
+
+
 def create_app() -> typer.Typer:
-    """The verb `deskside bench`, with `report` below it."""
+    """The verb `deskside bench` and its subcommands."""
     app = typer.Typer(name="bench", help="Measure speed and cost against a hosted prompt.", add_completion=False)
     app.callback(invoke_without_command=True)(bench_command)
     app.command("report")(report_command)
@@ -85,11 +72,6 @@ def bench_command(
     """Measure the local fine-tune, the local base with a few-shot prompt, and a hosted prompt (or its replay)."""
     if context.invoked_subcommand is not None:
         return
-    from benchmarks.comparison.run import make_plan, run
-    from models.store.store import Store
-
-    from .cost import check
-
     check(assumptions)
     plan = make_plan(settings, Store())
     with show_progress() as progress:
@@ -107,27 +89,51 @@ def report_command(
     as_json: JsonOption = False,
     plot: _Plot = None,
 ) -> None:
-    """Show a run again from its raw samples; assumptions that are given replace those of the run."""
-    from .record import load_run
-
-    run = load_run(file)
-    stored = Assumptions.model_validate(run.cost["assumptions"]) if run.cost else Assumptions()
+    """Show a run again from its raw samples; given assumptions replace those of the run."""
+    earlier = load_run(file)
+    stored = Assumptions.model_validate(earlier.cost["assumptions"]) if earlier.cost else Assumptions()
     given = assumptions.model_dump(include=assumptions.model_fields_set)
-    _show(run, stored.model_copy(update=given), as_json=as_json, plot=plot, save_to=None)
+    _show(earlier, stored.model_copy(update=given), as_json=as_json, plot=plot, save_to=None)
 
 
-def _show(run: BenchRun, assumptions: Assumptions, *, as_json: bool, plot: Path | None, save_to: Path | None) -> None:
-    from rich.console import Console
+@with_options(settings=EvalSettings)
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A model of the store, or a path.", metavar="MODEL")],
+    settings: EvalSettings,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model's accuracy on labelled examples and keep each answer."""
+    with show_progress() as progress:
+        evaluation = evaluate(evaluation_task(model, settings, Store()), progress)
+    score = score_evaluation(evaluation)
+    if as_json:
+        predictions = [item.model_dump(exclude_defaults=True) for item in evaluation.predictions]
+        print(json.dumps({**asdict(score), "predictions": predictions}, ensure_ascii=False, indent=2))
+    else:
+        render_score(model, score)
 
-    from benchmarks.comparison.figures import derive
-    from benchmarks.report.plots import latency_picture
-    from benchmarks.report.terminal import render
 
-    from .cost import check
-    from .record import save_run
+def evaluation_task(model: str, settings: EvalSettings, store: Store) -> EvaluationTask:
+    """Resolve the model and the files. Raises ModelNotFound, BadManifest, BadWorkload."""
+    stored = store.resolve(model)
+    if settings.prompt is None:
+        template = (stored.manifest.prompt if stored.manifest else Prompt()).template
+        arm = fine_tune_arm(stored, template_prompt("short prompt", template), settings.url)
+    else:
+        arm = base_arm(stored, read_prompt(settings.prompt), settings.url)
+    examples = settings.examples or recipe_file("data", "test.jsonl.gz")
+    return EvaluationTask(arm, examples, settings.concurrency, settings.out)
 
+
+if TYPE_CHECKING:
+    pass
+
+
+def _show(
+    recorded: BenchRun, assumptions: Assumptions, *, as_json: bool, plot: Path | None, save_to: Path | None
+) -> None:
     check(assumptions)
-    derived, statistics, bill = derive(run, assumptions)
+    derived, statistics, bill = derive(recorded, assumptions)
     if save_to is not None:
         save_run(save_to, derived)
     if plot is not None:
@@ -137,24 +143,3 @@ def _show(run: BenchRun, assumptions: Assumptions, *, as_json: bool, plot: Path 
         return
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=190, soft_wrap=True)
     render(derived, statistics, bill, console)
-
-
-@with_options(settings=EvalSettings)
-def eval_command(
-    model: Annotated[str, typer.Argument(help="A model of the store, or a path.", metavar="MODEL")],
-    settings: EvalSettings,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure a model's accuracy on labelled examples, each answer kept."""
-    from benchmarks.comparison.evaluate import evaluate, score_evaluation
-    from benchmarks.report.terminal import render_score
-    from models.store.store import Store
-
-    with show_progress() as progress:
-        evaluation = evaluate(make_task(model, settings, Store()), progress)
-    score = score_evaluation(evaluation)
-    if as_json:
-        predictions = [item.model_dump(exclude_defaults=True) for item in evaluation.predictions]
-        print(json.dumps({**asdict(score), "predictions": predictions}, ensure_ascii=False, indent=2))
-    else:
-        render_score(model, score)

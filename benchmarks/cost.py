@@ -1,7 +1,7 @@
-"""What a thousand answers cost, hosted and local, and after how many requests a fine-tune has paid for itself.
+"""The cost of a thousand answers, hosted and local, and the number of requests after which a fine-tune pays off.
 
-Everything about the local side that was not measured is an assumption with a default that can be overridden, and the
-report prints all of them. Where the long prompt stays cheaper for ever, the answer is "never".
+Every local cost that is not measured is an assumption with a default and an option, and the report prints all of them.
+Where the long prompt always stays cheaper, the break-even is "never".
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from datetime import date
 
 from pydantic import Field
 
+from models.common.record import Record
+
 from .errors import BadAssumption
 from .prices import VARIANTS, Price, TokenCounts, current, library_cost, load_prices, table_cost
-from .record import Record
 
 SECONDS_PER_YEAR = 365.25 * 24 * 3600
 JOULES_PER_KWH = 3.6e6
@@ -19,17 +20,17 @@ DISAGREEMENT = 0.01
 
 
 class Assumptions(Record):
-    """What was assumed about the local side, in US dollars, watts and hours.
+    """Assumptions about local costs, in US dollars, watts and hours.
 
-    Only busy seconds are charged, for energy and for the machine: it is a machine that is there anyway. The fine-tune
-    costs money and the hours it takes *more* than writing a prompt.
+    Only busy seconds are charged, for energy and for the machine, which exists anyway. The fine-tune costs money and
+    the hours that it takes *more* than writing a prompt.
     """
 
     power_watts: float = Field(default=45.0, description="Assumed: power of the whole machine under load, W.")
     price_kwh: float = Field(default=0.30, description="Assumed: electricity, $ per kWh.")
     machine_price: float = Field(default=800.0, description="Assumed: price of the machine, $.")
     machine_years: float = Field(default=4.0, description="Assumed: years over which the machine is written off.")
-    finetune_price: float = Field(default=25.0, description="Assumed: what the fine-tune costs in money, once, $.")
+    finetune_price: float = Field(default=25.0, description="Assumed: price of the fine-tune, once, $.")
     finetune_hours: float = Field(
         default=4.0, description="Assumed: hours of work it takes more than writing a prompt."
     )
@@ -38,12 +39,12 @@ class Assumptions(Record):
 
     @property
     def finetune_total(self) -> float:
-        """Dollars once: the fine-tune and the hours."""
+        """Dollars spent once: the fine-tune's price and its hours."""
         return self.finetune_price + self.finetune_hours * self.hour_price
 
 
 def check(assumptions: Assumptions) -> None:
-    """Raise BadAssumption naming the first one that makes no sense."""
+    """Raise BadAssumption naming the first assumption that is out of range."""
     for name, value in assumptions.model_dump().items():
         if not 0 <= value < float("inf"):
             raise BadAssumption(f"{name} must be a number of 0 or more, got {value!r}")
@@ -52,7 +53,7 @@ def check(assumptions: Assumptions) -> None:
 
 
 class Offer(Record):
-    """One way of buying the answers: a hosted model at one price variant. Costs are dollars per 1,000 requests."""
+    """A hosted model at one price variant. Costs are dollars per 1,000 requests."""
 
     provider: str
     model: str
@@ -65,7 +66,7 @@ class Offer(Record):
 
 
 class Bill(Record):
-    """Local against every offer, cheapest model first, and what was assumed."""
+    """The local cost beside every offer, cheapest model first, and the assumptions."""
 
     priced_on: str
     tokens: TokenCounts
@@ -85,7 +86,7 @@ def local_cost(assumptions: Assumptions, seconds_per_request: float) -> float:
 
 
 def break_even(once: float, hosted: float, local: float) -> float | None:
-    """Requests after which `once` dollars are earned back, at these dollars per request; None means never."""
+    """Requests after which `once` dollars are earned back, at `hosted` and `local` dollars each; None: never."""
     saved = hosted - local
     return once / saved if saved > 0 else None
 
@@ -98,7 +99,7 @@ def make_bill(
     on: date,
     prices: Sequence[Price] | None = None,
 ) -> Bill:
-    """Price one request of `tokens` at every current model and variant, and hold the local cost against it."""
+    """Price one request of `tokens` at every current model and variant, beside its local cost."""
     check(assumptions)
     local = local_cost(assumptions, seconds_per_request)
     rows = current(load_prices() if prices is None else prices, on)

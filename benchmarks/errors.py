@@ -1,8 +1,8 @@
-"""The errors of `benchmarks`. Each message names the thing, the value found and, where there is one, the fix.
+"""The errors of `benchmarks`. Each message names the subject, the value found and, if there is one, the fix.
 
 BenchError
 ├── BadWorkload      the examples or the prompt file cannot be used, or there are too few of them
-├── BadRecord        a results file is not one of ours
+├── BadRecord        a results file is of another kind or damaged
 ├── ServerFailed     a server did not start, or a URL does not answer as an OpenAI server
 ├── BadAssumption    a cost assumption is out of range
 └── ExtraMissing     a library of the `bench` extra is not installed
@@ -10,7 +10,7 @@ BenchError
 
 
 class BenchError(Exception):
-    """Base of everything `benchmarks` raises on purpose."""
+    """Base of the errors of `benchmarks`."""
 
 
 class BadWorkload(BenchError):
@@ -18,7 +18,7 @@ class BadWorkload(BenchError):
 
 
 class BadRecord(BenchError):
-    """A results file is not one of ours."""
+    """A results file is of another kind or damaged."""
 
 
 class ServerFailed(BenchError):

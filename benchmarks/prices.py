@@ -1,7 +1,7 @@
-"""Hosted prices, dated: from genai-prices for the day of the run, and a table of our own for what it does not know.
+"""Hosted prices with their dates: from genai-prices for the day of the run, else from a table of our own.
 
-The table (`data/hosted_prices.csv`) names for every row where it was read and when; the two are kept side by side in a
-result, and a disagreement is reported.
+The table (`data/hosted_prices.csv`) has the source and the date of every row. A result holds both prices, and a
+disagreement is reported.
 """
 
 import csv
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from .record import Record
+from models.common.record import Record
 
 PRICES = Path(__file__).parent / "data" / "hosted_prices.csv"
 RETIRING_DAYS = 60
@@ -68,7 +68,7 @@ def _price(row: dict[str, str]) -> Price:
 
 
 def current(prices: Sequence[Price], on: date) -> tuple[Price, ...]:
-    """Models a team could still start with: no hosted fine-tunes, and none that shuts down within RETIRING_DAYS."""
+    """Models that a team can still start with: no hosted fine-tunes, no shutdown within RETIRING_DAYS."""
     last = on + timedelta(days=RETIRING_DAYS)
     return tuple(p for p in prices if not p.model.startswith("ft:") and (p.shutdown is None or p.shutdown > last))
 
@@ -84,9 +84,9 @@ def table_cost(price: Price, tokens: TokenCounts, variant: Variant) -> float:
 
 
 def library_cost(price: Price, tokens: TokenCounts, variant: Variant, on: date) -> float | None:
-    """Dollars for one request from genai-prices on that day; None when it does not know the model or is not installed.
+    """Dollars for one request from genai-prices on that day; None for an unknown model or without the library.
 
-    The means are rounded to whole tokens, because tiers by context length apply to one request.
+    Means are rounded to whole tokens: price tiers by context length apply to one request.
     """
     if find_spec("genai_prices") is None:
         return None

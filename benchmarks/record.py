@@ -6,10 +6,8 @@ statistics are in milliseconds.
 """
 
 import json
-import os
 import platform
-import subprocess
-import sys
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,19 +15,23 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from models.common.files import write_atomic
-from models.common.record import Record as Record
+from models.common.machine import describe_cpu, logical_cores, physical_memory_bytes
+from models.common.record import Record
 
 from .errors import BadRecord
+
+PACKAGES = ("deskside", "llama-cpp-python", "httpx", "genai-prices")
+
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 class RequestSample(Record):
-    """One request, as the client saw it.
+    """One request as the client saw it.
 
-    `scheduled_s` is when it should have gone out, `sent_s` when it did; `deltas_s` are the arrivals of every chunk
-    that carried text, `finished_s` the arrival of the finish reason (or of the last byte). `error` is None when the
-    answer came whole; a failed sample keeps whatever had arrived.
+    `scheduled_s` is the time at which it should be sent, `sent_s` the time at which it was; `deltas_s` are the arrivals
+    of the chunks that carried text, `finished_s` that of the finish reason (or of the last byte). `error` is None for a
+    whole answer; a failed sample keeps what had arrived.
     """
 
     id: str
@@ -56,8 +58,8 @@ class Level(Record):
 class Arm(Record):
     """One way of answering the workload.
 
-    `streams` is False when arrival times within an answer mean nothing. `shared_share` is the part of a prompt, in
-    characters, that is the same in every request.
+    `streams` is False when arrival times within an answer mean nothing. `shared_share` is the share of a prompt's
+    characters that is the same in every request.
     """
 
     name: str
@@ -78,7 +80,7 @@ class Arm(Record):
 
 
 class Workload(Record):
-    """What was asked: which examples, drawn how."""
+    """The examples of a run and how they were drawn."""
 
     examples: str
     sha256: str
@@ -90,7 +92,7 @@ class Workload(Record):
 
 
 class MachineRecord(Record):
-    """Where it ran."""
+    """The machine that a run was measured on."""
 
     system: str
     cpu: str
@@ -101,7 +103,7 @@ class MachineRecord(Record):
 
 
 class BenchRun(Record):
-    """One benchmark run. `statistics` and `cost` are derived and absent from a run that was interrupted."""
+    """One run of `deskside bench`. `statistics` and `cost` are derived; an interrupted run has neither."""
 
     schema_version: Literal[1] = 1
     started_at: str
@@ -126,12 +128,12 @@ def save_run(path: Path, run: BenchRun) -> None:
 
 
 def load_run(path: Path) -> BenchRun:
-    """Read a run's file. Raises BadRecord naming the file and the first field that is wrong."""
+    """Read a run's file. Raises BadRecord naming the file and the first wrong field."""
     return load_record(path, BenchRun, "is not a benchmark run")
 
 
-def load_record(path: Path, kind: type[AnyRecord], otherwise: str) -> AnyRecord:
-    """Read a file that holds a `kind`. Raises BadRecord: the file, `otherwise`, and the first field that is wrong."""
+def load_record(path: Path, kind: type[AnyRecord], fault: str) -> AnyRecord:
+    """Read a file that holds a `kind`. Raises BadRecord with the file, `fault` and the first wrong field."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -139,49 +141,29 @@ def load_record(path: Path, kind: type[AnyRecord], otherwise: str) -> AnyRecord:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "file"
-        raise BadRecord(f"{str(path)!r} {otherwise}: {field}: {first['msg']}") from error
+        raise BadRecord(f"{str(path)!r} {fault}: {field}: {first['msg']}") from error
 
 
-PACKAGES = ("deskside", "llama-cpp-python", "httpx", "genai-prices")
+def results_file(name: str) -> Path:
+    """The default file of a run: `results/NAME-<now>.json`."""
+    return Path("results") / f"{name}-{datetime.now(UTC).strftime('%Y%m%dT%H%M%SZ')}.json"
 
 
-def describe() -> MachineRecord:
-    """This machine: system, processor, cores, memory, Python and the packages that matter."""
+def now_text() -> str:
+    """The present time in UTC, to the second, in ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def this_machine() -> MachineRecord:
+    """This machine: system, processor, cores, memory, Python, and the versions of PACKAGES that are installed."""
     return MachineRecord(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cpu=_cpu(),
-        logical_cores=os.cpu_count() or 1,
-        memory_bytes=_memory_bytes(),
+        cpu=describe_cpu(),
+        logical_cores=logical_cores(),
+        memory_bytes=physical_memory_bytes(),
         python=platform.python_version(),
         packages={name: version for name in PACKAGES if (version := _version(name))},
     )
-
-
-def load_average() -> float | None:
-    """The 1-minute load average, or None where the system has none."""
-    try:
-        return os.getloadavg()[0]
-    except (OSError, AttributeError):
-        return None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if sys.platform == "darwin":
-        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    return platform.processor() or "unknown"
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def _version(name: str) -> str | None:

@@ -85,9 +85,10 @@ DOORS = {
     "llguidance": {"runtime.decoding.grammar"},
     # The judges of a vocabulary: our own code reads what is converted.
     "tokenizers": {"convert.proof.reference"},
-    "sentencepiece": {"convert.proof.reference"},
+    # A checkpoint to convert needs its vocabulary as sentencepiece's own protobuf.
+    "sentencepiece": {"convert.proof.reference", "benchmarks.conversion.checkpoint"},
     "fastapi": {"runtime.server"},
-    "starlette": {"runtime.server"},
+    "starlette": {"runtime.server", "benchmarks.load.replay"},
     "huggingface_hub": {"models.store.hub"},
     "genai_prices": {"benchmarks.prices"},
     "yaml": {"convert.checkpoint.card"},

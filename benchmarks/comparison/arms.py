@@ -1,10 +1,11 @@
-"""The arms of the comparison: who answers, asked how, and what is known about it before it is measured."""
+"""The arms of a comparison: the model, the prompt and the endpoint, and the facts known before it is measured."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.load.client import ApiTarget
 from benchmarks.load.replay import load_recording, replaying
 from benchmarks.load.servers import RunningServer, free_port, serve_command, serving
 from benchmarks.load.workload import PromptTemplate
@@ -17,9 +18,9 @@ FINE_TUNE, BASE, HOSTED = "fine-tune", "base-few-shot", "hosted"
 
 @dataclass(frozen=True, slots=True)
 class ArmPlan:
-    """How one arm is run. `start` opens its server; `facts` is the arm as recorded, without its samples yet.
+    """How to run one arm. `start` opens its server; `facts` is the arm's record, still without samples.
 
-    `chat` picks the endpoint; `fields` go into every request, `body` overrides them (and a null removes a field).
+    `chat` picks the endpoint; `fields` go into every request, `body` overrides them (a null removes a field).
     """
 
     facts: Arm
@@ -31,26 +32,30 @@ class ArmPlan:
     body: Mapping[str, Any] = field(default_factory=dict)
 
     def with_facts(self, facts: Arm) -> "ArmPlan":
-        """The same plan, with `facts` to be recorded."""
+        """The same plan with other facts."""
         return replace(self, facts=facts)
+
+    def target(self, base_url: str) -> ApiTarget:
+        """The arm's model at the server that `start` opened."""
+        return ApiTarget(base_url, self.facts.model, self.key, self.body)
 
 
 def fine_tune_arm(stored: StoredModel, prompt: PromptTemplate, url: str | None) -> ArmPlan:
-    """The local fine-tune, asked as it was trained to be: through the chat endpoint, with the short prompt."""
+    """The local fine-tune, asked as in training: chat endpoint, short prompt."""
     facts = _local_facts(FINE_TUNE, stored, prompt, "/v1/chat/completions", url)
     fields = {"max_tokens": MAX_TOKENS, "temperature": 0}
     return ArmPlan(facts=facts, prompt=prompt, start=_local(stored, url), chat=True, fields=fields)
 
 
 def base_arm(stored: StoredModel, prompt: PromptTemplate, url: str | None) -> ArmPlan:
-    """The local base model. It is not tuned to chat, so the few-shot prompt is continued up to the end of the line."""
+    """The local base model. It is not tuned for chat, so it continues the few-shot prompt to the end of the line."""
     facts = _local_facts(BASE, stored, prompt, "/v1/completions", url)
     fields = {"max_tokens": MAX_TOKENS, "temperature": 0, "stop": "\n"}
     return ArmPlan(facts=facts, prompt=prompt, start=_local(stored, url), chat=False, fields=fields)
 
 
 def hosted_arm(url: str, model: str, prompt: PromptTemplate, key: str | None, body: Mapping[str, Any]) -> ArmPlan:
-    """A real hosted API, sent the few-shot prompt as one user message."""
+    """A real hosted API that gets the few-shot prompt as one user message."""
     facts = Arm(
         name=HOSTED,
         kind="measured",

@@ -1,8 +1,8 @@
-"""How often a model is right on labelled examples: every example asked once over HTTP, every answer kept.
+"""Accuracy of a model on labelled examples: every example is sent once over HTTP, every answer kept.
 
-An answer is the greedy text, or the label that the model finds likeliest (`label_scoring`); either way a repetition
-gives the same answers, up to floating-point ties. Resumable: the answers so far are on disk, and a second run asks only
-what is missing, if the model, the prompt, the examples and the way of answering are the same.
+An answer is the greedy text or the likeliest label (`label_scoring`); both repeat, up to floating-point ties. An
+evaluation resumes: answers are saved as they arrive, and a second run sends only the missing examples if the model, the
+prompt, the examples and the method are the same.
 """
 
 import asyncio
@@ -18,9 +18,10 @@ from benchmarks.load.client import OpenAiClient
 from benchmarks.load.label_scoring import LabelScorer
 from benchmarks.load.loop import closed_loop
 from benchmarks.load.workload import LabelledExample, labels_of, read_examples
-from benchmarks.record import MachineRecord, Record, describe, load_record, save_json
+from benchmarks.record import MachineRecord, load_record, save_json, this_machine
 from models.common.console import NamedProgress
 from models.common.files import sha256_file
+from models.common.record import Record
 
 from .arms import ArmPlan
 from .scoring import ClassificationScore, Predictions, score
@@ -31,9 +32,9 @@ AnswerMethod = Literal["greedy text", "labels scored"]
 
 
 class Prediction(Record):
-    """One example's right label and the answer that was given, as it was given (stripped).
+    """One example's right label and the model's answer, stripped.
 
-    If labels were scored: the log-probability (natural) of each, in the order of the evaluation's `labels`.
+    `label_logprobs`: natural log-probabilities in the order of the evaluation's `labels`, where labels were scored.
     """
 
     id: str
@@ -43,7 +44,7 @@ class Prediction(Record):
 
 
 class EvaluationSource(Record):
-    """Exactly what was asked of what; answers of another source are not mixed in."""
+    """The identity of an evaluation: answers of another source are not mixed in."""
 
     model: str
     model_sha256: str | None
@@ -57,7 +58,7 @@ class EvaluationSource(Record):
 
 
 class Evaluation(Record):
-    """A set of predictions and where they come from. Files made elsewhere need `labels` and `predictions` only."""
+    """A set of predictions and their source. Files made elsewhere need `labels` and `predictions` only."""
 
     labels: tuple[str, ...]
     predictions: tuple[Prediction, ...]
@@ -67,12 +68,12 @@ class Evaluation(Record):
 
 
 def load_evaluation(path: Path) -> Evaluation:
-    """Read a predictions file. Raises BadRecord naming the file and the first field that is wrong."""
+    """Read a predictions file. Raises BadRecord naming the file and the first wrong field."""
     return load_record(path, Evaluation, "holds no predictions")
 
 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Write a predictions file, whole or not at all; what has its default value is left out."""
+    """Write a predictions file, whole or not at all; fields with their default value are left out."""
     save_json(path, evaluation.model_dump(mode="json", exclude_defaults=True))
 
 
@@ -88,7 +89,7 @@ def score_evaluation(evaluation: Evaluation) -> ClassificationScore:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask:
-    """One evaluation to be made: how to ask, on which examples, how many at a time, and where the answers go."""
+    """An evaluation to run: the arm, the examples, requests at a time, and the file for the answers."""
 
     arm: ArmPlan
     examples: Path
@@ -98,7 +99,7 @@ class EvaluationTask:
 
 
 def evaluate(task: EvaluationTask, progress: NamedProgress) -> Evaluation:
-    """Ask what has not been answered yet. Raises ServerFailed when a request fails: a gap would look like an error."""
+    """Send the examples that have no answer yet. Raises ServerFailed when a request fails: gaps count as errors."""
     examples = read_examples(task.examples)
     source = _source(task)
     known = _resume(task.out, source)
@@ -108,7 +109,7 @@ def evaluate(task: EvaluationTask, progress: NamedProgress) -> Evaluation:
 
     def build() -> Evaluation:
         made = tuple(known[example.id] for example in examples if example.id in known)
-        return Evaluation(labels=labels, predictions=made, source=source, machine=describe())
+        return Evaluation(labels=labels, predictions=made, source=source, machine=this_machine())
 
     if missing:
         with task.arm.start() as server:
@@ -157,7 +158,7 @@ async def _answer(
 async def _write(task: EvaluationTask, base_url: str, examples: Sequence[LabelledExample]) -> Sequence[Prediction]:
     """Let the model write its answer to each example."""
     plan = task.arm
-    client = OpenAiClient(base_url, plan.facts.model, key=plan.key, body=plan.body, clock=time.perf_counter)
+    client = OpenAiClient(plan.target(base_url), time.perf_counter)
     send = client.chat if plan.chat else client.complete
 
     async def ask(example: LabelledExample, scheduled: float) -> Prediction:
@@ -175,9 +176,9 @@ async def _write(task: EvaluationTask, base_url: str, examples: Sequence[Labelle
 async def _score(
     task: EvaluationTask, base_url: str, examples: Sequence[LabelledExample], labels: Sequence[str]
 ) -> Sequence[Prediction]:
-    """Take the label that the model finds likeliest for each example."""
+    """Take the likeliest label of each example."""
     plan = task.arm
-    scorer = LabelScorer(base_url, plan.facts.model, labels, key=plan.key)
+    scorer = LabelScorer(plan.target(base_url), labels)
 
     async def ask(example: LabelledExample, scheduled: float) -> Prediction:
         try:

@@ -1,11 +1,11 @@
-"""From raw samples to figures: what each arm did at each concurrency, and how two arms compare.
+"""Figures of a run: each arm at each concurrency, arms compared in pairs, cost, and warnings.
 
-Pure functions of the recorded run; computing them again from the file gives the same figures.
+Pure functions of the recorded samples: the same file gives the same figures.
 
     TTFT  first text chunk - scheduled send
     TPOT  (finish - first text chunk) / (completion tokens - 1), for answers of two tokens or more
     E2E   finish - scheduled send
-    rates answers (or tokens) that came whole / (last finish - first scheduled send)
+    rates whole answers (or their tokens) / (last finish - first scheduled send)
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,22 @@ from datetime import date
 
 from benchmarks.cost import Assumptions, Bill, make_bill
 from benchmarks.prices import TokenCounts
-from benchmarks.record import Arm, BenchRun, Level, Record, RequestSample
+from benchmarks.record import Arm, BenchRun, Level, RequestSample
+from models.common.record import Record
 from models.common.stats import NEEDED, percentile, quantile, wilson
 
 from .arms import BASE, FINE_TUNE, HOSTED
 from .scoring import Predictions, compare
 
+# A 1-minute load average per core above which the machine counts as busy.
+LOAD_PER_CORE = 0.25
+# The share of cached tokens above which a short prompt counts as one that the server had seen.
+REUSED_SHARE = 0.5
+SHORT_PROMPT_TOKENS = 600
+
 
 class Spread(Record):
-    """A latency in milliseconds over `n` answers. A percentile is None when n is too small for it (stats.NEEDED)."""
+    """A latency in milliseconds over `n` answers. A percentile is None when `n` is too small (stats.NEEDED)."""
 
     n: int
     p50_ms: float | None
@@ -33,7 +40,7 @@ class Spread(Record):
 
 
 class LevelFigures(Record):
-    """One arm at one concurrency. Rates count whole answers only; `errors` says how many were not."""
+    """One arm at one concurrency. Rates count whole answers only; `errors` counts the others."""
 
     concurrency: int
     requests: int
@@ -49,7 +56,7 @@ class LevelFigures(Record):
 
 
 class Accuracy(Record):
-    """Exactly right answers among all requests (a failed request is wrong), with Wilson's 95 % interval."""
+    """Exactly right answers among all requests (a failed one is wrong), with Wilson's 95 % interval."""
 
     correct: int
     total: int
@@ -91,8 +98,20 @@ class Statistics(Record):
     comparisons: tuple[PairedComparison, ...]
 
 
+def derive(run: BenchRun, assumptions: Assumptions) -> tuple[BenchRun, Statistics, Bill | None]:
+    """Fill in the run's statistics, bill and warnings from its samples; also return statistics and bill."""
+    statistics = summarise(run)
+    bill = _bill(run, statistics, assumptions)
+    derived = {
+        "statistics": statistics.model_dump(mode="json"),
+        "cost": bill.model_dump(mode="json") if bill else None,
+        "warnings": warnings(run),
+    }
+    return run.model_copy(update=derived), statistics, bill
+
+
 def summarise(run: BenchRun) -> Statistics:
-    """Every figure of the run, from its samples alone."""
+    """Compute every figure of the run from its samples."""
     judged = [arm for arm in run.arms if arm.measures_accuracy and samples_of(arm)]
     pairs = [(first, second) for i, first in enumerate(judged) for second in judged[i + 1 :]]
     return Statistics(
@@ -102,13 +121,39 @@ def summarise(run: BenchRun) -> Statistics:
 
 
 def samples_of(arm: Arm) -> list[RequestSample]:
-    """The arm's samples over all levels, warm-up not among them."""
+    """The arm's samples over all levels, without the warm-up."""
     return [sample for level in arm.levels for sample in level.samples]
 
 
 def predictions_of(arm: Arm) -> Predictions:
-    """`{id: (label, prediction)}`; a request that failed predicted nothing."""
+    """`{id: (label, prediction)}`; a failed request predicts the empty text."""
     return {s.id: (s.label, "" if s.error else s.text.strip()) for s in samples_of(arm)}
+
+
+def warnings(run: BenchRun) -> tuple[str, ...]:
+    """Reasons to doubt the run: a busy machine, errors, too few requests, prompts that the server had seen before."""
+    return (*_busy_warning(run), *(warning for arm in run.arms for warning in _arm_warnings(arm)))
+
+
+def tpot_ms(sample: RequestSample) -> float | None:
+    """Milliseconds per output token after the first; None for answers of fewer than two tokens."""
+    if not sample.deltas_s or sample.completion_tokens is None or sample.completion_tokens < 2:
+        return None
+    return 1000 * (sample.finished_s - sample.deltas_s[0]) / (sample.completion_tokens - 1)
+
+
+def spread(values_ms: Sequence[float]) -> Spread:
+    """p50 and p90 of `values_ms` with their rank intervals."""
+    p50, p90 = percentile(values_ms, 50), percentile(values_ms, 90)
+    return Spread(
+        n=len(values_ms),
+        p50_ms=p50.estimate if p50 else (quantile(values_ms, 0.5) if values_ms else None),
+        p50_low_ms=p50.low if p50 else None,
+        p50_high_ms=p50.high if p50 else None,
+        p90_ms=p90.estimate if p90 else None,
+        p90_low_ms=p90.low if p90 else None,
+        p90_high_ms=p90.high if p90 else None,
+    )
 
 
 def _arm(arm: Arm) -> ArmFigures:
@@ -160,27 +205,6 @@ def _wall_s(samples: Sequence[RequestSample]) -> float:
     return max(s.finished_s for s in samples) - min(s.scheduled_s for s in samples)
 
 
-def tpot_ms(sample: RequestSample) -> float | None:
-    """Milliseconds per output token after the first; None for answers of fewer than two tokens."""
-    if not sample.deltas_s or sample.completion_tokens is None or sample.completion_tokens < 2:
-        return None
-    return 1000 * (sample.finished_s - sample.deltas_s[0]) / (sample.completion_tokens - 1)
-
-
-def spread(values_ms: Sequence[float]) -> Spread:
-    """p50 and p90 of `values_ms` with their rank intervals."""
-    p50, p90 = percentile(values_ms, 50), percentile(values_ms, 90)
-    return Spread(
-        n=len(values_ms),
-        p50_ms=p50.estimate if p50 else (quantile(values_ms, 0.5) if values_ms else None),
-        p50_low_ms=p50.low if p50 else None,
-        p50_high_ms=p50.high if p50 else None,
-        p90_ms=p90.estimate if p90 else None,
-        p90_low_ms=p90.low if p90 else None,
-        p90_high_ms=p90.high if p90 else None,
-    )
-
-
 def _total(values: Sequence[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
@@ -207,18 +231,25 @@ def _comparison(first: Arm, second: Arm) -> PairedComparison:
     )
 
 
-LOAD_PER_CORE = 0.25
-REUSED_SHARE = 0.5
-SHORT_PROMPT_TOKENS = 600
+def _bill(run: BenchRun, statistics: Statistics, assumptions: Assumptions) -> Bill | None:
+    """The bill; None without a measured fine-tune or without an arm that counted the few-shot prompt's tokens."""
+    pairs = list(zip(run.arms, statistics.arms, strict=True))
+    rates = [level.requests_per_s for arm, figures in pairs if arm.name == FINE_TUNE for level in figures.levels]
+    counted = [(arm, f) for arm, f in pairs if arm.name in {HOSTED, BASE} and f.mean_prompt_tokens is not None]
+    if not counted or not rates or max(rates) == 0:
+        return None
+    # A measured hosted arm counts tokens with the tokenizer that is billed; the local base is the next best.
+    arm, figures = min(counted, key=lambda pair: pair[0].name != HOSTED)
+    prompt = figures.mean_prompt_tokens or 0.0
+    tokens = TokenCounts(
+        prompt=prompt, shared=arm.shared_share * prompt, completion=figures.mean_completion_tokens or 0.0
+    )
+    source = f"{arm.model}'s tokenizer (the shared part by its share of characters)"
+    return make_bill(tokens, source, 1 / max(rates), assumptions, date.fromisoformat(run.started_at[:10]))
 
 
-def warnings(run: BenchRun) -> tuple[str, ...]:
-    """Reasons to doubt the run: errors, too few requests, a busy machine, prompts the server had seen before."""
-    return (*_busy(run), *(warning for arm in run.arms for warning in _sanity_arm(arm)))
-
-
-def _busy(run: BenchRun) -> Iterator[str]:
-    """Only the very first level tells: later ones see the load average of the benchmark itself."""
+def _busy_warning(run: BenchRun) -> Iterator[str]:
+    """Judge by the first level: later load averages include the benchmark itself."""
     levels = [level for arm in run.arms for level in arm.levels]
     cores = run.machine.logical_cores
     if levels and levels[0].load_before is not None and levels[0].load_before > LOAD_PER_CORE * cores:
@@ -228,7 +259,7 @@ def _busy(run: BenchRun) -> Iterator[str]:
         )
 
 
-def _sanity_arm(arm: Arm) -> Iterator[str]:
+def _arm_warnings(arm: Arm) -> Iterator[str]:
     for level in arm.levels:
         where = f"{arm.name} at {level.concurrency}"
         if failed := [sample.error for sample in level.samples if sample.error]:
@@ -240,38 +271,9 @@ def _sanity_arm(arm: Arm) -> Iterator[str]:
 
 
 def _seen_before(arm: Arm, level: Level) -> bool:
-    """Bare mails share next to nothing: many cached tokens mean that a prompt was reused. Long prompts do share."""
+    """True if a short prompt was mostly cached: bare mails share almost no prefix, long prompts do."""
     whole = [s for s in level.samples if s.error is None and s.prompt_tokens and s.cached_tokens is not None]
     prompt = sum(s.prompt_tokens or 0 for s in whole)
     if not whole or prompt > SHORT_PROMPT_TOKENS * len(whole):
         return False
     return sum(s.cached_tokens or 0 for s in whole) > REUSED_SHARE * prompt
-
-
-def derive(run: BenchRun, assumptions: Assumptions) -> tuple[BenchRun, Statistics, Bill | None]:
-    """The run with its statistics, bill and warnings filled in from its samples."""
-    statistics = summarise(run)
-    bill = _bill(run, statistics, assumptions)
-    derived = {
-        "statistics": statistics.model_dump(mode="json"),
-        "cost": bill.model_dump(mode="json") if bill else None,
-        "warnings": warnings(run),
-    }
-    return run.model_copy(update=derived), statistics, bill
-
-
-def _bill(run: BenchRun, statistics: Statistics, assumptions: Assumptions) -> Bill | None:
-    """None when the run has no fine-tune, or no arm that counted the few-shot prompt's tokens."""
-    pairs = list(zip(run.arms, statistics.arms, strict=True))
-    rates = [level.requests_per_s for arm, figures in pairs if arm.name == FINE_TUNE for level in figures.levels]
-    counted = [(arm, f) for arm, f in pairs if arm.name in {HOSTED, BASE} and f.mean_prompt_tokens is not None]
-    if not counted or not rates or max(rates) == 0:
-        return None
-    # A measured hosted arm counts with the tokenizer that is billed; the local base is the next best.
-    arm, figures = min(counted, key=lambda pair: pair[0].name != HOSTED)
-    prompt = figures.mean_prompt_tokens or 0.0
-    tokens = TokenCounts(
-        prompt=prompt, shared=arm.shared_share * prompt, completion=figures.mean_completion_tokens or 0.0
-    )
-    source = f"{arm.model}'s tokenizer (the shared part by its share of characters)"
-    return make_bill(tokens, source, 1 / max(rates), assumptions, date.fromisoformat(run.started_at[:10]))

@@ -1,4 +1,4 @@
-"""From what the user asked for to a run that can start: every fault in it is found before a server starts."""
+"""`deskside bench`: the plan of a run, checked whole before a server starts, and the run itself."""
 
 import asyncio
 import json
@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,62 @@ from benchmarks.load.workload import (
     read_prompt,
     template_prompt,
 )
-from benchmarks.record import Arm, BenchRun, Level, Record, RequestSample, Workload, describe, load_average, save_run
+from benchmarks.record import (
+    Arm,
+    BenchRun,
+    Level,
+    RequestSample,
+    Workload,
+    now_text,
+    results_file,
+    save_run,
+    this_machine,
+)
 from models.common.console import NamedProgress
 from models.common.files import sha256_file
-from models.manifest import Prompt as ManifestPrompt
+from models.common.machine import load_average
+from models.common.record import Record
+from models.manifest import Prompt
 from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store
 
 from .arms import BASE, FINE_TUNE, HOSTED, ArmPlan, base_arm, fine_tune_arm, hosted_arm, replayed_arm
 
+WARMUP = 2
+QUICK = {"requests": 6, "concurrency": "1,4"}
+KEY_VARIABLE = "DESKSIDE_HOSTED_KEY"
 Keep = Callable[[Arm], None]
+
+
+class BenchSettings(Record):
+    """The options of `deskside bench`. `quick` changes the defaults that make a run long."""
+
+    model: str = Field(default=DEFAULT_MODEL, description="The fine-tune: a model of the store, or a path.")
+    base: str = Field(default="gemma-3-270m", description="The base model that gets the few-shot prompt.")
+    examples: Path | None = Field(
+        default=None, description="Labelled chat records, .jsonl or .jsonl.gz (default: test split)."
+    )
+    few_shot: Path | None = Field(default=None, description="Prompt file with {mail} once (default: the model's own).")
+    requests: int = Field(default=64, ge=1, description="Requests per arm and level; a p90 needs 64.")
+    concurrency: str = Field(default="1,4,16", description="Levels of the closed loop, users at a time.")
+    arms: str = Field(default=f"{FINE_TUNE},{BASE},{HOSTED}", description="Arms to run.")
+    url: str | None = Field(
+        default=None, description="A running server (…/v1) of the fine-tune; without it, one is started."
+    )
+    base_url: str | None = Field(default=None, description="A running server (…/v1) of the base model.")
+    hosted_url: str | None = Field(default=None, description="A hosted API (…/v1) to measure instead of the replay.")
+    hosted_model: str | None = Field(default=None, description=f"Its model. The key is read from ${KEY_VARIABLE}.")
+    hosted_body: str = Field(default="{}", description="JSON merged over each hosted request; a null removes a field.")
+    quick: bool = Field(
+        default=False, description="A few requests only: a check that everything works, not a measurement."
+    )
+    seed: int = Field(default=0, description="Seed of the examples of each level and of the replayed latencies.")
+    out: Path | None = Field(default=None, description="JSON file (default: results/bench-<time>.json).")
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """Everything a run needs: arms in order, which examples each concurrency gets, and where the file goes."""
+    """A run: the arms in order, the examples of each concurrency, and the file for the record."""
 
     arms: Sequence[ArmPlan]
     workload: Workload
@@ -48,12 +88,42 @@ class RunPlan:
     out: Path
 
 
-def run(plan: RunPlan, progress: NamedProgress) -> BenchRun:
-    """Run every arm and return the record, which is also on disk. `progress(what, done, total)` hears each answer.
+def make_plan(settings: BenchSettings, store: Store) -> RunPlan:
+    """Read the examples and prompts, look the models up, and draw the examples of each level.
 
-    Raises ServerFailed when a server does not start or fails its warm-up; what was measured before is on disk.
+    Raises BadWorkload, ModelNotFound and BadManifest.
     """
-    record = BenchRun(started_at=_now(), machine=describe(), workload=plan.workload)
+    if settings.quick:
+        given = settings.model_fields_set
+        settings = settings.model_copy(update={name: value for name, value in QUICK.items() if name not in given})
+    path = settings.examples or recipe_file("data", "test.jsonl.gz")
+    examples = read_examples(path)
+    levels = _integers(settings.concurrency)
+    drawn = draw(examples, levels, settings.requests, WARMUP, settings.seed)
+    workload = Workload(
+        examples=path.name,
+        sha256=sha256_file(path),
+        available=len(examples),
+        requests_per_level=settings.requests,
+        concurrency=tuple(levels),
+        seed=settings.seed,
+        labels=labels_of(examples),
+    )
+    few_shot = read_prompt(settings.few_shot or recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
+    arms = []
+    for name in settings.arms.split(","):
+        arm = _arm(name.strip(), settings, few_shot, store)
+        share = arm.prompt.shared_share(examples)
+        arms.append(arm.with_facts(arm.facts.model_copy(update={"shared_share": share})))
+    return RunPlan(arms, workload, drawn, settings.out or results_file("bench"))
+
+
+def run(plan: RunPlan, progress: NamedProgress) -> BenchRun:
+    """Run every arm; the record returned is also on disk. `progress(what, done, total)` is called after each answer.
+
+    Raises ServerFailed when a server does not start or fails its warm-up; earlier measurements are on disk.
+    """
+    record = BenchRun(started_at=now_text(), machine=this_machine(), workload=plan.workload)
     for arm_plan in plan.arms:
         progress(f"{arm_plan.facts.name}: starting {arm_plan.facts.model}", 0, 1)
         earlier = record.arms
@@ -66,20 +136,20 @@ def run(plan: RunPlan, progress: NamedProgress) -> BenchRun:
         with arm_plan.start() as server:
             arm = arm_plan.facts.model_copy(update={"start_s": server.start_s or None})
             asyncio.run(_Measurement(arm_plan, server.base_url, keep, progress).run(arm, plan.drawn))
-    record = record.model_copy(update={"finished_at": _now()})
+    record = record.model_copy(update={"finished_at": now_text()})
     save_run(plan.out, record)
     return record
 
 
 class _Measurement:
-    """One arm against its running server. Its clock starts again with each level."""
+    """The measurement of one arm against its running server. Each level restarts the clock."""
 
     def __init__(self, plan: ArmPlan, base_url: str, keep: Keep, progress: NamedProgress) -> None:
         self._plan = plan
         self._keep = keep
         self._progress = progress
         self._origin = time.perf_counter()
-        self._client = OpenAiClient(base_url, plan.facts.model, key=plan.key, body=plan.body, clock=self._clock)
+        self._client = OpenAiClient(plan.target(base_url), self._clock)
 
     def _clock(self) -> float:
         return time.perf_counter() - self._origin
@@ -117,81 +187,15 @@ class _Measurement:
         return await send(example, self._plan.prompt.render(example.text), scheduled, **self._plan.fields)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-WARMUP = 2
-QUICK = {"requests": 6, "concurrency": "1,4"}
-KEY_VARIABLE = "DESKSIDE_HOSTED_KEY"
-
-
-class BenchSettings(Record):
-    """What `deskside bench` can be told. `quick` changes the defaults that make a run long."""
-
-    model: str = Field(default=DEFAULT_MODEL, description="The fine-tune: a model of the store, or a path.")
-    base: str = Field(default="gemma-3-270m", description="The base model that gets the few-shot prompt.")
-    examples: Path | None = Field(
-        default=None, description="Labelled chat records, .jsonl or .jsonl.gz (default: test split)."
-    )
-    few_shot: Path | None = Field(default=None, description="Prompt file with {mail} once (default: the model's own).")
-    requests: int = Field(default=64, ge=1, description="Requests per arm and level; a p90 needs 64.")
-    concurrency: str = Field(default="1,4,16", description="Levels of the closed loop, users at a time.")
-    arms: str = Field(default=f"{FINE_TUNE},{BASE},{HOSTED}", description="Which arms to run.")
-    url: str | None = Field(
-        default=None, description="A server (…/v1) that has the fine-tune, instead of one of our own."
-    )
-    base_url: str | None = Field(default=None, description="A server (…/v1) that has the base model.")
-    hosted_url: str | None = Field(default=None, description="A hosted API (…/v1) to measure instead of the replay.")
-    hosted_model: str | None = Field(default=None, description=f"Its model. The key is read from ${KEY_VARIABLE}.")
-    hosted_body: str = Field(default="{}", description="JSON merged over each hosted request; a null removes a field.")
-    quick: bool = Field(
-        default=False, description="A few requests only: shows that everything works, measures nothing well."
-    )
-    seed: int = Field(default=0, description="Which examples each level gets, and the replayed latencies.")
-    out: Path | None = Field(default=None, description="Where the JSON goes (default: results/bench-<time>.json).")
-
-
-def make_plan(settings: BenchSettings, store: Store) -> RunPlan:
-    """Read the examples and prompts, look the models up, and draw who gets what.
-
-    Raises BadWorkload, ModelNotFound and BadManifest.
-    """
-    if settings.quick:
-        given = settings.model_fields_set
-        settings = settings.model_copy(update={name: value for name, value in QUICK.items() if name not in given})
-    path = settings.examples or recipe_file("data", "test.jsonl.gz")
-    examples = read_examples(path)
-    levels = _integers(settings.concurrency)
-    drawn = draw(examples, levels, settings.requests, WARMUP, settings.seed)
-    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    workload = Workload(
-        examples=path.name,
-        sha256=sha256_file(path),
-        available=len(examples),
-        requests_per_level=settings.requests,
-        concurrency=tuple(levels),
-        seed=settings.seed,
-        labels=labels_of(examples),
-    )
-    few_shot = read_prompt(settings.few_shot or recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
-    arms = []
-    for name in settings.arms.split(","):
-        arm = _arm(name.strip(), settings, few_shot, store)
-        share = arm.prompt.shared_share(examples)
-        arms.append(arm.with_facts(arm.facts.model_copy(update={"shared_share": share})))
-    return RunPlan(arms, workload, drawn, settings.out or Path("results") / f"bench-{started}.json")
-
-
 def _arm(name: str, settings: BenchSettings, few_shot: PromptTemplate, store: Store) -> ArmPlan:
     if name == FINE_TUNE:
         stored = store.resolve(settings.model)
-        template = (stored.manifest.prompt if stored.manifest else ManifestPrompt()).template
+        template = (stored.manifest.prompt if stored.manifest else Prompt()).template
         return fine_tune_arm(stored, template_prompt("short prompt", template), settings.url)
     if name == BASE:
         return base_arm(store.resolve(settings.base), few_shot, settings.base_url)
     if name != HOSTED:
-        raise BadWorkload(f"no arm is called {name!r}; there are {FINE_TUNE!r}, {BASE!r} and {HOSTED!r}")
+        raise BadWorkload(f"no arm is called {name!r}; use {FINE_TUNE!r}, {BASE!r} or {HOSTED!r}")
     if settings.hosted_url is None:
         return replayed_arm(few_shot, settings.seed)
     if settings.hosted_model is None:
@@ -214,4 +218,4 @@ def _integers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise BadWorkload(f"--concurrency must be whole numbers with commas between, got {text!r}") from error
+        raise BadWorkload(f"--concurrency must be whole numbers separated by commas, got {text!r}") from error

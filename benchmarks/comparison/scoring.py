@@ -1,7 +1,7 @@
-"""What a set of predictions is worth: accuracy, per-class precision, recall and F1, macro-F1, the confusion matrix.
+"""Scores of a set of predictions: accuracy, per-class precision, recall and F1, macro-F1, the confusion matrix.
 
-An answer counts only if, stripped, it is exactly the label. Whatever is not a label is counted as its own column,
-`(other)`: a classifier that babbles is wrong, and it should be seen how often.
+An answer is right only if, stripped, it equals the label. Answers that are no label have a column of their own,
+`(other)`, which shows how often a classifier babbles.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ Predictions = Mapping[str, tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class ClassScore:
-    """One label: how many items have it, and how well they were found. 0/0 counts as 0."""
+    """Support, precision, recall and F1 of one label; 0/0 counts as 0."""
 
     label: str
     support: int
@@ -28,7 +28,7 @@ class ClassScore:
 
 @dataclass(frozen=True, slots=True)
 class ClassificationScore:
-    """`confusion[i][j]`: items of `labels[i]` answered with `labels[j]`; the last column is everything else."""
+    """`confusion[i][j]`: items of `labels[i]` answered with `labels[j]`; the last column is OTHER."""
 
     labels: tuple[str, ...]
     total: int
@@ -40,25 +40,15 @@ class ClassificationScore:
 
 
 def confusion_matrix(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> np.ndarray:
-    """Counts of shape (labels, labels + 1) from (label, prediction) pairs; the last column is no label at all."""
+    """Counts of shape (labels, labels + 1) from (label, prediction) pairs; the last column is OTHER."""
     index = {label: i for i, label in enumerate(labels)}
     codes = [index[label] * (len(labels) + 1) + index.get(answer.strip(), len(labels)) for label, answer in pairs]
     counts = np.bincount(np.array(codes, dtype=np.int64), minlength=len(labels) * (len(labels) + 1))
     return counts.reshape(len(labels), len(labels) + 1)
 
 
-def _f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 per class, from counts of shape (..., labels, labels + 1)."""
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
-    predicted = confusion[..., :-1].sum(axis=-2)
-    actual = confusion.sum(axis=-1)
-    precision = hits / np.maximum(predicted, 1)
-    recall = hits / np.maximum(actual, 1)
-    return precision, recall, 2 * hits / np.maximum(predicted + actual, 1)
-
-
 def macro_f1_interval(confusion: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Macro-F1 with a percentile bootstrap over the items (resampling the cells is the same as resampling items)."""
+    """Macro-F1 with a percentile bootstrap over the items; resampling the cells is equivalent."""
     total = int(confusion.sum())
     draws = np.random.default_rng(seed).multinomial(total, confusion.ravel() / total, size=resamples)
     _, _, f1 = _f1(draws.reshape(resamples, *confusion.shape))
@@ -67,7 +57,7 @@ def macro_f1_interval(confusion: np.ndarray, *, resamples: int = 2000, seed: int
 
 
 def score(predictions: Predictions, labels: Sequence[str]) -> ClassificationScore:
-    """Score `{id: (label, prediction)}`. `labels` are all that may occur; ValueError when an item has another."""
+    """Score `{id: (label, prediction)}`. Raises ValueError when an item's label is not in `labels`."""
     if unknown := {label for label, _ in predictions.values()} - set(labels):
         raise ValueError(f"items carry labels {sorted(unknown)} that are not among {sorted(labels)}")
     matrix = confusion_matrix(list(predictions.values()), labels)
@@ -96,3 +86,13 @@ def compare(first: Predictions, second: Predictions) -> Paired:
         return [predictions[item][0] == predictions[item][1].strip() for item in shared]
 
     return compare_paired(right(first), right(second))
+
+
+def _f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1 per class, from counts of shape (..., labels, labels + 1)."""
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
+    predicted = confusion[..., :-1].sum(axis=-2)
+    actual = confusion.sum(axis=-1)
+    precision = hits / np.maximum(predicted, 1)
+    recall = hits / np.maximum(actual, 1)
+    return precision, recall, 2 * hits / np.maximum(predicted + actual, 1)

@@ -1,6 +1,6 @@
-"""A checkpoint to convert, of a size that tells something: the installed Gemma 3 as a Hugging Face folder.
+"""A checkpoint of realistic size to convert: the installed Gemma 3 as a Hugging Face folder.
 
-Its weights come from a quantized file, so they are not Google's to the last bit; both converters get the same ones.
+Its weights are dequantized, so they differ from Google's in the last bits; both converters get the same ones.
 """
 
 import json
@@ -13,17 +13,36 @@ from typing import Any
 import numpy as np
 from gguf.quants import dequantize
 
-from benchmarks.errors import BadWorkload
+from benchmarks.errors import BadWorkload, ExtraMissing
 from models.common.files import write_atomic
 from models.gguf.header import Header, TensorInfo, read_header
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-_BPE = 2
+_ARCHITECTURE = "gemma3"
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# Rows dequantized at a time.
+_SLAB_ROWS = 8192
+_WINDOW_ROPE_BASE = 10_000.0
 
 
 @dataclass(frozen=True)
 class SentencePieceVocabulary:
-    """The vocabulary in SentencePiece's terms, by token id."""
+    """A vocabulary in SentencePiece's terms, by token id."""
 
     texts: list[str]
     scores: list[float]
@@ -34,18 +53,31 @@ class SentencePieceVocabulary:
     pad: int
 
     def named(self, *ids: int) -> list[str]:
-        """The texts of some tokens."""
+        """The texts of these tokens."""
         return [self.texts[index] for index in ids]
 
 
-def read_pieces(header: Header) -> SentencePieceVocabulary:
-    """The pieces of a GGUF's vocabulary. Raises BadWorkload when it is not of SentencePiece's kind."""
+def make_checkpoint(gguf: Path, folder: Path) -> int:
+    """Write `folder` from the Gemma 3 GGUF unless it is there; returns the number of parameters. Raises BadWorkload."""
+    header = read_header(gguf)
+    if header.architecture != _ARCHITECTURE:
+        raise BadWorkload(f"{str(gguf)!r} is of architecture {header.architecture!r}; the checkpoint needs a Gemma 3")
+    if not (folder / "config.json").is_file():  # written last
+        folder.mkdir(parents=True, exist_ok=True)
+        write_vocabulary(folder, read_vocabulary(header))
+        _write_weights(gguf, header, folder / "model.safetensors")
+        write_atomic(folder / "config.json", json.dumps(_config(header), indent=2))
+    return sum(tensor.n_elements for tensor in header.tensors.values())
+
+
+def read_vocabulary(header: Header) -> SentencePieceVocabulary:
+    """Read a GGUF file's vocabulary. Raises BadWorkload when it is not SentencePiece's."""
     fields = header.fields
     if header.text("tokenizer.ggml.model") != "llama":
         raise BadWorkload(f"{str(header.path)!r} has no SentencePiece vocabulary")
     texts = [text.decode() for text in fields["tokenizer.ggml.tokens"].strings or []]
     kinds = [int(kind) for kind in fields["tokenizer.ggml.token_type"].numbers or ()]
-    # a GGUF spells white space in tokens of the user's own as it is
+    # GGUF keeps the spaces of user-defined tokens as they are
     texts = [text.replace(" ", "▁") if kind == USER_DEFINED else text for text, kind in zip(texts, kinds, strict=True)]
     ids = [header.integer(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "unknown", "padding")]
     return SentencePieceVocabulary(
@@ -53,11 +85,13 @@ def read_pieces(header: Header) -> SentencePieceVocabulary:
     )
 
 
-def write_vocabulary(folder: Path, pieces: SentencePieceVocabulary) -> None:
+def write_vocabulary(folder: Path, vocabulary: SentencePieceVocabulary) -> None:
     """Write the tokenizer's three files into `folder`."""
-    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer_json(pieces), ensure_ascii=False), encoding="utf-8")
-    (folder / "tokenizer.model").write_bytes(_sentencepiece_model(pieces))
-    bos, eos, unknown, pad = pieces.named(pieces.bos, pieces.eos, pieces.unknown, pieces.pad)
+    (folder / "tokenizer.json").write_text(
+        json.dumps(_tokenizer_json(vocabulary), ensure_ascii=False), encoding="utf-8"
+    )
+    (folder / "tokenizer.model").write_bytes(_sentencepiece_model(vocabulary))
+    bos, eos, unknown, pad = vocabulary.named(vocabulary.bos, vocabulary.eos, vocabulary.unknown, vocabulary.pad)
     config = {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -70,14 +104,32 @@ def write_vocabulary(folder: Path, pieces: SentencePieceVocabulary) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _tokenizer_json(pieces: SentencePieceVocabulary) -> dict[str, Any]:
+def merges(vocabulary: SentencePieceVocabulary) -> Iterator[tuple[str, str]]:
+    """Every way to merge two pieces into a third, in SentencePiece's order: the best score first.
+
+    User-defined pieces (runs of white space in Gemma) come before all others: SentencePiece never splits them.
+    """
+    kinds = vocabulary.kinds
+    ids = {text: index for index, text in enumerate(vocabulary.texts) if kinds[index] in (NORMAL, USER_DEFINED)}
+    found = []
+    for text, index in ids.items():
+        for cut in range(1, len(text)):
+            left, right = ids.get(text[:cut]), ids.get(text[cut:])
+            if left is not None and right is not None:
+                own = kinds[index] == USER_DEFINED
+                found.append((0.0 if own else -vocabulary.scores[index], left, right))
+    for _, left, right in sorted(found):
+        yield vocabulary.texts[left], vocabulary.texts[right]
+
+
+def _tokenizer_json(vocabulary: SentencePieceVocabulary) -> dict[str, Any]:
     added = [
         {"id": index, "content": text, "special": kind != USER_DEFINED}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for index, (text, kind) in enumerate(zip(pieces.texts, pieces.kinds, strict=True))
+        for index, (text, kind) in enumerate(zip(vocabulary.texts, vocabulary.kinds, strict=True))
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    bos, unknown = pieces.named(pieces.bos, pieces.unknown)
+    bos, unknown = vocabulary.named(vocabulary.bos, vocabulary.unknown)
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     start = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -98,7 +150,7 @@ def _tokenizer_json(pieces: SentencePieceVocabulary) -> dict[str, Any]:
             "type": "TemplateProcessing",
             "single": [start, one],
             "pair": [start, one, {"SpecialToken": {"id": bos, "type_id": 1}}, two],
-            "special_tokens": {bos: {"id": bos, "ids": [pieces.bos], "tokens": [bos]}},
+            "special_tokens": {bos: {"id": bos, "ids": [vocabulary.bos], "tokens": [bos]}},
         },
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
@@ -110,99 +162,31 @@ def _tokenizer_json(pieces: SentencePieceVocabulary) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": {text: index for index, text in enumerate(pieces.texts)},
-            "merges": [[left, right] for left, right in merges(pieces)],
+            "vocab": {text: index for index, text in enumerate(vocabulary.texts)},
+            "merges": [[left, right] for left, right in merges(vocabulary)],
         },
     }
 
 
-def merges(pieces: SentencePieceVocabulary) -> Iterator[tuple[str, str]]:
-    """Every way to make a piece of two others, in the order SentencePiece would: the best score first.
-
-    Pieces of the user's own, runs of white space in Gemma, come before all: SentencePiece never cuts them.
-    """
-    ids = {text: index for index, text in enumerate(pieces.texts) if pieces.kinds[index] in (NORMAL, USER_DEFINED)}
-    found = []
-    for text, index in ids.items():
-        for cut in range(1, len(text)):
-            left, right = ids.get(text[:cut]), ids.get(text[cut:])
-            if left is not None and right is not None:
-                own = pieces.kinds[index] == USER_DEFINED
-                found.append((0.0 if own else -pieces.scores[index], left, right))
-    for _, left, right in sorted(found):
-        yield pieces.texts[left], pieces.texts[right]
-
-
-def _sentencepiece_model(pieces: SentencePieceVocabulary) -> bytes:
-    """A ModelProto (sentencepiece_model.proto): field 1 is a piece, 2 the trainer's settings, 3 the normalizer's."""
-    model = bytearray()
-    for text, score, kind in zip(pieces.texts, pieces.scores, pieces.kinds, strict=True):
-        piece = _bytes(1, text.encode()) + _tag(2, 5) + struct.pack("<f", score) + _integer(3, kind)
-        model += _bytes(1, piece)
-    trainer = _integer(3, _BPE) + _integer(4, len(pieces.texts)) + _integer(35, True)  # with byte fallback
-    special = (pieces.unknown, pieces.bos, pieces.eos, pieces.pad)
-    for number, index in enumerate(special):
-        trainer += _integer(40 + number, index) + _bytes(45 + number, pieces.texts[index].encode())
-    model += _bytes(2, trainer)
-    # no dummy prefix, white space is kept and escaped
-    normalizer = _bytes(1, b"identity") + _integer(3, False) + _integer(4, False) + _integer(5, True)
-    return bytes(model + _bytes(3, normalizer))
-
-
-def _tag(number: int, wire_type: int) -> bytes:
-    return _varint(number << 3 | wire_type)
-
-
-def _integer(number: int, value: int) -> bytes:
-    return _tag(number, 0) + _varint(value)
-
-
-def _bytes(number: int, value: bytes) -> bytes:
-    return _tag(number, 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*encoded, value])
-
-
-_ARCHITECTURE = "gemma3"
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-_LAYER = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_SLAB_ROWS = 8192
-_WINDOW_ROPE_BASE = 10_000.0
-
-
-def make_checkpoint(gguf: Path, folder: Path) -> int:
-    """Write `folder` from the Gemma 3 GGUF unless it is there; how many parameters it has. Raises BadWorkload."""
-    header = read_header(gguf)
-    if header.architecture != _ARCHITECTURE:
-        raise BadWorkload(
-            f"{str(gguf)!r} is of architecture {header.architecture!r}; the checkpoint is made of a Gemma 3"
-        )
-    if not (folder / "config.json").is_file():  # written last
-        folder.mkdir(parents=True, exist_ok=True)
-        write_vocabulary(folder, read_pieces(header))
-        _write_weights(gguf, header, folder / "model.safetensors")
-        write_atomic(folder / "config.json", json.dumps(_config(header), indent=2))
-    return sum(tensor.n_elements for tensor in header.tensors.values())
+def _sentencepiece_model(vocabulary: SentencePieceVocabulary) -> bytes:
+    """The ModelProto of a byte-fallback BPE model without dummy prefix, white space kept and escaped."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ModuleNotFoundError as error:
+        raise ExtraMissing("protobuf is not installed: pip install 'deskside[bench]'") from error
+    model = sentencepiece_model_pb2.ModelProto()
+    for text, score, kind in zip(vocabulary.texts, vocabulary.scores, vocabulary.kinds, strict=True):
+        model.pieces.add(piece=text, score=score, type=kind)
+    trainer = model.trainer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(vocabulary.texts), True
+    special = {"unk": vocabulary.unknown, "bos": vocabulary.bos, "eos": vocabulary.eos, "pad": vocabulary.pad}
+    for role, index in special.items():
+        setattr(trainer, f"{role}_id", index)
+        setattr(trainer, f"{role}_piece", vocabulary.texts[index])
+    normalizer = model.normalizer_spec
+    normalizer.name, normalizer.escape_whitespaces = "identity", True
+    normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+    return bytes(model.SerializeToString())
 
 
 def _config(header: Header) -> dict[str, Any]:
@@ -242,7 +226,7 @@ def _config(header: Header) -> dict[str, Any]:
 
 
 def _write_weights(gguf: Path, header: Header, target: Path) -> None:
-    """The safetensors format: eight bytes of length, JSON, then the data."""
+    """Write a safetensors file: eight bytes of length, JSON, then the data. Norms are stored without GGUF's added 1."""
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in header.tensors.values():
@@ -276,6 +260,6 @@ def _slabs(data: np.ndarray, tensor: TensorInfo) -> Iterator[np.ndarray]:
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:
-    """The upper halves of float32, rounded to the nearest, to even in between."""
+    """The upper halves of float32, rounded to nearest even."""
     bits = np.ascontiguousarray(values, "<f4").view("<u4")
     return np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, "<u2")

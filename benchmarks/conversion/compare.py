@@ -1,8 +1,9 @@
-"""The same checkpoint converted to F16 by llama.cpp's own converter and by Deskside, each in a process of its own.
+"""`deskside bench convert`: one checkpoint converted to F16 by llama.cpp's converter and by Deskside, in turn.
 
-They take turns. llama.cpp's converter runs as its users run it: in a Python with torch and transformers, which it
-imports. Deskside runs as `deskside convert FOLDER --quant F16`, with all it does beside writing: hashes, the proofs of
-tokenizer and template, a first decode, and the installation into a store. Both find the checkpoint in the page cache.
+Each conversion is a process of its own. llama.cpp's converter runs as its users run it: in a Python with torch and
+transformers, which it imports. Deskside runs as `deskside convert FOLDER --quant F16` with everything it does besides
+writing: hashes, the proofs of tokenizer and template, a first decode, and the installation into a store. Both find the
+checkpoint in the page cache.
 """
 
 import hashlib
@@ -14,14 +15,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.errors import ServerFailed
 from benchmarks.load.process_memory import PeakWatch
-from benchmarks.record import describe, load_average, save_json
+from benchmarks.record import now_text, results_file, save_json, this_machine
 from models.common.console import NamedProgress, show_progress
+from models.common.machine import load_average
 from models.common.options import JsonOption, ReportOption, with_options
 from models.gguf.header import read_header
 from models.store.store import Store
@@ -36,11 +37,71 @@ _VERSIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Converter:
-    """A converter as a command. `roots` are the distributions it asks for, `code` what else of it lies on disk.
+@with_options(settings=ConvertSettings)
+def convert_speed_command(settings: ConvertSettings, as_json: JsonOption = False, report: ReportOption = None) -> None:
+    """Measure `deskside convert` beside llama.cpp's converter: wall time, peak memory and install size."""
+    if report is not None:
+        run = load_convert_run(report)
+    else:
+        out = settings.out or results_file("convert")
+        with show_progress() as progress:
+            run = compare_converters(settings, progress)
+        save_json(out, run.model_dump(mode="json"))
+        remove_converted(settings)
+        print(f"raw samples: {out}", file=sys.stderr)
+    aims = judge(run)
+    if as_json:
+        shown = [aim.model_dump(mode="json") | {"ratio": aim.ratio, "reached": aim.reached} for aim in aims]
+        print(json.dumps(run.model_dump(mode="json") | {"aims": shown}, ensure_ascii=False, indent=2))
+    else:
+        _print(run, aims)
 
-    `children` are the modules that it runs in processes of their own.
+
+def compare_converters(settings: ConvertSettings, progress: NamedProgress) -> ConvertRun:
+    """Make the checkpoint, run both converters in turn, and measure their install sizes. Raises BenchError."""
+    gguf = Store().resolve(settings.model).gguf
+    checkpoint = settings.folder / f"{settings.model}-hf"
+    progress("make the checkpoint", 0, 1)
+    parameters = make_checkpoint(gguf, checkpoint)
+    progress("make the checkpoint", 1, 1)
+    converters = [_llama_cpp(settings, checkpoint), _deskside(settings, checkpoint)]
+    total = (settings.repetitions + 1) * len(converters)
+    needs, conversions = [], list[ConverterSample]()
+    for number, converter in enumerate(converters):
+        progress("convert", number, total)
+        needs.append(_install_size(converter))
+    equal, tensors = _compare(*(converter.output for converter in converters))
+    for repetition in range(settings.repetitions):
+        for number, converter in enumerate(converters):
+            progress("convert", (repetition + 1) * len(converters) + number, total)
+            conversions.append(_time(converter))
+    progress("convert", total, total)
+    return ConvertRun(
+        started_at=now_text(),
+        machine=this_machine(),
+        checkpoint=settings.model,
+        parameters=parameters,
+        checkpoint_bytes=sum(file.stat().st_size for file in checkpoint.iterdir()),
+        commands={one.name: " ".join(Path(word).name for word in one.command) for one in converters},
+        needs=tuple(needs),
+        tensors=tensors,
+        equal_tensors=equal,
+        conversions=tuple(conversions),
+    )
+
+
+def remove_converted(settings: ConvertSettings) -> None:
+    """Remove the converted files; the checkpoint stays for the next run."""
+    (settings.folder / "llama.cpp-F16.gguf").unlink(missing_ok=True)
+    shutil.rmtree(settings.folder / "home", ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Converter:
+    """A converter as a command.
+
+    `roots` are the distributions it requires, `shown` those whose versions are reported, `code` its own folders outside
+    any distribution, `children` the modules that it runs in processes of their own.
     """
 
     name: Literal["deskside", "llama.cpp"]
@@ -54,40 +115,7 @@ class Converter:
     children: Sequence[str] = ()
 
 
-def compare_converters(settings: ConvertSettings, progress: NamedProgress) -> ConvertRun:
-    """Make the checkpoint, run both converters in turn, and weigh what they need. Raises BenchError."""
-    gguf = Store().resolve(settings.model).gguf
-    checkpoint = settings.folder / f"{settings.model}-hf"
-    progress("make the checkpoint", 0, 1)
-    parameters = make_checkpoint(gguf, checkpoint)
-    progress("make the checkpoint", 1, 1)
-    converters = [_theirs(settings, checkpoint), _ours(settings, checkpoint)]
-    total = (settings.repetitions + 1) * len(converters)
-    needs, conversions = [], list[ConverterSample]()
-    for number, converter in enumerate(converters):
-        progress("convert", number, total)
-        needs.append(_weigh(converter))
-    equal, tensors = _compare(*(converter.output for converter in converters))
-    for repetition in range(settings.repetitions):
-        for number, converter in enumerate(converters):
-            progress("convert", (repetition + 1) * len(converters) + number, total)
-            conversions.append(_measure(converter))
-    progress("convert", total, total)
-    return ConvertRun(
-        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe(),
-        checkpoint=settings.model,
-        parameters=parameters,
-        checkpoint_bytes=sum(file.stat().st_size for file in checkpoint.iterdir()),
-        commands={one.name: " ".join(Path(word).name for word in one.command) for one in converters},
-        needs=tuple(needs),
-        tensors=tensors,
-        equal_tensors=equal,
-        conversions=tuple(conversions),
-    )
-
-
-def _theirs(settings: ConvertSettings, checkpoint: Path) -> Converter:
+def _llama_cpp(settings: ConvertSettings, checkpoint: Path) -> _Converter:
     script = settings.oracle / "llama.cpp" / "convert_hf_to_gguf.py"
     if not (settings.oracle / ".ready").is_file():
         raise ServerFailed(
@@ -95,7 +123,7 @@ def _theirs(settings: ConvertSettings, checkpoint: Path) -> Converter:
         )
     output = settings.folder / "llama.cpp-F16.gguf"
     roots = ("torch", "transformers", "numpy", "sentencepiece", "protobuf")
-    return Converter(
+    return _Converter(
         name="llama.cpp",
         python=settings.oracle / "venv" / "bin" / "python",
         command=(str(script), str(checkpoint), "--outtype", "f16", "--outfile", str(output)),
@@ -107,9 +135,9 @@ def _theirs(settings: ConvertSettings, checkpoint: Path) -> Converter:
     )
 
 
-def _ours(settings: ConvertSettings, checkpoint: Path) -> Converter:
+def _deskside(settings: ConvertSettings, checkpoint: Path) -> _Converter:
     home = settings.folder / "home"
-    return Converter(
+    return _Converter(
         name="deskside",
         python=Path(sys.executable),
         command=(
@@ -125,7 +153,7 @@ def _ours(settings: ConvertSettings, checkpoint: Path) -> Converter:
     )
 
 
-def _measure(converter: Converter) -> ConverterSample:
+def _time(converter: _Converter) -> ConverterSample:
     load_before, started = load_average(), time.perf_counter()
     command = [str(converter.python), *converter.command]
     process = subprocess.Popen(
@@ -133,12 +161,12 @@ def _measure(converter: Converter) -> ConverterSample:
     )
     assert process.stderr is not None
     with PeakWatch(process.pid) as watch:
-        said = process.stderr.read()  # to the end: the process closes it when it exits
+        stderr = process.stderr.read()  # until the process exits and closes it
     _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     process.stderr.close()
-    _check(converter, process.returncode, said.decode(errors="replace"))
+    _check(converter, process.returncode, stderr.decode(errors="replace"))
     unit = 1 if sys.platform == "darwin" else 1024
     return ConverterSample(
         converter=converter.name,
@@ -149,22 +177,22 @@ def _measure(converter: Converter) -> ConverterSample:
     )
 
 
-def _weigh(converter: Converter) -> InstallSize:
-    """Run it once, unmeasured, for the modules it imports; then weigh the distributions they belong to."""
+def _install_size(converter: _Converter) -> InstallSize:
+    """Run it once, untimed, for the modules it imports; then measure the distributions that provide them."""
     modules = _imported(converter, converter.command)
     if converter.children:
         modules |= _imported(converter, ("-c", f"import {', '.join(converter.children)}"))
-    weighed = _ask(converter, str(_NEEDS), *converter.roots, said="\n".join(sorted(modules)))
+    sizes = _ask(converter, str(_NEEDS), *converter.roots, stdin="\n".join(sorted(modules)))
     own = sum(_tree_bytes(folder) for folder in converter.code)
     return InstallSize(
         converter=converter.name,
         versions=_ask(converter, "-c", _VERSIONS, *converter.shown),
-        loaded_bytes=weighed["loaded"] + own,
-        installed_bytes=weighed["installed"] + own,
+        loaded_bytes=sizes["loaded"] + own,
+        installed_bytes=sizes["installed"] + own,
     )
 
 
-def _imported(converter: Converter, command: Sequence[str]) -> set[str]:
+def _imported(converter: _Converter, command: Sequence[str]) -> set[str]:
     words = [str(converter.python), "-X", "importtime", *command]
     done = subprocess.run(words, env=dict(converter.environment), capture_output=True, text=True, check=False)
     _check(converter, done.returncode, done.stderr)
@@ -172,9 +200,9 @@ def _imported(converter: Converter, command: Sequence[str]) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in lines}
 
 
-def _ask(converter: Converter, *arguments: str, said: str = "") -> dict[str, Any]:
+def _ask(converter: _Converter, *arguments: str, stdin: str = "") -> dict[str, Any]:
     command = [str(converter.python), *arguments]
-    done = subprocess.run(command, input=said, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     _check(converter, done.returncode, done.stderr)
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
@@ -184,9 +212,9 @@ def _tree_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc")
 
 
-def _check(converter: Converter, code: int, said: str) -> None:
+def _check(converter: _Converter, code: int, stderr: str) -> None:
     if code != 0:
-        raise ServerFailed(f"{converter.name}'s converter failed (exit {code}): {said.strip()[-800:]}")
+        raise ServerFailed(f"{converter.name}'s converter failed (exit {code}): {stderr.strip()[-800:]}")
 
 
 def _compare(theirs: Path, ours: Path) -> tuple[int, int]:
@@ -201,33 +229,6 @@ def _hashes(path: Path) -> dict[str, tuple[str, str]]:
             file.seek(tensor.offset)
             found[name] = (tensor.kind.name, hashlib.sha256(file.read(tensor.n_bytes)).hexdigest())
     return found
-
-
-def clean(settings: ConvertSettings) -> None:
-    """Remove what was converted; the checkpoint stays for the next time."""
-    (settings.folder / "llama.cpp-F16.gguf").unlink(missing_ok=True)
-    shutil.rmtree(settings.folder / "home", ignore_errors=True)
-
-
-@with_options(settings=ConvertSettings)
-def convert_speed_command(settings: ConvertSettings, as_json: JsonOption = False, report: ReportOption = None) -> None:
-    """Measure `deskside convert` beside llama.cpp's converter: wall time, peak memory and install size."""
-    if report is not None:
-        run = load_convert_run(report)
-    else:
-        started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        out = settings.out or Path("results") / f"convert-{started}.json"
-        with show_progress() as progress:
-            run = compare_converters(settings, progress)
-        save_json(out, run.model_dump(mode="json"))
-        clean(settings)
-        print(f"raw samples: {out}", file=sys.stderr)
-    aims = judge(run)
-    if as_json:
-        shown = [aim.model_dump(mode="json") | {"ratio": aim.ratio, "reached": aim.reached} for aim in aims]
-        print(json.dumps(run.model_dump(mode="json") | {"aims": shown}, ensure_ascii=False, indent=2))
-    else:
-        _print(run, aims)
 
 
 def _print(run: ConvertRun, aims: Sequence[ConversionAim]) -> None:

@@ -1,53 +1,48 @@
-"""How much a Python environment holds for a program: run by that environment's own Python, with nothing but its own.
+"""The install size of a program: run by the Python of its own environment.
 
     python needs.py DISTRIBUTION ... < names of modules, one a line
 
-prints {"installed": bytes of these distributions and all they require, "loaded": bytes of those that provide the
-modules}. Compiled files (.pyc) are not counted: pip writes them, or not.
+prints {"installed": bytes of these distributions and all that they require, "loaded": bytes of those that provide the
+modules}. Compiled files (.pyc) are not counted: pip writes them or not.
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 def required(roots: Iterable[str]) -> dict[str, metadata.Distribution]:
     """Name -> distribution: the roots and everything installed that they require, extras left out."""
     todo, found = list(roots), dict[str, metadata.Distribution]()
     while todo:
-        name = _canonical(todo.pop())
+        name = canonicalize_name(todo.pop())
         if name in found:
             continue
         try:
             found[name] = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue  # for another system, or another Python
-        for requirement in found[name].requires or ():
-            wanted, _, marker = requirement.partition(";")
-            match = re.match(r"[A-Za-z0-9._-]+", wanted)
-            if match and "extra" not in marker:
-                todo.append(match.group())
-    return found
+        requirements = [Requirement(text) for text in found[name].requires or ()]
+        todo += [wanted.name for wanted in requirements if not wanted.marker or wanted.marker.evaluate({"extra": ""})]
+    return {str(name): distribution for name, distribution in found.items()}
 
 
 def providers(modules: Iterable[str]) -> dict[str, metadata.Distribution]:
     """Name -> distribution of those that provide the modules; the standard library's belong to none."""
     packages = metadata.packages_distributions()
     names = {name for module in modules for name in packages.get(module.partition(".")[0], ())}
-    return {_canonical(name): metadata.distribution(name) for name in names}
+    return {str(canonicalize_name(name)): metadata.distribution(name) for name in names}
 
 
 def n_bytes(distributions: dict[str, metadata.Distribution]) -> int:
     """The size of their files."""
     paths = (Path(str(one.locate_file(file))) for one in distributions.values() for file in one.files or ())
     return sum(path.stat().st_size for path in paths if path.suffix != ".pyc" and path.is_file())
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 if __name__ == "__main__":

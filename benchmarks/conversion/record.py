@@ -1,4 +1,4 @@
-"""The nouns of a comparison of converters, the JSON file that holds them, and what the aims make of it."""
+"""The records of a comparison of converters, the JSON file that holds them, and the aims it is judged by."""
 
 from pathlib import Path
 from statistics import median
@@ -6,25 +6,26 @@ from typing import Literal
 
 from pydantic import Field
 
-from benchmarks.record import MachineRecord, Record, load_record
+from benchmarks.record import MachineRecord, load_record
+from models.common.record import Record
 
 MAX_WALL, MAX_MEMORY, MAX_INSTALL = 0.5, 0.5, 0.2
 
 
 class ConvertSettings(Record):
-    """What a comparison of converters can be told."""
+    """The options of `deskside bench convert`."""
 
-    model: str = Field(default="gemma-3-270m", description="The installed Gemma 3 the checkpoint is made of.")
+    model: str = Field(default="gemma-3-270m", description="The installed Gemma 3 that the checkpoint is made from.")
     repetitions: int = Field(default=3, ge=1, description="Times each converter runs, in turn, once warmed up.")
-    oracle: Path = Field(default=Path(".oracle"), description="Where `make oracle` put llama.cpp's converter.")
-    folder: Path = Field(default=Path(".bench-convert"), description="The checkpoint, and what is made of it.")
-    out: Path | None = Field(default=None, description="Where the JSON goes (default: results/convert-<time>.json).")
+    oracle: Path = Field(default=Path(".oracle"), description="Folder of llama.cpp's converter, from `make oracle`.")
+    folder: Path = Field(default=Path(".bench-convert"), description="The checkpoint and the converted files.")
+    out: Path | None = Field(default=None, description="JSON file (default: results/convert-<time>.json).")
 
 
 class ConverterSample(Record):
-    """One run of one converter: wall time, processor time and peak resident memory, of all its processes together.
+    """One timed run of one converter: wall time, CPU time and peak resident memory of all its processes together.
 
-    What they share counts once in `peak_bytes`, which is no less than the largest one's own high-water mark.
+    `peak_bytes` counts shared pages once; it is at least the high-water mark of the largest process.
     """
 
     converter: Literal["deskside", "llama.cpp"]
@@ -35,10 +36,10 @@ class ConverterSample(Record):
 
 
 class InstallSize(Record):
-    """What a converter needs on disk.
+    """The disk space of a converter.
 
-    `loaded`: the distributions of which it imports something while it converts, its own code included. `installed`:
-    these and everything else that comes with them, whatever it is for: Deskside's server and engine, say.
+    `loaded`: its own code and the distributions that it imports while it converts. `installed`: everything that its
+    installation brings, used or not (Deskside's server and engine, for example).
     """
 
     converter: Literal["deskside", "llama.cpp"]
@@ -48,7 +49,7 @@ class InstallSize(Record):
 
 
 class ConvertRun(Record):
-    """One run of `deskside bench convert`. `equal_tensors` of `tensors` are the same in both files, byte for byte."""
+    """One run of `deskside bench convert`. `equal_tensors` of `tensors` are equal in both files, byte for byte."""
 
     schema_version: Literal[1] = 1
     started_at: str
@@ -64,7 +65,7 @@ class ConvertRun(Record):
 
 
 class ConversionAim(Record):
-    """One ratio, Deskside's to llama.cpp's, and the most it should be. The values are in the unit that is named."""
+    """A ratio of Deskside's value to llama.cpp's and its upper limit. The values are in `unit`."""
 
     name: str
     unit: str
@@ -74,17 +75,22 @@ class ConversionAim(Record):
 
     @property
     def ratio(self) -> float:
-        """Deskside's share of llama.cpp's."""
+        """Deskside's value over llama.cpp's."""
         return self.deskside / self.llama_cpp
 
     @property
     def reached(self) -> bool:
-        """Whether the ratio is within the limit."""
+        """True if the ratio is within the limit."""
         return self.ratio <= self.limit
 
 
+def load_convert_run(path: Path) -> ConvertRun:
+    """Read a run's file. Raises BadRecord naming the file and the first wrong field."""
+    return load_record(path, ConvertRun, "is not a comparison of converters")
+
+
 def judge(run: ConvertRun) -> tuple[ConversionAim, ...]:
-    """The medians of wall time and of peak memory, and the sizes, beside their aims."""
+    """Compare medians of wall time and peak memory, and install sizes, with their aims."""
 
     def middle(converter: str, name: str) -> float:
         return float(median(getattr(one, name) for one in run.conversions if one.converter == converter))
@@ -122,8 +128,3 @@ def judge(run: ConvertRun) -> tuple[ConversionAim, ...]:
             limit=MAX_INSTALL,
         ),
     )
-
-
-def load_convert_run(path: Path) -> ConvertRun:
-    """Read a run's file. Raises BadRecord naming the file and the first field that is wrong."""
-    return load_record(path, ConvertRun, "is not a comparison of converters")

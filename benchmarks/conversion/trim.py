@@ -1,10 +1,9 @@
-"""The default model with its vocabulary trimmed, as its recipe does it, and whole: made if missing, timed in turns."""
+"""`deskside bench trim`: the default model with its vocabulary trimmed by its recipe and whole, timed in turn."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,37 +11,38 @@ from pydantic import Field
 
 from benchmarks.errors import BadRecord, ServerFailed
 from benchmarks.load.model_file import RECIPE, ModelFile, converted, recipe_file
-from benchmarks.record import MachineRecord, Record, describe, load_record, save_json
+from benchmarks.record import MachineRecord, load_record, now_text, results_file, save_json, this_machine
 from models.common.console import NamedProgress, show_progress
 from models.common.options import JsonOption, ReportOption, with_options
+from models.common.record import Record
 from models.gguf.header import read_meta
 from models.manifest import read_manifest
 from models.quality import read_quality
 from models.store.store import Store
 
 MAX_SIZE, MIN_DECODE = 0.4, 1.8
-# One sequence, and as many as a server has slots.
+# Sequences at once: one, and as many as a server has slots.
 WIDTHS = (1, 16)
 
 
 class TrimSettings(Record):
-    """What a comparison of the default model with its vocabulary trimmed and whole can be told."""
+    """The options of `deskside bench trim`."""
 
     kinds: str = Field(
         default="Q8_0-attn-Q4_0,Q8_0,Q4_0,Q4_K_M", description="Quantizations, each measured trimmed and whole."
     )
-    keep: int | None = Field(default=None, ge=1, description="Tokens to keep (default: as many as the recipe does).")
-    repetitions: int = Field(default=5, ge=1, description="Times each file is measured, in turns.")
-    threads: int | None = Field(default=None, ge=1, description="Threads (default: as the server takes).")
+    keep: int | None = Field(default=None, ge=1, description="Tokens to keep (default: the recipe's number).")
+    repetitions: int = Field(default=5, ge=1, description="Times each file is measured, in turn.")
+    threads: int | None = Field(default=None, ge=1, description="Threads (default: the server's).")
     as_stored: bool = Field(
-        default=False, description="Compute with weights as they lie in the file, as on a processor without AMX."
+        default=False, description="Compute with the weights as stored, not repacked, as on a processor without AMX."
     )
-    folder: Path = Field(default=Path(".bench-trim"), description="Where the files are made.")
-    out: Path | None = Field(default=None, description="Where the JSON goes (default: results/trim-<time>.json).")
+    folder: Path = Field(default=Path(".bench-trim"), description="Folder for the converted files.")
+    out: Path | None = Field(default=None, description="JSON file (default: results/trim-<time>.json).")
 
 
 class TrimFile(Record):
-    """One file and its speeds, medians over the repetitions; `decode_tokens_per_s` by sequences that write at once."""
+    """One file and its speeds, medians over the repetitions; `decode_tokens_per_s` by sequences at once."""
 
     kind: str
     trimmed: bool
@@ -54,7 +54,7 @@ class TrimFile(Record):
 
 
 class TrimRun(Record):
-    """One run of `deskside bench trim`. Speeds are of examples of `prompt_tokens` and `answer_tokens`."""
+    """One run of `deskside bench trim`, measured on examples of `prompt_tokens` and `answer_tokens`."""
 
     schema_version: Literal[1] = 1
     started_at: str
@@ -68,40 +68,40 @@ class TrimRun(Record):
 
 
 class TrimRatio(Record):
-    """A figure of the trimmed file over the whole one's of the same quantization. No aim: None."""
+    """The trimmed file's figure over the whole file's, same quantization. `reached` is None without an aim."""
 
     name: str
     value: float
     reached: bool | None = None
 
 
-def ratios(run: TrimRun) -> Iterator[tuple[TrimFile, TrimFile, tuple[TrimRatio, ...]]]:
-    """(trimmed, whole, its ratios) of each quantization."""
-    for trimmed in (file for file in run.files if file.trimmed):
-        whole = next(file for file in run.files if file.kind == trimmed.kind and not file.trimmed)
-        size = trimmed.size_bytes / whole.size_bytes
-        found = [TrimRatio(name="size", value=size, reached=size <= MAX_SIZE)]
-        for width in WIDTHS:
-            faster = trimmed.decode_tokens_per_s[width] / whole.decode_tokens_per_s[width]
-            found.append(TrimRatio(name=f"decode ×{width}", value=faster, reached=faster >= MIN_DECODE))
-        found.append(TrimRatio(name="prefill", value=trimmed.prefill_tokens_per_s / whole.prefill_tokens_per_s))
-        yield trimmed, whole, tuple(found)
-
-
-def load_trim_run(path: Path) -> TrimRun:
-    """Read a run's file. Raises BadRecord naming the file and the first field that is wrong."""
-    return load_record(path, TrimRun, "is not a comparison of trimmed files")
+@with_options(settings=TrimSettings)
+def trim_command(settings: TrimSettings, as_json: JsonOption = False, report: ReportOption = None) -> None:
+    """Measure what trimming the default model's vocabulary gains: file size, decode and prefill speed."""
+    if report is not None:
+        run = load_trim_run(report)
+    else:
+        out = settings.out or results_file("trim")
+        with show_progress() as progress:
+            run = compare_trimmed(settings, progress)
+        save_json(out, run.model_dump(mode="json"))
+        print(f"medians: {out}", file=sys.stderr)
+    if as_json:
+        shown = {trimmed.kind: [one.model_dump(mode="json") for one in found] for trimmed, _, found in ratios(run)}
+        print(json.dumps(run.model_dump(mode="json") | {"ratios": shown}, ensure_ascii=False, indent=2))
+    else:
+        _print(run)
 
 
 def compare_trimmed(settings: TrimSettings, progress: NamedProgress) -> TrimRun:
-    """Make the files and measure them. Raises ModelError, and BenchError when a conversion or a measurement fails.
+    """Make the missing files and time all of them. Raises ModelError; BenchError when a conversion or a timing fails.
 
-    The typical example is the one that the recipe's own ladder was timed with.
+    The sizes of prompt and answer are those that the recipe's own ladder was timed with.
     """
     shape = read_quality(recipe_file()).shape
     if shape is None:
         raise BadRecord(f"{str(recipe_file())!r}: the recipe's quality.json does not say what it was timed with")
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    started = now_text()
     files = _files(settings, progress)
     job = {
         "files": {name: str(file.path) for name, (_, _, file) in files.items()},
@@ -128,7 +128,7 @@ def compare_trimmed(settings: TrimSettings, progress: NamedProgress) -> TrimRun:
     )
     return TrimRun(
         started_at=started,
-        machine=describe(),
+        machine=this_machine(),
         backend=report["backend"],
         repetitions=settings.repetitions,
         prompt_tokens=shape.prompt_tokens,
@@ -138,8 +138,26 @@ def compare_trimmed(settings: TrimSettings, progress: NamedProgress) -> TrimRun:
     )
 
 
+def ratios(run: TrimRun) -> Iterator[tuple[TrimFile, TrimFile, tuple[TrimRatio, ...]]]:
+    """Yield (trimmed, whole, their ratios) of each quantization."""
+    for trimmed in (file for file in run.files if file.trimmed):
+        whole = next(file for file in run.files if file.kind == trimmed.kind and not file.trimmed)
+        size = trimmed.size_bytes / whole.size_bytes
+        found = [TrimRatio(name="size", value=size, reached=size <= MAX_SIZE)]
+        for width in WIDTHS:
+            faster = trimmed.decode_tokens_per_s[width] / whole.decode_tokens_per_s[width]
+            found.append(TrimRatio(name=f"decode ×{width}", value=faster, reached=faster >= MIN_DECODE))
+        found.append(TrimRatio(name="prefill", value=trimmed.prefill_tokens_per_s / whole.prefill_tokens_per_s))
+        yield trimmed, whole, tuple(found)
+
+
+def load_trim_run(path: Path) -> TrimRun:
+    """Read a run's file. Raises BadRecord naming the file and the first wrong field."""
+    return load_record(path, TrimRun, "is not a comparison of trimmed files")
+
+
 def _files(settings: TrimSettings, progress: NamedProgress) -> dict[str, tuple[str, bool, ModelFile]]:
-    """Name -> (quantization, is it trimmed, the file)."""
+    """Name -> (quantization, trimmed or not, the file)."""
     recipe = read_manifest(recipe_file())
     if recipe.adapter is None or recipe.conversion is None or not recipe.conversion.trim:
         raise BadRecord(f"{str(recipe_file())!r}: the recipe does not trim its vocabulary: there is nothing to compare")
@@ -151,7 +169,7 @@ def _files(settings: TrimSettings, progress: NamedProgress) -> dict[str, tuple[s
     files = {}
     for done, (kind, trimmed) in enumerate(wanted):
         progress("make the files", done, len(wanted))
-        # a later recipe's files are others
+        # other files for a later version of the recipe
         name = f"{RECIPE}-{(recipe.adapter.sha256 or '')[:8]}-{kind.lower()}"
         if not trimmed:
             file = converted(own, f"{name}-whole", "--quant", kind, "--whole-vocab")
@@ -165,32 +183,13 @@ def _files(settings: TrimSettings, progress: NamedProgress) -> dict[str, tuple[s
 
 
 def _timed(job: dict[str, object]) -> dict[str, Any]:
-    # -P: a folder called `convert` where the user stands must not be taken for ours
+    # -P: a folder named `convert` in the working directory must not shadow ours
     command = [sys.executable, "-P", "-m", "convert.measure.speed"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
     if done.returncode:
         raise ServerFailed(f"the files cannot be timed (exit {done.returncode}): {done.stderr.strip()[-800:]}")
     report: dict[str, Any] = json.loads(done.stdout)
     return report
-
-
-@with_options(settings=TrimSettings)
-def trim_command(settings: TrimSettings, as_json: JsonOption = False, report: ReportOption = None) -> None:
-    """Measure what trimming the default model's vocabulary gains: file size, decode and prefill speed."""
-    if report is not None:
-        run = load_trim_run(report)
-    else:
-        started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        out = settings.out or Path("results") / f"trim-{started}.json"
-        with show_progress() as progress:
-            run = compare_trimmed(settings, progress)
-        save_json(out, run.model_dump(mode="json"))
-        print(f"medians: {out}", file=sys.stderr)
-    if as_json:
-        shown = {trimmed.kind: [one.model_dump(mode="json") for one in found] for trimmed, _, found in ratios(run)}
-        print(json.dumps(run.model_dump(mode="json") | {"ratios": shown}, ensure_ascii=False, indent=2))
-    else:
-        _print(run)
 
 
 def _print(run: TrimRun) -> None:

@@ -1,14 +1,17 @@
-"""One request to an OpenAI-compatible server, timed by the client.
+"""A timed client of OpenAI-compatible servers.
 
-TTFT counts from the *scheduled* send, so time lost before the bytes go out is not hidden. A fault of the server, of the
-connection or of the stream becomes the sample's `error`; nothing of it stops the run.
+TTFT counts from the *scheduled* send, so that time lost before the bytes go out stays visible. A fault of the server,
+of the connection or of the stream becomes the sample's `error` and does not stop the run.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from httpx_sse import EventSource
 
 from benchmarks.errors import ServerFailed
 from benchmarks.record import RequestSample
@@ -16,65 +19,40 @@ from benchmarks.record import RequestSample
 from .workload import LabelledExample
 
 MAX_EVENT_BYTES = 1 << 20
-
-
-class SseParser:
-    """Feed it what arrived; it yields the data of every event that became whole."""
-
-    def __init__(self) -> None:
-        self._buffer = b""
-        self._data: list[str] = []
-
-    def feed(self, chunk: bytes) -> Iterator[str]:
-        """The events completed by `chunk`. Raises ValueError when a line exceeds MAX_EVENT_BYTES or is not UTF-8."""
-        # A lone "\r" at the end may be half of "\r\n": it waits for the next chunk.
-        lines = (self._buffer + chunk).replace(b"\r\n", b"\n")
-        held = b"\r" if lines.endswith(b"\r") else b""
-        *whole, rest = lines[: len(lines) - len(held)].replace(b"\r", b"\n").split(b"\n")
-        self._buffer = rest + held
-        if len(self._buffer) > MAX_EVENT_BYTES:
-            raise ValueError(f"event stream line exceeds {MAX_EVENT_BYTES} bytes")
-        for line in whole:
-            yield from self._line(line.decode("utf-8"))
-
-    def _line(self, line: str) -> Iterator[str]:
-        if not line:
-            if self._data:
-                yield "\n".join(self._data)
-            self._data = []
-            return
-        field, _, value = line.partition(":")
-        if field == "data":
-            self._data.append(value.removeprefix(" "))
-
-
 ERROR_CHARS = 300
 
 
-class OpenAiClient:
-    """Streams one completion per call from `base_url` (`…/v1`), and keeps when each chunk arrived.
+@dataclass(frozen=True, slots=True)
+class ApiTarget:
+    """A model at an OpenAI-compatible API (`base_url`: `…/v1`).
 
     `body` is merged over every request; a null in it removes the field. The key is sent, and never kept in a sample.
+    """
+
+    base_url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    body: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of every request."""
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+
+
+class OpenAiClient:
+    """Sends one request per call and records when each part of the answer arrived, on `clock`.
+
     Without `keep_alive` each request has a connection of its own.
     """
 
     def __init__(
-        self,
-        base_url: str,
-        model: str,
-        *,
-        key: str | None = None,
-        body: Mapping[str, Any] | None = None,
-        timeout_s: float = 300.0,
-        keep_alive: bool = True,
-        clock: Callable[[], float],
+        self, target: ApiTarget, clock: Callable[[], float], *, timeout_s: float = 300.0, keep_alive: bool = True
     ) -> None:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if keep_alive else 0)
-        self._http = httpx.AsyncClient(headers=headers, timeout=timeout_s, limits=limits, trust_env=False)
-        self._base_url = base_url.rstrip("/")
-        self._model = model
-        self._body = dict(body or {})
+        self._http = httpx.AsyncClient(headers=target.headers, timeout=timeout_s, limits=limits, trust_env=False)
+        self._base_url = target.base_url.rstrip("/")
+        self._target = target
         self._clock = clock
 
     async def close(self) -> None:
@@ -82,17 +60,17 @@ class OpenAiClient:
         await self._http.aclose()
 
     async def chat(self, example: LabelledExample, prompt: str, scheduled: float, **fields: Any) -> RequestSample:
-        """Ask `/chat/completions` with `prompt` as the one user message."""
+        """Stream `/chat/completions` with `prompt` as the one user message."""
         body = {"messages": [{"role": "user", "content": prompt}], **fields}
-        return await self._send(example, "/chat/completions", body, scheduled)
+        return await self._stream(example, "/chat/completions", body, scheduled)
 
     async def complete(self, example: LabelledExample, prompt: str, scheduled: float, **fields: Any) -> RequestSample:
-        """Ask `/completions` to continue `prompt`."""
-        return await self._send(example, "/completions", {"prompt": prompt, **fields}, scheduled)
+        """Stream `/completions` that continue `prompt`."""
+        return await self._stream(example, "/completions", {"prompt": prompt, **fields}, scheduled)
 
     async def decide(self, example: LabelledExample, prompt: str, scheduled: float, **fields: Any) -> RequestSample:
-        """Ask `/decisions` one question about `prompt`; the choice, which comes whole, is the sample's text."""
-        body = {"model": self._model, "input": prompt, **fields, **self._body}
+        """Ask `/decisions` one question about `prompt`; the choice, which arrives whole, is the sample's text."""
+        body = {"model": self._target.model, "input": prompt, **fields, **self._target.body}
         sent = self._clock()
         text, usage, error = "", dict[str, Any](), None
         try:
@@ -102,7 +80,7 @@ class OpenAiClient:
             answer = response.json()
             text, usage = str(answer["answers"][0]["choice"]), answer.get("usage") or {}
         except (httpx.HTTPError, ServerFailed, ValueError, KeyError, TypeError, IndexError) as failure:
-            error = f"{type(failure).__name__}: {failure}"[: ERROR_CHARS + 40]
+            error = _describe(failure)
         now = self._clock()
         return RequestSample(
             id=example.id,
@@ -118,13 +96,13 @@ class OpenAiClient:
             error=error,
         )
 
-    async def _send(
+    async def _stream(
         self, example: LabelledExample, path: str, fields: Mapping[str, Any], scheduled: float
     ) -> RequestSample:
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
-        body = {"model": self._model, **fields, **streaming, **self._body}
+        body = {"model": self._target.model, **fields, **streaming, **self._target.body}
         body = {name: value for name, value in body.items() if value is not None}
-        reading = _Reading()
+        answer = _StreamedAnswer()
         sent = self._clock()
         error: str | None = None
         try:
@@ -132,29 +110,63 @@ class OpenAiClient:
                 if response.status_code != 200:
                     detail = (await response.aread()).decode("utf-8", "replace")[:ERROR_CHARS]
                     raise ServerFailed(f"HTTP {response.status_code}: {detail}")
-                async for chunk in response.aiter_bytes():
-                    reading.take(chunk, self._clock())
-            error = reading.fault()
+                async with aclosing(sse_events(response)) as events:
+                    async for event in events:
+                        answer.take(event, self._clock())
+            error = answer.fault()
         except (httpx.HTTPError, ServerFailed, ValueError, KeyError, TypeError, AttributeError) as failure:
-            error = f"{type(failure).__name__}: {failure}"[: ERROR_CHARS + 40]
+            error = _describe(failure)
         return RequestSample(
             id=example.id,
             label=example.label,
             scheduled_s=scheduled,
             sent_s=sent,
-            deltas_s=tuple(reading.deltas),
-            finished_s=self._clock() if reading.finished is None else reading.finished,
-            text="".join(reading.text),
-            **reading.usage,
+            deltas_s=tuple(answer.deltas),
+            finished_s=self._clock() if answer.finished is None else answer.finished,
+            text="".join(answer.text),
+            **answer.usage,
             error=error,
         )
 
 
-class _Reading:
-    """What a stream has said so far."""
+async def sse_events(response: httpx.Response) -> AsyncGenerator[str, None]:
+    """Yield the data of each server-sent event as it arrives.
+
+    Raises ValueError when more than MAX_EVENT_BYTES arrive without completing an event, SSEError (an httpx.HTTPError)
+    when the response is not an event stream.
+    """
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    body = _BoundedBody(response.stream)
+    response.stream = body
+    async with aclosing(EventSource(response).aiter_sse()) as events:
+        async for event in events:
+            body.unread_bytes = 0
+            if event.data:
+                yield event.data
+
+
+class _BoundedBody(httpx.AsyncByteStream):
+    """A response body that bounds the bytes read since the last event: the SSE decoder buffers them."""
+
+    def __init__(self, body: httpx.AsyncByteStream) -> None:
+        self._body = body
+        self.unread_bytes = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._body:
+            self.unread_bytes += len(chunk)
+            if self.unread_bytes > MAX_EVENT_BYTES:
+                raise ValueError(f"event of the stream exceeds {MAX_EVENT_BYTES} bytes")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
+class _StreamedAnswer:
+    """Text, arrival times and usage of one streamed answer."""
 
     def __init__(self) -> None:
-        self._parser = SseParser()
         self._reason: str | None = None
         self._error: str | None = None
         self.deltas: list[float] = []
@@ -162,13 +174,11 @@ class _Reading:
         self.finished: float | None = None
         self.usage: dict[str, int | None] = {}
 
-    def take(self, chunk: bytes, now: float) -> None:
-        """Take in bytes that arrived at `now`."""
-        for data in self._parser.feed(chunk):
-            if data != "[DONE]":
-                self._event(json.loads(data), now)
-
-    def _event(self, event: dict[str, Any], now: float) -> None:
+    def take(self, data: str, now: float) -> None:
+        """Add an event that arrived at `now`. Raises ValueError when it is not JSON."""
+        if data == "[DONE]":
+            return
+        event = json.loads(data)
         if event.get("error"):
             self._error = json.dumps(event["error"])[:ERROR_CHARS]
         for choice in event.get("choices") or ():
@@ -188,9 +198,13 @@ class _Reading:
             }
 
     def fault(self) -> str | None:
-        """What is wrong with a stream that has ended, or None."""
+        """The fault of a stream that has ended, or None."""
         if self._error:
             return f"error event: {self._error}"
         if self._reason is None:
             return "the stream ended without a finish reason"
         return None
+
+
+def _describe(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"[: ERROR_CHARS + 40]

@@ -1,14 +1,14 @@
-"""How likely a model finds each label as its whole answer: exact log-probabilities, asked over HTTP.
+"""Exact log-probabilities of each label as the whole answer, computed over HTTP.
 
-Free text is no fair measure of a base model: one that begins its answer with an empty line has said nothing about which
-label it finds likeliest. So every label is scored as it would be written, a space, the label and the end of the line,
-and the likeliest is the answer. The end counts: without it `spam` would win over `spamassassin-talk` as its beginning.
+Free text is no fair measure of a base model: an answer that begins with an empty line shows nothing of the model's
+preference among the labels. So every label is scored as the model would write it (a space, the label, the end of the
+line), and the likeliest is the answer. The line end matters: without it `spam`, as the beginning of
+`spamassassin-talk`, would win over it.
 
-A completion can be made to say a token by `logit_bias`, and tells its log-probability: forcing each token of each label
-after the ones before it gives the label's, by the chain rule. This needs *our* server's semantics: it reports the
-log-probability under the model's raw distribution, before the bias. Where the biased distribution is reported, every
-forced token has probability 1; that is noticed and refused. Once the server answers `/v1/decisions` it does all this
-in one request, and this file can go.
+`logit_bias` forces a completion to write a token, and the response has the token's log-probability. By the chain rule,
+forcing each token of a label after its predecessors gives the label's log-probability. This needs *our* server's
+semantics: log-probabilities of the model's raw distribution, before the bias. Under the biased distribution every
+forced token has probability 1; such a server is detected and refused.
 """
 
 import asyncio
@@ -20,35 +20,36 @@ import httpx
 
 from benchmarks.errors import ServerFailed
 
-# An OpenAI server takes no larger bias. It wins unless a logit leads by more, which is noticed.
+from .client import ERROR_CHARS, ApiTarget
+
+# The largest bias that OpenAI allows. A logit that leads by more wins against it, which raises ServerFailed.
 FORCING_BIAS = 100
-# Tokenizers of the Gemma kind have a token of their own for several newlines: both end the line.
+# Gemma's tokenizer has a token for two newlines: both end the line.
 LINE_ENDS = ("\n", "\n\n")
-# The sum over some tokens of one distribution is at most 1, give or take what the batch's shape does to logits.
+# Probabilities of tokens after one prefix sum to at most 1, up to the batch shape's effect on logits.
 MOST_PROBABILITY = 1.5
-# 128 answers together: few enough for the server's queue, enough to fill its steps.
-BRANCHES_PER_REQUEST = 8
+# 128 answers at once: they fit into the server's queue and fill its steps.
+TOKENS_PER_REQUEST = 8
 REQUESTS_AT_ONCE = 16
-ERROR_CHARS = 300
 
 TokenIds = tuple[int, ...]
 Paths = Mapping[str, Sequence[TokenIds]]
 
 
 class ForcedToken(NamedTuple):
-    """A token of the tree of labels, and the label tokens before it."""
+    """A token of the tree of labels with the label tokens before it."""
 
     prefix: TokenIds
     token: int
 
 
-def branches_of(tokens: TokenIds) -> Iterable[ForcedToken]:
-    """Each token of a path with those before it."""
+def forced_tokens(tokens: TokenIds) -> Iterable[ForcedToken]:
+    """Each token of a path with its prefix."""
     return (ForcedToken(tokens[:place], token) for place, token in enumerate(tokens))
 
 
 def disjoint(ways: Iterable[TokenIds]) -> list[TokenIds]:
-    """Token paths none of which begins with an earlier one: such a one's probability is counted there already."""
+    """Drop token paths that begin with an earlier one: its probability includes theirs."""
     kept: list[TokenIds] = []
     for tokens in ways:
         if not any(tokens[: len(earlier)] == earlier for earlier in kept):
@@ -57,68 +58,60 @@ def disjoint(ways: Iterable[TokenIds]) -> list[TokenIds]:
 
 
 def requests_of(paths: Paths) -> list[list[ForcedToken]]:
-    """Every branch of the tree once, those of one token together, as one bias serves them; a first token first."""
-    unique = dict.fromkeys(branch for ways in paths.values() for tokens in ways for branch in branches_of(tokens))
+    """Each forced token of the tree once, grouped by token since they share a bias, shortest prefix first."""
+    unique = dict.fromkeys(item for ways in paths.values() for tokens in ways for item in forced_tokens(tokens))
     by_token: dict[int, list[ForcedToken]] = {}
-    for branch in sorted(unique, key=lambda branch: len(branch.prefix)):
-        by_token.setdefault(branch.token, []).append(branch)
-    size = BRANCHES_PER_REQUEST
+    for item in sorted(unique, key=lambda item: len(item.prefix)):
+        by_token.setdefault(item.token, []).append(item)
+    size = TOKENS_PER_REQUEST
     return [same[start : start + size] for same in by_token.values() for start in range(0, len(same), size)]
 
 
 def label_logprobs(paths: Paths, logprobs: Mapping[ForcedToken, float]) -> dict[str, float]:
-    """Natural log of each label's probability: over a path's branches the product, over a label's paths the sum."""
+    """Natural log of each label's probability: the product along a path, summed over the label's paths."""
     return {
-        label: _log_sum([sum(logprobs[branch] for branch in branches_of(tokens)) for tokens in ways])
+        label: _log_sum([sum(logprobs[item] for item in forced_tokens(tokens)) for tokens in ways])
         for label, ways in paths.items()
     }
 
 
-def _log_sum(logs: Sequence[float]) -> float:
-    highest = max(logs)
-    return highest + math.log(sum(math.exp(value - highest) for value in logs))
-
-
 class LabelScorer:
-    """Scores `labels` after prompts that end where the label's leading space would follow, at `base_url` (`…/v1`)."""
+    """Scores `labels` after prompts that end where the label's leading space follows."""
 
-    def __init__(
-        self, base_url: str, model: str, labels: Sequence[str], *, key: str | None = None, timeout_s: float = 300.0
-    ) -> None:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
+    def __init__(self, target: ApiTarget, labels: Sequence[str], *, timeout_s: float = 300.0) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        root = base_url.rstrip("/").removesuffix("/v1")
+        root = target.base_url.rstrip("/").removesuffix("/v1")
         self._http = httpx.AsyncClient(
-            base_url=root, headers=headers, timeout=timeout_s, limits=limits, trust_env=False
+            base_url=root, headers=target.headers, timeout=timeout_s, limits=limits, trust_env=False
         )
-        self._model = model
+        self._model = target.model
         self._labels = tuple(labels)
         self._texts: dict[int, str] = {}
-        self._turn = asyncio.Semaphore(REQUESTS_AT_ONCE)
+        self._slots = asyncio.Semaphore(REQUESTS_AT_ONCE)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
 
     async def score(self, prompt: str) -> dict[str, float]:
-        """Label -> its log-probability (natural) after `prompt`, in the order of the labels.
+        """Label -> its natural log-probability after `prompt`, in the order of the labels.
 
-        Raises ServerFailed when a request fails, a forced token is not the one that came, a label's tokens do not
-        follow the prompt's own, or the server reports log-probabilities after the bias.
+        Raises ServerFailed when a request fails, the model writes another token than the forced one, a label changes
+        the tokens of the prompt, or the server reports log-probabilities after the bias.
         """
         prompt_tokens = await self._tokenize(prompt)
         ways = await asyncio.gather(*(self._ways(prompt, prompt_tokens, label) for label in self._labels))
         paths = dict(zip(self._labels, ways, strict=True))
         first, *others = requests_of(paths)
-        # The first request computes the prompt, so that all the others find it in the cache.
+        # The first request prefills the prompt; the others find it in the prefix cache.
         logprobs = await self._force(prompt_tokens, first)
-        for found in await asyncio.gather(*(self._force(prompt_tokens, branches) for branches in others)):
+        for found in await asyncio.gather(*(self._force(prompt_tokens, forced) for forced in others)):
             logprobs |= found
         _check_raw(logprobs)
         return label_logprobs(paths, logprobs)
 
     async def _ways(self, prompt: str, prompt_tokens: TokenIds, label: str) -> list[TokenIds]:
-        """The tokens of the label's line, one path for each way in which the line may end."""
+        """Token paths of the label's line, one per line end."""
         ways = []
         for end in LINE_ENDS:
             tokens = await self._tokenize(f"{prompt} {label}{end}")
@@ -127,12 +120,12 @@ class LabelScorer:
             ways.append(tokens[len(prompt_tokens) :])
         return disjoint(ways)
 
-    async def _force(self, prompt: TokenIds, branches: Sequence[ForcedToken]) -> dict[ForcedToken, float]:
-        """The log-probabilities of branches that have the same token."""
-        token = branches[0].token
+    async def _force(self, prompt: TokenIds, forced: Sequence[ForcedToken]) -> dict[ForcedToken, float]:
+        """The log-probabilities of `forced`, which all force the same token."""
+        token = forced[0].token
         body = {
             "model": self._model,
-            "prompt": [[*prompt, *branch.prefix] for branch in branches],
+            "prompt": [[*prompt, *item.prefix] for item in forced],
             "max_tokens": 1,
             "temperature": 0,
             "logprobs": 0,
@@ -147,7 +140,7 @@ class LabelScorer:
                     f"its logit is more than {FORCING_BIAS} below the highest"
                 )
             logprobs = (float(choice["logprobs"]["token_logprobs"][0]) for choice in choices)
-            return dict(zip(branches, logprobs, strict=True))
+            return dict(zip(forced, logprobs, strict=True))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServerFailed(f"/v1/completions gave no log-probability of a forced token: {error!r}") from error
 
@@ -163,7 +156,7 @@ class LabelScorer:
 
     async def _post(self, path: str, body: Mapping[str, Any], field: str) -> Any:
         try:
-            async with self._turn:
+            async with self._slots:
                 response = await self._http.post(path, json=body)
             if response.status_code != 200:
                 raise ServerFailed(f"{path}: HTTP {response.status_code}: {response.text[:ERROR_CHARS]}")
@@ -173,12 +166,17 @@ class LabelScorer:
 
 
 def _check_raw(logprobs: Mapping[ForcedToken, float]) -> None:
-    """Raise ServerFailed if tokens after one prefix have more probability together than there is."""
+    """Raise ServerFailed if the probabilities of tokens after one prefix sum to more than 1."""
     together: dict[TokenIds, float] = {}
-    for branch, logprob in logprobs.items():
-        together[branch.prefix] = together.get(branch.prefix, 0.0) + math.exp(logprob)
+    for item, logprob in logprobs.items():
+        together[item.prefix] = together.get(item.prefix, 0.0) + math.exp(logprob)
     if (most := max(together.values())) > MOST_PROBABILITY:
         raise ServerFailed(
             f"tokens of one distribution have probability {most:.2f} together: this server reports log-probabilities "
             "after logit_bias; labels can be scored with `deskside serve` only"
         )
+
+
+def _log_sum(logs: Sequence[float]) -> float:
+    highest = max(logs)
+    return highest + math.log(sum(math.exp(value - highest) for value in logs))

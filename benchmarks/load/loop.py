@@ -1,7 +1,7 @@
-"""The closed loop: a fixed number of users, each of whom sends the next request when the last one is answered.
+"""The closed loop: a fixed number of users, each sending its next request when the last one is answered.
 
-It measures what a team's own jobs see at a steady concurrency. It does not measure how a server behaves when more
-arrives than it can answer: that is an open loop, another experiment.
+It measures latency at a steady concurrency, as a team's own jobs see it. Arrivals faster than the server can answer
+need an open loop, which is another experiment.
 """
 
 import asyncio
@@ -13,24 +13,24 @@ Result = TypeVar("Result")
 
 
 async def closed_loop(
-    jobs: Sequence[Item],
+    items: Sequence[Item],
     concurrency: int,
     send: Callable[[Item, float], Awaitable[Result]],
     clock: Callable[[], float],
 ) -> tuple[Result, ...]:
-    """Send every job once, never more than `concurrency` at a time; results in the order of `jobs`.
+    """Send every item once, at most `concurrency` at a time; results in the order of `items`.
 
-    `send(job, scheduled)` gets the moment its user became free, on `clock`. It is expected to turn faults of the
-    server into results: an exception it lets out stops the loop and is raised here.
+    `send(item, scheduled)` gets the moment its user became free, on `clock`. It must turn faults of the server into
+    results: an exception stops the loop and is raised in an ExceptionGroup.
     """
     results: dict[int, Result] = {}
-    remaining = iter(enumerate(jobs))
+    remaining = iter(enumerate(items))
 
     async def user() -> None:
-        for index, job in remaining:
-            results[index] = await send(job, clock())
+        for index, item in remaining:
+            results[index] = await send(item, clock())
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, len(jobs))):
+        for _ in range(min(concurrency, len(items))):
             group.create_task(user())
-    return tuple(results[index] for index in range(len(jobs)))
+    return tuple(results[index] for index in range(len(items)))

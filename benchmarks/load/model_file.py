@@ -1,4 +1,4 @@
-"""The model files a benchmark serves: those of the default model's recipe, converted where they are missing."""
+"""The model files that a benchmark serves: those of the default model's recipe, converted when missing."""
 
 import os
 import subprocess
@@ -7,18 +7,19 @@ from importlib import resources
 from pathlib import Path
 
 from benchmarks.errors import ServerFailed
+from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store, StoredModel
 
 from .servers import deskside_command
 
-RECIPE, BASE = "email-triage", "gemma-3-270m"
+RECIPE, BASE = DEFAULT_MODEL, "gemma-3-270m"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A GGUF file that is served, its model's folder (with the manifest), and what is known about it.
+    """A GGUF file to serve, its model's folder (with the manifest), and its facts.
 
-    `title` names it among the files of a comparison; the quantization does by default.
+    `title` names it among the files of a comparison; empty: its quantization does.
     """
 
     path: Path
@@ -34,7 +35,7 @@ def recipe_file(*parts: str) -> Path:
 
 
 def converted(store: Store, name: str, *options: str) -> ModelFile:
-    """The recipe's model of that name, converted with these options where it is missing. Raises ServerFailed."""
+    """The store's model `name`, converted from the recipe with `options` when missing. Raises ServerFailed."""
     if name not in store.names():
         command = deskside_command("convert", RECIPE, *options, "--name", name)
         run_to_end(command, {"DESKSIDE_HOME": str(store.home)})
@@ -42,7 +43,7 @@ def converted(store: Store, name: str, *options: str) -> ModelFile:
 
 
 def model_file(stored: StoredModel, prefix: str = "") -> ModelFile:
-    """The file that `deskside serve` loads of an installed model; `prefix` goes before its quantization as title.
+    """The file that `deskside serve` loads for an installed model, titled `prefix` + quantization.
 
     Raises ServerFailed when the manifest does not list the file.
     """
@@ -54,7 +55,7 @@ def model_file(stored: StoredModel, prefix: str = "") -> ModelFile:
 
 
 def run_to_end(command: list[str], environment: dict[str, str]) -> None:
-    """Run `command` with these variables added. Raises ServerFailed with the end of its stderr."""
+    """Run `command` with these variables added. Raises ServerFailed with the end of its stderr when it fails."""
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ServerFailed(f"{' '.join(command[:4])} … failed (exit {done.returncode}):\n{done.stderr[-2000:]}")

@@ -1,55 +1,58 @@
-"""The memory of processes as /proc tells it: of one, and of one with all that it started."""
+"""Memory of a process and of its descendants: sizes from psutil, the process tree from /proc."""
 
-import os
 import threading
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 PROC = Path("/proc")
-SAMPLE_S = 0.02  # the kernel walks the page tables for each
+SAMPLE_S = 0.02  # the kernel walks the page tables for each sample
 
 
-def resident_bytes(pid: int, proc: Path = PROC) -> int:
-    """The resident memory of a process; 0 when it is gone or the system has no /proc."""
+def resident_bytes(pid: int) -> int:
+    """The resident memory of a process; 0 when it has ended."""
     try:
-        fields = (proc / str(pid) / "statm").read_text(encoding="ascii").split()
-    except OSError:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
         return 0
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def children(pid: int, proc: Path = PROC) -> list[int]:
-    """The processes whose parent is `pid`, of every thread of it."""
+def children(pid: int) -> list[int]:
+    """The processes that any thread of `pid` started; none when it has ended or the system has no /proc.
+
+    The kernel lists them per thread. psutil looks through every process of the system instead, which at 50 samples a
+    second would disturb the times that are measured.
+    """
     found = []
-    for tasks in (proc / str(pid)).glob("task/*/children"):
+    for listing in (PROC / str(pid)).glob("task/*/children"):
         try:
-            found += [int(word) for word in tasks.read_text(encoding="ascii").split()]
+            found += [int(word) for word in listing.read_text(encoding="ascii").split()]
         except OSError:
             continue
     return sorted(found)
 
 
-def own_bytes(pid: int, proc: Path = PROC) -> int:
-    """A process's share of the resident memory (PSS): a page that n processes have counts for an n-th.
+def proportional_bytes(pid: int) -> int:
+    """The proportional set size (PSS) of a process: a page that n processes share counts as an n-th.
 
-    0 when it is gone or the system does not tell.
+    0 when it has ended or the system does not report it (Linux does).
     """
     try:
-        lines = (proc / str(pid) / "smaps_rollup").read_text(encoding="ascii").splitlines()
-    except OSError:
+        return int(getattr(psutil.Process(pid).memory_full_info(), "pss", 0))
+    except psutil.Error:
         return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
 
 
-def tree_bytes(pid: int, proc: Path = PROC) -> int:
-    """The resident memory of a process and its descendants, what they share counted once."""
-    return own_bytes(pid, proc) + sum(tree_bytes(child, proc) for child in children(pid, proc))
+def tree_bytes(pid: int) -> int:
+    """The memory of a process and its descendants, shared pages counted once."""
+    return proportional_bytes(pid) + sum(tree_bytes(child) for child in children(pid))
 
 
 class PeakWatch:
-    """Looks at a process and its descendants every SAMPLE_S seconds while its block runs.
+    """Samples a process and its descendants every SAMPLE_S seconds while its block runs.
 
-    `peak_bytes` is the most they held together at one time; 0 where there is no /proc.
+    `peak_bytes` is the most they held together at one time; 0 where the system reports no PSS.
     """
 
     def __init__(self, pid: int) -> None:

@@ -1,7 +1,7 @@
-"""The hosted baseline without an account: a local server that answers as slowly as a hosted API was recorded to.
+"""The hosted baseline without an account: a local server that replays the recorded latencies of a hosted API.
 
-It replays *when* answers came, and nothing else: its text is the word "replayed", so accuracy is not measured, and the
-recording holds whole-call times only, so the split into first and later tokens is not known either.
+It replays *when* answers arrived and nothing else. Its text is the word "replayed", so accuracy is not measured; the
+recording holds whole-call times, so the split into TTFT and TPOT is not known.
 """
 
 import asyncio
@@ -12,14 +12,17 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from benchmarks.errors import BadWorkload, ServerFailed
 
@@ -44,8 +47,8 @@ class Recording:
     def latency_ms(self, probability: float) -> float:
         """The quantile function at `probability` in (0, 1): log-latency linear in the normal score between knots.
 
-        Under the recorded median nothing is known; the slope from p50 to p90 is continued there (a log-normal lower
-        half: an assumption). Above the last knot the recorded maximum is returned.
+        Below the recorded median nothing is known; the slope from p50 to p90 is continued there (a log-normal lower
+        half: an assumption). Above the last knot the latency is the recorded maximum.
         """
         knots = [(NormalDist().inv_cdf(p), math.log(ms)) for p, ms in self.quantiles_ms]
         z = min(NormalDist().inv_cdf(probability), knots[-1][0])
@@ -55,7 +58,7 @@ class Recording:
 
 
 def load_recording(task: str = "classification", path: Path = RECORDINGS) -> Recording:
-    """The recording of `task`. Raises BadWorkload naming the tasks there are."""
+    """Read the recording of `task`. Raises BadWorkload with the recorded tasks."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = {row["task"]: row for row in csv.DictReader(file)}
     if task not in rows:
@@ -68,80 +71,66 @@ def load_recording(task: str = "classification", path: Path = RECORDINGS) -> Rec
     return Recording(n_requests=n, quantiles_ms=tuple(quantiles), **facts)
 
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+def replay_app(recording: Recording, seed: int) -> Starlette:
+    """The server: `/v1/models` and streamed `/v1/chat/completions`, each answer after a drawn latency."""
+    chance = random.Random(seed)
+    model = replayed_model(recording)
 
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": model, "object": "model"}]})
 
-class ReplayApp:
-    """An ASGI application: `/v1/models` and streamed `/v1/chat/completions`, each answer after a drawn latency."""
-
-    def __init__(self, recording: Recording, seed: int) -> None:
-        self._recording = recording
-        self._random = random.Random(seed)
-        self.model = f"replayed:{recording.model}"
-
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one HTTP request."""
-        if scope["type"] != "http":
-            return
+    async def chat(request: Request) -> Response:
         began = time.perf_counter()
-        route = (scope["method"], scope["path"])
-        if route == ("GET", "/v1/models"):
-            await self._json(send, 200, {"object": "list", "data": [{"id": self.model, "object": "model"}]})
-        elif route == ("POST", "/v1/chat/completions"):
-            await self._chat(await _read(receive), began, send)
-        else:
-            await self._refuse(send, 404, f"the replay server has no {scope['method']} {scope['path']!r}")
-
-    async def _chat(self, body: bytes | None, began: float, send: Send) -> None:
         try:
-            if body is None or not json.loads(body).get("stream"):
+            if not json.loads(await _read(request)).get("stream"):
                 raise ValueError("expected a JSON object with stream: true")
-        except (ValueError, AttributeError) as error:
-            await self._refuse(send, 400, f"the replay server streams only: {error}")
-            return
-        latency_s = self._recording.latency_ms(self._random.random() or 0.5) / 1000
+        except (ValueError, AttributeError, ClientDisconnect) as error:
+            return _refusal(400, f"the replay server streams only: {error}")
+        latency_s = recording.latency_ms(chance.random() or 0.5) / 1000
         await asyncio.sleep(max(0.0, began + latency_s - time.perf_counter()))
         choices = [{"index": 0, "delta": {"content": "replayed"}, "finish_reason": None}]
         ending = [{"index": 0, "delta": {}, "finish_reason": "stop"}]
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-        events = [{"id": "replayed", "model": self.model, "choices": part} for part in (choices, ending)]
+        events = [{"id": "replayed", "model": model, "choices": part} for part in (choices, ending)]
         text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-        await send({"type": "http.response.body", "body": text.encode()})
+        return Response(text, media_type="text/event-stream")
 
-    async def _refuse(self, send: Send, status: int, message: str) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        await self._json(send, status, {"error": error})
+    async def missing(request: Request, error: Exception) -> Response:
+        return _refusal(404, f"the replay server has no {request.method} {request.url.path!r}")
 
-    async def _json(self, send: Send, status: int, value: dict[str, Any]) -> None:
-        headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps(value).encode()})
+    routes = [Route("/v1/models", models), Route("/v1/chat/completions", chat, methods=["POST"])]
+    return Starlette(routes=routes, exception_handlers={404: missing, 405: missing})
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The request's body, or None when the client left or sent more than MAX_BODY_BYTES."""
-    body = b""
-    while True:
-        message = await receive()
-        if message["type"] != "http.request" or len(body) > MAX_BODY_BYTES:
-            return None
-        body += bytes(message.get("body", b""))
-        if not message.get("more_body"):
-            return body
+def replayed_model(recording: Recording) -> str:
+    """The name under which the server offers the recorded model."""
+    return f"replayed:{recording.model}"
+
+
+async def _read(request: Request) -> bytes:
+    """The request's body. Raises ValueError when it is larger than MAX_BODY_BYTES."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise ValueError(f"the body exceeds {MAX_BODY_BYTES} bytes")
+    return bytes(body)
+
+
+def _refusal(status: int, message: str) -> Response:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": error}, status)
 
 
 @contextmanager
 def replaying(recording: Recording, seed: int) -> Iterator[tuple[str, str]]:
     """Run the replay server on a free local port; yields its base URL (`…/v1`) and its model's name.
 
-    It has a thread and an event loop of its own, so that the client's work does not delay its answers.
+    A thread and an event loop of its own keep the client's work from delaying its answers.
     """
-    app = ReplayApp(recording, seed)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
+    app = replay_app(recording, seed)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="replay", daemon=True)
     thread.start()
@@ -151,7 +140,7 @@ def replaying(recording: Recording, seed: int) -> Iterator[tuple[str, str]]:
             if not thread.is_alive() or time.perf_counter() > deadline:
                 raise ServerFailed("the replay server did not start")
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}/v1", app.model
+        yield f"http://127.0.0.1:{port}/v1", replayed_model(recording)
     finally:
         server.should_exit = True
         thread.join(START_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""A server of our own for the time of a benchmark: started as a person would start it, stopped by its process id."""
+"""A server started for the time of a benchmark with the command a user would type, and stopped by its process id."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ POLL_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that answers: its OpenAI base URL (`…/v1`), the seconds from start to ready, the process we started."""
+    """A server that answers: its OpenAI base URL (`…/v1`), seconds from start to ready, the pid if started here."""
 
     base_url: str
     start_s: float
@@ -35,7 +35,7 @@ class RunningServer:
 
 
 def deskside_command(*arguments: str) -> list[str]:
-    """A command line of the `deskside` beside this interpreter, else of the one on the path."""
+    """The command line of the `deskside` beside this interpreter, or else of the one on PATH. Raises ServerFailed."""
     beside = Path(sys.executable).with_name("deskside")
     found = str(beside) if beside.exists() else shutil.which("deskside")
     if found is None:
@@ -49,7 +49,7 @@ def serve_command(model: str, port: int, flags: Sequence[str] = ()) -> list[str]
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
+    """A port of this machine that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -66,8 +66,8 @@ def serving(
 ) -> Iterator[RunningServer]:
     """Run `command` until the block ends; yields once the path `ready` on `port` answers 200.
 
-    The server's own output goes to `log_file`, else nowhere. Raises ServerFailed with its end when the server stops or
-    is not ready in `timeout_s`.
+    `log_file` gets the server's own output. Raises ServerFailed with the end of that output when the server exits or
+    is not ready within `timeout_s`.
     """
     with _exit_on_sigterm(), log_file.open("w+b") if log_file else tempfile.TemporaryFile() as log:
         began = time.perf_counter()
@@ -84,7 +84,7 @@ def serving(
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Let a polite kill leave the block as an exception, so that the server is not left behind."""
+    """Turn SIGTERM into SystemExit inside the block, so that the server is stopped too."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -114,7 +114,7 @@ def _wait_ready(process: subprocess.Popen[bytes], url: str, deadline: float) -> 
 
 
 def read_counters(text: str, names: Sequence[str]) -> dict[str, float]:
-    """The values of metrics in Prometheus' text form, each summed over its models; what is not there is left out."""
+    """Read metrics from Prometheus' text format, each summed over its models; absent ones are left out."""
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -1,7 +1,7 @@
-"""What is asked: labelled mails, the prompts around them, and which mail goes to which concurrency level.
+"""The workload: labelled mails, the prompts around them, and the mails of each concurrency level.
 
-A server that shares prefixes answers a prompt it has seen for next to nothing, so no mail is used twice in one arm:
-the levels take disjoint slices of the split, and a split that is too small is refused.
+A server that shares prefixes answers a repeated prompt almost for free, so no mail is used twice in one arm: the levels
+take disjoint slices of the split, and a split that is too small is refused.
 """
 
 import random
@@ -18,7 +18,7 @@ PLACEHOLDER = "{mail}"
 
 @dataclass(frozen=True, slots=True)
 class LabelledExample:
-    """One labelled text: what the user wrote and the answer that is right."""
+    """A text and its right answer."""
 
     id: str
     text: str
@@ -27,7 +27,7 @@ class LabelledExample:
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """How a text is put to a model: `before` + text + `after`. Both empty: the bare text."""
+    """A prompt around a text: `before` + text + `after`. Both empty: the bare text."""
 
     name: str
     before: str = ""
@@ -38,12 +38,12 @@ class PromptTemplate:
         return f"{self.before}{text}{self.after}"
 
     def shared_share(self, examples: Sequence[LabelledExample]) -> float:
-        """The part of a prompt's characters that stands before the text, over all of `examples`."""
+        """The share of the prompts' characters that precede the text, over all `examples`."""
         return len(self.before) * len(examples) / sum(len(self.render(example.text)) for example in examples)
 
 
 def read_prompt(path: Path, name: str | None = None) -> PromptTemplate:
-    """Read a prompt file that holds `{mail}` exactly once. Raises BadWorkload otherwise."""
+    """Read a prompt file that holds `{mail}` exactly once. Raises BadWorkload if not."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -55,7 +55,7 @@ def read_prompt(path: Path, name: str | None = None) -> PromptTemplate:
 
 
 def template_prompt(name: str, template: str) -> PromptTemplate:
-    """A manifest's prompt template, which holds `{text}` exactly once."""
+    """Split a manifest's prompt template at its one `{text}`."""
     before, _, after = template.partition("{text}")
     return PromptTemplate(name, before, after)
 
@@ -63,7 +63,7 @@ def template_prompt(name: str, template: str) -> PromptTemplate:
 def read_examples(path: Path) -> tuple[LabelledExample, ...]:
     """Read chat records (`{"messages": [user, assistant]}`, .jsonl or .jsonl.gz) in file order.
 
-    The id is the record's, else its line number. Raises BadWorkload naming the line and what is wrong with it.
+    The id is the record's own or its line number. Raises BadWorkload with the line and its fault.
     """
     try:
         records = read_chat_records(path)
@@ -81,13 +81,13 @@ def _example(record: ChatRecord, path: Path) -> LabelledExample:
 
 
 def labels_of(examples: Sequence[LabelledExample]) -> tuple[str, ...]:
-    """The labels that occur, sorted."""
+    """The labels of `examples`, sorted."""
     return tuple(sorted({example.label for example in examples}))
 
 
 @dataclass(frozen=True, slots=True)
 class DrawnExamples:
-    """Which examples each concurrency level gets, and those that only warm the servers up. All different."""
+    """The examples of each concurrency level, and those that only warm servers up. All different."""
 
     levels: dict[int, tuple[LabelledExample, ...]]
     warmup: tuple[LabelledExample, ...]
@@ -98,7 +98,7 @@ def draw(
 ) -> DrawnExamples:
     """Draw `per_level` examples for each concurrency and `warmup` more, without replacement, the same for one seed.
 
-    Raises BadWorkload when the examples do not suffice, or a level or text occurs twice.
+    Raises BadWorkload when there are too few examples, or a level or text occurs twice.
     """
     if not concurrency or len(set(concurrency)) != len(concurrency) or min(concurrency) < 1 or per_level < 1:
         raise BadWorkload(f"need different levels of 1 or more, got {list(concurrency)} with {per_level} requests each")

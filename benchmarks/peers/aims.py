@@ -1,8 +1,8 @@
-"""What the engine is measured against: each aim, the number that was reached, and whether it is met. Pure."""
+"""The engine's aims beside its peers: for each the bound, the measured number and the verdict. Pure."""
 
 from typing import Literal
 
-from benchmarks.record import Record
+from models.common.record import Record
 
 from .figures import OnlineRow, PeerFigures, RateRatio, ratio
 from .servers import BEST, CHOSEN
@@ -33,7 +33,7 @@ COMPARABLE = (
 
 
 class PeerAim(Record):
-    """One line of the verdict. `wanted` is the bound in words, `found` what was measured, in words too."""
+    """One aim: `wanted` is the bound, `found` the measured value, both as text."""
 
     name: str
     wanted: str
@@ -42,7 +42,7 @@ class PeerAim(Record):
 
 
 class Contenders(Record):
-    """The names of the servers that are compared: all of one column serve the very same file."""
+    """The names of the compared servers. Pairs of one suffix serve the same file."""
 
     ours: str = f"{DESKSIDE}, {CHOSEN}"
     best: str = f"{LLAMA_SERVER} {BEST}, {CHOSEN}"
@@ -55,30 +55,29 @@ class Contenders(Record):
 
 
 def judge(figures: PeerFigures) -> tuple[PeerAim, ...]:
-    """Every aim in turn."""
-    cast = Contenders()
-    ours = figures.fastest(LABEL, cast.ours, LABEL_WAYS)
+    """Judge every aim."""
+    names = Contenders()
+    ours = figures.fastest(LABEL, names.ours, LABEL_WAYS)
     ours_any = max(
-        (row for name in (cast.ours, cast.ours_f16) if (row := figures.fastest(LABEL, name, LABEL_WAYS))),
+        (row for name in (names.ours, names.ours_f16) if (row := figures.fastest(LABEL, name, LABEL_WAYS))),
         key=lambda row: row.rate,
         default=None,
     )
-    best = figures.fastest(LABEL, cast.best, PEER_WAYS)
-    best_q4 = figures.fastest(LABEL, cast.best_q4, PEER_WAYS)
-    python = figures.fastest(LABEL, cast.python, PEER_WAYS)
-    best_file = f"labels, our best file / {cast.best_q4}"
+    best = figures.fastest(LABEL, names.best, PEER_WAYS)
+    best_q4 = figures.fastest(LABEL, names.best_q4, PEER_WAYS)
+    python = figures.fastest(LABEL, names.python, PEER_WAYS)
+    decisions = _pair(figures, LABEL, DECISIONS, names.ours, names.ours_q4)
+    best_file = f"labels, our best file / {names.best_q4}"
     return (
-        _rates("plain generation, same file", 1.0, _pair(figures, REPLY, CHAT, cast.ours, cast.best)),
+        _rates("plain generation, same file", 1.0, _pair(figures, REPLY, CHAT, names.ours, names.best)),
         _rates(f"labels through decisions or choice{_how(ours, best)}, same file", 1.1, ratio(ours, best)),
-        _rates("cold burst, shared prompt", 2.5, _pair(figures, BURST, COMPLETION, cast.ours_base, cast.best_base)),
+        _rates("cold burst, shared prompt", 2.5, _pair(figures, BURST, COMPLETION, names.ours_base, names.best_base)),
         _rates(f"{best_file}{_how(ours_any, best_q4)}", 1.7, ratio(ours_any, best_q4)),
         _rates(f"labels{_how(ours, python)} / llama_cpp.server", 3.0, ratio(ours, python)),
-        _rates(
-            "decisions, the chosen file / plain Q4_K_M", 1.5, _pair(figures, LABEL, DECISIONS, cast.ours, cast.ours_q4)
-        ),
-        _rates("replies, the chosen file / plain Q4_K_M", 1.5, _pair(figures, REPLY, CHAT, cast.ours, cast.ours_q4)),
+        _rates("decisions, the chosen file / plain Q4_K_M", 1.5, decisions),
+        _rates("replies, the chosen file / plain Q4_K_M", 1.5, _pair(figures, REPLY, CHAT, names.ours, names.ours_q4)),
         _rates("offline mails/s / CTranslate2 int8", 1.0, _offline(figures)),
-        *(_ttft(figures, cast, percent) for percent in (50, 95)),
+        *(_ttft(figures, names, percent) for percent in (50, 95)),
         _engine(figures),
         _hop(figures),
     )
@@ -106,13 +105,13 @@ def _offline(figures: PeerFigures) -> RateRatio | None:
     return ratio(first, second)
 
 
-def _ttft(figures: PeerFigures, cast: Contenders, percent: int) -> PeerAim:
-    """The worst quotient over all comparable tasks: no worse anywhere means that this one is ≤ 1."""
+def _ttft(figures: PeerFigures, names: Contenders, percent: int) -> PeerAim:
+    """The worst quotient over all comparable tasks: ≤ 1 if no task is worse."""
     quotients = {}
     for task, way in COMPARABLE:
         base = way == COMPLETION
-        ours = figures.row(task, way, cast.ours_base if base else cast.ours)
-        best = figures.row(task, way, cast.best_base if base else cast.best)
+        ours = figures.row(task, way, names.ours_base if base else names.ours)
+        best = figures.row(task, way, names.best_base if base else names.best)
         first, second = (_ttft_ms(row, percent) for row in (ours, best))
         if first is not None and second:
             quotients[f"{task}, {way}"] = first / second
@@ -130,7 +129,7 @@ def _ttft_ms(row: OnlineRow | None, percent: int) -> float | None:
 
 
 def _engine(figures: PeerFigures) -> PeerAim:
-    """What the engine's own work beside llama_decode leaves of a bare loop's tokens/s."""
+    """The engine's tokens/s over a bare loop's: its own work beside llama_decode costs the rest."""
     name, wanted = "engine tokens/s over a bare llama_decode loop with the same batches, least task", "≥ 0.97"
     least = min(figures.bare, key=lambda row: row.ratio, default=None)
     if least is None:

@@ -1,14 +1,15 @@
-"""From the raw samples of a comparison to figures. Pure: the same file gives the same figures.
+"""The figures of a comparison with peers, from its raw samples. Pure: the same file gives the same figures.
 
-rate   whole answers / (last finish - first scheduled send), one for each repetition; reported is the median
-ratio  of two medians; its spread is the least and the greatest of the repetitions' own ratios
+rate   whole answers / (last finish - first scheduled send), one per repetition; the report shows the median
+ratio  of two medians; its range is that of the repetitions' own ratios
 TTFT   first text chunk - scheduled send, over all repetitions
 """
 
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks.record import Record, RequestSample
+from benchmarks.record import RequestSample
+from models.common.record import Record
 from models.common.stats import quantile
 
 from .record import BarePass, OfflinePass, Pass, PeerRun
@@ -18,7 +19,7 @@ STEP, DECODE = "deskside_step_seconds_total", "deskside_decode_seconds_total"
 
 
 class RateRatio(Record):
-    """One rate over another: of the medians, and the range over the repetitions both have."""
+    """One rate over another: of the medians, with the range over the repetitions that both have."""
 
     value: float
     low: float
@@ -26,7 +27,7 @@ class RateRatio(Record):
 
 
 class OnlineRow(Record):
-    """One server at one task, asked in one way. `judged` answers have a right one; `wrong_length` is for replies."""
+    """One server at one task and way. `judged` counts answers to mails with a label, `wrong_length` replies."""
 
     task: str
     way: str
@@ -50,7 +51,7 @@ class OnlineRow(Record):
 
 
 class OfflineRow(Record):
-    """One way of labelling a file: mails per second without start and load, one for each repetition."""
+    """One way of labelling a file: mails per second without start and load, one per repetition."""
 
     server: str
     way: str
@@ -66,7 +67,7 @@ class OfflineRow(Record):
 
 
 class BareRow(Record):
-    """The engine's tokens/s over those of a bare `llama_decode` loop with the same batches, one for each repetition."""
+    """The engine's tokens/s over those of a bare `llama_decode` loop with the same batches, one per repetition."""
 
     task: str
     ratios: tuple[float, ...]
@@ -79,7 +80,7 @@ class BareRow(Record):
 
 
 class PeerFigures(Record):
-    """All figures of a run. `hop_ms`: round trip less the engine's step, one client, one token; None: not counted."""
+    """All figures of a run. `hop_ms`: round trip less the engine's step, one client, one token; None: not measured."""
 
     rows: tuple[OnlineRow, ...]
     offline: tuple[OfflineRow, ...]
@@ -88,7 +89,7 @@ class PeerFigures(Record):
     bare: tuple[BareRow, ...] = ()
 
     def row(self, task: str, way: str, server: str) -> OnlineRow | None:
-        """The row of that server, or None when it was not measured."""
+        """The row of that server, or None if not measured."""
         found = [row for row in self.rows if (row.task, row.way, row.server) == (task, way, server)]
         return found[0] if found else None
 
@@ -99,7 +100,7 @@ class PeerFigures(Record):
 
 
 def figures_of(run: PeerRun) -> PeerFigures:
-    """Every figure of the run."""
+    """Compute every figure of the run."""
     groups: dict[tuple[str, str, str], list[Pass]] = {}
     for made in run.passes:
         groups.setdefault((made.task, made.way, made.server), []).append(made)
@@ -117,7 +118,7 @@ def figures_of(run: PeerRun) -> PeerFigures:
 
 
 def ratio(first: OnlineRow | OfflineRow | None, second: OnlineRow | OfflineRow | None) -> RateRatio | None:
-    """The first's rate over the second's, or None when one of them has none."""
+    """The first's rate over the second's, or None when either has no rate."""
     if first is None or second is None or not first.rates or not second.rates or not min(second.rates) > 0:
         return None
     each = [a / b for a, b in zip(first.rates, second.rates, strict=False)]

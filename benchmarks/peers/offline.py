@@ -1,7 +1,8 @@
-"""A file of mails labelled offline: `deskside batch` against CTranslate2 int8, each as one process.
+"""Measurements without HTTP: a file of mails labelled offline, and the engine beside a bare decode loop.
 
-A process's start and the loading of its model are measured with a file of one mail and subtracted, for both alike.
-CTranslate2 gets its prompts as token ids, so the tokenizing is not in its time; in Deskside's it is.
+`deskside batch` and CTranslate2 int8 each label the file as one process. Start and model load are measured with a file
+of one mail and subtracted, for both alike. CTranslate2 gets token ids, so its time lacks the tokenizing that Deskside's
+includes.
 """
 
 import json
@@ -19,47 +20,96 @@ from benchmarks.errors import ServerFailed
 from benchmarks.load.model_file import ModelFile
 from benchmarks.load.servers import deskside_command, free_port, serve_command, serving
 from benchmarks.load.workload import LabelledExample
-from models.common.console import NamedProgress
 
 from .record import BarePass, OfflinePass
-from .run import PeerRunFile, PeerWorkload, Slices
+from .run import PeerSession, Slices
 from .servers import PeerFiles, end_tokens, script
 from .tasks import CHAT, CONSTRAINED, DECISIONS, DESKSIDE, LABEL, LABEL_TOKENS, REPLY, REPLY_TOKENS, asking
 
 CTRANSLATE2 = "ctranslate2 int8"
 BATCH = 16
 ARRIVAL, SORTED = "in order of arrival", "sorted by length"
-Label = Callable[[Sequence[LabelledExample]], list[str]]
+Labeller = Callable[[Sequence[LabelledExample]], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineWork:
+    """A file of mails to label: the mails, the models, the CPU threads and the Python of the peers."""
+
+    examples: Sequence[LabelledExample]
+    files: PeerFiles
+    threads: int
+    peers_python: Path
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedMails:
-    """Each mail's prompt as token ids, and each label's ids back to its text."""
+    """The token ids of each mail's prompt, by mail, and the text of each label, by its token ids."""
 
     prompts: dict[str, list[int]]
     labels: dict[tuple[int, ...], str]
 
 
-def run_offline(
-    files: PeerFiles, examples: Sequence[LabelledExample], threads: int, peers_python: Path, comparison: PeerWorkload,
-    recorder: PeerRunFile, progress: NamedProgress,
-) -> None:  # fmt: skip
-    """Measure every way in turn, in reversed order with each repetition."""
-    tokens = _tokens(files, examples, comparison.labels)
-    ways: list[tuple[str, str, Label]] = [
-        (DESKSIDE, way, _deskside_batch(files, way, threads, comparison.labels))
-        for way in (CONSTRAINED, DECISIONS, CHAT)
+def run_offline(work: OfflineWork, session: PeerSession) -> None:
+    """Measure every way of labelling in turn, in reversed order with each repetition."""
+    labels = session.workload.labels
+    tokens = _tokens(work, labels)
+    ways: list[tuple[str, str, Labeller]] = [
+        (DESKSIDE, way, _deskside_batch(work, way, labels)) for way in (CONSTRAINED, DECISIONS, CHAT)
     ]
-    ways += [(CTRANSLATE2, way, _ctranslate2(files, way, threads, peers_python, tokens)) for way in (ARRIVAL, SORTED)]
-    for repetition in range(comparison.repetitions):
+    ways += [(CTRANSLATE2, way, _ctranslate2(work, way, tokens)) for way in (ARRIVAL, SORTED)]
+    for repetition in range(session.workload.repetitions):
         for server, way, label in ways if repetition % 2 == 0 else ways[::-1]:
             what = f"offline, {way}: {server}, repetition {repetition + 1}"
-            progress(what, 0, len(examples))
-            recorder.add(offline=(_timed(server, way, repetition, examples, label),))
-            progress(what, len(examples), len(examples))
+            session.progress(what, 0, len(work.examples))
+            session.file.add(offline=(_timed(server, way, repetition, work.examples, label),))
+            session.progress(what, len(work.examples), len(work.examples))
 
 
-def _timed(server: str, way: str, repetition: int, examples: Sequence[LabelledExample], label: Label) -> OfflinePass:
+def run_bare(file: ModelFile, threads: int, session: PeerSession) -> None:
+    """Measure the engine beside a bare loop on labels and replies of 16 clients.
+
+    Raises ServerFailed with the end of the child's stderr.
+    """
+    session.progress("engine beside a bare loop", 0, 1)
+    arguments = [str(file.folder), str(threads), str(session.workload.repetitions)]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "benchmarks.peers.scripts.bare_loop", *arguments],
+        input=json.dumps(_bare_work(session.workload.slices)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ServerFailed(f"the bare loop failed (exit {done.returncode}): {done.stderr[-1000:]}")
+    session.file.add(bare=tuple(BarePass.model_validate_json(line) for line in done.stdout.splitlines()))
+    session.progress("engine beside a bare loop", 1, 1)
+
+
+def batch_lines(examples: Sequence[LabelledExample], way: str, labels: Sequence[str]) -> str:
+    """The input of `deskside batch`: one line per mail, with the same body as over HTTP."""
+    asked = asking(LABEL, way, DESKSIDE, labels)
+    assert asked is not None
+    endpoint, fields = asked
+    url = "/v1/decisions" if endpoint == "decisions" else "/v1/chat/completions"
+    lines = []
+    for example in examples:
+        text = {"input": example.text} if endpoint == "decisions" else {"messages": [_user(example.text)]}
+        lines.append({"custom_id": example.id, "method": "POST", "url": url, "body": text | fields})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def batch_answers(lines: str, examples: Sequence[LabelledExample]) -> list[str]:
+    """The labels in `deskside batch`'s output, in the order of `examples`. KeyError when one is missing."""
+    bodies = {}
+    for line in map(json.loads, lines.splitlines()):
+        body = line["response"]["body"]
+        chat = "choices" in body
+        bodies[line["custom_id"]] = body["choices"][0]["message"]["content"] if chat else body["answers"][0]["choice"]
+    return [str(bodies[example.id]).strip() for example in examples]
+
+
+def _timed(server: str, way: str, repetition: int, examples: Sequence[LabelledExample], label: Labeller) -> OfflinePass:
     answers: list[str] = []
     error: str | None = None
     walls = []
@@ -77,55 +127,28 @@ def _timed(server: str, way: str, repetition: int, examples: Sequence[LabelledEx
                        wall_s=walls[1], right=right, error=error)  # fmt: skip
 
 
-def batch_lines(examples: Sequence[LabelledExample], way: str, labels: Sequence[str]) -> str:
-    """The input of `deskside batch`: one line for each mail, asked as over HTTP."""
-    asked = asking(LABEL, way, DESKSIDE, labels)
-    assert asked is not None
-    endpoint, fields = asked
-    url = "/v1/decisions" if endpoint == "decisions" else "/v1/chat/completions"
-    lines = []
-    for example in examples:
-        text = {"input": example.text} if endpoint == "decisions" else {"messages": [_user(example.text)]}
-        lines.append({"custom_id": example.id, "method": "POST", "url": url, "body": text | fields})
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def batch_answers(lines: str, examples: Sequence[LabelledExample]) -> list[str]:
-    """The labels in `deskside batch`'s output, in the order of `examples`. KeyError when one is missing."""
-    bodies = {}
-    for line in map(json.loads, lines.splitlines()):
-        body = line["response"]["body"]
-        chat = "choices" in body
-        bodies[line["custom_id"]] = body["choices"][0]["message"]["content"] if chat else body["answers"][0]["choice"]
-    return [str(bodies[example.id]).strip() for example in examples]
-
-
-def _deskside_batch(files: PeerFiles, way: str, threads: int, labels: Sequence[str]) -> Label:
+def _deskside_batch(work: OfflineWork, way: str, labels: Sequence[str]) -> Labeller:
     def label(examples: Sequence[LabelledExample]) -> list[str]:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "mails.jsonl", Path(folder) / "labels.jsonl"
             source.write_text(batch_lines(examples, way, labels), encoding="utf-8")
-            flags = ["--model", str(files.tuned.folder), "--threads", str(threads)]
+            flags = ["--model", str(work.files.tuned.folder), "--threads", str(work.threads)]
             _run(deskside_command("batch", str(source), str(target), *flags))
             return batch_answers(target.read_text(encoding="utf-8"), examples)
 
     return label
 
 
-def _ctranslate2(files: PeerFiles, way: str, threads: int, python: Path, tokens: TokenizedMails) -> Label:
-    ends = [str(token) for token in end_tokens(files.tuned.path)]
+def _ctranslate2(work: OfflineWork, way: str, tokens: TokenizedMails) -> Labeller:
+    ends = [str(token) for token in end_tokens(work.files.tuned.path)]
 
     def label(examples: Sequence[LabelledExample]) -> list[str]:
         order = list(examples)
         if way == SORTED:
             order.sort(key=lambda example: len(tokens.prompts[example.id]))
         prompts = json.dumps([tokens.prompts[example.id] for example in order])
-        arguments = ["label", str(files.ctranslate2), str(threads), str(BATCH), *ends]
-        answers = json.loads(_run([str(python), "-P", script("run_ctranslate2.py"), *arguments], prompts))
+        arguments = ["label", str(work.files.ctranslate2), str(work.threads), str(BATCH), *ends]
+        answers = json.loads(_run([str(work.peers_python), "-P", script("run_ctranslate2.py"), *arguments], prompts))
         texts = {e.id: tokens.labels.get(tuple(ids), "") for e, ids in zip(order, answers, strict=True)}
         return [texts[example.id] for example in examples]
 
@@ -136,11 +159,11 @@ def _run(command: Sequence[str], text: str | None = None) -> str:
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
 
 
-def _tokens(files: PeerFiles, examples: Sequence[LabelledExample], labels: Sequence[str]) -> TokenizedMails:
-    """Asked of our own server: the template and the tokenizer are the model's."""
+def _tokens(work: OfflineWork, labels: Sequence[str]) -> TokenizedMails:
+    """Render and tokenize through our own server, with the model's own template and tokenizer."""
     port = free_port()
     with (
-        serving(serve_command(str(files.tuned.folder), port), port) as server,
+        serving(serve_command(str(work.files.tuned.folder), port), port) as server,
         httpx.Client(base_url=server.base_url.removesuffix("/v1"), trust_env=False, timeout=60) as http,
     ):
 
@@ -148,46 +171,19 @@ def _tokens(files: PeerFiles, examples: Sequence[LabelledExample], labels: Seque
             return list(http.post("/tokenize", json={"content": text}).raise_for_status().json()["tokens"])
 
         prompts = {}
-        for example in examples:
+        for example in work.examples:
             body = {"messages": [_user(example.text)]}
             rendered = http.post("/apply-template", json=body).raise_for_status().json()["prompt"]
             prompts[example.id] = tokenize(rendered)
         return TokenizedMails(prompts, {tuple(tokenize(label)): label for label in labels})
 
 
-def run_bare(
-    file: ModelFile, slices: Slices, repetitions: int, threads: int, recorder: PeerRunFile, progress: NamedProgress
-) -> None:
-    """Measure labels and replies of 16 clients. Raises ServerFailed with the child's last words."""
-    progress("engine beside a bare loop", 0, 1)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "benchmarks.peers.scripts.bare_loop",
-            str(file.folder),
-            str(threads),
-            str(repetitions),
-        ],
-        input=json.dumps(_work(slices)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ServerFailed(f"the bare loop failed (exit {done.returncode}): {done.stderr[-1000:]}")
-    recorder.add(bare=tuple(parse(done.stdout.splitlines())))
-    progress("engine beside a bare loop", 1, 1)
-
-
-def parse(lines: Sequence[str]) -> list[BarePass]:
-    """What the child printed."""
-    return [BarePass.model_validate_json(line) for line in lines]
-
-
-def _work(slices: Slices) -> dict[str, dict[str, object]]:
+def _bare_work(slices: Slices) -> dict[str, dict[str, object]]:
     return {
         task: {"texts": [example.text for example in slices[task, CHAT][0]], "tokens": tokens, "stops": stops}
         for task, tokens, stops in ((LABEL, LABEL_TOKENS, True), (REPLY, REPLY_TOKENS, False))
     }
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}

@@ -1,23 +1,22 @@
-"""A whole comparison with peers in its order: install, convert, deal out the mails, measure stage by stage."""
+"""The whole of `deskside bench peers`: install, convert, deal out the mails, measure stage by stage."""
 
 import json
-import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.load.model_file import recipe_file
 from benchmarks.load.servers import deskside_command
 from benchmarks.load.workload import LabelledExample, PromptTemplate, labels_of, read_examples, read_prompt
-from benchmarks.record import describe
+from benchmarks.record import now_text, results_file, this_machine
 from models.common.console import NamedProgress
+from models.common.machine import logical_cores
 from models.store.store import Store
 
-from .offline import run_bare, run_offline
+from .offline import OfflineWork, run_bare, run_offline
 from .record import PeerRun, PeerSettings
-from .run import PeerRunFile, PeerWorkload, Slices, Stage, run_stage
+from .run import PeerRunFile, PeerSession, PeerWorkload, Slices, Stage, run_stage
 from .servers import (
     BEST,
     RAM,
@@ -37,34 +36,19 @@ from .tasks import BURST, FEW_SHOT, HOP, LABEL, LABEL_ALONE, REPLY, REPLY_ALONE,
 HOP_REQUESTS = 30
 
 
-@dataclass(frozen=True, slots=True)
-class _Material:
-    """What the stages are made of."""
-
-    settings: PeerSettings
-    files: PeerFiles
-    python: Path
-    threads: int
-    slices: Slices
-    warmup: Sequence[LabelledExample]
-    offline: Sequence[LabelledExample]
-
-
 def compare_peers(settings: PeerSettings, progress: NamedProgress) -> tuple[PeerRun, Path]:
-    """Install, convert, measure; the run, and where it was saved. Raises BenchError and ModelError."""
+    """Install, convert and measure; returns the run and its file. Raises BenchError and ModelError."""
     settings = settings.effective()
     folder = settings.folder.absolute()
-    threads = settings.threads or os.cpu_count() or 1
-    tuned, slices, warmup, offline = _examples(settings)
+    threads = settings.threads or logical_cores()
+    labels, slices, warmup, offline = deal_examples(settings)
     python = install_peers(folder / "venv")
     files = prepare_files(Store(), folder, python)
-    material = _Material(settings, files, python, threads, slices, warmup, offline)
-    started = datetime.now(UTC)
-    out = settings.out or Path("results") / f"peers-{started.strftime('%Y%m%dT%H%M%SZ')}.json"
-    comparison = PeerWorkload(slices, tuned, settings.repetitions, out)
+    material = _Material(settings, files, python, threads, slices, warmup)
+    out = settings.out or results_file("peers")
     run = PeerRun(
-        started_at=started.isoformat(timespec="seconds"),
-        machine=describe(),
+        started_at=now_text(),
+        machine=this_machine(),
         peers=peer_versions(python),
         builds=_builds(python),
         threads=material.threads,
@@ -73,23 +57,23 @@ def compare_peers(settings: PeerSettings, progress: NamedProgress) -> tuple[Peer
         seed=settings.seed,
         examples="test and validation split of email-triage; long prompts and warm-up from its train split",
     )
-    recorder = PeerRunFile(run, out)
+    session = PeerSession(PeerWorkload(slices, labels, settings.repetitions), PeerRunFile(run, out), progress)
     wanted = settings.stages.split(",")
     for name, stage in _stages(material):
         if name in wanted:
-            run_stage(stage, comparison, recorder, progress)
+            run_stage(stage, session)
     if "offline" in wanted:
-        run_offline(files, offline, material.threads, python, comparison, recorder, progress)
+        run_offline(OfflineWork(offline, files, threads, python), session)
     if "bare" in wanted:
-        run_bare(files.tuned, slices, settings.repetitions, threads, recorder, progress)
-    recorder.add(finished_at=datetime.now(UTC).isoformat(timespec="seconds"))
-    return recorder.run, out
+        run_bare(files.tuned, threads, session)
+    session.file.add(finished_at=now_text())
+    return session.file.run, out
 
 
-def _examples(
+def deal_examples(
     settings: PeerSettings,
 ) -> tuple[tuple[str, ...], Slices, Sequence[LabelledExample], Sequence[LabelledExample]]:
-    """The labels, what each pass is asked, the warm-up, and the offline file."""
+    """Deal the mails out: labels, the slices of each task and way, the warm-up, and the offline file."""
     test, validation, train = (_split(name) for name in ("test", "validation", "train"))
     everything = tasks(settings.burst)
     n = settings.repetitions
@@ -105,11 +89,23 @@ def _examples(
         **_deal(replies, [everything[name] for name in (REPLY, REPLY_ALONE)], sizes, n, settings.seed),
         **_deal(spare, [everything[HOP]], sizes, n, settings.seed),
     }
-    # Every burst meets a process that has seen nothing, so each may have the same mails.
+    # Every burst goes to a new process, so all bursts may have the same mails.
     burst = deal(test + validation, {BURST: (1, settings.burst)}, settings.seed + 2)[BURST]
     slices |= {(BURST, way): burst * n for way in everything[BURST].ways}
     offline = deal(test + validation, {"offline": (1, settings.offline)}, settings.seed + 3)["offline"][0]
     return labels_of(test), slices, train[-settings.warmup :], offline
+
+
+@dataclass(frozen=True, slots=True)
+class _Material:
+    """The inputs of the stages."""
+
+    settings: PeerSettings
+    files: PeerFiles
+    python: Path
+    threads: int
+    slices: Slices
+    warmup: Sequence[LabelledExample]
 
 
 def _split(name: str) -> tuple[LabelledExample, ...]:
@@ -162,7 +158,7 @@ def _stages(m: _Material) -> list[tuple[str, Stage]]:
 
 
 def _builds(python: Path) -> dict[str, str]:
-    """What each llama.cpp says it was compiled for: part of any difference is the build."""
+    """The compile options that each llama.cpp reports: part of any difference is the build."""
     theirs = subprocess.run(
         [str(python), "-P", script("serve_xllamacpp.py"), "--system-info"], capture_output=True, text=True, check=True
     )
@@ -170,5 +166,5 @@ def _builds(python: Path) -> dict[str, str]:
     try:
         described = str(json.loads(ours.stdout)["backend"])
     except (ValueError, KeyError, TypeError):
-        described = f"`deskside doctor` did not say (exit {ours.returncode})"
+        described = f"`deskside doctor` did not report it (exit {ours.returncode})"
     return {"deskside and llama_cpp.server": described, "llama-server (xllamacpp)": theirs.stdout.strip()}

@@ -1,11 +1,42 @@
-"""The nouns of a comparison with peers, and the JSON file that holds them: raw samples, no figure among them."""
+"""The options and records of a comparison with peers, and the JSON file: raw samples only, no figures."""
 
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from benchmarks.record import MachineRecord, Record, RequestSample, load_record, save_json
+from benchmarks.record import MachineRecord, RequestSample, load_record, save_json
+from models.common.record import Record
+
+QUICK = {"repetitions": 2, "requests": 16, "reply_requests": 8, "burst": 24, "alone": 4, "offline": 32}
+STAGES = ("fine-tune", "base", "cold", "offline", "bare")
+
+
+class PeerSettings(Record):
+    """The options of `deskside bench peers`. `quick` changes the defaults that make it long."""
+
+    repetitions: int = Field(
+        default=3, ge=2, description="Times each pass is measured, in alternating order (a burst: at most 2)."
+    )
+    requests: int = Field(default=48, ge=2, description="Mails labelled in one pass by 16 clients.")
+    reply_requests: int = Field(default=24, ge=2, description="64-token replies in one pass by 16 clients.")
+    burst: int = Field(default=200, ge=2, description="Mails sent at once to a cold server.")
+    alone: int = Field(default=12, ge=2, description="Requests in one pass by one client.")
+    warmup: int = Field(default=16, ge=1, description="Requests that warm a server up, for each way of asking.")
+    offline: int = Field(default=128, ge=2, description="Mails in a file labelled offline.")
+    stages: str = Field(default=",".join(STAGES), description="Parts to run.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of every server (default: all cores).")
+    quick: bool = Field(default=False, description="Few requests: a check that everything works, not a measurement.")
+    seed: int = Field(default=0, description="Seed of the draw of mails.")
+    folder: Path = Field(default=Path(".bench-peers"), description="The peers' venv and the converted models.")
+    out: Path | None = Field(default=None, description="JSON file (default: results/peers-<time>.json).")
+
+    def effective(self) -> "PeerSettings":
+        """These settings; with `quick`, its numbers replace the defaults."""
+        if not self.quick:
+            return self
+        given = self.model_fields_set
+        return self.model_copy(update={name: value for name, value in QUICK.items() if name not in given})
 
 
 class Server(Record):
@@ -21,7 +52,7 @@ class Server(Record):
 
 
 class Pass(Record):
-    """One server answering one slice of a task once. `counters`: what its own counters grew by, by metric name."""
+    """One server answering one slice of a task once. `counters`: the growth of its own counters, by metric name."""
 
     task: str
     way: str
@@ -47,7 +78,7 @@ class OfflinePass(Record):
 
 
 class BarePass(Record):
-    """The engine at one task, and the same batches decoded by a bare loop: seconds of each, by repetition."""
+    """Seconds of the engine at one task and of a bare loop decoding the same batches, by repetition."""
 
     task: str
     tokens: int
@@ -82,36 +113,5 @@ def save_peer_run(path: Path, run: PeerRun) -> None:
 
 
 def load_peer_run(path: Path) -> PeerRun:
-    """Read a run's file. Raises BadRecord naming the file and the first field that is wrong."""
+    """Read a run's file. Raises BadRecord naming the file and the first wrong field."""
     return load_record(path, PeerRun, "is not a comparison with peers")
-
-
-QUICK = {"repetitions": 2, "requests": 16, "reply_requests": 8, "burst": 24, "alone": 4, "offline": 32}
-STAGES = ("fine-tune", "base", "cold", "offline", "bare")
-
-
-class PeerSettings(Record):
-    """What a comparison can be told. `quick` changes the defaults that make it long."""
-
-    repetitions: int = Field(
-        default=3, ge=2, description="Times each pass is repeated, in alternating order (a burst: at most 2)."
-    )
-    requests: int = Field(default=48, ge=2, description="Mails labelled in one pass by 16 clients.")
-    reply_requests: int = Field(default=24, ge=2, description="64-token replies in one pass by 16 clients.")
-    burst: int = Field(default=200, ge=2, description="Mails sent at once to a cold server.")
-    alone: int = Field(default=12, ge=2, description="Requests in one pass by one client.")
-    warmup: int = Field(default=16, ge=1, description="Requests that warm a server up, for each way of asking.")
-    offline: int = Field(default=128, ge=2, description="Mails in a file labelled offline.")
-    stages: str = Field(default=",".join(STAGES), description="Which parts to run.")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of every server (default: all cores).")
-    quick: bool = Field(default=False, description="Few requests: shows that everything works, measures nothing well.")
-    seed: int = Field(default=0, description="Which mails go where.")
-    folder: Path = Field(default=Path(".bench-peers"), description="The peers' venv and the converted models.")
-    out: Path | None = Field(default=None, description="Where the JSON goes (default: results/peers-<time>.json).")
-
-    def effective(self) -> "PeerSettings":
-        """These settings, with `quick`'s numbers where none was given."""
-        if not self.quick:
-            return self
-        given = self.model_fields_set
-        return self.model_copy(update={name: value for name, value in QUICK.items() if name not in given})

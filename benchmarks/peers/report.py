@@ -1,9 +1,8 @@
-"""A comparison with peers as tables for a person, computed from the file alone."""
+"""`deskside bench peers` and its report: tables computed from the run's file alone."""
 
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -14,16 +13,31 @@ from models.common.console import show_progress
 from models.common.options import JsonOption, ReportOption, with_options
 from models.errors import SOME_FAILED
 
-from .aims import PeerAim
-from .figures import OfflineRow, OnlineRow, PeerFigures, ratio
-from .record import PeerRun, PeerSettings
+from .aims import PeerAim, judge
+from .figures import OfflineRow, OnlineRow, PeerFigures, figures_of, ratio
+from .plan import compare_peers
+from .record import PeerRun, PeerSettings, load_peer_run
 from .tasks import DESKSIDE
 
 COLUMNS = ("n", "errors", "req/s", "range", "ours / it", "TTFT p50 ms", "p95", "E2E p50 ms", "right")
 
 
+@with_options(settings=PeerSettings)
+def peers_command(settings: PeerSettings, as_json: JsonOption = False, report: ReportOption = None) -> None:
+    """Measure Deskside beside llama-server, llama_cpp.server and CTranslate2, with the same files and threads."""
+    if report is not None:
+        _show(load_peer_run(report), as_json=as_json)
+        return
+    with show_progress() as progress:
+        run, out = compare_peers(settings, progress)
+    _show(run, as_json=as_json)
+    print(f"raw samples: {out}; the servers' own output: {out.with_suffix('.logs')}", file=sys.stderr)
+    if any(sample.error for made in run.passes for sample in made.samples):
+        raise typer.Exit(SOME_FAILED)
+
+
 def render_peers(run: PeerRun, figures: PeerFigures, aims: Sequence[PeerAim], console: Console) -> None:
-    """Print where and what, every row, the aims, and how to read it."""
+    """Print machine and versions, every row, the aims, and notes on how to read them."""
     for line in _heading(run):
         console.print(Text(line))
     console.print(_online_table(figures))
@@ -34,13 +48,25 @@ def render_peers(run: PeerRun, figures: PeerFigures, aims: Sequence[PeerAim], co
         console.print(Text(f"- {line}"))
 
 
+def _show(run: PeerRun, *, as_json: bool) -> None:
+    figures = figures_of(run)
+    aims = judge(figures)
+    if as_json:
+        shown = run.model_dump(mode="json", exclude={"passes"})
+        shown |= {"figures": figures.model_dump(mode="json"), "aims": [aim.model_dump(mode="json") for aim in aims]}
+        print(json.dumps(shown, ensure_ascii=False, indent=2))
+        return
+    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=190, soft_wrap=True)
+    render_peers(run, figures, aims, console)
+
+
 def _heading(run: PeerRun) -> Iterator[str]:
     machine = run.machine
     yield f"{machine.cpu}, {machine.logical_cores} logical cores; {machine.system}; {run.started_at}"
     versions = ", ".join(f"{name} {version}" for name, version in (machine.packages | run.peers).items())
     yield f"{run.threads} threads each, {run.repetitions} repetitions in alternating order; {versions}"
     if run.quick:
-        yield "--quick: few requests; it shows that everything works and measures nothing well"
+        yield "--quick: few requests; this checks that everything works and measures nothing well"
 
 
 def _online_table(figures: PeerFigures) -> Table:
@@ -127,41 +153,3 @@ def _notes(run: PeerRun, figures: PeerFigures) -> Iterator[str]:
     yield "mean prompt tokens: " + "; ".join(f"{task} {tokens:.0f}" for task, tokens in prompts.items())
     yield "rates are medians of the repetitions, ratios those of medians; [ ] is the range over the repetitions"
     yield "TTFT and E2E count from the scheduled send; a decision is answered whole, so its TTFT is its E2E"
-
-
-if TYPE_CHECKING:
-    from .record import PeerRun
-
-
-@with_options(settings=PeerSettings)
-def peers_command(settings: PeerSettings, as_json: JsonOption = False, report: ReportOption = None) -> None:
-    """Measure Deskside beside llama-server, llama_cpp.server and CTranslate2, with the same files and threads."""
-    from .plan import compare_peers
-    from .record import load_peer_run
-
-    if report is not None:
-        _show(load_peer_run(report), as_json=as_json)
-        return
-    with show_progress() as progress:
-        run, out = compare_peers(settings, progress)
-    _show(run, as_json=as_json)
-    print(f"raw samples: {out}; the servers' own output: {out.with_suffix('.logs')}", file=sys.stderr)
-    if any(sample.error for made in run.passes for sample in made.samples):
-        raise typer.Exit(SOME_FAILED)
-
-
-def _show(run: "PeerRun", *, as_json: bool) -> None:
-    from rich.console import Console
-
-    from .aims import judge
-    from .figures import figures_of
-
-    figures = figures_of(run)
-    aims = judge(figures)
-    if as_json:
-        shown = run.model_dump(mode="json", exclude={"passes"})
-        shown |= {"figures": figures.model_dump(mode="json"), "aims": [aim.model_dump(mode="json") for aim in aims]}
-        print(json.dumps(shown, ensure_ascii=False, indent=2))
-        return
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=190, soft_wrap=True)
-    render_peers(run, figures, aims, console)

@@ -1,7 +1,7 @@
-"""The order of a comparison: servers up side by side, passes interleaved between them, the file saved after each pass.
+"""The stages of a comparison with peers: servers side by side, passes interleaved, the record saved after each pass.
 
-Servers of one stage stay up together and answer in turn, in an order that is reversed with each repetition, so that
-whatever else the machine does in those minutes meets all of them alike. A cold server is a fresh process each time.
+The servers of a stage run together and answer in turn, in an order that reverses with each repetition, so that other
+load on the machine affects them alike. A cold server is a new process for each pass.
 """
 
 import asyncio
@@ -14,12 +14,13 @@ from pathlib import Path
 import httpx
 
 from benchmarks.errors import ServerFailed
-from benchmarks.load.client import OpenAiClient
+from benchmarks.load.client import ApiTarget, OpenAiClient
 from benchmarks.load.loop import closed_loop
 from benchmarks.load.servers import RunningServer, read_counters
 from benchmarks.load.workload import LabelledExample, PromptTemplate
-from benchmarks.record import RequestSample, load_average
+from benchmarks.record import RequestSample
 from models.common.console import NamedProgress
+from models.common.machine import load_average
 
 from .record import Pass, PeerRun, Server, save_peer_run
 from .servers import ServerPlan
@@ -35,7 +36,7 @@ COUNTERS = ("deskside_step_seconds_total", "deskside_decode_seconds_total", "des
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Servers that are up together. `work`: each task, with the names of the servers that take part in it."""
+    """Servers that run together. `work`: each task with the names of the servers that take part in it."""
 
     servers: Sequence[ServerPlan]
     work: Sequence[tuple[PeerTask, frozenset[str]]]
@@ -46,36 +47,44 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class PeerWorkload:
-    """What a comparison needs beside its stages. `slices[task, way][repetition]` is what every server is asked."""
+    """The requests of a comparison: every server gets `slices[task, way][repetition]`."""
 
     slices: Slices
     labels: tuple[str, ...]
     repetitions: int
-    out: Path
-
-    @property
-    def logs(self) -> Path:
-        """Where the servers' own output goes."""
-        return self.out.with_suffix(".logs")
 
 
 class PeerRunFile:
-    """The run so far; every change is on disk before the next pass begins."""
+    """The run so far. Every change is on disk before the next pass begins."""
 
-    def __init__(self, run: PeerRun, out: Path) -> None:
+    def __init__(self, run: PeerRun, path: Path) -> None:
         self.run = run
-        self._out = out
+        self._path = path
+
+    @property
+    def logs(self) -> Path:
+        """The folder for the servers' own output."""
+        return self._path.with_suffix(".logs")
 
     def add(self, **changes: object) -> None:
         """Append to fields that are tuples, replace the others, and save."""
         grown = {k: (*getattr(self.run, k), *v) if isinstance(v, tuple) else v for k, v in changes.items()}
         self.run = self.run.model_copy(update=grown)
-        save_peer_run(self._out, self.run)
+        save_peer_run(self._path, self.run)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSession:
+    """What every measurement of a comparison uses: the workload, the record and the progress display."""
+
+    workload: PeerWorkload
+    file: PeerRunFile
+    progress: NamedProgress
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedPass:
-    """One pass to come: which server answers which task, asked how, for the how-manieth time."""
+    """One pass: server, task, way of asking and repetition."""
 
     repetition: int
     task: PeerTask
@@ -86,90 +95,88 @@ class PlannedPass:
         return f"{self.task.name}, {self.way}: {self.plan.name}, repetition {self.repetition + 1}"
 
 
-def run_stage(stage: Stage, comparison: PeerWorkload, recorder: PeerRunFile, progress: NamedProgress) -> None:
+def run_stage(stage: Stage, session: PeerSession) -> None:
     """Measure every task of the stage. Raises ServerFailed when a server does not start or fails its warm-up."""
-    comparison.logs.mkdir(parents=True, exist_ok=True)
+    session.file.logs.mkdir(parents=True, exist_ok=True)
     if stage.cold:
-        for turn in planned_passes(stage, comparison):
-            with _started(turn.plan, comparison.logs, recorder) as running:
-                _measure(turn, running.base_url, stage, comparison, recorder, progress)
+        for planned in planned_passes(stage, session.workload):
+            with _started(planned.plan, session.file) as running:
+                _measure(planned, running.base_url, stage, session)
         return
     with ExitStack() as stack:
         addresses = {}
         for plan in stage.servers:
-            progress(f"{plan.name}: starting and warming up", 0, 1)
-            addresses[plan.name] = stack.enter_context(_started(plan, comparison.logs, recorder)).base_url
-            _warm_up(stage, plan, addresses[plan.name], comparison.labels)
-        for turn in planned_passes(stage, comparison):
-            _measure(turn, addresses[turn.plan.name], stage, comparison, recorder, progress)
+            session.progress(f"{plan.name}: starting and warming up", 0, 1)
+            addresses[plan.name] = stack.enter_context(_started(plan, session.file)).base_url
+            _warm_up(stage, plan, addresses[plan.name], session.workload.labels)
+        for planned in planned_passes(stage, session.workload):
+            _measure(planned, addresses[planned.plan.name], stage, session)
 
 
-def planned_passes(stage: Stage, comparison: PeerWorkload) -> Iterator[PlannedPass]:
-    """Every pass of a stage in its order: repetition by repetition, task by task, the servers to and fro."""
-    repetitions = min(comparison.repetitions, COLD_REPETITIONS) if stage.cold else comparison.repetitions
+def planned_passes(stage: Stage, workload: PeerWorkload) -> Iterator[PlannedPass]:
+    """Yield the stage's passes in order: by repetition, by task, servers in alternating direction."""
+    repetitions = min(workload.repetitions, COLD_REPETITIONS) if stage.cold else workload.repetitions
     for repetition in range(repetitions):
         for task, names in stage.work:
             for number, way in enumerate(task.ways):
                 order = stage.servers if (repetition + number) % 2 == 0 else tuple(reversed(stage.servers))
                 for plan in order:
                     takes_part = plan.name in names and not (plan.once and repetition)
-                    if takes_part and asking(task.name, way, plan.peer, comparison.labels):
+                    if takes_part and asking(task.name, way, plan.peer, workload.labels):
                         yield PlannedPass(repetition, task, way, plan)
 
 
 @contextmanager
-def _started(plan: ServerPlan, logs: Path, recorder: PeerRunFile) -> Iterator[RunningServer]:
-    log = logs / f"{len(recorder.run.servers):02d} {plan.name}.log"
+def _started(plan: ServerPlan, file: PeerRunFile) -> Iterator[RunningServer]:
+    log = file.logs / f"{len(file.run.servers):02d} {plan.name}.log"
     with plan.start(log) as running:
         facts: Server = plan.facts.model_copy(update={"start_s": running.start_s})
-        recorder.add(servers=(facts,))
+        file.add(servers=(facts,))
         yield running
 
 
 def _warm_up(stage: Stage, plan: ServerPlan, address: str, labels: Sequence[str]) -> None:
-    """Every way of asking for a label is tried, as many at a time as later: caches, grammars and slots are filled."""
+    """Ask for labels in every way, at full concurrency, so that caches, grammars and slots are filled."""
     tasks = [task for task, names in stage.work if plan.name in names and task.name in (LABEL, FEW_SHOT)]
     for task in tasks:
         for way in task.ways:
-            turn = PlannedPass(0, task, way, plan)
-            samples = asyncio.run(_ask_all(turn, address, stage.prompt, stage.warmup, labels))
+            planned = PlannedPass(0, task, way, plan)
+            samples = asyncio.run(_ask_all(planned, address, stage.prompt, stage.warmup, labels))
             if samples and all(sample.error for sample in samples):
-                raise ServerFailed(f"{turn}: the warm-up failed: {samples[0].error}")
+                raise ServerFailed(f"{planned}: the warm-up failed: {samples[0].error}")
 
 
-def _measure(
-    turn: PlannedPass,
-    address: str,
-    stage: Stage,
-    comparison: PeerWorkload,
-    recorder: PeerRunFile,
-    progress: NamedProgress,
-) -> None:
-    examples = comparison.slices[turn.task.name, turn.way][turn.repetition]
-    if turn.plan.slow:
+def _measure(planned: PlannedPass, address: str, stage: Stage, session: PeerSession) -> None:
+    workload, plan = session.workload, planned.plan
+    examples = workload.slices[planned.task.name, planned.way][planned.repetition]
+    if plan.slow:
         examples = examples[: max(1, len(examples) // SLOW_SHARE)]
-    progress(str(turn), 0, len(examples))
-    before, load = _counters(turn.plan, address), load_average()
-    samples = asyncio.run(_ask_all(turn, address, stage.prompt, examples, comparison.labels))
-    grown = {name: value - before.get(name, 0.0) for name, value in _counters(turn.plan, address).items()}
+    session.progress(str(planned), 0, len(examples))
+    before, load = _counters(plan, address), load_average()
+    samples = asyncio.run(_ask_all(planned, address, stage.prompt, examples, workload.labels))
+    grown = {name: value - before.get(name, 0.0) for name, value in _counters(plan, address).items()}
     made = Pass(
-        task=turn.task.name,
-        way=turn.way,
-        server=turn.plan.name,
-        repetition=turn.repetition,
-        users=turn.task.users,
+        task=planned.task.name,
+        way=planned.way,
+        server=plan.name,
+        repetition=planned.repetition,
+        users=planned.task.users,
         load_before=load,
         counters=grown,
         samples=samples,
     )
-    recorder.add(passes=(made,))
-    progress(str(turn), len(examples), len(examples))
+    session.file.add(passes=(made,))
+    session.progress(str(planned), len(examples), len(examples))
 
 
 async def _ask_all(
-    turn: PlannedPass, address: str, prompt: PromptTemplate, examples: Sequence[LabelledExample], labels: Sequence[str]
+    planned: PlannedPass,
+    address: str,
+    prompt: PromptTemplate,
+    examples: Sequence[LabelledExample],
+    labels: Sequence[str],
 ) -> tuple[RequestSample, ...]:
-    asked = asking(turn.task.name, turn.way, turn.plan.peer, labels, turn.plan.ends)
+    asked = asking(planned.task.name, planned.way, planned.plan.peer, labels, planned.plan.ends)
     if asked is None:
         return ()
     endpoint, fields = asked
@@ -179,17 +186,16 @@ async def _ask_all(
         return time.perf_counter() - origin
 
     # A server may close a kept connection just as the next request is sent on it: llama-server's does. One connection
-    # for each request costs every server the same; only where our own hop is measured, a client of one keeps its own.
-    client = OpenAiClient(
-        address, _served_name(address), timeout_s=TIMEOUT_S, keep_alive=turn.task.name == HOP, clock=clock
-    )
+    # per request costs every server the same; only the measurement of our own hop keeps its one connection.
+    target = ApiTarget(address, _served_name(address))
+    client = OpenAiClient(target, clock, timeout_s=TIMEOUT_S, keep_alive=planned.task.name == HOP)
     send = {"chat": client.chat, "completions": client.complete, "decisions": client.decide}[endpoint]
 
     async def ask(example: LabelledExample, scheduled: float) -> RequestSample:
         return await send(example, prompt.render(example.text), scheduled, **fields)
 
     try:
-        return await closed_loop(examples, turn.task.users, ask, clock)
+        return await closed_loop(examples, planned.task.users, ask, clock)
     finally:
         await client.close()
 

@@ -1,4 +1,4 @@
-"""How each server of a comparison is started: Deskside, llama-server and llama-cpp-python's own server."""
+"""The servers of a comparison (Deskside, llama-server, llama-cpp-python's own), their files and their installation."""
 
 import re
 import subprocess
@@ -21,9 +21,9 @@ from .record import Server
 from .tasks import DESKSIDE, LLAMA_CPP_SERVER, LLAMA_SERVER
 
 BEST, RAM, SHIPPED = "best", "best with RAM cache", "as shipped"
-# The title of the file that Deskside chose for the fine-tune, in whatever quantization.
+# The title of the file that Deskside chose for the fine-tune, whatever its quantization.
 CHOSEN = "chosen"
-# The conversions beside it. Q4_K_M with its whole vocabulary is the file a user would serve elsewhere.
+# The other conversions. Q4_K_M with its whole vocabulary is the file that a user would serve elsewhere.
 MADE = {"F16": (), "Q4_K_M": ("--whole-vocab",)}
 LLAMA_SERVER_PROFILES = {BEST: "best", RAM: "ram", SHIPPED: "shipped"}
 LLAMA_SERVER_SETTINGS = {
@@ -31,8 +31,8 @@ LLAMA_SERVER_SETTINGS = {
     RAM: "the same with the cache of prompts in RAM (8 GiB)",
     SHIPPED: "llama-server's own defaults: 4 slots, unified KV cache, sliding-window cache, prompt cache in RAM",
 }
-# Its defaults keep the logits of every prompt token, a MiB each with Gemma's whole vocabulary, and break a stream off
-# as soon as another request arrives: as shipped, most of 16 clients get no whole answer.
+# Its defaults keep the logits of every prompt token (a MiB each with Gemma's whole vocabulary) and abort a stream when
+# another request arrives: as shipped, most of 16 clients get no whole answer.
 LLAMA_CPP_FLAGS = {
     BEST: [
         *("--n_ctx", "4096", "--logits_all", "false", "--flash_attn", "true", "--n_ubatch", "512"),
@@ -40,13 +40,16 @@ LLAMA_CPP_FLAGS = {
     ],
     SHIPPED: [],
 }
-
+# The distribution that the peers use from our own environment, and its folders.
+SHARED = "llama-cpp-python"
+SHARED_FOLDERS = ("llama_cpp", "llama_cpp_python-")
+READY = ".ready"
 _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
 @dataclass(frozen=True, slots=True)
 class PeerFiles:
-    """Every file that is served. `tuned` is the installed fine-tune: the one that all servers share."""
+    """The files that are served. `tuned` is the installed fine-tune, which all servers share."""
 
     tuned: ModelFile
     tuned_f16: ModelFile
@@ -55,29 +58,11 @@ class PeerFiles:
     ctranslate2: Path
 
 
-def prepare_files(store: Store, folder: Path, peers_python: Path) -> PeerFiles:
-    """Find or make the files. Raises ModelNotFound, BadManifest, or ServerFailed when a conversion fails."""
-    tuned = replace(model_file(store.get(RECIPE)), title=CHOSEN)
-    base = model_file(store.get(BASE), "base ")
-    own = Store(folder / "home")
-    made = {}
-    for kind, options in MADE.items():
-        # of another fine-tune, or of one that was cut otherwise, it would be another file
-        name = f"{RECIPE}-{kind.lower()}-{tuned.sha256[:8]}"
-        made[kind] = converted(own, name, "--quant", kind, *options)
-    ctranslate2 = folder / f"ctranslate2-{tuned.sha256[:16]}"
-    if not ctranslate2.exists():
-        run_to_end(
-            [str(peers_python), "-P", script("run_ctranslate2.py"), "convert", str(tuned.path), str(ctranslate2)], {}
-        )
-    return PeerFiles(tuned, made["F16"], made["Q4_K_M"], base, ctranslate2)
-
-
 @dataclass(frozen=True, slots=True)
 class ServerPlan:
-    """A server to be measured. `slow`: it answers a third of the requests; `once`: in the first repetition only.
+    """A server to measure. `slow`: it gets a third of the requests; `once`: in the first repetition only.
 
-    `ends`: the tokens that end an answer, for a server that can be kept from ending only by naming them.
+    `ends`: the tokens that end an answer, for a server without `ignore_eos`, where a logit bias bans them.
     """
 
     facts: Server
@@ -92,13 +77,8 @@ class ServerPlan:
         return self.facts.name
 
 
-def script(name: str) -> str:
-    """A file of this folder that the peers' Python runs."""
-    return str(resources.files("benchmarks").joinpath("peers", "scripts", name))
-
-
 def deskside_plan(file: ModelFile, threads: int) -> ServerPlan:
-    """`deskside serve`: there is one configuration, the default."""
+    """`deskside serve` in its default configuration."""
 
     def start(log: Path) -> AbstractContextManager[RunningServer]:
         port = free_port()
@@ -109,7 +89,7 @@ def deskside_plan(file: ModelFile, threads: int) -> ServerPlan:
 
 
 def llama_server_plan(file: ModelFile, threads: int, profile: str, python: Path) -> ServerPlan:
-    """llama-server out of the `xllamacpp` wheel, in one of LLAMA_SERVER_SETTINGS."""
+    """llama-server from the `xllamacpp` wheel, in one of LLAMA_SERVER_SETTINGS."""
 
     def start(log: Path) -> AbstractContextManager[RunningServer]:
         port = free_port()
@@ -136,9 +116,69 @@ def llama_cpp_plan(file: ModelFile, threads: int, profile: str, python: Path) ->
 
 
 def end_tokens(gguf: Path) -> tuple[int, ...]:
-    """The numbers that the file has for the end of text and of a turn: a cut vocabulary has its own."""
+    """The file's end-of-text and end-of-turn tokens; a trimmed vocabulary has its own ids."""
     meta = read_meta(gguf)
     return tuple(meta.number(key) for key in _ENDS if key in meta.values)
+
+
+def prepare_files(store: Store, folder: Path, peers_python: Path) -> PeerFiles:
+    """Find or convert the files. Raises ModelNotFound, BadManifest, or ServerFailed when a conversion fails."""
+    tuned = replace(model_file(store.get(RECIPE)), title=CHOSEN)
+    base = model_file(store.get(BASE), "base ")
+    own = Store(folder / "home")
+    made = {}
+    for kind, options in MADE.items():
+        # the hash in the name: another fine-tune or another trim gives another file
+        name = f"{RECIPE}-{kind.lower()}-{tuned.sha256[:8]}"
+        made[kind] = converted(own, name, "--quant", kind, *options)
+    ctranslate2 = folder / f"ctranslate2-{tuned.sha256[:16]}"
+    if not ctranslate2.exists():
+        run_to_end(
+            [str(peers_python), "-P", script("run_ctranslate2.py"), "convert", str(tuned.path), str(ctranslate2)], {}
+        )
+    return PeerFiles(tuned, made["F16"], made["Q4_K_M"], base, ctranslate2)
+
+
+def install_peers(folder: Path) -> Path:
+    """Make the venv in `folder` unless it is there; returns its Python. Raises ServerFailed when pip fails."""
+    lock = Path(str(resources.files("benchmarks"))) / "peers.lock"
+    python, ready = folder / "bin" / "python", folder / READY
+    wanted = f"{sha256_file(lock)} {sys.version_info.major}.{sys.version_info.minor} {metadata.version(SHARED)}"
+    if ready.is_file() and ready.read_text(encoding="utf-8") == wanted:
+        return python
+    print(f"installing the peers into {str(folder)!r} (downloads about 100 MB, once)", file=sys.stderr)
+    venv.create(folder, clear=True, with_pip=True, symlinks=True)
+    wheels = folder / "peers.txt"
+    wheels.write_text(without(lock.read_text(encoding="utf-8"), SHARED), encoding="utf-8")
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
+    done = subprocess.run([*command, "--require-hashes", "-r", str(wheels)], check=False)
+    if done.returncode:
+        raise ServerFailed(f"pip could not install the peers (exit {done.returncode}); its output is above")
+    _link_shared(folder)
+    ready.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def peer_versions(python: Path) -> dict[str, str]:
+    """Distribution -> version, from the peers' own Python."""
+    names = ("xllamacpp", SHARED, "ctranslate2")
+    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    done = subprocess.run([str(python), "-c", code, *names], capture_output=True, text=True, check=True)
+    return dict(zip(names, done.stdout.split(), strict=True))
+
+
+def without(lock: str, name: str) -> str:
+    """Remove one distribution's entry and hashes from a pip lock file. Raises ValueError without exactly one entry."""
+    entry = re.compile(rf"^{re.escape(name)}==[^\n]*(?:\n +--hash=[^\n]*)*\n", re.MULTILINE)
+    rest, found = entry.subn("", lock)
+    if found != 1:
+        raise ValueError(f"expected one entry of {name!r} in the lock file, found {found}")
+    return rest
+
+
+def script(name: str) -> str:
+    """The path of a script for the peers' Python."""
+    return str(resources.files("benchmarks").joinpath("peers", "scripts", name))
 
 
 def _facts(peer: str, profile: str, settings: str, file: ModelFile) -> Server:
@@ -153,51 +193,9 @@ def _facts(peer: str, profile: str, settings: str, file: ModelFile) -> Server:
     )
 
 
-SHARED = "llama-cpp-python"
-SHARED_FOLDERS = ("llama_cpp", "llama_cpp_python-")
-READY = ".ready"
-
-
-def install_peers(folder: Path) -> Path:
-    """Make the venv in `folder` unless it is there already; its Python. Raises ServerFailed when pip fails."""
-    lock = Path(str(resources.files("benchmarks"))) / "peers.lock"
-    python, ready = folder / "bin" / "python", folder / READY
-    wanted = f"{sha256_file(lock)} {sys.version_info.major}.{sys.version_info.minor} {metadata.version(SHARED)}"
-    if ready.is_file() and ready.read_text(encoding="utf-8") == wanted:
-        return python
-    print(f"installing the peers into {str(folder)!r} (about 100 MB to load, once)", file=sys.stderr)
-    venv.create(folder, clear=True, with_pip=True, symlinks=True)
-    wheels = folder / "peers.txt"
-    wheels.write_text(without(lock.read_text(encoding="utf-8"), SHARED), encoding="utf-8")
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
-    done = subprocess.run([*command, "--require-hashes", "-r", str(wheels)], check=False)
-    if done.returncode:
-        raise ServerFailed(f"pip could not install the peers (exit {done.returncode}); its words are above")
-    _link_shared(folder)
-    ready.write_text(wanted, encoding="utf-8")
-    return python
-
-
-def without(lock: str, name: str) -> str:
-    """A pip lock file without the entry (and its hashes) of one distribution. ValueError when it has none."""
-    entry = re.compile(rf"^{re.escape(name)}==[^\n]*(?:\n +--hash=[^\n]*)*\n", re.MULTILINE)
-    rest, found = entry.subn("", lock)
-    if found != 1:
-        raise ValueError(f"expected one entry of {name!r} in the lock file, found {found}")
-    return rest
-
-
 def _link_shared(folder: Path) -> None:
     site = next((folder / "lib").glob("python*/site-packages"))
     distribution = metadata.distribution(SHARED)
     names = {file.parts[0] for file in distribution.files or () if file.parts[0].startswith(SHARED_FOLDERS)}
     for name in names:
         (site / name).symlink_to(Path(str(distribution.locate_file(name))), target_is_directory=True)
-
-
-def peer_versions(python: Path) -> dict[str, str]:
-    """Distribution -> version of what the report names, asked of the peers' own Python."""
-    names = ("xllamacpp", SHARED, "ctranslate2")
-    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
-    done = subprocess.run([str(python), "-c", code, *names], capture_output=True, text=True, check=True)
-    return dict(zip(names, done.stdout.split(), strict=True))

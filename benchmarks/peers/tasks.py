@@ -1,7 +1,7 @@
-"""What the peers are asked, and how each wants to be asked for the same thing.
+"""The tasks of a comparison with peers, and the request that puts each task to each peer.
 
-No mail is used twice on one server, since a server that keeps prefixes answers it for next to nothing the second time.
-The slices of one task have nearly the same lengths, so that two ways of asking can be compared across slices.
+No mail is used twice on one server, since a server that keeps prefixes answers a repeated mail almost for free. The
+slices of one task have nearly the same lengths, so that two ways of asking can be compared across slices.
 """
 
 import random
@@ -27,7 +27,7 @@ CHAT, CONSTRAINED, DECISIONS, COMPLETION = "chat", "constrained", "decisions", "
 
 @dataclass(frozen=True, slots=True)
 class PeerTask:
-    """One workload: who many users ask at a time, and the ways in which the same thing can be asked."""
+    """One workload: the number of users at a time, and the ways of asking for the same answer."""
 
     name: str
     users: int
@@ -35,7 +35,7 @@ class PeerTask:
 
 
 def tasks(burst: int) -> dict[str, PeerTask]:
-    """All workloads by name; the burst's users all send at once."""
+    """All tasks by name; the users of the burst send at once."""
     made = (
         PeerTask(LABEL, 16, (CHAT, CONSTRAINED, DECISIONS)),
         PeerTask(REPLY, 16, (CHAT,)),
@@ -51,9 +51,9 @@ def tasks(burst: int) -> dict[str, PeerTask]:
 def asking(
     task: str, way: str, peer: str, labels: Sequence[str], ends: Sequence[int] = ()
 ) -> tuple[Endpoint, dict[str, Any]] | None:
-    """The endpoint and the fields with which `peer` is asked, or None when it cannot be asked in this way.
+    """The endpoint and the request fields for `peer`, or None when it does not offer this way.
 
-    `ends`: the tokens that llama_cpp.server must not draw where an answer is to have its full length.
+    `ends`: the tokens that a logit bias bans on llama_cpp.server where an answer must have its full length.
     """
     greedy: dict[str, Any] = {"temperature": 0}
     if task == HOP:
@@ -88,7 +88,7 @@ def deal(
 ) -> dict[str, list[list[LabelledExample]]]:
     """{name: (slices, size)} -> disjoint slices; those of one name have nearly the same lengths.
 
-    Raises BadWorkload when the pool does not suffice.
+    Raises BadWorkload when the pool is too small.
     """
     need = sum(slices * size for slices, size in counts.values())
     if need > len(pool):
@@ -105,7 +105,7 @@ def deal(
 
 
 def long_prompts(examples: Sequence[LabelledExample], chars: int = REPLY_CHARS) -> tuple[LabelledExample, ...]:
-    """Prompts of `chars` characters (Gemma: about 300 tokens), each of other mails; they have no right answer."""
+    """Prompts of `chars` characters (Gemma: about 300 tokens), each of different mails; they have no right answer."""
     prompts: list[LabelledExample] = []
     text = ""
     for example in examples:

@@ -1,10 +1,10 @@
 """The figures of the default model's card, in one command: `python -m benchmarks.report.card_figures`.
 
 Measured on the test split: the majority class, a linear classifier and the fine-tune before conversion (written by
-`baseline.py` and `recipe.py` there), the base with a zero-shot and with a few-shot prompt, each with the text it writes
-and with the labels scored (a base model need not have learnt to write nothing but a label), and the converted model as
-served, and once more with `--whole-vocab` (`deskside eval --out`), which tells what trimming cost. Every set of
-predictions is kept in `models/email_triage/results/`; what is there already is not asked again.
+`baseline.py` and `recipe.py` of the model), the base with a zero-shot and a few-shot prompt, each by its text and by
+scored labels (a base model may not have learnt to write a label and nothing else), the converted model as served, and
+with `--whole-vocab` (`deskside eval --out`), which shows the cost of trimming. Predictions are kept in
+`models/email_triage/results/` and reused.
 """
 
 import sys
@@ -44,7 +44,7 @@ from .plots import confusion_picture
 TEST, TRAIN = recipe_file("data", "test.jsonl.gz"), recipe_file("data", "train.jsonl.gz")
 CONCURRENCY = 8
 FIGURES, LADDER = "figures", "ladder"
-# Each of these asks for all labels' tokens at once, so few mails already fill the server.
+# Scoring forces all labels' tokens at once, so that few mails fill the server.
 CONCURRENCY_SCORED = 4
 NAMES: Mapping[str, str] = {
     "majority": "majority class",
@@ -61,7 +61,7 @@ MADE_ELSEWHERE = ("tfidf_logistic", "finetune_torch", "whole_vocabulary")
 
 
 def majority() -> Evaluation:
-    """Always the commonest label of the training split."""
+    """Predict the most common label of the training split for every mail."""
     train, test = read_examples(TRAIN), read_examples(TEST)
     label = Counter(example.label for example in train).most_common(1)[0][0]
     return Evaluation(
@@ -72,9 +72,9 @@ def majority() -> Evaluation:
 
 
 def measure(results: Path, store: Store, progress: NamedProgress) -> dict[str, Evaluation]:
-    """Every set of predictions there can be; those of MADE_ELSEWHERE only if the recipe's folder has them.
+    """Measure or load every set of predictions; those of MADE_ELSEWHERE only if `results` has them.
 
-    Raises ModelNotFound when one of the two models is not installed; what was measured before is kept.
+    Raises ModelNotFound when one of the two models is not installed; earlier measurements are kept.
     """
     found = {"majority": majority()}
     save_evaluation(results / "majority.json", found["majority"])
@@ -153,7 +153,7 @@ def quality(scores: Mapping[str, ClassificationScore]) -> str:
 
 
 def with_part(card: str, name: str, text: str) -> str:
-    """The card with one of its parts replaced: it stands between two marks."""
+    """Replace the part of the card between the two marks of `name`."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, _, rest = card.partition(begin)
     _, _, after = rest.partition(end)

@@ -1,4 +1,4 @@
-"""Pictures, drawn with matplotlib (the `bench` extra), which is imported only here and only when one is asked for."""
+"""Pictures, drawn with matplotlib (the `bench` extra), which is imported here only, on the first picture."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -9,15 +9,6 @@ from benchmarks.comparison.figures import samples_of
 from benchmarks.comparison.scoring import OTHER, ClassificationScore
 from benchmarks.errors import ExtraMissing
 from benchmarks.record import BenchRun
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its one axes, drawn to a file and never to a screen."""
-    if find_spec("matplotlib") is None:
-        raise ExtraMissing("matplotlib is not installed: pip install 'deskside[bench]'")
-    figure = import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-    import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    return figure, figure.subplots()
 
 
 def confusion_picture(score: ClassificationScore, title: str, path: Path) -> None:
@@ -63,7 +54,16 @@ def latency_picture(run: BenchRun, path: Path) -> None:
     _save(figure, path)
 
 
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure and its axes, drawn to a file only."""
+    if find_spec("matplotlib") is None:
+        raise ExtraMissing("matplotlib is not installed: pip install 'deskside[bench]'")
+    figure = import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No date and no version inside, so that the same figures give the same bytes.
+    # Without date and version, the same figures give the same bytes.
     figure.savefig(path, dpi=120, metadata={"Software": None})

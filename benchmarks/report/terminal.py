@@ -1,6 +1,6 @@
-"""A run as tables and notes for a person. Everything is computed from the file, so `bench report` shows the same again.
+"""The terminal report: tables and notes computed from a run's file, so that `bench report` shows the same again.
 
-What was replayed or assumed carries that word wherever it stands.
+Replayed and assumed figures are marked as such everywhere.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ SPEED_COLUMNS = (
 
 
 def render(run: BenchRun, statistics: Statistics, bill: Bill | None, console: Console) -> None:
-    """Print the run: where and what, the latency table, accuracy, cost, and what to be careful about."""
+    """Print the machine and workload, the latency table, accuracy, cost, notes and warnings."""
     for line in _heading(run):
         console.print(Text(line))
     console.print(speed_table(run, statistics))
@@ -38,18 +38,28 @@ def render(run: BenchRun, statistics: Statistics, bill: Bill | None, console: Co
         console.print(Text(f"warning: {warning}"))
 
 
-def _heading(run: BenchRun) -> Iterator[str]:
-    machine, work = run.machine, run.workload
-    memory = f", {machine.memory_bytes / 2**30:.0f} GiB" if machine.memory_bytes else ""
-    yield f"{machine.cpu}, {machine.logical_cores} logical cores{memory}; {machine.system}; {run.started_at}"
-    yield (
-        f"{work.requests_per_level} requests per arm and level (one repetition), closed loop at "
-        f"{', '.join(map(str, work.concurrency))}; {work.available} examples in {work.examples}, none used twice"
+def render_score(model: str, score: ClassificationScore, console: Console | None = None) -> None:
+    """Print accuracy and macro-F1 with their intervals, and one row per label."""
+    console = console or Console(soft_wrap=True)
+    accuracy, macro = score.accuracy, score.macro_f1
+    console.print(
+        Text(
+            f"{model}: accuracy {accuracy.estimate:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] "
+            f"({score.correct} of {score.total}; Wilson 95 %), "
+            f"macro-F1 {macro.estimate:.3f} [{macro.low:.3f}, {macro.high:.3f}] (bootstrap 95 %)"
+        )
     )
+    table = Table("label")
+    for name in ("n", "precision", "recall", "F1", "mostly taken for"):
+        table.add_column(name, justify="right")
+    for i, row in enumerate(score.classes):
+        figures = (f"{row.precision:.3f}", f"{row.recall:.3f}", f"{row.f1:.3f}")
+        table.add_row(row.label, str(row.support), *figures, _confused(score, i))
+    console.print(table)
 
 
 def speed_table(run: BenchRun, statistics: Statistics) -> Table:
-    """One row for each arm and concurrency; p50 with its 95 % interval, p90 where there are requests enough."""
+    """One row per arm and concurrency: p50 with its 95 % interval, p90 from 64 requests on."""
     table = Table(title="Latency and throughput", title_justify="left")
     table.add_column("arm", min_width=16, overflow="fold")
     for name in SPEED_COLUMNS:
@@ -58,6 +68,88 @@ def speed_table(run: BenchRun, statistics: Statistics) -> Table:
         for level in figures.levels:
             table.add_row(_arm_name(arm), *_cells(level))
     return table
+
+
+def accuracy_lines(statistics: Statistics) -> Iterator[str]:
+    """The accuracy of each arm that measures it, and the paired comparisons."""
+    for arm in statistics.arms:
+        yield f"accuracy, {arm.name}: {format_accuracy(arm.accuracy) if arm.accuracy else 'not measured'}"
+    for pair in statistics.comparisons:
+        yield (
+            f"{pair.first} minus {pair.second}: {pair.difference:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}] "
+            f"(paired, Newcombe 95 %; exact McNemar p = {pair.p_value:.2g}; "
+            f"only first right {pair.only_first}, only second {pair.only_second})"
+        )
+
+
+def format_accuracy(accuracy: Accuracy) -> str:
+    """`0.836 [0.790, 0.874] (209 of 250; Wilson 95 %)`."""
+    return (
+        f"{accuracy.share:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] "
+        f"({accuracy.correct} of {accuracy.total}; Wilson 95 %)"
+    )
+
+
+def cost_table(bill: Bill) -> Table:
+    """Dollars per 1,000 requests of each hosted model, and the requests until the fine-tune breaks even."""
+    title = f"Few-shot prompt, hosted: $ per 1,000 requests, priced {bill.priced_on}; break-even in requests (assumed)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("model")
+    for name in ("standard", "cached", "batch", "break-even standard", "cached", "batch"):
+        table.add_column(name, justify="right")
+    rows: dict[str, dict[str, Offer]] = {}
+    for offer in bill.offers:
+        rows.setdefault(offer.model, {})[offer.variant] = offer
+    for model, offers in rows.items():
+        variants = [offers[name] for name in ("standard", "cached", "batch")]
+        table.add_row(model, *(f"{o.cost_per_1000:.4f}" for o in variants), *(_requests(o) for o in variants))
+    return table
+
+
+def cost_lines(bill: Bill) -> Iterator[str]:
+    """The basis of the costs, and the cheaper side at the assumed volume."""
+    given, tokens = bill.assumptions, bill.tokens
+    yield (
+        f"local fine-tune: ${bill.local_cost_per_1000:.4f} per 1,000 requests at "
+        f"{bill.local_seconds_per_request:.3f} s of machine time each; "
+        f"assumed: {given.power_watts:g} W, ${given.price_kwh:g}/kWh, machine "
+        f"${given.machine_price:g} over {given.machine_years:g} years, busy seconds only; "
+        f"once ${given.finetune_total:g} (${given.finetune_price:g} and {given.finetune_hours:g} h at "
+        f"${given.hour_price:g})"
+    )
+    yield (
+        f"hosted prompt: {tokens.prompt:.0f} tokens in ({tokens.shared:.0f} of them the same every time), "
+        f"{tokens.completion:.1f} out, counted by {bill.tokens_from}; other tokenizers count differently. 'cached' "
+        "takes every shared token as a cache hit: providers have a minimum length and some bill cache writes. "
+        "'batch' answers within hours, not at once, and is priced without cache hits."
+    )
+    yield f"prices of {bill.priced_on} from {' and '.join(sorted({offer.source for offer in bill.offers}))}"
+    yield "a prompt without examples costs even less; prices say nothing about a hosted model's accuracy with either"
+    yield from _verdict(bill)
+    for line in bill.disagreements:
+        yield f"prices disagree: {line}"
+
+
+def notes(run: BenchRun, statistics: Statistics) -> Iterator[str]:
+    """How to read the tables: sources, definitions, and why figures are absent."""
+    for arm, figures in zip(run.arms, statistics.arms, strict=True):
+        yield f"{arm.name}: {arm.source}{_start(arm)}{_cached(figures)}"
+        if arm.kind == "replayed":
+            yield (
+                f"{arm.name}: whole-call times of another prompt, so TTFT, TPOT and accuracy are not measured; "
+                "the shape under the recorded median is assumed log-normal"
+            )
+    yield "TTFT and E2E count from the scheduled send; TPOT = (finish − first token) / (tokens − 1); [ ] is 95 %"
+
+
+def _heading(run: BenchRun) -> Iterator[str]:
+    machine, work = run.machine, run.workload
+    memory = f", {machine.memory_bytes / 2**30:.0f} GiB" if machine.memory_bytes else ""
+    yield f"{machine.cpu}, {machine.logical_cores} logical cores{memory}; {machine.system}; {run.started_at}"
+    yield (
+        f"{work.requests_per_level} requests per arm and level (one repetition), closed loop at "
+        f"{', '.join(map(str, work.concurrency))}; {work.available} examples in {work.examples}, none used twice"
+    )
 
 
 def _arm_name(arm: Arm) -> str:
@@ -96,68 +188,8 @@ def _p90(spread: Spread | None) -> str:
     return "n<64" if spread.p90_ms is None else f"{spread.p90_ms:.0f}"
 
 
-def accuracy_lines(statistics: Statistics) -> Iterator[str]:
-    """Accuracy of each arm that measures it, and the paired comparisons."""
-    for arm in statistics.arms:
-        yield f"accuracy, {arm.name}: {format_accuracy(arm.accuracy) if arm.accuracy else 'not measured'}"
-    for pair in statistics.comparisons:
-        yield (
-            f"{pair.first} minus {pair.second}: {pair.difference:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}] "
-            f"(paired, Newcombe 95 %; exact McNemar p = {pair.p_value:.2g}; "
-            f"only first right {pair.only_first}, only second {pair.only_second})"
-        )
-
-
-def format_accuracy(accuracy: Accuracy) -> str:
-    """`0.836 [0.790, 0.874] (209 of 250; Wilson 95 %)`."""
-    return (
-        f"{accuracy.share:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] "
-        f"({accuracy.correct} of {accuracy.total}; Wilson 95 %)"
-    )
-
-
-def cost_table(bill: Bill) -> Table:
-    """Dollars per 1,000 requests of each hosted model, and the requests until the fine-tune has paid for itself."""
-    title = f"Few-shot prompt, hosted: $ per 1,000 requests, priced {bill.priced_on}; break-even in requests (assumed)"
-    table = Table(title=title, title_justify="left")
-    table.add_column("model")
-    for name in ("standard", "cached", "batch", "break-even standard", "cached", "batch"):
-        table.add_column(name, justify="right")
-    rows: dict[str, dict[str, Offer]] = {}
-    for offer in bill.offers:
-        rows.setdefault(offer.model, {})[offer.variant] = offer
-    for model, offers in rows.items():
-        variants = [offers[name] for name in ("standard", "cached", "batch")]
-        table.add_row(model, *(f"{o.cost_per_1000:.4f}" for o in variants), *(_requests(o) for o in variants))
-    return table
-
-
 def _requests(offer: Offer) -> str:
     return NEVER if offer.break_even_requests is None else f"{offer.break_even_requests:,.0f}"
-
-
-def cost_lines(bill: Bill) -> Iterator[str]:
-    """What the cost rests on, and who wins at the assumed volume."""
-    given, tokens = bill.assumptions, bill.tokens
-    yield (
-        f"local fine-tune: ${bill.local_cost_per_1000:.4f} per 1,000 requests at "
-        f"{bill.local_seconds_per_request:.3f} s of machine time each; "
-        f"assumed: {given.power_watts:g} W, ${given.price_kwh:g}/kWh, machine "
-        f"${given.machine_price:g} over {given.machine_years:g} years, busy seconds only; "
-        f"once ${given.finetune_total:g} (${given.finetune_price:g} and {given.finetune_hours:g} h at "
-        f"${given.hour_price:g})"
-    )
-    yield (
-        f"hosted prompt: {tokens.prompt:.0f} tokens in ({tokens.shared:.0f} of them the same every time), "
-        f"{tokens.completion:.1f} out, counted by {bill.tokens_from}; other tokenizers count differently. 'cached' "
-        "takes every shared token as a cache hit: providers have a minimum length and some bill cache writes. "
-        "'batch' answers within hours, not at once, and is priced without cache hits."
-    )
-    yield f"prices of {bill.priced_on} from {' and '.join(sorted({offer.source for offer in bill.offers}))}"
-    yield "a prompt without examples costs less still; how right a hosted model is with either is not known from prices"
-    yield from _verdict(bill)
-    for line in bill.disagreements:
-        yield f"prices disagree: {line}"
 
 
 def _verdict(bill: Bill) -> Iterator[str]:
@@ -186,18 +218,6 @@ def _months(offer: Offer) -> str:
     return f"{months:,.1f} months" if months < 24 else f"{months / 12:,.0f} years"
 
 
-def notes(run: BenchRun, statistics: Statistics) -> Iterator[str]:
-    """How to read the tables: sources, definitions, what is not there and why."""
-    for arm, figures in zip(run.arms, statistics.arms, strict=True):
-        yield f"{arm.name}: {arm.source}{_start(arm)}{_cached(figures)}"
-        if arm.kind == "replayed":
-            yield (
-                f"{arm.name}: whole-call times of another prompt, so TTFT, TPOT and accuracy are not measured; "
-                "the shape under the recorded median is assumed log-normal"
-            )
-    yield "TTFT and E2E count from the scheduled send; TPOT = (finish − first token) / (tokens − 1); [ ] is 95 %"
-
-
 def _start(arm: Arm) -> str:
     return f"; ready after {arm.start_s:.1f} s" if arm.start_s else ""
 
@@ -205,26 +225,6 @@ def _start(arm: Arm) -> str:
 def _cached(figures: ArmFigures) -> str:
     shares = [level.cached_share for level in figures.levels if level.cached_share is not None]
     return f"; {100 * sum(shares) / len(shares):.0f} % of prompt tokens were shared prefix" if shares else ""
-
-
-def render_score(model: str, score: ClassificationScore, console: Console | None = None) -> None:
-    """Print accuracy and macro-F1 with their intervals, and one row a label."""
-    console = console or Console(soft_wrap=True)
-    accuracy, macro = score.accuracy, score.macro_f1
-    console.print(
-        Text(
-            f"{model}: accuracy {accuracy.estimate:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] "
-            f"({score.correct} of {score.total}; Wilson 95 %), "
-            f"macro-F1 {macro.estimate:.3f} [{macro.low:.3f}, {macro.high:.3f}] (bootstrap 95 %)"
-        )
-    )
-    table = Table("label")
-    for name in ("n", "precision", "recall", "F1", "mostly taken for"):
-        table.add_column(name, justify="right")
-    for i, row in enumerate(score.classes):
-        figures = (f"{row.precision:.3f}", f"{row.recall:.3f}", f"{row.f1:.3f}")
-        table.add_row(row.label, str(row.support), *figures, _confused(score, i))
-    console.print(table)
 
 
 def _confused(score: ClassificationScore, index: int) -> str:

@@ -1,52 +1,21 @@
-"""Did the soak hold? Each check from the record alone: what it asks for, what was found, and whether it passed."""
+"""The records of a soak, the watch on its server's processes, and the checks: each computed from the record alone."""
 
 import os
 import signal
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.load.process_memory import PROC, children, resident_bytes
-from benchmarks.record import MachineRecord, Record
+from benchmarks.load.process_memory import children, resident_bytes
+from benchmarks.record import MachineRecord
+from models.common.record import Record
 
 from .client import RequestOutcome
 
+# An engine holds more than this; a bare interpreter (a resource tracker) does not.
 ENGINE_BYTES = 64 << 20
-
-
-class Memory(Record):
-    """Resident bytes at a moment: of the server's process, and of its largest child (0 without one)."""
-
-    at_s: float
-    server_bytes: int
-    engine_pid: int | None
-    engine_bytes: int
-
-
-def engine_of(pid: int, proc: Path = PROC) -> int | None:
-    """The engine's process: the server's largest child that holds more than a bare interpreter, or None."""
-    sizes = {child: resident_bytes(child, proc) for child in children(pid, proc)}
-    engine = max(sizes, key=lambda child: sizes[child], default=None)
-    return engine if engine is not None and sizes[engine] >= ENGINE_BYTES else None
-
-
-def look(pid: int, at_s: float, proc: Path = PROC) -> Memory:
-    """The memory of server and engine now."""
-    engine = engine_of(pid, proc)
-    used = resident_bytes(engine, proc) if engine is not None else 0
-    return Memory(at_s=at_s, server_bytes=resident_bytes(pid, proc), engine_pid=engine, engine_bytes=used)
-
-
-def kill_engine(pid: int) -> int | None:
-    """kill -9 the engine of server `pid`: the pid that was killed, or None when it has no engine process."""
-    engine = engine_of(pid)
-    if engine is not None:
-        os.kill(engine, signal.SIGKILL)
-    return engine
-
-
+# Memory is judged after this time, or this share of a shorter soak.
 SETTLE_S = 300.0
 SETTLE_SHARE = 1 / 6
 GROWTH_BYTES = 32 << 20
@@ -56,8 +25,17 @@ RECOVERY_S = 30.0
 LEAST_SAMPLES = 6
 
 
-class Kill(Record):
-    """A kill -9 of the engine: when, whom, and seconds until /health was ready again (None: never)."""
+class MemorySample(Record):
+    """Resident bytes of the server's process and of its engine's (0 without one) at one time."""
+
+    at_s: float
+    server_bytes: int
+    engine_pid: int | None
+    engine_bytes: int
+
+
+class EngineKill(Record):
+    """A SIGKILL of the engine: time, process, and seconds until /health was ready again (None: never)."""
 
     at_s: float
     pid: int
@@ -65,7 +43,7 @@ class Kill(Record):
 
 
 class SoakRun(Record):
-    """One soak. `gauges` are the server's own after the load; `canaries` the answers to one fixed request."""
+    """One soak. `gauges`: the server's own after the load; `canaries`: the answers to one fixed request."""
 
     started_at: str
     machine: MachineRecord
@@ -77,23 +55,45 @@ class SoakRun(Record):
     wanted_kills: int
     load_s: float
     outcomes: tuple[RequestOutcome, ...]
-    kills: tuple[Kill, ...]
-    memory: tuple[Memory, ...]
+    kills: tuple[EngineKill, ...]
+    memory: tuple[MemorySample, ...]
     canaries: tuple[str, ...]
     gauges: dict[str, float]
     ready_at_end: bool
 
 
 class SoakCheck(Record):
-    """One line of the verdict; `passed` None: could not be checked here, and `found` says why."""
+    """The result of one check; `passed` is None when it could not be checked here, and `found` says why."""
 
     name: str
     found: str
     passed: bool | None
 
 
+def engine_of(pid: int) -> int | None:
+    """The engine's process: the largest child of server `pid` with ENGINE_BYTES or more, or None."""
+    sizes = {child: resident_bytes(child) for child in children(pid)}
+    engine = max(sizes, key=lambda child: sizes[child], default=None)
+    return engine if engine is not None and sizes[engine] >= ENGINE_BYTES else None
+
+
+def sample_memory(pid: int, at_s: float) -> MemorySample:
+    """Measure the memory of server `pid` and of its engine."""
+    engine = engine_of(pid)
+    used = resident_bytes(engine) if engine is not None else 0
+    return MemorySample(at_s=at_s, server_bytes=resident_bytes(pid), engine_pid=engine, engine_bytes=used)
+
+
+def kill_engine(pid: int) -> int | None:
+    """SIGKILL the engine of server `pid`; its pid, or None when the server has no engine process."""
+    engine = engine_of(pid)
+    if engine is not None:
+        os.kill(engine, signal.SIGKILL)
+    return engine
+
+
 def check(run: SoakRun) -> tuple[SoakCheck, ...]:
-    """Every check in turn."""
+    """Run every check."""
     return (_terminal(run), _failures(run), _refusals(run), _canary(run), *_memory(run), _kills(run), *_end(run))
 
 
@@ -107,7 +107,7 @@ def _terminal(run: SoakRun) -> SoakCheck:
 
 
 def _failures(run: SoakRun) -> SoakCheck:
-    """An accepted request may fail only if the engine was killed, or was coming back, while it ran."""
+    """An accepted request may fail only while the engine is killed or restarting."""
     failed = [outcome for outcome in run.outcomes if outcome.end == "failed"]
     stray = [outcome for outcome in failed if not any(_overlap(outcome, kill) for kill in run.kills)]
     found = f"{len(failed)} failed, {len(stray)} of them away from a kill"
@@ -116,7 +116,7 @@ def _failures(run: SoakRun) -> SoakCheck:
     return SoakCheck(name="requests fail only around a kill", found=found, passed=not stray)
 
 
-def _overlap(outcome: RequestOutcome, kill: Kill) -> bool:
+def _overlap(outcome: RequestOutcome, kill: EngineKill) -> bool:
     return outcome.started_s <= kill.at_s + RECOVERY_S and outcome.ended_s >= kill.at_s
 
 
@@ -146,7 +146,7 @@ def _memory(run: SoakRun) -> tuple[SoakCheck, ...]:
 
 
 def _flat(who: str, points: Sequence[tuple[float, int]]) -> SoakCheck:
-    """Flat: the linear fit grows over the window by less than 32 MiB or 5 % of the mean, whichever is more."""
+    """Flat: the linear fit grows over the window by less than 32 MiB or 5 % of the mean, whichever is larger."""
     name = f"resident memory of the {who} is flat"
     if len(points) < LEAST_SAMPLES:
         return SoakCheck(name=name, found=f"only {len(points)} samples after settling", passed=None)

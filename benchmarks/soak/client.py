@@ -1,25 +1,26 @@
-"""The soak's clients: requests of many kinds, each accounted for to its last event.
+"""The soak's clients: requests of many kinds, each checked to its last event.
 
-An accepted request ends in exactly one way. Streaming: one `[DONE]`, or one error event, or this client leaves. Not
-streaming: one whole response. Everything else is `broken`, and the detail says how.
+An accepted request has exactly one end. Streaming: one `[DONE]`, or one error event, or this client disconnects. Not
+streaming: one whole response. Everything else is `broken`, with the reason in the detail.
 """
 
 import asyncio
 import json
 import random
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import Any, Literal
 
 import httpx
 
-from benchmarks.load.client import SseParser
-from benchmarks.record import Record
+from benchmarks.load.client import sse_events
+from models.common.record import Record
 
 End = Literal["answered", "refused", "rejected", "failed", "left", "broken"]
 TIMEOUT_S = 180.0
 REPLY_TOKENS = 48
 SLOW_READ_S = 0.2
-# How often each kind is drawn.
+# Kind of request -> its weight in the draw.
 KINDS = {
     "chat": 3,
     "chat stream": 3,
@@ -49,7 +50,7 @@ BAD: tuple[tuple[str, bytes], ...] = (
 
 
 class RequestOutcome(Record):
-    """How one request ended. `accepted`: the server took it on (it answered 200, or the client left before it said)."""
+    """The end of one request. `accepted`: the server answered 200, or the client disconnected before the status."""
 
     kind: str
     started_s: float
@@ -63,29 +64,27 @@ class StreamAccount:
     """Counts the terminal events of one stream."""
 
     def __init__(self) -> None:
-        self._parser = SseParser()
         self.deltas = self.done = self.errors = self.after_end = 0
         self.finished: dict[int, int] = {}
 
-    def take(self, chunk: bytes) -> None:
-        """Take in bytes as they arrive. Raises ValueError for what is no event stream of JSON."""
-        for data in self._parser.feed(chunk):
-            if self.done or self.errors:
-                self.after_end += 1
-            if data == "[DONE]":
-                self.done += 1
-                continue
-            event = json.loads(data)
-            if event.get("error"):
-                self.errors += 1
-            for choice in event.get("choices") or ():
-                self.deltas += 1
-                if choice.get("finish_reason"):
-                    index = int(choice.get("index", 0))
-                    self.finished[index] = self.finished.get(index, 0) + 1
+    def take(self, data: str) -> None:
+        """Count one event. Raises ValueError when it is neither `[DONE]` nor JSON."""
+        if self.done or self.errors:
+            self.after_end += 1
+        if data == "[DONE]":
+            self.done += 1
+            return
+        event = json.loads(data)
+        if event.get("error"):
+            self.errors += 1
+        for choice in event.get("choices") or ():
+            self.deltas += 1
+            if choice.get("finish_reason"):
+                index = int(choice.get("index", 0))
+                self.finished[index] = self.finished.get(index, 0) + 1
 
     def verdict(self) -> tuple[End, str]:
-        """How the stream ended, once the server has closed it."""
+        """The end of a stream that the server has closed, and why it is broken."""
         counts = f"{self.done} [DONE], {self.errors} error events, finish reasons {self.finished}"
         if self.after_end:
             return "broken", f"{self.after_end} events after the end: {counts}"
@@ -97,7 +96,7 @@ class StreamAccount:
 
 
 class SoakClient:
-    """One user: draws a kind and a mail, sends it, and accounts for it."""
+    """One user: draws a kind of request and a mail, sends it, and records its end."""
 
     def __init__(self, http: httpx.AsyncClient, mails: list[str], labels: tuple[str, ...], seed: int) -> None:
         self._http = http
@@ -105,10 +104,10 @@ class SoakClient:
         self._labels = labels
         self._chance = random.Random(seed)
 
-    async def one(self, now: float) -> RequestOutcome:
-        """Send one request. `now` is the loop's clock when the soak began."""
+    async def send(self, began: float) -> RequestOutcome:
+        """Send one request. `began` is the event loop's time at the start of the soak."""
         kind = self._chance.choices(list(KINDS), list(KINDS.values()))[0]
-        started = asyncio.get_running_loop().time() - now
+        started = asyncio.get_running_loop().time() - began
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 end, accepted, detail = await self._send(kind)
@@ -116,7 +115,7 @@ class SoakClient:
             end, accepted, detail = "broken", True, f"no end within {TIMEOUT_S:g} s"
         except (httpx.HTTPError, ValueError, KeyError) as error:
             end, accepted, detail = "broken", True, f"{type(error).__name__}: {error}"[:200]
-        ended = asyncio.get_running_loop().time() - now
+        ended = asyncio.get_running_loop().time() - began
         return RequestOutcome(kind=kind, started_s=started, ended_s=ended, end=end, accepted=accepted, detail=detail)
 
     async def _send(self, kind: str) -> tuple[End, bool, str]:
@@ -180,12 +179,13 @@ class SoakClient:
         async with self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 return _refusal(response.status_code, json.loads(await response.aread()))
-            async for chunk in response.aiter_bytes():
-                account.take(chunk)
-                if leave_after is not None and account.deltas >= leave_after:
-                    return "left", True, ""
-                if kind == "slow reader":
-                    await asyncio.sleep(SLOW_READ_S)
+            async with aclosing(sse_events(response)) as events:
+                async for event in events:
+                    account.take(event)
+                    if leave_after is not None and account.deltas >= leave_after:
+                        return "left", True, ""
+                    if kind == "slow reader":
+                        await asyncio.sleep(SLOW_READ_S)
         end, detail = account.verdict()
         return end, True, detail
 
@@ -195,7 +195,7 @@ def _question(choices: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def _refusal(status: int, body: Mapping[str, Any]) -> tuple[End, bool, str]:
-    """A response that is no answer: it must have OpenAI's error shape, whatever the status."""
+    """The end that an error response means. It must have OpenAI's error shape, whatever its status."""
     error = body.get("error")
     if not isinstance(error, dict) or not error.get("message"):
         return "broken", False, f"HTTP {status} without an error object"

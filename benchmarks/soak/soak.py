@@ -1,7 +1,7 @@
-"""The soak in its order: a server of its own, twice its capacity in clients, kills of its engine, then the silence.
+"""`deskside bench soak`: a server under twice its capacity in clients, with kills of its engine, until it is idle.
 
-The load is closed: every client sends its next request when the last one has ended, so what is open at a time is
-bounded by the number of clients.
+The load is closed: every client sends its next request when the last one has ended, so the number of clients bounds the
+open requests.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -20,44 +19,64 @@ from pydantic import Field
 from benchmarks.load.model_file import recipe_file
 from benchmarks.load.servers import RunningServer, free_port, read_counters, serve_command, serving
 from benchmarks.load.workload import labels_of, read_examples
-from benchmarks.record import Record, describe, save_json
+from benchmarks.record import now_text, results_file, save_json, this_machine
 from models.common.console import NamedProgress, show_progress
 from models.common.options import JsonOption, with_options
+from models.common.record import Record
 from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store
 
-from .checks import Kill, Memory, SoakCheck, SoakRun, check, kill_engine, look
+from .checks import EngineKill, MemorySample, SoakCheck, SoakRun, check, kill_engine, sample_memory
 from .client import TIMEOUT_S, RequestOutcome, SoakClient
-
-
-class SoakSettings(Record):
-    """What a soak can be told."""
-
-    minutes: float = Field(default=30.0, gt=0, description="How long the load lasts.")
-    model: str = Field(default=DEFAULT_MODEL, description="The model that is served.")
-    slots: int = Field(default=8, ge=1, description="Answers written at the same time.")
-    queue: int = Field(default=8, ge=1, description="Answers that may wait; small, so that the server must refuse.")
-    overload: float = Field(default=2.0, gt=1, description="Clients as a multiple of slots and queue.")
-    kills: int = Field(default=2, ge=0, description="kill -9 of the engine's process, at random times.")
-    seed: int = Field(default=0, description="What is sent when, and when the engine is killed.")
-    out: Path | None = Field(default=None, description="Where the JSON goes (default: results/soak-<time>.json).")
-
 
 MEMORY_EVERY_S = 5.0
 CANARY_EVERY_S = 5.0
 CANARY_AGAIN_S = 0.1
-# What Retry-After asks for.
+# As Retry-After asks.
 REFUSED_PAUSE_S = 1.0
 RESTART_S = 60.0
 QUIET_S = 60.0
-# Kills come early enough for the engine's memory to be watched for half of the soak after the last one.
+# Shares of the load in which kills fall: the last engine's memory is then watched for half of the soak.
 KILL_SHARES = (0.1, 0.45)
 CANARY = "Subject: Cheap loans\n\nLowest rates ever, click here to apply now, no credit check!!!"
 GAUGES = tuple(f"deskside_{name}" for name in ("live", "running", "waiting", "kv_cells_used", "kv_cells_total"))
+FAILED = 1
+MARKS = {True: "ok", False: "FAILED", None: "not checked"}
+
+
+class SoakSettings(Record):
+    """The options of `deskside bench soak`."""
+
+    minutes: float = Field(default=30.0, gt=0, description="Length of the load.")
+    model: str = Field(default=DEFAULT_MODEL, description="The model that is served.")
+    slots: int = Field(default=8, ge=1, description="Answers the server writes at the same time.")
+    queue: int = Field(default=8, ge=1, description="Answers that may wait; small, so that the server must refuse.")
+    overload: float = Field(default=2.0, gt=1, description="Clients as a multiple of slots and queue.")
+    kills: int = Field(default=2, ge=0, description="kill -9 of the engine's process, at random times.")
+    seed: int = Field(default=0, description="Seed of the requests and of the times of the kills.")
+    out: Path | None = Field(default=None, description="Where the JSON goes (default: results/soak-<time>.json).")
+
+
+@with_options(settings=SoakSettings)
+def soak_command(settings: SoakSettings, as_json: JsonOption = False) -> None:
+    """Load a server at twice its capacity, with disconnects, bad requests and kills of its engine, and check it."""
+    out = settings.out or results_file("soak")
+    with show_progress() as progress:
+        run = soak(settings, out.with_suffix(".log"), progress)
+    checks = check(run)
+    shown = [line.model_dump(mode="json") for line in checks]
+    save_json(out, run.model_dump(mode="json") | {"checks": shown})
+    if as_json:
+        print(json.dumps({"checks": shown, "out": str(out)}, ensure_ascii=False, indent=2))
+    else:
+        _print(run, checks)
+    print(f"all outcomes: {out}; the server's own output: {out.with_suffix('.log')}", file=sys.stderr)
+    if any(line.passed is False for line in checks):
+        raise typer.Exit(FAILED)
 
 
 def soak(settings: SoakSettings, log: Path, progress: NamedProgress) -> SoakRun:
-    """Serve, load, watch, and report. Raises ServerFailed when the server does not start."""
+    """Start a server, load and watch it, return the record. Raises ServerFailed when the server does not start."""
     port = free_port()
     stored = Store().resolve(settings.model)
     flags = ["--slots", str(settings.slots), "--queue", str(settings.queue)]
@@ -76,8 +95,8 @@ class _Soak:
         self._progress = progress
         self._load_s = 60 * settings.minutes
         self._outcomes: list[RequestOutcome] = []
-        self._kills: list[Kill] = []
-        self._memory: list[Memory] = []
+        self._kills: list[EngineKill] = []
+        self._memory: list[MemorySample] = []
         self._canaries: list[str] = []
         self._canary_body: dict[str, object] = {"messages": [{"role": "user", "content": CANARY}], "temperature": 0}
         self._began = 0.0
@@ -90,7 +109,7 @@ class _Soak:
         count = round(given.overload * capacity)
         # A server may close an idle connection at the moment it is used again: that would count as a lost request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        started = datetime.now(UTC).isoformat(timespec="seconds")
+        started = now_text()
         url = self._server.base_url
         async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits, trust_env=False) as http:
             self._canary_body["choice"] = list(labels)
@@ -106,7 +125,7 @@ class _Soak:
             gauges, ready = await self._quiet(http)
             await self._ask_canary(http)
         return SoakRun(
-            started_at=started, machine=describe(), model=given.model, minutes=given.minutes, seed=given.seed,
+            started_at=started, machine=this_machine(), model=given.model, minutes=given.minutes, seed=given.seed,
             clients=count, capacity=capacity, wanted_kills=given.kills, load_s=self._load_s,
             outcomes=tuple(self._outcomes), kills=tuple(self._kills), memory=tuple(self._memory),
             canaries=tuple(self._canaries), gauges=gauges, ready_at_end=ready,
@@ -117,7 +136,7 @@ class _Soak:
 
     async def _user(self, client: SoakClient) -> None:
         while self._now() < self._load_s:
-            outcome = await client.one(self._began)
+            outcome = await client.send(self._began)
             self._outcomes.append(outcome)
             if outcome.end == "refused":
                 await asyncio.sleep(REFUSED_PAUSE_S)
@@ -125,7 +144,7 @@ class _Soak:
     async def _watch(self) -> None:
         assert self._server.pid is not None
         while self._now() < self._load_s:
-            self._memory.append(look(self._server.pid, self._now()))
+            self._memory.append(sample_memory(self._server.pid, self._now()))
             self._progress("soak, seconds", int(self._now()), int(self._load_s))
             await asyncio.sleep(MEMORY_EVERY_S)
         self._progress("soak, seconds", int(self._load_s), int(self._load_s))
@@ -136,7 +155,7 @@ class _Soak:
             await asyncio.sleep(CANARY_EVERY_S if answered else CANARY_AGAIN_S)
 
     async def _ask_canary(self, http: httpx.AsyncClient) -> bool:
-        """Whether the fixed request was answered; it may be refused, or meet a kill, but not be lost."""
+        """Send the fixed request; True when it was answered. A refusal or a kill is no fault, a lost request is."""
         began = self._now()
         try:
             response = await http.post("/chat/completions", json=self._canary_body)
@@ -161,10 +180,10 @@ class _Soak:
             if killed is None:
                 return
             at_s = self._now()
-            self._kills.append(Kill(at_s=at_s, pid=killed, ready_after_s=await self._ready_after(http, at_s)))
+            self._kills.append(EngineKill(at_s=at_s, pid=killed, ready_after_s=await self._ready_after(http, at_s)))
 
     async def _ready_after(self, http: httpx.AsyncClient, at_s: float) -> float | None:
-        """Seconds until /health has said "not ready" (or a second has gone by unseen) and then "ready"."""
+        """Seconds until /health is ready again after a "not ready", or after a second in which none was seen."""
         seen_down = False
         while (waited := self._now() - at_s) < RESTART_S:
             ready = (await http.get(self._root("/health"))).status_code == 200
@@ -175,7 +194,7 @@ class _Soak:
         return None
 
     async def _quiet(self, http: httpx.AsyncClient) -> tuple[dict[str, float], bool]:
-        """The gauges once nothing is live any more, or after QUIET_S; and whether the server is ready."""
+        """The gauges once no request is live, or after QUIET_S; and the server's readiness."""
         deadline = self._now() + QUIET_S
         while True:
             gauges = read_counters((await http.get(self._root("/metrics"))).text, GAUGES)
@@ -185,29 +204,6 @@ class _Soak:
 
     def _root(self, path: str) -> str:
         return self._server.base_url.removesuffix("/v1") + path
-
-
-FAILED = 1
-MARKS = {True: "ok", False: "FAILED", None: "not checked"}
-
-
-@with_options(settings=SoakSettings)
-def soak_command(settings: SoakSettings, as_json: JsonOption = False) -> None:
-    """Load a server of our own at twice its capacity, with disconnects, bad requests and kills, and check it."""
-    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    out = settings.out or Path("results") / f"soak-{started}.json"
-    with show_progress() as progress:
-        run = soak(settings, out.with_suffix(".log"), progress)
-    checks = check(run)
-    shown = [line.model_dump(mode="json") for line in checks]
-    save_json(out, run.model_dump(mode="json") | {"checks": shown})
-    if as_json:
-        print(json.dumps({"checks": shown, "out": str(out)}, ensure_ascii=False, indent=2))
-    else:
-        _print(run, checks)
-    print(f"all outcomes: {out}; the server's own output: {out.with_suffix('.log')}", file=sys.stderr)
-    if any(line.passed is False for line in checks):
-        raise typer.Exit(FAILED)
 
 
 def _print(run: SoakRun, checks: Sequence[SoakCheck]) -> None:

@@ -1,11 +1,11 @@
-"""The engine beside a bare `llama_decode` loop with the very same batches, in a process of its own.
+"""The engine beside a bare `llama_decode` loop with the same batches, in a process of its own.
 
     python -m benchmarks.peers.scripts.bare_loop MODEL_FOLDER THREADS REPETITIONS < work.json
 
 `work.json` maps a task to {"texts": […], "tokens": n, "stops": bool}. The engine answers each task's texts, 16 at a
-time; every batch it computes and every edit of the KV cache is kept. Then the same calls are made again, and nothing
-else: no plan, no sampling, no text. What the first takes longer is the engine's own. Nothing here goes over HTTP, so
-this is the one file of the benchmarks that looks inside the runtime. One line of JSON is printed for each task.
+time; every decoded batch and every edit of the KV cache is recorded. Then the same calls are replayed without planning,
+sampling or detokenizing. The difference in time is the engine's own work. Nothing here goes over HTTP, so this is the
+only file of the benchmarks that imports the runtime. It prints one line of JSON per task.
 """
 
 import json
@@ -32,7 +32,7 @@ CLIENTS = 16
 
 
 class RecordingLlama:
-    """A `LlamaLike` that passes every call on, and keeps those that change the model's state."""
+    """A `LlamaLike` that forwards every call and records those that change the model's state."""
 
     def __init__(self, llama: LlamaLike) -> None:
         self._llama = llama
@@ -64,10 +64,10 @@ class RecordingLlama:
         self._keep(self._llama.clear)
 
     def close(self) -> None:
-        """The model outlives its engines here."""
+        """Do nothing: the model outlives its engines here."""
 
     def replay(self) -> None:
-        """Make every call again."""
+        """Repeat every recorded call."""
         for call, arguments in self.calls:
             call(*arguments)
 
@@ -79,27 +79,27 @@ class RecordingLlama:
 def compare(
     llama: LlamaLike, options: EngineOptions, requests: Sequence[Request], n_repetitions: int
 ) -> dict[str, Any]:
-    """Answer `requests` with an engine, then only decode the same; seconds of each, by repetition."""
+    """Answer `requests` with an engine, then replay its calls; seconds of each, by repetition."""
     engine_s, bare_s = [], []
     n_tokens = n_decodes = 0
     for _ in range(n_repetitions):
         llama.clear()
-        recorder = RecordingLlama(llama)
-        engine = Engine(recorder, options)
+        recording = RecordingLlama(llama)
+        engine = Engine(recording, options)
         began = time.perf_counter()
         n_tokens = sum(_answered(engine, requests))
         engine_s.append(time.perf_counter() - began)
-        n_decodes = sum(call == llama.decode for call, _ in recorder.calls)
+        n_decodes = sum(call == llama.decode for call, _ in recording.calls)
         llama.clear()
         began = time.perf_counter()
-        recorder.replay()
+        recording.replay()
         bare_s.append(time.perf_counter() - began)
         engine.close()
     return {"tokens": n_tokens, "decodes": n_decodes, "engine_s": engine_s, "bare_s": bare_s}
 
 
 def _answered(engine: Engine, requests: Sequence[Request]) -> Iterator[int]:
-    """Keep 16 requests running; yields each one's prompt and answer tokens that were computed."""
+    """Keep 16 requests running; yields the computed prompt and answer tokens of each."""
     waiting = list(reversed(requests))
     n_live = 0
     while waiting or n_live:
@@ -114,7 +114,7 @@ def _answered(engine: Engine, requests: Sequence[Request]) -> Iterator[int]:
 
 
 def main() -> None:
-    """Read the work, print a line for each task."""
+    """Read the work and print one line per task."""
     folder, threads, n_repetitions = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     manifest = read_manifest(folder)
     stored = StoredModel(manifest.name, folder, manifest, folder / manifest.artefacts[0].file)

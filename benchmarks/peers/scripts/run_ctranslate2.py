@@ -3,9 +3,9 @@
     python run_ctranslate2.py convert MODEL.gguf FOLDER
     python run_ctranslate2.py label FOLDER THREADS BATCH END… < prompts.json > answers.json
 
-CTranslate2's own converter wants the Hugging Face checkpoint and torch; its specification takes numpy arrays as well,
-so the weights come from the GGUF file, and int8 is CTranslate2's own quantization of them. Prompts and answers are
-lists of token ids, END are those that end an answer. A GGUF file stores Gemma's norm weights with the 1 added already.
+CTranslate2's own converter requires the Hugging Face checkpoint and torch; its specification also takes numpy arrays,
+so the weights come from the GGUF file and are quantized to int8 by CTranslate2. Prompts and answers are lists of token
+ids; END are the ids that end an answer. A GGUF file stores Gemma's norm weights with 1 already added.
 """
 
 import json
@@ -101,7 +101,7 @@ def _fill(layer: Any, weights: Weights, index: int) -> None:
 
 
 def convert(gguf: str, folder: str) -> None:
-    """Write the int8 model; the folder appears when it is whole."""
+    """Write the int8 model, whole or not at all."""
     unfinished = Path(f"{folder}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -113,7 +113,7 @@ def convert(gguf: str, folder: str) -> None:
 
 
 def label(folder: str, threads: int, batch: int, ends: list[str]) -> None:
-    """Answer the prompts in their order, greedily, `batch` at a time, until one of `ends` is drawn."""
+    """Answer the prompts in order, greedily, `batch` at a time, each up to one of `ends`."""
     prompts: list[list[int]] = json.load(sys.stdin)
     generator = ctranslate2.Generator(folder, compute_type="int8", inter_threads=1, intra_threads=threads)
     answers: list[list[int]] = []
@@ -129,7 +129,7 @@ def label(folder: str, threads: int, batch: int, ends: list[str]) -> None:
 
 
 def main() -> None:
-    """The two verbs above."""
+    """Run one of the two commands above."""
     if sys.argv[1] == "convert":
         convert(*sys.argv[2:])
     else:

@@ -1,7 +1,7 @@
 """llama-cpp-python's own server. Run by the peers' Python; the arguments are those of `python -m llama_cpp.server`.
 
-The one thing added is the guard that Deskside uses as well (runtime/llama/handle.py): a llama.cpp that was compiled for
-AMX, but not by Deskside's Makefile, may crash or answer garbage with AMX's layouts, so it runs without them.
+It adds only the guard that Deskside has too (runtime/llama/handle.py): a llama.cpp compiled for AMX without the patch
+of Deskside's Makefile may crash or answer garbage with AMX's weight layouts, so it runs without them.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from llama_cpp.server.__main__ import main
 
 
 def guard_amx() -> None:
-    """Let models be loaded without extra buffer types where AMX is compiled in and not mended."""
+    """Load models without extra buffer types where llama.cpp has AMX without the patch."""
     built_for_amx = b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
     if not built_for_amx or hasattr(llama_cpp._lib, "deskside_amx_mended"):
         return

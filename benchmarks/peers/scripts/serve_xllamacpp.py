@@ -1,12 +1,12 @@
-"""llama-server out of the `xllamacpp` wheel, as one process. Run by the peers' Python, not by Deskside's.
+"""llama-server from the `xllamacpp` wheel, as one process. Run by the peers' Python, not by Deskside's.
 
     python serve_xllamacpp.py MODEL PORT THREADS best|ram|shipped
     python serve_xllamacpp.py --system-info
 
-`shipped` is what the llama-server command does without flags (4 slots over one unified cache, sliding-window cache);
-the wheel's own default would be a single slot. `best` holds 16 slots with prefixes that can be reused, without the
-cache of prompts in host memory: it copies finished slots, which pays where whole prompts come back, and here none does.
-`ram` is `best` with that cache, so that the choice is measured as well.
+`shipped` has the defaults of the llama-server command (4 slots over one unified cache, sliding-window cache); the
+wheel's own default is a single slot. `best` has 16 slots with reusable prefixes and no prompt cache in host memory:
+that cache copies finished slots, which pays only where whole prompts repeat, and here none does. `ram` is `best` with
+that cache, so that the choice is measured as well.
 """
 
 import signal

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks.conversion import needs as convert_needs
-from benchmarks.conversion.checkpoint import USER_DEFINED, make_checkpoint, read_pieces, write_vocabulary
+from benchmarks.conversion.checkpoint import USER_DEFINED, make_checkpoint, read_vocabulary, write_vocabulary
 from benchmarks.conversion.record import ConverterSample, ConvertRun, judge
 from benchmarks.errors import BadWorkload
-from benchmarks.record import describe
+from benchmarks.record import this_machine
 from convert.checkpoint.source import open_checkpoint
 from models.gguf.header import read_header
 from tests.support.convert.tiny import TOKENS, weights, write_model
@@ -27,7 +27,7 @@ def run_of(*conversions: ConverterSample, loaded: tuple[int, int] = (10, 100)) -
     return ConvertRun.model_validate(
         {
             "started_at": "2026-11-22T19:00:00+00:00",
-            "machine": describe(),
+            "machine": this_machine(),
             "checkpoint": "toy",
             "parameters": 1,
             "checkpoint_bytes": 2,
@@ -105,7 +105,7 @@ def test_the_checkpoint_converts_to_the_file_it_was_made_from(toy: Path, tmp_pat
 
 
 def test_tokens_that_hold_white_space_are_spelled_as_sentencepiece_does(toy: Path, tmp_path: Path) -> None:
-    pieces = read_pieces(read_header(toy))
+    pieces = read_vocabulary(read_header(toy))
     pieces.texts[-1], pieces.kinds[-1] = "▁▁", USER_DEFINED
     write_vocabulary(tmp_path, pieces)
     raw = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from benchmarks.load import model_file as model_files
 from benchmarks.load.model_file import recipe_file
 from benchmarks.peers import servers as peer_servers
 from benchmarks.peers.servers import CHOSEN, prepare_files
-from benchmarks.record import describe, save_json
+from benchmarks.record import save_json, this_machine
 from models.common.files import sha256_file
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest, read_manifest
 from models.store.store import Store
@@ -39,7 +39,7 @@ def file(kind: str, *, trimmed: bool, size: int, prefill: float, decode: dict[in
 def run_of(*files: TrimFile) -> TrimRun:
     return TrimRun(
         started_at="2026-11-22T21:00:00+00:00",
-        machine=describe(),
+        machine=this_machine(),
         backend="CPU",
         repetitions=5,
         prompt_tokens=112,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load.client import OpenAiClient
+from benchmarks.load.client import ApiTarget, OpenAiClient
 from benchmarks.load.workload import LabelledExample
 from benchmarks.record import RequestSample
 from tests.support.benchmarks.stand_in import StandIn, running
@@ -21,7 +21,7 @@ def ask(
     clock: Callable[[], float] = lambda: float(next(ticks))  # noqa: E731
 
     async def once() -> RequestSample:
-        client = OpenAiClient(url, "m", key=key, body=body, timeout_s=20, clock=clock)
+        client = OpenAiClient(ApiTarget(url, "m", key, body or {}), clock, timeout_s=20)
         try:
             send = client.chat if chat else client.complete
             return await send(LabelledExample("id", text, "spam"), text, -1.0, max_tokens=8)
@@ -50,7 +50,7 @@ def test_a_connection_is_kept_or_not(keep_alive: bool) -> None:
     app = StandIn(lambda _: "spam")
 
     async def twice(url: str) -> None:
-        client = OpenAiClient(url, "m", timeout_s=20, keep_alive=keep_alive, clock=lambda: 0.0)
+        client = OpenAiClient(ApiTarget(url, "m"), lambda: 0.0, timeout_s=20, keep_alive=keep_alive)
         for _ in range(2):
             assert (await client.chat(LabelledExample("id", "Buy", "spam"), "Buy", 0.0)).error is None
         await client.close()
@@ -105,7 +105,7 @@ def test_a_decision_comes_whole_and_its_faults_become_errors() -> None:
     app = StandIn(lambda prompt: "spam")
 
     async def decide(url: str) -> list[RequestSample]:
-        client = OpenAiClient(url, "m", clock=lambda: 0.5)
+        client = OpenAiClient(ApiTarget(url, "m"), lambda: 0.5)
         questions = [{"type": "choice"}]
         try:
             return [

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.comparison.arms import ArmPlan
 from benchmarks.comparison.evaluate import Evaluation, EvaluationTask, evaluate, load_evaluation, save_evaluation
 from benchmarks.errors import ServerFailed
+from benchmarks.load.client import ApiTarget
 from benchmarks.load.label_scoring import ForcedToken, LabelScorer, disjoint, label_logprobs, requests_of
 from benchmarks.load.servers import RunningServer
 from benchmarks.load.workload import PromptTemplate
@@ -92,7 +93,7 @@ def score(app: Any, prompt: str, labels: Sequence[str] = LABELS) -> dict[str, fl
     with running(app) as url:
 
         async def once() -> dict[str, float]:
-            scorer = LabelScorer(url, "toy", labels, timeout_s=20)
+            scorer = LabelScorer(ApiTarget(url, "toy"), labels, timeout_s=20)
             try:
                 return await scorer.score(prompt)
             finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load.process_memory import PROC, SAMPLE_S, PeakWatch, own_bytes, resident_bytes, tree_bytes
+from benchmarks.load.process_memory import PROC, SAMPLE_S, PeakWatch, proportional_bytes, resident_bytes, tree_bytes
 
 MIB = 1 << 20
 HOLD = "import sys; held = bytearray(%d << 20); print('ready', flush=True); sys.stdin.read()"
@@ -58,7 +58,7 @@ sys.stdin.read()
             assert process.stdout is not None
             process.stdout.readline()
         resident = [resident_bytes(process.pid) for process in (one, other)]
-        shared = [own_bytes(process.pid) for process in (one, other)]
+        shared = [proportional_bytes(process.pid) for process in (one, other)]
         one.communicate()
         other.communicate()
     assert min(resident) > 64 * MIB

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from benchmarks.errors import BadWorkload
-from benchmarks.load.client import OpenAiClient
+from benchmarks.load.client import ApiTarget, OpenAiClient
 from benchmarks.load.replay import Recording, load_recording, replaying
 from benchmarks.load.workload import LabelledExample
 from benchmarks.record import RequestSample
@@ -44,7 +44,7 @@ def test_an_unknown_task_is_refused() -> None:
 
 def test_the_server_answers_replayed_to_our_client() -> None:
     async def once(url: str) -> RequestSample:
-        client = OpenAiClient(url, "m", clock=asyncio.get_running_loop().time)
+        client = OpenAiClient(ApiTarget(url, "m"), asyncio.get_running_loop().time)
         try:
             return await client.chat(LabelledExample("id", "mail", "spam"), "mail", 0.0)
         finally:

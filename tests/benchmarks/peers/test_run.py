@@ -12,7 +12,7 @@ from benchmarks.errors import ServerFailed
 from benchmarks.load.servers import RunningServer
 from benchmarks.load.workload import LabelledExample, PromptTemplate
 from benchmarks.peers.record import load_peer_run
-from benchmarks.peers.run import PeerRunFile, PeerWorkload, Stage, planned_passes, run_stage
+from benchmarks.peers.run import PeerRunFile, PeerSession, PeerWorkload, Stage, planned_passes, run_stage
 from benchmarks.peers.servers import ServerPlan
 from benchmarks.peers.tasks import BURST, COMPLETION, DECISIONS, DESKSIDE, LABEL, LLAMA_SERVER, deal, tasks
 from tests.support.benchmarks.peer_examples import peer_run
@@ -46,18 +46,19 @@ def both() -> Iterator[Both]:
         yield Both(first, second)
 
 
-def comparison(task: str, out: Path) -> PeerWorkload:
+def session(task: str, out: Path) -> PeerSession:
     ways = tasks(8)[task].ways
     dealt = deal(POOL, dict.fromkeys(ways, (2, 8)), seed=0)
-    return PeerWorkload({(task, way): dealt[way] for way in ways}, LABELS, 2, out)
+    workload = PeerWorkload({(task, way): dealt[way] for way in ways}, LABELS, 2)
+    return PeerSession(workload, PeerRunFile(peer_run(), out), lambda *_: None)
 
 
 def test_a_stage_is_measured_and_saved(both: Both, tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    recorder = PeerRunFile(peer_run(), out)
-    run_stage(both.stage(LABEL, warmup=tuple(POOL[:2])), comparison(LABEL, out), recorder, lambda *_: None)
+    measured = session(LABEL, out)
+    run_stage(both.stage(LABEL, warmup=tuple(POOL[:2])), measured)
     run = load_peer_run(out)
-    assert run == recorder.run
+    assert run == measured.file.run
     assert [server.name for server in run.servers] == ["deskside, Q8_0", "peer"]
     assert len(run.passes) == 2 * (2 + 2 + 1)
     for made in run.passes:
@@ -76,29 +77,27 @@ def test_a_stage_is_measured_and_saved(both: Both, tmp_path: Path) -> None:
 
 
 def test_a_cold_server_is_started_for_each_pass(both: Both, tmp_path: Path) -> None:
-    out = tmp_path / "run.json"
-    recorder = PeerRunFile(peer_run(), out)
-    run_stage(both.stage(BURST, cold=True), comparison(BURST, out), recorder, lambda *_: None)
-    assert [server.name for server in recorder.run.servers] == ["deskside, Q8_0", "peer", "peer", "deskside, Q8_0"]
-    assert {(made.task, made.way, made.users) for made in recorder.run.passes} == {(BURST, COMPLETION, 8)}
+    measured = session(BURST, tmp_path / "run.json")
+    run_stage(both.stage(BURST, cold=True), measured)
+    assert [server.name for server in measured.file.run.servers] == ["deskside, Q8_0", "peer", "peer", "deskside, Q8_0"]
+    assert {(made.task, made.way, made.users) for made in measured.file.run.passes} == {(BURST, COMPLETION, 8)}
 
 
 def test_a_cold_burst_is_repeated_at_most_twice(both: Both) -> None:
-    many = PeerWorkload({}, LABELS, 5, Path("out.json"))
-    assert [turn.repetition for turn in planned_passes(both.stage(BURST, cold=True), many)] == [0, 0, 1, 1]
-    assert {turn.repetition for turn in planned_passes(both.stage(LABEL), many)} == {0, 1, 2, 3, 4}
+    many = PeerWorkload({}, LABELS, 5)
+    assert [one.repetition for one in planned_passes(both.stage(BURST, cold=True), many)] == [0, 0, 1, 1]
+    assert {one.repetition for one in planned_passes(both.stage(LABEL), many)} == {0, 1, 2, 3, 4}
 
 
 def test_a_server_that_fails_its_warm_up_stops_the_run(both: Both, tmp_path: Path) -> None:
-    out = tmp_path / "run.json"
     stage = both.stage(LABEL, warmup=(LabelledExample("w", "HTTP500", "ham"),))
     with pytest.raises(ServerFailed, match=r"label, chat: deskside.*warm-up failed.*500"):
-        run_stage(stage, comparison(LABEL, out), PeerRunFile(peer_run(), out), lambda *_: None)
+        run_stage(stage, session(LABEL, tmp_path / "run.json"))
 
 
 def test_a_run_is_shown_again_from_its_file(both: Both, tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    run_stage(both.stage(LABEL), comparison(LABEL, out), PeerRunFile(peer_run(), out), lambda *_: None)
+    run_stage(both.stage(LABEL), session(LABEL, out))
     shown = CliRunner().invoke(create_app(), ["peers", "--report", str(out)], catch_exceptions=False)
     assert shown.exit_code == 0, shown.output
     assert "deskside, Q8_0" in shown.output

@@ -10,7 +10,7 @@ from benchmarks.errors import BadWorkload
 from benchmarks.load.servers import RunningServer, read_counters
 from benchmarks.load.workload import LabelledExample, PromptTemplate
 from benchmarks.peers.offline import batch_answers, batch_lines
-from benchmarks.peers.plan import _examples
+from benchmarks.peers.plan import deal_examples
 from benchmarks.peers.record import PeerSettings, Server
 from benchmarks.peers.run import PeerWorkload, Stage, planned_passes
 from benchmarks.peers.servers import ServerPlan, without
@@ -80,7 +80,7 @@ def test_long_prompts_are_made_of_different_mails() -> None:
 
 @pytest.mark.parametrize("settings", [PeerSettings(), PeerSettings(quick=True).effective()])
 def test_the_mails_there_are_suffice_and_none_is_used_twice_by_one_server(settings: PeerSettings) -> None:
-    labels, slices, warmup, offline = _examples(settings)
+    labels, slices, warmup, offline = deal_examples(settings)
     assert len(labels) == 8
     for family in ((LABEL, LABEL_ALONE), (REPLY, REPLY_ALONE), (FEW_SHOT,)):
         texts = [e.text for (task, _), parts in slices.items() if task in family for part in parts for e in part]
@@ -103,7 +103,7 @@ def plan(name: str, peer: str = LLAMA_SERVER, *, once: bool = False) -> ServerPl
 def test_passes_alternate_between_servers_and_reverse_with_each_repetition() -> None:
     servers = (plan("ours", DESKSIDE), plan("best"), plan("slow", once=True))
     stage = Stage(servers, [(tasks(4)[LABEL], frozenset({"ours", "best", "slow"}))], PromptTemplate("bare"), ())
-    order = list(planned_passes(stage, PeerWorkload({}, LABELS, 2, Path("out.json"))))
+    order = list(planned_passes(stage, PeerWorkload({}, LABELS, 2)))
     shown = [(turn.repetition, turn.way, turn.plan.name) for turn in order]
     assert shown == [
         (0, CHAT, "ours"), (0, CHAT, "best"), (0, CHAT, "slow"),

@@ -2,16 +2,16 @@
 
 import asyncio
 import json
-import os
+import subprocess
+import sys
 from collections.abc import Callable, MutableMapping
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from benchmarks.load.process_memory import children, resident_bytes
-from benchmarks.soak.checks import Kill, Memory, SoakCheck, SoakRun, check, engine_of, look
+from benchmarks.load.process_memory import PROC, children, resident_bytes
+from benchmarks.soak.checks import EngineKill, MemorySample, SoakCheck, SoakRun, check, engine_of, sample_memory
 from benchmarks.soak.client import KINDS, RequestOutcome, SoakClient, StreamAccount
 from tests.support.benchmarks.peer_examples import MACHINE
 from tests.support.benchmarks.stand_in import Send, read_json, running
@@ -47,8 +47,8 @@ FAULT = event(error={"message": "the engine died"})
 )
 def test_a_stream_has_exactly_one_end(stream: bytes, end: str, detail: str) -> None:
     account = StreamAccount()
-    for start in range(0, len(stream), 7):
-        account.take(stream[start : start + 7])
+    for data in stream.decode().split("\n\n")[:-1]:
+        account.take(data.removeprefix("data: "))
     found, why = account.verdict()
     assert found == end
     assert detail in why
@@ -68,7 +68,8 @@ class Server:
             body = {}
         self.seen += 1
         status, data = self.answer(scope["path"], body)
-        await send({"type": "http.response.start", "status": status, "headers": []})
+        kind = b"text/event-stream" if body.get("stream") and status == 200 else b"application/json"
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
         await send({"type": "http.response.body", "body": data})
 
 
@@ -85,7 +86,7 @@ def outcomes(answer: Callable[[str, dict[str, Any]], tuple[int, bytes]], count: 
     async def ask(url: str) -> list[RequestOutcome]:
         async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
             client = SoakClient(http, ["a mail"], ("ham", "spam"), seed=3)
-            return [await client.one(0.0) for _ in range(count)]
+            return [await client.send(0.0) for _ in range(count)]
 
     with running(Server(answer)) as url:
         return asyncio.run(ask(url))
@@ -117,10 +118,12 @@ def outcome(end: Any = "answered", started: float = 0.0, ended: float = 1.0) -> 
     return RequestOutcome(kind="chat", started_s=started, ended_s=ended, end=end, accepted=True, detail="why")
 
 
-def memory(growth: float, *, seconds: int = 600, engine: int | None = None) -> tuple[Memory, ...]:
+def memory(growth: float, *, seconds: int = 600, engine: int | None = None) -> tuple[MemorySample, ...]:
     """A server of 500 MiB that grows by `growth` MiB over the whole time."""
     return tuple(
-        Memory(at_s=t, server_bytes=int((500 + growth * t / seconds) * MIB), engine_pid=engine, engine_bytes=500 * MIB)
+        MemorySample(
+            at_s=t, server_bytes=int((500 + growth * t / seconds) * MIB), engine_pid=engine, engine_bytes=500 * MIB
+        )
         for t in range(0, seconds, 5)
     )
 
@@ -160,7 +163,7 @@ def test_a_clean_soak_passes() -> None:
         ({"gauges": {"deskside_live": 0.0, "deskside_running": 0.0, "deskside_waiting": 0.0,
                      "deskside_kv_cells_used": 3.0, "deskside_kv_cells_total": 8.0}},
          "KV cells are free but for idle prefixes (at most a quarter)"),
-        ({"wanted_kills": 1, "kills": (Kill(at_s=1, pid=2, ready_after_s=None),)},
+        ({"wanted_kills": 1, "kills": (EngineKill(at_s=1, pid=2, ready_after_s=None),)},
          "the engine comes back after kill -9"),
     ],
 )  # fmt: skip
@@ -169,7 +172,7 @@ def test_each_fault_fails_its_check(changes: dict[str, Any], name: str) -> None:
 
 
 def test_requests_may_fail_around_a_kill() -> None:
-    kills = (Kill(at_s=100, pid=2, ready_after_s=2.0),)
+    kills = (EngineKill(at_s=100, pid=2, ready_after_s=2.0),)
     near = (outcome("refused"), outcome("failed", 90, 101), outcome("failed", 110, 111))
     assert failing(soaked(outcomes=near, kills=kills, wanted_kills=1)) == []
     far = (*near, outcome("failed", 200, 201), outcome("failed", 10, 20))
@@ -190,22 +193,35 @@ def test_a_kill_that_could_not_be_tried_is_not_a_pass() -> None:
     assert lines["the engine comes back after kill -9"].passed is None
 
 
-def test_the_engine_is_the_servers_largest_child(tmp_path: Path) -> None:
-    page = os.sysconf("SC_PAGE_SIZE")
-    for pid, mib, kids in ((10, 300, {10: "11 12", 14: "13"}), (11, 10, {}), (12, 500, {}), (13, 90, {})):
-        folder = tmp_path / str(pid)
-        folder.mkdir()
-        (folder / "statm").write_text(f"999999 {mib * MIB // page} 1 1 0 1 0")
-        for task, words in kids.items():
-            (folder / "task" / str(task)).mkdir(parents=True)
-            (folder / "task" / str(task) / "children").write_text(words)
-    assert children(10, tmp_path) == [11, 12, 13]
-    assert engine_of(10, tmp_path) == 12
-    assert engine_of(11, tmp_path) is None
-    seen = look(10, 4.0, tmp_path)
-    assert (seen.server_bytes, seen.engine_pid, seen.engine_bytes) == (300 * MIB, 12, 500 * MIB)
-    assert resident_bytes(99, tmp_path) == 0
-    # A server without a process for its engine: a small child (a resource tracker) is not one.
-    (tmp_path / "12" / "statm").write_text(f"1 {10 * MIB // page} 1")
-    (tmp_path / "13" / "statm").write_text(f"1 {10 * MIB // page} 1")
-    assert look(10, 4.0, tmp_path).engine_pid is None
+HOLD = "import sys; held = bytearray(int(sys.argv[1]) << 20); print(flush=True); sys.stdin.read()"
+PARENT = f"""
+import subprocess, sys
+def start(mib):
+    command = [sys.executable, "-c", {HOLD!r}, mib]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+engine, small = start(sys.argv[1]), start("1")
+engine.stdout.readline(), small.stdout.readline()
+print(engine.pid, small.pid, flush=True)
+sys.stdin.read()
+engine.communicate(), small.communicate()
+"""
+
+
+@pytest.mark.skipif(not PROC.exists(), reason="this system has no /proc")
+@pytest.mark.parametrize("engine_mib", [90, 1])
+def test_the_engine_is_the_servers_largest_child_and_more_than_a_bare_interpreter(engine_mib: int) -> None:
+    command = [sys.executable, "-c", PARENT, str(engine_mib)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        engine, small = map(int, server.stdout.readline().split())
+        assert children(server.pid) == sorted((engine, small))
+        seen = sample_memory(server.pid, 4.0)
+        assert engine_of(engine) is None, "it has no child"
+        server.communicate()
+    assert seen.server_bytes > MIB
+    if engine_mib > 64:
+        assert seen.engine_pid == engine
+        assert seen.engine_bytes > engine_mib * MIB
+    else:
+        assert (seen.engine_pid, seen.engine_bytes) == (None, 0)
+    assert (resident_bytes(engine), children(server.pid)) == (0, [])
