@@ -131,3 +131,30 @@ class ShuttingDown(EngineError):
 
 class BatchRefused(Exception):
     """The batch's files cannot be used together: busy, foreign, or of another input or model."""
+
+
+# error -> its name on the pipe between server and engine. A test checks that no error is missing.
+ERROR_CODES: dict[type[RequestError | EngineError], str] = {
+    RequestError: "request_error",
+    InvalidRequest: "invalid_request",
+    Unauthorized: "unauthorized",
+    ModelUnknown: "model_unknown",
+    ContextTooLong: "context_too_long",
+    BodyTooLarge: "body_too_large",
+    BodyTooSlow: "body_too_slow",
+    Overloaded: "overloaded",
+    Cancelled: "cancelled",
+    EngineError: "engine_error",
+    LoadFailed: "load_failed",
+    NoRoom: "no_room",
+    NoKvSlot: "no_kv_slot",
+    DecodeAborted: "decode_aborted",
+    BatchInvalid: "batch_invalid",
+    DecodeFailed: "decode_failed",
+    GrammarFailed: "grammar_failed",
+    TokenizeFailed: "tokenize_failed",
+    TemplateFailed: "template_failed",
+    EngineDied: "engine_died",
+    EngineDown: "engine_down",
+    ShuttingDown: "shutting_down",
+}

@@ -5,10 +5,10 @@ exactly one terminal event: `Finished`, `Scored`, `Embedded` or `Failed`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from msgspec import Struct
 
 FinishReason = Literal["stop", "length"]
 GrammarKind = Literal["json_schema", "lark", "regex", "choice"]
@@ -17,8 +17,7 @@ GrammarKind = Literal["json_schema", "lark", "regex", "choice"]
 MAX_SCORED_CHOICES = 255
 
 
-@dataclass(frozen=True, slots=True)
-class Grammar:
+class Grammar(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What an answer must look like, as the client said it in the wire field `param`.
 
     `source` is a JSON schema, a Lark grammar, a regular expression, or a JSON list of texts of which the answer is one.
@@ -29,8 +28,7 @@ class Grammar:
     param: str
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """How the tokens of one answer are drawn.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 are off. `logprobs` is None for none, else how
@@ -49,15 +47,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = {}
     logprobs: int | None = None
     ignore_eos: bool = False
     grammar: Grammar | None = None
     spelled: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """One answer to be written: valid, tokenised, and known to fit the context.
 
     `id` is unique among live requests. A wire request with `n` choices becomes n of these, which share the prompt.
@@ -70,8 +67,7 @@ class Request:
     adapter: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ScoringPrompt:
+class ScoringPrompt(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Which of `choices` follows `prompt`, all as token ids: none empty, no two choices alike.
 
     A choice has been said with its last token; where another choice goes on from there, once one of `ends` follows it.
@@ -82,8 +78,7 @@ class ScoringPrompt:
     ends: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Scoring:
+class Scoring(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """Choices to be weighed rather than an answer to be written: valid, tokenised, and known to fit the context.
 
     `adapter` is as in `Request`.
@@ -94,8 +89,7 @@ class Scoring:
     adapter: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Embedding:
+class Embedding(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """Texts of which a vector each is wanted: as token ids, none empty or longer than the model can embed.
 
     `adapter` is as in `Request`.
@@ -109,8 +103,7 @@ class Embedding:
 Work = Request | Scoring | Embedding
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A token's natural-log probability; `top` holds (id, bytes, log-probability) of the likeliest, best first."""
 
     token: int
@@ -119,8 +112,7 @@ class TokenLogprob:
     top: tuple[tuple[int, bytes, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Token counts of one answer. `cached_tokens` of the prompt were never computed for it.
 
     `completion_tokens` counts every token that was drawn, an end-of-turn token included.
@@ -131,8 +123,7 @@ class Usage:
     completion_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """More text of an answer. `text` may be empty while bytes or a possible stop string are held back.
 
     `logprobs` belong to the tokens of this delta and are empty unless asked for.
@@ -144,8 +135,7 @@ class TextDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """Terminal: the answer is whole."""
 
     request_id: str
@@ -153,8 +143,7 @@ class Finished:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
+class Scored(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """Terminal: every question is answered. For each its choices' natural-log probabilities, in order.
 
     They are the model's own, not normalised among the choices: the sum over the choice's tokens, and over what ends it
@@ -167,8 +156,7 @@ class Scored:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Embedded:
+class Embedded(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True, eq=False):
     """Terminal: the vectors of all texts in order, float32 of shape (texts, model's width), each of length 1."""
 
     request_id: str
@@ -176,8 +164,7 @@ class Embedded:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
     """Terminal: the answer will not come, and why."""
 
     request_id: str
@@ -187,8 +174,7 @@ class Failed:
 Event = TextDelta | Finished | Scored | Embedded | Failed
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
+class EngineStats(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What the engine holds right now, and has done since it began.
 
     Of `step_seconds_total`, the wall-clock time of all steps, `decode_seconds_total` went by inside the model's decode;
@@ -196,15 +182,15 @@ class EngineStats:
     `draft_tokens_accepted_total` of them were right. `engine_restarts_total` counts its own restarts.
     """
 
-    running: int
-    waiting: int
-    kv_cells_used: int
-    kv_cells_total: int
-    prompt_tokens_total: int
-    cached_tokens_total: int
-    generated_tokens_total: int
-    steps_total: int
-    preemptions_total: int
+    running: int = 0
+    waiting: int = 0
+    kv_cells_used: int = 0
+    kv_cells_total: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    steps_total: int = 0
+    preemptions_total: int = 0
     decode_seconds_total: float = 0.0
     step_seconds_total: float = 0.0
     draft_tokens_total: int = 0

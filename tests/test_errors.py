@@ -2,14 +2,15 @@
 
 import importlib
 import inspect
-import pickle
+import io
 from http import HTTPStatus
 
 import pytest
 
 from runtime.cli.main import EXIT_CODES, exit_code
-from runtime.errors import EngineError, Overloaded, RequestError
+from runtime.errors import ERROR_CODES, EngineError, Overloaded, RequestError
 from runtime.openai.wire import HTTP_ERRORS, to_error
+from runtime.worker.messages import Died, read_from_engine, write_message
 
 MODULES = ("models.errors", "runtime.errors", "convert.errors", "benchmarks.errors")
 CLASSES = [
@@ -43,10 +44,21 @@ def test_every_error_has_an_exit_code(kind: type[Exception]) -> None:
 @pytest.mark.parametrize("kind", ON_THE_WIRE, ids=lambda kind: kind.__name__)
 def test_every_error_of_a_request_travels_whole_between_processes(kind: type[Exception]) -> None:
     error = make(kind, "limit 3, got 4")
-    vars(error).update({name: f"a {name}" for name in vars(error)})
-    arrived = pickle.loads(pickle.dumps(error))
-    assert type(arrived) is kind
-    assert (str(arrived), vars(arrived)) == (str(error), vars(error))
+    fields: dict[str, str | int] = {"param": "a param", "code": "a code", "retry_after_s": 77}
+    vars(error).update({name: value for name, value in fields.items() if hasattr(error, name)})
+    pipe = io.BytesIO()
+    write_message(pipe, Died(error))
+    pipe.seek(0)
+    died = read_from_engine(pipe)
+    assert isinstance(died, Died)
+    assert type(died.error) is kind
+    assert (str(died.error), vars(died.error)) == (str(error), vars(error))
+    assert set(vars(error)) <= set(fields), "an attribute that does not travel"
+
+
+def test_every_error_of_a_request_has_its_own_code_on_the_pipe() -> None:
+    assert set(ERROR_CODES) == set(ON_THE_WIRE)
+    assert len(set(ERROR_CODES.values())) == len(ERROR_CODES)
 
 
 def test_no_row_of_either_table_is_for_nothing() -> None:

@@ -254,12 +254,10 @@ def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> 
     job = BatchJob(source, output, wanted.id, window)
     with open_files(job) as files:
         loaded = load_model(wanted.base, config.model_copy(update={"queue": queue_for(window)}), wanted.adapters)
-        served = under_name(wanted, loaded)
         try:
-            served.supervisor.start()
-            counts, interrupted = _run(job, files, served)
+            counts, interrupted = _run(job, files, under_name(wanted, loaded))
         finally:
-            served.supervisor.stop()
+            loaded.supervisor.stop()
     summary = summarise(job, counts, interrupted)
     print(closing_line(summary), file=sys.stderr)
     return summary

@@ -133,7 +133,6 @@ def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
     """Load a model and talk to it until the input ends. Raises ModelNotFound, LoadFailed, RequestError, EngineError."""
     served = open_model(model, config)
     try:
-        served.supervisor.start()
         conversation = Conversation(served.manifest, options)
         served.prompter.chat(conversation.messages("?"))  # a model without a template fails before the first prompt
         if sys.stdin.isatty():

@@ -67,6 +67,10 @@ def _stops(value: object) -> tuple[str, ...]:
     longest = max(map(len, stops), default=0)
     if longest > MAX_STOP_CHARS:
         raise ValueError(f"takes strings of at most {MAX_STOP_CHARS} characters, got {longest}")
+    try:
+        "".join(stops).encode()
+    except UnicodeEncodeError:  # a batch's line may hold some; the engine gets its messages in UTF-8
+        raise ValueError("must be valid Unicode, got half a surrogate pair") from None
     return tuple(stops)
 
 

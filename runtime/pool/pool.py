@@ -232,7 +232,6 @@ class ModelPool:
         base = self._load_model(slot.stored, slot.adapters)
         try:
             views = {ref.id: under_name(ref, base) for ref in slot.refs}
-            base.supervisor.start()
         except BaseException:
             base.supervisor.stop()
             raise

@@ -6,8 +6,10 @@ A body becomes requests that are valid, tokenised and known to fit the context, 
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+
+from msgspec import structs
 
 from runtime.errors import ContextTooLong, InvalidRequest, ModelUnknown, TemplateFailed
 from runtime.llama.interface import TokenizerLike
@@ -151,8 +153,8 @@ class PreparedTools:
 
     def constrained(self, requests: Sequence[Request]) -> tuple[Request, ...]:
         """The requests, with the grammar."""
-        params = (replace(request.params, grammar=self.grammar, spelled=self.spelled) for request in requests)
-        return tuple(replace(request, params=params) for request, params in zip(requests, params, strict=True))
+        params = (structs.replace(request.params, grammar=self.grammar, spelled=self.spelled) for request in requests)
+        return tuple(structs.replace(request, params=params) for request, params in zip(requests, params, strict=True))
 
 
 def prepare_tools(body: ChatBody, model: ServedModel) -> PreparedTools | None:

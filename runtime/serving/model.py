@@ -15,15 +15,15 @@ from runtime.llama.interface import ModelInfo, TokenizerLike
 from runtime.llama.model import LoadOptions, load_tokenizer
 from runtime.prompt.prompter import Prompter
 from runtime.worker.messages import EngineRecipe
-from runtime.worker.process import ProcessHost
-from runtime.worker.supervisor import EngineSupervisor
+from runtime.worker.process import EngineProcess
+from runtime.worker.supervisor import EngineSupervisor, SupervisorLimits
 
 from .names import ModelRef, find, require_weights
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model under one name. Its supervisor is not started yet.
+    """One model under one name. Its engine runs until `supervisor.stop()`.
 
     With an adapter, `adapter` is the name its requests carry, `manifest` is the adapter's own and `base` that of the
     weights; supervisor, tokenizer and grammars are shared with whatever else is served from the same base.
@@ -55,12 +55,17 @@ class ServedModel:
 
 
 def open_model(name_or_path: str, config: RuntimeConfig, store: Store | None = None) -> ServedModel:
-    """Find a model in the store, at a path, or as BASE:ADAPTER, and load it. The caller starts and stops its engine.
+    """Find a model in the store, at a path, or as BASE:ADAPTER, and load it. The caller stops its supervisor.
 
-    Raises what `find` raises, or LoadFailed.
+    Raises what `find` raises, LoadFailed or TemplateFailed.
     """
     wanted = find(name_or_path, store or Store())
-    return under_name(wanted, load_model(wanted.base, config, wanted.adapters))
+    loaded = load_model(wanted.base, config, wanted.adapters)
+    try:
+        return under_name(wanted, loaded)
+    except BaseException:
+        loaded.supervisor.stop()
+        raise
 
 
 def under_name(wanted: ModelRef, loaded: ServedModel) -> ServedModel:
@@ -83,29 +88,26 @@ def under_name(wanted: ModelRef, loaded: ServedModel) -> ServedModel:
 
 
 def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path] | None = None) -> ServedModel:
-    """Load a model that was found, and with it LoRA adapters (name -> GGUF file), in a process of its own.
+    """Load a model, and with it LoRA adapters (name -> GGUF file), in a process of its own, and take requests.
 
-    This process reads the vocabulary meanwhile, and never the weights. Blocks. Raises LoadFailed.
+    This process reads the vocabulary meanwhile, and never the weights. Blocks. Raises LoadFailed or TemplateFailed.
     """
     require_weights(stored)
-    # Slower than a token a second no engine is of use.
-    host = ProcessHost(recipe_of(stored, config, adapters or {}), stored.name, silence_s=600.0 + config.step_tokens)
+    # An engine silent this long is hung: ten minutes, plus one second for each token of a step.
+    silence_s = 600.0 + config.step_tokens
+    process = EngineProcess(recipe_of(stored, config, adapters or {}), stored.name, silence_s=silence_s)
+    supervisor = EngineSupervisor(process, limits=SupervisorLimits(slots=config.slots, queue=config.queue))
     try:
+        supervisor.launch()
         tokenizer = load_tokenizer(stored.gguf)
-        info = host.await_loaded()
-    except BaseException:  # an interrupt too must leave no process behind
-        host.close()
-        raise
-    return ServedModel(
-        name=stored.name,
-        manifest=stored.manifest,
-        supervisor=EngineSupervisor(host, queue=config.queue, slots=config.slots),
+        info = supervisor.start()
         # Beyond the length it was trained on a model writes nonsense, however many cells the cache has.
-        prompter=Prompter(tokenizer, info.chat_template, min(info.n_ctx, info.n_ctx_train or info.n_ctx)),
-        tokenizer=tokenizer,
-        grammars=Grammars(tokenizer),
-        info=info,
-    )
+        prompter = Prompter(tokenizer, info.chat_template, min(info.n_ctx, info.n_ctx_train or info.n_ctx))
+        grammars = Grammars(tokenizer)
+        return ServedModel(stored.name, stored.manifest, supervisor, prompter, tokenizer, info, grammars)
+    except BaseException:  # an interrupt too must leave no process behind
+        supervisor.stop()
+        raise
 
 
 def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path]) -> EngineRecipe:

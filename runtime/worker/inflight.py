@@ -1,4 +1,4 @@
-"""The requests that were accepted and have not ended, and the way of their events to those who wait for them."""
+"""Accepted requests that have not ended, and the delivery of their events to the event loops that wait for them."""
 
 import asyncio
 import contextlib
@@ -40,30 +40,30 @@ class Stream:
 
     @property
     def ready(self) -> bool:
-        """Whether the next event, or the end, comes without waiting."""
+        """Whether the next event, or the end, is there without waiting."""
         return not self._open or not self._events.empty()
 
     def put(self, event: Event) -> None:
-        """Hand in an event; on the stream's own loop only. The first text reports the seconds since acceptance."""
+        """Add an event; on the stream's own loop only. The first text reports the seconds since acceptance."""
         if self.on_first_token is not None and isinstance(event, TextDelta):
             report, self.on_first_token = self.on_first_token, None
             report(time.monotonic() - self._accepted_s)
         self._events.put_nowait(event)
 
     def cancel(self) -> None:
-        """Ask for an early end. Each request that is still live fails with Cancelled; calling twice is harmless."""
+        """End the requests of the stream: each that is live fails with Cancelled. Calling twice is harmless."""
         self._cancel(tuple(self._open))
 
 
 def put_all(handed: Iterable[tuple[Stream, Event]]) -> None:
-    """Hand many events to their streams at once; on the loop they share."""
+    """Add many events to their streams; on the loop they share."""
     for stream, event in handed:
         stream.put(event)
 
 
 @contextmanager
 def cancelling(stream: Stream) -> Iterator[None]:
-    """Cancel what the stream still waits for if its reader fails or is cancelled."""
+    """Cancel the stream's live requests if its reader fails or is cancelled."""
     try:
         yield
     except (Exception, asyncio.CancelledError):
@@ -83,17 +83,17 @@ async def only_event(stream: Stream, kind: type[AnyEvent]) -> AnyEvent:
 
 
 MAX_RETRY_AFTER_S = 60
-# How much the newest interval between two finished requests counts in their running mean.
+# Weight of the newest interval between two finished requests in their running mean.
 PACE_WEIGHT = 0.1
-# A request that was with so many engines when they ended is not given to another one.
+# A request that this many engines had when they ended is not given to another one.
 MAX_ENGINES = 2
 
 
 @dataclass(slots=True)
 class InflightRequest:
-    """An accepted request. `engines` were given it; `delivered` says whether its reader got anything of it.
+    """An accepted request. `engines` counts those it was sent to; `delivered` says whether its reader got any event.
 
-    `ending` is why it must end early. Of a `whole` answer the reader gets nothing before its end: it is `held`.
+    `ending` is the error of a request that must end early. The events of a `whole` answer are `held` until it ends.
     """
 
     request: Work
@@ -105,7 +105,7 @@ class InflightRequest:
     held: list[Event] = field(default_factory=list)
 
     def end_with_engine(self, error: Exception) -> Exception | None:
-        """Why it ends with the engine that had it, which ended by `error`; None if the next one is to answer it."""
+        """The error of a request that ends with its engine, which ended by `error`; None if the next one answers it."""
         if self.ending is not None or self.delivered or self.engines >= MAX_ENGINES:
             return self.ending or error
         self.held.clear()
@@ -113,7 +113,7 @@ class InflightRequest:
 
 
 class InflightRequests:
-    """By id. `changed` guards them; `on_lost` is told of requests whose event loop is closed."""
+    """The inflight requests by id. `changed` guards them; `on_lost` gets the ids of those whose loop is closed."""
 
     def __init__(self, changed: threading.Condition, on_lost: Callable[[tuple[str, ...]], None]) -> None:
         self.by_id: dict[str, InflightRequest] = {}
@@ -139,7 +139,7 @@ class InflightRequests:
         return list(added.values())
 
     def deliver(self, events: Iterable[Event]) -> None:
-        """Hand the events of a step over: one call for each event loop, whatever the number of streams."""
+        """Deliver the events of a step: one call for each event loop, whatever the number of streams."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
         with self._changed:
             for event in events:
@@ -150,11 +150,11 @@ class InflightRequests:
         for loop, handed in by_loop.items():
             self._call(loop, handed)
         for loop, empty in emptied:
-            with contextlib.suppress(RuntimeError):  # closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # closed, and the waiter with it
                 loop.call_soon_threadsafe(empty.set)
 
     def _deliverable(self, entry: InflightRequest, event: Event) -> list[Event]:
-        """What the reader gets now that `event` has come."""
+        """Events to deliver for `event`; those of a whole answer are held until it ends."""
         if not isinstance(event, TextDelta):
             self._retire(event.request_id)
         elif entry.whole:
@@ -172,7 +172,7 @@ class InflightRequests:
     def _call(self, loop: asyncio.AbstractEventLoop, handed: list[tuple[Stream, Event]]) -> None:
         try:
             loop.call_soon_threadsafe(put_all, handed)
-        except RuntimeError:  # the loop is closed: nobody reads these answers any more
+        except RuntimeError:  # the loop is closed, and the readers with it
             self._on_lost(tuple({event.request_id for _, event in handed}))
 
     async def wait_empty(self, timeout_s: float) -> bool:
@@ -189,5 +189,5 @@ class InflightRequests:
         return True
 
     def retry_after_s(self) -> int:
-        """Until a tenth of the live requests have finished, at the pace of late."""
+        """Seconds until a tenth of the live requests have finished, at the recent pace."""
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._pace_s * len(self.by_id) / 10)))

@@ -37,7 +37,6 @@ def mails() -> list[str]:
 @pytest.fixture(scope="module")
 def served(email_triage: StoredModel) -> Iterator[ServedModel]:
     model = load_model(email_triage, RuntimeConfig(slots=4, context=2048, threads=1))
-    model.supervisor.start()
     yield model
     model.supervisor.stop()
 

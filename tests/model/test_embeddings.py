@@ -35,7 +35,6 @@ LONG = " ".join([*INVOICES, *KERNELS] * 4)
 @pytest.fixture(scope="module")
 def served(email_triage: StoredModel) -> Iterator[ServedModel]:
     model = load_model(email_triage, RuntimeConfig(slots=2, context=512, threads=1))
-    model.supervisor.start()
     yield model
     model.supervisor.stop()
 

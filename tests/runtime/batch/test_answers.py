@@ -19,7 +19,7 @@ from runtime.errors import DecodeFailed, EngineDown
 from runtime.prompt.prompter import Prompter
 from runtime.serving.model import ServedModel
 from runtime.serving.routes import ROUTES
-from runtime.worker.supervisor import EngineSupervisor
+from tests.support.runtime.engine_thread import supervising
 from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama
 
 WINDOW = 8
@@ -43,13 +43,9 @@ def decision(custom_id: str, mail: str, **fields: Any) -> dict[str, Any]:
 
 @contextmanager
 def serving(llama: FakeLlama, *, queue: int = queue_for(WINDOW)) -> Iterator[ServedModel]:
-    supervisor = EngineSupervisor(Engine(llama, EngineOptions(step_tokens=64, max_running=4)), queue=queue, slots=4)
     prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
-    supervisor.start()
-    try:
+    with supervising(Engine(llama, EngineOptions(step_tokens=64, max_running=4)), queue=queue) as supervisor:
         yield ServedModel("toy", None, supervisor, prompter, llama.tokenizer, llama.info, Grammars(llama.tokenizer))
-    finally:
-        supervisor.stop()
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:

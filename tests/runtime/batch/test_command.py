@@ -22,9 +22,9 @@ from runtime.errors import DecodeFailed
 from runtime.llama.interface import Batch
 from runtime.prompt.prompter import Prompter
 from runtime.serving.model import ServedModel
-from runtime.worker.supervisor import EngineSupervisor
 from tests.runtime.serving.test_names import GGUF, install, sha
 from tests.support.models.gguf_heads import LORA, head
+from tests.support.runtime.engine_thread import supervise
 from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama
 
 Run = Callable[..., int]
@@ -37,7 +37,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path]) -> ServedModel:
         llama = FakeLlama(adapters=tuple(adapters), **arguments)
-        supervisor = EngineSupervisor(Engine(llama, EngineOptions()), queue=config.queue, slots=config.slots)
+        supervisor = supervise(Engine(llama, EngineOptions()), slots=config.slots, queue=config.queue)
+        supervisor.start()
         prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
         grammars = Grammars(llama.tokenizer)
         return ServedModel(stored.name, None, supervisor, prompter, llama.tokenizer, llama.info, grammars)

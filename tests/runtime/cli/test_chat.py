@@ -22,6 +22,7 @@ from runtime.errors import ContextTooLong, TemplateFailed
 from runtime.prompt.prompter import Prompter
 from runtime.serving.model import ServedModel
 from runtime.worker.supervisor import EngineSupervisor
+from tests.support.runtime.engine_thread import supervise, supervising
 from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama
 
 SORTER = Manifest(name="sorter", description="Sorts mail.", task="classify", labels=("ham", "spam"), licence="none")
@@ -29,13 +30,9 @@ SORTER = Manifest(name="sorter", description="Sorts mail.", task="classify", lab
 
 @contextmanager
 def chatting(llama: FakeLlama, options: ChatOptions | None = None, manifest: Manifest | None = None) -> Iterator[Chat]:
-    supervisor = EngineSupervisor(Engine(llama, EngineOptions()), queue=8, slots=4)
-    supervisor.start()
     prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
-    try:
+    with supervising(Engine(llama, EngineOptions())) as supervisor:
         yield Chat(supervisor, prompter, Conversation(manifest, options or ChatOptions()))
-    finally:
-        supervisor.stop()
 
 
 async def say(chat: Chat, text: str) -> str:
@@ -173,7 +170,8 @@ def test_the_command_opens_and_closes_the_model(
     template: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     llama = FakeLlama(script="ham")
-    supervisor = EngineSupervisor(Engine(llama, EngineOptions()), queue=8, slots=4)
+    supervisor = supervise(Engine(llama, EngineOptions()))
+    supervisor.start()
     prompter = Prompter(llama.tokenizer, template, llama.info.n_ctx)
     grammars = Grammars(llama.tokenizer)
     served = ServedModel("sorter", SORTER, supervisor, prompter, llama.tokenizer, llama.info, grammars)

@@ -5,6 +5,7 @@ from itertools import groupby
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from runtime.engine.engine import Engine
 from runtime.errors import (
@@ -236,7 +237,7 @@ def test_what_the_edge_should_have_refused(prompts: tuple[tuple[int, ...], ...],
 def test_a_decode_has_one_adapter_and_nobody_starves() -> None:
     llama = FakeLlama(adapters=("a", "b"))
     asked = [
-        replace(texts(f"{adapter}{n}", f"text {n}", "y" * 50, "z"), adapter=adapter)
+        structs.replace(texts(f"{adapter}{n}", f"text {n}", "y" * 50, "z"), adapter=adapter)
         for n in range(3)
         for adapter in (None, "a", "b")
     ]
@@ -248,7 +249,7 @@ def test_a_decode_has_one_adapter_and_nobody_starves() -> None:
 
 def test_an_adapter_that_is_not_there_is_refused() -> None:
     with pytest.raises(ModelUnknown, match="'a' is not loaded"):
-        Engine(FakeLlama()).add(replace(texts("e", "x"), adapter="a"))
+        Engine(FakeLlama()).add(structs.replace(texts("e", "x"), adapter="a"))
 
 
 def test_an_id_is_live_once() -> None:

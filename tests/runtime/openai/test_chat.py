@@ -192,6 +192,7 @@ BAD: list[tuple[Endpoint, dict[str, Any], str | None]] = [
     ("chat", {"stop": [1]}, "stop"),
     ("chat", {"stop": ["x"] * (MAX_STOPS + 1)}, "stop"),
     ("chat", {"stop": "x" * (MAX_STOP_CHARS + 1)}, "stop"),
+    ("chat", {"stop": ["a", "\ud83d"]}, "stop"),
     ("chat", {"presence_penalty": 3}, "presence_penalty"),
     ("chat", {"frequency_penalty": -3}, "frequency_penalty"),
     ("chat", {"logit_bias": {"a": 1}}, "logit_bias"),

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from runtime.config import RuntimeConfig
-from runtime.worker.process import ProcessHost
+from runtime.worker.process import EngineProcess
 from tests.support.runtime.serving import PATIENCE_S, Running, serving, wait_until
 from tests.support.runtime.toy_engine import POISON, FakeRecipe
 
@@ -23,7 +23,7 @@ CHAT = "/v1/chat/completions"
 
 @contextmanager
 def served(recipe: FakeRecipe, config: RuntimeConfig | None = None) -> Iterator[Running]:
-    with serving(config=config or RuntimeConfig(slots=4, queue=8), host=ProcessHost(recipe, "toy")) as running:
+    with serving(config=config or RuntimeConfig(slots=4, queue=8), process=EngineProcess(recipe, "toy")) as running:
         yield running
 
 

@@ -13,7 +13,7 @@ from runtime.errors import ContextTooLong, LoadFailed
 from runtime.serving import model as served
 from runtime.serving.chat import prepare_chat
 from runtime.serving.names import ModelRef
-from runtime.worker.process import ProcessHost
+from runtime.worker.supervisor import EngineSupervisor
 from tests.support.runtime.engine_process import alive
 from tests.support.runtime.fakes import FakeTokenizer
 from tests.support.runtime.toy_engine import FakeRecipe
@@ -36,9 +36,9 @@ def stored(folder: Path) -> StoredModel:
 def test_no_answer_grows_beyond_the_cache_or_the_trained_length(
     recipe: FakeRecipe, monkeypatch: pytest.MonkeyPatch, n_ctx_train: int, holds: int
 ) -> None:
-    loaded = ProcessHost.await_loaded
+    start = EngineSupervisor.start
     monkeypatch.setattr(
-        ProcessHost, "await_loaded", lambda host: replace(loaded(host), n_ctx=512, n_ctx_train=n_ctx_train)
+        EngineSupervisor, "start", lambda supervisor: replace(start(supervisor), n_ctx=512, n_ctx_train=n_ctx_train)
     )
     model = served.load_model(stored(recipe.folder), RuntimeConfig())
     model.supervisor.stop()

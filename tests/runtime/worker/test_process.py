@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -35,8 +36,8 @@ from runtime.requests import (
     TextDelta,
 )
 from runtime.worker.inflight import Stream
-from runtime.worker.process import ProcessHost, ProcessRun, cause_of_death
-from runtime.worker.supervisor import EngineSupervisor, RestartPolicy
+from runtime.worker.process import EngineProcess, cause_of_death
+from runtime.worker.supervisor import EngineSupervisor, RestartPolicy, SupervisorLimits
 from tests.support.runtime.engine_process import alive, processing
 from tests.support.runtime.serving import PATIENCE_S, wait_until
 from tests.support.runtime.toy_engine import EXIT_CODE, FakeRecipe
@@ -149,7 +150,7 @@ def test_cancel_reaches_the_other_process(tmp_path: Path) -> None:
         run(work)
 
 
-@pytest.mark.parametrize("order", ["K", "A", "X", "F", "H", "M"])
+@pytest.mark.parametrize("order", ["K", "A", "X", "F", "H", "G", "M"])
 def test_what_has_sent_nothing_is_answered_by_the_next_engine(tmp_path: Path, order: str) -> None:
     async def work() -> None:
         events = await collect(supervisor.submit(request("a", order), request("b"), request("c")))
@@ -170,6 +171,7 @@ def test_what_has_sent_nothing_is_answered_by_the_next_engine(tmp_path: Path, or
         ("X", EngineDied, f"exit code {EXIT_CODE}"),
         ("F", DecodeFailed, "gave -3"),
         ("H", EngineDied, "SIGKILL"),
+        ("G", EngineDied, "sent no valid message: 4 bytes are no message"),
     ],
 )
 def test_what_has_sent_something_ends_in_an_error_that_says_why(
@@ -232,7 +234,7 @@ def test_killed_from_outside_while_it_decodes(tmp_path: Path) -> None:
         assert [text(events, name) for name in "abcd"] == ["hello"] * 4
         await require_healthy(supervisor)
 
-    with processing(recipe, policy=RestartPolicy(deaths=1000, pause_s=0.01, window_s=0)) as supervisor:
+    with processing(recipe, restarts=RestartPolicy(deaths=1000, pause_s=0.01, window_s=0)) as supervisor:
         run(work)
         assert "SIGKILL" in (supervisor.last_cause or "")
 
@@ -279,7 +281,7 @@ def test_engines_that_end_one_after_the_other_are_given_up(tmp_path: Path) -> No
             supervisor.submit(request("b"))
         assert len(recipe.pids) == 3
 
-    with processing(recipe, policy=RestartPolicy(deaths=3, pause_s=0.01)) as supervisor:
+    with processing(recipe, restarts=RestartPolicy(deaths=3, pause_s=0.01)) as supervisor:
         run(work)
     assert supervisor.state == "failed"
 
@@ -327,9 +329,8 @@ def test_a_death_while_draining_keeps_the_promise_to_finish(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_stop_ends_an_engine_that_hangs(tmp_path: Path, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_ends_an_engine_that_hangs(tmp_path: Path, frozen: bool) -> None:
     """Stuck in a decode it leaves by itself; a process that does nothing at all is killed."""
-    monkeypatch.setattr("runtime.worker.process.STOP_SECONDS", 0.2 if frozen else PATIENCE_S)
     recipe = FakeRecipe(tmp_path)
 
     async def work() -> None:
@@ -342,32 +343,30 @@ def test_stop_ends_an_engine_that_hangs(tmp_path: Path, frozen: bool, monkeypatc
         await asyncio.to_thread(supervisor.stop)
         assert isinstance(error(await collect(stream), "a"), ShuttingDown)
 
-    with processing(recipe) as supervisor:
+    with processing(recipe, stop_s=0.2 if frozen else PATIENCE_S) as supervisor:
         run(work)
     assert supervisor.live == 0
 
 
-def test_an_engine_that_gives_no_sign_is_killed_and_its_requests_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("runtime.worker.process.WATCH_SECONDS", 0.01)
+def test_an_engine_that_sends_nothing_is_killed_and_the_next_one_answers(tmp_path: Path) -> None:
+    ahead_s = [0.0]
 
     async def work() -> None:
         stream = supervisor.submit(request("a", "S"))
         await until((tmp_path / "done-S").exists)
-        assert isinstance(supervisor._engine_run, ProcessRun)
-        supervisor._engine_run._silence_s = 0.0  # of this engine only
+        ahead_s.append(3600.0)  # the engine is silent for an hour; the next one is not
         assert text(await collect(stream), "a") == "hello"
         assert "silent for" in (supervisor.last_cause or "")
         await require_healthy(supervisor)
 
-    with processing(FakeRecipe(tmp_path)) as supervisor:
+    def clock() -> float:
+        return time.monotonic() + ahead_s[-1]
+
+    with processing(FakeRecipe(tmp_path), watch_s=0.01, clock=clock) as supervisor:
         run(work)
 
 
-def test_drain_does_not_wait_for_ever_for_an_engine_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.worker.supervisor.CANCEL_SECONDS", 0.05)
-
+def test_drain_does_not_wait_for_ever_for_an_engine_that_hangs(tmp_path: Path) -> None:
     async def work() -> None:
         stream = supervisor.submit(request("a", "WS"))
         await until((tmp_path / "waits").exists)
@@ -375,7 +374,7 @@ def test_drain_does_not_wait_for_ever_for_an_engine_that_hangs(tmp_path: Path, m
         await supervisor.drain(0.05)
         assert isinstance(error(await collect(stream), "a"), ShuttingDown)
 
-    with processing(FakeRecipe(tmp_path)) as supervisor:
+    with processing(FakeRecipe(tmp_path), cancel_s=0.05) as supervisor:
         run(work)
 
 
@@ -387,15 +386,17 @@ def test_stop_in_the_middle_of_a_restart(tmp_path: Path) -> None:
         await asyncio.to_thread(supervisor.stop)
         assert isinstance(error(await collect(stream), "a"), ShuttingDown)
 
-    with processing(FakeRecipe(tmp_path), policy=RestartPolicy(deaths=1000, pause_s=0.01, window_s=0)) as supervisor:
+    with processing(FakeRecipe(tmp_path), restarts=RestartPolicy(deaths=1000, pause_s=0.01, window_s=0)) as supervisor:
         run(work)
     assert supervisor.live == 0
 
 
 def test_a_worker_that_was_never_started_leaves_no_process(tmp_path: Path) -> None:
     recipe = FakeRecipe(tmp_path)
-    supervisor = EngineSupervisor(ProcessHost(recipe, "toy"), queue=1, slots=1)
-    assert alive(recipe.pids[0])
+    supervisor = EngineSupervisor(EngineProcess(recipe, "toy"), limits=SupervisorLimits(slots=1, queue=1))
+    assert recipe.pids == []
+    supervisor.launch()
+    wait_until(lambda: recipe.pids)
     supervisor.stop()
     assert not alive(recipe.pids[0])
 

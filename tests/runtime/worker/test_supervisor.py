@@ -1,8 +1,8 @@
 """The supervisor over the real engine and a toy model: one terminal event for each request, whatever breaks."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
 
 import pytest
 
@@ -12,6 +12,7 @@ from runtime.errors import Cancelled, DecodeFailed, EngineDown, InvalidRequest, 
 from runtime.requests import Embedded, Event, Failed, Finished, Request, SamplingParams, Scored, TextDelta, Work
 from runtime.worker.inflight import Stream
 from runtime.worker.supervisor import EngineSupervisor
+from tests.support.runtime.engine_thread import supervising
 from tests.support.runtime.fakes import FakeLlama
 from tests.support.runtime.serving import PATIENCE_S, Gate
 
@@ -20,14 +21,8 @@ def request(name: str, max_tokens: int = 5, prompt: str = "abc", **params: objec
     return Request(name, tuple(prompt.encode()), SamplingParams(max_tokens, **params))  # type: ignore[arg-type]
 
 
-@contextmanager
-def working(llama: FakeLlama, *, slots: int = 4, queue: int = 8) -> Iterator[EngineSupervisor]:
-    supervisor = EngineSupervisor(Engine(llama, EngineOptions(max_running=slots)), queue=queue, slots=slots)
-    supervisor.start()
-    try:
-        yield supervisor
-    finally:
-        supervisor.stop()
+def working(llama: FakeLlama, *, slots: int = 4, queue: int = 8) -> AbstractContextManager[EngineSupervisor]:
+    return supervising(Engine(llama, EngineOptions(max_running=slots)), slots=slots, queue=queue)
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
@@ -186,10 +181,8 @@ def test_a_bug_in_the_engine_leaves_nobody_waiting() -> None:
         errors = [end.error for found in ends.values() for end in found if isinstance(end, Failed)]
         assert [type(error) for error in errors] == [EngineDown, EngineDown]
 
-    supervisor = EngineSupervisor(BrokenEngine(FakeLlama()), queue=4, slots=4)
-    supervisor.start()
-    run(work)
-    supervisor.stop()
+    with supervising(BrokenEngine(FakeLlama())) as supervisor:
+        run(work)
     assert supervisor.state == "failed"
 
 
@@ -210,10 +203,8 @@ def test_a_request_the_engine_refuses_harms_no_other() -> None:
         assert isinstance(end, Failed)
         assert isinstance(end.error, InvalidRequest)
 
-    supervisor = EngineSupervisor(PickyEngine(FakeLlama(script="hello")), queue=4, slots=4)
-    supervisor.start()
-    run(work)
-    supervisor.stop()
+    with supervising(PickyEngine(FakeLlama(script="hello"))) as supervisor:
+        run(work)
     require_idle(supervisor)
 
 
@@ -273,9 +264,8 @@ def test_stop_with_work_in_flight_ends_it_and_frees_the_model() -> None:
         assert isinstance(end, Failed)
         assert isinstance(end.error, ShuttingDown)
 
-    supervisor = EngineSupervisor(Engine(llama, EngineOptions()), queue=4, slots=4)
-    supervisor.start()
-    run(work)
+    with working(llama) as supervisor:
+        run(work)
     assert supervisor.live == 0
     assert llama.closed
 

@@ -1,12 +1,13 @@
-"""Workers whose toy engine has a process of its own, for tests that kill it."""
+"""Supervisors of toy engines in processes of their own, for tests that kill them."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from runtime.worker.process import ProcessHost
-from runtime.worker.supervisor import EngineSupervisor, RestartPolicy
+from runtime.worker.process import EngineProcess
+from runtime.worker.supervisor import EngineSupervisor, RestartPolicy, SupervisorLimits
 
 from .toy_engine import FakeRecipe
 
@@ -14,17 +15,14 @@ QUICK = RestartPolicy(pause_s=0.01)
 
 
 @contextmanager
-def processing(recipe: FakeRecipe, *, queue: int = 8, policy: RestartPolicy = QUICK) -> Iterator[EngineSupervisor]:
-    """A supervisor whose engine has a process; none of its processes is left afterwards."""
-    host = ProcessHost(recipe, "toy")
+def processing(
+    recipe: FakeRecipe, *, restarts: RestartPolicy = QUICK, cancel_s: float = 10.0, **process: Any
+) -> Iterator[EngineSupervisor]:
+    """A supervisor of engine processes, none of which is left afterwards. `process` holds options of EngineProcess."""
+    limits = SupervisorLimits(slots=recipe.slots, queue=8, restarts=restarts, cancel_s=cancel_s)
+    supervisor = EngineSupervisor(EngineProcess(recipe, "toy", **process), limits=limits)
     try:
-        host.await_loaded()
-    except BaseException:
-        host.close()
-        raise
-    supervisor = EngineSupervisor(host, queue=queue, slots=recipe.slots, policy=policy)
-    supervisor.start()
-    try:
+        supervisor.start()
         yield supervisor
     finally:
         supervisor.stop()

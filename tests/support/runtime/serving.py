@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from runtime.server.serve import DrainingServer, listen, url_of
 from runtime.serving.model import ServedModel
 from runtime.serving.names import ModelRef
 from runtime.worker.inflight import Stream
-from runtime.worker.process import EngineHost
-from runtime.worker.supervisor import EngineSupervisor
+from runtime.worker.process import EngineProcess
+from runtime.worker.supervisor import EngineSupervisor, SupervisorLimits
 
+from .engine_thread import NO_RESTART, EngineThread
 from .fakes import FakeLlama
 
 # Bounds a hang; no verdict depends on it.
@@ -93,7 +94,7 @@ class Toys:
         config: RuntimeConfig | None = None,
         on_load: Callable[[str], None] = lambda _: None,
         manifests: Mapping[str, Manifest] | None = None,
-        engine_host: EngineHost | None = None,
+        process: EngineProcess | None = None,
     ) -> None:
         self.config = config or RuntimeConfig(slots=4, queue=8)
         self.made: list[tuple[str, FakeLlama]] = []
@@ -101,7 +102,7 @@ class Toys:
         self.on_load = on_load
         self._make = make
         self._manifests = manifests or {}
-        self._engine_host = engine_host
+        self._process = process
 
     def stored(self, name: str) -> StoredModel:
         """Where the toy would lie."""
@@ -118,13 +119,17 @@ class Toys:
         llama = self._make[stored.name]()
         self.made.append((stored.name, llama))
         grammars = Grammars(llama.tokenizer)
-        engine = self._engine_host or Engine(llama, EngineOptions(max_running=self.config.slots), grammars)
+        limits = SupervisorLimits(slots=self.config.slots, queue=self.config.queue)
+        process = self._process
+        if process is None:
+            process = EngineThread(Engine(llama, EngineOptions(max_running=limits.slots), grammars))
+            limits = replace(limits, restarts=NO_RESTART)
+        supervisor = _Noting(process, limits, self.submitted)
+        supervisor.start()
         return ServedModel(
             name=stored.name,
             manifest=stored.manifest,
-            supervisor=_Noting(
-                self._engine_host or engine, self.submitted, queue=self.config.queue, slots=self.config.slots
-            ),
+            supervisor=supervisor,
             prompter=Prompter(llama.tokenizer, llama.info.chat_template, llama.info.n_ctx),
             tokenizer=llama.tokenizer,
             grammars=grammars,
@@ -135,8 +140,8 @@ class Toys:
 class _Noting(EngineSupervisor):
     """Notes what is submitted."""
 
-    def __init__(self, engine: Engine | EngineHost, submitted: list[Work], *, queue: int, slots: int) -> None:
-        super().__init__(engine, queue=queue, slots=slots)
+    def __init__(self, process: EngineProcess, limits: SupervisorLimits, submitted: list[Work]) -> None:
+        super().__init__(process, limits=limits)
         self._submitted = submitted
 
     def submit(self, *requests: Work, whole: bool = False) -> Stream:
@@ -150,11 +155,11 @@ def serving(
     llama: FakeLlama | None = None,
     config: RuntimeConfig | None = None,
     manifest: Manifest | None = None,
-    host: EngineHost | None = None,
+    process: EngineProcess | None = None,
 ) -> Iterator[Running]:
-    """Serve `llama` under the name `toy` until the block ends. A `host` runs its own engine, and `llama` none."""
+    """Serve `llama` under the name `toy` until the block ends. A `process` runs its own engine, and `llama` none."""
     toy = llama or FakeLlama(script="hello")
-    toys = Toys({"toy": lambda: toy}, config, manifests={} if manifest is None else {"toy": manifest}, engine_host=host)
+    toys = Toys({"toy": lambda: toy}, config, manifests={} if manifest is None else {"toy": manifest}, process=process)
     with serving_toys(toys, [toys.slot("toy")]) as running:
         yield running
 

@@ -4,15 +4,17 @@ A token of a batch that is one of ORDERS makes the process do that before the de
 processes, but for POISON, which kills each of them. It imports little, since every process of a test imports it.
 """
 
+import fcntl
 import logging
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
@@ -33,15 +35,26 @@ def fail() -> None:
     raise DecodeFailed("llama_decode gave -3")
 
 
+def send(data: bytes) -> None:
+    """Write to the pipe to the supervisor, which is the one pipe open for writing beside stdout and stderr."""
+    for number in range(3, 64):
+        with suppress(OSError):
+            writes = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+            if writes and stat.S_ISFIFO(os.fstat(number).st_mode):
+                os.write(number, data)
+                return
+    raise AssertionError("no pipe to the supervisor")
+
+
 def half_a_message() -> None:
-    """The next message is cut off in its middle by the end of the process."""
+    """Begin a message of 100 bytes, and end in its middle."""
+    send((100).to_bytes(8, "little") + b"half")
+    die()
 
-    def write(pipe: BinaryIO, message: object) -> None:
-        pipe.write((100).to_bytes(8, "little") + b"half")
-        pipe.flush()
-        die()
 
-    sys.modules["__main__"].write_message = write  # type: ignore[attr-defined]
+def garbage() -> None:
+    """Send a whole frame that holds no message."""
+    send((4).to_bytes(8, "little") + b"junk")
 
 
 def hang() -> None:
@@ -55,6 +68,7 @@ ORDERS: dict[str, Callable[[], None]] = {
     "X": lambda: os._exit(EXIT_CODE),
     "F": fail,
     "H": half_a_message,
+    "G": garbage,
     "S": hang,
     "M": lambda: sys.exit("out of memory"),
 }
