@@ -1,15 +1,15 @@
 """The order of a conversion, and nothing else: gather, plan, write and prove, measure and choose, verify, install.
 
-A hot adapter is not merged and nothing of it is quantized: gather, plan, write, verify on its base, install.
+A `--hot` adapter is neither merged nor quantized: gather, plan, write, verify on its base, install.
 
-Everything that can be wrong with the inputs is found before the first byte is written; everything that is written lies
-in the store's staging folder until it is whole. Only what was measured outlives a stopped run, for the next one.
+Inputs are checked before the first byte is written, and files are written to the store's staging folder until the model
+is complete. Only measurements outlive a stopped run, for the next one.
 """
 
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from convert.checkpoint.source import Checkpoint, open_checkpoint
 from convert.lora.fit import Fitted, fit
 from convert.lora.gguf_adapter import FULL_PRECISION, check_appliable, plan_adapter
 from convert.planning.inputs import ConvertRequest, Inputs, gather
-from convert.planning.plan import ConversionPlan, base_of, counted, layout_of, plan_conversion, write_f16
+from convert.planning.plan import ConversionPlan, base_of, byte_counter, layout_of, plan_conversion, write_f16
 from convert.proof.adapter import verify_adapter
 from convert.proof.proof import Proof
 from convert.proof.runs import verify_runs
 from convert.quantize.imatrix import IMATRIX_FILE
 from convert.quantize.quantize import HALF_PRECISION, disk_need, quantize, spec_named
-from convert.selection.by_examples import choose_by_examples
+from convert.selection.by_examples import Built, choose_by_examples
 from convert.selection.choice import shared_grid, undo_cause
 from convert.tokenizer.chat_template import ChatFormat, choose_format
 from models.card.card import render_card
@@ -32,29 +32,45 @@ from models.card.plot import PLOT_FILE, render_plot
 from models.common.console import Reporter
 from models.common.files import check_free, discard, sha256_file, sync, write_atomic
 from models.common.machine import give_back_freed
-from models.gguf.header import Header, read_header
+from models.gguf.header import read_header
 from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
-from models.quality import Quality, read_quality, write_quality
+from models.quality import Candidate, Quality, read_quality, write_quality
 from models.store.store import Store, StoredModel
 
 from .gguf_writer import check_written, write_gguf
 
-RESULTS = "measured"
+MEASUREMENTS = "measured"
+"""Folder of the store that keeps measurements of candidates for a later run."""
 
 
 def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredModel:
     """Make the model the request describes and install it.
 
-    Raises ConvertError for what is wrong with the request, the adapter or the weights, ModelError for the source file
-    and the store. An error or an interrupt at any time leaves the models as they were.
+    Raises ConvertError for the request, the adapter or the weights, ModelError for the source file and the store. An
+    error or an interrupt at any time leaves the installed models as they were.
     """
     inputs = gather(request, store, report)
     if request.hot:
-        _make_hot(inputs, request, store, report)
+        _make_adapter(inputs, request, store, report)
     else:
         _make_model(inputs, request, store, report)
     report.close()
     return store.get(inputs.manifest.name)
+
+
+@dataclass(frozen=True)
+class _Build:
+    """A model in the making: what it is made from, and the folder that its files are written to."""
+
+    checkpoint: Checkpoint
+    plan: ConversionPlan
+    inputs: Inputs
+    workdir: Path
+    report: Reporter
+
+    def file(self, quantization: str) -> Path:
+        """The path of the model's file in that quantization."""
+        return self.workdir / _file_name(self.inputs, quantization)
 
 
 def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
@@ -62,131 +78,37 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         proof = Proof(inputs.origin.folder) if inputs.origin.folder is not None else None
         if proof is not None:
             stack.callback(proof.close)
-        source = stack.enter_context(closing(open_checkpoint(inputs.origin.path)))
+        checkpoint = stack.enter_context(closing(open_checkpoint(inputs.origin.path)))
         read_back: set[str] = set()
         staging = store.staging(inputs.manifest.name, replace=request.replace, read_back=read_back)
         folder = stack.enter_context(staging)
         if proof is not None:
-            stack.callback(proof.close)  # before the folder goes that it reads from
-        plan = plan_conversion(source, inputs)
-        _warn(source, plan.chat, plan.fitted, inputs, report)
-        work = folder / "work"
-        work.mkdir()
+            stack.callback(proof.close)  # before the staging folder is removed: the proof reads from it
+        plan = plan_conversion(checkpoint, inputs)
+        _warn(checkpoint, plan.chat, plan.fitted, inputs, report)
+        build = _Build(checkpoint, plan, inputs, folder / "work", report)
+        build.workdir.mkdir()
         if proof is not None:
-            records = inputs.examples.records if inputs.examples is not None else ()
-            proof.begin(_named(source.header, plan), records, work)
-        check_free(folder, _disk_need(plan, inputs))
-        f16 = work / _file_name(inputs, HALF_PRECISION)
-        watch = (lambda: None) if proof is None else partial(proof.check, report)
-        sha256 = write_f16(plan.source, plan.layout, f16, _stage(plan), report, watch)
-        if proof is not None:
-            proof.end(report)
-        quality, final = _choose(f16, sha256, source, plan, inputs, store, report)
-        if quality is None:
-            _warn_same_grid(plan, final, report)
+            _begin_proof(proof, build)
+        check_free(folder, _disk_need(build))
+        f16, sha256 = _write_f16(build, proof)
+        quality, chosen = _choose(build, f16, sha256, store.home / MEASUREMENTS)
         hashes = {f16: sha256}
         report.stage("verify")
-        give_back_freed()  # the model is in memory next, in a process of its own
-        verify_runs(final, plan.chat, partial(_read_back, final, hashes))
-        if inputs.measured is not None:
-            quality = _known_ladder(inputs.measured, hashes[final])
-        kept = [final, f16] if request.keep_f16 and f16 != final else [final]
+        give_back_freed()  # a child process loads the model next
+        verify_runs(chosen, plan.chat, partial(_read_back, chosen, hashes))
+        if inputs.recipe_quality is not None:
+            quality = _recipe_quality(inputs.recipe_quality, hashes[chosen])
+        kept = [chosen, f16] if request.keep_f16 and f16 != chosen else [chosen]
         read_back |= {path.name for path in kept}
-        if (imatrix := _imatrix_to_keep(inputs, quality, work)) is not None:
+        if (imatrix := _imatrix_to_keep(build, quality)) is not None:
             shutil.copyfile(imatrix, folder / IMATRIX_FILE)
         _describe(folder, {path.rename(folder / path.name): hashes[path] for path in kept}, inputs, quality, plan)
-        discard(work)
+        discard(build.workdir)
 
 
-def _named(header: Header, plan: ConversionPlan) -> Header:
-    """The checkpoint's own header under the model's name, by which llama.cpp tells habits of its tokenizer."""
-    return replace(header, fields={**header.fields, "general.name": plan.header.fields["general.name"]})
-
-
-def _read_back(final: Path, hashes: dict[Path, str]) -> None:
-    """What is to be installed: its sha256, known or not, is what the disk holds, and it is really on the disk."""
-    if final in hashes:
-        check_written(final, hashes[final])
-    else:
-        hashes[final] = sha256_file(final)
-    sync(final)
-
-
-def _known_ladder(folder: Path, sha256: str) -> Quality | None:
-    """The recipe's own measurements, if they are of the very file that was made."""
-    quality = read_quality(folder)
-    chosen = next(one for one in quality.candidates if one.name == quality.chosen)
-    return quality if chosen.sha256 == sha256 else None
-
-
-def _imatrix_to_keep(inputs: Inputs, quality: Quality | None, work: Path) -> Path | None:
-    """What the file was rounded by, if anything. What a recipe builds is told by the recipe, which has its own."""
-    if inputs.examples is None or quality is None:
-        return inputs.imatrix if inputs.manifest.conversion is None else None
-    chosen = next(one for one in quality.candidates if one.name == quality.chosen)
-    return work / IMATRIX_FILE if chosen.imatrix else None
-
-
-def _choose(
-    f16: Path, sha256: str, source: Checkpoint, plan: ConversionPlan, inputs: Inputs, store: Store, report: Reporter
-) -> tuple[Quality | None, Path]:
-    """The file to install, and how it was chosen; without examples it is the one that was asked for.
-
-    What others are made from is read back before; what is installed, while it is verified.
-    """
-    if inputs.examples is None and inputs.quantization == HALF_PRECISION:
-        return None, f16
-    check_written(f16, sha256)
-    if inputs.examples is None:
-        return None, _quantized(f16, inputs, report)
-    untrimmed = base = None
-    if plan.trim is not None:
-        untrimmed = f16.with_name("whole.gguf")
-        write_f16(plan.untrimmed, layout_of(plan.header), untrimmed, "write F16 before trimming", report)
-    if inputs.adapter is not None:
-        base = _base(source, plan, inputs, f16.with_name("base.gguf"), report)
-    return choose_by_examples(f16, base, untrimmed, plan, inputs, store.home / RESULTS, report)
-
-
-def _base(source: Checkpoint, plan: ConversionPlan, inputs: Inputs, target: Path, report: Reporter) -> Path:
-    """A file of the model before its fine-tuning: the source itself, where that is a GGUF with the same vocabulary."""
-    if inputs.origin.path.is_file() and plan.trim is None:
-        return inputs.origin.path
-    before, layout = base_of(source, plan)
-    write_f16(before, layout, target, "write the base", report)
-    return target
-
-
-def _quantized(f16: Path, inputs: Inputs, report: Reporter) -> Path:
-    quantization = inputs.quantization
-    assert quantization is not None, "gather leaves the choice to examples only"
-    report.stage(f"quantize to {quantization}")
-    final = f16.with_name(_file_name(inputs, quantization))
-    spec = spec_named(quantization, imatrix=inputs.imatrix is not None)
-    written = quantize(f16, final, spec, inputs.imatrix, report.advance)
-    if spec.overrides and written.fallbacks:
-        report.warn(
-            f"{written.fallbacks} of the matrices have rows that do not fit the types of {quantization}: llama.cpp "
-            "stored them in wider ones"
-        )
-    return final
-
-
-def _disk_need(plan: ConversionPlan, inputs: Inputs) -> int:
-    """Of the files that are surely written; what the ladder needs it checks when it knows the candidates."""
-    specs = [spec_named(inputs.quantization or HALF_PRECISION, imatrix=False)]
-    n_halves = 1 if inputs.examples is None else 1 + (plan.trim is not None) + (inputs.adapter is not None)
-    return disk_need(plan.layout.file_bytes, plan.layout.tensors, specs) * n_halves
-
-
-def _stage(plan: ConversionPlan) -> str:
-    changes = plan.fitted.changes
-    trimmed = "" if plan.trim is None else f", {len(plan.trim.kept)} of {plan.trim.n_before} tokens"
-    return f"merge {len(changes)} tensors, write F16{trimmed}" if changes else f"write F16{trimmed}"
-
-
-def _make_hot(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
-    assert inputs.adapter is not None, "gather lets no hot conversion without an adapter pass"
+def _make_adapter(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
+    assert inputs.adapter is not None, "gather refuses --hot without an adapter"
     with store.staging(inputs.manifest.name, replace=request.replace) as folder:
         base = inputs.origin.path
         header = read_header(base)
@@ -198,38 +120,158 @@ def _make_hot(inputs: Inputs, request: ConvertRequest, store: Store, report: Rep
         check_free(folder, plan.layout.file_bytes)
         report.stage(f"write {len(fitted.loras)} pairs of matrices", plan.layout.data_bytes)
         target = folder / _file_name(inputs, FULL_PRECISION)
-        sha256 = write_gguf(target, plan.layout, plan.rows, counted(plan.layout, report))
+        sha256 = write_gguf(target, plan.layout, plan.rows, byte_counter(plan.layout, report))
         report.stage("verify")
         verify_adapter(base, target, chat, is_zero=inputs.adapter.is_zero)
         _describe(folder, {target: sha256}, inputs, None, None)
 
 
-def _file_name(inputs: Inputs, quantization: str) -> str:
-    return f"{inputs.manifest.name}-{quantization}.gguf"
+def _begin_proof(proof: Proof, build: _Build) -> None:
+    """Compare tokenizer and template on the checkpoint's own header, under the model's name.
+
+    llama.cpp derives special rules of a tokenizer from `general.name`.
+    """
+    header = build.checkpoint.header
+    named = replace(header, fields={**header.fields, "general.name": build.plan.header.fields["general.name"]})
+    examples = build.inputs.examples
+    proof.begin(named, examples.records if examples is not None else (), build.workdir)
 
 
-def _warn(source: Checkpoint | None, chat: ChatFormat, fitted: Fitted, inputs: Inputs, report: Reporter) -> None:
-    of_folder = source.warnings if isinstance(source, HfCheckpoint) else ()
+def _disk_need(build: _Build) -> int:
+    """Bytes of the files that are written in any case; the ladder checks the disk again for its candidates."""
+    plan, inputs = build.plan, build.inputs
+    specs = [spec_named(inputs.quantization or HALF_PRECISION, imatrix=False)]
+    n_f16_files = 1 if inputs.examples is None else 1 + (plan.trim is not None) + (inputs.adapter is not None)
+    return disk_need(plan.layout.file_bytes, plan.layout.tensors, specs) * n_f16_files
+
+
+def _write_f16(build: _Build, proof: Proof | None) -> tuple[Path, str]:
+    """Write the F16 file, and stop as soon as the proof has failed. Returns its path and sha256."""
+    plan, report = build.plan, build.report
+    changes = plan.fitted.changes
+    trimmed = "" if plan.trim is None else f", {len(plan.trim.kept)} of {plan.trim.n_before} tokens"
+    stage = f"merge {len(changes)} tensors, write F16{trimmed}" if changes else f"write F16{trimmed}"
+    f16 = build.file(HALF_PRECISION)
+    watch = (lambda: None) if proof is None else partial(proof.check, report)
+    sha256 = write_f16(plan.checkpoint, plan.layout, f16, stage, report, watch)
+    if proof is not None:
+        proof.end(report)
+    return f16, sha256
+
+
+def _choose(build: _Build, f16: Path, sha256: str, results: Path) -> tuple[Quality | None, Path]:
+    """Choose the file to install: by the examples, or else as the request says. Returns the report, if any, and it.
+
+    A file that others are made from is read back here; the installed file is read back while it is verified.
+    """
+    inputs = build.inputs
+    if inputs.examples is not None:
+        check_written(f16, sha256)
+        built = Built(f16, _write_untrimmed(build), _write_base(build))
+        return choose_by_examples(built, build.plan, inputs, results, build.report)
+    chosen = f16
+    if inputs.quantization != HALF_PRECISION:
+        check_written(f16, sha256)
+        chosen = _quantized(build, f16)
+    _warn_same_grid(build, chosen)
+    return None, chosen
+
+
+def _write_untrimmed(build: _Build) -> Path | None:
+    """Write the F16 file with the vocabulary uncut; None where it is not cut."""
+    plan = build.plan
+    if plan.trim is None:
+        return None
+    target = build.workdir / "untrimmed.gguf"
+    write_f16(plan.untrimmed, layout_of(plan.header), target, "write F16 before trimming", build.report)
+    return target
+
+
+def _write_base(build: _Build) -> Path | None:
+    """Write the model before its fine-tuning; None without an adapter.
+
+    A GGUF source with the same vocabulary serves as it is.
+    """
+    inputs, plan = build.inputs, build.plan
+    if inputs.adapter is None:
+        return None
+    if inputs.origin.path.is_file() and plan.trim is None:
+        return inputs.origin.path
+    target = build.workdir / "base.gguf"
+    base, layout = base_of(build.checkpoint, plan)
+    write_f16(base, layout, target, "write the base", build.report)
+    return target
+
+
+def _quantized(build: _Build, f16: Path) -> Path:
+    inputs, report = build.inputs, build.report
+    quantization = inputs.quantization
+    assert quantization is not None, "gather leaves the quantization open only with examples"
+    report.stage(f"quantize to {quantization}")
+    target = build.file(quantization)
+    spec = spec_named(quantization, imatrix=inputs.imatrix is not None)
+    result = quantize(f16, target, spec, inputs.imatrix, report.advance)
+    if spec.overrides and result.fallbacks:
+        report.warn(
+            f"{result.fallbacks} of the matrices have rows that do not fit the types of {quantization}: llama.cpp "
+            "stored them in wider ones"
+        )
+    return target
+
+
+def _read_back(file: Path, hashes: dict[Path, str]) -> None:
+    """Hash the file to be installed from disk, compare with its known hash if there is one, and flush it to disk."""
+    if file in hashes:
+        check_written(file, hashes[file])
+    else:
+        hashes[file] = sha256_file(file)
+    sync(file)
+
+
+def _recipe_quality(folder: Path, sha256: str) -> Quality | None:
+    """The recipe's own measurements, if they are of this very file."""
+    quality = read_quality(folder)
+    return quality if _chosen_candidate(quality).sha256 == sha256 else None
+
+
+def _imatrix_to_keep(build: _Build, quality: Quality | None) -> Path | None:
+    """The importance matrix that the file was rounded with, if any; a recipe's build leaves it to the recipe."""
+    inputs = build.inputs
+    if inputs.examples is None or quality is None:
+        return inputs.imatrix if inputs.manifest.conversion is None else None
+    return build.workdir / IMATRIX_FILE if _chosen_candidate(quality).imatrix else None
+
+
+def _chosen_candidate(quality: Quality) -> Candidate:
+    return next(candidate for candidate in quality.candidates if candidate.name == quality.chosen)
+
+
+def _warn(checkpoint: Checkpoint | None, chat: ChatFormat, fitted: Fitted, inputs: Inputs, report: Reporter) -> None:
+    of_folder = checkpoint.warnings if isinstance(checkpoint, HfCheckpoint) else ()
     for warning in dict.fromkeys((*of_folder, *chat.warnings, *fitted.warnings)):
         report.warn(warning)
     if inputs.adapter is not None and inputs.adapter.is_zero:
         report.warn(f"the adapter {str(inputs.adapter.folder)!r} is all zero: it was never trained and changes nothing")
 
 
-def _warn_same_grid(plan: ConversionPlan, final: Path, report: Reporter) -> None:
-    """A base that was quantized lies on a grid; rounding the merged weights to the same grid can undo the fine-tune."""
-    tuned = plan.fitted.loras
-    if tuned and (grid := shared_grid(plan.base_header, read_header(final), tuned)):
-        report.warn(
+def _warn_same_grid(build: _Build, chosen: Path) -> None:
+    """Warn if merged weights are rounded to the grid of a quantized base, which can undo the fine-tune."""
+    tuned = build.plan.fitted.loras
+    if tuned and (grid := shared_grid(build.plan.base_header, read_header(chosen), tuned)):
+        build.report.warn(
             f"{undo_cause(grid, len(tuned))}: THE FINE-TUNE MAY BE ROUNDED AWAY. Use --quant Q8_0 or F16, or a base in "
             "full precision, and measure on your own examples (--examples)"
         )
 
 
+def _file_name(inputs: Inputs, quantization: str) -> str:
+    return f"{inputs.manifest.name}-{quantization}.gguf"
+
+
 def _describe(
     folder: Path, files: Mapping[Path, str], inputs: Inputs, quality: Quality | None, plan: ConversionPlan | None
 ) -> None:
-    """Manifest and card of `files`, in the order of preference, each with its sha256."""
+    """Write manifest, report and card for `files` (path -> sha256, in the order of preference)."""
     artefacts = tuple(_artefact(file, sha256, inputs) for file, sha256 in files.items())
     changes: dict[str, object] = {"base": inputs.base, "artefacts": artefacts}
     if inputs.manifest.conversion is None and plan is not None:

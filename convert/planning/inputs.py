@@ -1,8 +1,9 @@
-"""What a conversion is made of: from a command line to weights, an adapter, examples and the manifest to be written.
+"""The inputs of a conversion: from a request to weights, an adapter, examples and the manifest to be written.
 
-SOURCE is a recipe of the catalogue (which brings adapter and manifest along), or a checkpoint (see `origin`).
+SOURCE is a recipe of the catalogue, which brings its adapter and manifest, or a checkpoint (see `origin`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class Examples:
-    """The user's examples, and what a candidate may lose on them. `labels` to choose from; none where it writes."""
+    """The user's examples, and the loss allowed on them. `labels` to choose from; none where the work is to write."""
 
     path: Path
     sha256: str
@@ -64,13 +65,13 @@ class Examples:
 
     @property
     def records(self) -> tuple[ChatRecord, ...]:
-        """All that are different."""
+        """All distinct examples."""
         return self.split.calibration + self.split.held_out
 
 
 @dataclass(frozen=True)
 class TrimRequest:
-    """Texts that the trimmed vocabulary must write as before, and how many tokens it may have in all."""
+    """Texts that the trimmed vocabulary must tokenise as before, and its size in tokens."""
 
     records: tuple[ChatRecord, ...]
     keep: int
@@ -78,10 +79,10 @@ class TrimRequest:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything found and checked. `manifest` is the one to be installed, its base and artefacts still missing.
+    """All inputs, checked. `manifest` is the one to be installed, still without base and artefacts.
 
-    `quantization` None: the examples decide. `measured` is the folder of a recipe whose choice was measured before,
-    `imatrix` the importance matrix to quantize by; with examples one is collected from these instead.
+    `quantization` None: the examples decide. `recipe_quality` is the folder of a recipe with measurements of its own,
+    `imatrix` the importance matrix to quantize with; with examples it is collected from these instead.
     """
 
     origin: Origin
@@ -90,21 +91,21 @@ class Inputs:
     manifest: Manifest
     examples: Examples | None = None
     trim: TrimRequest | None = None
-    measured: Path | None = None
+    recipe_quality: Path | None = None
     imatrix: Path | None = None
 
     @property
     def base(self) -> Base:
-        """What the manifest is to say of the weights; where they come from, if it knew that of these very ones."""
-        found, before = self.origin.base, self.manifest.base
-        if before is not None and before.source and before.sha256 == found.sha256:
-            return found.model_copy(update={"source": before.source})
-        return found
+        """The manifest's entry for the weights, with their address if the manifest has one for these very weights."""
+        base, before = self.origin.base, self.manifest.base
+        if before is not None and before.source and before.sha256 == base.sha256:
+            return base.model_copy(update={"source": before.source})
+        return base
 
 
 def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     """Find and check what the request names. Raises RequestInvalid, AdapterInvalid and ModelErrors."""
-    recipe, quantization = _recipe(request), _wanted(request)
+    recipe, quantization = _recipe(request), _quantization(request)
     _check_options(request)
     if request.hot:
         _check_hot(request, recipe)
@@ -118,7 +119,7 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     examples, trim = _examples(request, given), _trim(request)
     origin = find_origin(request.source, request.gguf, store, report)
     manifest = _complete(given or _inherited(origin, adapter), name, adapter, hot=request.hot)
-    # how a manifest's own model was converted says nothing about this one
+    # the manifest may describe the conversion of another model
     manifest = manifest.model_copy(update={"conversion": None})
     return Inputs(origin, adapter, quantization, manifest, examples, trim)
 
@@ -155,11 +156,45 @@ def _recipe(request: ConvertRequest) -> CatalogEntry | None:
     return entry if entry is not None and entry.recipe else None
 
 
+# option -> the facts of a recipe that do not hold for a model made with it. "rounding" is the quantization and its
+# importance matrix; "trim" the cut of the vocabulary; "figures" what was measured of the recipe's own model
+_DROPPED_BY: Mapping[str, frozenset[str]] = {
+    "adapter": frozenset({"rounding", "trim", "figures"}),
+    "hot": frozenset({"rounding", "trim", "figures"}),
+    "quantization": frozenset({"rounding", "figures"}),
+    "examples": frozenset({"rounding", "figures"}),
+    "trim": frozenset({"trim", "figures"}),
+    "whole_vocabulary": frozenset({"trim", "figures"}),
+}
+
+
 def _from_recipe(
     request: ConvertRequest, entry: CatalogEntry, quantization: str | None, store: Store, report: Reporter
 ) -> Inputs:
     folder = entry.recipe_folder()
     recipe = read_manifest(request.manifest or folder / MANIFEST_FILE)
+    adapter, origin = _recipe_weights(request, recipe, folder, store, report)
+    manifest = _complete(recipe, check_name(request.name or recipe.name), adapter, hot=request.hot)
+    settings = recipe.conversion or Conversion()
+    dropped = frozenset[str]().union(*(facts for option, facts in _DROPPED_BY.items() if getattr(request, option)))
+    examples, trim = _examples(request, recipe), _trim(request)
+    imatrix = recipe_quality = None
+    if "trim" not in dropped and settings.trim:
+        trim = TrimRequest(read_chat_records(folder / settings.trim), settings.keep)
+    if "rounding" not in dropped:
+        quantization = spec_named(settings.quantization, imatrix=False).name
+        imatrix = folder / settings.imatrix if settings.imatrix else None
+    if "figures" in dropped:
+        manifest = manifest.model_copy(update={"quality": (), "conversion": None})
+    elif (folder / QUALITY_FILE).is_file():
+        recipe_quality = folder
+    return Inputs(origin, adapter, quantization, manifest, examples, trim, recipe_quality, imatrix)
+
+
+def _recipe_weights(
+    request: ConvertRequest, recipe: Manifest, folder: Path, store: Store, report: Reporter
+) -> tuple[PeftAdapter, Origin]:
+    """The recipe's adapter, or the request's, and its base. Raises AdapterInvalid, HashMismatch, RequestInvalid."""
     if recipe.base is None or recipe.adapter is None:
         raise RequestInvalid(f"the recipe {request.source!r} needs a [base] and an [adapter] in its {MANIFEST_FILE}")
     adapter = read_adapter(request.adapter or folder / recipe.adapter.path)
@@ -167,31 +202,19 @@ def _from_recipe(
     if request.adapter is None and expected not in {None, adapter.sha256}:
         raise AdapterInvalid(f"{str(adapter.folder)!r} has sha256 {adapter.sha256}, the recipe expects {expected}")
     origin = find_origin(recipe.base.name, None, store, report)
-    if (found := origin.base.sha256) != recipe.base.sha256:
-        raise HashMismatch(f"{str(origin.path)!r} has sha256 {found}, the recipe was made on {recipe.base.sha256}")
-    manifest = _complete(recipe, check_name(request.name or recipe.name), adapter, hot=request.hot)
-    chosen = recipe.conversion or Conversion()
-    examples, trim = _examples(request, recipe), _trim(request) or _recipe_trim(request, folder, chosen)
-    is_rounded_alike = not (request.adapter or request.hot or request.quantization or request.examples)
-    if is_rounded_alike:
-        quantization = spec_named(chosen.quantization, imatrix=False).name
-    is_recipe = is_rounded_alike and not (request.trim or request.whole_vocabulary)
-    if not is_recipe:
-        # the recipe's figures were measured on its own adapter, converted as it says
-        manifest = manifest.model_copy(update={"quality": (), "conversion": None})
-    has_ladder = is_recipe and (folder / QUALITY_FILE).is_file()
-    imatrix = folder / chosen.imatrix if is_rounded_alike and chosen.imatrix else None
-    return Inputs(origin, adapter, quantization, manifest, examples, trim, folder if has_ladder else None, imatrix)
+    if (sha256 := origin.base.sha256) != recipe.base.sha256:
+        raise HashMismatch(f"{str(origin.path)!r} has sha256 {sha256}, the recipe was made on {recipe.base.sha256}")
+    return adapter, origin
 
 
-def _wanted(request: ConvertRequest) -> str | None:
+def _quantization(request: ConvertRequest) -> str | None:
     if request.quantization is not None:
         return spec_named(request.quantization, imatrix=False).name
     return None if request.examples is not None else DEFAULT_QUANTIZATION
 
 
 def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | None:
-    """The examples, for the work that was stated: by the user, or by the manifest; else by what the answers are."""
+    """The examples, for the work that the request names, or the manifest, or else as the answers look."""
     if request.examples is None:
         return None
     records = read_chat_records(request.examples)
@@ -203,7 +226,7 @@ def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | 
 
 
 def is_classification(records: tuple[ChatRecord, ...]) -> bool:
-    """Whether the answers look like labels: few different ones, each given several times on average."""
+    """True if the answers look like labels: few distinct ones, each given three times or more on average."""
     answers = {record.answer for record in records}
     return 2 <= len(answers) <= min(MAX_LABELS, len(records) // 3)
 
@@ -214,15 +237,8 @@ def _trim(request: ConvertRequest) -> TrimRequest | None:
     return TrimRequest(read_chat_records(request.trim), request.keep if request.keep is not None else DEFAULT_KEEP)
 
 
-def _recipe_trim(request: ConvertRequest, folder: Path, chosen: Conversion) -> TrimRequest | None:
-    """As the recipe says, whatever the quantization; but its examples say nothing about what another adapter needs."""
-    if not chosen.trim or request.whole_vocabulary or request.hot or request.adapter is not None:
-        return None
-    return TrimRequest(read_chat_records(folder / chosen.trim), chosen.keep)
-
-
 def _inherited(origin: Origin, adapter: PeftAdapter | None) -> Manifest:
-    """Licence and notice come from the source; task, labels and prompt too, unless an adapter changes what it does."""
+    """The source's licence and notice; also its task, labels and prompt, unless an adapter changes the task."""
     known = origin.manifest
     if known is None:
         return Manifest(name="source", licence=origin.licence)

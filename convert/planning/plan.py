@@ -1,6 +1,6 @@
-"""What a half-precision file will hold, decided before the first byte of it is written; and the writing.
+"""The plan of an F16 file, complete before its first byte is written; and the writing.
 
-Weights pass through a chain of sources: the checkpoint, with an adapter merged into it, with its vocabulary trimmed.
+Weights pass through a chain of checkpoints: the source, then with the adapter merged, then with the vocabulary trimmed.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,13 +30,14 @@ _DROPPED_PREFIXES = ("split.", "quantize.imatrix.")
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A conversion that was found possible. `source` is the end of the chain, `untrimmed` what it is before trimming.
+    """A conversion that is possible.
 
-    `header` is that of `untrimmed`, with the fields of the file; `base_header` that of the checkpoint, whose kinds
-    tell what grid its weights lie on. `chat.end_of_turn` is numbered as in the file.
+    `checkpoint` is the end of the chain, `untrimmed` the link before trimming. `header` describes `untrimmed`, with the
+    fields of the file; `base_header` the source, whose kinds are the grid that its weights lie on. `chat.end_of_turn`
+    is a token id of the file.
     """
 
-    source: Checkpoint
+    checkpoint: Checkpoint
     untrimmed: Checkpoint
     header: Header
     base_header: Header
@@ -61,20 +62,20 @@ def plan_conversion(source: Checkpoint, inputs: Inputs) -> ConversionPlan:
         return ConversionPlan(untrimmed, untrimmed, header, base_header, fitted, chat, None, layout_of(header))
     texts = texts_of(header, tokenizer_of(header), inputs.trim.records, manifest.prompt.template)
     trim = plan_trim(header, texts, inputs.trim.keep)
-    last = TrimmedCheckpoint(untrimmed, trim)
+    trimmed = TrimmedCheckpoint(untrimmed, trim)
     if chat.end_of_turn is not None:
         chat = replace(chat, end_of_turn=int(trim.new_ids[chat.end_of_turn]))
-    return ConversionPlan(last, untrimmed, header, base_header, fitted, chat, trim, layout_of(last.header))
+    return ConversionPlan(trimmed, untrimmed, header, base_header, fitted, chat, trim, layout_of(trimmed.header))
 
 
 def layout_of(header: Header) -> Layout:
-    """The half-precision file of what `header` describes."""
+    """The layout of the F16 file with the tensors and fields of `header`."""
     tensors = [OutTensor(info.name, info.shape, half_precision_kind(info)) for info in header.tensors.values()]
     return Layout(header.fields, tensors, header.alignment)
 
 
 def base_of(source: Checkpoint, plan: ConversionPlan) -> tuple[Checkpoint, Layout]:
-    """The checkpoint without the adapter, asked and trimmed as the fine-tune: what that is compared with."""
+    """The checkpoint without the adapter, with the fine-tune's chat format and vocabulary, for comparison with it."""
     header = replace(source.header, fields=plan.header.fields)
     if plan.trim is None:
         return source, layout_of(header)
@@ -82,52 +83,51 @@ def base_of(source: Checkpoint, plan: ConversionPlan) -> tuple[Checkpoint, Layou
     return trimmed, layout_of(trimmed.header)
 
 
-def _fields(header: Header, name: str, chat: ChatFormat) -> dict[str, Field]:
-    fields = {key: field for key, field in header.fields.items() if not key.startswith(_DROPPED_PREFIXES)}
-    before = header.fields.get("general.name")
-    habits = name_part(before.value) if before is not None and isinstance(before.value, str) else ""
-    fields["general.name"] = Field.string(general_name(name, habits))
-    fields["general.file_type"] = Field.uint32(QUANTIZATIONS[HALF_PRECISION])
-    if chat.template is not None:
-        fields[TEMPLATE_FIELD] = Field.string(chat.template)
-    if chat.end_of_turn is not None:
-        fields[END_OF_TURN_FIELD] = Field.uint32(chat.end_of_turn)
-    return fields
-
-
 def write_f16(
-    source: Checkpoint,
+    checkpoint: Checkpoint,
     layout: Layout,
     target: Path,
     stage: str,
     report: Reporter,
     watch: Callable[[], None] = lambda: None,
 ) -> str:
-    """Write the half-precision file; its sha256. `watch` is called with each piece, and may stop it by raising.
+    """Write the F16 file and return its sha256. `watch` is called after each piece, and may stop the write by raising.
 
-    Raises SourceInvalid and VerifyFailed; nothing is left then.
+    Raises SourceInvalid and VerifyFailed, and leaves no file then.
     """
     report.stage(stage, layout.data_bytes)
+    count = byte_counter(layout, report)
 
     def rows(name: str) -> Iterator[np.ndarray]:
-        return file_rows(source, source.header.tensors[name])
-
-    advance = counted(layout, report)
-
-    def written(n_bytes: int) -> None:
-        advance(n_bytes)
-        watch()
-
-    return write_gguf(target, layout, rows, written)
-
-
-def counted(layout: Layout, report: Reporter) -> Callable[[int], None]:
-    """What `write_gguf` tells of each piece, as the sum that the reporter wants."""
-    done = 0
+        return file_rows(checkpoint, checkpoint.header.tensors[name])
 
     def advance(n_bytes: int) -> None:
+        count(n_bytes)
+        watch()
+
+    return write_gguf(target, layout, rows, advance)
+
+
+def byte_counter(layout: Layout, report: Reporter) -> Callable[[int], None]:
+    """A callback for `write_gguf` that adds up the bytes of each piece and reports the sum."""
+    done = 0
+
+    def count(n_bytes: int) -> None:
         nonlocal done
         done += n_bytes
         report.advance(done, layout.data_bytes)
 
-    return advance
+    return count
+
+
+def _fields(header: Header, name: str, chat: ChatFormat) -> dict[str, Field]:
+    fields = {key: field for key, field in header.fields.items() if not key.startswith(_DROPPED_PREFIXES)}
+    before = header.fields.get("general.name")
+    marker = name_part(before.value) if before is not None and isinstance(before.value, str) else ""
+    fields["general.name"] = Field.string(general_name(name, marker))
+    fields["general.file_type"] = Field.uint32(QUANTIZATIONS[HALF_PRECISION])
+    if chat.template is not None:
+        fields[TEMPLATE_FIELD] = Field.string(chat.template)
+    if chat.end_of_turn is not None:
+        fields[END_OF_TURN_FIELD] = Field.uint32(chat.end_of_turn)
+    return fields

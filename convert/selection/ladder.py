@@ -1,7 +1,7 @@
-"""The ladder: every candidate is made, measured beside the half-precision file, timed here, and one is picked.
+"""The ladder: every candidate is quantized, compared with the F16 file and timed on this machine, and one is chosen.
 
-What was found of a candidate is kept in the work folder under a hash of all that it depends on, so that a repeated run
-measures only what is new. Of the files only the chosen one is left.
+Each measurement is kept under a hash of everything it depends on, so that a repeated run measures only what is new. Of
+the candidates' files only the chosen one remains.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ from models.gguf.header import Header, read_header, read_meta
 from models.quality import Budget, Candidate, Loss, Quality, Trim
 
 from .cache import Cache, digest
-from .choice import REFERENCE, BaseDistances, choose, shared_grid, undo_cause, undo_reason
+from .choice import REFERENCE, Selection, base_distances, choose, shared_grid, undo_cause, undo_reason
 
 NO_BASE = "there is no file of the model before its fine-tuning, so nothing could be compared with it"
 OTHER_VOCABULARY = "the base has another vocabulary, so it could not be compared with it"
@@ -45,11 +45,11 @@ NO_DISTANCE = "the fine-tune differs from its base by no more than the noise flo
 
 @dataclass(frozen=True)
 class LadderInputs:
-    """What is to be measured. `f16` is the half-precision GGUF; `specs` may or may not name it ("F16").
+    """The model to measure and its candidates. `f16` is the F16 GGUF; `specs` may or may not contain it ("F16").
 
-    `base`: a GGUF of the model before its fine-tuning, with the same vocabulary; `tuned`: the tensors that the
-    fine-tuning changed. `base_header` is that of the weights they were merged onto, where `base` was made from them
-    and is quantized otherwise. `wanted` overrules the budget by a candidate's name.
+    `base` is a GGUF of the model before its fine-tuning; `tuned` are the tensors that the fine-tuning changed.
+    `base_header` describes the weights it was merged onto, where `base` was made from them and has other kinds.
+    `forced` names a candidate that is chosen whatever it loses. Candidates' files are named after `stem`.
     """
 
     f16: Path
@@ -61,12 +61,12 @@ class LadderInputs:
     tuned: tuple[str, ...] = ()
     base_header: Header | None = None
     budget: Budget = field(default_factory=Budget)
-    wanted: str | None = None
+    forced: str | None = None
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the examples came from, for the report."""
+    """The origin of the examples, for the report."""
 
     examples_file: str
     examples_sha256: str
@@ -76,7 +76,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Tools:
-    """What does the work; tests put others in their place."""
+    """The functions that quantize and measure; tests replace them."""
 
     quantize: Callable[[Path, Path, CandidateSpec, Path | None, StepProgress], QuantizeResult] = quantize
     take_reference: Callable[[Path, Tasks, Path, StepProgress, Sequence[ReferenceRun]], ReferenceRun] = take_reference
@@ -95,46 +95,27 @@ def run_ladder(
     *,
     results: Path | None = None,
 ) -> tuple[Quality, Path]:
-    """Make, measure and time the candidates; the report, and the chosen file: `f16` itself or one in `workdir`.
+    """Make, measure and time the candidates. Returns the report and the chosen file: `f16` itself or one in `workdir`.
 
-    Raises StoreError when the disk cannot hold all files, RequestInvalid for specs and a wanted name that cannot be,
-    MeasureFailed when the reference itself does not run. A candidate that fails is a line of the report. No other
-    candidate is left in `workdir`. What was found is kept in `results` (None: a folder in `workdir`).
+    A candidate that fails is a line of the report. The other candidates' files are deleted. Measurements are kept in
+    `results` (None: a folder in `workdir`). Raises StoreError when the disk cannot hold all files, RequestInvalid for
+    impossible specs or an unknown forced name, MeasureFailed when the reference itself does not run.
     """
     ladder = _Ladder(inputs, workdir, report, tools or Tools(), results or workdir / "results")
     try:
-        candidates = ladder.candidates()
-        timed = ladder.timed(candidates)
-        choice = choose(timed.candidates, inputs.budget, inputs.wanted)
-        noise_floor, base_distance = ladder.noise(), ladder.base_distance()
-        path = ladder.file(choice.chosen)
+        timed = ladder.timed(ladder.candidates())
+        selection = choose(timed.candidates, inputs.budget, inputs.forced)
+        quality = ladder.quality(origin, timed, selection)
+        chosen = ladder.file(selection.chosen)
     finally:
         ladder.discard_rows()
-    ladder.keep_only(path)
-    return Quality(
-        work=inputs.tasks.work,
-        budget=inputs.budget,
-        machine=timed.machine,
-        examples_file=origin.examples_file,
-        examples_sha256=origin.examples_sha256,
-        calibration_examples=origin.calibration_examples,
-        held_out_examples=len(inputs.tasks.tasks),
-        noise=noise_floor.loss,
-        noise_flips=noise_floor.flips,
-        noise_examples=noise_floor.examples,
-        base_distance=base_distance,
-        base_check=ladder.base_check(),
-        shape=timed.report.shape,
-        trim=origin.trim,
-        candidates=choice.candidates,
-        chosen=choice.chosen,
-        overruled=choice.overruled,
-    ), path
+    ladder.keep_only(chosen)
+    return quality, chosen
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """The reference beside itself in another batch shape, on so many `examples`."""
+    """The reference compared with itself at another batch size, over the first `examples` examples."""
 
     loss: Loss | None
     flips: int
@@ -143,7 +124,7 @@ class NoiseFloor:
 
 @dataclass(frozen=True)
 class TimedCandidates:
-    """Candidates with their speeds, and what these were measured on."""
+    """Candidates with their speeds, and the machine that these were measured on."""
 
     candidates: tuple[Candidate, ...]
     report: SpeedReport
@@ -151,70 +132,68 @@ class TimedCandidates:
 
 
 class _Ladder:
-    """One run's state: what was computed so far, and where it lies."""
+    """The state of one run: its files, and the measurements so far."""
 
     def __init__(self, inputs: LadderInputs, workdir: Path, report: Reporter, tools: Tools, results: Path) -> None:
         self._inputs, self._report, self._tools = inputs, report, tools
         self._workdir = workdir
         workdir.mkdir(parents=True, exist_ok=True)
-        plain = [spec for spec in inputs.specs if spec.name != REFERENCE]
-        self._specs = {spec.name: spec for spec in plain}
-        self._check_disk(plain)
+        quantized = [spec for spec in inputs.specs if spec.name != REFERENCE]
+        self._specs = {spec.name: spec for spec in quantized}
+        self._check_disk(quantized)
         report.stage("hash what is measured")
         self._f16_sha256 = sha256_file(inputs.f16)
-        self._base = inputs.base if inputs.base is not None and self._same_vocabulary(inputs.base) else None
+        self._base = inputs.base if inputs.base is not None and self._has_same_vocabulary(inputs.base) else None
         parts = [self._f16_sha256, digest(inputs.tasks), *(sha256_file(file) for file in (self._base,) if file)]
         self._cache = Cache(results, parts)
         self._references: tuple[ReferenceRun, ...] = ()
 
     def candidates(self) -> list[Candidate]:
         """The reference and every candidate, with size and loss."""
-        return [self._reference_itself(), *(self._candidate(spec) for spec in self._specs.values())]
+        return [self._reference(), *(self._candidate(spec) for spec in self._specs.values())]
 
     def timed(self, candidates: Sequence[Candidate]) -> TimedCandidates:
-        """Speeds of all that did not fail; the same set of files is timed only once on a machine."""
-        names = [one.name for one in candidates if one.verdict != "failed"]
-        how = serving_load(self._inputs.tasks)
-        by_name = {one.name: one for one in candidates}
-        parts = [how, self._tools.machine(""), *((name, by_name[name].sha256) for name in names)]
+        """Add the speeds of all that did not fail. The same set of files is timed only once on a machine."""
+        load = serving_load(self._inputs.tasks)
+        sha256s = {one.name: one.sha256 for one in candidates if one.verdict != "failed"}
+        parts = [load, self._tools.machine(""), *sha256s.items()]
 
         def measure() -> SpeedReport:
-            files = {name: self.file(name) for name in names}
+            files = {name: self.file(name) for name in sha256s}
             self._report.stage(f"time {len(files)} files on this machine")
-            return self._tools.speeds(files, how, self._report.advance)
+            return self._tools.speeds(files, load, self._report.advance)
 
         report = self._cache.value(
-            TypeAdapter(SpeedReport), "speed", parts, measure, keep=lambda found: not found.failures
+            TypeAdapter(SpeedReport), "speed", parts, measure, keep=lambda made: not made.failures
         )
         timed = tuple(_with_speed(one, report) for one in candidates)
         return TimedCandidates(timed, report, self._tools.machine(report.backend))
 
-    def noise(self) -> NoiseFloor:
-        """The noise floor."""
-
-        def measure() -> NoiseFloor:
-            reference = self._take_references()[0]
-            self._report.stage(f"measure the noise floor of {REFERENCE}", NOISE_EXAMPLES)
-            measured = self._tools.noise(reference, self._report.advance)
-            return NoiseFloor(measured.loss, measured.answers.flips, measured.answers.total)
-
-        return self._cache.value(TypeAdapter(NoiseFloor), "noise", [], measure)
-
-    def base_distance(self) -> Loss | None:
-        """How far the fine-tune lies from its base; None without one."""
-        if self._base is None:
-            return None
-        kind: TypeAdapter[Loss | None] = TypeAdapter(Loss | None)
-        return self._cache.value(kind, "base", [], lambda: self._take_references()[1].beside[0].loss)
-
-    def base_check(self) -> str:
-        """What the comparison with the base was, or why there was none."""
-        if self._base is None:
-            return OTHER_VOCABULARY if self._inputs.base is not None else NO_BASE
-        return CHECKED if self._distance() > self._floor() else NO_DISTANCE
+    def quality(self, origin: Provenance, timed: TimedCandidates, selection: Selection) -> Quality:
+        """The report. Measures the noise floor and the distance to the base, if no candidate needed them before."""
+        noise_floor = self._noise()
+        return Quality(
+            work=self._inputs.tasks.work,
+            budget=self._inputs.budget,
+            machine=timed.machine,
+            examples_file=origin.examples_file,
+            examples_sha256=origin.examples_sha256,
+            calibration_examples=origin.calibration_examples,
+            held_out_examples=len(self._inputs.tasks.tasks),
+            noise=noise_floor.loss,
+            noise_flips=noise_floor.flips,
+            noise_examples=noise_floor.examples,
+            base_distance=self._base_distance(),
+            base_check=self._base_check(),
+            shape=timed.report.shape,
+            trim=origin.trim,
+            candidates=selection.candidates,
+            chosen=selection.chosen,
+            overruled=selection.overruled,
+        )
 
     def file(self, name: str) -> Path:
-        """The file of a candidate, made if it is not there."""
+        """A candidate's file, which is quantized unless it exists."""
         if name == REFERENCE:
             return self._inputs.f16
         spec = self._specs[name]
@@ -225,7 +204,7 @@ class _Ladder:
         return target
 
     def discard_rows(self) -> None:
-        """The references' rows are of no use to another run: they are sooner computed than stored."""
+        """Delete the references' rows: computing them again takes less than storing them for another run."""
         for reference in self._references:
             reference.rows_file.unlink(missing_ok=True)
 
@@ -235,16 +214,16 @@ class _Ladder:
             if (path := self._path(spec)) != chosen:
                 path.unlink(missing_ok=True)
 
-    def _reference_itself(self) -> Candidate:
+    def _reference(self) -> Candidate:
         def measure() -> Candidate:
             f16, answers = self._inputs.f16, self._take_references()[0].totals
-            none = Loss(positions=0, kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0, perplexity_ratio=1.0)
+            lossless = Loss(positions=0, kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0, perplexity_ratio=1.0)
             return Candidate(
                 name=REFERENCE,
                 file=f16.name,
                 size_bytes=f16.stat().st_size,
                 sha256=self._f16_sha256,
-                loss=none,
+                loss=lossless,
                 answers=answers,
             )
 
@@ -260,57 +239,70 @@ class _Ladder:
             spec.name,
             parts,
             lambda: self._measure(spec),
-            keep=lambda found: found.verdict != "failed",
+            keep=lambda made: made.verdict != "failed",
         )
 
     def _measure(self, spec: CandidateSpec) -> Candidate:
         path = self._path(spec)
-        path.unlink(missing_ok=True)  # of an earlier run, perhaps of another source
+        path.unlink(missing_ok=True)  # a file of an earlier run may come from another source
         try:
             self.file(spec.name)
-            found = _candidate(spec, path)
+            candidate = _unmeasured(spec, path)
             references = self._take_references()
             self._report.stage(f"measure {spec.name}", len(self._inputs.tasks.tasks))
-            measured = self._tools.compare(path, references, self._report.advance)
+            losses = self._tools.compare(path, references, self._report.advance)
         except (MeasureFailed, QuantizeFailed, ImatrixInvalid) as error:
             size = path.stat().st_size if path.is_file() else 1
             self._report.warn(f"candidate {spec.name} is left out: {error}")
             return Candidate(
                 name=spec.name, file=path.name, size_bytes=size, sha256="", verdict="failed", reason=str(error)
             )
-        found = found.model_copy(update={"loss": measured[0].loss, "answers": measured[0].answers})
-        return found if self._base is None else self._judged_by_base(found, path, measured)
+        candidate = candidate.model_copy(update={"loss": losses[0].loss, "answers": losses[0].answers})
+        return candidate if self._base is None else self._judged_by_base(candidate, path, losses)
 
-    def _judged_by_base(self, found: Candidate, path: Path, measured: Sequence[MeasuredLoss]) -> Candidate:
-        assert self._base is not None
-        nearness = base_distances(*measured)
+    def _judged_by_base(self, candidate: Candidate, path: Path, losses: Sequence[MeasuredLoss]) -> Candidate:
+        distances = base_distances(*losses)
         grid, n_tuned = self._grid(path)
-        words = undo_cause(grid, n_tuned)
-        found = found.model_copy(update={"kl_to_base": nearness.kl_to_base, "grid": words if grid else ""})
-        why = undo_reason(nearness, self._distance(), self._floor())
+        cause = undo_cause(grid, n_tuned)
+        candidate = candidate.model_copy(update={"kl_to_base": distances.kl_to_base, "grid": cause if grid else ""})
+        why = undo_reason(distances, _kl_mean(self._base_distance()), _kl_mean(self._noise().loss))
         if why is None:
-            return found
-        reason = f"{why}. {words}"
-        self._report.warn(f"{found.name} UNDOES THE FINE-TUNE: {reason}")
-        return found.model_copy(update={"verdict": "undoes the fine-tune", "reason": reason})
+            return candidate
+        reason = f"{why}. {cause}"
+        self._report.warn(f"{candidate.name} UNDOES THE FINE-TUNE: {reason}")
+        return candidate.model_copy(update={"verdict": "undoes the fine-tune", "reason": reason})
 
     def _grid(self, path: Path) -> tuple[Mapping[str, int], int]:
-        """The grid that a candidate shares with the base, and of how many fine-tuned matrices."""
+        """The grid that a candidate shares with the base, and the number of fine-tuned matrices."""
         assert self._base is not None
         header = read_header(path)
         tuned = self._inputs.tuned or tuple(name for name, tensor in header.tensors.items() if len(tensor.shape) > 1)
         return shared_grid(self._inputs.base_header or read_header(self._base), header, tuned), len(tuned)
 
-    def _distance(self) -> float:
-        loss = self.base_distance()
-        return loss.kl_mean if loss is not None else 0.0
+    def _noise(self) -> NoiseFloor:
+        def measure() -> NoiseFloor:
+            reference = self._take_references()[0]
+            self._report.stage(f"measure the noise floor of {REFERENCE}", NOISE_EXAMPLES)
+            measured = self._tools.noise(reference, self._report.advance)
+            return NoiseFloor(measured.loss, measured.answers.flips, measured.answers.total)
 
-    def _floor(self) -> float:
-        loss = self.noise().loss
-        return loss.kl_mean if loss is not None else 0.0
+        return self._cache.value(TypeAdapter(NoiseFloor), "noise", [], measure)
+
+    def _base_distance(self) -> Loss | None:
+        """The loss from fine-tune to base; None without a base."""
+        if self._base is None:
+            return None
+        kind: TypeAdapter[Loss | None] = TypeAdapter(Loss | None)
+        return self._cache.value(kind, "base", [], lambda: self._take_references()[1].beside[0].loss)
+
+    def _base_check(self) -> str:
+        """One sentence on the comparison with the base, or on the reason for its absence."""
+        if self._base is None:
+            return OTHER_VOCABULARY if self._inputs.base is not None else NO_BASE
+        return CHECKED if _kl_mean(self._base_distance()) > _kl_mean(self._noise().loss) else NO_DISTANCE
 
     def _take_references(self) -> tuple[ReferenceRun, ...]:
-        """The half-precision file's rows and answers, and beside it the base's, if any; taken when first needed."""
+        """The fine-tune's run and, if there is a base, the base's; computed at the first call."""
         if not self._references:
             tasks, taken = self._inputs.tasks, list[ReferenceRun]()
             for file, place in ((self._inputs.f16, "fine-tune"), (self._base, "base")):
@@ -321,7 +313,7 @@ class _Ladder:
             self._references = tuple(taken)
         return self._references
 
-    def _same_vocabulary(self, base: Path) -> bool:
+    def _has_same_vocabulary(self, base: Path) -> bool:
         return read_meta(base).n_vocab == self._inputs.tasks.n_vocab
 
     def _check_disk(self, specs: Sequence[CandidateSpec]) -> None:
@@ -335,23 +327,7 @@ class _Ladder:
         return self._workdir / f"{self._inputs.stem}-{spec.name}.gguf"
 
 
-def base_distances(to_fine_tune: MeasuredLoss, to_base: MeasuredLoss) -> BaseDistances:
-    """One candidate's measurement beside the fine-tune and beside the base, from one pass over the same examples."""
-    pairs = [
-        (one.is_flipped, other.is_flipped)
-        for one, other in zip(to_fine_tune.examples, to_base.examples, strict=True)
-        if one.reference_answer != other.reference_answer
-    ]
-    return BaseDistances(
-        kl_to_fine_tune=to_fine_tune.loss.kl_mean if to_fine_tune.loss is not None else 0.0,
-        kl_to_base=to_base.loss.kl_mean if to_base.loss is not None else 0.0,
-        as_fine_tune=sum(not flipped for flipped, _ in pairs),
-        as_base=sum(not flipped for _, flipped in pairs),
-        differing=len(pairs),
-    )
-
-
-def _candidate(spec: CandidateSpec, path: Path) -> Candidate:
+def _unmeasured(spec: CandidateSpec, path: Path) -> Candidate:
     return Candidate(
         name=spec.name,
         file=path.name,
@@ -366,3 +342,7 @@ def _with_speed(one: Candidate, report: SpeedReport) -> Candidate:
     if one.name in report.failures:
         return one.model_copy(update={"verdict": "failed", "reason": report.failures[one.name]})
     return one.model_copy(update={"speed": report.speeds.get(one.name), "score_per_s": report.scores.get(one.name)})
+
+
+def _kl_mean(loss: Loss | None) -> float:
+    return loss.kl_mean if loss is not None else 0.0

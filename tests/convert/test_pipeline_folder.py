@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from convert.errors import ArchitectureUnknown, RequestInvalid, VerifyFailed
 from convert.measure.speed import measure_speeds
-from convert.pipeline import RESULTS, convert
+from convert.pipeline import MEASUREMENTS, convert
 from convert.planning.inputs import ConvertRequest
 from convert.quantize.imatrix import IMATRIX_FILE
 from convert.quantize.quantize import quantize, spec_named
@@ -91,7 +91,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, exampl
 @pytest.fixture
 def measured(store: Store, first_run: Run) -> Store:
     """A store without models that holds what the first run has measured, for conversions called `mine`."""
-    shutil.copytree(first_run.store.home / RESULTS, store.home / RESULTS)
+    shutil.copytree(first_run.store.home / MEASUREMENTS, store.home / MEASUREMENTS)
     return store
 
 
@@ -210,9 +210,9 @@ def test_what_needs_no_importance_matrix_is_kept_without(measured: Store, checkp
 
 def test_a_second_run_measures_nothing_again(measured: Store, first_run: Run, checkpoint: Path, examples: Path) -> None:
     again = Notes()
-    kept = {path.name for path in (first_run.store.home / RESULTS).iterdir()}
+    kept = {path.name for path in (first_run.store.home / MEASUREMENTS).iterdir()}
     stored = convert(ConvertRequest(str(checkpoint), "mine", examples=examples), measured, again)
-    assert {path.name for path in (measured.home / RESULTS).iterdir()} == kept
+    assert {path.name for path in (measured.home / MEASUREMENTS).iterdir()} == kept
     busy = ("collect", "measure", "take", "time")
     assert [stage for stage in first_run.notes.stages if stage.startswith(busy)]
     assert [stage for stage in again.stages if stage.startswith(busy)] == []
@@ -249,7 +249,7 @@ def test_an_interrupt_leaves_no_model_and_no_file(store: Store, checkpoint: Path
     notes = Notes(stage, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         convert(ConvertRequest(str(checkpoint), "tiny", examples=examples), store, notes)
-    left = [path for path in files_under(store) if not path.startswith(f"{RESULTS}/")]
+    left = [path for path in files_under(store) if not path.startswith(f"{MEASUREMENTS}/")]
     assert left == []
     assert not [path for path in files_under(store) if path.endswith(".gguf") and "imatrix" not in path]
 

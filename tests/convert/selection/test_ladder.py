@@ -228,11 +228,11 @@ def test_a_candidate_that_fails_is_a_line_of_the_report(inputs: LadderInputs, tm
 
 
 def test_a_wanted_one_is_made_whatever_it_loses(inputs: LadderInputs, tmp_path: Path) -> None:
-    quality, chosen = run_ladder(replace(inputs, wanted="Q4_K_M"), ORIGIN, tmp_path / "work", Quiet(), Work().tools())
+    quality, chosen = run_ladder(replace(inputs, forced="Q4_K_M"), ORIGIN, tmp_path / "work", Quiet(), Work().tools())
     assert (quality.chosen, quality.overruled) == ("Q4_K_M", True)
     assert chosen.name == "tuned-Q4_K_M.gguf"
     with pytest.raises(RequestInvalid, match="no candidate 'Q2_K'"):
-        run_ladder(replace(inputs, wanted="Q2_K"), ORIGIN, tmp_path / "work", Quiet(), Work().tools())
+        run_ladder(replace(inputs, forced="Q2_K"), ORIGIN, tmp_path / "work", Quiet(), Work().tools())
 
 
 def test_without_a_base_nothing_is_compared_with_it(inputs: LadderInputs, tmp_path: Path) -> None:
