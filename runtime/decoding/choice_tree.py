@@ -37,17 +37,17 @@ class Branch:
 
 
 class ChoiceTree:
-    """One question: take `next_wave`, compute its branches, `read` their rows, until there is no further wave."""
+    """The choices after one prompt: compute the branches of `next_wave`, `read` their rows, until a wave is empty."""
 
-    def __init__(self, question: ScoringPrompt) -> None:
-        self.question = question
-        self._ends = np.asarray(question.ends, np.int64)
+    def __init__(self, prompt: ScoringPrompt) -> None:
+        self.prompt = prompt
+        self._ends = np.asarray(prompt.ends, np.int64)
         self._children: dict[Path, set[int]] = {}
-        for choice in question.choices:
+        for choice in prompt.choices:
             for depth in range(len(choice)):
                 self._children.setdefault(choice[:depth], set()).add(choice[depth])
         # How many tokens of each choice are computed: not the last one, unless another choice goes on from it.
-        self._depths = {choice: len(choice) - (choice not in self._children) for choice in question.choices}
+        self._depths = {choice: len(choice) - (choice not in self._children) for choice in prompt.choices}
         # The log-probability of a path's last token, and of an end after the path.
         self._token: dict[Path, float] = {}
         self._end: dict[Path, float] = {}
@@ -71,7 +71,7 @@ class ChoiceTree:
 
     def next_wave(self) -> tuple[Branch, ...]:
         """What to compute next, after the prompt's own row has been read; empty when the answer is known."""
-        bounds = dict(zip(self.question.choices, self.logprobs(), strict=True))
+        bounds = dict(zip(self.prompt.choices, self.logprobs(), strict=True))
         is_first = len(self._read) == 1
         best = max(bound for choice, bound in bounds.items() if is_first or self._is_known(choice))
         floor = best + math.log(NEGLIGIBLE)
@@ -79,7 +79,7 @@ class ChoiceTree:
 
     def logprobs(self) -> tuple[float, ...]:
         """The choices' log-probabilities, in the question's order; an upper bound for what was not computed."""
-        return tuple(map(self._bound, self.question.choices))
+        return tuple(map(self._bound, self.prompt.choices))
 
     def _bound(self, choice: Path) -> float:
         bound = 0.0

@@ -95,7 +95,7 @@ class Drafter:
         """The probability that the next token of the guess is right."""
         return self._acceptance.rate(self._n)
 
-    def look(self, tokens: list[int], count: int) -> None:
+    def look_up(self, tokens: list[int], count: int) -> None:
         """Guess at most `count` tokens that follow `tokens`, which only ever grow."""
         self.guess, self._n = self._lookup.propose(tokens, count)
 

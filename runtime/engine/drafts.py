@@ -1,11 +1,15 @@
-"""Drafts in the engine: looked-up tokens that are verified in the step that decodes their answer's next token.
+"""Speculative decoding by prompt lookup: looked-up tokens (drafts) verified in the step that decodes the next token.
 
-A decode row becomes [last token, draft …] with a row of logits after each. The rows are drawn from in order by the
-answer's own sampler; the first token that differs from its draft is kept and the drafts behind it are forgotten. So
-every token is drawn from the very row, with the very random number, that it would be drawn with alone.
+A decode row becomes [last token, draft …] with a row of logits after each. The answer's own sampler goes through the
+rows in order; the first token that differs from its draft is kept, and the drafts behind it are taken back. So every
+token is sampled from the very row, with the very random number, that it would have alone.
 
-Drafts take only what a step that does nothing but decode has left over. While an answer gets none, the look-up is
-still compared with what was drawn, which costs nothing and tells when drafts would pay.
+    tokens     … the  rain  in  the │ rain  in        drafts: 2
+    rows                         ▲     ▲    ▲
+    sampled                    rain    in  Spain      both right: three tokens from one decode
+
+Drafts take only the room that a step which does nothing but decode leaves over. While an answer gets none, its look-up
+is still compared with the sampled tokens, which costs nothing and tells when drafts would pay.
 """
 
 from collections.abc import Mapping
@@ -23,36 +27,38 @@ from runtime.decoding.prompt_lookup import (
 from runtime.scheduling.plan import Chunk, StepPlan
 from runtime.scheduling.scheduler import Scheduler
 
-from .answer import Generation
+from .generation import Generation
 
-# Drafts of one answer in one step, unless a setting says otherwise. More hardly pay, however sure they are.
+# Drafts of one answer in one step, unless a setting bounds them. More hardly pay, however sure they are.
 MAX_DRAFTS = 15
-# An answer is looked up once it has so many tokens: a label never pays for the index of its prompt.
+# Tokens of an answer before its first look-up: a label never pays for the index of its prompt.
 FIRST_LOOK = 4
 # Steps without drafts after a decode with drafts failed.
 REST_STEPS = 64
 
 
 class Drafts:
-    """Who gets drafts, and what became of them. `limit` bounds those of one answer in one step (0: none)."""
+    """Adds speculative tokens to a plan and learns how many are accepted."""
 
     def __init__(self, limit: int | None) -> None:
+        """`limit` bounds the drafts of one answer in one step (None: MAX_DRAFTS)."""
         self._limit = MAX_DRAFTS if limit is None else limit
         self._times = StepTimes()
-        self._everyone = Acceptance(ENGINE_MEMORY)
+        self._all_answers = Acceptance(ENGINE_MEMORY)
         self._rest = 0
         self.n_drafted = 0
         self.n_accepted = 0
 
-    def extend(self, plan: StepPlan, scheduler: Scheduler, answers: Mapping[str, Generation]) -> StepPlan:
-        """The scheduler's plan with drafts, as its step has room; the same plan if it has none or none would pay."""
-        if not self._limit:
-            return plan
+    def extend(self, plan: StepPlan, scheduler: Scheduler, live: Mapping[str, Generation]) -> StepPlan:
+        """The plan with drafts for the `live` answers in it; the same plan if it has no room or drafts would not pay.
+
+        A sequence whose request is not `live` gets none.
+        """
         self._rest = max(self._rest - 1, 0)
         spare = scheduler.spare(plan)
         if spare < 1 or self._rest:
             return plan
-        drafters = [self._look(answers.get(chunk.sequence.request.id)) for chunk in plan.chunks]
+        drafters = [self._look_up(live.get(chunk.sequence.request_id)) for chunk in plan.chunks]
         candidates = [
             DraftCandidate(drafter.rate, len(drafter.guess)) if drafter else NO_CANDIDATE for drafter in drafters
         ]
@@ -68,33 +74,34 @@ class Drafts:
         return replace(plan, chunks=tuple(chunks))
 
     def timed(self, plan: StepPlan, seconds: float) -> None:
-        """The plan's decode took so long."""
-        if self._limit and all(chunk.count == chunk.n_rows for chunk in plan.chunks):
+        """Learn that the plan's decode took `seconds`."""
+        if all(chunk.count == chunk.n_rows for chunk in plan.chunks):
             self._times.note(plan.n_tokens, seconds)
 
     def withdraw(self, plan: StepPlan) -> bool:
-        """The plan's decode failed: if it had drafts, none are made for a while, so that it can be tried without."""
+        """Make no drafts for a while after a failed decode; True if it had drafts, so that it can be tried without."""
         had = any(chunk.drafts for chunk in plan.chunks)
         if had:
             self._rest = REST_STEPS
         return had
 
-    def judge(self, answer: Generation, chunk: Chunk, drawn: list[int]) -> None:
-        """`drawn` are the tokens that were drawn after the chunk: one, and one for each draft that was right."""
+    def judge(self, generation: Generation, chunk: Chunk, sampled: list[int]) -> None:
+        """Learn from the tokens `sampled` after the chunk: one, and one for each draft that was right."""
         self.n_drafted += len(chunk.drafts)
-        self.n_accepted += sum(a == b for a, b in zip(chunk.drafts, drawn, strict=False))
-        if answer.drafter is not None:
-            answer.drafter.judge(drawn)
+        self.n_accepted += sum(a == b for a, b in zip(chunk.drafts, sampled, strict=False))
+        if generation.drafter is not None:
+            generation.drafter.judge(sampled)
 
-    def _look(self, answer: Generation | None) -> Drafter | None:
-        """The drafter of an answer that can have drafts, with its guess. One with a grammar cannot: it has its own."""
-        if answer is None or answer.guide is not None or answer.sequence.n_generated < FIRST_LOOK:
+    def _look_up(self, generation: Generation | None) -> Drafter | None:
+        """The drafter of an answer that can have drafts, with its guess. A grammar forces its tokens without any."""
+        if generation is None or generation.grammar is not None or generation.sequence.n_generated < FIRST_LOOK:
             return None
-        if answer.drafter is None:
-            answer.drafter = Drafter(self._everyone)
-        room = answer.sequence.request.params.max_tokens - answer.sequence.n_generated - 1
-        answer.drafter.look(answer.sequence.tokens, min(self._limit, room))
-        return answer.drafter
+        if generation.drafter is None:
+            generation.drafter = Drafter(self._all_answers)
+        sequence = generation.sequence
+        room = sequence.max_tokens - sequence.n_generated - 1
+        generation.drafter.look_up(sequence.tokens, min(self._limit, room))
+        return generation.drafter
 
 
 def _with_drafts(chunk: Chunk, drafts: tuple[int, ...]) -> Chunk:

@@ -1,187 +1,202 @@
-"""Scoring requests inside the engine: each question's prompt is prefilled once, its choices fork off it as branches.
+"""The job that scores choices: each prompt is prefilled once, and its choices fork off it as branches.
 
-A question begins as one sequence, its prompt. Once that is computed it goes on as the first branch, and the others join
-as sequences of their own, which share the prompt's cells like any request with that prefix. The scheduler sees nothing
-but sequences. A call's questions run a few at a time and queue behind whoever came meanwhile, so that a call of
-hundreds holds up nobody.
+                       ┌─ branch: further tokens of some choices ─► rows
+    prompt ─► last row ┼─ branch …
+                       └─ (the prompt's own sequence computes the first branch)
+
+A prompt begins as one sequence. Once that is computed it continues as the first branch, and the others join as
+sequences of their own, which share the prompt's cells like any request with that prefix: the scheduler sees nothing but
+sequences. Which branches to compute, and what their logits say of the choices, `ChoiceTree` decides. A request's
+prompts run a few at a time and queue behind requests that came meanwhile, so a request of hundreds delays no other for
+long.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from runtime.decoding.choice_tree import Branch, ChoiceTree
 from runtime.errors import ContextTooLong, InvalidRequest
-from runtime.requests import MAX_SCORED_CHOICES, Event, Request, SamplingParams, Scored, Scoring, ScoringPrompt, Usage
-from runtime.scheduling.plan import ScheduledSequence
+from runtime.llama.interface import ModelInfo
+from runtime.requests import MAX_SCORED_CHOICES, Event, Scored, Scoring, ScoringPrompt, Usage
+from runtime.scheduling.plan import Chunk, ScheduledSequence
 from runtime.scheduling.scheduler import Scheduler
 
-# Arrival numbers of one question: its prompt's, and one for each choice that may fork off.
-ARRIVALS = MAX_SCORED_CHOICES + 1
+from .job import TokenCounts
 
 
 @dataclass(eq=False, slots=True)
-class _Call:
+class _LiveScoring:
+    """A live request: the log-probabilities of each prompt's choices, once known, and its sequences in work."""
+
     scoring: Scoring
-    answers: list[tuple[float, ...] | None]
+    logprobs: list[tuple[float, ...] | None]
     n_begun: int = 0
     n_cached: int = 0
     n_computed: int = 0
-    live: list[ScheduledSequence] = field(default_factory=list)
+    sequences: list[ScheduledSequence] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
 class _ScoringJob:
-    """One question while it is worked on. `live` are its sequences; `root` is the one that computes the prompt."""
+    """One prompt in work, the `place`-th of its request. Its `root` computes the prompt, and then the first branch."""
 
-    call: _Call
+    live: _LiveScoring
     place: int
-    ballot: ChoiceTree
+    tree: ChoiceTree
     root: ScheduledSequence
-    arrivals: int
-    live: list[ScheduledSequence]
+    next_arrival: int
+    sequences: list[ScheduledSequence]
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.tree.prompt.prompt
 
 
 class Scorer:
-    """The engine's scoring requests, at most `at_once` questions of each in work."""
+    """The job of all `Scoring`s, and the owner of their sequences; at most `at_once` prompts of each are in work."""
 
-    def __init__(self, scheduler: Scheduler, next_arrival: Callable[[], int], at_once: int) -> None:
-        """`next_arrival` gives the first of `ARRIVALS` unused numbers."""
+    def __init__(
+        self, info: ModelInfo, scheduler: Scheduler, arrivals: Iterator[int], counts: TokenCounts, at_once: int
+    ) -> None:
+        """`arrivals` gives the first of `ARRIVALS` unused numbers."""
+        self._info = info
         self._scheduler = scheduler
-        self._next_arrival = next_arrival
+        self._arrivals = arrivals
+        self._counts = counts
         self._at_once = at_once
-        self._calls: dict[str, _Call] = {}
-        self._polls: dict[int, _ScoringJob] = {}
-        self.n_prompt = 0
-        self.n_cached = 0
+        self._jobs: dict[int, _ScoringJob] = {}  # by the arrival of each of its sequences
+        self.live: dict[str, _LiveScoring] = {}
 
-    @property
-    def live(self) -> tuple[str, ...]:
-        """The ids of the requests whose terminal event is still to come."""
-        return tuple(self._calls)
+    def check(self, scoring: Scoring) -> None:
+        """Raise InvalidRequest or ContextTooLong for what the edge should have refused."""
+        if not scoring.questions:
+            raise InvalidRequest("there is nothing to decide: no questions", param="questions")
+        for prompt in scoring.questions:
+            _check_prompt(prompt, self._info)
 
     def add(self, scoring: Scoring) -> None:
-        """Begin with a request that was checked."""
-        call = _Call(scoring, [None] * len(scoring.questions))
-        self._calls[scoring.id] = call
+        """Begin a request that was checked."""
+        live = _LiveScoring(scoring, [None] * len(scoring.questions))
+        self.live[scoring.id] = live
         for _ in range(min(self._at_once, len(scoring.questions))):
-            self._begin(call)
+            self._begin(live)
 
     def drop(self, request_id: str) -> None:
-        """Forget a live request and free its cells."""
-        for sequence in self._calls.pop(request_id).live:
-            del self._polls[sequence.arrival]
+        """Forget a live request; its cells are free with the next edits."""
+        for sequence in self.live.pop(request_id).sequences:
+            del self._jobs[sequence.arrival]
             self._scheduler.drop(sequence)
 
     def clear(self) -> None:
-        """Forget all requests; the scheduler is not used any more."""
-        self._calls.clear()
-        self._polls.clear()
+        """Forget all requests of an engine that is dead."""
+        self.live.clear()
+        self._jobs.clear()
 
-    def advance(self, sequence: ScheduledSequence, rows: np.ndarray) -> list[Event]:
-        """`rows` are the logits after the last tokens that were computed of `sequence`."""
-        poll = self._polls.get(sequence.arrival)
-        if poll is None:  # another branch of it broke in this very step
+    def advance(self, chunk: Chunk, logits: np.ndarray) -> list[Event]:
+        """Read the logits into the prompt's tree; fork branches, or end the request, when the sequence is complete."""
+        sequence = chunk.sequence
+        job = self._jobs.get(sequence.arrival)
+        if job is None:  # another branch of the request failed in this very step
             return []
-        prompt = poll.ballot.question.prompt
-        for end, row in enumerate(rows, sequence.n_computed - len(rows) + 1):
-            poll.ballot.read(tuple(sequence.tokens[len(prompt) : end]), row)
+        n_prompt = len(job.prompt)
+        for end, row in enumerate(logits, sequence.n_computed - len(logits) + 1):
+            job.tree.read(tuple(sequence.tokens[n_prompt:end]), row)
         if sequence.n_computed < len(sequence.tokens):
             return []
-        if sequence is poll.root and len(sequence.tokens) == len(prompt):
-            self._grow(poll)
+        if sequence is job.root and len(sequence.tokens) == n_prompt:
+            self._branch(job)
         else:
-            self._end(poll, sequence)
-        return [] if poll.live else self._answer(poll)
+            self._end(job, sequence)
+        return [] if job.sequences else self._complete(job)
 
-    def _begin(self, call: _Call) -> None:
-        question = call.scoring.questions[call.n_begun]
-        root = _sequence(call, question, self._next_arrival(), question.prompt, len(question.prompt) - 1)
-        poll = _ScoringJob(call, call.n_begun, ChoiceTree(question), root, root.arrival + 1, [])
-        call.n_begun += 1
-        self._start(poll, root)
+    def _begin(self, live: _LiveScoring) -> None:
+        prompt = live.scoring.questions[live.n_begun]
+        root = self._sequence(live, prompt, next(self._arrivals), prompt.prompt, len(prompt.prompt) - 1)
+        job = _ScoringJob(live, live.n_begun, ChoiceTree(prompt), root, root.arrival + 1, [])
+        live.n_begun += 1
+        self._start(job, root)
 
-    def _start(self, poll: _ScoringJob, sequence: ScheduledSequence) -> None:
-        poll.live.append(sequence)
-        poll.call.live.append(sequence)
-        self._polls[sequence.arrival] = poll
+    def _start(self, job: _ScoringJob, sequence: ScheduledSequence) -> None:
+        job.sequences.append(sequence)
+        job.live.sequences.append(sequence)
+        self._jobs[sequence.arrival] = job
         self._scheduler.add(sequence)
 
-    def _end(self, poll: _ScoringJob, sequence: ScheduledSequence) -> None:
-        poll.live.remove(sequence)
-        poll.call.live.remove(sequence)
-        del self._polls[sequence.arrival]
-        if sequence is poll.root:
+    def _end(self, job: _ScoringJob, sequence: ScheduledSequence) -> None:
+        job.sequences.remove(sequence)
+        job.live.sequences.remove(sequence)
+        del self._jobs[sequence.arrival]
+        if sequence is job.root:
             self._scheduler.finish(sequence)
-        else:  # nothing of it is worth keeping but what the root holds as well
+        else:  # all of it that is worth keeping, the root holds as well
             self._scheduler.drop(sequence)
-        if not poll.live:
-            self._fork(poll, poll.ballot.next_wave())
+        if not job.sequences:
+            self._fork(job, job.tree.next_wave())
 
-    def _grow(self, poll: _ScoringJob) -> None:
-        """The prompt is computed, and so where each choice stands after its first token. That may tell them all."""
-        root, prompt = poll.root, poll.ballot.question.prompt
-        wave = poll.ballot.next_wave()
+    def _branch(self, job: _ScoringJob) -> None:
+        """Start the first wave of branches, now that the prompt is computed; end the root if none is needed."""
+        wave = job.tree.next_wave()
         if not wave:
-            self._end(poll, root)
+            self._end(job, job.root)
             return
         first, *others = wave
-        root.tokens.extend(first.path)
-        root.first_row = len(prompt) - 1 + first.first
-        poll.call.n_computed += len(first.path)
-        self._fork(poll, others)
+        job.root.tokens.extend(first.path)
+        job.root.first_row = len(job.prompt) - 1 + first.first
+        job.live.n_computed += len(first.path)
+        self._fork(job, others)
 
-    def _fork(self, poll: _ScoringJob, branches: tuple[Branch, ...] | list[Branch]) -> None:
-        prompt = poll.ballot.question.prompt
+    def _fork(self, job: _ScoringJob, branches: Iterable[Branch]) -> None:
         for branch in branches:
-            first_row = len(prompt) - 1 + branch.first
-            tokens = prompt + branch.path
-            self._start(poll, _sequence(poll.call, poll.ballot.question, poll.arrivals, tokens, first_row))
-            poll.arrivals += 1
-            poll.call.n_computed += len(branch.path)
+            first_row = len(job.prompt) - 1 + branch.first
+            tokens = job.prompt + branch.path
+            self._start(job, self._sequence(job.live, job.tree.prompt, job.next_arrival, tokens, first_row))
+            job.next_arrival += 1
+            job.live.n_computed += len(branch.path)
 
-    def _answer(self, poll: _ScoringJob) -> list[Event]:
-        call = poll.call
-        call.answers[poll.place] = poll.ballot.logprobs()
-        call.n_cached += poll.root.n_cached
-        self.n_prompt += len(poll.ballot.question.prompt)
-        self.n_cached += poll.root.n_cached
-        if call.n_begun < len(call.answers):
-            self._begin(call)
-        answers = tuple(answer for answer in call.answers if answer is not None)
-        if len(answers) < len(call.answers):
+    def _sequence(
+        self, live: _LiveScoring, prompt: ScoringPrompt, arrival: int, tokens: tuple[int, ...], first_row: int
+    ) -> ScheduledSequence:
+        return ScheduledSequence(
+            owner=self,
+            request_id=live.scoring.id,
+            arrival=arrival,
+            tokens=list(tokens),
+            n_prompt=len(prompt.prompt),
+            max_tokens=max(map(len, prompt.choices)),
+            adapter=live.scoring.adapter,
+            first_row=first_row,
+        )
+
+    def _complete(self, job: _ScoringJob) -> list[Event]:
+        """Note the prompt's result and begin the request's next prompt; the terminal event after the last."""
+        live = job.live
+        live.logprobs[job.place] = job.tree.logprobs()
+        live.n_cached += job.root.n_cached
+        self._counts.prompt += len(job.prompt)
+        self._counts.cached += job.root.n_cached
+        if live.n_begun < len(live.logprobs):
+            self._begin(live)
+        known = tuple(logprobs for logprobs in live.logprobs if logprobs is not None)
+        if len(known) < len(live.logprobs):
             return []
-        del self._calls[call.scoring.id]
-        n_prompt = sum(len(question.prompt) for question in call.scoring.questions)
-        return [Scored(call.scoring.id, answers, Usage(n_prompt, call.n_cached, call.n_computed))]
+        del self.live[live.scoring.id]
+        n_prompt = sum(len(prompt.prompt) for prompt in live.scoring.questions)
+        return [Scored(live.scoring.id, known, Usage(n_prompt, live.n_cached, live.n_computed))]
 
 
-def _sequence(
-    call: _Call, question: ScoringPrompt, arrival: int, tokens: tuple[int, ...], first_row: int
-) -> ScheduledSequence:
-    params = SamplingParams(max_tokens=max(map(len, question.choices)))
-    request = Request(call.scoring.id, question.prompt, params, call.scoring.adapter)
-    return ScheduledSequence(request, arrival, list(tokens), first_row=first_row)
-
-
-def check_scoring(scoring: Scoring, n_vocab: int, n_ctx: int) -> None:
-    """Raise InvalidRequest or ContextTooLong for what the edge should have refused."""
-    if not scoring.questions:
-        raise InvalidRequest("there is nothing to decide: no questions", param="questions")
-    for question in scoring.questions:
-        choices = question.choices
-        if not question.prompt:
-            raise InvalidRequest("the prompt has no tokens", param="input")
-        if not 1 <= len(choices) <= MAX_SCORED_CHOICES or len(set(choices)) < len(choices) or () in choices:
-            message = (
-                f"a question needs 1 … {MAX_SCORED_CHOICES} choices, all different and none empty, got {len(choices)}"
-            )
-            raise InvalidRequest(message, param="questions")
-        for token in {*question.prompt, *question.ends, *(token for choice in choices for token in choice)}:
-            if not 0 <= token < n_vocab:
-                raise InvalidRequest(f"token id {token} is not in the vocabulary of {n_vocab}", param="questions")
-        longest = max(map(len, choices))
-        if len(question.prompt) + longest > n_ctx:
-            message = f"{len(question.prompt)} prompt tokens and a choice of {longest} exceed the context of {n_ctx}"
-            raise ContextTooLong(message, param="questions")
+def _check_prompt(prompt: ScoringPrompt, info: ModelInfo) -> None:
+    choices = prompt.choices
+    if not prompt.prompt:
+        raise InvalidRequest("the prompt has no tokens", param="input")
+    if not 1 <= len(choices) <= MAX_SCORED_CHOICES or len(set(choices)) < len(choices) or () in choices:
+        message = f"a question needs 1 … {MAX_SCORED_CHOICES} choices, all different and none empty, got {len(choices)}"
+        raise InvalidRequest(message, param="questions")
+    for token in {*prompt.prompt, *prompt.ends, *(token for choice in choices for token in choice)}:
+        if not 0 <= token < info.n_vocab:
+            raise InvalidRequest(f"token id {token} is not in the vocabulary of {info.n_vocab}", param="questions")
+    longest = max(map(len, choices))
+    if len(prompt.prompt) + longest > info.n_ctx:
+        message = f"{len(prompt.prompt)} prompt tokens and a choice of {longest} exceed the context of {info.n_ctx}"
+        raise ContextTooLong(message, param="questions")

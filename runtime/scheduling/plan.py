@@ -1,25 +1,50 @@
-"""The nouns of scheduling: live sequences, chunks of their tokens, edits of the KV cache, and the plan of a step."""
+"""The nouns of scheduling: sequences, chunks of their tokens, edits of the KV cache, and the plan of a step.
 
+A request for text is one sequence; a request that scores choices is one for each prompt, and one for each branch of its
+choices. The scheduler knows sequences only, and of a sequence's owner nothing.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
-from runtime.requests import Request
+import numpy as np
+
+from runtime.requests import Event
 
 
-@dataclass(slots=True)
+class Owner(Protocol):
+    """The job that a sequence is computed for."""
+
+    def advance(self, chunk: "Chunk", logits: np.ndarray) -> Iterable[Event]:
+        """Take in the logits after the last `n_rows` tokens of `chunk`, float32 of shape (n_rows, n_vocab).
+
+        An exception fails the sequence's request, after the events that came before it.
+        """
+
+    def drop(self, request_id: str) -> None:
+        """Forget a live request and all of its sequences."""
+
+
+@dataclass(eq=False, slots=True)
 class ScheduledSequence:
-    """A request while the engine works on it.
+    """Tokens that grow in the KV cache, from `Scheduler.add` to `finish` or `drop`.
 
-    `arrival` numbers requests in the order they came: the lower goes first. `tokens` is the prompt followed by what was
-    generated. The first `n_computed` of them are in the KV cache under `seq_id` (None while waiting or pre-empted).
-    `n_cached` of the prompt's tokens were found there already. `n_ahead` of the generated tokens were forced by a
-    grammar before anything was drawn. The logits after token `first_row`
-    and every later one are wanted (None: those after the last one only, which is what an answer that is being written
-    needs).
+    `arrival` numbers sequences in the order they came: the lower goes first. `tokens` is the prompt, `n_prompt` long,
+    and what followed it, at most `max_tokens`. The first `n_computed` of them are in the KV cache under `seq_id` (None
+    while it waits, or is pre-empted), computed under LoRA `adapter` (None: the bare model). `n_cached` of the prompt's
+    tokens were in the cache already when it joined. `n_ahead` tokens after the prompt were forced by a grammar before
+    any was sampled. `first_row` is the first token whose logits are wanted, with those of every later one (None: the
+    last token's only, which is all that writing needs).
     """
 
-    request: Request
+    owner: Owner
+    request_id: str
     arrival: int
     tokens: list[int]
+    n_prompt: int
+    max_tokens: int
+    adapter: str | None = None
     seq_id: int | None = None
     n_computed: int = 0
     n_cached: int = 0
@@ -28,15 +53,15 @@ class ScheduledSequence:
 
     @property
     def n_generated(self) -> int:
-        """How many tokens were generated so far."""
-        return len(self.tokens) - len(self.request.prompt)
+        """Tokens after the prompt."""
+        return len(self.tokens) - self.n_prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Tokens `start … start+count-1` of `sequence`, to be computed, with the logits of the last `n_rows` of them.
 
-    The last of them may be `drafts`: tokens that were not drawn yet, but may well be.
+    The last `len(drafts)` of them are speculative tokens: not part of the sequence yet, verified in this step.
     """
 
     sequence: ScheduledSequence
@@ -46,14 +71,20 @@ class Chunk:
     drafts: tuple[int, ...] = ()
 
     @property
+    def seq_id(self) -> int:
+        """The id of its sequence, which has one while it is planned."""
+        assert self.sequence.seq_id is not None
+        return self.sequence.seq_id
+
+    @property
     def samples(self) -> bool:
-        """Whether logits come of it."""
+        """True if logits come of it."""
         return self.n_rows > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest known prefix of a prompt: `length` tokens, held by sequence id `source` (None: nobody)."""
+    """The longest known prefix of a prompt: `length` tokens, held by sequence id `source` (None: no match)."""
 
     source: int | None
     length: int
@@ -70,7 +101,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """Take `seq_id` out of the cells at positions `start` and up; cells nobody is left in become free."""
+    """Take `seq_id` out of the cells at positions `start` and up; cells that no sequence holds any more become free."""
 
     seq_id: int
     start: int = 0
@@ -81,7 +112,7 @@ Edit = Copy | Remove
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step does: edit the KV cache, in this order, then compute these chunks in one decode under `adapter`."""
+    """One step: edit the KV cache, in this order, then compute these chunks in one decode under `adapter`."""
 
     edits: tuple[Edit, ...]
     chunks: tuple[Chunk, ...]

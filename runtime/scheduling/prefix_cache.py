@@ -54,9 +54,9 @@ class PrefixCache:
         return self.n_cells - len(self._free_cells)
 
     @property
-    def n_idle(self) -> int:
-        """Finished sequences that are still resident."""
-        return len(self._idle)
+    def residents(self) -> dict[int, int]:
+        """The cells that each resident holds, running or idle, by sequence id."""
+        return {seq_id: len(resident.cells) for seq_id, resident in (self._running | self._idle).items()}
 
     def cells_held(self, seq_ids: Iterable[int]) -> int:
         """Cells that these running sequences hold in all, shared ones counted once."""
@@ -94,7 +94,7 @@ class PrefixCache:
             self._references[shared] += 1
             self._edits.append(Copy(match.source, seq_id, match.length))
         self._tree.add(seq_id, tokens[: match.length], adapter)
-        self._run(seq_id, _Resident(tokens, shared))
+        self._start_running(seq_id, _Resident(tokens, shared))
         return seq_id
 
     def make_room(self, cells: int) -> int:
@@ -111,27 +111,27 @@ class PrefixCache:
             self._references[cell] = self._running_references[cell] = 1
             resident.cells.append(cell)
         self._n_running_cells += count
-        self._learn(seq_id, resident)
+        self._extend_tree(seq_id, resident)
 
     def trim(self, seq_id: int, length: int) -> None:
         """A running sequence gives up what it holds after its first `length` tokens; nothing if it holds no more."""
         resident = self._running[seq_id]
         if len(resident.cells) > length:
-            self._leave(resident.cells[length:])
+            self._unmark_running(resident.cells[length:])
             self._shorten(seq_id, resident, length)
             self._bound_idle()
 
     def retire(self, seq_id: int, tokens: np.ndarray) -> None:
         """The sequence is finished: what it holds, `tokens`, stays as an idle resident, as far as the bound allows."""
-        resident = self._rest(seq_id)
+        resident = self._end_running(seq_id)
         resident.tokens = tokens
-        self._learn(seq_id, resident)
+        self._extend_tree(seq_id, resident)
         self._idle[seq_id] = resident
         self._bound_idle()
 
     def release(self, seq_id: int) -> None:
         """Forget a running sequence; the cells that it holds alone are free at once."""
-        self._drop(seq_id, self._rest(seq_id))
+        self._drop(seq_id, self._end_running(seq_id))
         self._bound_idle()
 
     def evict_idle(self) -> bool:
@@ -145,24 +145,42 @@ class PrefixCache:
         edits, self._edits = tuple(self._edits), []
         return edits
 
+    def check(self) -> None:
+        """Raise AssertionError unless ids, cells, counts and tree say the same. Costs as much as the cache is large."""
+        residents = self._running | self._idle
+        assert len(residents) == len(self._running) + len(self._idle), "a sequence is running and idle"
+        n_seq_max = len(residents) + len(self._free_ids)
+        assert {*residents, *self._free_ids} == set(range(n_seq_max)), "a sequence id is lost, or given twice"
+        for references, holders in ((self._references, residents), (self._running_references, self._running)):
+            held = [cell for resident in holders.values() for cell in resident.cells]
+            assert np.array_equal(references, np.bincount(held, minlength=self.n_cells)), "a cell is counted wrongly"
+        assert sorted(self._free_cells) == np.flatnonzero(self._references == 0).tolist(), "a free cell is lost or held"
+        assert self._n_running_cells == np.count_nonzero(self._running_references), "running cells are counted wrongly"
+        assert self.used_cells - self._n_running_cells <= self._idle_cells, "idle sequences hold more than the bound"
+        for seq_id, resident in residents.items():
+            known = self._tree.tokens(seq_id)
+            assert len(known) == min(len(resident.tokens), len(resident.cells)), "the tree knows too much or too little"
+            assert np.array_equal(known, resident.tokens[: len(known)]), "the tree knows other tokens"
+        self._tree.check()
+
     def _resident(self, seq_id: int) -> _Resident:
         return self._running[seq_id] if seq_id in self._running else self._idle[seq_id]
 
-    def _run(self, seq_id: int, resident: _Resident) -> None:
+    def _start_running(self, seq_id: int, resident: _Resident) -> None:
         self._running[seq_id] = resident
         self._n_running_cells += int((self._running_references[resident.cells] == 0).sum())
         self._running_references[resident.cells] += 1
 
-    def _rest(self, seq_id: int) -> _Resident:
+    def _end_running(self, seq_id: int) -> _Resident:
         resident = self._running.pop(seq_id)
-        self._leave(resident.cells)
+        self._unmark_running(resident.cells)
         return resident
 
-    def _leave(self, cells: list[int]) -> None:
+    def _unmark_running(self, cells: list[int]) -> None:
         self._running_references[cells] -= 1
         self._n_running_cells -= int((self._running_references[cells] == 0).sum())
 
-    def _learn(self, seq_id: int, resident: _Resident) -> None:
+    def _extend_tree(self, seq_id: int, resident: _Resident) -> None:
         known = self._tree.length(seq_id)
         if known < min(len(resident.tokens), len(resident.cells)):
             self._tree.extend(seq_id, resident.tokens[known : len(resident.cells)])
@@ -171,7 +189,7 @@ class PrefixCache:
         resident = self._idle.pop(seq_id)
         self._shorten(seq_id, resident, length)
         resident.tokens = tokens
-        self._run(seq_id, resident)
+        self._start_running(seq_id, resident)
         return seq_id
 
     def _bound_idle(self) -> None:
@@ -183,7 +201,7 @@ class PrefixCache:
                 self._evict(oldest)
 
     def _shorten(self, seq_id: int, resident: _Resident, length: int) -> None:
-        self._let_go(resident.cells[length:])
+        self._dereference(resident.cells[length:])
         del resident.cells[length:]
         self._tree.shorten(seq_id, length)
         self._edits.append(Remove(seq_id, length))
@@ -192,11 +210,11 @@ class PrefixCache:
         self._drop(seq_id, self._idle.pop(seq_id))
 
     def _drop(self, seq_id: int, resident: _Resident) -> None:
-        self._let_go(resident.cells)
+        self._dereference(resident.cells)
         self._tree.discard(seq_id)
         self._free_ids.append(seq_id)
         self._edits.append(Remove(seq_id))
 
-    def _let_go(self, cells: list[int]) -> None:
+    def _dereference(self, cells: list[int]) -> None:
         self._references[cells] -= 1
         self._free_cells.extend(cell for cell in cells if self._references[cell] == 0)

@@ -40,6 +40,14 @@ class RadixTree:
         """How many tokens of sequence `key` are known."""
         return self._ends[key].length
 
+    def tokens(self, key: int) -> np.ndarray:
+        """The known tokens of sequence `key`."""
+        edges, node = [], self._ends[key].node
+        while node.parent is not None:
+            edges.append(node.edge)
+            node = node.parent
+        return np.concatenate([np.empty(0, np.int32), *reversed(edges)])
+
     def match(self, tokens: np.ndarray, adapter: str | None) -> tuple[int | None, int]:
         """(the newest sequence that begins with most of `tokens`, how many they share); (None, 0) if none does."""
         node = self._roots.get(adapter)
@@ -91,6 +99,26 @@ class RadixTree:
         if key in self._ends:
             self.shorten(key, 0)
             del self._ends[key]
+
+    def check(self) -> None:
+        """Raise AssertionError unless every node is linked both ways, held by those below it, and needed."""
+        ends = {id(end.node) for end in self._ends.values()}
+        for key, end in self._ends.items():
+            assert end.length == len(self.tokens(key)), "a sequence ends elsewhere"
+            node = end.node
+            while node.parent is not None:
+                assert key in node.holders, "a sequence does not hold its path"
+                node = node.parent
+            assert node in self._roots.values(), "a path leads to no root"
+        todo = list(self._roots.values())
+        while todo:
+            node = todo.pop()
+            for first, child in node.children.items():
+                assert child.parent is node, "a child has another parent"
+                assert len(child.edge) > 0, "an edge is empty"
+                assert child.edge[0] == first, "a child is filed under another token"
+                assert len(child.children) > 1 or id(child) in ends, "a node is not needed"
+            todo.extend(node.children.values())
 
 
 def _split(node: _Node, at: int) -> _Node:

@@ -117,9 +117,14 @@ class Scheduler:
         self.running: list[ScheduledSequence] = []
         self.n_preemptions = 0
 
+    @property
+    def has_work(self) -> bool:
+        """True while a sequence waits or runs."""
+        return bool(self.waiting or self.running)
+
     def add(self, sequence: ScheduledSequence) -> None:
         """A new sequence waits for its turn."""
-        self._turns.join(sequence.request.adapter)
+        self._turns.join(sequence.adapter)
         self._wait(sequence)
 
     def plan(self) -> StepPlan | None:
@@ -130,7 +135,7 @@ class Scheduler:
             chunks = self._by_turns(join=not self.running)
         if not chunks:
             return None
-        return StepPlan(self._cache.take_edits(), tuple(chunks), chunks[0].sequence.request.adapter)
+        return StepPlan(self._cache.take_edits(), tuple(chunks), chunks[0].sequence.adapter)
 
     def spare(self, plan: StepPlan) -> int:
         """How many tokens more, each with its row, the plan's step could compute; 0 unless all it does is decode.
@@ -199,7 +204,7 @@ class Scheduler:
     def _forget(self, sequence: ScheduledSequence) -> None:
         (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
         self._promised.discard(sequence.arrival)
-        self._turns.leave(sequence.request.adapter)
+        self._turns.leave(sequence.adapter)
         sequence.seq_id = None
         del self._tokens[sequence.arrival]
 
@@ -224,7 +229,7 @@ class Scheduler:
 
         Prompts are planned beside the rows even if they are computed alone, so that there are cells for both.
         """
-        mine = [sequence for sequence in self.running if sequence.request.adapter == adapter]
+        mine = [sequence for sequence in self.running if sequence.adapter == adapter]
         chunks = self._fill(sorted(filter(_has_few_left, mine), key=_is_prefilling), [])
         chunks = self._fill([sequence for sequence in mine if not _has_few_left(sequence)], chunks)
         if join:
@@ -263,7 +268,7 @@ class Scheduler:
                 n_held_back += 1
             elif not self._join(sequence, match):
                 break
-            elif sequence.request.adapter == adapter:
+            elif sequence.adapter == adapter:
                 if not (chunk := self._chunk(sequence, chunks)):
                     break
                 chunks.append(chunk)
@@ -281,8 +286,8 @@ class Scheduler:
     def _match(self, sequence: ScheduledSequence) -> Match | None:
         """The prefix `sequence` would start from; None if another one is just computing a much longer one."""
         tokens = self._tokens[sequence.arrival][: _first_row(sequence) + 1]
-        match = self._cache.match(tokens, sequence.request.adapter)
-        _, promised = self._promised.match(tokens[:-1], sequence.request.adapter)
+        match = self._cache.match(tokens, sequence.adapter)
+        _, promised = self._promised.match(tokens[:-1], sequence.adapter)
         return match if promised - match.length < HOLD_BACK_TOKENS else None
 
     def _join(self, sequence: ScheduledSequence, match: Match) -> bool:
@@ -290,12 +295,12 @@ class Scheduler:
         needed = len(sequence.tokens) - match.length + sum(map(_outstanding, self.running))
         if self.running and not self._cache.can_hold(needed, match):
             return False
-        tokens, adapter = self._tokens[sequence.arrival], sequence.request.adapter
+        tokens, adapter = self._tokens[sequence.arrival], sequence.adapter
         seq_id = self._cache.admit(tokens, match, adapter)
         if seq_id is None:
             return False
         self._promised.add(sequence.arrival, tokens, adapter)
-        found = min(match.length, len(sequence.request.prompt))
+        found = min(match.length, sequence.n_prompt)
         sequence.n_cached = found if sequence.n_generated == sequence.n_ahead else min(found, sequence.n_cached)
         sequence.seq_id, sequence.n_computed = seq_id, match.length
         self.waiting.remove(sequence)
@@ -339,5 +344,5 @@ def _has_few_left(sequence: ScheduledSequence) -> bool:
 
 def _outstanding(sequence: ScheduledSequence) -> int:
     """Cells a running sequence will soon need: the rest of its prompt and a bit of its answer."""
-    answer = sequence.request.params.max_tokens - sequence.n_generated
+    answer = sequence.max_tokens - sequence.n_generated
     return len(sequence.tokens) - sequence.n_computed + min(answer, HEADROOM_TOKENS)

@@ -76,10 +76,10 @@ def test_an_answer_begins_from_what_all_answers_taught() -> None:
     everyone = Acceptance(200)
     first = Drafter(everyone)
     for _ in range(50):
-        first.look([1, 2, 3, 8, 1, 2, 3], 4)
+        first.look_up([1, 2, 3, 8, 1, 2, 3], 4)
         first.judge([8])
     second = Drafter(everyone)
-    second.look([5, 6, 7, 9, 5, 6, 7], 4)
+    second.look_up([5, 6, 7, 9, 5, 6, 7], 4)
     assert second.rate == pytest.approx(everyone.rate(3))
     assert second.rate > 0.9
 
@@ -91,7 +91,7 @@ def test_an_answer_begins_from_what_all_answers_taught() -> None:
 )
 def test_a_guess_is_judged_by_what_was_drawn_whether_verified_or_not(drawn: list[int], better: bool) -> None:
     drafter = Drafter(Acceptance(200))
-    drafter.look([1, 2, 3, 8, 1, 2, 3], 4)
+    drafter.look_up([1, 2, 3, 8, 1, 2, 3], 4)
     assert list(drafter.guess) == [8, 1, 2, 3]
     before = drafter.rate
     drafter.judge(drawn)

@@ -12,9 +12,9 @@ from hypothesis.stateful import initialize
 from runtime.decoding.detokenize import TextStream
 from runtime.decoding.grammar import Grammars
 from runtime.decoding.sampling import Sampler
-from runtime.engine.answer import Generation
 from runtime.engine.drafts import FIRST_LOOK, MAX_DRAFTS, Drafts
 from runtime.engine.engine import Engine
+from runtime.engine.generation import Generation
 from runtime.engine.options import EngineOptions
 from runtime.errors import BatchInvalid, DecodeAborted, NoKvSlot
 from runtime.llama.interface import Batch
@@ -22,6 +22,7 @@ from runtime.requests import Event, Failed, Finished, Grammar, Request, Sampling
 from runtime.scheduling.plan import ScheduledSequence
 from runtime.scheduling.prefix_cache import PrefixCache
 from runtime.scheduling.scheduler import Scheduler
+from tests.runtime.scheduling.test_scheduler import NoOwner
 from tests.support.runtime.fakes import END_OF_TURN, EOS, FakeLlama, FakeTokenizer
 
 from .test_engine import Traffic, asked, ends, ids_of, nothing_left, run, text_of, tokens_of
@@ -219,8 +220,9 @@ def test_who_waits_for_another_step_waits_little_longer_for_drafts() -> None:
     answers = {}
     for arrival, name in enumerate("ab"):
         request = Request(name, tuple(b"abc" * 9), LONG)
-        sequence = ScheduledSequence(request, arrival, [*request.prompt, *b"abcabc"])
-        answers[name] = Generation(sequence, Sampler(LONG), TextStream(FakeTokenizer().token_bytes))
+        tokens = [*request.prompt, *b"abcabc"]
+        sequence = ScheduledSequence(NoOwner(), name, arrival, tokens, len(request.prompt), LONG.max_tokens)
+        answers[name] = Generation(request, sequence, Sampler(LONG), TextStream(FakeTokenizer().token_bytes))
         scheduler.add(sequence)
     while (plan := scheduler.plan()) and not scheduler.spare(plan):
         scheduler.commit(plan)

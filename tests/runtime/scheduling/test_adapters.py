@@ -2,7 +2,6 @@
 
 from itertools import groupby
 
-from runtime.requests import Request, SamplingParams
 from runtime.scheduling.plan import ScheduledSequence, StepPlan
 from runtime.scheduling.scheduler import STEP_TOKENS, TURN_TOKENS
 
@@ -17,11 +16,7 @@ class Office(Desk):
 
     def want(self, adapter: str | None, n_prompt: int, *, max_tokens: int = 50, shared: int = 0) -> ScheduledSequence:
         prompt = (*range(shared), *(1000 * (self.n + 1) + i for i in range(n_prompt - shared)))
-        request = Request(str(self.n), prompt, SamplingParams(max_tokens), adapter)
-        sequence = ScheduledSequence(request, self.n, list(prompt))
-        self.n += 1
-        self.scheduler.add(sequence)
-        return sequence
+        return self.add(prompt, max_tokens, adapter)
 
     def work(self) -> str | None:
         """One computed step; its adapter, which must be that of all of its chunks. Who is done leaves."""
@@ -30,12 +25,12 @@ class Office(Desk):
         return plan.adapter
 
     def work_on(self, plan: StepPlan) -> None:
-        assert {chunk.sequence.request.adapter for chunk in plan.chunks} == {plan.adapter}
+        assert {chunk.sequence.adapter for chunk in plan.chunks} == {plan.adapter}
         self.scheduler.commit(plan)
         for chunk in plan.chunks:
             if chunk.samples:
                 chunk.sequence.tokens.append(7)
-                if chunk.sequence.n_generated == chunk.sequence.request.params.max_tokens:
+                if chunk.sequence.n_generated == chunk.sequence.max_tokens:
                     self.scheduler.finish(chunk.sequence)
 
 
@@ -71,7 +66,7 @@ def test_who_comes_while_every_slot_is_taken_is_next_whatever_the_adapter() -> N
         office.want("busy", 10, max_tokens=9)
     while lone.seq_id is None:
         office.work()
-    assert [s.request.adapter for s in office.scheduler.running].count("lone") == 1
+    assert [s.adapter for s in office.scheduler.running].count("lone") == 1
     assert len(office.scheduler.waiting) >= 18, "no later one overtook it"
     assert "lone" in {office.work() for _ in range(LONGEST_WAIT + 1)}
 

@@ -158,7 +158,7 @@ def watched_step(office: Office, missed: dict[int, int], mix_cells: int) -> None
     if plan is None:
         return
     assert_one_sort(office, plan, mix_cells)
-    mine = [sequence for sequence in office.scheduler.running if sequence.request.adapter == plan.adapter]
+    mine = [sequence for sequence in office.scheduler.running if sequence.adapter == plan.adapter]
     first_prompt = [sequence for sequence in mine if not is_row(sequence)][:1]
     for sequence in [*filter(is_row, mine), *first_prompt]:
         missed[sequence.arrival] += 1

@@ -77,18 +77,18 @@ def test_idle_cells_are_bounded() -> None:
     cache = PrefixCache(N_CELLS, N_IDS, idle_cells=5)
     cache.retire(resident(cache, "aaa"), ids("aaa"))
     cache.retire(resident(cache, "bbb"), ids("bbb"))
-    assert (cache.n_idle, cache.used_cells) == (1, 3)
+    assert (len(cache.residents), cache.used_cells) == (1, 3)
     cache.retire(resident(cache, "cccccc"), ids("cccccc"))
-    assert (cache.n_idle, cache.used_cells) == (1, 5), "the beginning is what others may share"
+    assert (len(cache.residents), cache.used_cells) == (1, 5), "the beginning is what others may share"
     assert cache.match(ids("cccccc")).length == 5
 
 
 def test_idle_cells_that_a_running_sequence_shares_do_not_count_as_idle() -> None:
     cache = PrefixCache(N_CELLS, N_IDS, idle_cells=1)
     idle = resident(cache, "abcdef")
-    resident(cache, "abcdeg")
+    writing = resident(cache, "abcdeg")
     cache.retire(idle, ids("abcdef"))
-    assert cache.n_idle == 1
+    assert cache.residents == {idle: 6, writing: 6}
 
 
 def test_the_bound_holds_when_the_one_who_shared_is_gone() -> None:
@@ -97,7 +97,7 @@ def test_the_bound_holds_when_the_one_who_shared_is_gone() -> None:
     cache.retire(idle, ids("abcdef"))
     assert cache.used_cells == 7
     cache.release(running)
-    assert (cache.n_idle, cache.used_cells) == (1, 4)
+    assert (len(cache.residents), cache.used_cells) == (1, 4)
 
 
 def test_can_hold_counts_everything_idle_but_the_match_as_room() -> None:
@@ -228,7 +228,7 @@ class AgainstRealCells(RuleBasedStateMachine):
         self.cache.extend(seq_id, count)
 
     def cells(self, seq_ids: Iterable[int]) -> set[int]:
-        return {id(cell) for seq_id in seq_ids for cell in self.llama._sequences.get(seq_id, [])}
+        return self.llama.cells_of(seq_ids)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), token=st.integers(0, 1), count=st.integers(1, 4))
@@ -268,7 +268,7 @@ class AgainstRealCells(RuleBasedStateMachine):
 
     @rule()
     def evict(self) -> None:
-        had = self.cache.n_idle > 0
+        had = len(self.cache.residents) > len(self.running)
         assert self.cache.evict_idle() == had
         self.carry_out()
         assert set(self.llama.sequences) <= set(self.running)
@@ -281,12 +281,16 @@ class AgainstRealCells(RuleBasedStateMachine):
         match = self.found(np.array(tokens, np.int32), adapter)
         kept = self.cells(self.running)
         if match.source is not None:
-            kept |= {id(cell) for cell in self.llama._sequences[match.source][: match.length]}
+            kept |= self.llama.cells_of([match.source], match.length)
         assert self.cache.can_hold(N_CELLS - len(kept), match)
         assert not self.cache.can_hold(N_CELLS - len(kept) + 1, match)
 
     @invariant()
     def agrees(self) -> None:
+        self.cache.check()
+        assert {name: n for name, n in self.cache.residents.items() if n} == {
+            name: len(tokens) for name, tokens in self.llama.sequences.items()
+        }
         assert self.cache.used_cells == self.llama.used_cells
         free = N_CELLS - len(self.cells(self.running))
         assert self.cache.can_hold(free, Match(None, 0))

@@ -1,13 +1,25 @@
 """The policy, step by step: who is planned, in what order, and what gives way when cells run out."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from runtime.requests import Request, SamplingParams
-from runtime.scheduling.plan import Copy, Remove, ScheduledSequence, StepPlan
+from runtime.requests import Event
+from runtime.scheduling.plan import Chunk, Copy, Remove, ScheduledSequence, StepPlan
 from runtime.scheduling.prefix_cache import PrefixCache
 from runtime.scheduling.scheduler import HOLD_BACK_TOKENS, Scheduler
+
+
+class NoOwner:
+    """The scheduler has no dealings with the owners of its sequences."""
+
+    def advance(self, chunk: Chunk, logits: np.ndarray) -> Iterable[Event]:
+        raise AssertionError
+
+    def drop(self, request_id: str) -> None:
+        raise AssertionError
 
 
 class Desk:
@@ -28,7 +40,10 @@ class Desk:
     def ask(self, n_prompt: int, *, max_tokens: int = 50, shared: int = 0) -> ScheduledSequence:
         """A request whose prompt is its own but for the first `shared` tokens."""
         prompt = (*range(shared), *(1000 * (self.n + 1) + i for i in range(n_prompt - shared)))
-        sequence = ScheduledSequence(Request(str(self.n), prompt, SamplingParams(max_tokens)), self.n, list(prompt))
+        return self.add(prompt, max_tokens)
+
+    def add(self, prompt: tuple[int, ...], max_tokens: int, adapter: str | None = None) -> ScheduledSequence:
+        sequence = ScheduledSequence(NoOwner(), str(self.n), self.n, list(prompt), len(prompt), max_tokens, adapter)
         self.n += 1
         self.scheduler.add(sequence)
         return sequence

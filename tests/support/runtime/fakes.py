@@ -6,7 +6,7 @@ bug of the engine. It keeps real cells, and raises what llama.cpp would return o
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -161,6 +161,10 @@ class FakeLlama:
     def sequences(self) -> dict[int, tuple[int, ...]]:
         """The tokens that each sequence id holds; empty ones are left out."""
         return {seq_id: tuple(cell.token for cell in cells) for seq_id, cells in self._sequences.items() if cells}
+
+    def cells_of(self, seq_ids: Iterable[int], length: int | None = None) -> set[int]:
+        """A number for each cell that one of the sequences holds, or holds among its first `length`."""
+        return {id(cell) for seq_id in seq_ids for cell in self._sequences.get(seq_id, [])[:length]}
 
     def decode(self, batch: Batch) -> np.ndarray:
         number, self.decodes = self.decodes, self.decodes + 1

@@ -1,0 +1,122 @@
+"""One answer while it is written: its sequence, sampler, text and grammar, advanced together by each sampled token.
+
+Tokens that a grammar forces need no logits: they are written with the sampled token before them, and prefilled together
+in the next step. With `logprobs` they are taken one at a time, since each needs its row.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from runtime.decoding.detokenize import TextStream
+from runtime.decoding.grammar import Grammars, GrammarState
+from runtime.decoding.prompt_lookup import Drafter
+from runtime.decoding.sampling import Sampler
+from runtime.requests import FinishReason, Grammar, Request, SamplingParams
+from runtime.scheduling.plan import ScheduledSequence
+
+
+@dataclass(frozen=True, slots=True)
+class NewText:
+    """The outcome of one sampled token: text to send, the tokens of that text, and why the answer ends, if it does."""
+
+    text: str
+    tokens: tuple[int, ...]
+    reason: FinishReason | None
+
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """One answer while it is written: its sequence, sampler, text and grammar, advanced together.
+
+    `mask` is the grammar's for the next token, bool of shape (n_vocab,), while a thread works it out. `unsent` tokens
+    are part of the sequence, but their text was not sent yet. `drafter` exists once prompt lookup began.
+    """
+
+    request: Request
+    sequence: ScheduledSequence
+    sampler: Sampler
+    text: TextStream
+    grammar: GrammarState | None = None
+    mask: Future[np.ndarray] | None = None
+    unsent: list[int] = field(default_factory=list)
+    n_counted: int = 0
+    drafter: Drafter | None = None
+
+    def write(self, token: int, *, ends: bool) -> NewText:
+        """Append the sampled `token` and the tokens that the grammar forces after it. `ends`: it is an end token.
+
+        Raises GrammarFailed.
+        """
+        self.sequence.tokens.append(token)
+        tokens, self.unsent = self.unsent if ends else [*self.unsent, token], []
+        text = "".join(map(self.text.push, tokens))
+        complete = ends or self.text.stopped
+        if self.grammar is not None and not complete:
+            for forced in self._accept(self.grammar, token):
+                self.sequence.tokens.append(forced)
+                self.sampler.note(forced)
+                tokens.append(forced)
+                text += self.text.push(forced)
+                if self.text.stopped:
+                    break
+            complete = self.text.stopped or self.grammar.complete
+        reason: FinishReason | None = "stop" if complete else "length" if self._room < 1 else None
+        return NewText(text if reason is None else text + self.text.finish(), tuple(tokens), reason)
+
+    def next_mask(self) -> np.ndarray:
+        """The tokens that may be sampled next, bool of shape (n_vocab,). Raises GrammarFailed."""
+        assert self.grammar is not None
+        allowed = self.grammar.allowed()
+        if self._forces_one_by_one and (forced := self.grammar.forced()):
+            allowed[:] = False
+            allowed[forced[0]] = True
+        return allowed
+
+    def _accept(self, grammar: GrammarState, token: int) -> list[int]:
+        """The grammar accepts the sampled `token`; the tokens that it forces next, accepted too."""
+        grammar.accept([token])
+        return [] if self._forces_one_by_one or grammar.complete else _accept_forced(grammar, self._room)
+
+    @property
+    def _forces_one_by_one(self) -> bool:
+        return self.request.params.logprobs is not None
+
+    @property
+    def _room(self) -> int:
+        return self.request.params.max_tokens - self.sequence.n_generated
+
+
+def begin_grammar(
+    grammars: Grammars, grammar: Grammar, params: SamplingParams, token_bytes: Callable[[int], bytes]
+) -> tuple[GrammarState, list[int]]:
+    """A new answer's state, and the tokens that are forced before any is sampled.
+
+    They never end the answer: at least one token is left to sample. Raises InvalidRequest or GrammarFailed.
+    """
+    state = grammars.compile(grammar)
+    if params.logprobs is not None:
+        return state, []
+    return state, _accept_forced(state, _room_before_end(grammars.compile(grammar), params, token_bytes))
+
+
+def _room_before_end(state: GrammarState, params: SamplingParams, token_bytes: Callable[[int], bytes]) -> int:
+    """How many forced tokens come before one that would end the answer: by length, stop string or grammar."""
+    text = TextStream(token_bytes, params.stop)
+    forced = state.forced()[: params.max_tokens - 1]
+    for place, token in enumerate(forced):
+        text.push(token)
+        state.accept([token])
+        if text.stopped or state.complete:
+            return place
+    return len(forced)
+
+
+def _accept_forced(state: GrammarState, room: int) -> list[int]:
+    """The tokens, at most `room`, that come next whatever the model says; the state accepts them."""
+    forced = state.forced()[:room]
+    if forced:
+        state.accept(forced)
+    return forced
