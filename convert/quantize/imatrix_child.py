@@ -16,9 +16,9 @@ from convert.errors import ImatrixFailed
 from models.common.machine import physical_cores
 from runtime.errors import EngineError
 from runtime.llama.decode import decode_error
+from runtime.llama.ggml import F32, Ggml, GgmlTensor
 from runtime.llama.handle import ModelHandle
 
-from .ggml import F32, Ggml, GgmlTensor
 from .imatrix import Imatrix, ImatrixEntry, write_imatrix
 
 # Rows of logits are reserved for each token of a batch, 1 MiB each with a large vocabulary.

@@ -1,4 +1,6 @@
-"""float16 by ggml's loop: every float32 it may meet becomes the float16 that numpy makes of it."""
+"""The door to ggml: float16 as numpy makes it, and a library that is not the expected ggml is refused."""
+
+import ctypes
 
 import llama_cpp
 import numpy as np
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from runtime.llama.ggml import to_half
+from runtime.errors import EngineError
+from runtime.llama.ggml import Ggml, to_half
 
 # Where rounding changes its ways: around float16's smallest number, its smallest normal one and its largest.
 EDGES = [0x32FF_F000, 0x337F_F000, 0x387F_E000, 0x477F_D000]
@@ -38,3 +41,13 @@ def test_without_ggmls_loop_numpys_is_used(monkeypatch: pytest.MonkeyPatch, dtyp
     monkeypatch.setattr(llama_cpp.llama_cpp, "_lib", object())
     values: np.ndarray = np.array([1 / 3, 70_000, -1e-8], dtype)
     np.testing.assert_array_equal(to_half(values), reference(values))
+
+
+def test_the_installed_ggml_has_the_expected_layout() -> None:
+    ggml = Ggml(llama_cpp.llama_cpp._lib)
+    assert ggml.mul_mat != ggml.mul_mat_id
+
+
+def test_a_library_without_ggmls_functions_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"lacks a function that collecting needs: .*ggml_init"):
+        Ggml(ctypes.CDLL(None))
