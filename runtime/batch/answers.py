@@ -1,12 +1,10 @@
 """Answers batch lines through an engine, by the same calls as the server's, without HTTP between."""
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 from runtime.errors import Overloaded
 from runtime.openai.chat import MAX_ANSWERS_PER_CALL
-from runtime.openai.wire import to_error
 from runtime.requests import Work
 from runtime.serving.model import ServedModel
 from runtime.serving.routes import ROUTES
@@ -45,11 +43,6 @@ class EngineAnswerer:
                 return self._model.supervisor.submit(*work, whole=True)
             except Overloaded:
                 await self._ended.wait()
-
-    def describe(self, error: Exception) -> Mapping[str, Any]:
-        """OpenAI's error object."""
-        body: dict[str, Any] = to_error(error)[1]["error"]
-        return body
 
     def require_alive(self) -> None:
         """Raise EngineDown or ShuttingDown if the supervisor takes no requests any more."""

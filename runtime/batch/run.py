@@ -22,6 +22,7 @@ from models.common.console import ProgressBars
 from models.store.store import Store
 from runtime.config import RuntimeConfig
 from runtime.errors import BatchRefused, EngineError, InvalidRequest, RequestError
+from runtime.openai.wire import to_error
 from runtime.serving.model import ServedModel, load_model, under_name
 from runtime.serving.names import find
 
@@ -83,9 +84,6 @@ class Answerer(Protocol):
 
     async def answer(self, line: BatchLine) -> Mapping[str, Any]:
         """OpenAI's response body. Whatever it raises, this one line failed."""
-
-    def describe(self, error: Exception) -> Mapping[str, Any]:
-        """OpenAI's error object."""
 
     def require_alive(self) -> None:
         """Raise EngineError if no request will be answered any more."""
@@ -153,7 +151,7 @@ class BatchRun:
             self._window.release()
 
     def _fail(self, number: int, custom_id: str | None, error: Exception) -> None:
-        self._files.errors.append(error_record(number, custom_id, self._answerer.describe(error)))
+        self._files.errors.append(error_record(number, custom_id, to_error(error)[1]["error"]))
         self.counts.failed += 1
         self._on_progress(self.counts)
 

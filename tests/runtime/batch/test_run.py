@@ -16,7 +16,6 @@ from runtime.batch.journal import JsonlFile, errors_path
 from runtime.batch.lines import BadLine, BatchLine, count_lines, parse_line, read_lines
 from runtime.batch.run import BatchCounts, BatchJob, BatchRun, open_files
 from runtime.errors import BatchRefused, EngineDown, InvalidRequest
-from runtime.openai.wire import to_error
 
 URL = "/v1/chat/completions"
 
@@ -63,10 +62,6 @@ class Echo:
             return {"model": self.model, "said": line.body["messages"][0]["content"], "usage": usage}
         finally:
             self.in_flight -= 1
-
-    def describe(self, error: Exception) -> Mapping[str, Any]:
-        described: dict[str, Any] = to_error(error)[1]["error"]
-        return described
 
     def require_alive(self) -> None:
         if self.lives == 0:
