@@ -1,8 +1,9 @@
-"""The errors of `runtime`: what a client did wrong, and what the engine could not do.
+"""The errors of `runtime`: a client's faults, and the engine's own.
 
-They travel between processes: each can be made of its message alone, and keeps the rest in attributes.
+They travel between processes as a code of ERROR_CODES, their message and the attributes `param`, `code` and
+`retry_after_s`: each class can be made from its message alone.
 
-RequestError                 the client can mend it; carries `param` and `code` for the wire
+RequestError                 the client can correct it; carries `param` and `code` for the wire
 ├── InvalidRequest           a field is malformed, out of range or not supported
 ├── Unauthorized             the API key is missing or wrong
 ├── ModelUnknown             no model of that name is served
@@ -18,17 +19,17 @@ EngineError                  the engine's own; the request is not to blame
 ├── DecodeAborted            llama_decode 2: the abort callback fired
 ├── BatchInvalid             llama_decode -1: the batch is malformed
 ├── DecodeFailed             llama_decode < -1: fatal
-├── GrammarFailed            the grammar of an answer broke off while it was written
+├── GrammarFailed            the grammar of an answer met a limit or a dead end
 ├── TokenizeFailed           the tokenizer refused the text
 ├── TemplateFailed           the chat template raised or is missing
-├── EngineDied               the engine's process ended; another one follows
+├── EngineDied               the engine's process ended while it had the request
 ├── EngineDown               the engine stopped after a fatal error and takes no more requests
-└── ShuttingDown             the server stops before the request could be answered
+└── ShuttingDown             the server stopped before the request was answered
 """
 
 
 class RequestError(Exception):
-    """A fault the client can mend.
+    """A fault the client can correct.
 
     `param` names the offending field (or None), `code` is OpenAI's machine-readable code (or None).
     """
@@ -72,11 +73,11 @@ class Overloaded(RequestError):
 
 
 class Cancelled(RequestError):
-    """The client went away or cancelled; nobody reads the answer."""
+    """The client disconnected or cancelled the request."""
 
 
 class EngineError(Exception):
-    """The engine could not do it; the request is not to blame."""
+    """The engine failed; the request is not to blame."""
 
 
 class LoadFailed(EngineError):
@@ -118,7 +119,7 @@ class TemplateFailed(EngineError):
 
 
 class EngineDied(EngineError):
-    """The engine's process ended while the request was with it; the message says of what. Another one follows."""
+    """The engine's process ended while it had the request; the message says why. The supervisor launches another."""
 
 
 class EngineDown(EngineError):
@@ -126,7 +127,7 @@ class EngineDown(EngineError):
 
 
 class ShuttingDown(EngineError):
-    """The server stops before the request could be answered."""
+    """The server stopped before the request was answered."""
 
 
 class BatchRefused(Exception):

@@ -1,7 +1,8 @@
-"""The nouns of the runtime, all in one place and none with another's behaviour.
+"""Requests to an engine and the events it answers with.
 
-A request is written down once, valid and tokenised; events carry the answer back. Every accepted request ends in
-exactly one terminal event: `Finished`, `Scored`, `Embedded` or `Failed`.
+A request is valid and tokenised; events carry the answer back. Every accepted request ends in exactly one terminal
+event: `Finished`, `Scored`, `Embedded` or `Failed`. Requests and events travel between the server and the engine's
+process in msgpack (`runtime/worker/messages.py`); those of a union carry their type's name as a tag.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,12 @@ GrammarKind = Literal["json_schema", "lark", "regex", "choice"]
 MAX_SCORED_CHOICES = 255
 
 
-class Grammar(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What an answer must look like, as the client said it in the wire field `param`.
+class PipeStruct(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A value that travels between processes, as an array of its fields. `dataclasses.replace` is `structs.replace`."""
+
+
+class Grammar(PipeStruct, frozen=True):
+    """A constraint on an answer, which the client gave in the wire field `param`.
 
     `source` is a JSON schema, a Lark grammar, a regular expression, or a JSON list of texts of which the answer is one.
     """
@@ -28,14 +33,14 @@ class Grammar(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     param: str
 
 
-class SamplingParams(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """How the tokens of one answer are drawn.
+class SamplingParams(PipeStruct, frozen=True):
+    """Sampling of the tokens of one answer.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 are off. `logprobs` is None for none, else how
-    many alternatives to report for each token (0: only the chosen one's). `logit_bias` adds to raw logits by token id.
-    `grammar` allows only tokens that lead to an answer it describes. `spelled` are control tokens that stand in the
-    answer's text, which are left out otherwise.
-    `seed` is always set: one is drawn at the edge when the client gave none, so that a request can be repeated.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs` is the number of alternatives to
+    report for each token (0: the drawn token only; None: no log-probabilities). `logit_bias` adds to raw logits by
+    token id. `grammar` allows only tokens that lead to an answer it describes. The text of an answer leaves control
+    tokens out, except those of `spelled`. `seed` is always set: the server draws it when the client gave none, so that
+    a request can be repeated.
     """
 
     max_tokens: int
@@ -54,11 +59,11 @@ class SamplingParams(Struct, frozen=True, array_like=True, forbid_unknown_fields
     spelled: tuple[int, ...] = ()
 
 
-class Request(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """One answer to be written: valid, tokenised, and known to fit the context.
+class Request(PipeStruct, frozen=True, tag=True):
+    """A request to write one answer, which fits the context.
 
     `id` is unique among live requests. A wire request with `n` choices becomes n of these, which share the prompt.
-    `adapter` names the LoRA adapter that is applied (None: the bare model).
+    `adapter` names the LoRA adapter to apply (None: the base model alone).
     """
 
     id: str
@@ -67,10 +72,10 @@ class Request(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fie
     adapter: str | None = None
 
 
-class ScoringPrompt(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Which of `choices` follows `prompt`, all as token ids: none empty, no two choices alike.
+class ScoringPrompt(PipeStruct, frozen=True):
+    """A prompt and the choices whose probabilities after it are to be computed, as token ids: none empty, no two equal.
 
-    A choice has been said with its last token; where another choice goes on from there, once one of `ends` follows it.
+    A choice is complete with its last token; if another choice continues it, once one of `ends` follows it.
     """
 
     prompt: tuple[int, ...]
@@ -78,21 +83,18 @@ class ScoringPrompt(Struct, frozen=True, array_like=True, forbid_unknown_fields=
     ends: tuple[int, ...]
 
 
-class Scoring(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Choices to be weighed rather than an answer to be written: valid, tokenised, and known to fit the context.
-
-    `adapter` is as in `Request`.
-    """
+class Scoring(PipeStruct, frozen=True, tag=True):
+    """A request for the probabilities of choices, all of which fit the context. `id` and `adapter` as in `Request`."""
 
     id: str
     questions: tuple[ScoringPrompt, ...]
     adapter: str | None = None
 
 
-class Embedding(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Texts of which a vector each is wanted: as token ids, none empty or longer than the model can embed.
+class Embedding(PipeStruct, frozen=True, tag=True):
+    """A request for one vector per text: token ids, none empty or longer than the model can embed.
 
-    `adapter` is as in `Request`.
+    `id` and `adapter` as in `Request`.
     """
 
     id: str
@@ -103,7 +105,7 @@ class Embedding(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_f
 Work = Request | Scoring | Embedding
 
 
-class TokenLogprob(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class TokenLogprob(PipeStruct, frozen=True):
     """A token's natural-log probability; `top` holds (id, bytes, log-probability) of the likeliest, best first."""
 
     token: int
@@ -112,10 +114,10 @@ class TokenLogprob(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     top: tuple[tuple[int, bytes, float], ...] = ()
 
 
-class Usage(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Token counts of one answer. `cached_tokens` of the prompt were never computed for it.
+class Usage(PipeStruct, frozen=True):
+    """Token counts of one answer. `cached_tokens` of the prompt came from the prefix cache.
 
-    `completion_tokens` counts every token that was drawn, an end-of-turn token included.
+    `completion_tokens` counts every drawn token, including an end-of-turn token.
     """
 
     prompt_tokens: int
@@ -123,10 +125,10 @@ class Usage(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     completion_tokens: int
 
 
-class TextDelta(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """More text of an answer. `text` may be empty while bytes or a possible stop string are held back.
+class TextDelta(PipeStruct, frozen=True, tag=True):
+    """More text of an answer. `text` may be empty while half a character or a possible stop string is held back.
 
-    `logprobs` belong to the tokens of this delta and are empty unless asked for.
+    `logprobs` belong to the tokens of this delta; empty unless the request has `logprobs`.
     """
 
     request_id: str
@@ -135,20 +137,20 @@ class TextDelta(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_f
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class Finished(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Terminal: the answer is whole."""
+class Finished(PipeStruct, frozen=True, tag=True):
+    """Terminal: the answer is complete."""
 
     request_id: str
     reason: FinishReason
     usage: Usage
 
 
-class Scored(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Terminal: every question is answered. For each its choices' natural-log probabilities, in order.
+class Scored(PipeStruct, frozen=True, tag=True):
+    """Terminal: for each prompt, the natural-log probabilities of its choices, in order.
 
-    They are the model's own, not normalised among the choices: the sum over the choice's tokens, and over what ends it
-    where another choice goes on from it. Of a choice that cannot matter it is an upper bound.
-    `completion_tokens` counts the choices' tokens that were computed, which may be none.
+    They are the model's own, not normalised among the choices: the sum over the choice's tokens, and over the token
+    that ends it if another choice continues it. For a negligible choice the value is an upper bound.
+    `completion_tokens` counts the computed tokens of choices, which may be 0.
     """
 
     request_id: str
@@ -156,7 +158,7 @@ class Scored(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fiel
     usage: Usage
 
 
-class Embedded(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True, eq=False):
+class Embedded(PipeStruct, frozen=True, tag=True, eq=False):
     """Terminal: the vectors of all texts in order, float32 of shape (texts, model's width), each of length 1."""
 
     request_id: str
@@ -164,8 +166,8 @@ class Embedded(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fi
     usage: Usage
 
 
-class Failed(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """Terminal: the answer will not come, and why."""
+class Failed(PipeStruct, frozen=True, tag=True):
+    """Terminal: the request failed with `error`."""
 
     request_id: str
     error: Exception
@@ -174,12 +176,12 @@ class Failed(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fiel
 Event = TextDelta | Finished | Scored | Embedded | Failed
 
 
-class EngineStats(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What the engine holds right now, and has done since it began.
+class EngineStats(PipeStruct, frozen=True):
+    """The engine's current counts, and its totals since it started.
 
-    Of `step_seconds_total`, the wall-clock time of all steps, `decode_seconds_total` went by inside the model's decode;
-    the rest is planning, sampling and emitting. `draft_tokens_total` looked-up tokens were verified;
-    `draft_tokens_accepted_total` of them were right. `engine_restarts_total` counts its own restarts.
+    `step_seconds_total` is the wall-clock time of all steps; `decode_seconds_total` of it went into the model's decode,
+    the rest into planning, sampling and emitting. `draft_tokens_total` speculative tokens were verified and
+    `draft_tokens_accepted_total` of them accepted. The supervisor counts `engine_restarts_total`.
     """
 
     running: int = 0

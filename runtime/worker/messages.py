@@ -17,11 +17,10 @@ from typing import Any, BinaryIO, Protocol
 
 import msgspec
 import numpy as np
-from msgspec import Struct
 
 from runtime.errors import ERROR_CODES, EngineError, RequestError
 from runtime.llama.interface import ModelInfo
-from runtime.requests import EngineStats, Event, Work
+from runtime.requests import EngineStats, Event, PipeStruct, Work
 
 # Above any valid message (2,048 vectors of 16,384 numbers are 128 MiB), below what a garbled length would allocate.
 MAX_FRAME_BYTES = 1 << 30
@@ -70,7 +69,7 @@ class EngineRecipe(Protocol):
         """Load the model. Raises LoadFailed."""
 
 
-class Start(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class Start(PipeStruct, frozen=True, tag=True):
     """To the engine, first: the recipe to build (see `pack_recipe`), and the level of each logger to forward."""
 
     recipe_class: str
@@ -78,40 +77,40 @@ class Start(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_field
     log_levels: Mapping[str, int]
 
 
-class Add(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class Add(PipeStruct, frozen=True, tag=True):
     """To the engine: answer this request."""
 
     request: Work
 
 
-class Cancel(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class Cancel(PipeStruct, frozen=True, tag=True):
     """To the engine: end those of these requests that are live, with `error`."""
 
     request_ids: tuple[str, ...]
     error: Exception
 
 
-class Ready(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class Ready(PipeStruct, frozen=True, tag=True):
     """From the engine: the model is loaded, requests may come."""
 
     info: ModelInfo
     stats: EngineStats
 
 
-class Stepped(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class Stepped(PipeStruct, frozen=True, tag=True):
     """From the engine: the events of one step, and the engine's counts after it."""
 
     events: tuple[Event, ...]
     stats: EngineStats
 
 
-class Died(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class Died(PipeStruct, frozen=True, tag=True):
     """From the engine, last: it could not be built (LoadFailed), or met a fatal error."""
 
     error: Exception
 
 
-class Logged(Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class Logged(PipeStruct, frozen=True, tag=True):
     """From the engine: a line for the log."""
 
     logger: str
@@ -170,7 +169,7 @@ def unpack_recipe(start: Start) -> EngineRecipe:
     return recipe
 
 
-class _ErrorFields(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class _ErrorFields(PipeStruct, frozen=True):
     """An error as it travels: `kind` of ERROR_CODES, and the attributes that it has of these."""
 
     kind: str
@@ -180,7 +179,7 @@ class _ErrorFields(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     retry_after_s: int | None = None
 
 
-class _Vectors(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class _Vectors(PipeStruct, frozen=True):
     """A float32 array as it travels, in this machine's byte order."""
 
     shape: tuple[int, ...]
