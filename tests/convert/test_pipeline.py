@@ -208,7 +208,11 @@ REFUSED: dict[str, tuple[Callable[[Path], ConvertRequest], type[Exception], str]
     ),
     "no source": (lambda t: ConvertRequest("nowhere", "x"), ModelNotFound, "'nowhere'"),
     "quantization": (lambda t: ConvertRequest("b", "x", None, "Q9"), QuantizationUnknown, "'Q9'"),
-    "no adapter": (lambda t: ConvertRequest(str(write_model(t / "b.gguf")), "x", t / "no"), AdapterInvalid, "no PEFT"),
+    "no adapter": (
+        lambda t: ConvertRequest(str(write_model(t / "b.gguf")), "x", t / "no"),
+        AdapterInvalid,
+        "not a PEFT",
+    ),
     "wrong shape": (wrong_shape, AdapterInvalid, "'model.layers.0.self_attn.q_proj'"),
     "family": (unknown_family, ArchitectureUnknown, "'lemma'"),
     "truncated": (truncated, BadGguf, "is truncated"),
