@@ -19,7 +19,7 @@ from models.common.files import sha256_file
 from .changes import Lora, ReplaceRows, SavedTensor
 from .config import LoraConfig, read_config
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 _EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
@@ -70,7 +70,7 @@ class PeftAdapter:
 def read_adapter(folder: Path) -> PeftAdapter:
     """Read a PEFT folder. Raises AdapterInvalid naming the file, the setting or the tensor that is wrong."""
     config = read_config(folder)
-    path = folder / WEIGHTS_FILE
+    path = folder / ADAPTER_WEIGHTS_FILE
     if not path.is_file():
         pickled = folder / "adapter_model.bin"
         hint = (
@@ -78,7 +78,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
             if pickled.exists()
             else ""
         )
-        raise AdapterInvalid(f"{str(folder)!r} has no {WEIGHTS_FILE!r}{hint}")
+        raise AdapterInvalid(f"{str(folder)!r} has no {ADAPTER_WEIGHTS_FILE!r}{hint}")
     try:
         modules = _modules(SafetensorsFile(path))
     except SourceInvalid as error:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from convert.errors import AdapterInvalid
 
-CONFIG_FILE = "adapter_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 MAX_PATTERN_LENGTH = 256
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -81,11 +81,12 @@ class LoraConfig(BaseModel):
 
 def read_config(folder: Path) -> LoraConfig:
     """Read and check `adapter_config.json`. Raises AdapterInvalid naming the setting."""
-    file = folder / CONFIG_FILE
+    file = folder / ADAPTER_CONFIG_FILE
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterInvalid(f"{str(folder)!r} is not a PEFT adapter folder: it has no {CONFIG_FILE!r}") from None
+        message = f"{str(folder)!r} is not a PEFT adapter folder: it has no {ADAPTER_CONFIG_FILE!r}"
+        raise AdapterInvalid(message) from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterInvalid(f"{str(file)!r} cannot be read: {error}") from error
     if not isinstance(raw, dict):

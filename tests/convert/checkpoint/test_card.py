@@ -58,7 +58,7 @@ def test_the_card_names_licence_tags_and_base(tmp_path: Path) -> None:
     assert warnings == ()
 
 
-def test_the_sampling_a_model_likes_is_kept(tmp_path: Path) -> None:
+def test_sampling_defaults_are_kept(tmp_path: Path) -> None:
     generation = {"temperature": 0.5, "top_k": 20, "top_p": 0.75, "repetition_penalty": 1.5, "eos_token_id": [1, 2]}
     found, _ = told(tmp_path / "tuned", None, generation)
     sampling = {key: value for key, value in found.items() if ".sampling." in key}
@@ -82,7 +82,7 @@ def test_the_sampling_a_model_likes_is_kept(tmp_path: Path) -> None:
     ],
     ids=["no UTF-8", "no YAML", "odd licence", "too large", "no JSON", "a list"],
 )
-def test_what_cannot_be_used_is_told(tmp_path: Path, card: Any, generation: Any) -> None:
+def test_unusable_files_are_warned_about(tmp_path: Path, card: Any, generation: Any) -> None:
     found, warnings = told(tmp_path / "tuned", card, generation)
     assert found == {"general.name": "tuned", "general.size_label": "1.2M"}
     assert "neither its card nor 'generation_config.json' is used" in warnings[0]

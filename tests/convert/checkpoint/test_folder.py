@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a source, and everything that can be wrong with one, each with its own message."""
+"""Opening a Hugging Face folder: its header and tensors, and an error message of its own for each fault."""
 
 import gc
 import json
@@ -34,7 +34,7 @@ def refused(folder: Path, message: str, kind: type[Exception] = SourceInvalid) -
     return str(caught.value)
 
 
-def test_the_head_says_what_llama_cpp_has_to_know(tmp_path: Path) -> None:
+def test_the_header_has_the_fields_llama_cpp_needs(tmp_path: Path) -> None:
     with closing(open_tiny(write_folder(tmp_path / "Tiny-Llama-1M", "qwen3"))) as source:
         header = source.header
         assert header.architecture == "qwen3"
@@ -73,7 +73,7 @@ def test_the_heads_norms_of_a_stablelm_are_stacked(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read(source, "blk.0.attn_q_norm.weight")[3], one)
 
 
-def test_a_slab_is_all_that_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_slab_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("convert.checkpoint.folder.CACHED_SLAB_ELEMENTS", 1 << 16)
     rows = 40_000
     made = {**weights("qwen2"), "model.embed_tokens.weight": np.ones((rows, N_EMBD), np.float32)}
@@ -94,7 +94,7 @@ def test_slabs_outlive_their_source(tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept, weights("qwen2")["model.embed_tokens.weight"])
 
 
-def test_a_tied_head_is_left_out_with_a_word(tmp_path: Path) -> None:
+def test_a_tied_head_is_left_out_with_a_warning(tmp_path: Path) -> None:
     made = weights("qwen2") | {"lm_head.weight": weights("qwen2")["model.embed_tokens.weight"]}
     with closing(open_tiny(write_folder(tmp_path / "folder", "qwen2", made))) as source:
         assert "output.weight" not in source.header.tensors
@@ -104,7 +104,7 @@ def test_a_tied_head_is_left_out_with_a_word(tmp_path: Path) -> None:
         assert source.warnings == ()
 
 
-def test_old_buffers_are_nobodys_weights(tmp_path: Path) -> None:
+def test_old_buffers_are_ignored(tmp_path: Path) -> None:
     made = weights("llama") | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
     with closing(open_tiny(write_folder(tmp_path / "folder", "llama", made))) as source:
         assert len(source.header.tensors) == len(weights("llama")) + 1  # and rope_freqs
@@ -240,7 +240,7 @@ def test_yarn_settings_that_llama_cpp_computes_with_are_accepted(tmp_path: Path)
         assert source.header.text("llama.rope.scaling.type") == "yarn"
 
 
-def test_an_unknown_architecture_is_named_with_the_known_ones_and_the_way_out(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_refused_with_the_known_ones_and_a_workaround(tmp_path: Path) -> None:
     namings: list[Any] = [["MambaForCausalLM"], [], None, "LlamaForCausalLM", [{}]]
     for named in namings:
         folder = write_folder(tmp_path / "folder", architectures=named)
@@ -312,7 +312,7 @@ def test_a_tensor_that_is_not_in_its_shard_is_named(tmp_path: Path) -> None:
     refused(moved, "says tensor 'model.norm.weight' is in .*, where it is not")
 
 
-def test_a_tensor_of_which_the_index_knows_nothing_is_named(tmp_path: Path) -> None:
+def test_a_tensor_that_the_index_does_not_list_is_named(tmp_path: Path) -> None:
     folder = spoil_index(write_shards(tmp_path / "folder"), lambda found: found.pop("model.norm.weight"))
     refused(folder, f"holds tensor 'model.norm.weight', which '{INDEX}' does not list")
 
@@ -323,7 +323,7 @@ def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
     refused(folder, "tensor '.*' is in both .*00001-of-00002.* and .*00002-of-00002")
 
 
-def test_two_sets_of_weights_are_not_chosen_between(tmp_path: Path) -> None:
+def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "folder")
     (folder / "model.safetensors").write_bytes(safetensors_bytes(weights("llama"), "BF16"))
     refused(folder, "remove the one that is out of date")
@@ -354,7 +354,7 @@ def test_nothing_stays_open_when_opening_fails(tmp_path: Path, monkeypatch: pyte
     assert closed == [SECOND.replace("2", "1", 1), SECOND]
 
 
-def test_open_source_tells_a_file_from_a_folder(tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_gguf_file_or_a_folder(tmp_path: Path) -> None:
     source = open_checkpoint(write_model(tmp_path / "tiny.gguf", "gemma3"))
     assert source.header.architecture == "gemma3"
     source.close()

@@ -82,7 +82,7 @@ def test_the_largest_finite_numbers_pass(tmp_path: Path) -> None:
     file.close()
 
 
-def test_a_tensor_that_is_no_weight_is_refused_when_read(tmp_path: Path) -> None:
+def test_a_tensor_of_an_integer_type_is_refused_when_read(tmp_path: Path) -> None:
     path = write(tmp_path / "x", {"ids": entry([2], 0, 16, "I64")}, bytes(16))
     file = SafetensorsFile(path)
     with pytest.raises(SourceInvalid, match="tensor 'ids' of type I64; known are F32, F16, BF16"):
@@ -159,7 +159,7 @@ def test_reading_works_without_madvise(tmp_path: Path, monkeypatch: pytest.Monke
     file.close()
 
 
-def test_whatever_byte_of_the_header_is_wrong_the_error_is_ours(tmp_path: Path) -> None:
+def test_any_wrong_byte_of_the_header_gives_our_error(tmp_path: Path) -> None:
     whole = safetensors_bytes({"a": grid((3, 4), 1), "b": grid((4,), 2)}, "F32")
     path = tmp_path / "x.safetensors"
     for at in range(whole.index(b"}}") + 2):
@@ -173,7 +173,7 @@ def test_whatever_byte_of_the_header_is_wrong_the_error_is_ours(tmp_path: Path) 
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of resident pages")
-def test_pages_that_were_read_are_given_back(tmp_path: Path) -> None:
+def test_pages_are_released_after_reading(tmp_path: Path) -> None:
     def mapped_kib() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))

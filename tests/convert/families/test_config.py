@@ -1,4 +1,4 @@
-"""Every number of a config.json has its bounds, what llama.cpp would compute otherwise is refused by name."""
+"""Every number of a config.json has bounds; settings that llama.cpp does not compute are refused by name."""
 
 import contextlib
 from contextlib import closing
@@ -121,7 +121,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("family", "key", "value"), REFUSED, ids=lambda value: str(value)[:20])
-def test_what_llama_cpp_would_compute_otherwise_is_refused(family: str, key: str, value: Any) -> None:
+def test_settings_that_llama_cpp_does_not_compute_are_refused(family: str, key: str, value: Any) -> None:
     with pytest.raises(SourceInvalid, match=f"'{key}' is ") as caught:
         fields(family, **{key: value})
     assert repr(value)[:80] in str(caught.value)
@@ -141,7 +141,7 @@ def test_a_27b_gemma_scales_its_queries_by_the_hidden_size() -> None:
         fields("gemma2", num_hidden_layers=46)
 
 
-def test_gemmas_pattern_is_written_where_it_is_not_llama_cpps_own() -> None:
+def test_gemmas_pattern_is_written_if_it_is_not_llama_cpps_own() -> None:
     pattern, window = "attention.sliding_window_pattern", "attention.sliding_window"
     assert pattern not in fields("gemma3", num_hidden_layers=12)
     assert pattern not in fields("gemma3", num_hidden_layers=12, sliding_window_pattern=6)
@@ -154,7 +154,7 @@ def test_gemmas_pattern_is_written_where_it_is_not_llama_cpps_own() -> None:
     assert pattern not in everything
 
 
-def test_what_a_config_leaves_out_is_what_transformers_assumes() -> None:
+def test_omitted_values_are_transformers_defaults() -> None:
     found = without("gemma3", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_theta")
     assert found["attention.head_count"].value == 8
     assert found["attention.head_count_kv"].value == 4
@@ -181,7 +181,7 @@ def test_a_parallel_stablelm_has_one_norm(tmp_path: Path) -> None:
     assert "blk.0.ffn_norm.weight" not in names
 
 
-def test_a_window_that_llama_cpp_leaves_out_is_told(tmp_path: Path) -> None:
+def test_a_window_that_llama_cpp_ignores_is_warned_about(tmp_path: Path) -> None:
     def warnings(family: str, name: str, **changes: Any) -> tuple[str, ...]:
         with closing(open_tiny(write_folder(tmp_path / name, family, **changes))) as source:
             assert isinstance(source, HfCheckpoint)
@@ -200,7 +200,7 @@ KEYS |= {"use_sliding_window", "max_window_layers", "attention_bias", "mlp_bias"
 
 
 @pytest.mark.parametrize("family", CLASSES)
-def test_whatever_a_config_says_the_error_is_ours(family: str) -> None:
+def test_any_config_gives_a_result_or_our_error(family: str) -> None:
     for key in sorted(KEYS | config(family).keys()):
         for value in ODD:
             with contextlib.suppress(SourceInvalid):

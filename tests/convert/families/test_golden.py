@@ -41,7 +41,7 @@ def hashes(source: HfCheckpoint) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("family", CLASSES)
-def test_every_tensor_is_what_it_was(tmp_path: Path, family: str) -> None:
+def test_tensors_have_their_golden_hashes(tmp_path: Path, family: str) -> None:
     with closing(open_tiny(write_folder(tmp_path / "folder", family))) as source:
         found = hashes(source)
     assert list(found) == list(GOLDEN[family]["tensors"])
@@ -51,7 +51,7 @@ def test_every_tensor_is_what_it_was(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CLASSES)
-def test_every_field_is_what_it_was(tmp_path: Path, family: str) -> None:
+def test_fields_have_their_golden_values(tmp_path: Path, family: str) -> None:
     with closing(open_tiny(write_folder(tmp_path / "folder", family))) as source:
         assert described(source) == GOLDEN[family]["fields"]
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings in both of transformers' spellings, each kind of scaling, and what none of the families has."""
+"""Rotary embeddings in both of transformers' forms, each kind of scaling, and unsupported settings."""
 
 import math
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_linear_scaling_in_both_spellings() -> None:
     assert rope(old) == rope(new) == {"freq_base": 5e5, "scaling.type": "linear", "scaling.factor": 4.0}
 
 
-def test_yarn_with_what_it_may_say() -> None:
+def test_yarn_with_all_its_settings() -> None:
     said = {"attention_factor": 0.1 * math.log(4.0) + 1.0, "beta_fast": 32, "beta_slow": 1}
     assert rope(fields("qwen2", rope_scaling={**YARN, **said})) == {
         "freq_base": 1e6,
@@ -137,7 +137,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("family", "scaling", "message"), REFUSED, ids=lambda value: str(value)[:24])
-def test_scaling_that_cannot_be_written_is_refused(family: str, scaling: dict[str, Any], message: str) -> None:
+def test_scaling_that_a_gguf_cannot_express_is_refused(family: str, scaling: dict[str, Any], message: str) -> None:
     with pytest.raises(SourceInvalid, match=r"'rope_scaling' is|'original_max_position_embeddings' is") as caught:
         fields(family, rope_scaling=scaling)
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""Adapters: good ones are read whatever their dtype, and each way to be wrong is refused with the tensor's name."""
+"""Reading adapters: every dtype is accepted, every fault is refused with the tensor's name."""
 
 import json
 import math
@@ -98,7 +98,7 @@ def test_an_untrained_adapter_is_recognised(tmp_path: Path) -> None:
         ({"alpha_pattern": {"q" * 300: 8}}, "pattern of 300 characters"),
     ],
 )
-def test_what_changes_the_merge_is_refused(tmp_path: Path, config: Mapping[str, Any], reason: str) -> None:
+def test_settings_that_change_the_merge_are_refused(tmp_path: Path, config: Mapping[str, Any], reason: str) -> None:
     folder = write_adapter(tmp_path / "adapter")
     settings = json.loads((folder / "adapter_config.json").read_text()) | config
     (folder / "adapter_config.json").write_text(json.dumps(settings))
@@ -193,7 +193,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
         read_adapter(folder)
 
 
-def test_what_was_trained_beside_the_lora_is_read(tmp_path: Path) -> None:
+def test_tensors_trained_beside_the_lora_are_read(tmp_path: Path) -> None:
     tensors = adapter_tensors(targets=("self_attn.q_proj",))
     tensors |= {
         f"{name.removesuffix('lora_B.weight')}lora_magnitude_vector": np.ones(64)
@@ -237,7 +237,7 @@ def test_a_bias_of_b_is_scaled_like_b(tmp_path: Path) -> None:
         ({"lora_B.bias": np.ones((64, 1))}, {"lora_bias": True}, "has shape (64, 1); its B has 64 rows"),
     ],
 )
-def test_vectors_that_are_not_as_long_as_b_are_refused(
+def test_vectors_of_another_length_than_b_are_refused(
     tmp_path: Path, parts: Mapping[str, np.ndarray], config: Mapping[str, Any], reason: str
 ) -> None:
     tensors = {name: array for name, array in adapter_tensors().items() if name.startswith(Q0)}
@@ -246,7 +246,7 @@ def test_vectors_that_are_not_as_long_as_b_are_refused(
         read_adapter(write_adapter(tmp_path / "adapter", tensors, **config))
 
 
-def test_dora_on_an_embedding_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_dora_on_an_embedding_is_refused_with_a_workaround(tmp_path: Path) -> None:
     parts = {"lora_embedding_A": (4, 267), "lora_embedding_B": (64, 4), "lora_magnitude_vector": (64,)}
     tensors = {f"{EMBEDDING}.{part}": np.ones(shape) for part, shape in parts.items()}
     with pytest.raises(AdapterInvalid, match=r"is an embedding under DoRA.*merge_and_unload"):

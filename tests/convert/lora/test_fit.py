@@ -1,4 +1,4 @@
-"""Adapters on bases: each change lands on its tensor, in the GGUF's order of rows; what does not fit is refused."""
+"""Fitting adapters: each change goes to its tensor, in the GGUF's order of rows; misfits are refused."""
 
 import re
 from collections.abc import Mapping
@@ -184,7 +184,7 @@ def test_embedding_and_head_become_what_they_were_trained_to_be(tmp_path: Path, 
         np.testing.assert_array_equal(found["output.weight"], head)
 
 
-def test_a_head_that_becomes_its_own_is_told(tmp_path: Path) -> None:
+def test_an_untied_head_is_warned_about(tmp_path: Path) -> None:
     made, _ = fitted(tmp_path, {f"{HEAD}.weight": SAVED})
     assert made.unties
     assert "'output.weight' becomes a tensor of its own (0 MiB more at F16)" in made.warnings[0]
@@ -247,7 +247,7 @@ MISFITS: dict[str, tuple[Tensors, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_what_does_not_fit_the_base_is_refused_and_both_are_named(tmp_path: Path, header: Header, name: str) -> None:
+def test_misfits_are_refused_naming_adapter_and_base(tmp_path: Path, header: Header, name: str) -> None:
     tensors, config, reason = MISFITS[name]
     folder = write_adapter(tmp_path / "adapter", tensors, base_model_name_or_path="them/theirs", **config)
     with pytest.raises(AdapterInvalid) as caught:
@@ -258,7 +258,7 @@ def test_what_does_not_fit_the_base_is_refused_and_both_are_named(tmp_path: Path
         assert f"the adapter {str(folder)!r}, trained on 'them/theirs', does not fit" in str(caught.value)
 
 
-def test_rows_that_are_no_whole_heads_are_refused(tmp_path: Path) -> None:
+def test_rows_of_a_fraction_of_a_head_are_refused(tmp_path: Path) -> None:
     changes = {"blk.0.attn_q.weight": np.ones((30, 64), np.float32)}
     base = write_model(tmp_path / "base.gguf", "llama", changes=changes)
     adapter = read_adapter(write_adapter(tmp_path / "adapter", lora_of("model.layers.0.self_attn.q_proj", 30, 64)))
@@ -317,7 +317,7 @@ def test_the_language_model_of_a_multimodal_one_is_found(tmp_path: Path) -> None
         fitted(tmp_path, lora_of("model.vision_tower.layers.0.self_attn.q_proj", 64, 64))
 
 
-def test_each_kind_of_change_comes_in_its_turn(tmp_path: Path) -> None:
+def test_each_kind_of_change_keeps_its_order(tmp_path: Path) -> None:
     tensors = {f"{HEAD}.base_layer.weight": SAVED} | pair(HEAD) | ROWS | {f"{Q0}.lora_B.bias": np.ones(64)}
     tensors |= {name: array for name, array in adapter_tensors().items() if name.startswith(Q0)}
     changes = OWN | {"blk.0.attn_q.bias": np.zeros(64, np.float32)}

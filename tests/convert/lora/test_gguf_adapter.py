@@ -1,4 +1,4 @@
-"""Hot adapters of a tiny model through the real llama.cpp: the file as it should be, and the answers of a merge."""
+"""Adapters of a tiny model applied by the real llama.cpp: the file's content, and the same answers as a merge."""
 
 import dataclasses
 import re
@@ -105,7 +105,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("architecture", ["gemma3", "llama"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_applied_hot_it_answers_as_merged(
+def test_an_applied_adapter_answers_as_a_merged_one(
     store: Store, tmp_path: Path, architecture: str, settings: dict[str, Any]
 ) -> None:
     base = write_model(tmp_path / "base.gguf", architecture, kind=gguf.GGMLQuantizationType.F16)
@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Callable[[ConvertRequest], ConvertRequest], type[Except
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_wrong_is_refused_before_anything_is_written(
+def test_bad_requests_are_refused_before_anything_is_written(
     store: Store, hot_request: ConvertRequest, name: str
 ) -> None:
     change, kind, reason = REFUSED[name]
@@ -214,7 +214,7 @@ MORE: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
 }
 
 
-def test_a_head_that_the_base_ties_is_refused_and_its_own_is_not(
+def test_a_lora_on_a_tied_head_is_refused_and_on_an_own_head_is_not(
     store: Store, tmp_path: Path, hot_request: ConvertRequest
 ) -> None:
     head = {
@@ -231,7 +231,7 @@ def test_a_head_that_the_base_ties_is_refused_and_its_own_is_not(
 
 
 @pytest.mark.parametrize("what", MORE)
-def test_what_llama_cpp_cannot_apply_is_refused_with_the_way_out(
+def test_changes_that_llama_cpp_cannot_apply_are_refused_with_a_remedy(
     store: Store, tmp_path: Path, hot_request: ConvertRequest, what: str
 ) -> None:
     tensors, config, where = MORE[what]
@@ -245,7 +245,7 @@ def test_what_llama_cpp_cannot_apply_is_refused_with_the_way_out(
     assert files_under(store) == []
 
 
-def test_an_adapter_is_no_source(store: Store, hot_request: ConvertRequest) -> None:
+def test_an_installed_adapter_is_refused_as_a_source(store: Store, hot_request: ConvertRequest) -> None:
     convert(hot_request, store, Notes())
     with pytest.raises(RequestInvalid, match="'tuned' is a LoRA adapter without weights of its own"):
         convert(ConvertRequest("tuned", "again"), store, Notes())
@@ -263,7 +263,7 @@ def test_a_failure_at_any_stage_leaves_the_store_as_it_was(
     assert {name: (store.home / name).read_bytes() for name in files_under(store)} == before
 
 
-def test_a_recipe_can_be_applied_hot(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipes_adapter_can_be_applied(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(ConvertRequest(str(write_model(tmp_path / "b.gguf")), "tiny-base", quantization="F16"), store, Notes())
     folder = tmp_path / "recipe"
     write_adapter(folder / "adapter")

@@ -1,4 +1,4 @@
-"""The half-precision file: equal to an independent numpy merge, to golden hashes, and to itself when made again."""
+"""The half-precision file equals an independent numpy merge, its golden hashes, and a second conversion."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -117,9 +117,7 @@ def test_slabs_of_any_size_give_the_same_file(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(None, np.float16), (F16, np.float16), (F32, np.float32)])
-def test_rows_come_in_the_kind_that_is_asked_for(
-    tmp_path: Path, kind: gguf.GGMLQuantizationType | None, dtype: type
-) -> None:
+def test_rows_come_in_the_requested_type(tmp_path: Path, kind: gguf.GGMLQuantizationType | None, dtype: type) -> None:
     with closing(GgufCheckpoint(write_model(tmp_path / "a.gguf"))) as opened:
         (rows,) = file_rows(opened, opened.header.tensors["blk.0.ffn_up.weight"], kind)
     assert rows.dtype == dtype
@@ -166,14 +164,14 @@ def pieces(*arrays: np.ndarray) -> Callable[[str], Iterator[np.ndarray]]:
     return lambda name: iter(arrays)
 
 
-def test_rows_that_do_not_fill_the_shape_are_noticed(tmp_path: Path) -> None:
+def test_rows_that_do_not_fill_the_shape_are_refused(tmp_path: Path) -> None:
     layout = Layout({"general.name": Field.string("x")}, [OutTensor("x", (2, 4), F32)], 32)
     with pytest.raises(VerifyFailed, match=r"tensor 'x' has 16 bytes, its shape \(2, 4\) needs 32"):
         write_gguf(tmp_path / "x.gguf", layout, pieces(np.zeros(4, np.float32)), lambda n_bytes: None)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_holds_something_else_is_noticed(tmp_path: Path) -> None:
+def test_a_file_that_changed_on_disk_is_refused(tmp_path: Path) -> None:
     target, layout = tmp_path / "x.gguf", Layout({}, [OutTensor("x", (2, 4), F32)], 32)
     sha256 = write_gguf(target, layout, pieces(np.zeros(8, np.float32)), lambda n_bytes: None)
     check_written(target, sha256)

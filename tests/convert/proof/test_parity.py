@@ -1,4 +1,4 @@
-"""The GGUF and the checkpoint's own tokenizer give the same ids; where they do not, it is said."""
+"""The GGUF and the checkpoint's own tokenizer give the same ids, and differences are reported."""
 
 import json
 from collections.abc import Callable
@@ -95,9 +95,7 @@ def test_unigram_in_tokenizer_json_tokenises_alike(options: dict[str, object], t
 @pytest.mark.parametrize(
     ("pattern", "looks_up", "name"), [(tiny.TEKKEN, True, "tekken"), (tiny.GPT4O, False, "gpt-4o")]
 )
-def test_where_llama_cpp_only_comes_near_the_user_is_told(
-    pattern: str, looks_up: bool, name: str, tmp_path: Path
-) -> None:
+def test_an_approximate_pre_tokenizer_is_warned_about(pattern: str, looks_up: bool, name: str, tmp_path: Path) -> None:
     folder = tiny.save(tiny.byte_level(pattern, looks_up=looks_up), tmp_path)
     vocabulary = read_vocabulary(folder, {}, 800)
     gguf = tiny.vocabulary_gguf(tmp_path / "v.gguf", vocabulary)
@@ -108,7 +106,7 @@ def test_where_llama_cpp_only_comes_near_the_user_is_told(
         check_tokenizer(open_pair(gguf, folder), [parity.mismatches[0].text])
 
 
-def test_another_vocabulary_is_caught_and_the_first_difference_named(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_another_vocabulary_is_refused_with_the_first_difference(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tiny.save(tiny.byte_level(tiny.QWEN2), tmp_path)
     tiny.convert(folder)
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -154,7 +152,7 @@ METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
         ("never", "{{ bos_token }}" + CHATML, []),
     ],
 )
-def test_each_way_to_say_where_spaces_go_tokenises_alike(
+def test_each_form_of_the_space_prefix_tokenises_alike(
     scheme: str, template: str, limits: list[str], tmp_path: Path
 ) -> None:
     folder = tiny.save(tiny.sentence_bpe(), tmp_path)
@@ -184,7 +182,7 @@ def test_prompts_are_rendered_and_tokenised_by_hugging_faces_rule(
     assert parity.warnings == ()
 
 
-def test_bos_stands_once_before_a_prompt(tmp_path: Path) -> None:
+def test_bos_occurs_once_before_a_prompt(tmp_path: Path) -> None:
     folder = with_template(
         tiny.save(tiny.byte_level(tiny.LLAMA3), tmp_path, add_bos_token=True), "{{ bos_token }}" + CHATML
     )
@@ -195,7 +193,7 @@ def test_bos_stands_once_before_a_prompt(tmp_path: Path) -> None:
     assert "the template writes no BOS" in told.warnings[0]
 
 
-def test_another_template_is_caught(tmp_path: Path) -> None:
+def test_another_template_is_refused(tmp_path: Path) -> None:
     folder = with_template(tiny.save(tiny.byte_level(tiny.LLAMA3), tmp_path), CHATML)
     vocabulary = read_vocabulary(folder, {}, 800)
     changed = {**vocabulary.fields, TEMPLATE_FIELD: Field.string(CHATML.replace("assistant", "model"))}
@@ -204,7 +202,7 @@ def test_another_template_is_caught(tmp_path: Path) -> None:
         check_template(open_pair(gguf, folder), [])
 
 
-def test_a_conversation_both_refuse_is_skipped(tmp_path: Path) -> None:
+def test_a_conversation_that_the_template_refuses_is_skipped(tmp_path: Path) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     folder = with_template(tiny.save(tiny.byte_level(tiny.LLAMA3), tmp_path), strict)
     assert check_template(open_pair(tiny.convert(folder), folder), []).n_compared == len(CONVERSATIONS) - 1

@@ -1,4 +1,4 @@
-"""The comparison that runs beside the writing: what it finds reaches the user as an error of its kind, and at once."""
+"""The comparison in a child process: its result reaches the user at once, as an error of the right kind."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def write_on(proof: Proof) -> None:
         time.sleep(0.01)
 
 
-def test_what_was_compared_is_told(checkpoint: Path, examples: Path, header: Header, tmp_path: Path) -> None:
+def test_the_comparison_is_reported(checkpoint: Path, examples: Path, header: Header, tmp_path: Path) -> None:
     def told(n_records: int) -> list[str]:
         notes = Notes()
         with closing(Proof(checkpoint)) as proof:
@@ -58,7 +58,7 @@ def test_a_difference_stops_the_writing(checkpoint: Path, header: Header, tmp_pa
             write_on(proof)
 
 
-def test_a_tokenizer_that_its_own_library_refuses_is_told_as_such(header: Header, tmp_path: Path) -> None:
+def test_a_tokenizer_that_its_own_library_refuses_is_a_tokenizer_error(header: Header, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unheard"}}')
     with closing(Proof(tmp_path)) as proof:
         proof.begin(header, (), tmp_path)
@@ -66,7 +66,7 @@ def test_a_tokenizer_that_its_own_library_refuses_is_told_as_such(header: Header
             proof.end(Notes())
 
 
-def test_a_process_that_dies_proves_nothing(checkpoint: Path, header: Header, tmp_path: Path) -> None:
+def test_a_child_that_dies_is_a_failure(checkpoint: Path, header: Header, tmp_path: Path) -> None:
     with closing(Proof(checkpoint)) as proof:
         os.kill(proof.pid, signal.SIGKILL)
         proof.begin(header, (), tmp_path)

@@ -1,4 +1,4 @@
-"""The first decode of a converted file, in a process of its own."""
+"""The first decode of a converted file, in a child process."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def test_a_sound_file_runs_and_this_process_works_meanwhile(tmp_path: Path) -> N
     assert done == ["meanwhile"]
 
 
-def test_a_file_that_llama_cpp_cannot_load_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_a_file_that_llama_cpp_cannot_load_is_refused_with_its_reason(tmp_path: Path) -> None:
     model = write_model(tmp_path / "x.gguf")
     model.write_bytes(model.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     with pytest.raises(VerifyFailed, match=r"cannot be loaded.*blk\.1\.ffn_up\.weight"):
@@ -32,12 +32,12 @@ def test_a_file_that_llama_cpp_cannot_load_is_told_with_its_reason(tmp_path: Pat
         (ChatFormat(None, END + 1, "a test"), f"token {END + 1} ends a turn, but llama.cpp does not know it"),
     ],
 )
-def test_what_the_file_should_say_is_asked(tmp_path: Path, chat: ChatFormat, says: str) -> None:
+def test_a_file_without_its_template_or_end_is_refused(tmp_path: Path, chat: ChatFormat, says: str) -> None:
     with pytest.raises(VerifyFailed, match=says):
         verify_runs(write_model(tmp_path / "x.gguf"), chat)
 
 
-def test_what_fails_meanwhile_comes_out(tmp_path: Path) -> None:
+def test_an_error_meanwhile_is_raised(tmp_path: Path) -> None:
     def fail() -> None:
         raise VerifyFailed("the disk has another")
 

@@ -1,4 +1,4 @@
-"""The chat template a converted model gets: the right one of several, and Gemma's exactly as fine-tunes are trained."""
+"""The chat template of a converted model: the right one of several, and Gemma's exactly as fine-tunes are trained."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ def test_gemmas_template_rejects_what_it_cannot_write(
         render(header, messages)
 
 
-def test_the_adapters_template_wins_then_the_sources_then_the_familys(tmp_path: Path, header: Header) -> None:
+def test_the_adapters_template_precedes_the_sources_and_gemmas(tmp_path: Path, header: Header) -> None:
     with_own = read_header(write_model(tmp_path / "own.gguf", template="source {{ messages }}"))
     assert choose_format(with_own, tmp_path).template == "source {{ messages }}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "config {{ messages }}"}))
@@ -99,7 +99,7 @@ def test_the_end_of_turn_is_the_mark_the_template_writes(tmp_path: Path, header:
     assert choose_format(told, tmp_path).end_of_turn == 5
 
 
-def test_a_model_without_any_template_is_said_to_have_none() -> None:
+def test_a_model_without_a_template_is_warned_about() -> None:
     chosen = choose_format(Header(Path("m.gguf"), {}, {}, 32), None)
     assert chosen.template is None
     assert "no chat template was found" in chosen.warnings[0]
@@ -125,7 +125,7 @@ def test_an_unusable_template_is_refused(
     assert name in str(caught.value)
 
 
-def test_a_folders_template_is_found_in_either_place_and_the_file_goes_first(tmp_path: Path) -> None:
+def test_a_template_file_precedes_the_config(tmp_path: Path) -> None:
     assert folder_format(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": "configured"}))
@@ -139,7 +139,7 @@ def test_a_folders_template_is_found_in_either_place_and_the_file_goes_first(tmp
     assert "different chat templates; the first is used" in found.warnings[0]
 
 
-def test_the_default_of_several_named_templates_is_taken_and_the_rest_told(tmp_path: Path) -> None:
+def test_the_default_of_several_templates_is_taken_with_a_warning_of_the_rest(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     (tmp_path / "additional_chat_templates").mkdir()
@@ -150,7 +150,7 @@ def test_the_default_of_several_named_templates_is_taken_and_the_rest_told(tmp_p
     assert found.warnings == ("chat templates of other names are left out, a GGUF has one: rag, tool_use",)
 
 
-def test_marks_of_what_is_trained_on_are_no_malformed_template(header: Header, tmp_path: Path) -> None:
+def test_generation_tags_are_accepted(header: Header, tmp_path: Path) -> None:
     template = "{%- generation -%} {{ messages[0]['content'] }} {%- endgeneration %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     assert choose_format(header, tmp_path).template == template

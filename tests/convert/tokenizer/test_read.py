@@ -1,4 +1,4 @@
-"""What a folder's tokenizer says becomes the GGUF's fields; what cannot be is refused by name."""
+"""A folder's tokenizer becomes the GGUF's fields; settings that llama.cpp cannot reproduce are refused by name."""
 
 import json
 from collections.abc import Mapping
@@ -114,7 +114,7 @@ REFUSED_STEPS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED_STEPS)
-def test_what_llama_cpp_cannot_repeat_is_refused_by_name(folder: Path, name: str) -> None:
+def test_steps_that_llama_cpp_cannot_reproduce_are_refused_by_name(folder: Path, name: str) -> None:
     change, message = REFUSED_STEPS[name]
     tiny.edit(folder, change)
     with pytest.raises(TokenizerInvalid, match=message):
@@ -183,7 +183,7 @@ def test_broken_json_is_refused(folder: Path, content: bytes, message: str) -> N
         read_vocabulary(folder, {}, 704)
 
 
-def test_a_folder_without_a_tokenizer_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(TokenizerInvalid, match=r"neither 'tokenizer.json' nor 'tokenizer.model'; vocab.json alone"):
         read_vocabulary(tmp_path, {}, 10)
@@ -248,7 +248,7 @@ def test_the_templates_mark_ends_a_turn(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [{"eos_token_id": 704}, {"eos_token_id": [-1]}, {"eos_token_id": "</s>"}], ids=str)
-def test_an_end_that_is_no_token_is_refused(folder: Path, config: dict[str, Any]) -> None:
+def test_an_end_out_of_range_is_refused(folder: Path, config: dict[str, Any]) -> None:
     with pytest.raises(TokenizerInvalid, match="eos_token_id names"):
         read_vocabulary(folder, config, 704)
 
@@ -259,7 +259,7 @@ def test_a_vocabulary_without_an_end_is_refused(folder: Path) -> None:
         read_vocabulary(folder, {}, 704)
 
 
-def test_a_vocabulary_without_bos_does_not_take_a_comma_for_it(folder: Path) -> None:
+def test_a_vocabulary_without_bos_gets_eos_for_it(folder: Path) -> None:
     configure(folder, eos_token={"content": "</s>", "special": True}, add_bos_token=True)
     vocabulary = read_vocabulary(folder, {"pad_token_id": 700}, 704)
     tokenizer = load_tokenizer(tiny.vocabulary_gguf(folder / "v.gguf", vocabulary))
@@ -298,7 +298,7 @@ def test_the_gguf_librarys_own_reader_finds_the_same_tokens(
         assert value(vocabulary, f"add_{role}_token") is judge.add_special_token.get(role, False), role
 
 
-def test_the_post_processor_goes_before_tokenizer_config_as_in_transformers(folder: Path) -> None:
+def test_the_post_processor_precedes_tokenizer_config_as_in_transformers(folder: Path) -> None:
     tiny.edit(folder, {"post_processor": {"type": "ByteLevel"}})
     configure(folder, bos_token="<s>", eos_token="</s>", add_bos_token=True)
     vocabulary = read_vocabulary(folder, {}, 704)
@@ -306,12 +306,12 @@ def test_the_post_processor_goes_before_tokenizer_config_as_in_transformers(fold
     assert "add_bos_token = True, tokenizer.json the opposite" in vocabulary.warnings[0]
 
 
-def test_composed_unicode_is_told(folder: Path) -> None:
+def test_composed_unicode_is_warned_about(folder: Path) -> None:
     tiny.edit(folder, {"normalizer": {"type": "NFC"}})
     assert any("send composed text" in warning for warning in read_vocabulary(folder, {}, 704).warnings)
 
 
-def test_tokens_that_swallow_space_are_told(folder: Path, saved: Mapping[str, Any]) -> None:
+def test_tokens_that_strip_space_are_warned_about(folder: Path, saved: Mapping[str, Any]) -> None:
     swallowing = [{**token, "rstrip": True} for token in saved["added_tokens"]]
     tiny.edit(folder, {"added_tokens": swallowing})
     vocabulary = read_vocabulary(folder, {}, 704)
@@ -319,7 +319,7 @@ def test_tokens_that_swallow_space_are_told(folder: Path, saved: Mapping[str, An
     assert any("4 tokens strip white space" in warning for warning in vocabulary.warnings)
 
 
-def test_phi_3s_swallowing_tokens_need_its_name(tmp_path: Path) -> None:
+def test_phi_3s_stripping_tokens_need_its_name(tmp_path: Path) -> None:
     folder = tiny.save(tiny.sentence_bpe(), tmp_path)
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     last = max(token["id"] for token in raw["added_tokens"]) + 1
@@ -354,7 +354,7 @@ PREPEND = {"type": "Prepend", "prepend": "▁"}
         (None, METASPACE | {"prepend_scheme": "first"}, True),
     ],
 )
-def test_each_way_to_say_where_spaces_go(
+def test_each_form_of_the_space_prefix(
     normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None, prefix: bool, tmp_path: Path
 ) -> None:
     folder = tiny.save(tiny.sentence_bpe(), tmp_path)
@@ -362,7 +362,7 @@ def test_each_way_to_say_where_spaces_go(
     assert value(read_vocabulary(folder, {}, 1000), "add_space_prefix") is prefix
 
 
-def test_a_space_before_the_text_only_is_decided_by_whether_there_are_chats(tmp_path: Path) -> None:
+def test_a_space_before_the_first_text_only_depends_on_the_chat_template(tmp_path: Path) -> None:
     folder = tiny.save(tiny.sentence_bpe(), tmp_path)
     tiny.edit(folder, {"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}})
     (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
@@ -381,14 +381,14 @@ def test_a_space_before_the_text_only_is_decided_by_whether_there_are_chats(tmp_
     ],
     ids=["NFKC", "split", "charsmap", "no marks"],
 )
-def test_spacing_that_llama_cpp_cannot_repeat_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+def test_spacing_that_llama_cpp_cannot_reproduce_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     folder = tiny.save(tiny.sentence_bpe(), tmp_path)
     tiny.edit(folder, change)
     with pytest.raises(TokenizerInvalid, match="--gguf"):
         read_vocabulary(folder, {}, 1000)
 
 
-def test_pairs_that_only_llama_cpp_would_join_are_told(tmp_path: Path) -> None:
+def test_pairs_that_only_llama_cpp_joins_are_warned_about(tmp_path: Path) -> None:
     folder = tiny.save(tiny.sentence_bpe(), tmp_path)
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     raw["model"]["merges"].pop()

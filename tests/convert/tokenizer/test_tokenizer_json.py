@@ -1,4 +1,4 @@
-"""A large tokenizer.json is read in columns: scores, kinds and joins are what each token by itself would tell."""
+"""A large tokenizer.json is read in columns: scores, kinds and joins equal those of a token-by-token reading."""
 
 import json
 import random
@@ -77,7 +77,7 @@ def test_no_role_falls_to_a_token_without_a_text(saved: Mapping[str, Any], tmp_p
 
 
 @pytest.mark.parametrize("score", [1e39, -1e39, 10**400, float("nan"), float("inf"), "1", True, None], ids=repr)
-def test_a_score_that_no_float_holds_is_refused(score: Any, tmp_path: Path) -> None:
+def test_a_score_beyond_float32_is_refused(score: Any, tmp_path: Path) -> None:
     folder = tiny.save(tiny.unigram(tiny.sentence_model("unigram")), tmp_path)
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     raw["model"]["vocab"][7][1] = score
@@ -90,7 +90,7 @@ def test_a_score_that_no_float_holds_is_refused(score: Any, tmp_path: Path) -> N
     [b'{"a": "\\ud800"}', b'{"a": "\xed\xa0\x80"}', b"\xef\xbb\xbf{}", b'{"a": 1} 2', b"{'a': 1}", b""],
     ids=repr,
 )
-def test_what_is_nearly_json_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_nearly_valid_json_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerInvalid, match=r"tokenizer.json' is not valid JSON: .* at line 1"):
         read_vocabulary(tmp_path, {}, 1000)

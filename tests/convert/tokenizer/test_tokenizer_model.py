@@ -43,7 +43,7 @@ def test_pieces_scores_and_types_are_sentencepieces(model: bytes, tmp_path: Path
     assert (parsed.model, parsed.add_space_prefix) == ("llama", True)
 
 
-def test_added_tokens_beside_it_count(model: bytes, tmp_path: Path) -> None:
+def test_added_tokens_beside_the_model_are_read(model: bytes, tmp_path: Path) -> None:
     size = sentencepiece.SentencePieceProcessor(model_proto=model).GetPieceSize()
     write(tmp_path, model)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<new>": size, "<|newer|>": size + 1}))
@@ -115,7 +115,7 @@ def test_a_truncated_model_is_refused_or_whole(model: bytes, tmp_path: Path) -> 
             read_vocabulary(tmp_path, {"eos_token_id": 2}, 1000)
 
 
-def test_a_table_of_replacements_that_leads_out_of_itself_is_refused(tmp_path: Path) -> None:
+def test_a_table_of_replacements_with_an_index_out_of_bounds_is_refused(tmp_path: Path) -> None:
     table = read_protobuf(write(tmp_path, tiny.sentence_model("unigram", normalization_rule_name="nfkc"))).charsmap
     assert checked_charsmap(table, "x") == table
     size = int.from_bytes(table[:4], "little")

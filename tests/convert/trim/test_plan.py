@@ -1,4 +1,4 @@
-"""A text whose full tokenization uses kept tokens only is tokenized alike after the cut: by llama.cpp, and by hand."""
+"""A text that uses kept tokens only gets the same tokens after the cut, from llama.cpp and from simple tokenizers."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -136,7 +136,7 @@ def test_unigram_reads_kept_tokens_alike(
 TOY = {"a": -9.0, "b": -9.0, "ab": 0.0, "abab": -1.0, "ba": -2.0, "bab": -3.0, "aa": -4.0, "c": -5.0, "cc": -6.0}
 
 
-def test_what_a_kept_token_is_merged_from_is_kept_with_it() -> None:
+def test_the_path_of_a_kept_token_is_kept() -> None:
     plan = plan_trim(sentencepiece(TOY), ["abab"], 266)
     kept = {tokens_of(sentencepiece(TOY))[index] for index in plan.kept}
     assert {b"abab", b"ab", b"a", b"b"} <= kept
@@ -152,7 +152,7 @@ def test_the_rest_is_filled_with_the_best_scored_that_a_text_can_become() -> Non
     assert len(plan_trim(full, ["c"], 261).kept) == 261, "what does not fit whole leaves its place to others"
 
 
-def test_as_many_are_kept_as_asked_for_in_whole_blocks_of_rows() -> None:
+def test_the_number_kept_is_rounded_down_to_whole_blocks_of_rows() -> None:
     more = {f"{a}{b}": -100.0 - i for i, (a, b) in enumerate((a, b) for a in "defghij" for b in "klmnopq")}
     assert len(plan_trim(sentencepiece(TOY | more), ["ab"], 300).kept) == 288
     assert len(plan_trim(sentencepiece(TOY | more), ["ab"], 288).kept) == 288
@@ -212,7 +212,7 @@ def test_special_tokens_that_llama_takes_by_default_are_written_out() -> None:
     assert (after.bos, after.eos) == tuple(plan.new_ids[[before.bos or 0, before.eos or 0]])
 
 
-def test_what_is_merged_but_no_token_stays_as_it_was() -> None:
+def test_merges_whose_result_is_not_a_token_stay_as_they_were() -> None:
     full = byte_level([("a", "b"), ("ab", "c"), ("b", "c"), ("y", "y")], nameless=["abc"])
     plan = check(full, ["bc"], ["abc"], 0, simple_byte_level)  # spelled a b c; without the token "ab", it would be a bc
     assert b"yy" not in tokens_of(replace(full, fields=plan.fields))
@@ -224,7 +224,7 @@ def test_of_equal_scores_the_path_of_the_leftmost_is_kept() -> None:
     assert [tokens_of(full)[index] for index in plan.kept[259:]] == [b"ab", b"abc"]
 
 
-def test_what_unigrams_unknown_token_is_scored_by_is_kept() -> None:
+def test_the_token_that_scores_unigrams_unknown_is_kept() -> None:
     low = {"a": -1.0, "ab": -2.0, "yy": -3.0, "zz": -40.0}
     full = unigram(low, unused={"d": -60.0})  # an unknown character scores -50, so "ad" would be read as unknown
     plan = check(full, ["a"], ["ad", "dd", "ax"], 0, simple_unigram)
@@ -278,7 +278,7 @@ def test_a_vocabulary_that_cannot_be_cut_is_refused(broken: Header, said: str) -
         (["ab", "\ud800"], 265, "example 1 cannot be tokenized"),
     ],
 )
-def test_a_request_that_makes_no_sense_is_refused(examples: list[str], keep: int, said: str) -> None:
+def test_an_impossible_request_is_refused(examples: list[str], keep: int, said: str) -> None:
     with pytest.raises(RequestInvalid, match=said):
         plan_trim(sentencepiece(TOY), examples, keep)
 

@@ -1,4 +1,4 @@
-"""The rows that stay are the source's own, and so are the logits that llama.cpp makes of them."""
+"""A trimmed checkpoint keeps rows bit for bit, and llama.cpp computes the same logits from them."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -62,7 +62,7 @@ def read(source: Checkpoint, name: str) -> np.ndarray:
     return np.concatenate(pieces).reshape(info.shape)
 
 
-def test_rows_by_token_are_cut_and_all_else_passes(toy: Path, plan: TrimPlan) -> None:
+def test_rows_by_token_are_cut_and_all_others_stay(toy: Path, plan: TrimPlan) -> None:
     n_tokens, header = plan.n_before, read_header(toy)
     arrays = {
         "token_embd.weight": tiny.grid((n_tokens, 8), 1),
@@ -98,7 +98,7 @@ def test_no_slab_is_empty(toy: Path, plan: TrimPlan) -> None:
         ("medusa.head.weight", 267, "'medusa.head.weight' seems to have a row for each token"),
     ],
 )
-def test_tensors_that_do_not_go_with_the_vocabulary_are_refused(
+def test_tensors_that_do_not_fit_the_vocabulary_are_refused(
     toy: Path, plan: TrimPlan, name: str, rows: int, said: str
 ) -> None:
     with pytest.raises(TrimImpossible, match=said):

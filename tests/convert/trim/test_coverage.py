@@ -1,4 +1,4 @@
-"""Coverage is counted in the whole vocabulary's tokens; answers are compared as texts."""
+"""Coverage is counted in tokens of the full vocabulary; answers are compared as texts."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_tokens_and_whole_examples_are_covered_by_shares() -> None:
 
 
 @pytest.mark.parametrize("texts", [[], [""]])
-def test_nothing_held_out_is_no_coverage(texts: list[str]) -> None:
+def test_no_held_out_text_is_refused(texts: list[str]) -> None:
     full = sentencepiece({"aa": 0.0, "bb": -1.0})
     with pytest.raises(RequestInvalid, match="no text"):
         coverage(full, plan_trim(full, ["aa"], 260), texts)

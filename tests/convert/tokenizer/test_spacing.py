@@ -1,4 +1,4 @@
-"""A model may be called anything, and its tokenizer keeps its habits."""
+"""A model's name makes llama.cpp treat special tokens as its tokenizer does, and changes as little as possible."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Names of bases: the same model under the names it goes by is no reason to warn, another one is."""
+"""The warning about another base: none for other names of the same model."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def warning(adapter_base: str, file: str, general_name: str | None = None) -> st
         ("./base", "anything.gguf", None),
     ],
 )
-def test_the_same_base_or_none_that_is_known_is_fine(trained_on: str, file: str, name: str | None) -> None:
+def test_the_same_base_or_an_unknown_one_gives_no_warning(trained_on: str, file: str, name: str | None) -> None:
     assert warning(trained_on, file, name) is None
 
 
@@ -40,7 +40,7 @@ def test_the_same_base_or_none_that_is_known_is_fine(trained_on: str, file: str,
         ("meta-llama/Llama-3.2-1B", "Llama-3.1-8B.gguf", None),
     ],
 )
-def test_another_base_is_named_beside_this_one(trained_on: str, file: str, name: str | None) -> None:
+def test_another_base_gives_a_warning_with_both_names(trained_on: str, file: str, name: str | None) -> None:
     found = warning(trained_on, file, name)
     assert found is not None
     assert repr(trained_on) in found
