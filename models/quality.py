@@ -95,7 +95,7 @@ class Candidate(Record):
     reason: str = ""
 
 
-class Budget(Record):
+class LossBudget(Record):
     """The largest permitted loss of a candidate. Accuracy may not be lower at 95 % on the paired test."""
 
     kl_mean: float = 0.02
@@ -122,7 +122,7 @@ class Quality(Record):
 
     schema_version: Literal[1] = 1
     work: TaskKind
-    budget: Budget
+    budget: LossBudget
     machine: str
     examples_file: str
     examples_sha256: str

@@ -4,6 +4,7 @@ A room is a folder. A file directly in one of the four houses is a unit of its o
 """
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -96,6 +97,8 @@ DOORS = {
     "transformers": {"models.email_triage"},
     "peft": {"models.email_triage"},
 }
+# Names of classes and types that two files give to different things.
+SHARED_NAMES = {"Chunk", "Endpoint", "Item", "Message", "State"}
 MAX_FILES = 9
 MORE_FILES = {"runtime/openai": 11, "convert/families": 11}
 MAX_FILE_LINES = 400
@@ -220,6 +223,26 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
             )
 
 
+def named(path: Path) -> Iterator[str]:
+    """The classes and capitalised type aliases that the file defines at its top level."""
+    for node in parsed(path).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = (target.id for target in targets if isinstance(target, ast.Name))
+            yield from (name for name in names if name.lstrip("_")[:1].isupper() and not name.isupper())
+
+
+def test_a_name_means_one_thing() -> None:
+    files: dict[str, set[str]] = {}
+    for path in FILES:
+        for name in named(path):
+            files.setdefault(name, set()).add(module_name(path))
+    shared = {name: sorted(modules) for name, modules in files.items() if len(modules) > 1}
+    assert shared.keys() <= SHARED_NAMES, {name: shared[name] for name in shared.keys() - SHARED_NAMES}
+
+
 def test_the_tests_mirror_the_rooms() -> None:
     drawn = {room.relative_to(ROOT) for room in ROOMS}
     for name in HOUSES:
@@ -235,3 +258,4 @@ def test_the_checks_see_what_they_should() -> None:
     assert not within("runtime.engine", {"runtime.llama", "runtime.errors"})
     assert level("runtime.cli.main") > level("runtime.server.app") > level("runtime.engine.engine")
     assert level("runtime.engine.engine") > level("runtime.llama.model") > level("runtime.errors")
+    assert {"TaskKind", "LossBudget"} <= set(named(ROOT / "models" / "quality.py"))

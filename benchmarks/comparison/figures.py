@@ -55,7 +55,7 @@ class LevelFigures(Record):
     e2e: Spread
 
 
-class Accuracy(Record):
+class ArmAccuracy(Record):
     """Exactly right answers among all requests (a failed one is wrong), with Wilson's 95 % interval."""
 
     correct: int
@@ -70,7 +70,7 @@ class ArmFigures(Record):
 
     name: str
     kind: str
-    accuracy: Accuracy | None
+    accuracy: ArmAccuracy | None
     mean_prompt_tokens: float | None
     mean_completion_tokens: float | None
     levels: tuple[LevelFigures, ...]
@@ -169,11 +169,11 @@ def _arm(arm: Arm) -> ArmFigures:
     )
 
 
-def _accuracy(arm: Arm) -> Accuracy:
+def _accuracy(arm: Arm) -> ArmAccuracy:
     predictions = predictions_of(arm)
     correct = sum(label == prediction for label, prediction in predictions.values())
     interval = wilson(correct, len(predictions))
-    return Accuracy(
+    return ArmAccuracy(
         correct=correct, total=len(predictions), share=interval.estimate, low=interval.low, high=interval.high
     )
 

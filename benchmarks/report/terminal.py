@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.comparison.figures import Accuracy, ArmFigures, LevelFigures, Spread, Statistics
+from benchmarks.comparison.figures import ArmAccuracy, ArmFigures, LevelFigures, Spread, Statistics
 from benchmarks.comparison.scoring import OTHER, ClassificationScore
 from benchmarks.cost import Bill, Offer
 from benchmarks.record import Arm, BenchRun
@@ -82,7 +82,7 @@ def accuracy_lines(statistics: Statistics) -> Iterator[str]:
         )
 
 
-def format_accuracy(accuracy: Accuracy) -> str:
+def format_accuracy(accuracy: ArmAccuracy) -> str:
     """`0.836 [0.790, 0.874] (209 of 250; Wilson 95 %)`."""
     return (
         f"{accuracy.share:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] "

@@ -18,7 +18,7 @@ from models.common.files import sha256_file
 from models.errors import HashMismatch
 from models.manifest import MANIFEST_FILE, Base, Conversion, Manifest, read_manifest
 from models.manifest import Adapter as AdapterRecord
-from models.quality import QUALITY_FILE, Budget, TaskKind
+from models.quality import QUALITY_FILE, LossBudget, TaskKind
 from models.store.catalog import CatalogEntry, load_catalog
 from models.store.store import Store, check_name
 
@@ -61,7 +61,7 @@ class Examples:
     split: Split
     labels: tuple[str, ...]
     work: TaskKind
-    budget: Budget
+    budget: LossBudget
 
     @property
     def records(self) -> tuple[ChatRecord, ...]:
@@ -220,7 +220,7 @@ def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | 
     records = read_chat_records(request.examples)
     stated = manifest.task if manifest is not None else "general"
     work = request.work or ("classify" if stated == "classify" or is_classification(records) else "write")
-    budget = Budget() if request.max_loss is None else Budget(kl_mean=request.max_loss)
+    budget = LossBudget() if request.max_loss is None else LossBudget(kl_mean=request.max_loss)
     labels = labels_of(records, manifest.labels if manifest is not None else ()) if work == "classify" else ()
     return Examples(request.examples, sha256_file(request.examples), split_examples(records), labels, work, budget)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from convert.errors import RequestInvalid
 from convert.measure.compare import MeasuredLoss
 from models.gguf.header import Header
-from models.quality import Answers, Budget, Candidate
+from models.quality import Answers, Candidate, LossBudget
 
 REFERENCE = "F16"
 # Rates closer than this are a tie: on a machine in use the same file differs as much from round to round.
@@ -36,7 +36,7 @@ class Selection:
     reason: str
 
 
-def choose(candidates: Sequence[Candidate], budget: Budget, forced: str | None = None) -> Selection:
+def choose(candidates: Sequence[Candidate], budget: LossBudget, forced: str | None = None) -> Selection:
     """Judge `candidates`, one of which is the reference `F16`, and choose; `forced` (a name) overrules the budget.
 
     Verdicts "failed" and "undoes the fine-tune" are final; all others are decided here. Without speeds the smallest
@@ -65,7 +65,7 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate:
     return min(tied, key=lambda candidate: (candidate.size_bytes, candidate.name))
 
 
-def budget_violations(candidate: Candidate, reference: Answers | None, budget: Budget) -> Iterator[str]:
+def budget_violations(candidate: Candidate, reference: Answers | None, budget: LossBudget) -> Iterator[str]:
     """Yield a phrase for each limit of the budget that `candidate` exceeds. `reference`: the reference's answers."""
     if candidate.loss is None:
         yield "its loss was not measured"
@@ -160,7 +160,7 @@ def undo_cause(grid: Mapping[str, int], n_tuned: int) -> str:
     )
 
 
-def _judged(candidate: Candidate, reference: Candidate, budget: Budget) -> Candidate:
+def _judged(candidate: Candidate, reference: Candidate, budget: LossBudget) -> Candidate:
     if candidate.verdict in {"failed", "undoes the fine-tune"}:
         return candidate
     if candidate.name == REFERENCE:

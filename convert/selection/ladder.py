@@ -30,7 +30,7 @@ from models.common.console import Reporter
 from models.common.files import check_free, sha256_file
 from models.common.machine import describe_machine
 from models.gguf.header import Header, read_header, read_meta
-from models.quality import Budget, Candidate, Loss, Quality, Trim
+from models.quality import Candidate, Loss, LossBudget, Quality, Trim
 
 from .cache import Cache, digest
 from .choice import REFERENCE, Selection, base_distances, choose, shared_grid, undo_cause, undo_reason
@@ -60,7 +60,7 @@ class LadderInputs:
     base: Path | None = None
     tuned: tuple[str, ...] = ()
     base_header: Header | None = None
-    budget: Budget = field(default_factory=Budget)
+    budget: LossBudget = field(default_factory=LossBudget)
     forced: str | None = None
 
 

@@ -21,7 +21,7 @@ MAX_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class ChatMessage:
     """Who said what."""
 
     role: str
@@ -37,7 +37,7 @@ class ChatRecord:
 
     id: str
     line: int
-    prompt: tuple[Message, ...]
+    prompt: tuple[ChatMessage, ...]
     answer: str
 
 
@@ -106,7 +106,7 @@ def _parsed(number: int, line: bytes) -> ChatRecord:
     return ChatRecord(str(number if given is None else given), number, tuple(prompt), answer.content.strip())
 
 
-def _message(place: int, message: object) -> Message:
+def _message(place: int, message: object) -> ChatMessage:
     if not isinstance(message, dict):
         raise ValueError(f"messages[{place}] is {type(message).__name__}, expected an object")
     role, content = message.get("role"), message.get("content")
@@ -114,4 +114,4 @@ def _message(place: int, message: object) -> Message:
         raise ValueError(f"messages[{place}] needs a role and a content, both text")
     if any("\ud800" <= character <= "\udfff" for character in content):
         raise ValueError(f"messages[{place}].content holds half a surrogate pair")
-    return Message(role, content)
+    return ChatMessage(role, content)

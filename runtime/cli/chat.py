@@ -19,21 +19,12 @@ from runtime.requests import Failed, Request, SamplingParams, TextDelta
 from runtime.serving.model import open_model
 from runtime.worker.supervisor import EngineSupervisor
 
+from .commands import ChatOptions
+
 LABEL_TOKENS = 32
 HELP = (
     '/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, """ opens and closes many lines'
 )
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """Options of every answer; None leaves the choice to the model's task."""
-
-    temperature: float | None = None
-    top_p: float = 1.0
-    max_tokens: int | None = None
-    seed: int | None = None
-    system: str | None = None
 
 
 @dataclass

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import Field
 
 from models.common.options import JsonOption, with_options
+from models.common.record import Record
 from models.errors import DONE, FAILED, SOME_FAILED
 from models.store.catalog import DEFAULT_MODEL
 from runtime.config import EngineConfig, RuntimeConfig
@@ -51,22 +53,21 @@ def batch_command(
     raise typer.Exit(SOME_FAILED if summary["failed"] else DONE)
 
 
-@with_options(engine=EngineConfig)
-def chat_command(
-    engine: EngineConfig,
-    model: ModelArgument = DEFAULT_MODEL,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0: always the likeliest token.")] = None,
-    top_p: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Sample from the tokens with this probability mass.")
-    ] = 1,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes a conversation repeatable.")] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the conversation.")] = None,
-) -> None:
-    """Talk to a model. From a pipe: one message per line in, one answer per line out."""
-    from .chat import ChatOptions, chat_with
+class ChatOptions(Record):
+    """Options of every answer; None leaves the choice to the model's task."""
 
-    options = ChatOptions(temperature, top_p, max_tokens, seed, system)
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0: always the likeliest token.")
+    top_p: float = Field(default=1.0, ge=0.01, le=1, description="Sample from the tokens with this probability mass.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Length limit of an answer, in tokens.")
+    seed: int | None = Field(default=None, ge=0, description="Makes a conversation repeatable.")
+    system: str | None = Field(default=None, description="System message of the conversation.")
+
+
+@with_options(options=ChatOptions, engine=EngineConfig)
+def chat_command(engine: EngineConfig, options: ChatOptions, model: ModelArgument = DEFAULT_MODEL) -> None:
+    """Talk to a model. From a pipe: one message per line in, one answer per line out."""
+    from .chat import chat_with
+
     chat_with(model, RuntimeConfig(**dict(engine)), options)
 
 

@@ -24,7 +24,7 @@ from convert.measure.examples import MIN_EXAMPLES
 from convert.measure.forward import ModelAnswer
 from convert.measure.loss import RowFile, plan_rows
 from convert.measure.tasks import EvalTask, Tasks, tasks_of
-from models.common.chat_records import ChatRecord, Message
+from models.common.chat_records import ChatMessage, ChatRecord
 from tests.support.convert import tiny
 from tests.support.convert.tiny import END, TOKENS, write_model
 
@@ -41,7 +41,8 @@ def ignore(done: int, total: int) -> None:
 
 def records(count: int = MIN_EXAMPLES) -> list[ChatRecord]:
     return [
-        ChatRecord(str(n), n + 1, (Message("user", f"Hello {n}{'lo' * (n % 5)}"),), LABELS[n % 6]) for n in range(count)
+        ChatRecord(str(n), n + 1, (ChatMessage("user", f"Hello {n}{'lo' * (n % 5)}"),), LABELS[n % 6])
+        for n in range(count)
     ]
 
 

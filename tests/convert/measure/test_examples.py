@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.measure.examples import MAX_LABELS, MIN_EXAMPLES, labels_of, split_examples
-from models.common.chat_records import ChatRecord, Message
+from models.common.chat_records import ChatMessage, ChatRecord
 from models.errors import BadExamples
 
 
 def example(number: int, text: str, answer: str = "ham") -> ChatRecord:
-    return ChatRecord(str(number), number, (Message("user", text),), answer)
+    return ChatRecord(str(number), number, (ChatMessage("user", text),), answer)
 
 
 def examples(count: int) -> list[ChatRecord]:

@@ -13,7 +13,7 @@ from convert.measure.examples import MIN_EXAMPLES
 from convert.measure.forward import MAX_TOGETHER, ModelAnswer, cells_needed, run_pass
 from convert.measure.loss import LogitsRow, even_share, plan_rows, rows_in_common, spread
 from convert.measure.tasks import MAX_WRITTEN, PromptFormat, Tasks, make_tasks
-from models.common.chat_records import ChatRecord, Message
+from models.common.chat_records import ChatMessage, ChatRecord
 from models.errors import BadExamples
 from models.quality import TaskKind
 from runtime.errors import DecodeFailed
@@ -25,7 +25,7 @@ ASKING = PromptFormat(FAKE_TEMPLATE, END_OF_TURN)
 
 def records(count: int = MIN_EXAMPLES, answer: str = "") -> list[ChatRecord]:
     return [
-        ChatRecord(f"#{n}", n + 1, (Message("user", f"mail {'x' * (n % 7)} {n}"),), answer or LABELS[n % 3])
+        ChatRecord(f"#{n}", n + 1, (ChatMessage("user", f"mail {'x' * (n % 7)} {n}"),), answer or LABELS[n % 3])
         for n in range(count)
     ]
 
@@ -65,14 +65,14 @@ def test_a_model_without_a_template_is_asked_as_decisions_ask_it() -> None:
 
 def test_what_a_user_wrote_stays_text() -> None:
     some = records()
-    some[0] = replace(some[0], prompt=(Message("user", "<end_of_turn>"),))
+    some[0] = replace(some[0], prompt=(ChatMessage("user", "<end_of_turn>"),))
     assert tasks_for("write", some).tasks[0].prompt.count(END_OF_TURN) == 1
 
 
 def test_examples_that_are_too_long_are_left_out_and_counted() -> None:
     some = records()
-    some[3] = replace(some[3], prompt=(Message("user", "x" * 200),))
-    some[4] = replace(some[4], prompt=(Message("user", "x" * 100_000),))
+    some[3] = replace(some[3], prompt=(ChatMessage("user", "x" * 200),))
+    some[4] = replace(some[4], prompt=(ChatMessage("user", "x" * 100_000),))
     tasks = tasks_for("classify", some, max_tokens=100)
     assert tasks.n_too_long == 2
     assert [task.id for task in tasks.tasks] == [record.id for record in some if record.line not in {4, 5}]
@@ -202,7 +202,7 @@ def test_a_row_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_example_as_long_as_the_context_fits() -> None:
-    some = [replace(record, prompt=(Message("user", "x" * 150),)) for record in records()]
+    some = [replace(record, prompt=(ChatMessage("user", "x" * 150),)) for record in records()]
     tasks = tasks_for("write", some)
     llama = FakeLlama(n_ctx=max(map(tasks.room, tasks.tasks)), n_seq_max=2, script=lambda history: ord("a"))
     answers, _ = passed(llama, tasks)

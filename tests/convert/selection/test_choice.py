@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from convert.errors import RequestInvalid
 from convert.selection.choice import TIE, choose
-from models.quality import Answers, Budget, Candidate, Loss, Speed
+from models.quality import Answers, Candidate, Loss, LossBudget, Speed
 
-BUDGET = Budget()
+BUDGET = LossBudget()
 
 
 def loss(kl_mean: float) -> Loss:
@@ -107,7 +107,7 @@ def test_better_accuracy_or_a_loss_of_it_by_chance_is_no_ground() -> None:
 def test_max_loss_moves_the_line() -> None:
     candidates = [F16, made("Q4_0", 9.0, kl=0.05)]
     assert choose(candidates, BUDGET).chosen == "F16"
-    assert choose(candidates, Budget(kl_mean=0.1)).chosen == "Q4_0"
+    assert choose(candidates, LossBudget(kl_mean=0.1)).chosen == "Q4_0"
 
 
 def test_a_wanted_name_overrules_and_says_against_what() -> None:

@@ -8,7 +8,7 @@ import pytest
 from models.card.card import render_card, render_quality
 from models.card.plot import PLOT_FILE, render_plot
 from models.manifest import Manifest
-from models.quality import Budget, read_quality, write_quality
+from models.quality import LossBudget, read_quality, write_quality
 from tests.support.models.ladder import TRIM, candidate, ladder, loss, speed
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -61,7 +61,7 @@ def test_an_overruled_choice_says_so() -> None:
 
 
 def test_how_it_was_measured_is_told() -> None:
-    card = render_quality(ladder(budget=Budget(kl_mean=0.05)))
+    card = render_quality(ladder(budget=LossBudget(kl_mean=0.05)))
     for part in ("≤ 0.05 nats", "250 held out of `validation.jsonl`", "e" * 64, "AMD EPYC, 2 cores", "3 rounds"):
         assert part in card
     assert "102 tokens of prompt and 3 of answer" in card

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from models.common import chat_records
-from models.common.chat_records import ChatRecord, Message, read_chat_records
+from models.common.chat_records import ChatMessage, ChatRecord, read_chat_records
 from models.errors import BadExamples
 
 
@@ -26,8 +26,8 @@ def test_records_are_read_plain_and_packed(tmp_path: Path) -> None:
     (tmp_path / "e.jsonl").write_text(text, encoding="utf-8")
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     expected = (
-        ChatRecord("a", 1, (Message("system", "Sort."), Message("user", "Buy\u2028now")), "spam"),
-        ChatRecord("3", 3, (Message("user", "Hi"),), "ham"),
+        ChatRecord("a", 1, (ChatMessage("system", "Sort."), ChatMessage("user", "Buy\u2028now")), "spam"),
+        ChatRecord("3", 3, (ChatMessage("user", "Hi"),), "ham"),
     )
     assert read_chat_records(tmp_path / "e.jsonl") == expected
     assert read_chat_records(tmp_path / "e.jsonl.gz") == expected

@@ -13,7 +13,8 @@ import pytest
 
 from models.manifest import Manifest
 from runtime.cli import chat as chat_module
-from runtime.cli.chat import Chat, ChatOptions, Conversation, chat_with, greeting, talk
+from runtime.cli.chat import Chat, Conversation, chat_with, greeting, talk
+from runtime.cli.commands import ChatOptions
 from runtime.config import RuntimeConfig
 from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from models.quality import Answers, Budget, Candidate, Loss, Quality, Shape, Speed, Trim
+from models.quality import Answers, Candidate, Loss, LossBudget, Quality, Shape, Speed, Trim
 
 
 def loss(kl_mean: float, ratio: float = 1.0) -> Loss:
@@ -77,7 +77,7 @@ def ladder(**changes: Any) -> Quality:
     )
     whole = Quality(
         work="classify",
-        budget=Budget(),
+        budget=LossBudget(),
         machine="AMD EPYC, 2 cores",
         examples_file="validation.jsonl",
         examples_sha256="e" * 64,
