@@ -95,7 +95,7 @@ def _steps(step: object, source: str) -> Iterator[str]:
         yield _DIGITS
     else:
         raise TokenizerInvalid(
-            f"{source} splits text with the pre-tokenizer {kind!r}, which llama.cpp cannot repeat; "
+            f"{source} splits text with the pre-tokenizer {kind!r}, which llama.cpp cannot reproduce; "
             "make the GGUF elsewhere and convert it with --gguf"
         )
 
@@ -107,13 +107,13 @@ def _split(step: dict[str, Any], source: str) -> str:
     removed = step.get("behavior") == "Removed" and bool(step.get("invert"))
     text = pattern.get("Regex")
     if not isinstance(text, str) or not (isolated or removed):
-        raise TokenizerInvalid(f"{source} splits text by {step!r}, which llama.cpp cannot repeat")
+        raise TokenizerInvalid(f"{source} splits text by {step!r}, which llama.cpp cannot reproduce")
     return spelled(text)
 
 
 def _byte_level(step: dict[str, Any], source: str) -> Iterator[str]:
     if step.get("add_prefix_space"):
-        raise TokenizerInvalid(f"{source} puts a space before every text (add_prefix_space), llama.cpp cannot")
+        raise TokenizerInvalid(f"{source} puts a space before every text (add_prefix_space), which llama.cpp lacks")
     if step.get("use_regex", True):
         yield _GPT2
 

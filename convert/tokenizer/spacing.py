@@ -166,4 +166,4 @@ def _flat(step: object, inner: str) -> Iterator[dict[str, Any]]:
 
 def _refused(step: Mapping[str, Any], source: str) -> TokenizerInvalid:
     shown = {key: value for key, value in step.items() if key != "precompiled_charsmap"}
-    return TokenizerInvalid(f"{source} prepares text by {shown!r:.200}, which llama.cpp cannot repeat; {_WAY_OUT}")
+    return TokenizerInvalid(f"{source} prepares text by {shown!r:.200}, which llama.cpp cannot reproduce; {_WAY_OUT}")

@@ -100,7 +100,7 @@ def _unigram(
     raw: Mapping[str, Any], model: Mapping[str, Any], added: Sequence[AddedToken], source: str, *, answers_chats: bool
 ) -> ParsedTokenizer:
     if model.get("byte_fallback"):
-        raise TokenizerInvalid(f"{source} is a Unigram tokenizer that falls back to bytes, which llama.cpp cannot")
+        raise TokenizerInvalid(f"{source} is a Unigram tokenizer with byte fallback, which llama.cpp lacks")
     listed = entries(model, "vocab")
     if len(listed) > MAX_TOKENS:
         raise TokenizerInvalid(f"{source} has {len(listed)} tokens, the limit is {MAX_TOKENS}")
@@ -134,7 +134,7 @@ def _unigram(
 def _check_bpe(model: Mapping[str, Any], source: str) -> None:
     for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(option):
-            raise TokenizerInvalid(f"{source} has the BPE option {option} = {model[option]!r}, which llama.cpp cannot")
+            raise TokenizerInvalid(f"{source} has the BPE option {option} = {model[option]!r}, which llama.cpp lacks")
 
 
 def _by_id(vocabulary: Mapping[str, Any], source: str) -> dict[int, str]:

@@ -106,14 +106,14 @@ def _settled(
         raise TokenizerInvalid(f"{source} does not write spaces as marks before words, llama.cpp does")
     if kind == _UNIGRAM:
         if trainer.get(_BYTE_FALLBACK):
-            raise TokenizerInvalid(f"{source} is a Unigram tokenizer that falls back to bytes, which llama.cpp cannot")
+            raise TokenizerInvalid(f"{source} is a Unigram tokenizer with byte fallback, which llama.cpp lacks")
         charsmap = checked_charsmap(charsmap, source)
         return replace(parsed, add_space_prefix=prefix, remove_extra_whitespaces=removes, charsmap=charsmap)
     if kind != _BPE:
         raise TokenizerInvalid(f"{source} has the model type {kind!r}; known are {_UNIGRAM} (Unigram) and {_BPE} (BPE)")
     if removes or charsmap:
         what = "removes extra white space" if removes else "replaces characters before it splits text"
-        raise TokenizerInvalid(f"{source} {what}, which llama.cpp cannot repeat for BPE")
+        raise TokenizerInvalid(f"{source} {what}, which llama.cpp cannot reproduce for BPE")
     n_bytes = sum(piece.kind is TokenType.BYTE for piece in parsed.odd.values())
     if n_bytes != 256:
         raise TokenizerInvalid(f"{source} has {n_bytes} byte tokens, llama.cpp needs all 256")

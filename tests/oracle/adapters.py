@@ -1,4 +1,4 @@
-"""What PEFT makes of adapters on the checkpoints of `families`. Run by the oracle's Python, after reference.py.
+"""Merge adapters on the checkpoints of `families` with PEFT. Run by the oracle's Python, after reference.py.
 
     python -m tests.oracle.adapters LLAMA_CPP TARGET
 

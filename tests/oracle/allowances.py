@@ -1,4 +1,4 @@
-"""Where our metadata may differ from that of llama.cpp's converter: each key with the reason, and how far."""
+"""The metadata keys in which our files may differ from llama.cpp's converter's: each with its reason and a check."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ Fields = Mapping[str, Field]
 
 @dataclass(frozen=True)
 class Allowance:
-    """Why a key may differ, and a check that it differs in that way only."""
+    """The reason for which a key may differ, and a check that it differs in that way only."""
 
     reason: str
     holds: Callable[[Fields, Fields], bool]
 
 
 def allowed(key: str, ours: Fields, theirs: Fields) -> bool:
-    """Whether the difference of `key` is one of those listed here."""
+    """True if the difference of `key` is a listed one."""
     allowance = ALLOWANCES.get(key)
     return allowance is not None and allowance.holds(ours, theirs)
 
@@ -28,7 +28,7 @@ def _is_bpe(fields: Fields) -> bool:
 
 
 def _only_ours(key: str, value: object, *, bpe: bool | None = None) -> Callable[[Fields, Fields], bool]:
-    """The key is missing in theirs, and ours is what llama.cpp takes for granted then."""
+    """The key is missing in theirs, and ours has llama.cpp's default."""
 
     def holds(ours: Fields, theirs: Fields) -> bool:
         at_home = bpe is None or _is_bpe(ours) is bpe
@@ -56,7 +56,7 @@ def _in_template(ours: Fields, theirs: Fields) -> bool:
 
 
 def _same_order(ours: Fields, theirs: Fields) -> bool:
-    """Whether both scores merge the same pieces first. What is not merged, single characters above all, has no say."""
+    """True if both scores merge the same pieces first; scores of pieces that are not merged do not matter."""
     key = "tokenizer.ggml.scores"
     mine, other = ours[key].numbers or (), theirs[key].numbers or ()
     if set(other) == {-1000.0}:

@@ -1,4 +1,4 @@
-"""The references: made once by the oracle's own Python, kept beside it until something they are made of changes."""
+"""The reference files: made once by the oracle's own Python, and again when their inputs change."""
 
 import hashlib
 import os

@@ -1,6 +1,6 @@
-"""The checkpoints the oracle is asked about: every family, as small as its architecture allows. Data, and no torch.
+"""The checkpoints that the oracle converts: every family, as small as its architecture allows. Data only, no torch.
 
-The configurations are spelled as published ones are: most as transformers 4 wrote them (`rope_theta`, `rope_scaling`,
+The configurations have the form of published ones: most as transformers 4 wrote them (`rope_theta`, `rope_scaling`,
 `torch_dtype`), some as transformers 5 does (`rope_parameters`, `dtype`).
 """
 

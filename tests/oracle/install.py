@@ -2,7 +2,7 @@
 
     python tests/oracle/install.py FOLDER
 
-makes FOLDER/venv and FOLDER/llama.cpp, and FOLDER/.ready when both are whole. Nothing of it enters Deskside's own venv.
+makes FOLDER/venv and FOLDER/llama.cpp, and FOLDER/.ready when both are whole. Deskside's own venv is not touched.
 The converter is part of the source distribution that requirements.lock pins, so it is the one of the llama.cpp that is
 measured; nothing is compiled.
 """

@@ -1,4 +1,4 @@
-"""What Deskside makes of a folder, as the pipeline would write it, and what a GGUF file holds: for comparing both."""
+"""Convert a folder as Deskside's pipeline does, and read a GGUF file, to compare both sides."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What transformers and llama.cpp's own converter make of the checkpoints of `families`. Run by the oracle's Python.
+"""Convert the checkpoints of `families` with transformers and llama.cpp's own converter. Run by the oracle's Python.
 
     python -m tests.oracle.reference LLAMA_CPP TARGET [NAME ...]
 

@@ -1,4 +1,4 @@
-"""What each family's tiny folder becomes, tensor by tensor: hashes that llama.cpp's own converter gave, too.
+"""Golden hashes of each family's tiny folder, tensor by tensor, equal to those of llama.cpp's own converter.
 
 `golden.json` was made from these folders and compared, byte by byte, with what convert_hf_to_gguf.py of
 llama-cpp-python 0.3.36 writes with --outtype f16 (of StableLM without norms on q and k, which it loses).

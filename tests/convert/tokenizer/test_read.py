@@ -99,7 +99,7 @@ REFUSED_STEPS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another behaviour": (
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": tiny.LLAMA3}, "behavior": "Removed", "invert": False}},
-        "llama.cpp cannot repeat",
+        "llama.cpp cannot reproduce",
     ),
     "a space before all": ({"pre_tokenizer": {**BYTES_ONLY, "add_prefix_space": True}}, "add_prefix_space"),
     "no regex at all": ({"pre_tokenizer": BYTES_ONLY}, "splits text by nothing"),

@@ -1,7 +1,7 @@
 """Tiny Hugging Face folders of every family, made with numpy only: names and shapes as transformers saves them.
 
 Every number comes from a counter, so that the bytes are the same everywhere and hashes can be golden. Weights are not
-multiples of a power of two: rounding to half precision is part of what is compared.
+multiples of a power of two: the comparisons include rounding to half precision.
 """
 
 import json
@@ -103,7 +103,7 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
 
 
 def shapes(family: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors transformers saves for it."""
+    """The names and shapes of the tensors that transformers saves."""
     yield "model.embed_tokens.weight", (N_VOCAB, N_EMBD)
     yield "model.norm.weight", (N_EMBD,)
     if family == "stablelm":

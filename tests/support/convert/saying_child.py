@@ -1,4 +1,4 @@
-"""A child process for tests: it says what its jobs tell it to, and ends as they tell it."""
+"""A child process for tests: prints the lines that its jobs name, and exits or aborts as they say."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Tiny models and adapters for tests: whole files as llama.cpp and PEFT have them, with weights that merge exactly.
+"""Tiny models and adapters for tests: whole files in llama.cpp's and PEFT's formats, with weights that merge exactly.
 
 Weights are multiples of 1/64 and adapters of 1/8, so W + scale · B · A is exact in float32 and in float16: the bytes do
 not depend on the order in which a BLAS adds, and hashes can be golden.
@@ -53,7 +53,7 @@ def grid(shape: tuple[int, ...], seed: int, span: int = 16, unit: int = 64) -> n
 
 
 def weights(architecture: str = "gemma3", experts: int = 0) -> dict[str, np.ndarray]:
-    """GGUF tensor name -> float32 weights; `experts`: so many feed-forward networks in each layer, and a gate."""
+    """GGUF tensor name -> float32 weights; `experts`: the number of feed-forward networks per layer, with a gate."""
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
     if architecture == "gemma3":
         norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
@@ -165,7 +165,7 @@ def write_adapter(
 
 
 def safetensors_bytes(arrays: Mapping[str, np.ndarray], dtype: str) -> bytes:
-    """The format by hand (8 bytes of length, JSON, data): the reader under test uses the library."""
+    """A safetensors file written by hand (8 bytes of length, JSON, data), in any of the three types."""
     head: dict[str, object] = {}
     data = b""
     for name, array in arrays.items():

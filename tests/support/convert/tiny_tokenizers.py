@@ -27,7 +27,7 @@ SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
 
 def byte_level(pattern: str | None, *, digits: bool = False, looks_up: bool = False, size: int = 700) -> Tokenizer:
-    """Byte-level BPE that splits by `pattern`, or by GPT-2's. `looks_up` takes words that are tokens as they are."""
+    """Byte-level BPE that splits by `pattern`, or by GPT-2's. `looks_up`: words that are tokens are not merged."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=looks_up))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     before: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
@@ -64,7 +64,7 @@ def sentence_model(kind: str = "bpe", size: int = 900, **options: Any) -> bytes:
 
 
 def sentence_bpe(model: bytes | None = None) -> Tokenizer:
-    """The same in `tokenizers`: every pair of pieces that makes a piece is a merge, the best scores first."""
+    """A SentencePiece BPE in `tokenizers`: every pair of pieces that makes a piece is a merge, best scores first."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model or sentence_model())
     ids = range(processor.GetPieceSize())
     vocabulary = {processor.IdToPiece(index): index for index in ids}

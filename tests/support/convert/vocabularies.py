@@ -1,4 +1,4 @@
-"""Toy vocabularies of each kind, and tokenizers for them that are too simple to be wrong."""
+"""Toy vocabularies of each kind, and deliberately simple tokenizers for them as independent judges."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -39,7 +39,7 @@ def sentencepiece(scores: Mapping[str, float], *, controls: Sequence[bytes] = ()
 def byte_level(
     merges: Sequence[tuple[str, str]], *, pre: str = "gpt-2", nameless: Sequence[str] = (), extra: Sequence[str] = ()
 ) -> Header:
-    """The 256 bytes, what the merges make (but for `nameless`), tokens that nothing makes, one end token."""
+    """The 256 bytes, the merges' results except `nameless`, the `extra` tokens that no merge makes, one end token."""
     plain = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
     chars = [chr(code) for code in (*plain, *range(0x100, 0x100 + 256 - len(plain)))]
     made = [left + right for left, right in merges if left + right not in nameless]
@@ -83,7 +83,7 @@ def simple_sentencepiece(given: Header, text: str) -> list[bytes]:
 
 
 def simple_byte_level(given: Header, word: str) -> list[bytes]:
-    """One word of ASCII letters: as above, by rank; what is no token is spelled."""
+    """One word of ASCII letters: as above, by rank; a piece that is not a token is spelled in bytes."""
     lines = given.fields["tokenizer.ggml.merges"].strings or []
     ranks = {line: rank for rank, line in reversed(list(enumerate(lines)))}
     pieces = [char.encode() for char in word]
