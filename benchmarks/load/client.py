@@ -4,6 +4,7 @@ TTFT counts from the *scheduled* send, so that time lost before the bytes go out
 of the connection or of the stream becomes the sample's `error` and does not stop the run.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
@@ -39,6 +40,11 @@ class ApiTarget:
         """The headers of every request."""
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
+    @property
+    def uses_tls(self) -> bool:
+        """False for plain HTTP: loading the CA certificates takes longer than a request to this machine."""
+        return self.base_url.startswith("https:")
+
 
 class OpenAiClient:
     """Sends one request per call and records when each part of the answer arrived, on `clock`.
@@ -50,7 +56,9 @@ class OpenAiClient:
         self, target: ApiTarget, clock: Callable[[], float], *, timeout_s: float = 300.0, keep_alive: bool = True
     ) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if keep_alive else 0)
-        self._http = httpx.AsyncClient(headers=target.headers, timeout=timeout_s, limits=limits, trust_env=False)
+        self._http = httpx.AsyncClient(
+            headers=target.headers, timeout=timeout_s, limits=limits, trust_env=False, verify=target.uses_tls
+        )
         self._base_url = target.base_url.rstrip("/")
         self._target = target
         self._clock = clock
@@ -129,14 +137,14 @@ class OpenAiClient:
         )
 
 
-async def sse_events(response: httpx.Response) -> AsyncGenerator[str, None]:
-    """Yield the data of each server-sent event as it arrives.
+async def sse_events(response: httpx.Response, *, pause_s: float = 0.0) -> AsyncGenerator[str, None]:
+    """Yield the data of each server-sent event as it arrives. A slow reader pauses after each chunk of the body.
 
     Raises ValueError when more than MAX_EVENT_BYTES arrive without completing an event, SSEError (an httpx.HTTPError)
     when the response is not an event stream.
     """
     assert isinstance(response.stream, httpx.AsyncByteStream)
-    body = _BoundedBody(response.stream)
+    body = _BoundedBody(response.stream, pause_s)
     response.stream = body
     async with aclosing(EventSource(response).aiter_sse()) as events:
         async for event in events:
@@ -148,8 +156,9 @@ async def sse_events(response: httpx.Response) -> AsyncGenerator[str, None]:
 class _BoundedBody(httpx.AsyncByteStream):
     """A response body that bounds the bytes read since the last event: the SSE decoder buffers them."""
 
-    def __init__(self, body: httpx.AsyncByteStream) -> None:
+    def __init__(self, body: httpx.AsyncByteStream, pause_s: float) -> None:
         self._body = body
+        self._pause_s = pause_s
         self.unread_bytes = 0
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -158,6 +167,8 @@ class _BoundedBody(httpx.AsyncByteStream):
             if self.unread_bytes > MAX_EVENT_BYTES:
                 raise ValueError(f"event of the stream exceeds {MAX_EVENT_BYTES} bytes")
             yield chunk
+            if self._pause_s:
+                await asyncio.sleep(self._pause_s)
 
     async def aclose(self) -> None:
         await self._body.aclose()

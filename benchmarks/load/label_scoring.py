@@ -82,7 +82,12 @@ class LabelScorer:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         root = target.base_url.rstrip("/").removesuffix("/v1")
         self._http = httpx.AsyncClient(
-            base_url=root, headers=target.headers, timeout=timeout_s, limits=limits, trust_env=False
+            base_url=root,
+            headers=target.headers,
+            timeout=timeout_s,
+            limits=limits,
+            trust_env=False,
+            verify=target.uses_tls,
         )
         self._model = target.model
         self._labels = tuple(labels)

@@ -11,12 +11,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from benchmarks.errors import ServerFailed
 from benchmarks.load.client import ApiTarget, OpenAiClient
 from benchmarks.load.loop import closed_loop
-from benchmarks.load.servers import RunningServer, read_counters
+from benchmarks.load.servers import RunningServer, get_local, read_counters
 from benchmarks.load.workload import LabelledExample, PromptTemplate
 from benchmarks.record import RequestSample
 from models.common.console import NamedProgress
@@ -201,12 +199,12 @@ async def _ask_all(
 
 
 def _served_name(address: str) -> str:
-    models = httpx.get(f"{address}/models", trust_env=False, timeout=30).json()["data"]
+    models = get_local(f"{address}/models").json()["data"]
     return str(models[0]["id"])
 
 
 def _counters(plan: ServerPlan, address: str) -> dict[str, float]:
     if plan.peer != DESKSIDE:
         return {}
-    text = httpx.get(f"{address.removesuffix('/v1')}/metrics", trust_env=False, timeout=30).text
+    text = get_local(f"{address.removesuffix('/v1')}/metrics").text
     return read_counters(text, COUNTERS)

@@ -175,17 +175,16 @@ class SoakClient:
     async def _stream(self, kind: str) -> tuple[End, bool, str]:
         path, body = self._body(kind)
         account = StreamAccount()
+        pause_s = SLOW_READ_S if kind == "slow reader" else 0.0
         leave_after = self._chance.randint(1, 8) if kind == "leave in decode" else None
         async with self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 return _refusal(response.status_code, json.loads(await response.aread()))
-            async with aclosing(sse_events(response)) as events:
+            async with aclosing(sse_events(response, pause_s=pause_s)) as events:
                 async for event in events:
                     account.take(event)
                     if leave_after is not None and account.deltas >= leave_after:
                         return "left", True, ""
-                    if kind == "slow reader":
-                        await asyncio.sleep(SLOW_READ_S)
         end, detail = account.verdict()
         return end, True, detail
 

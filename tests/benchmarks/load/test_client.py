@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -93,12 +92,6 @@ def test_no_server_is_an_error_too() -> None:
     sample = ask("http://127.0.0.1:9/v1", "mail")
     assert sample.error is not None
     assert "ConnectError" in sample.error
-
-
-def test_a_sample_survives_its_own_json() -> None:
-    with running(StandIn(lambda _: "ü\n")) as url:
-        sample = ask(url, "mail")
-    assert RequestSample.model_validate(json.loads(sample.model_dump_json())) == sample
 
 
 def test_a_decision_comes_whole_and_its_faults_become_errors() -> None:

@@ -1,15 +1,13 @@
 """The figures and the verdict of a comparison, from samples made by hand."""
 
 import io
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from benchmarks.errors import BadRecord
 from benchmarks.peers.aims import PeerAim, judge
 from benchmarks.peers.figures import figures_of, ratio
-from benchmarks.peers.record import BarePass, Pass, PeerRun, load_peer_run, save_peer_run
+from benchmarks.peers.record import BarePass, Pass, PeerRun
 from benchmarks.peers.report import render_peers
 from benchmarks.peers.tasks import BURST, CHAT, COMPLETION, CONSTRAINED, DECISIONS, HOP, LABEL, REPLY
 from tests.support.benchmarks.peer_examples import failed, made, offline, peer_run
@@ -140,12 +138,3 @@ def test_the_report_shows_every_row_and_aim() -> None:
     for piece in (OURS, BEST, "2.00 [2.00, 2.00]", "[1.00, 1.00]", "AVX2 = 1", "--quick", "not measured", "14.29"):
         assert piece in text
     assert f"{OURS}: 16 slots; Q8_0, sha256 000000000000…, 1 MiB" in text, "the name says no quantization"
-
-
-def test_a_run_is_read_as_it_was_saved(tmp_path: Path) -> None:
-    run = peer_run(made(LABEL, CHAT, OURS, 1.0))
-    save_peer_run(tmp_path / "run.json", run)
-    assert load_peer_run(tmp_path / "run.json") == run
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(BadRecord, match="is not a comparison with peers"):
-        load_peer_run(tmp_path / "other.json")

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.comparison.evaluate import Evaluation, Prediction, load_evaluation, score_evaluation
-from benchmarks.errors import BadRecord
-from benchmarks.record import save_json
+from benchmarks.comparison.evaluate import Evaluation, Prediction, score_evaluation
 from benchmarks.report.card_figures import NAMES, majority, markdown, quality, with_part
 from benchmarks.report.plots import confusion_picture, latency_picture
 from models.manifest import Accuracy
@@ -63,15 +61,6 @@ def test_pictures_are_drawn_and_repeat(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     latency_picture(run_of(arm(levels={1: [sample(0), sample(1)]})), tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
-
-
-def test_predictions_made_elsewhere_can_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "torch.json"
-    save_json(path, {"labels": ["a"], "predictions": [{"id": "1", "label": "a", "prediction": "a"}]})
-    assert score_evaluation(load_evaluation(path)).correct == 1
-    save_json(path, {"labels": ["a"], "predictions": [{"id": "1", "label": "a"}]})
-    with pytest.raises(BadRecord, match=r"predictions\.0\.prediction"):
-        load_evaluation(path)
 
 
 def test_only_what_stands_between_the_marks_of_the_card_is_replaced() -> None:
