@@ -1,4 +1,8 @@
-"""How likely each choice is to be what the model says next: exact, on a tree of the choices' tokens. Pure.
+"""The exact probability of each of several choices as the model's next text, on a tree of their tokens. Pure.
+
+    prompt ─┬─ sp ─┬─ am ───── (end) "spam"        one row of logits after each node
+            │      └─ lit ──── (end) "split"       answers for all of its children
+            └─ fork ─────────────────── "fork": known from the prompt's own last row
 
 P(choice) is the product over its tokens of the model's probability for each after the prompt and the tokens before it.
 Where another choice goes on from this one's tokens (`spam`, `spam filter`), what ends an answer is a factor too, since
@@ -8,10 +12,10 @@ single token is known from the prompt's own last row.
 Choices that begin alike share those nodes of the tree. A node's logits answer for all of its children: the prompt's own
 last row is the root's, and every further node costs one token and one row of logits.
 
-What is known of a choice so far bounds it from above, since a longer text is never likelier than its beginning. A
-choice that is bounded below `NEGLIGIBLE` of the best one is not computed. In the first wave the highest bound stands
-for the best one: whatever it lets pass would be needed for every possible best. So there are two waves at most, and a
-second one only if the likeliest beginning was that of a much less likely choice.
+A choice's tokens so far bound it from above, since a longer text is never likelier than its beginning. A choice bounded
+below `NEGLIGIBLE` of the best one is not computed. In the first wave the highest bound is taken for the best one: what
+passes it is needed whichever choice is the best. So there are two waves at most, and a second one only if the likeliest
+beginning was that of a much less likely choice.
 """
 
 import math
@@ -54,7 +58,7 @@ class ChoiceTree:
         self._read: set[Path] = set()
 
     def read(self, path: Path, logits: np.ndarray) -> None:
-        """Take in the logits after `path`, float32 of shape (n_vocab,). Raises EngineError if they are not numbers."""
+        """Take in the logits after `path`, float32 of shape (n_vocab,). Raises EngineError if they are not finite."""
         highest = logits.max()
         if not math.isfinite(highest):
             raise EngineError(f"the model's logits are not numbers (the highest is {highest})")
@@ -70,7 +74,7 @@ class ChoiceTree:
             self._end[path] = math.log(ended / total) if ended else -math.inf
 
     def next_wave(self) -> tuple[Branch, ...]:
-        """What to compute next, after the prompt's own row has been read; empty when the answer is known."""
+        """The branches to compute next, once the prompt's own row was read; empty when the result is known."""
         bounds = dict(zip(self.prompt.choices, self.logprobs(), strict=True))
         is_first = len(self._read) == 1
         best = max(bound for choice, bound in bounds.items() if is_first or self._is_known(choice))
@@ -78,7 +82,7 @@ class ChoiceTree:
         return self._branches(choice for choice, bound in bounds.items() if bound >= floor)
 
     def logprobs(self) -> tuple[float, ...]:
-        """The choices' log-probabilities, in the question's order; an upper bound for what was not computed."""
+        """The choices' log-probabilities, in the prompt's order; an upper bound for a choice that was not computed."""
         return tuple(map(self._bound, self.prompt.choices))
 
     def _bound(self, choice: Path) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class TextStream:
-    """The text of one answer, released as soon as nothing can take it back."""
+    """The text of one answer, released as soon as no later token can change it."""
 
     def __init__(self, token_bytes: Callable[[int], bytes], stop: tuple[str, ...] = ()) -> None:
         self._token_bytes = token_bytes
@@ -19,11 +19,11 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that `token` releases; may be empty. Sets `stopped` once a stop string is complete."""
+        """Add `token` and return the text that it releases, maybe none. Sets `stopped` at a complete stop string."""
         return self._release(self._decoder.decode(self._token_bytes(token)))
 
     def finish(self) -> str:
-        """What was held back when no more tokens come; half a character becomes U+FFFD."""
+        """The text still held back, when no more tokens come; half a character becomes U+FFFD."""
         released = self._release(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
         return released + rest
@@ -39,16 +39,16 @@ class TextStream:
             self.stopped = True
             self._held = ""
             return text[:end]
-        keep = self._unsure(text)
+        keep = self._held_back(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def _first_stop(self, text: str) -> int | None:
-        """Where the text ends because of a stop string, or None."""
+        """The place at which a stop string ends the text, or None."""
         found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         return min(found)[1] if found else None
 
-    def _unsure(self, text: str) -> int:
-        """How many last characters of `text` may be the beginning of a stop string."""
+    def _held_back(self, text: str) -> int:
+        """The number of last characters of `text` that may be the beginning of a stop string."""
         longest = min(len(text), max(map(len, self._stop)) - 1)
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)

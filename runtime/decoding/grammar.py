@@ -1,8 +1,9 @@
 """JSON schemas, grammars, regular expressions and choices → allowed and forced tokens: the door to llguidance.
 
-llguidance walks a grammar over the model's own vocabulary. It needs its own form of that vocabulary, which takes a
-second or two for 262k tokens: it is made when the first grammar comes, in the thread that brought it. A compiled
-grammar is kept for a while, so that the edge checks it, and the answers are constrained by it, at the price of one.
+`Grammars.compile` gives a `GrammarState` for one answer; the state says which tokens are `allowed` or `forced` next and
+`accept`s those that came. llguidance walks the grammar over its own form of the model's vocabulary, which takes a
+second or two to make for 262k tokens: the thread that compiles the first grammar makes it. The latest compiled grammars
+are kept, so that the check at the edge and the answers themselves cost one compilation, and then a copy (3 us).
 
 Grammars come from clients. Their size is bounded at the edge, the work and memory they may cause by the limits here,
 and they are compiled on a large stack. Nothing is fetched: a `$ref` to another document is refused.
@@ -24,45 +25,29 @@ from runtime.errors import GrammarFailed, InvalidRequest
 from runtime.llama.interface import TokenizerLike
 from runtime.requests import Grammar
 
-# Measured: 6,000 Lark rules that each name the next, or 5,000 schema references, compile within 64 MiB; an accepted
-# grammar is too small in bytes for more than about 8,000. Only what is used of it becomes memory.
-STACK_BYTES = 256 << 20
-# The size is one setting of the whole process.
-_STACK_SIZE_LOCK = threading.Lock()
-
-T = TypeVar("T")
-
-
-def on_large_stack(call: Callable[[], T]) -> T:
-    """`call()`, in a thread of its own with STACK_BYTES of stack. Raises what it raises."""
-    done: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - handed over to the caller
-            done.set_exception(error)
-
-    thread = threading.Thread(target=work, name="deskside-grammar", daemon=True)
-    with _STACK_SIZE_LOCK:
-        before = threading.stack_size(STACK_BYTES)
-        try:
-            thread.start()
-        finally:
-            threading.stack_size(before)
-    return done.result()
-
-
 KEPT_GRAMMARS = 32
 # A state of the lexer takes 1-2 kB, and each answer has its own.
 MAX_LEXER_STATES = 1 << 14
 _REASON_CHARS = 300
 # Marks the start of a text for tokenizers that put a space there.
 _MARK = "\x02"
+# Measured: 6,000 Lark rules that each name the next, or 5,000 schema references, compile within 64 MiB; an accepted
+# grammar is too small in bytes for more than about 8,000. Only what is used of it becomes memory.
+STACK_BYTES = 256 << 20
+# The size is one setting of the whole process.
+_STACK_SIZE_LOCK = threading.Lock()
+_NAMES = {
+    "json_schema": "a JSON schema",
+    "lark": "a Lark grammar",
+    "regex": "a regular expression",
+    "choice": "a list of choices",
+}
+
+T = TypeVar("T")
 
 
 class Grammars:
-    """`Grammars` over llguidance, for the vocabulary of one model."""
+    """Compiled grammars over the vocabulary of one model. Any thread may use it."""
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
         self._source = tokenizer
@@ -70,7 +55,7 @@ class Grammars:
         self._lock = Lock()
 
     def compile(self, grammar: Grammar) -> "GrammarState":
-        """The grammar at its beginning, for one answer. Raises InvalidRequest, with the grammar's `param`."""
+        """The grammar at its beginning, for one answer. Raises InvalidRequest, with its `param`, if it is unusable."""
         return GrammarState(self._matcher(grammar).deep_copy(), self._source)
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
@@ -93,7 +78,7 @@ class Grammars:
 
 
 class GrammarState:
-    """`GrammarState` over one of llguidance's matchers."""
+    """One answer's place in its grammar. Not thread-safe: one thread at a time."""
 
     def __init__(self, matcher: LLMatcher, tokenizer: TokenizerLike) -> None:
         self._matcher = matcher
@@ -102,11 +87,14 @@ class GrammarState:
 
     @property
     def complete(self) -> bool:
-        """Whether the answer is whole and nothing may follow but its end."""
+        """True if the answer is complete and only its end may follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def allowed(self) -> np.ndarray:
-        """Which tokens may come next, bool of shape (n_vocab,). Raises GrammarFailed."""
+        """The tokens that may come next, bool of shape (n_vocab,); end tokens among them where the answer may end.
+
+        Raises GrammarFailed if the grammar leaves no token, or meets a limit.
+        """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._raise_if_failed()
         allowed = np.unpackbits(bits, count=self._n_vocab, bitorder="little").view(np.bool_)
@@ -115,13 +103,13 @@ class GrammarState:
         return allowed
 
     def forced(self) -> list[int]:
-        """The tokens that must come next; often none."""
+        """The tokens that must come next, whatever the model says; often none. Does not accept them."""
         tokens = self._matcher.compute_ff_tokens()
         ends = next((place for place, token in enumerate(tokens) if self._is_end(token)), len(tokens))
         return tokens[:ends]
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """These tokens came next. Raises GrammarFailed."""
+        """Advance by `tokens`. Raises GrammarFailed if the grammar does not allow them."""
         if not self._matcher.consume_tokens(list(tokens)):
             self._raise_if_failed()
             raise GrammarFailed(f"the grammar does not allow the tokens {tokens!r}")
@@ -132,7 +120,7 @@ class GrammarState:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants it: every token's bytes, control tokens marked by a byte no text holds."""
+    """A tokenizer in llguidance's form: every token's bytes, control tokens marked by a byte that no text holds."""
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
         self._source = tokenizer
@@ -171,14 +159,6 @@ def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     return matcher
 
 
-_NAMES = {
-    "json_schema": "a JSON schema",
-    "lark": "a Lark grammar",
-    "regex": "a regular expression",
-    "choice": "a list of choices",
-}
-
-
 def _translated(grammar: Grammar) -> str:
     """llguidance's own form of a grammar."""
     if grammar.kind == "lark":
@@ -194,3 +174,23 @@ def _translated(grammar: Grammar) -> str:
 
 def _reason(matcher: LLMatcher) -> str:
     return matcher.get_error().split("<state>")[0].replace("<non-verbose/>", "").strip()[:_REASON_CHARS]
+
+
+def on_large_stack(call: Callable[[], T]) -> T:
+    """`call()`, in a thread of its own with STACK_BYTES of stack. Raises what it raises."""
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - handed over to the caller
+            done.set_exception(error)
+
+    thread = threading.Thread(target=work, name="deskside-grammar", daemon=True)
+    with _STACK_SIZE_LOCK:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return done.result()

@@ -1,8 +1,11 @@
-"""Prompt lookup: what comes next if an answer copies its own prompt, or itself. Pure.
+"""Prompt lookup: guesses the next tokens of an answer that copies its own prompt, or itself. Pure.
 
-A rewrite, a quotation or an extraction says again what stands in the prompt. Where the last tokens occurred before,
-what followed them then is a good guess for what follows now, and a guess costs no model: several guessed tokens are
-verified in one decode. (Prompt lookup decoding, Saxena 2023; n-gram speculation.)
+A rewrite, a quotation or an extraction repeats text of the prompt. Where the last tokens occurred before, the tokens
+that followed them are a good guess for the next ones, and a guess costs no model: several guessed tokens are verified
+in one decode. (Prompt lookup decoding, Saxena 2023; n-gram speculation.)
+
+`Lookup` guesses, `Acceptance` learns how often guesses are right, `StepTimes` what a row more costs, and
+`draft_lengths` decides how many guessed tokens each answer gets in a step.
 """
 
 from collections import deque
@@ -16,7 +19,7 @@ SHORTEST = 2
 # Look-ups that an answer's acceptance remembers, and that of all answers together.
 ANSWER_MEMORY = 12
 ENGINE_MEMORY = 200
-# What is thought of look-ups before any was judged, as the share that is right, and as how many tries that counts.
+# The share of look-ups expected to be right before any was judged, and how many tries that expectation counts for.
 FIRST_GUESS = 0.3
 PRIOR_TRIES = 2.0
 
@@ -32,10 +35,10 @@ class Lookup:
         self._n_read = 0
 
     def propose(self, tokens: list[int], count: int) -> tuple[tuple[int, ...], int]:
-        """What followed the last `LONGEST` … `SHORTEST` of `tokens` where they occurred most recently before.
+        """The tokens that followed the last `LONGEST` … `SHORTEST` of `tokens` at their latest earlier occurrence.
 
         At most `count` tokens, and the length of the n-gram they follow; none and 0 if there is no such place.
-        `tokens` are those of the last call, maybe with more behind them. A repetition is guessed to go on.
+        `tokens` are those of the last call, maybe with more behind them. A repetition is guessed to continue.
         """
         self._read(tokens)
         for n, continued in reversed(self._continued.items()):
@@ -54,10 +57,10 @@ class Lookup:
 
 
 class Acceptance:
-    """How often looked-up tokens were right, for each length of the n-gram that found them. The latest count most."""
+    """The share of looked-up tokens that were right, for each length of the n-gram. The latest count most."""
 
     def __init__(self, memory: int, prior: Self | None = None) -> None:
-        """About the last `memory` tries are remembered. It begins as `prior` is then."""
+        """Remember about the last `memory` tries. Each length begins with the rate that `prior` has then."""
         self._keep = 1 - 1 / memory
         self._prior = prior
         self._counts: dict[int, tuple[float, float]] = {}
@@ -68,7 +71,7 @@ class Acceptance:
         return right / tries
 
     def note(self, n: int, right: int, wrong: int) -> None:
-        """Tokens that an n-gram of length `n` found: `right` were right, then `wrong` were not."""
+        """Learn from a look-up by an n-gram of length `n`: `right` tokens were right, then `wrong` were not."""
         counts = self._counts.get(n) or self._begin(n)
         for hit in (1,) * right + (0,) * wrong:
             counts = counts[0] * self._keep + hit, counts[1] * self._keep + 1
@@ -80,13 +83,13 @@ class Acceptance:
 
 
 class Drafter:
-    """One answer's look-ups: `guess` is what may come next, and learns from what came, verified as drafts or not."""
+    """One answer's look-ups: holds the `guess` for the next tokens and learns from the real ones, verified or not."""
 
-    def __init__(self, everyone: Acceptance) -> None:
-        """`everyone` is the acceptance of all answers, which this one begins from and adds to."""
+    def __init__(self, all_answers: Acceptance) -> None:
+        """`all_answers` is the acceptance of all answers, which this one begins from and adds to."""
         self._lookup = Lookup()
-        self._everyone = everyone
-        self._acceptance = Acceptance(ANSWER_MEMORY, everyone)
+        self._all_answers = all_answers
+        self._acceptance = Acceptance(ANSWER_MEMORY, all_answers)
         self._n = 0
         self.guess: tuple[int, ...] = ()
 
@@ -99,19 +102,19 @@ class Drafter:
         """Guess at most `count` tokens that follow `tokens`, which only ever grow."""
         self.guess, self._n = self._lookup.propose(tokens, count)
 
-    def judge(self, drawn: list[int]) -> None:
-        """`drawn` came after the tokens of the last look."""
-        known = min(len(drawn), len(self.guess))
-        right = next((place for place in range(known) if drawn[place] != self.guess[place]), known)
+    def judge(self, sampled: list[int]) -> None:
+        """Compare the guess with the tokens `sampled` after those of the last look-up."""
+        known = min(len(sampled), len(self.guess))
+        right = next((place for place in range(known) if sampled[place] != self.guess[place]), known)
         if known:
             self._acceptance.note(self._n, right, int(right < known))
-            self._everyone.note(self._n, right, int(right < known))
+            self._all_answers.note(self._n, right, int(right < known))
         self.guess = ()
 
 
-# The latest steps with so many rows of which the median counts: one that the machine disturbed does not matter.
+# The median of so many latest steps of one size counts: a step that the machine disturbed does not matter.
 RECENT_STEPS = 9
-# What was measured so many steps ago is forgotten, so that sizes that looked dear once are tried again.
+# Measurements older than so many steps are forgotten, so that sizes that looked dear once are tried again.
 FORGET_STEPS = 1000
 # Until steps of different sizes were seen: a row more costs this part of a step with a single row ...
 GUESSED_SLOPE = 0.2
@@ -119,9 +122,9 @@ GUESSED_SLOPE = 0.2
 GUESS_WEIGHT = 2.0
 # So many steps of one size weigh as much as the line through all sizes.
 LINE_WEIGHT = 3
-# Drafts must promise so many times the tokens per second that the step gives without: estimates err.
+# Drafts must promise so many times the tokens per second of the step without them: estimates err.
 WORTH = 1.05
-# While somebody waits for the step and has no drafts in it, those of the others make it at most so many times longer.
+# While an answer without drafts waits for the step, the drafts of others make it at most so many times longer.
 MAX_DELAY = 1.25
 
 
@@ -137,14 +140,14 @@ class StepTime:
     measured: Mapping[int, tuple[float, int]] = field(default_factory=dict)
 
     def of(self, rows: int) -> float:
-        """Seconds of a step with `rows` rows: what was measured, drawn to the line by how little it was."""
+        """Seconds of a step with `rows` rows: the measured median, the closer to the line the fewer its steps."""
         line = self.base_s + self.row_s * rows
         seconds, n_steps = self.measured.get(rows, (line, 0))
         return (line * LINE_WEIGHT + seconds * n_steps) / (LINE_WEIGHT + n_steps)
 
 
 class StepTimes:
-    """What steps that only decode took lately, by their rows."""
+    """The latest seconds of steps that only decode, by their rows."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, deque[float]] = {}
@@ -152,7 +155,7 @@ class StepTimes:
         self._n_steps = 0
 
     def note(self, rows: int, seconds: float) -> None:
-        """A step with `rows` rows took `seconds`."""
+        """Learn that a step with `rows` rows took `seconds`."""
         self._n_steps += 1
         self._seconds.setdefault(rows, deque(maxlen=RECENT_STEPS)).append(max(seconds, 1e-9))  # a coarse clock says 0
         self._seen_at[rows] = self._n_steps
@@ -177,7 +180,7 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class DraftCandidate:
-    """`count` drafts that a row of the step could have, each right with probability `rate` if those before it are."""
+    """The drafts a row of the step could have: `count`, each right with probability `rate` if those before it are."""
 
     rate: float
     count: int
@@ -189,7 +192,7 @@ NO_CANDIDATE = DraftCandidate(0.0, 0)
 def draft_lengths(
     candidates: Sequence[DraftCandidate], spare: int, time: StepTime, *, others_wait: bool = False
 ) -> list[int]:
-    """How many drafts each row of a step gets, at most `spare` in all, so that it gives the most tokens in its time.
+    """The number of drafts for each row of a step, at most `spare` in all, that gives the most tokens per second.
 
     `candidates[i]` belongs to row i of the step; NO_CANDIDATE where no draft is possible. `others_wait` says that
     answers outside the step wait for it to end.

@@ -1,16 +1,16 @@
-"""A row of logits → a token id, with numpy over the whole vocabulary; log-probabilities when asked.
+"""A row of logits → a token id, with numpy over the whole vocabulary; log-probabilities on request.
 
-What happens to a row, in this order:
+The steps for a row, in this order:
 
-1. What a grammar does not allow is taken out. `ignore_eos` takes the end tokens out; logit bias and penalties are added
-   to the raw logits. The penalties look at the generated text only: presence once, frequency for every time a token
-   was drawn or forced.
-2. Temperature 0 (below 1e-5): the likeliest token, of equals the lowest id. Otherwise:
+1. A grammar takes out the tokens that it does not allow, `ignore_eos` the end tokens; logit bias and penalties are
+   added to the raw logits. The penalties regard the generated text only: presence once, frequency for every time a
+   token was sampled or forced.
+2. Temperature 0 (below 1e-5): the likeliest token, of equals the lowest id. With any other:
 3. top-k leaves the k likeliest; temperature divides their logits; softmax makes them probabilities.
 4. min-p leaves tokens at least `min_p` times as likely as the likeliest, top-p the smallest set of the likeliest that
-   reaches `top_p`. Both look at the distribution of step 3; what both leave is drawn from.
+   reaches `top_p`. Both regard the distribution of step 3; the token is drawn from those that both leave.
 
-The random number of a draw depends on the request's seed and the token's place in the answer only (Philox, a
+The random number of a token depends on the request's seed and the token's place in the answer only (Philox, a
 counter-based generator), so that a seed repeats whatever else is in the batch. Log-probabilities are those of the
 model: the log-softmax of the raw logits, before any of these steps.
 """
@@ -30,7 +30,7 @@ BLOCK = 512
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A drawn token; `logprob` and the likeliest `top` (token id, log-probability) when asked for."""
+    """A sampled token; `logprob` and the likeliest `top` (token id, log-probability) on request."""
 
     token: int
     logprob: float | None = None
@@ -38,7 +38,7 @@ class SampledToken:
 
 
 class Sampler:
-    """What one answer's draws depend on: its parameters, its seed and what was drawn before."""
+    """Samples one answer's tokens, by its parameters, its seed and the tokens before."""
 
     def __init__(self, params: SamplingParams, end_tokens: Iterable[int] = ()) -> None:
         self.params = params
@@ -77,12 +77,12 @@ class Sampler:
         return _with_logprobs(logits, token, params.logprobs)
 
     def note(self, token: int) -> None:
-        """`token` is the next of the answer: one that was drawn, or that needed no draw."""
+        """Count the answer's next token: a sampled one, or one that a grammar forced."""
         self._drawn[token] += 1
         self._n_drawn += 1
 
     def _unmoved(self, logits: np.ndarray) -> int | None:
-        """What a greedy draw takes, where no edit can change that: copying a row would cost more than the search."""
+        """The greedy token, where no edit can change it: copying a row would cost more than the search."""
         if not self._only_lowers or self.params.temperature >= GREEDY_BELOW:
             return None
         likeliest = int(logits.argmax())

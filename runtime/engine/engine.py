@@ -1,8 +1,8 @@
 """The engine: continuous batching of many requests over one model. `step()` plans, decodes and hands out the logits.
 
-    add ─► Job (Writer, Scorer: sequences) ─► Scheduler ─► StepPlan ─► drafts? ─► llama_decode
-                         ▲                        ▲                                   │
-                         └──── events ◄── owner.advance(chunk, logits) ◄──────────────┘
+    add ─► Job ─► sequences ─► Scheduler ─► StepPlan (+ drafts) ─► llama_decode ─► logits
+            ▲                                                                        │
+            └─────── owner.advance(chunk, logits) ─► events ◄────────────────────────┘
 
 Each type of request is a `Job` (`runtime/engine/job.py`): `Writer`, `Scorer` or `Embedder`. Writer and Scorer share
 steps: the scheduler plans their sequences, and each chunk's logits go to the owner of its sequence. The Embedder makes

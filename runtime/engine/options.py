@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-# Part of the cache that finished prompts may keep, unless an option says otherwise. Every cell up to the last used one
-# is looked at by every step. Measured with Gemma 3 270M, Q8_0, on 2 nearly idle Xeon cores with AMX (30 steps at each
-# size, taken in turns, medians): 1k / 2k / 4k / 8k idle cells slow a step of 16 rows (37 ms) by 3 / 2 / 10 / 28 %, one
-# of 1 row (18 ms) by nothing that could be told from noise, whatever n_ctx is. Prefill pays more, since each row of a
-# step does: 512 tokens take 416 ms, 460 beside 2k other cells, 510 beside 6k, so an idle cell costs about 20 us. An
-# idle token that is found saves 0.8 ms: one use in 40 such steps is enough, one in 800 where only rows are decoded.
-# Where nothing is ever found (48 replies of 64 tokens to prompts of 283, 16 clients) the quarter, 2k of the default 8k
-# cells, takes about a tenth of the processor time.
+# Part of the cache that finished prompts may keep by default. Every step reads every cell up to the last used one.
+# Measured with Gemma 3 270M, Q8_0, on 2 nearly idle Xeon cores with AMX (30 steps at each size, taken in turns,
+# medians): 1k / 2k / 4k / 8k idle cells slow a step of 16 rows (37 ms) by 3 / 2 / 10 / 28 %, one of 1 row (18 ms) by no
+# more than noise, whatever n_ctx is. Prefill pays more, since each row of a step does: 512 tokens take 416 ms, 460
+# beside 2k other cells, 510 beside 6k, so an idle cell costs about 20 us. An idle token that is found saves 0.8 ms: one
+# use in 40 such steps is enough, one in 800 where only rows are decoded. Where no prefix is ever shared (48 replies of
+# 64 tokens to prompts of 283, 16 clients) the quarter, 2k of the default 8k cells, takes about a tenth of the processor
+# time.
 IDLE_SHARE = 0.25
 # Cells that the sequences of decode rows may hold in all while they share a step with prompts on a CPU: see
 # `Scheduler`. Processor time on the same cores, busy with other work (least of 3, the two ways in turns): 16 rows and a
@@ -42,12 +42,12 @@ class EngineOptions:
         return min(2 * self.max_running, 256)
 
     def idle_bound(self, n_ctx: int) -> int:
-        """How many of `n_ctx` cells finished prompts may keep."""
+        """The cells, of `n_ctx`, that finished prompts may keep."""
         return int(n_ctx * IDLE_SHARE) if self.idle_cells is None else self.idle_cells
 
     def mix_bound(self, gpu_layers: int) -> int | None:
-        """How many cells the answers may hold that share a step with prompts; None: any number.
+        """The cells that answers may hold in all while they share a step with prompts; None: any number.
 
-        A GPU's attention has no such tiles, so a model with `gpu_layers` on one has no bound unless it was given.
+        A GPU's attention has no such tiles, so a model with `gpu_layers` on one is bounded only by an explicit option.
         """
         return MIX_CELLS if self.mix_cells is None and gpu_layers == 0 else self.mix_cells

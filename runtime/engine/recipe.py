@@ -1,4 +1,4 @@
-"""What a real engine is made of, as one value that can travel to the process that builds it."""
+"""The recipe of a real engine: one value that can travel to the process that builds it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,8 @@
 """The job that writes text: each request is one sequence that grows by the tokens sampled from its logits.
 
-    Scheduler ─► Chunk ─► llama_decode ─► logits ─► Sampler ─► Generation.write ─► TextDelta … Finished
-                              ║                        ▲              │
-                  meanwhile: next_mask ── allowed tokens ◄── GrammarState
+    llama_decode ─► logits ─► Sampler ─► token ─► Generation.write ─► TextDelta … Finished
+         ║                       ▲                     │
+     meanwhile ─► next_mask ─► mask               GrammarState.accept
 
 A grammar's mask depends on the tokens before, not on the logits, so a thread works it out while llama.cpp decodes.
 """

@@ -1,4 +1,4 @@
-"""The memory of a `llama_batch`, and what the codes of `llama_decode` mean: shared by all contexts of a model."""
+"""One `llama_decode`: the memory of its batch, the errors of its codes, and two decodes that need no engine."""
 
 import ctypes
 from collections.abc import Sequence

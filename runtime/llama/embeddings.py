@@ -23,12 +23,12 @@ from .lora import Adapters
 # Bounds the cells of the context, and with them the texts it takes.
 MAX_CELLS = 2048
 MAX_SEQUENCES = 32
-# What the logits of one batch may take, although nobody computes them.
+# Memory for the logits of one batch: llama.cpp reserves it although they are not computed.
 LOGITS_BYTES = 64 << 20
 MIN_BATCH = 16
-# llama.cpp's name of the rows after the last norm; the second is what it renames them to.
+# llama.cpp's name of the rows after the last norm, and the name it gives them later.
 _ROWS = (b"result_norm", b"result_embd_pooled")
-# llama.cpp's `pooling_type`; what is neither is a generative model, of which the mean says most.
+# llama.cpp's `pooling_type`; any other model is a generative one, of which the mean says most.
 _POOLINGS: Mapping[str, Pooling] = {"2": "cls", "3": "last"}
 
 
@@ -56,7 +56,7 @@ def embed_info(model: ModelHandle, metadata: Mapping[str, str], n_batch: int) ->
 
 
 class EmbedContext:
-    """A context that gives rows instead of logits. One thread owns it; after an error it is not to be used again."""
+    """A context that gives rows instead of logits. One thread owns it; after an error it must not be used again."""
 
     def __init__(self, model: ModelHandle, info: ModelInfo, adapters: Adapters) -> None:
         """Make a context with the bounds of `info`. Raises LoadFailed."""
@@ -88,7 +88,7 @@ class EmbedContext:
 
 
 def _cut_after_rows() -> object:
-    """llama.cpp asks it of every tensor whether it wants to see it, and goes no further if told so when it has."""
+    """llama.cpp's callback before and after it computes a tensor; it stops the evaluation after the rows."""
     name = _tensor_name()
     if name is None:
         return None
@@ -100,7 +100,7 @@ def _cut_after_rows() -> object:
 
 
 def _tensor_name() -> Callable[[int], bytes] | None:
-    """ggml's function for it, which the binding leaves out; None where it cannot be reached through libllama."""
+    """ggml's function for a tensor's name, which the binding leaves out; None where libllama does not show it."""
     function = getattr(llama_cpp._lib, "ggml_get_name", None)
     if function is None:
         return None
@@ -116,7 +116,7 @@ def _new_context(model: ModelHandle, info: ModelInfo, callback: object) -> objec
     params.n_threads = params.n_threads_batch = info.n_threads
     params.kv_unified = True
     params.offload_kqv = True
-    # It rounds by what else is in the batch: the same text's vectors then differ by 2e-4 in their cosine, not 7e-5.
+    # Flash attention rounds by the rest of the batch: one text's vectors differ by 2e-4 in their cosine, not 7e-5.
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.embeddings = True
     params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE

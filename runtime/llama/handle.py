@@ -53,18 +53,18 @@ def last_errors() -> Iterator[deque[str]]:
 
 
 def reason(errors: Iterable[str]) -> str:
-    """What `last_errors` gathered, in one line."""
+    """The lines of `last_errors` as one."""
     return "; ".join(errors) or "llama.cpp gives no reason"
 
 
 _GGUF_MAGIC = b"GGUF"
 _BUILT_FOR_AMX = "AMX_INT8 = 1"
-_AMX_MENDED = "deskside_amx_mended"  # the symbol that `llama_amx.h` leaves in a library
+_AMX_MENDED = "deskside_amx_mended"  # the symbol that `amx.h` leaves in a library
 AMX_UNUSED = "AMX unused"
 
 
 class ModelHandle:
-    """llama.cpp's `llama_model`. Freed with the last reference, so that nobody reads a vocabulary that is gone."""
+    """llama.cpp's `llama_model`, freed with the last reference, so that no reader outlives its vocabulary."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class ModelHandle:
             self.pointer: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise LoadFailed(f"{str(path)!r} cannot be loaded: {reason(errors)}")
-        # Not at interpreter exit: a thread may still be decoding then, and the process gives the memory back anyway.
+        # Not at interpreter exit: a thread may still be decoding then, and the system takes the memory back anyway.
         weakref.finalize(self, llama_cpp.llama_model_free, self.pointer).atexit = False
 
     def context(self, params: Any, purpose: str) -> object:
@@ -106,27 +106,27 @@ class ModelHandle:
         return dict(zip(keys, values, strict=True))
 
     def description(self) -> str:
-        """llama.cpp's own words: family, size, quantization."""
+        """llama.cpp's own description: family, size, quantization."""
         return _text(llama_cpp.llama_model_desc, self.pointer)
 
 
 def system_info() -> str:
-    """llama.cpp's line on what it was built for; AMX that is not trusted is not said to be on."""
+    """llama.cpp's line on the instructions it was built for; shows AMX as unused where it is not trusted."""
     line: str = llama_cpp.llama_print_system_info().decode()
     return line if _trusts_amx() else line.replace(_BUILT_FOR_AMX, f"{AMX_UNUSED} = 1")
 
 
 def _trusts_amx() -> bool:
-    """Whether llama.cpp may repack weights, which it does for AMX tiles if it was built for them.
+    """True if llama.cpp may repack weights, which it does for AMX tiles if it was built for them.
 
-    Built by some releases of GCC, it crashes or answers garbage then: `llama_amx.h` tells why, and leaves a symbol
-    where it was compiled in. Which compiler built a library without it cannot be asked.
+    Built by some releases of GCC, it crashes or answers garbage with them. `amx.h` explains why and mends it; where it
+    was compiled in it leaves a symbol. A library without the symbol does not tell which compiler built it.
     """
     return _BUILT_FOR_AMX not in llama_cpp.llama_print_system_info().decode() or hasattr(llama_cpp._lib, _AMX_MENDED)
 
 
 def check_file(path: Path) -> None:
-    """What llama.cpp would say less clearly."""
+    """Raise LoadFailed unless `path` is a readable GGUF file, with a clearer reason than llama.cpp's."""
     try:
         with path.open("rb") as file:
             magic = file.read(len(_GGUF_MAGIC))
@@ -137,7 +137,7 @@ def check_file(path: Path) -> None:
 
 
 def _text(function: Callable[..., int], *arguments: object) -> str:
-    """Call a C function that fills a buffer as snprintf does: it tells how long the text is."""
+    """Call a C function that fills a buffer and returns the text's whole length, as snprintf does."""
     room = 256
     while True:
         buffer = ctypes.create_string_buffer(room)

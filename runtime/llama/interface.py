@@ -1,7 +1,7 @@
-"""The seam of the model: what the engine needs from llama.cpp, as protocols.
+"""The seam of the model: the engine's needs of llama.cpp, as protocols.
 
-`runtime/llama/model.py` stands behind it with the real library, `tests/support/runtime/fakes.py`
-with a toy whose answers can be foretold.
+`runtime/llama/model.py` implements them with the real library, `tests/support/runtime/fakes.py` with a toy model whose
+answers can be foretold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ Pooling = Literal["mean", "cls", "last"]
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is loaded and how. Sizes in tokens unless the name says otherwise.
+    """A loaded model and its bounds. Sizes in tokens, except where a name gives another unit.
 
     `n_ctx` counts the cells of the unified KV cache: all sequences together hold no more tokens than that.
     `n_seq_max` bounds sequence ids (0 … n_seq_max-1), `n_batch` the tokens of one decode. `gpu_layers` -1 is all.
@@ -51,7 +51,7 @@ class TokenizerLike(Protocol):
 
     @property
     def n_vocab(self) -> int:
-        """How many token ids there are."""
+        """The number of token ids."""
 
     @property
     def bos(self) -> int | None:
@@ -63,7 +63,7 @@ class TokenizerLike(Protocol):
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the model wants `bos` in front of every text."""
+        """True if the model wants `bos` in front of every text."""
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class TokenizerLike(Protocol):
         """The text of `tokens`, control tokens left out, invalid UTF-8 as U+FFFD."""
 
     def is_end(self, token: int) -> bool:
-        """Whether `token` ends an answer."""
+        """True if `token` ends an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class LlamaLike(Protocol):
 
     @property
     def info(self) -> ModelInfo:
-        """What is loaded and how."""
+        """The loaded model and its bounds."""
 
     @property
     def tokenizer(self) -> TokenizerLike:
@@ -120,9 +120,9 @@ class LlamaLike(Protocol):
     def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
         """Compute `batch` beside the KV cache, under `adapter` of `info.adapters` (None: with none).
 
-        The last layer's rows, float32 of shape (tokens, n_embd). Sequence ids are a space of their own: a sequence goes
-        on from the call before, or begins anew at position 0; one that is not in the batch is forgotten. Raises
-        EngineError, after which every sequence is.
+        Returns the last layer's rows, float32 of shape (tokens, n_embd). Sequence ids are a space of their own: a
+        sequence continues from the call before, or begins again at position 0; one that is not in the batch is
+        forgotten. Raises EngineError, after which every sequence is forgotten.
         """
 
     def use_adapter(self, name: str | None) -> None:

@@ -1,6 +1,6 @@
 """LoRA adapters of one loaded model: opened with it, applied to its context one at a time.
 
-llama.cpp applies an adapter to a whole decode. After a change it reserves the compute buffers of the context anew.
+llama.cpp applies an adapter to a whole decode. After a change it reserves the context's compute buffers again.
 """
 
 import copy
@@ -31,7 +31,7 @@ class Adapters:
         return other
 
     def apply(self, context: Any, name: str | None) -> None:
-        """From now on `context` computes with adapter `name` (None: with none). Costs nothing if it does already."""
+        """Make `context` compute with adapter `name` (None: with none). Costs nothing if it does already."""
         if name == self._applied:
             return
         chosen = [] if name is None else [self._pointers[name]]

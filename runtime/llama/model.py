@@ -103,7 +103,7 @@ class Llama:
         try:
             return self._embedder.embed(batch, adapter)
         except EngineError:
-            self._embedder = None  # whatever state it is in, the next call begins with another
+            self._embedder = None  # its state is unknown: the next call makes another
             raise
 
     def use_adapter(self, name: str | None) -> None:
@@ -127,7 +127,7 @@ class Llama:
         llama_cpp.llama_memory_clear(self._memory, False)
 
     def close(self) -> None:
-        """Free the context; the weights follow when nobody holds the tokenizer any more. Closing twice is harmless."""
+        """Free the context; the weights follow with the last reference to the tokenizer. Closing twice is harmless."""
         self._finalizer()
         self._embedder = None
 
@@ -207,6 +207,6 @@ def backend_name(line: str, *, offloads: bool) -> str:
 
 
 def describe_build() -> tuple[str, bool]:
-    """(the backend a model would run on, whether layers can be offloaded to a GPU)."""
+    """(the backend a model would run on, True if layers can be offloaded to a GPU)."""
     offloads = bool(llama_cpp.llama_supports_gpu_offload())
     return backend_name(system_info(), offloads=offloads), offloads

@@ -77,7 +77,7 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
 
     def is_end(self, token: int) -> bool:
-        """Whether `token` ends an answer."""
+        """True if `token` ends an answer."""
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
 

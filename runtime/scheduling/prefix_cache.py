@@ -1,13 +1,19 @@
-"""Who holds which tokens in the KV cache: sequence ids, cells, shared prefixes, and what stays after an answer.
+"""The books of the unified KV cache: sequence ids, cells, shared prefixes, and finished prompts kept for reuse. Pure.
 
-A pure cache of the unified cache. It knows for every resident sequence the tokens it holds and the cells they lie in;
-a cell counts once however many sequences share it. A finished sequence stays resident, idle, so that the next prompt
-with the same beginning need not compute it again, until its cells or its id are needed (least recently used first).
-Attention scans every used cell, so idle residents cost everyone: how many cells they may hold is bounded.
-A radix tree finds who holds the beginning of a new prompt. Of a running sequence it knows the prompt, as far as it is
-computed: what is being written now is of use to others when it is finished.
+    cell       0  1  2  3  4  5  6  7  8  9
+    running A  ■  ■  ■  ■  ■                     a cell counts once,
+    running B  ■  ■  ■        ■  ■               however many sequences share it
+    idle C                          ■  ■         finished, kept for the next prompt that begins alike
+    free                                  □
 
-Changes are noted as edits, in order, for the engine to carry out on the real cache (`take_edits`).
+A resident sequence holds tokens in cells. A finished one stays resident, idle, so that the next prompt with the same
+beginning need not compute it again, until its cells or its id are needed (least recently used first). Attention scans
+every used cell, so idle residents slow down every step: the number of their cells is bounded.
+
+A radix tree finds the resident that holds the beginning of a new prompt. Of a running sequence it knows the prompt, as
+far as it is computed; the answer is added when it is finished.
+
+Every change is noted as an edit, in order, for the engine to carry out on the real cache (`take_edits`).
 """
 
 from collections.abc import Iterable
@@ -21,12 +27,14 @@ from .radix_tree import RadixTree
 
 @dataclass(eq=False, slots=True)
 class _Resident:
+    """A sequence in the cache: its tokens, and the cells of the first of them, in order."""
+
     tokens: np.ndarray
     cells: list[int] = field(default_factory=list)
 
 
 class PrefixCache:
-    """The cache of `n_cells` cells and `n_seq_max` sequence ids.
+    """The books of `n_cells` cells and `n_seq_max` sequence ids.
 
     Idle residents hold at most `idle_cells` that no running sequence shares.
     """
@@ -67,7 +75,7 @@ class PrefixCache:
         return Match(*self._tree.match(tokens[:-1], adapter))
 
     def can_hold(self, cells: int, match: Match) -> bool:
-        """Whether `cells` more would fit beside the running and the matched prefix if every idle one were evicted."""
+        """True if `cells` more fit beside the running sequences and the match once every idle one is evicted."""
         kept = self._n_running_cells
         if match.source in self._idle:
             matched = self._idle[match.source].cells[: match.length]
@@ -75,9 +83,9 @@ class PrefixCache:
         return self.n_cells - kept >= cells
 
     def admit(self, tokens: np.ndarray, match: Match, adapter: str | None = None) -> int | None:
-        """A sequence id for `tokens`, holding the matched prefix; None if every id is running.
+        """Admit `tokens` with the matched prefix under a new sequence id; None if every id is running.
 
-        The match is one that was found with the same `adapter`.
+        The match was found under the same `adapter`.
         """
         if match.source in self._idle:
             self._idle[match.source] = self._idle.pop(match.source)
@@ -98,13 +106,13 @@ class PrefixCache:
         return seq_id
 
     def make_room(self, cells: int) -> int:
-        """Evict idle residents until `cells` are free or none is left; how many of the `cells` are free now."""
+        """Evict idle residents until `cells` are free or none is left. Returns how many of the `cells` are free."""
         while len(self._free_cells) < cells and self._idle:
             self._evict(next(iter(self._idle)))
         return min(cells, len(self._free_cells))
 
     def extend(self, seq_id: int, count: int) -> None:
-        """Sequence `seq_id` computed `count` more tokens, for which there was room."""
+        """Give sequence `seq_id` cells for the `count` tokens it computed; `make_room` found them."""
         resident = self._running[seq_id]
         for _ in range(count):
             cell = self._free_cells.pop()
@@ -114,7 +122,7 @@ class PrefixCache:
         self._extend_tree(seq_id, resident)
 
     def trim(self, seq_id: int, length: int) -> None:
-        """A running sequence gives up what it holds after its first `length` tokens; nothing if it holds no more."""
+        """Free the cells of a running sequence after its first `length`, if it holds more."""
         resident = self._running[seq_id]
         if len(resident.cells) > length:
             self._unmark_running(resident.cells[length:])
@@ -122,7 +130,7 @@ class PrefixCache:
             self._bound_idle()
 
     def retire(self, seq_id: int, tokens: np.ndarray) -> None:
-        """The sequence is finished: what it holds, `tokens`, stays as an idle resident, as far as the bound allows."""
+        """Turn a finished sequence, which holds `tokens`, into an idle resident, as far as the bound allows."""
         resident = self._end_running(seq_id)
         resident.tokens = tokens
         self._extend_tree(seq_id, resident)
@@ -135,13 +143,13 @@ class PrefixCache:
         self._bound_idle()
 
     def evict_idle(self) -> bool:
-        """Evict every idle resident; whether there was one."""
+        """Evict every idle resident. Returns True if there was one."""
         had = bool(self._idle)
         self.make_room(self.n_cells)
         return had
 
     def take_edits(self) -> tuple[Edit, ...]:
-        """What must be done to the real cache since the last call, in order."""
+        """The edits of the real cache since the last call, in order."""
         edits, self._edits = tuple(self._edits), []
         return edits
 

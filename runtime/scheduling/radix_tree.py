@@ -1,7 +1,12 @@
-"""A radix tree over token ids: which sequence begins with how much of a prompt. Pure.
+"""A radix tree over token ids: finds the sequence that shares the longest beginning with a prompt. Pure.
 
-An edge is a run of tokens, compared as a whole, so a look-up costs the length of what it finds, however many sequences
-there are. Every adapter has a tree of its own: what was computed under one is not valid under another.
+             ┌─ "tell me about Rome"    held by 1
+    "please " ┤
+             └─ "translate: " ─┬─ "Haus"   held by 2
+                               └─ "Boot"   held by 3
+
+An edge is a run of tokens, compared as a whole, so a look-up costs the length of its match, however many sequences
+there are. Every adapter has a tree of its own: cells computed under one adapter are not valid under another.
 """
 
 from dataclasses import dataclass, field
@@ -21,6 +26,8 @@ class _Node:
 
 @dataclass(slots=True)
 class _End:
+    """Where a sequence ends, and its length in tokens."""
+
     node: _Node
     length: int
 
@@ -37,7 +44,7 @@ class RadixTree:
         self._ends: dict[int, _End] = {}
 
     def length(self, key: int) -> int:
-        """How many tokens of sequence `key` are known."""
+        """The number of known tokens of sequence `key`."""
         return self._ends[key].length
 
     def tokens(self, key: int) -> np.ndarray:
@@ -61,13 +68,13 @@ class RadixTree:
         return holder, length
 
     def add(self, key: int, tokens: np.ndarray, adapter: str | None) -> None:
-        """A new sequence that begins with `tokens`."""
+        """Add a sequence that begins with `tokens`."""
         root = self._roots.setdefault(adapter, _Node(np.empty(0, np.int32), None))
         self._ends[key] = _End(root, 0)
         self.extend(key, tokens)
 
     def extend(self, key: int, tokens: np.ndarray) -> None:
-        """`tokens` follow what was known of sequence `key`."""
+        """Append `tokens` to the known tokens of sequence `key`."""
         end = self._ends[key]
         before = end.node
         end.length += len(tokens)
@@ -82,7 +89,7 @@ class RadixTree:
         _merge(before)
 
     def shorten(self, key: int, length: int) -> None:
-        """Only the first `length` tokens of sequence `key` are known from now on."""
+        """Forget the tokens of sequence `key` after its first `length`."""
         end = self._ends[key]
         while end.length > length:
             node, start = end.node, end.length - len(end.node.edge)
@@ -122,7 +129,7 @@ class RadixTree:
 
 
 def _split(node: _Node, at: int) -> _Node:
-    """Cut `node`'s edge in two; the new node in the middle. `node` itself stays the lower end."""
+    """Cut `node`'s edge in two. Returns the new node in the middle; `node` itself stays the lower end."""
     assert node.parent is not None
     middle = _Node(node.edge[:at], node.parent, {int(node.edge[at]): node}, node.holders.copy())
     node.parent.children[int(node.edge[0])] = middle
@@ -131,7 +138,7 @@ def _split(node: _Node, at: int) -> _Node:
 
 
 def _merge(node: _Node) -> None:
-    """Take `node` out if nobody holds it, or join it to its only child if nobody ends at it."""
+    """Take `node` out if no sequence holds it, or join it to its only child if no sequence ends at it."""
     if node.parent is None:
         return
     first = int(node.edge[0])

@@ -1,10 +1,12 @@
-"""Who runs in the next step, and with how many tokens. Pure policy: no binding, no clock, no thread, no wire type.
+"""The policy of a step: which sequences compute, and how many tokens of each. Pure: no binding, clock, thread or wire.
 
-Rows that decode come first; then prompts are prefilled in chunks, first come first served, with what the step has
-left; then waiting requests join. Where one step for both costs more than two (`mix_cells`), rows and prompts take turns
-instead: an answer being written waits for one prefill at most, a prompt for one step of rows. When cells run out the
-step does less; when nothing at all fits, the newest sequence is pre-empted and its tokens are computed again later. The
-oldest always gets on, so everyone does.
+    step_tokens   ├─ decode rows ─┼─ chunks of running prompts ─┼─ waiting sequences that join ─┤
+                   one token each      first come first served        while slots and cells last
+
+Where one step for rows and prompts costs more than two (`mix_cells`), they take turns instead: an answer waits for one
+prefill at most, a prompt for one step of rows. When cells run out the step does less; when nothing at all fits, the
+newest sequence is pre-empted and its tokens are computed again later. The oldest always advances, so every sequence
+ends.
 
 A step computes under one LoRA adapter; the adapters take turns (`AdapterRotation`). Slots and cells are given first
 come first served whatever the adapter: a request joins in its order, and computes when its adapter's turn comes.
@@ -21,77 +23,35 @@ from .plan import Chunk, Match, ScheduledSequence, StepPlan
 from .prefix_cache import PrefixCache
 from .radix_tree import RadixTree
 
-# A turn lasts until so many tokens were computed, a step counting as `STEP_TOKENS` at least: four steps of a few rows,
-# two of sixteen, one that prefills. A change makes llama.cpp reserve its buffers anew (4-5 ms, Gemma 3 270M, Q4_K_M, on
-# 2 idle Xeon cores, a third of a step of one row; 7-9 ms in all before one of sixteen, a sixth of it), and a turn is
-# what the other adapters' answers wait for.
-TURN_TOKENS = 32
-STEP_TOKENS = 8
-
-
-@dataclass(slots=True)
-class _AdapterGroup:
-    live: int = 0
-    spent: int = 0
-    prefilled: bool = False
-
-
-class AdapterRotation:
-    """The adapters of the live sequences (None: the bare model), first whose turn it is."""
-
-    def __init__(self) -> None:
-        self._groups: dict[str | None, _AdapterGroup] = {}
-
-    @property
-    def order(self) -> tuple[str | None, ...]:
-        """Every adapter with a live sequence, in the order in which they may compute."""
-        return tuple(self._groups)
-
-    def join(self, adapter: str | None) -> None:
-        """One more sequence wants `adapter`."""
-        self._groups.setdefault(adapter, _AdapterGroup()).live += 1
-
-    def leave(self, adapter: str | None) -> None:
-        """One sequence that wanted `adapter` is gone."""
-        self._groups[adapter].live -= 1
-        if self._groups[adapter].live == 0:
-            del self._groups[adapter]
-
-    def prefilled(self, adapter: str | None) -> bool:
-        """Whether the last step under `adapter` computed prompts."""
-        return self._groups[adapter].prefilled
-
-    def computed(self, adapter: str | None, n_tokens: int, *, prefilled: bool) -> None:
-        """A step computed `n_tokens` under `adapter`, prompts among them if it `prefilled`."""
-        group = self._groups[adapter]
-        group.prefilled = prefilled
-        group.spent += max(n_tokens, STEP_TOKENS)
-        if group.spent >= TURN_TOKENS:
-            group.spent = 0
-            self._groups[adapter] = self._groups.pop(adapter)
-
-
-# A waiting request holds back while another computes at least so many tokens that both begin with. Fewer are sooner
+# A waiting sequence is held back while another computes at least so many tokens that both begin with. Fewer are sooner
 # computed twice than waited for.
 HOLD_BACK_TOKENS = 32
-# Held-back requests that others may overtake in one step: bounds the look-ups.
+# Held-back sequences that others may overtake in one step: bounds the look-ups.
 LOOK_PAST = 8
 # Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
 HEADROOM_TOKENS = 16
-# A sequence with so few tokens to compute counts as rows, not as a prompt: a drawn token with those that a grammar
+# A sequence with so few tokens to compute counts as rows, not as a prompt: a sampled token with those that a grammar
 # forces after it, a choice to score, the end of a prompt. Its cells are many for so few tokens.
 FEW_TOKENS = 16
-# llama.cpp's CPU attention goes through a step of fewer tokens cell by cell and looks only at a row's own; through a
-# larger one in tiles of so many tokens, and each looks at every cell that any of its rows holds.
+# llama.cpp's CPU attention goes through a step of fewer tokens cell by cell and reads only a row's own; through a
+# larger one in tiles of so many tokens, each of which reads every cell that any of its rows holds.
 TILE_TOKENS = 64
+# An adapter's turn lasts until so many tokens were computed, a step counting as `STEP_TOKENS` at least: four steps of a
+# few rows, two of sixteen, one that prefills. A change of adapter makes llama.cpp reserve its buffers again (4-5 ms,
+# Gemma 3 270M, Q4_K_M, on 2 idle Xeon cores, a third of a step of one row; 7-9 ms in all before one of sixteen, a sixth
+# of it), and the answers under other adapters wait for as long as a turn lasts.
+TURN_TOKENS = 32
+STEP_TOKENS = 8
 
 
 class Scheduler:
     """Plans steps of at most `step_tokens` tokens for at most `max_running` sequences at a time.
 
-    A step gives at most `max_rows` rows of logits (None: as many as it has tokens); no fewer than `max_running`. Rows
-    and prompts share a step of `TILE_TOKENS` or more only while the rows' sequences hold at most `mix_cells` cells in
-    all (None: always).
+    A step gives at most `max_rows` rows of logits (None: as many as it has tokens), which must be `max_running` at
+    least. Rows and prompts share a step of `TILE_TOKENS` or more only while the rows' sequences hold at most
+    `mix_cells` cells in all (None: always).
+
+    Follow each `plan` with `commit` (computed), `shrink` (no room in the real cache) or `isolate` (malformed).
     """
 
     def __init__(
@@ -112,7 +72,7 @@ class Scheduler:
         self._tokens: dict[int, np.ndarray] = {}
         self._promised = RadixTree()  # by arrival: the running sequences' tokens, computed already or soon
         self._suspects: deque[ScheduledSequence] = deque()
-        self._turns = AdapterRotation()
+        self._rotation = AdapterRotation()
         self.waiting: list[ScheduledSequence] = []
         self.running: list[ScheduledSequence] = []
         self.n_preemptions = 0
@@ -123,24 +83,24 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: ScheduledSequence) -> None:
-        """A new sequence waits for its turn."""
-        self._turns.join(sequence.adapter)
+        """Queue a new sequence."""
+        self._rotation.join(sequence.adapter)
         self._wait(sequence)
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None when there is nothing to do. Follow it with `commit`, `shrink` or `isolate`."""
-        chunks = self._alone() or self._by_turns(join=True)
+        """The next step, or None when there is nothing to do."""
+        chunks = self._next_suspect() or self._in_rotation(join=True)
         while not chunks and self.running:
             self._preempt(self.running[-1])
-            chunks = self._by_turns(join=not self.running)
+            chunks = self._in_rotation(join=not self.running)
         if not chunks:
             return None
         return StepPlan(self._cache.take_edits(), tuple(chunks), chunks[0].sequence.adapter)
 
     def spare(self, plan: StepPlan) -> int:
-        """How many tokens more, each with its row, the plan's step could compute; 0 unless all it does is decode.
+        """How many more tokens, each with its row, the plan's step could compute; 0 unless all it does is decode.
 
-        Nobody gives way for them: no prompt that shares a step, no idle prefix, not the search for a guilty sequence.
+        They displace nothing: no prompt, no idle prefix, and not the search for a guilty sequence.
         """
         if self._suspects or not all(chunk.count == chunk.n_rows == 1 for chunk in plan.chunks):
             return 0
@@ -148,24 +108,24 @@ class Scheduler:
         return max(min(self._limit, self._max_rows, free) - plan.n_tokens, 0)
 
     def commit(self, plan: StepPlan) -> None:
-        """The plan was computed."""
+        """Note that the plan was computed."""
         self._limit = min(self._step_tokens, self._limit * 2)
         prefilled = not all(_has_few_left(chunk.sequence) for chunk in plan.chunks)
-        self._turns.computed(plan.adapter, plan.n_tokens, prefilled=prefilled)
+        self._rotation.computed(plan.adapter, plan.n_tokens, prefilled=prefilled)
         for chunk in plan.chunks:
             assert chunk.sequence.seq_id is not None
             self._cache.extend(chunk.sequence.seq_id, chunk.count)
             chunk.sequence.n_computed += chunk.count
 
     def trim(self, sequence: ScheduledSequence, length: int) -> None:
-        """Take back what was computed after the first `length` tokens of a running sequence, if anything was."""
+        """Take back the computed tokens of a running sequence after its first `length`, if there are any."""
         if sequence.n_computed > length:
             assert sequence.seq_id is not None
             self._cache.trim(sequence.seq_id, length)
             sequence.n_computed = length
 
     def shrink(self, plan: StepPlan) -> bool:
-        """The plan found no room in the real cache: do less next time. False when nothing less can be done."""
+        """Plan less next time, since the real cache had no room for the plan. False if nothing less is possible."""
         if self._cache.evict_idle():
             return True
         if plan.n_tokens > 1:
@@ -177,38 +137,38 @@ class Scheduler:
         return False
 
     def isolate(self, plan: StepPlan) -> bool:
-        """The plan failed: next run its sequences one by one, to find the guilty one. False when there was only one."""
+        """Run the failed plan's sequences one by one next, to find the guilty one. False if there was only one."""
         if len(plan.chunks) == 1:
             return False
         self._suspects = deque(chunk.sequence for chunk in plan.chunks)
         return True
 
     def finish(self, sequence: ScheduledSequence) -> None:
-        """The answer is whole; what was computed stays in the cache for others to share."""
+        """End a complete sequence; its computed tokens stay in the cache for others to share."""
         assert sequence.seq_id is not None
         self.trim(sequence, len(sequence.tokens))
         self._cache.retire(sequence.seq_id, np.asarray(sequence.tokens[: sequence.n_computed], np.int32))
         self._forget(sequence)
 
     def drop(self, sequence: ScheduledSequence) -> None:
-        """The sequence failed or was cancelled, wherever it is; its cells are free with the next edits."""
+        """End a sequence that failed or was cancelled, waiting or running; its cells are free with the next edits."""
         if sequence.seq_id is not None:
             self._cache.release(sequence.seq_id)
         self._forget(sequence)
 
     def clear(self) -> None:
-        """Nobody waits or runs any more: the engine is dead, and nothing is planned again."""
+        """Forget all sequences: the engine is dead, and plans nothing more."""
         self.waiting.clear()
         self.running.clear()
 
     def _forget(self, sequence: ScheduledSequence) -> None:
         (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
         self._promised.discard(sequence.arrival)
-        self._turns.leave(sequence.adapter)
+        self._rotation.leave(sequence.adapter)
         sequence.seq_id = None
         del self._tokens[sequence.arrival]
 
-    def _alone(self) -> list[Chunk]:
+    def _next_suspect(self) -> list[Chunk]:
         while self._suspects:
             suspect = self._suspects.popleft()
             chunk = self._chunk(suspect, []) if suspect.seq_id is not None else None
@@ -216,16 +176,16 @@ class Scheduler:
                 return [chunk]
         return []
 
-    def _by_turns(self, *, join: bool) -> list[Chunk]:
-        """The chunks of the first adapter, in turn, that has something to compute."""
-        for adapter in self._turns.order:
+    def _in_rotation(self, *, join: bool) -> list[Chunk]:
+        """The chunks of the first adapter in the rotation that has something to compute."""
+        for adapter in self._rotation.order:
             if chunks := self._chunks(adapter, join=join):
                 return chunks
-            join = False  # who could join has joined
+            join = False  # every sequence that could join has joined
         return []
 
     def _chunks(self, adapter: str | None, *, join: bool) -> list[Chunk]:
-        """What `adapter` computes next: rows and prompts, or those of the two whose turn it is.
+        """The next chunks under `adapter`: rows and prompts together, or only those of the two that are due.
 
         Prompts are planned beside the rows even if they are computed alone, so that there are cells for both.
         """
@@ -233,31 +193,31 @@ class Scheduler:
         chunks = self._fill(sorted(filter(_has_few_left, mine), key=_is_prefilling), [])
         chunks = self._fill([sequence for sequence in mine if not _has_few_left(sequence)], chunks)
         if join:
-            chunks = self._with_joined(chunks, adapter)
+            chunks = self._with_waiting(chunks, adapter)
         rows = [chunk for chunk in chunks if _has_few_left(chunk.sequence)]
         if len(rows) in (0, len(chunks)) or self._mixes(rows, _planned(chunks)):
             return chunks
-        if self._turns.prefilled(adapter):
+        if self._rotation.prefilled(adapter):
             return rows
         return [chunk for chunk in chunks if not _has_few_left(chunk.sequence)]
 
     def _mixes(self, rows: list[Chunk], n_tokens: int) -> bool:
-        """Whether a step of `n_tokens` that holds these rows costs no more than two that part them from the prompts."""
+        """True if one step of `n_tokens` with these rows costs no more than two, one for rows and one for prompts."""
         if self._mix_cells is None or n_tokens < TILE_TOKENS:
             return True
         seq_ids = [chunk.sequence.seq_id for chunk in rows if chunk.sequence.seq_id is not None]
         return self._cache.cells_held(seq_ids) <= self._mix_cells
 
     def _fill(self, sequences: Iterable[ScheduledSequence], others: list[Chunk]) -> list[Chunk]:
-        """The `others`, and after them a chunk of each of the running sequences, as far as there is room."""
+        """The `others`, followed by a chunk of each running sequence, as far as there is room."""
         chunks = others[:]
         for sequence in sequences:
             if chunk := self._chunk(sequence, chunks):
                 chunks.append(chunk)
         return chunks
 
-    def _with_joined(self, others: list[Chunk], adapter: str | None) -> list[Chunk]:
-        """The `others`, and after them the chunks of who waited and can join."""
+    def _with_waiting(self, others: list[Chunk], adapter: str | None) -> list[Chunk]:
+        """The `others`, followed by chunks of waiting sequences, which join as slots and cells allow."""
         chunks = others[:]
         n_held_back = 0
         for sequence in self.waiting[:]:
@@ -284,14 +244,14 @@ class Scheduler:
         return Chunk(sequence, start, count, max(count - without_rows, 0)) if count > 0 else None
 
     def _match(self, sequence: ScheduledSequence) -> Match | None:
-        """The prefix `sequence` would start from; None if another one is just computing a much longer one."""
+        """The cached prefix that `sequence` would start from; None if a running one is computing a much longer one."""
         tokens = self._tokens[sequence.arrival][: _first_row(sequence) + 1]
         match = self._cache.match(tokens, sequence.adapter)
         _, promised = self._promised.match(tokens[:-1], sequence.adapter)
         return match if promised - match.length < HOLD_BACK_TOKENS else None
 
     def _join(self, sequence: ScheduledSequence, match: Match) -> bool:
-        """Let `sequence` run if there is an id for it and, unless it would be alone, room for all of its tokens."""
+        """Move `sequence` to the running if there is an id and, unless it would run alone, room for all its tokens."""
         needed = len(sequence.tokens) - match.length + sum(map(_outstanding, self.running))
         if self.running and not self._cache.can_hold(needed, match):
             return False
@@ -321,12 +281,59 @@ class Scheduler:
         insort(self.waiting, sequence, key=_arrival)
 
 
+@dataclass(slots=True)
+class _AdapterGroup:
+    """The live sequences under one adapter: their number, the tokens of its turn so far, and its last step's kind."""
+
+    live: int = 0
+    spent: int = 0
+    prefilled: bool = False
+
+
+class AdapterRotation:
+    """Round robin over LoRA adapters (None: the bare model): one adapter is active per step.
+
+    Only adapters with live sequences take part; the first in `order` has the turn.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[str | None, _AdapterGroup] = {}
+
+    @property
+    def order(self) -> tuple[str | None, ...]:
+        """Every adapter with a live sequence, in the order in which they may compute."""
+        return tuple(self._groups)
+
+    def join(self, adapter: str | None) -> None:
+        """Count one more sequence under `adapter`."""
+        self._groups.setdefault(adapter, _AdapterGroup()).live += 1
+
+    def leave(self, adapter: str | None) -> None:
+        """Count one sequence less under `adapter`."""
+        self._groups[adapter].live -= 1
+        if self._groups[adapter].live == 0:
+            del self._groups[adapter]
+
+    def prefilled(self, adapter: str | None) -> bool:
+        """True if the last step under `adapter` computed prompts."""
+        return self._groups[adapter].prefilled
+
+    def computed(self, adapter: str | None, n_tokens: int, *, prefilled: bool) -> None:
+        """Charge a step of `n_tokens` to `adapter`'s turn; `prefilled` if prompts were among them."""
+        group = self._groups[adapter]
+        group.prefilled = prefilled
+        group.spent += max(n_tokens, STEP_TOKENS)
+        if group.spent >= TURN_TOKENS:
+            group.spent = 0
+            self._groups[adapter] = self._groups.pop(adapter)
+
+
 def _arrival(sequence: ScheduledSequence) -> int:
     return sequence.arrival
 
 
 def _first_row(sequence: ScheduledSequence) -> int:
-    """The first token whose logits are wanted. What is computed already gives none, so a match must end before it."""
+    """The first token whose logits are wanted. A cached token gives none, so a match must end before it."""
     return len(sequence.tokens) - 1 if sequence.first_row is None else sequence.first_row
 
 
@@ -343,6 +350,6 @@ def _has_few_left(sequence: ScheduledSequence) -> bool:
 
 
 def _outstanding(sequence: ScheduledSequence) -> int:
-    """Cells a running sequence will soon need: the rest of its prompt and a bit of its answer."""
+    """Cells that a running sequence will soon need: the rest of its prompt and a bit of its answer."""
     answer = sequence.max_tokens - sequence.n_generated
     return len(sequence.tokens) - sequence.n_computed + min(answer, HEADROOM_TOKENS)

@@ -71,13 +71,13 @@ def test_forced_tokens_save_steps_and_are_the_tokens_of_the_text(base: Llama, gr
 
 
 def test_control_tokens_are_never_allowed_and_text_that_looks_like_one_is(base: Llama, grammars: Grammars) -> None:
-    constraint = grammars.compile(LABEL)
-    assert base.tokenizer.decode(constraint.forced()) == '{"label":"'
-    constraint.accept(
+    state = grammars.compile(LABEL)
+    assert base.tokenizer.decode(state.forced()) == '{"label":"'
+    state.accept(
         base.tokenizer.encode('{"label":"spam","urgent":true,"subject":"', add_special=False, parse_special=False)
     )
     (turn,) = base.tokenizer.encode("<start_of_turn>", add_special=False, parse_special=True)
-    allowed = constraint.allowed()
+    allowed = state.allowed()
     assert not allowed[turn]
     assert allowed.sum() > base.info.n_vocab // 2
-    constraint.accept(base.tokenizer.encode("<start_of_turn>", add_special=False, parse_special=False))
+    state.accept(base.tokenizer.encode("<start_of_turn>", add_special=False, parse_special=False))

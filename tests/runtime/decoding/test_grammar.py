@@ -28,17 +28,17 @@ def grammar(kind: GrammarKind, source: object) -> Grammar:
 
 def walk(asked: Grammar, seed: int, *, forcing: bool, limit: int = 4000) -> str:
     """An answer drawn uniformly from what is allowed, with forced tokens taken at once or drawn like the others."""
-    constraint, random, written = GRAMMARS.compile(asked), np.random.default_rng(seed), list[int]()
-    while not constraint.complete:
+    state, random, written = GRAMMARS.compile(asked), np.random.default_rng(seed), list[int]()
+    while not state.complete:
         assert len(written) < limit
-        if forcing and (forced := constraint.forced()):
-            constraint.accept(forced)
+        if forcing and (forced := state.forced()):
+            state.accept(forced)
             written += forced
             continue
-        token = int(random.choice(np.flatnonzero(constraint.allowed())))
+        token = int(random.choice(np.flatnonzero(state.allowed())))
         if token in ENDS:
             break
-        constraint.accept([token])
+        state.accept([token])
         written.append(token)
     return bytes(written).decode()
 
@@ -112,23 +112,23 @@ def test_a_lark_grammar_allows_what_it_says() -> None:
 
 
 def test_the_end_is_allowed_where_the_answer_may_end_and_control_tokens_never_are() -> None:
-    constraint = GRAMMARS.compile(grammar("choice", ["a", "ab"]))
-    assert np.flatnonzero(constraint.allowed()).tolist() == [ord("a")]
-    constraint.accept([ord("a")])
-    assert np.flatnonzero(constraint.allowed()).tolist() == [ord("b"), *ENDS]
-    assert not constraint.complete
-    constraint.accept([ord("b")])
-    assert constraint.complete
+    state = GRAMMARS.compile(grammar("choice", ["a", "ab"]))
+    assert np.flatnonzero(state.allowed()).tolist() == [ord("a")]
+    state.accept([ord("a")])
+    assert np.flatnonzero(state.allowed()).tolist() == [ord("b"), *ENDS]
+    assert not state.complete
+    state.accept([ord("b")])
+    assert state.complete
     string = GRAMMARS.compile(grammar("regex", "(?s).*"))
     assert not string.allowed()[BOS]
     assert string.allowed()[EOS]
 
 
 def test_forced_tokens_are_named_without_being_taken() -> None:
-    constraint = GRAMMARS.compile(grammar("choice", ["exmh-users", "exmh-workers"]))
-    assert bytes(constraint.forced()) == bytes(constraint.forced()) == b"exmh-"
-    constraint.accept([*b"exmh-w"])
-    assert bytes(constraint.forced()) == b"orkers"
+    state = GRAMMARS.compile(grammar("choice", ["exmh-users", "exmh-workers"]))
+    assert bytes(state.forced()) == bytes(state.forced()) == b"exmh-"
+    state.accept([*b"exmh-w"])
+    assert bytes(state.forced()) == b"orkers"
 
 
 def test_a_token_that_is_not_allowed_breaks_this_answer_only() -> None:
@@ -239,5 +239,5 @@ def test_a_tokenizer_that_puts_a_space_in_front_is_seen_through() -> None:
         def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
             return super().encode(" " + text, add_special=add_special, parse_special=parse_special)
 
-    constraint: GrammarState = Grammars(Spaced()).compile(grammar("choice", ["spam"]))
-    assert bytes(constraint.forced()) == b"spam"
+    state: GrammarState = Grammars(Spaced()).compile(grammar("choice", ["spam"]))
+    assert bytes(state.forced()) == b"spam"

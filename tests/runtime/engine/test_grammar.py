@@ -182,20 +182,20 @@ class Breaking(Grammars):
         self.where, self.after = where, after
 
     def compile(self, grammar: Grammar) -> GrammarState:
-        constraint = super().compile(grammar)
+        state = super().compile(grammar)
         if grammar.kind == "regex":
-            self._break(constraint)
-        return constraint
+            self._break(state)
+        return state
 
-    def _break(self, constraint: GrammarState) -> None:
-        answer, left = getattr(constraint, self.where), iter(range(self.after))
+    def _break(self, state: GrammarState) -> None:
+        answer, left = getattr(state, self.where), iter(range(self.after))
 
         def asked(*arguments: object) -> object:
             if next(left, None) is None:
                 raise GrammarFailed("ordered by the test")
             return answer(*arguments)
 
-        setattr(constraint, self.where, asked)
+        setattr(state, self.where, asked)
 
 
 @pytest.mark.parametrize(

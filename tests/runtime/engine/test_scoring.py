@@ -183,59 +183,59 @@ def row(**logits: float) -> np.ndarray:
     return made
 
 
-def waves_of(ballot: ChoiceTree) -> list[str]:
-    return [bytes(branch.path).decode() for branch in ballot.next_wave()]
+def waves_of(tree: ChoiceTree) -> list[str]:
+    return [bytes(branch.path).decode() for branch in tree.next_wave()]
 
 
 def test_a_second_wave_computes_what_the_first_could_not_exclude() -> None:
     """`aa` begins likelier but never goes on; `ba` begins at 0.005 % of it, which seems negligible, and wins."""
-    ballot = ChoiceTree(question("m", ("aa", "ba", "ca")))
-    ballot.read((), row(a=0, b=math.log(5e-5)))
-    assert waves_of(ballot) == ["a"]
-    ballot.read((ord("a"),), row(x=0, a=-30))
-    assert waves_of(ballot) == ["b"], "c stays negligible"
-    ballot.read((ord("b"),), row(a=0))
-    assert not ballot.next_wave()
-    assert ballot.logprobs()[1] == pytest.approx(math.log(5e-5), abs=1e-3)
+    tree = ChoiceTree(question("m", ("aa", "ba", "ca")))
+    tree.read((), row(a=0, b=math.log(5e-5)))
+    assert waves_of(tree) == ["a"]
+    tree.read((ord("a"),), row(x=0, a=-30))
+    assert waves_of(tree) == ["b"], "c stays negligible"
+    tree.read((ord("b"),), row(a=0))
+    assert not tree.next_wave()
+    assert tree.logprobs()[1] == pytest.approx(math.log(5e-5), abs=1e-3)
 
 
 def test_there_are_two_waves_at_most() -> None:
     """`aa` dies out, and so would `ba`: the second wave computes `ca` as well rather than leave it to a third."""
-    ballot = ChoiceTree(question("m", ("aa", "ba", "ca")))
-    ballot.read((), row(a=0, b=math.log(5e-5), c=math.log(1e-9)))
-    assert waves_of(ballot) == ["a"]
-    ballot.read((ord("a"),), row(x=0))
-    assert waves_of(ballot) == ["b", "c"]
-    ballot.read((ord("b"),), row(x=0))
-    ballot.read((ord("c"),), row(a=0))
-    assert not ballot.next_wave()
+    tree = ChoiceTree(question("m", ("aa", "ba", "ca")))
+    tree.read((), row(a=0, b=math.log(5e-5), c=math.log(1e-9)))
+    assert waves_of(tree) == ["a"]
+    tree.read((ord("a"),), row(x=0))
+    assert waves_of(tree) == ["b", "c"]
+    tree.read((ord("b"),), row(x=0))
+    tree.read((ord("c"),), row(a=0))
+    assert not tree.next_wave()
 
 
 def test_a_choice_that_is_known_at_once_is_no_measure_while_another_begins_likelier() -> None:
     """`d`, whole but at 0.1 %, lets everything down to 0.00001 % pass; the likely beginning `a` does not."""
-    ballot = ChoiceTree(question("m", ("aa", "d", "ba")))
-    ballot.read((), row(a=0, d=math.log(1e-3), b=math.log(5e-5)))
-    assert waves_of(ballot) == ["a"]
-    ballot.read((ord("a"),), row(a=0))
-    assert not ballot.next_wave()
+    tree = ChoiceTree(question("m", ("aa", "d", "ba")))
+    tree.read((), row(a=0, d=math.log(1e-3), b=math.log(5e-5)))
+    assert waves_of(tree) == ["a"]
+    tree.read((ord("a"),), row(a=0))
+    assert not tree.next_wave()
 
 
 def test_what_ends_a_choice_counts_only_where_another_goes_on_from_it() -> None:
     """After `ab` comes half an end, half `c`. So `abc` has half; `ab`, alone in needing an end, the other half."""
-    ballot = ChoiceTree(question("m", ("ab", "abc", "x")))
-    ballot.read((), row(a=0, x=0))
-    ballot.read((ord("a"),), row(b=0))
+    tree = ChoiceTree(question("m", ("ab", "abc", "x")))
+    tree.read((), row(a=0, x=0))
+    tree.read((ord("a"),), row(b=0))
     after = row(c=0)
     after[EOS] = 0
-    ballot.read((ord("a"), ord("b")), after)
-    assert not ballot.next_wave()
-    assert np.exp(ballot.logprobs()) == pytest.approx([0.25, 0.25, 0.5])
+    tree.read((ord("a"), ord("b")), after)
+    assert not tree.next_wave()
+    assert np.exp(tree.logprobs()) == pytest.approx([0.25, 0.25, 0.5])
 
 
 def test_a_choice_that_begins_another_needs_no_branch_of_its_own() -> None:
-    ballot = ChoiceTree(question("m", ("ab", "abcd", "abd", "abde")))
-    ballot.read((), np.zeros(FAKE_VOCAB, np.float32))
-    assert [(bytes(b.path), b.first) for b in ballot.next_wave()] == [(b"abc", 1), (b"abd", 3)]
+    tree = ChoiceTree(question("m", ("ab", "abcd", "abd", "abde")))
+    tree.read((), np.zeros(FAKE_VOCAB, np.float32))
+    assert [(bytes(b.path), b.first) for b in tree.next_wave()] == [(b"abc", 1), (b"abd", 3)]
 
 
 def test_the_same_question_again_finds_its_prompt_and_the_same_sums() -> None:

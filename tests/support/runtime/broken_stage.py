@@ -1,8 +1,8 @@
-"""A stage on which something breaks: a victim and its neighbours, asked for over real sockets, on a toy engine.
+"""A stage on which something breaks: a victim and its neighbours call a toy engine over real sockets.
 
-The engine waits until all are accepted; then the trouble comes at a known step of the victim. What must be so whatever
-the trouble was is checked here: each accepted request ends once, on the wire too; the neighbours are told what they are
-told alone; and nothing stays behind.
+The engine waits until all calls are accepted; then the trouble comes at a known step of the victim. Whatever the
+trouble was, each accepted request ends once, on the wire too; the neighbours get the answers they get alone; and no
+cell or sequence stays held.
 """
 
 import base64
