@@ -62,9 +62,7 @@ def show_command(name: _NameArgument, as_json: _Json = False) -> None:
 
 
 def verify_command(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Installed models; default: all.", metavar="[NAME]…")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Installed models; default: all.", metavar="NAME")] = None,
 ) -> None:
     """Hash the files of models and compare with the manifest."""
     from models.store.store import Store

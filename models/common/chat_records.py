@@ -1,8 +1,8 @@
-"""Training and evaluation examples as teams have them: JSONL of chat records that end with the answer that is right.
+"""Training and evaluation examples: JSONL of chat records that end with the right answer.
 
     {"id": "…", "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
-One reader for conversion and for benchmarks, so that both accept the same files and refuse them with the same words.
+One reader for conversion and for benchmarks, so that both accept the same files and refuse with the same message.
 """
 
 import gzip
@@ -15,14 +15,14 @@ from typing import BinaryIO
 
 from models.errors import BadExamples
 
-# One record, and all of them unpacked: a packed file of a few kilobytes can hold gigabytes.
+# Limits of a record, and of the unpacked file: a gzip file of a few kilobytes can hold gigabytes.
 MAX_LINE_BYTES = 16 << 20
 MAX_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """Who said what."""
+    """A message of a chat: the speaker's role and the text."""
 
     role: str
     content: str
@@ -30,7 +30,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class ChatRecord:
-    """One example: `prompt` (one message or more) and the `answer` to it, its outer white space left out.
+    """An example: `prompt` (one message or more) and the `answer` to it, stripped.
 
     `id` is the record's own, else its line number; `line` is counted from 1.
     """

@@ -1,4 +1,4 @@
-"""What a linear classifier makes of the same mails: the yardstick that says what a language model is needed for.
+"""A linear classifier on the same mails: the baseline that a language model has to beat.
 
     pip install 'deskside[finetune]'
     python -m models.email_triage.baseline

@@ -40,7 +40,7 @@ class Mail:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the model makes of one mail. `greedy` is None when greedy decoding would leave the set of labels."""
+    """The model's answer to a mail. `greedy` is None when greedy decoding would leave the set of labels."""
 
     id: str
     label: str

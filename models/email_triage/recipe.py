@@ -4,9 +4,9 @@
     python -m models.email_triage.recipe train --base gemma-3-270m.gguf
     python -m models.email_triage.recipe evaluate --base gemma-3-270m.gguf --split test
 
-Runs on a CPU. Stopped, it goes on at its last checkpoint. Only the validation split chooses anything. An F16 GGUF whose
-vocabulary was cut (`deskside convert --trim-vocab`) does for `--base` too: trained is then on the tokens that will be
-served, and the adapter is merged onto that file.
+Runs on a CPU. A stopped run resumes from its last checkpoint. Only the validation split chooses anything. An F16 GGUF
+with a cut vocabulary (`deskside convert --trim-vocab`) serves as `--base` too: the training then uses the tokens that
+will be served, and the adapter is merged onto that file.
 """
 
 import argparse
@@ -89,7 +89,7 @@ class Trainer:
         self.log = Log(out / "training_log.jsonl")
 
     def run(self) -> None:
-        """All epochs, from wherever the checkpoint left off; the epoch with the best validation accuracy stays."""
+        """Run all epochs from the checkpoint on; keep the epoch with the best validation accuracy."""
         self._resume()
         for epoch in range(self.step // self.steps_per_epoch, self.settings.epochs):
             self._train_epoch(epoch)

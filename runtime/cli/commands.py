@@ -19,7 +19,7 @@ from runtime.config import EngineConfig, RuntimeConfig
 MODEL_HELP = "An installed model, a path to a GGUF file, or BASE:ADAPTER."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 ModelsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[MODEL]…", help=MODEL_HELP, show_default=DEFAULT_MODEL)
+    list[str] | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=DEFAULT_MODEL)
 ]
 
 

@@ -1,4 +1,4 @@
-"""The card says everything the manifest knows, and does not say what nobody measured."""
+"""The card shows every field of the manifest, and claims no figure that was not measured."""
 
 from models.card.card import render_card
 from models.manifest import Accuracy, Adapter, Base, Manifest, Prompt
@@ -20,7 +20,7 @@ FULL = Manifest(
 )
 
 
-def test_everything_the_manifest_knows_is_on_the_card() -> None:
+def test_every_field_of_the_manifest_is_on_the_card() -> None:
     card = render_card(FULL)
     known = [
         "# triage",
@@ -40,7 +40,7 @@ def test_quality_is_shown_with_its_interval() -> None:
     assert "Not measured" not in render_card(FULL)
 
 
-def test_what_was_not_measured_is_not_claimed() -> None:
+def test_figures_not_measured_are_not_claimed() -> None:
     card = render_card(Manifest(name="bare", licence="MIT"))
     assert "Not measured" in card
     assert "Not built yet" in card

@@ -35,7 +35,7 @@ def test_every_figure_of_a_candidate_has_its_cell() -> None:
     assert timed == ["**Q4_0**", "402", "61", "122", "140", "700 MiB", "4.5 (4.4 to 4.6)"]
 
 
-def test_noise_floor_and_base_stand_beside_the_candidates() -> None:
+def test_noise_floor_and_base_have_rows() -> None:
     card = render_quality(ladder())
     (noise,), (base,) = rows(card, "noise floor"), rows(card, "the base")
     assert (noise[2], noise[8]) == ("8e-05", "1")
@@ -60,14 +60,14 @@ def test_an_overruled_choice_says_so() -> None:
     assert rows(card, "Q4_0")[0][-1] == "**chosen**, overruled"
 
 
-def test_how_it_was_measured_is_told() -> None:
+def test_the_method_of_measurement_is_described() -> None:
     card = render_quality(ladder(budget=LossBudget(kl_mean=0.05)))
     for part in ("≤ 0.05 nats", "250 held out of `validation.jsonl`", "e" * 64, "AMD EPYC, 2 cores", "3 rounds"):
         assert part in card
     assert "102 tokens of prompt and 3 of answer" in card
 
 
-def test_a_trimmed_vocabulary_is_told_of() -> None:
+def test_a_trimmed_vocabulary_is_described() -> None:
     card = render_quality(ladder(trim=TRIM))
     assert "from 262,144 tokens to 41,042" in card
     assert "96.0% of the tokens" in card
@@ -75,7 +75,7 @@ def test_a_trimmed_vocabulary_is_told_of() -> None:
     assert "vocabulary was cut" not in render_quality(ladder())
 
 
-def test_what_was_not_measured_is_not_claimed() -> None:
+def test_figures_not_measured_are_not_claimed() -> None:
     bare = candidate("F16", 500, None, verdict="chosen", reason="the only one")
     quality = ladder(candidates=(bare,), chosen="F16", shape=None)
     card = render_quality(quality)
@@ -95,7 +95,7 @@ def test_the_plot_has_a_dot_and_a_label_for_each_file() -> None:
     assert picture == render_plot(ladder())
 
 
-def test_the_faster_stands_higher_and_the_lossier_further_right() -> None:
+def test_a_faster_file_is_higher_and_a_lossier_one_further_right() -> None:
     root = ElementTree.fromstring(render_plot(ladder()) or "")
     dots = {circle.get("class"): circle for circle in root.iter(f"{SVG}circle") if circle.get("r") != "5"}
     best, over = dots["best"], dots["undone"]
@@ -119,7 +119,7 @@ def test_crowded_labels_do_not_cover_each_other() -> None:
 
 
 @pytest.mark.parametrize("score", [0.004, 5000.0])
-def test_one_file_alone_can_be_drawn(score: float) -> None:
+def test_a_single_file_can_be_drawn(score: float) -> None:
     alone = candidate("F16", 500, score, loss=loss(0.0), speed=speed(1, 1), verdict="chosen")
     assert "F16, 500 MiB" in (render_plot(ladder(candidates=(alone,), chosen="F16", noise=None)) or "")
 

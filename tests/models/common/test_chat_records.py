@@ -1,4 +1,4 @@
-"""Examples are read as they stand, and refused with their line."""
+"""Examples are read unchanged; a bad one is refused with its line."""
 
 import gzip
 import json
@@ -58,7 +58,7 @@ def test_a_bad_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, li
         read_chat_records(file)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_invalid_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "e.jsonl").write_bytes(GOOD.encode() + b"\n\xff\n")
     with pytest.raises(BadExamples, match=r"line 2: .*utf-8"):
         read_chat_records(tmp_path / "e.jsonl")

@@ -1,4 +1,4 @@
-"""Garbage is collected again whatever happened, and memory that was freed goes back."""
+"""Garbage collection resumes after the block, errors included, and freed memory returns to the system."""
 
 import gc
 import platform
@@ -26,7 +26,7 @@ print(before - resident_bytes())
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_is_collected_again_as_before(enabled: bool) -> None:
+def test_garbage_collection_is_restored(enabled: bool) -> None:
     before = gc.isenabled()
     try:
         (gc.enable if enabled else gc.disable)()
@@ -41,7 +41,7 @@ def test_garbage_is_collected_again_as_before(enabled: bool) -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_memory_below_what_is_kept_goes_back() -> None:
+def test_freed_memory_returns_to_the_system() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _FREES_BETWEEN_KEPT], capture_output=True, text=True, check=True, timeout=60
     )

@@ -1,4 +1,4 @@
-"""The machine is described from what the system says; files stand in for those of Linux."""
+"""The description of the machine; files stand in for those of Linux."""
 
 import os
 import platform
@@ -136,7 +136,7 @@ def test_a_system_that_does_not_say_has_no_budget(tmp_path: Path, monkeypatch: p
     assert physical_memory_bytes() is None
 
 
-def test_this_machine_has_some() -> None:
+def test_this_machine_has_memory_and_a_load() -> None:
     total, available, budget = physical_memory_bytes(), available_memory_bytes(), machine_budget()
     assert total is None or available is None or 0 < available <= total
     assert budget is None or budget > 0

@@ -58,6 +58,6 @@ def test_paired_comparison_counts_the_table() -> None:
     assert paired.p_value == 1.0
 
 
-def test_wilson_refuses_what_is_no_proportion() -> None:
+def test_wilson_refuses_impossible_counts() -> None:
     with pytest.raises(ValueError, match="got 3 of 2"):
         wilson(3, 2)

@@ -46,7 +46,7 @@ def splits() -> dict[str, list[CleanMail]]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_mail_is_in_the_split_its_text_decides(splits: dict[str, list[CleanMail]], split: str) -> None:
+def test_the_text_of_a_mail_decides_its_split(splits: dict[str, list[CleanMail]], split: str) -> None:
     assert splits[split]
     for example in splits[split]:
         first = hashlib.sha256(normalise(example.body).encode()).digest()[0] % 5
@@ -61,7 +61,7 @@ def test_classes_are_known_present_and_capped(splits: dict[str, list[CleanMail]]
         assert {example.label for example in examples} == set(LABELS), split
 
 
-def test_no_mail_stands_twice(splits: dict[str, list[CleanMail]]) -> None:
+def test_no_mail_occurs_twice(splits: dict[str, list[CleanMail]]) -> None:
     everyone = [example for examples in splits.values() for example in examples]
     assert len({example.id for example in everyone}) == len(everyone)
     assert len({example.digest for example in everyone}) == len(everyone)
@@ -69,7 +69,7 @@ def test_no_mail_stands_twice(splits: dict[str, list[CleanMail]]) -> None:
     assert without_duplicates(in_order) == in_order, "a near-copy was left in"
 
 
-def test_texts_are_short_and_tell_nothing_but_their_content(splits: dict[str, list[CleanMail]]) -> None:
+def test_texts_are_short_and_without_traces_of_the_list(splits: dict[str, list[CleanMail]]) -> None:
     for example in (example for examples in splits.values() for example in examples):
         assert len(example.body) <= BODY_CHARACTERS, example.id
         assert len(normalise(example.body).split()) >= MINIMUM_WORDS, example.id
@@ -78,7 +78,7 @@ def test_texts_are_short_and_tell_nothing_but_their_content(splits: dict[str, li
         assert not any(f"[{label}]" in example.subject.lower() for label in LABELS), example.id
 
 
-def test_files_are_those_the_data_card_names() -> None:
+def test_the_data_card_has_the_hash_of_each_file() -> None:
     card = (HOME / "data" / "README.md").read_text(encoding="utf-8")
     for split in SPLITS:
         digest = hashlib.sha256((HOME / "data" / f"{split}.jsonl.gz").read_bytes()).hexdigest()
@@ -142,7 +142,7 @@ def test_labels(mail_id: str, list_id: str, label: str | None) -> None:
     assert label_of(mail_id, list_id) == label
 
 
-def test_a_body_two_lists_received_belongs_to_none_and_near_copies_go() -> None:
+def test_bodies_of_two_lists_and_near_copies_are_dropped() -> None:
     words = "one two three four five six seven eight nine ten"
     crossposted = [CleanMail("a/1", "fork", "x", words), CleanMail("a/2", "ilug", "x", words.upper() + " 42")]
     assert without_duplicates(crossposted) == []

@@ -39,7 +39,7 @@ BAD: dict[str, tuple[dict[str, Field], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_size_that_cannot_be_is_refused_with_the_limit(tmp_path: Path, name: str) -> None:
+def test_an_impossible_size_is_refused_with_the_limit(tmp_path: Path, name: str) -> None:
     fields, reason = BAD[name]
     file = tmp_path / "bad.gguf"
     write_head(file, model(**fields), 32)
@@ -58,7 +58,7 @@ def test_a_size_that_cannot_be_is_refused_with_the_limit(tmp_path: Path, name: s
         {"sign": Field.float32(-1), "attention.layer_norm_epsilon": Field.float32(0)},
     ],
 )
-def test_what_models_really_have_is_let_through(fields: Mapping[str, Field]) -> None:
+def test_sizes_of_real_models_are_accepted(fields: Mapping[str, Field]) -> None:
     check_fields(HERE, model(**fields))
     check_fields(HERE, {"other.block_count": Field.uint32(0)})
 
@@ -88,7 +88,7 @@ def test_a_token_that_is_listed_twice_is_refused() -> None:
     ],
     ids=["bytes", "strings", "string"],
 )
-def test_a_huge_file_of_nothing_is_not_read_into_memory(tmp_path: Path, field: bytes) -> None:
+def test_a_huge_empty_file_is_not_read_into_memory(tmp_path: Path, field: bytes) -> None:
     """A sparse file: two terabytes that take no room on the disk, and hold all that is claimed."""
     file = tmp_path / "sparse.gguf"
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("a") + field)

@@ -122,7 +122,7 @@ def test_a_malformed_file_is_refused_with_the_reason(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: None], ids=["folder", "missing"])
-def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_a_folder_or_missing_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "x.gguf")
     with pytest.raises(BadGguf, match="cannot be read"):
         read_header(tmp_path / "x.gguf")

@@ -27,7 +27,7 @@ def test_scalars_and_arrays_are_read(tmp_path: Path) -> None:
     assert (meta.text("nothing"), meta.number("nothing"), meta.numbers("nothing", 2)) == ("", 0, (0, 0))
 
 
-def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
+def test_an_adapter_is_distinguished_from_a_model(tmp_path: Path) -> None:
     assert read(tmp_path, head(LORA)).is_adapter
 
 
@@ -49,12 +49,12 @@ def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_whole_head_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def test_an_incomplete_head_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     with pytest.raises(BadGguf, match=said) as caught:
         read(tmp_path, content)
     assert "x.gguf" in str(caught.value)
 
 
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadGguf, match="No such file"):
         read_meta(tmp_path / "none.gguf")

@@ -1,4 +1,4 @@
-"""A source becomes a verified file, or an error that says why; nothing is left in between."""
+"""A source becomes a verified file, or an error with the reason; a failure leaves nothing behind."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""A name or an address becomes an installed model, or an error that names every source; never a half model."""
+"""A name or an address becomes an installed model, or an error that names every source; never a partial model."""
 
 import subprocess
 import sys
@@ -93,7 +93,7 @@ def test_a_file_that_is_not_gguf_is_refused(store: Store, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "X"])
-def test_hostile_names_are_refused_before_anything_is_asked(hub: Hub, store: Store, name: str) -> None:
+def test_hostile_names_are_refused_before_any_request(hub: Hub, store: Store, name: str) -> None:
     with pytest.raises(StoreError, match="not a model name"):
         pull(name, store)
     with pytest.raises(StoreError, match="not a model name"):
@@ -101,7 +101,7 @@ def test_hostile_names_are_refused_before_anything_is_asked(hub: Hub, store: Sto
     assert (hub.heads, hub.gets) == ([], [])
 
 
-def test_what_cannot_be_pulled_says_what_can(hub: Hub, store: Store) -> None:
+def test_a_source_that_cannot_be_pulled_names_the_alternatives(hub: Hub, store: Store) -> None:
     with pytest.raises(ModelNotFound, match=r"'nope'.*made, tiny.*hf://"):
         pull("nope", store, catalog=catalog(hub, URI))
     with pytest.raises(DownloadFailed, match="hf://owner/name"):
@@ -112,7 +112,7 @@ def test_what_cannot_be_pulled_says_what_can(hub: Hub, store: Store) -> None:
         pull("tiny", store, name="other")
 
 
-def test_a_recipe_is_handed_to_whoever_builds(hub: Hub, store: Store) -> None:
+def test_a_recipe_is_passed_to_build(hub: Hub, store: Store) -> None:
     known = catalog(hub, URI)
     with pytest.raises(StoreError, match="deskside convert made"):
         pull("made", store, catalog=known)
@@ -152,7 +152,7 @@ def test_a_file_gets_a_name_that_the_store_takes(path: str, name: str | None) ->
         assert name_of(HubFile(REPO, path)) == name
 
 
-def test_two_processes_that_want_the_same_model_share_one_download(hub: Hub, store: Store) -> None:
+def test_two_processes_share_the_download_of_a_model(hub: Hub, store: Store) -> None:
     script = (
         "import sys; from pathlib import Path\n"
         "from models.store.pull import pull; from models.store.store import Store\n"
@@ -174,7 +174,7 @@ def test_two_processes_that_want_the_same_model_share_one_download(hub: Hub, sto
     store.verify("tiny-q8_0")
 
 
-def test_a_pull_that_is_killed_leaves_no_half_model(hub: Hub, store: Store) -> None:
+def test_a_killed_pull_leaves_no_partial_model(hub: Hub, store: Store) -> None:
     script = (
         "import sys; from pathlib import Path\n"
         "from models.store.pull import pull; from models.store.store import Store\n"

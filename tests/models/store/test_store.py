@@ -1,4 +1,4 @@
-"""A model is in the store whole or not at all, whatever interrupts; and names do not lead out of it."""
+"""A model is in the store completely or not at all, after any interruption; names do not lead out of the store."""
 
 import signal
 import subprocess
@@ -59,7 +59,7 @@ def test_resolve_takes_a_name_a_folder_or_a_file(store: Store, tmp_path: Path) -
     assert (bare.name, bare.folder, bare.manifest) == ("tiny", tmp_path, None)
 
 
-def test_what_cannot_be_resolved_names_what_is_installed_and_the_fix(store: Store) -> None:
+def test_an_unresolved_name_lists_the_installed_models_and_the_fix(store: Store) -> None:
     with pytest.raises(ModelNotFound, match=r"'gone'.*no model is installed; try: deskside pull gone"):
         store.resolve("gone")
     install(store)
@@ -158,7 +158,7 @@ def test_a_replacement_that_fails_leaves_the_old_model(store: Store) -> None:
     assert store.get("tiny").gguf.read_bytes() == CONTENT
 
 
-def test_what_a_killed_process_left_is_swept_and_a_living_one_is_not(store: Store) -> None:
+def test_only_the_leftovers_of_dead_processes_are_removed(store: Store) -> None:
     script = (
         "import sys; from pathlib import Path; from models.store.store import Store\n"
         "with Store(Path(sys.argv[1])).staging('half') as folder:\n"
@@ -176,7 +176,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_one_is_not(store: Stor
     assert store.names() == ["first", "second"]
 
 
-def test_a_replacement_cut_short_by_a_kill_is_undone(store: Store) -> None:
+def test_a_replacement_interrupted_by_sigkill_is_undone(store: Store) -> None:
     install(store)
     aside = store.home / "staging" / "tiny.0123" / "replaced" / "tiny"
     aside.parent.mkdir(parents=True)
