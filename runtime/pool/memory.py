@@ -15,7 +15,7 @@ LOGIT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class MemoryNeed:
     """Memory of a loaded model: its files, the KV cache of `n_ctx` tokens, `n_rows` rows of logits, and the rest."""
 
     files: int
@@ -38,11 +38,11 @@ class Need:
         )
 
 
-def model_need(meta: GgufMeta, files_bytes: int, *, n_ctx: int, n_rows: int) -> Need:
+def model_need(meta: GgufMeta, files_bytes: int, *, n_ctx: int, n_rows: int) -> MemoryNeed:
     """Estimate the memory of the model described by `meta`. A file without its shape counts by its size alone."""
     # llama.cpp holds the logits twice: as the graph computes them, and as they are handed out.
     logits = 2 * n_rows * meta.n_vocab * LOGIT_BYTES
-    return Need(files_bytes, n_ctx, n_ctx * _cache_bytes_per_token(meta), n_rows, logits)
+    return MemoryNeed(files_bytes, n_ctx, n_ctx * _cache_bytes_per_token(meta), n_rows, logits)
 
 
 def _cache_bytes_per_token(meta: GgufMeta) -> int:

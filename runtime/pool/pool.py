@@ -1,9 +1,9 @@
-"""Several models behind one server: which are loaded, who uses them, and which must go to make room.
+"""The models of one server, loaded and unloaded within a memory budget.
 
-A request leases the model it names for as long as its answer takes. A model is loaded when first asked for, once for
-all who wait; it is unloaded when it was idle for long, or when another needs its memory: the least recently used goes
-first, and one that is leased never. Everything but loading and stopping happens on one event loop, so that no two
-decisions overlap; loads and unloads come one after another.
+A request leases the model it names until its answer is out. The first request for a model loads it, once for all
+requests that wait. A model is unloaded after an idle time, or when another needs its memory: the least recently used
+first, and never a leased one. Everything but loading and stopping runs on one event loop, so that no two decisions
+overlap; one load or unload runs at a time.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from runtime.serving.model import ServedModel, load_model, under_name
 from runtime.serving.names import ModelRef, find
 
 from .memory import model_need
-from .slot import Budget, Loaded, ModelSlot
+from .slot import LoadedModel, MemoryBudget, ModelSlot
 
-Load = Callable[[StoredModel, Mapping[str, Path]], ServedModel]
+ModelLoader = Callable[[StoredModel, Mapping[str, Path]], ServedModel]
 """Loads a base model with adapters (name -> file). Blocks. Raises EngineError."""
 
-# A failed load is tried again no sooner than this, doubled each time it fails again.
+# Shortest time between a failed load and the next try; doubles with each further failure.
 RETRY_SECONDS = 15.0
 MOST_DOUBLINGS = 5
 
@@ -41,9 +41,9 @@ _log = logging.getLogger("deskside.pool")
 class PoolOptions:
     """Bounds of a pool.
 
-    `budget_bytes` bounds what the loaded models need together (None: nothing does). At most `capacity` requests wait
-    for the load of one model. `idle_s` 0 keeps idle models for ever. `room_wait_s` is how long a load waits for a
-    leased model to become idle.
+    `budget_bytes` bounds the memory of all loaded models together (None: no bound). At most `capacity` requests wait
+    for the load of one model. `idle_s` is the idle time before a model is unloaded (0: never). A load waits
+    `room_wait_s` for a leased model to become idle.
     """
 
     budget_bytes: int | None = None
@@ -56,13 +56,17 @@ class ModelPool:
     """The models of one server, by the names they are served under; the first one answers requests that name none."""
 
     def __init__(
-        self, slots: Sequence[ModelSlot], load: Load, options: PoolOptions, clock: Callable[[], float] = time.monotonic
+        self,
+        slots: Sequence[ModelSlot],
+        load: ModelLoader,
+        options: PoolOptions,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = tuple(slots)
         self.options = options
         self.served: Mapping[str, tuple[ModelSlot, ModelRef]] = {w.id: (slot, w) for slot in slots for w in slot.refs}
         self.default = next(iter(self.served))
-        self._budget = Budget(self.slots, options.budget_bytes)
+        self._budget = MemoryBudget(self.slots, options.budget_bytes)
         self._load_model = load
         self._clock = clock
         self._moving = asyncio.Lock()
@@ -72,12 +76,12 @@ class ModelPool:
 
     @property
     def closed(self) -> bool:
-        """Whether new requests are refused, since the server is about to stop."""
+        """Whether new requests are refused because the server stops."""
         return self._closed
 
     @property
     def live(self) -> int:
-        """Accepted answers that have not ended, of all models."""
+        """Accepted requests of all models that have not ended."""
         return sum(loaded.base.supervisor.live for _, loaded in self._all_loaded())
 
     @property
@@ -87,12 +91,12 @@ class ModelPool:
 
     @property
     def last_cause(self) -> str:
-        """Why the engines that ended last did so."""
+        """The reason, for each loaded model, why its last engine ended."""
         causes = {slot.name: slot.loaded.base.supervisor.last_cause for slot in self.slots if slot.loaded is not None}
         return "; ".join(f"{name}: {cause}" for name, cause in causes.items() if cause)
 
     def find(self, name: str | None) -> tuple[ModelSlot, ModelRef]:
-        """Who serves `name` (None: the first). Raises ModelUnknown naming what is served."""
+        """The slot and reference of `name` (None: the first). Raises ModelUnknown with the names served."""
         if name is not None and name not in self.served:
             known = ", ".join(map(repr, self.served))
             raise ModelUnknown(f"model {name[:200]!r} is not served here; this server has {known}", param="model")
@@ -104,7 +108,7 @@ class ModelPool:
             raise ShuttingDown("the server takes no requests while it is draining")
 
     def load_at_start(self) -> None:
-        """Load the first model, and of the others those that fit beside it. Blocks; before the event loop runs.
+        """Load the first model, and those of the others that fit beside it. Blocks; call it before the event loop runs.
 
         Raises LoadFailed, also for a model that will never fit.
         """
@@ -120,7 +124,7 @@ class ModelPool:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Within it models are loaded and unloaded as requests come; at its end all are stopped."""
+        """Load and unload models as requests come, until the block ends; then stop all."""
         self._closing = asyncio.get_running_loop().create_future()
         reaper = asyncio.create_task(self._reap()) if self.options.idle_s else None
         try:
@@ -142,13 +146,13 @@ class ModelPool:
             loaded.base.supervisor.stop()
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more requests; let the accepted answers finish for `timeout_s`, then fail the rest."""
+        """Refuse new requests, let the accepted ones finish for `timeout_s`, then fail the rest."""
         self._close_doors()
         await asyncio.gather(*(loaded.base.supervisor.drain(timeout_s) for _, loaded in self._all_loaded()))
 
     @asynccontextmanager
     async def lease(self, name: str | None = None) -> AsyncIterator[ServedModel]:
-        """The model of that name (None: the first), loaded if need be; it stays loaded until the block ends.
+        """The model `name` (None: the first), loaded if it is not; it stays loaded until the block ends.
 
         Raises ModelUnknown, ShuttingDown, Overloaded (too many wait for the same load), LoadFailed, NoRoom, EngineDown.
         """
@@ -158,7 +162,7 @@ class ModelPool:
         try:
             if not slot.usable:
                 await self._wait_for(slot)
-            assert slot.loaded is not None, "what is leased stays loaded"
+            assert slot.loaded is not None, "a leased model stays loaded"
             yield slot.loaded.views[ref.id]
         finally:
             slot.leases -= 1
@@ -166,7 +170,7 @@ class ModelPool:
             self._released.set()
 
     async def unload_idle(self) -> None:
-        """Unload what nobody has used for `idle_s`."""
+        """Unload the models that have been idle for `idle_s` or longer."""
         async with self._moving:
             for slot in self.slots:
                 if slot.idle and self._clock() - slot.last_used_s >= self.options.idle_s:
@@ -177,11 +181,11 @@ class ModelPool:
             await asyncio.sleep(min(self.options.idle_s / 4, 30.0))
             try:
                 await self.unload_idle()
-            except Exception:  # noqa: BLE001 - one that cannot be stopped must not keep the others in memory
+            except Exception:  # noqa: BLE001 - a model that cannot be stopped must not keep the others in memory
                 _log.exception("an idle model could not be unloaded")
 
     async def _wait_for(self, slot: ModelSlot) -> None:
-        """Until `slot` is usable. Raises what the load ended in, or that it failed a moment ago."""
+        """Wait until `slot` is usable, loading it if needed. Raises the error of the load, or of a recent one."""
         if slot.broken and slot.state == "ready":
             self._note_breakdown(slot)
         if slot.state == "failed" and slot.refusal is not None and self._clock() < slot.retry_at_s:
@@ -211,7 +215,7 @@ class ModelPool:
             self._fail(slot, EngineDown(f"{slot.name!r}: {error}"))
 
     async def _load(self, slot: ModelSlot) -> None:
-        """Make room and load. Raises nothing: what went wrong stands in `slot.refusal`, for everyone who waits."""
+        """Make room and load. Raises nothing: every waiting request finds the error in `slot.refusal`."""
         try:
             async with self._moving:
                 if slot.broken:
@@ -222,12 +226,12 @@ class ModelPool:
                 self._arrive(slot, loaded)
         except (NoRoom, ShuttingDown) as error:
             slot.state, slot.refusal = "unloaded", (type(error), str(error))
-        except Exception as error:  # noqa: BLE001 - whatever it was, those who wait must hear of it
+        except Exception as error:  # noqa: BLE001 - the waiting requests must get it, whatever it is
             self._fail(slot, error)
         finally:
             slot.loading = None
 
-    def _load_now(self, slot: ModelSlot) -> Loaded:
+    def _load_now(self, slot: ModelSlot) -> LoadedModel:
         started_s = time.monotonic()
         base = self._load_model(slot.stored, slot.adapters)
         try:
@@ -235,9 +239,9 @@ class ModelPool:
         except BaseException:
             base.supervisor.stop()
             raise
-        return Loaded(base, views, time.monotonic() - started_s)
+        return LoadedModel(base, views, time.monotonic() - started_s)
 
-    def _arrive(self, slot: ModelSlot, loaded: Loaded) -> None:
+    def _arrive(self, slot: ModelSlot, loaded: LoadedModel) -> None:
         slot.loaded, slot.info, slot.state = loaded, loaded.base.info, "ready"
         slot.refusal, slot.failures_in_a_row = None, 0
         slot.loads += 1
@@ -286,22 +290,22 @@ class ModelPool:
         if self._closing is not None and not self._closing.done():
             self._closing.set_result(None)
 
-    def _all_loaded(self) -> list[tuple[ModelSlot, Loaded]]:
+    def _all_loaded(self) -> list[tuple[ModelSlot, LoadedModel]]:
         return [(slot, slot.loaded) for slot in self.slots if slot.loaded is not None]
 
 
-def _stop_and_free(going: list[Loaded | None]) -> None:
-    """Stop the engine that `going` holds, and no one else any more, and give its memory back."""
+def _stop_and_free(going: list[LoadedModel | None]) -> None:
+    """Stop the engine in `going`, which holds the last reference to it, and free its memory."""
     loaded = going.pop()
-    assert loaded is not None, "only what is loaded is unloaded"
+    assert loaded is not None, "only a loaded model is unloaded"
     loaded.base.supervisor.stop()
     del loaded
-    # An engine's parts refer to one another: without this its weights stay until the collector comes by.
+    # An engine's parts refer to one another: its memory is freed by the garbage collector only.
     gc.collect()
 
 
 def open_pool(names: Sequence[str], config: RuntimeConfig, store: Store) -> ModelPool:
-    """The models `names`, none loaded yet; the first of them answers requests that name none.
+    """The pool of the models `names`, none loaded yet; the first of them answers requests that name none.
 
     Raises what `find` raises, BadGguf, or LoadFailed if two different models have one name.
     """

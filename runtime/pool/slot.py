@@ -1,4 +1,4 @@
-"""One base model of the pool, loaded or not, with all the names that are served from it."""
+"""The slot of one base model in the pool, loaded or not, and the memory budget of all slots."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from runtime.llama.interface import ModelInfo
 from runtime.serving.model import ServedModel
 from runtime.serving.names import ModelRef
 
-from .memory import Need
+from .memory import MemoryNeed
 
-State = Literal["unloaded", "loading", "ready", "unloading", "failed"]
+SlotState = Literal["unloaded", "loading", "ready", "unloading", "failed"]
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """An engine in memory: the base model as loaded, and each served name's view of it."""
 
     base: ServedModel
@@ -30,19 +30,19 @@ class Loaded:
 
 @dataclass
 class ModelSlot:
-    """What is known of one base model. Only the pool changes it, on its event loop.
+    """One base model and the names it is served under (`refs`). Only the pool changes it, on its event loop.
 
-    `leases` counts requests that use it or wait for it, `waiting` those that wait for it to be loaded. `refusal` says
-    what the last load ended in, unless it is loaded; after a failure nothing is tried before `retry_at_s`. `info` is
-    kept when the model is unloaded. Times are of the pool's clock, in seconds.
+    `leases` counts the requests that use it or wait for it, `waiting` those that wait for its load. `refusal` is the
+    error of the last load, None while loaded; after a failure the next load is not before `retry_at_s`. `info` stays
+    when the model is unloaded. Times are of the pool's clock, in seconds.
     """
 
     stored: StoredModel
     refs: tuple[ModelRef, ...]
-    need: Need
+    need: MemoryNeed
     meta: GgufMeta | None = None
-    state: State = "unloaded"
-    loaded: Loaded | None = None
+    state: SlotState = "unloaded"
+    loaded: LoadedModel | None = None
     info: ModelInfo | None = None
     leases: int = 0
     waiting: int = 0
@@ -72,33 +72,33 @@ class ModelSlot:
 
     @property
     def usable(self) -> bool:
-        """Whether a request may have it right now."""
+        """Whether a request can use it without waiting."""
         return self.state == "ready" and not self.broken
 
     @property
     def idle(self) -> bool:
-        """Whether it holds memory that nobody uses."""
+        """Whether it is loaded and no request uses it."""
         return self.loaded is not None and self.leases == 0
 
     @property
-    def shown_state(self) -> State:
-        """`state`, or `failed` when the engine has stopped without being asked to."""
+    def shown_state(self) -> SlotState:
+        """`state`, or `failed` when its engine has stopped for good."""
         return "failed" if self.broken else self.state
 
 
-class Budget:
-    """The memory that the models `slots` may take together; `limit_bytes` None: as much as they like."""
+class MemoryBudget:
+    """The memory that the models of `slots` may take together: `limit_bytes` (None: no limit)."""
 
     def __init__(self, slots: Sequence[ModelSlot], limit_bytes: int | None) -> None:
         self._slots = slots
         self._limit_bytes = limit_bytes
 
     def fits(self, slot: ModelSlot) -> bool:
-        """Whether `slot` fits beside all that are loaded."""
+        """Whether `slot` fits beside all loaded models."""
         return self._has_room(slot, [other for other in self._slots if other.loaded is not None])
 
     def can_fit(self, slot: ModelSlot) -> bool:
-        """Whether `slot` fits beside those that cannot go, since requests lease them."""
+        """Whether `slot` fits beside the leased models, which cannot be unloaded."""
         return self._has_room(slot, self._busy())
 
     def require_fits_alone(self, slot: ModelSlot) -> None:

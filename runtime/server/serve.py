@@ -16,7 +16,7 @@ from models.store.store import Store
 from runtime.config import RuntimeConfig
 from runtime.errors import EngineDown, LoadFailed
 from runtime.pool.pool import ModelPool, open_pool
-from runtime.pool.slot import Loaded, ModelSlot
+from runtime.pool.slot import LoadedModel, ModelSlot
 from runtime.serving.names import ModelRef
 
 from .app import create_app
@@ -138,7 +138,7 @@ def _describe(slot: ModelSlot, ref: ModelRef, config: RuntimeConfig, url: str) -
     return _describe_loaded(slot.loaded, config, url)
 
 
-def _describe_loaded(loaded: Loaded, config: RuntimeConfig, url: str) -> str:
+def _describe_loaded(loaded: LoadedModel, config: RuntimeConfig, url: str) -> str:
     served, info = loaded.base, loaded.base.info
     gpu = f", GPU layers {'all' if info.gpu_layers < 0 else info.gpu_layers}" if info.gpu_layers else ""
     return (

@@ -37,7 +37,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,7 +60,8 @@ from .inflight import InflightRequest, InflightRequests, Stream
 from .messages import Add, Cancel, Stepped
 from .process import EngineProcess, EngineRun
 
-State = Literal["starting", "ready", "restarting", "draining", "stopped", "failed"]
+StreamFactory = Callable[[Iterable[str], Callable[[tuple[str, ...]], None]], Stream]
+EngineState = Literal["starting", "ready", "restarting", "draining", "stopped", "failed"]
 
 _TOTALS = tuple(name for name in EngineStats.__struct_fields__ if name.endswith("_total") and name != "kv_cells_total")
 _log = logging.getLogger("deskside.worker")
@@ -123,12 +124,15 @@ class SupervisorLimits:
 class EngineSupervisor:
     """Supervises the engines that `process` launches, one at a time."""
 
-    def __init__(self, process: EngineProcess, *, limits: SupervisorLimits) -> None:
-        """Launches nothing yet."""
+    def __init__(
+        self, process: EngineProcess, *, limits: SupervisorLimits, make_stream: StreamFactory = Stream
+    ) -> None:
+        """Launches nothing yet. `make_stream` makes each call's Stream of the requests' ids and `cancel`."""
         self.capacity = limits.slots + limits.queue
         self._process = process
         self._limits = limits
-        self._state: State = "starting"
+        self._make_stream = make_stream
+        self._state: EngineState = "starting"
         self._fatal: EngineError | None = None
         self._last_cause: str | None = None
         self._engine_run: EngineRun | None = None
@@ -165,7 +169,7 @@ class EngineSupervisor:
         return ready.info
 
     @property
-    def state(self) -> State:
+    def state(self) -> EngineState:
         """`ready` and `restarting` accept requests, which wait in the bounded queue until an engine is ready."""
         return self._state
 
@@ -213,7 +217,7 @@ class EngineSupervisor:
         it. Raises Overloaded, ShuttingDown or EngineDown; InvalidRequest if so many
         can never be accepted.
         """
-        stream = Stream((request.id for request in requests), self.cancel)
+        stream = self._make_stream((request.id for request in requests), self.cancel)
         with self._changed:
             self.require_room(len(requests))
             if not self._live:

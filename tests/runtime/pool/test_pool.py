@@ -1,4 +1,4 @@
-"""The pool over toy models: loaded once for all who wait, never unloaded under a request, within its budget."""
+"""The pool over toy models: one load for all waiting requests, none unloaded while leased, within the budget."""
 
 import asyncio
 import random
@@ -20,7 +20,7 @@ NAMES = ("a", "b", "c")
 
 
 class Clock:
-    """Time that stands until it is moved."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -81,7 +81,7 @@ async def use(pool: ModelPool, name: str | None = None) -> None:
 
 
 async def answer(pool: ModelPool, name: str) -> str:
-    """What the model writes, or the error it fails with."""
+    """The answer of the model. Raises the error of a request that failed."""
     async with pool.lease(name) as served:
         stream = served.supervisor.submit(Request(f"r{random.random()}", (1, 2, 3), SamplingParams(max_tokens=9)))
         events = [event async for event in stream]
@@ -107,7 +107,7 @@ def test_two_requests_for_an_unloaded_model_load_it_once() -> None:
     assert all(llama.closed for _, llama in toys.made)
 
 
-def test_a_request_without_a_model_goes_to_the_first_and_an_unknown_one_is_told_what_there_is() -> None:
+def test_a_request_without_a_model_goes_to_the_first_and_an_unknown_name_is_refused_with_those_served() -> None:
     pool = make_pool(make_toys())
 
     async def work() -> None:
@@ -218,7 +218,7 @@ def test_a_load_that_fails_at_the_start_leaves_nothing_running() -> None:
 
 
 @pytest.mark.parametrize("error", [LoadFailed("'b' is damaged"), MemoryError()], ids=["ours", "foreign"])
-def test_a_failed_load_reaches_all_who_wait_and_is_not_tried_again_at_once(error: Exception) -> None:
+def test_a_failed_load_fails_all_waiting_requests_and_is_not_tried_again_at_once(error: Exception) -> None:
     clock, tries, barrier = Clock(), list[str](), Barrier()
 
     def on_load(name: str) -> None:
@@ -250,7 +250,7 @@ def test_a_failed_load_reaches_all_who_wait_and_is_not_tried_again_at_once(error
     run(pool, work)
 
 
-def test_only_so_many_wait_for_one_load() -> None:
+def test_the_requests_that_wait_for_one_load_are_bounded() -> None:
     barrier = Barrier()
     pool = make_pool(make_toys(barrier), capacity=2)
 
@@ -265,7 +265,7 @@ def test_only_so_many_wait_for_one_load() -> None:
     run(pool, work)
 
 
-def test_draining_tells_those_who_wait_at_once_and_stops_what_is_loaded_meanwhile() -> None:
+def test_draining_refuses_waiting_requests_at_once_and_stops_a_model_loaded_meanwhile() -> None:
     barrier = Barrier()
     toys = make_toys(barrier)
     pool = make_pool(toys)
@@ -284,7 +284,7 @@ def test_draining_tells_those_who_wait_at_once_and_stops_what_is_loaded_meanwhil
     assert [(name, llama.closed) for name, llama in toys.made] == [("a", True)]
 
 
-def test_idle_models_go_when_their_time_is_over_and_come_back_when_asked_for() -> None:
+def test_idle_models_are_unloaded_after_the_idle_time_and_loaded_again_on_request() -> None:
     clock = Clock()
     pool = make_pool(make_toys(), clock=clock, idle_s=60)
 
@@ -369,7 +369,7 @@ def test_a_pool_is_broken_when_every_engine_is() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_whatever_comes_the_budget_holds_and_what_is_leased_is_loaded(seed: int) -> None:
+def test_under_random_requests_the_budget_holds_and_leased_models_are_loaded(seed: int) -> None:
     draw, toys = random.Random(seed), make_toys()
     slots = [toys.slot("a", needs=2), toys.slot("b", needs=1), toys.slot("c", needs=2)]
     pool = make_pool(toys, slots, budget_bytes=3, room_wait_s=PATIENCE_S)

@@ -120,7 +120,7 @@ def test_a_grammar_is_compiled_where_the_engine_is(tmp_path: Path) -> None:
         assert supervisor.restarts == 0
 
 
-def test_a_request_that_cannot_be_sent_leaves_nobody_waiting(tmp_path: Path) -> None:
+def test_a_request_that_cannot_be_sent_fails(tmp_path: Path) -> None:
     """No valid request is like that; a fault of ours would end engines, as poison does."""
 
     async def work() -> None:
@@ -151,7 +151,7 @@ def test_cancel_reaches_the_other_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["K", "A", "X", "F", "H", "G", "M"])
-def test_what_has_sent_nothing_is_answered_by_the_next_engine(tmp_path: Path, order: str) -> None:
+def test_requests_without_a_delivered_event_are_answered_by_the_next_engine(tmp_path: Path, order: str) -> None:
     async def work() -> None:
         events = await collect(supervisor.submit(request("a", order), request("b"), request("c")))
         assert [text(events, name) for name in "abc"] == ["hello"] * 3
@@ -174,7 +174,7 @@ def test_what_has_sent_nothing_is_answered_by_the_next_engine(tmp_path: Path, or
         ("G", EngineDied, "sent no valid message: 4 bytes are no message"),
     ],
 )
-def test_what_has_sent_something_ends_in_an_error_that_says_why(
+def test_a_request_with_a_delivered_event_fails_with_the_cause(
     tmp_path: Path, order: str, kind: type[EngineError], cause: str
 ) -> None:
     async def work() -> None:
@@ -254,7 +254,7 @@ def test_a_cancelled_request_is_not_given_to_the_next_engine(tmp_path: Path) -> 
         run(work)
 
 
-def test_totals_go_on_after_a_restart(tmp_path: Path) -> None:
+def test_totals_continue_after_a_restart(tmp_path: Path) -> None:
     async def work() -> None:
         await collect(supervisor.submit(request("a")))
         before = supervisor.stats()
@@ -269,7 +269,7 @@ def test_totals_go_on_after_a_restart(tmp_path: Path) -> None:
         run(work)
 
 
-def test_engines_that_end_one_after_the_other_are_given_up(tmp_path: Path) -> None:
+def test_engines_that_die_one_after_the_other_exhaust_the_restarts(tmp_path: Path) -> None:
     recipe = FakeRecipe(tmp_path)
 
     async def work() -> None:
@@ -286,7 +286,7 @@ def test_engines_that_end_one_after_the_other_are_given_up(tmp_path: Path) -> No
     assert supervisor.state == "failed"
 
 
-def test_a_model_that_is_gone_at_the_restart_is_told_and_not_tried_again(tmp_path: Path) -> None:
+def test_a_model_that_is_gone_at_the_restart_fails_the_requests_and_is_not_tried_again(tmp_path: Path) -> None:
     recipe = FakeRecipe(tmp_path)
 
     async def work() -> None:
@@ -310,7 +310,7 @@ def test_a_model_that_cannot_be_loaded_is_not_tried_again(tmp_path: Path, order:
     assert not alive(recipe.pids[0])
 
 
-def test_a_death_while_draining_keeps_the_promise_to_finish(tmp_path: Path) -> None:
+def test_an_engine_that_dies_while_draining_is_replaced(tmp_path: Path) -> None:
     recipe = FakeRecipe(tmp_path)
 
     async def work() -> None:
@@ -391,7 +391,7 @@ def test_stop_in_the_middle_of_a_restart(tmp_path: Path) -> None:
     assert supervisor.live == 0
 
 
-def test_a_worker_that_was_never_started_leaves_no_process(tmp_path: Path) -> None:
+def test_a_supervisor_that_was_never_started_leaves_no_process(tmp_path: Path) -> None:
     recipe = FakeRecipe(tmp_path)
     supervisor = EngineSupervisor(EngineProcess(recipe, "toy"), limits=SupervisorLimits(slots=1, queue=1))
     assert recipe.pids == []
@@ -433,7 +433,7 @@ with processing(FakeRecipe(Path(sys.argv[1]))) as supervisor:
 """
 
 
-def test_the_engine_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_the_engine_exits_when_its_parent_is_killed(tmp_path: Path) -> None:
     """Even in the middle of a decode that does not return."""
     root = Path(__file__).parents[3]
     with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], cwd=root) as parent:
@@ -445,7 +445,7 @@ def test_the_engine_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not alive(child))
 
 
-def test_what_the_engine_logs_and_prints_comes_out_here(
+def test_the_parent_logs_and_prints_what_the_engine_does(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with processing(FakeRecipe(tmp_path)):
@@ -454,7 +454,7 @@ def test_what_the_engine_logs_and_prints_comes_out_here(
     assert capfd.readouterr().err == "printed\n"
 
 
-def test_causes_of_death_are_said_in_words() -> None:
+def test_causes_of_death_in_words() -> None:
     assert cause_of_death(3) == "exit code 3"
     assert cause_of_death(-11) == "killed by SIGSEGV"
     assert "memory" in cause_of_death(-9)

@@ -1,4 +1,4 @@
-"""The supervisor over the real engine and a toy model: one terminal event for each request, whatever breaks."""
+"""The supervisor over the real engine and a toy model in a thread: one terminal event per request, whatever breaks."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -98,7 +98,7 @@ def test_a_full_queue_refuses_the_whole_call_and_takes_it_once_there_is_room() -
     require_idle(supervisor)
 
 
-def test_a_call_that_can_never_fit_is_not_told_to_wait() -> None:
+def test_a_call_that_can_never_fit_is_an_invalid_request() -> None:
     async def work() -> None:
         with pytest.raises(InvalidRequest, match="4 answers in one call, but only 3"):
             supervisor.submit(*(request(str(i)) for i in range(4)))
@@ -169,13 +169,13 @@ def test_a_fatal_decode_fails_every_live_request_once_and_refuses_the_next() -> 
 
 
 class BrokenEngine(Engine):
-    """Breaks where no engine should."""
+    """Raises an error that no engine should."""
 
     def step(self) -> list[Event]:
         raise ZeroDivisionError("a bug")
 
 
-def test_a_bug_in_the_engine_leaves_nobody_waiting() -> None:
+def test_a_bug_in_the_engine_fails_every_request() -> None:
     async def work() -> None:
         ends = terminals(await collect(supervisor.submit(request("a"), request("b"))))
         errors = [end.error for found in ends.values() for end in found if isinstance(end, Failed)]

@@ -18,7 +18,7 @@ from runtime.config import RuntimeConfig
 from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
-from runtime.pool.memory import Need
+from runtime.pool.memory import MemoryNeed
 from runtime.pool.pool import ModelPool, PoolOptions
 from runtime.pool.slot import ModelSlot
 from runtime.prompt.prompter import Prompter
@@ -27,12 +27,12 @@ from runtime.server.app import create_app
 from runtime.server.serve import DrainingServer, listen, url_of
 from runtime.serving.model import ServedModel
 from runtime.serving.names import ModelRef
-from runtime.worker.inflight import Stream
 from runtime.worker.process import EngineProcess
 from runtime.worker.supervisor import EngineSupervisor, SupervisorLimits
 
 from .engine_thread import NO_RESTART, EngineThread
 from .fakes import FakeLlama
+from .observed import ObservedSupervisor
 
 # Bounds a hang; no verdict depends on it.
 PATIENCE_S = 120.0
@@ -111,7 +111,7 @@ class Toys:
     def slot(self, name: str, *, needs: int = 1, adapters: Iterable[ModelRef] = ()) -> ModelSlot:
         """A toy that is not loaded, and claims to need so many bytes."""
         stored = self.stored(name)
-        return ModelSlot(stored, (ModelRef(name, stored), *adapters), Need(needs, 512, 0, 0, 0, overhead=0))
+        return ModelSlot(stored, (ModelRef(name, stored), *adapters), MemoryNeed(needs, 512, 0, 0, 0, overhead=0))
 
     def load(self, stored: StoredModel, _: Mapping[str, Path]) -> ServedModel:
         """A pool's loader."""
@@ -124,7 +124,7 @@ class Toys:
         if process is None:
             process = EngineThread(Engine(llama, EngineOptions(max_running=limits.slots), grammars))
             limits = replace(limits, restarts=NO_RESTART)
-        supervisor = _Noting(process, limits, self.submitted)
+        supervisor = ObservedSupervisor(process, limits, self.submitted)
         supervisor.start()
         return ServedModel(
             name=stored.name,
@@ -135,19 +135,6 @@ class Toys:
             grammars=grammars,
             info=llama.info,
         )
-
-
-class _Noting(EngineSupervisor):
-    """Notes what is submitted."""
-
-    def __init__(self, process: EngineProcess, limits: SupervisorLimits, submitted: list[Work]) -> None:
-        super().__init__(process, limits=limits)
-        self._submitted = submitted
-
-    def submit(self, *requests: Work, whole: bool = False) -> Stream:
-        stream = super().submit(*requests, whole=whole)
-        self._submitted += requests
-        return stream
 
 
 @contextmanager
