@@ -30,7 +30,7 @@ class EngineAnswerer:
 
     async def answer(self, line: BatchLine) -> dict[str, Any]:
         """Return OpenAI's response body. Cancelled, it cancels the line's requests."""
-        call = ROUTES[line.url](_body(line), self._model)
+        call = ROUTES[line.url].prepare(_body(line), self._model)
         try:
             return await call.fold(await self._submit(call.work))
         finally:

@@ -19,6 +19,7 @@ from runtime.requests import (
     Usage,
 )
 
+from .answer_types import ChatLogprobs, ChatToken, CompletionLogprobs, InputOutputUsage, TextUsage, TopToken
 from .tool_calls import CallDelta, ToolCallReader, ToolDelta, ToolFormat
 from .wire import Endpoint
 
@@ -168,7 +169,7 @@ class TextAnswer(WireAnswer):
             yield _envelope(self.call, chunk=True) | {"choices": [], "usage": self.usage()}
         yield DONE
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> TextUsage:
         """The token counts of all choices so far; see `to_usage`."""
         return to_usage([choice.usage for choice in self.choices if choice.usage], self.call.choices_per_prompt)
 
@@ -203,7 +204,7 @@ def to_chunk(
     call: TextCall,
     index: int,
     text: str | None = None,
-    logprobs: dict[str, Any] | None = None,
+    logprobs: ChatLogprobs | CompletionLogprobs | None = None,
     *,
     finish_reason: str | None = None,
     role: str | None = None,
@@ -263,7 +264,7 @@ def _call_delta(delta: CallDelta) -> dict[str, Any]:
     return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
 
 
-def to_usage(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]:
+def to_usage(usages: Sequence[Usage], choices_per_prompt: int) -> TextUsage:
     """OpenAI's token counts. A prompt counts once, however many choices share it.
 
     Of its tokens, those count as cached that no choice had to compute: the least that any of them found.
@@ -282,7 +283,7 @@ def to_usage(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]
     }
 
 
-def to_input_output_usage(usage: Usage) -> dict[str, Any]:
+def to_input_output_usage(usage: Usage) -> InputOutputUsage:
     """The token counts of one answer, in the words of `/v1/responses` and `/v1/decisions`."""
     return {
         "input_tokens": usage.prompt_tokens,
@@ -293,12 +294,14 @@ def to_input_output_usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def to_logprobs(call: TextCall, tokens: Sequence[TokenLogprob], offsets: TextOffsets) -> dict[str, Any] | None:
+def to_logprobs(
+    call: TextCall, tokens: Sequence[TokenLogprob], offsets: TextOffsets
+) -> ChatLogprobs | CompletionLogprobs | None:
     """The log-probabilities of some tokens in the call's form, None if they were not asked for."""
     if not call.logprobs:
         return None
     if call.endpoint == "chat":
-        return {"content": [_chat_token(token) for token in tokens], "refusal": None}
+        return {"content": [to_chat_token(token) for token in tokens], "refusal": None}
     wants_top = bool(call.requests[0].params.logprobs)
     return {
         "tokens": [_name(token.token_bytes) for token in tokens],
@@ -308,11 +311,12 @@ def to_logprobs(call: TextCall, tokens: Sequence[TokenLogprob], offsets: TextOff
     }
 
 
-def _chat_token(token: TokenLogprob) -> dict[str, Any]:
-    return _token(token.token_bytes, token.logprob) | {"top_logprobs": [_token(raw, p) for _, raw, p in token.top]}
+def to_chat_token(token: TokenLogprob) -> ChatToken:
+    """A token's log-probability in the form of chats."""
+    return {**_token(token.token_bytes, token.logprob), "top_logprobs": [_token(raw, p) for _, raw, p in token.top]}
 
 
-def _token(raw: bytes, logprob: float) -> dict[str, Any]:
+def _token(raw: bytes, logprob: float) -> TopToken:
     return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
 
 

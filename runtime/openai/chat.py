@@ -8,24 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, overload
 
-from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_serializer, model_validator
+from annotated_types import Len
+from pydantic import AfterValidator, Field, GetJsonSchemaHandler, PlainValidator, model_serializer, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from runtime.errors import InvalidRequest
 from runtime.requests import Grammar, Request, SamplingParams
 
-from .tools import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, check_tools, parse_tool_choice
-from .wire import (
-    MESSAGE_FIELDS_REFUSED,
-    Endpoint,
-    WireModel,
-    choice_grammar,
-    format_grammar,
-    invalid_request,
-    lark_grammar,
-    plain_text,
-    regex_grammar,
-    used_fields,
-)
+from .grammar import ObjectFormat, SchemaFormat, TextFormat, choice_grammar, format_grammar, lark_grammar, regex_grammar
+from .tools import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, ToolChoiceBody, check_tools, parse_tool_choice
+from .wire import MESSAGE_FIELDS_REFUSED, Endpoint, TableBody, TextPart, WireModel, nullable, plain_text, rules
 
 MAX_ANSWERS_PER_CALL = 128
 MAX_MESSAGES = 4096
@@ -34,6 +27,19 @@ MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 SEED_SPACE = 1 << 64
+
+
+TokenId = Annotated[int, Field(ge=0)]
+TextsOrIds = (
+    str
+    | Annotated[list[str], Len(1)]
+    | Annotated[list[TokenId], Len(1)]
+    | Annotated[list[Annotated[list[TokenId], Len(1)]], Len(1)]
+)
+_Stop = Annotated[str, Len(1, MAX_STOP_CHARS)]
+Stops = _Stop | Annotated[list[_Stop], Len(0, MAX_STOPS)]
+LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Len(0, MAX_LOGIT_BIAS)]
+Format = TextFormat | ObjectFormat | SchemaFormat
 
 
 def _plain_text(content: object) -> str:
@@ -101,7 +107,7 @@ class Message(WireModel):
         Literal["system", "developer", "user", "assistant", "tool"],
         AfterValidator(lambda role: "system" if role == "developer" else role),
     ]
-    content: Annotated[str, PlainValidator(_plain_text)]
+    content: Annotated[str, PlainValidator(_plain_text, json_schema_input_type=str | Annotated[list[TextPart], Len(1)])]
     tool_calls: tuple[ToolCall, ...] = Field((), max_length=MAX_CALLS, strict=False)
     tool_call_id: str | None = None
     name: str | None = None
@@ -124,6 +130,20 @@ class Message(WireModel):
             kept["content"] = ""
         return kept
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core)
+        whole = handler.resolve_ref_schema(schema)
+        properties = whole["properties"]
+        properties["content"] = nullable(properties["content"])
+        properties["content"]["description"] = "Null or absent only beside `tool_calls`."
+        properties["tool_calls"] = nullable(properties["tool_calls"])
+        for name, harmless in MESSAGE_FIELDS_REFUSED.items():
+            if name not in properties:
+                properties[name] = {"enum": [None, *harmless], "description": "Not supported."}
+        whole["required"] = ["role"]
+        return schema
+
     @model_validator(mode="after")
     def _who_calls(self) -> Self:
         if self.tool_calls and self.role != "assistant":
@@ -140,7 +160,9 @@ class Message(WireModel):
         return {"role": self.role, "content": self.content} | calls | answers | named
 
 
-class TextBody(WireModel):
+class TextBody(TableBody):
+    """The fields that chats and completions share."""
+
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -150,27 +172,33 @@ class TextBody(WireModel):
     top_k: int = Field(0, ge=0, le=1 << 31)
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
+    stop: Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=Stops)] = ()
     n: int = Field(1, ge=1, le=MAX_ANSWERS_PER_CALL)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias)] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=LogitBias)] = Field(
+        default_factory=dict
+    )
     ignore_eos: bool = False
-    grammar: Annotated[Grammar | None, PlainValidator(lark_grammar)] = None
-    regex: Annotated[Grammar | None, PlainValidator(regex_grammar)] = None
-    choice: Annotated[Grammar | None, PlainValidator(choice_grammar)] = None
+    grammar: Annotated[Grammar | None, PlainValidator(lark_grammar, json_schema_input_type=str)] = None
+    regex: Annotated[Grammar | None, PlainValidator(regex_grammar, json_schema_input_type=str)] = None
+    choice: Annotated[Grammar | None, PlainValidator(choice_grammar, json_schema_input_type=list[str])] = None
 
 
 class ChatBody(TextBody):
     """The used fields of `/v1/chat/completions`."""
 
+    table = rules("chat")
+
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES, strict=False)
     max_completion_tokens: int | None = Field(None, ge=1)
-    response_format: Annotated[Grammar | None, PlainValidator(format_grammar)] = None
+    response_format: Annotated[Grammar | None, PlainValidator(format_grammar, json_schema_input_type=Format)] = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: tuple[Tool, ...] = Field((), max_length=MAX_TOOLS, strict=False)
-    tool_choice: Annotated[ToolChoice, PlainValidator(parse_tool_choice)] = ToolChoice()
+    tool_choice: Annotated[ToolChoice, PlainValidator(parse_tool_choice, json_schema_input_type=ToolChoiceBody)] = (
+        Field(ToolChoice(), json_schema_extra={"default": "auto"})
+    )
     parallel_tool_calls: bool = True
 
     @property
@@ -182,7 +210,11 @@ class ChatBody(TextBody):
 class CompletionBody(TextBody):
     """The used fields of `/v1/completions`."""
 
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(texts_or_ids)]
+    table = rules("completion")
+
+    prompt: Annotated[
+        tuple[str | tuple[int, ...], ...], PlainValidator(texts_or_ids, json_schema_input_type=TextsOrIds)
+    ]
     logprobs: int | None = Field(None, ge=0, le=5)
 
 
@@ -197,11 +229,7 @@ def parse(endpoint: Literal["completion"], payload: object) -> CompletionBody: .
 def parse(endpoint: Endpoint, payload: object) -> Body: ...
 def parse(endpoint: Endpoint, payload: object) -> Body:
     """Read the body of a request, field by field. Raises InvalidRequest with `param` and the value given."""
-    used = used_fields(endpoint, payload)
-    try:
-        body = ChatBody.model_validate(used) if endpoint == "chat" else CompletionBody.model_validate(used)
-    except ValidationError as error:
-        raise invalid_request(error) from None
+    body = ChatBody.read(payload) if endpoint == "chat" else CompletionBody.read(payload)
     _check_together(body)
     return body
 

@@ -10,14 +10,17 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from annotated_types import Len
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
+from typing_extensions import TypedDict
 
 from runtime.errors import EngineError, InvalidRequest
 from runtime.requests import MAX_SCORED_CHOICES, Scored
 
 from .answer import to_input_output_usage
+from .answer_types import InputOutputUsage
 from .chat import MAX_MESSAGES
-from .wire import FieldRule, WireModel, invalid_request, read_fields
+from .wire import FieldRule, TableBody, WireModel, answer_type, checked_later_as, invalid_request
 
 MAX_QUESTIONS = 400
 MAX_CHOICE_CHARS = 1024
@@ -65,7 +68,29 @@ def _value(value: object) -> str | bool:
     return _said(value)
 
 
-Text = Annotated[str, PlainValidator(_text), AfterValidator(_said)]
+class DecisionTextPart(TypedDict):
+    """A text."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+
+
+class RefusalPart(TypedDict):
+    """A refusal, read as text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class JsonPart(TypedDict):
+    """A JSON value, read as its text."""
+
+    type: Literal["input_json"]
+    data: dict[str, Any] | list[Any]
+
+
+_Parts = Annotated[list[DecisionTextPart | RefusalPart | JsonPart], Len(1)]
+Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str | _Parts), AfterValidator(_said)]
 Option = Annotated[str, Field(max_length=MAX_CHOICE_CHARS), AfterValidator(_said)]
 
 
@@ -99,7 +124,9 @@ class Predicate(_Question):
 class ChoiceOption(WireModel):
     """One of the values to choose from. The model reads `text`."""
 
-    value: Annotated[str | bool, PlainValidator(_value)]
+    value: Annotated[
+        str | bool, PlainValidator(_value, json_schema_input_type=bool | Annotated[str, Len(1, MAX_CHOICE_CHARS)])
+    ]
     description: str | None = None
 
     @property
@@ -130,6 +157,7 @@ class Score(_Question):
 
 
 Question = Predicate | Choice | Score
+Questions = Annotated[list[Annotated[Question, Field(discriminator="type")]], Len(1, MAX_QUESTIONS)]
 _KINDS: Mapping[str, type[Predicate] | type[Choice] | type[Score]] = {
     "predicate": Predicate,
     "choice": Choice,
@@ -145,13 +173,20 @@ def _input(value: object) -> tuple[InputMessage, ...]:
     return tuple(InputMessage.model_validate(item) for item in value)
 
 
-class RawDecisionBody(WireModel):
+class DecisionBody(TableBody):
+    """The used fields of `/v1/decisions`, each question still as it was sent."""
+
+    table = DECISION_FIELDS
+
     model: str | None = None
-    input: Annotated[tuple[InputMessage, ...], PlainValidator(_input)]
-    questions: list[Any] = Field(min_length=1, max_length=MAX_QUESTIONS)
+    input: Annotated[
+        tuple[InputMessage, ...],
+        PlainValidator(_input, json_schema_input_type=str | Annotated[list[InputMessage], Len(1, MAX_MESSAGES)]),
+    ]
+    questions: Annotated[list[Any], Len(1, MAX_QUESTIONS), checked_later_as(Questions)]
 
 
-class DecisionBody(WireModel):
+class ParsedDecision(WireModel):
     """The used fields of `/v1/decisions`; a text as input is one message of the user."""
 
     model: str | None
@@ -159,14 +194,11 @@ class DecisionBody(WireModel):
     questions: tuple[Question, ...]
 
 
-def parse_decision(payload: object) -> DecisionBody:
+def parse_decision(payload: object) -> ParsedDecision:
     """The body, checked field by field. Raises InvalidRequest with `param` and the value given."""
-    try:
-        body = RawDecisionBody.model_validate(read_fields(DECISION_FIELDS, payload))
-    except ValidationError as error:
-        raise invalid_request(error) from None
+    body = DecisionBody.read(payload)
     questions = tuple(_question(place, item) for place, item in enumerate(body.questions))
-    return DecisionBody(model=body.model, input=body.input, questions=questions)
+    return ParsedDecision(model=body.model, input=body.input, questions=questions)
 
 
 def _question(place: int, item: object) -> Question:
@@ -197,6 +229,63 @@ def options(question: Question) -> list[tuple[str, str | None]]:
     if isinstance(question, Score):
         return [(level.label, level.description) for level in question.levels]
     return [("yes", None), ("no", None)]
+
+
+@answer_type
+class PredicateAnswer(TypedDict):
+    """The probability that the statement is true."""
+
+    type: Literal["predicate"]
+    name: str | None
+    probability: float
+
+
+@answer_type
+class ChoiceProbability(TypedDict):
+    """One of the values and its probability."""
+
+    value: str | bool
+    probability: float
+
+
+@answer_type
+class ChoiceAnswer(TypedDict):
+    """The likeliest value, its probability as `confidence`, and those of all values in order."""
+
+    type: Literal["choice"]
+    name: str | None
+    choice: str | bool
+    confidence: float
+    probabilities: list[ChoiceProbability]
+
+
+@answer_type
+class LevelProbability(TypedDict):
+    """One of the levels, counted from 0, and its probability."""
+
+    label: str
+    value: int
+    probability: float
+
+
+@answer_type
+class ScoreAnswer(TypedDict):
+    """The expected level, counted from 0, and the probabilities of all levels in order."""
+
+    type: Literal["score"]
+    name: str | None
+    score: float
+    confidence: float
+    probabilities: list[LevelProbability]
+
+
+@answer_type
+class Decision(TypedDict):
+    """The answers to the questions, in order."""
+
+    answers: list[PredicateAnswer | ChoiceAnswer | ScoreAnswer]
+    model: str
+    usage: InputOutputUsage
 
 
 def to_decision(model: str, questions: Sequence[Question], scored: Scored) -> dict[str, Any]:

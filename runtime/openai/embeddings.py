@@ -4,13 +4,14 @@ import base64
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import PlainValidator, ValidationError
+from pydantic import PlainValidator
+from typing_extensions import TypedDict
 
 from runtime.errors import InvalidRequest
 from runtime.requests import Embedded
 
-from .chat import texts_or_ids
-from .wire import FieldRule, WireModel, invalid_request, read_fields
+from .chat import TextsOrIds, texts_or_ids
+from .wire import FieldRule, TableBody, answer_type
 
 MAX_INPUTS = 2048
 
@@ -30,11 +31,13 @@ def _inputs(value: object) -> tuple[str | tuple[int, ...], ...]:
     return inputs
 
 
-class EmbeddingBody(WireModel):
+class EmbeddingBody(TableBody):
     """The used fields of `/v1/embeddings`; `input` in any of its four shapes is a tuple of texts or token-id tuples."""
 
+    table = EMBEDDING_FIELDS
+
     model: str | None = None
-    input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_inputs)]
+    input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_inputs, json_schema_input_type=TextsOrIds)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
 
@@ -44,14 +47,38 @@ def parse_embedding(payload: object, n_embd: int) -> EmbeddingBody:
 
     Raises InvalidRequest with `param` and the value given.
     """
-    try:
-        body = EmbeddingBody.model_validate(read_fields(EMBEDDING_FIELDS, payload))
-    except ValidationError as error:
-        raise invalid_request(error) from None
+    body = EmbeddingBody.read(payload)
     if body.dimensions not in (None, n_embd):
         message = f"dimensions: vectors of this model have {n_embd} and cannot be cut, got {body.dimensions}"
         raise InvalidRequest(message, param="dimensions", code="invalid_value")
     return body
+
+
+@answer_type
+class EmbeddingVector(TypedDict):
+    """The vector of an input: numbers, or base64 of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+@answer_type
+class EmbeddingUsage(TypedDict):
+    """Token counts."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+@answer_type
+class EmbeddingList(TypedDict):
+    """The vectors of all inputs, in order."""
+
+    object: Literal["list"]
+    data: list[EmbeddingVector]
+    model: str
+    usage: EmbeddingUsage
 
 
 def to_embeddings(model: str, embedded: Embedded, encoding: Literal["float", "base64"]) -> dict[str, Any]:

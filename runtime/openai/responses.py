@@ -7,15 +7,18 @@ left to it; `Origins` says where in this body a field of that one came from.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from annotated_types import Len
 from pydantic import BaseModel, Field, PlainValidator, ValidationError
+from typing_extensions import TypedDict
 
 from runtime.errors import InvalidRequest
 
-from .chat import MAX_MESSAGES
-from .tools import MAX_CALL_ID_CHARS, MAX_TOOLS, CalledFunction
-from .wire import FieldRule, WireModel, invalid_request, plain_text, read_fields
+from .chat import MAX_MESSAGES, ChatBody
+from .grammar import FormatSchema, ObjectFormat, TextFormat
+from .tools import MAX_CALL_ID_CHARS, MAX_TOOLS, CalledFunction, Function
+from .wire import FieldRule, TableBody, WireModel, checked_later_as, invalid_request, plain_text, read_fields
 
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS, MAX_METADATA_VALUE_CHARS = 64, 512
@@ -57,7 +60,15 @@ def _text_or_items(value: object) -> str | list[Any]:
     return value
 
 
-PlainText = Annotated[str, PlainValidator(_plain_text)]
+class ResponseTextPart(TypedDict):
+    """A part of a message."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
+_Parts = Annotated[list[ResponseTextPart], Len(1)]
+PlainText = Annotated[str, PlainValidator(_plain_text, json_schema_input_type=str | _Parts)]
 
 
 class MessageItem(WireModel):
@@ -91,6 +102,7 @@ class ResultItem(WireModel):
 
 
 Item = MessageItem | CallItem | ResultItem
+_Input = str | Annotated[list[Item], Len(1, MAX_MESSAGES)]
 _ITEMS: dict[object, type[Item]] = {
     "message": MessageItem,
     "function_call": CallItem,
@@ -98,25 +110,59 @@ _ITEMS: dict[object, type[Item]] = {
 }
 
 
-class TextOptions(WireModel):
-    """How the text is to look; the format is checked as a chat's `response_format`."""
+class ResponseSchemaFormat(FormatSchema):
+    """JSON that a schema describes."""
 
-    format: dict[str, Any] | None = None
+    type: Literal["json_schema"]
+
+
+class TextOptions(WireModel):
+    """The form of the text; the format is checked as a chat's `response_format`."""
+
+    format: Annotated[
+        dict[str, Any] | None, checked_later_as(TextFormat | ObjectFormat | ResponseSchemaFormat | None)
+    ] = None
     verbosity: None = None
 
 
-class OwnFields(WireModel):
-    """The used fields that a chat's body does not have in this form."""
+class ResponseTool(Function):
+    """A function that the model may call, checked as a chat's tool."""
 
-    input: Annotated[str | list[Any], PlainValidator(_text_or_items)]
+    type: Literal["function"]
+
+
+_Tools = Annotated[list[ResponseTool], Len(0, MAX_TOOLS)]
+
+
+class ChosenFunctionTool(TypedDict):
+    """One function that must be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class ResponseBody(TableBody):
+    """The used fields of `/v1/responses` that a chat's body does not have in this form; `PASSED` are the others."""
+
+    table: ClassVar = {rule.name: rule for rule in RESPONSE_FIELDS}
+
+    input: Annotated[str | list[Any], PlainValidator(_text_or_items, json_schema_input_type=_Input)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     text: TextOptions = TextOptions()
-    tools: list[Any] = Field(default_factory=list, max_length=MAX_TOOLS)
-    tool_choice: Any = None
+    tools: Annotated[list[Any], Len(0, MAX_TOOLS), checked_later_as(_Tools)] = Field(default_factory=list)
+    tool_choice: Annotated[Any, checked_later_as(Literal["none", "auto", "required"] | ChosenFunctionTool | None)] = (
+        None
+    )
     include: list[Literal["message.output_text.logprobs"]] = Field(default_factory=list)
     top_logprobs: int | None = Field(None, ge=0, le=20)
     metadata: dict[str, str] = Field(default_factory=dict, max_length=MAX_METADATA)
+
+    @classmethod
+    def properties_checked_elsewhere(cls) -> dict[str, Any]:
+        """Those that pass to the chat's body."""
+        properties = ChatBody.model_json_schema()["properties"]
+        return {name: properties[name] for name in PASSED}
 
 
 @dataclass(slots=True)
@@ -139,18 +185,18 @@ class Origins:
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseBody:
+class ParsedResponse:
     """A body that was read: its own fields, the chat it asks for, and where that chat's fields came from."""
 
-    own: OwnFields
+    own: ResponseBody
     chat: Mapping[str, Any]
     origins: Origins
 
 
-def parse_response(payload: object) -> ResponseBody:
+def parse_response(payload: object) -> ParsedResponse:
     """The body of `/v1/responses`. Raises InvalidRequest with `param` and the value given."""
-    used = read_fields({rule.name: rule for rule in RESPONSE_FIELDS}, payload)
-    own = _validated(OwnFields, {name: value for name, value in used.items() if name not in PASSED}, "")
+    used = read_fields(ResponseBody.table, payload)
+    own = _validated(ResponseBody, {name: value for name, value in used.items() if name not in PASSED}, "")
     _check(own)
     chat = {name: used[name] for name in PASSED if name in used}
     origins = Origins()
@@ -165,7 +211,7 @@ def parse_response(payload: object) -> ResponseBody:
         chat["tool_choice"] = _tool_choice(own.tool_choice)
     if own.include:
         chat |= {"logprobs": True, "top_logprobs": own.top_logprobs or 0}
-    return ResponseBody(own, chat, origins)
+    return ParsedResponse(own, chat, origins)
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -182,7 +228,7 @@ def _validated(kind: type[M], value: object, where: str) -> M:
     raise InvalidRequest(message, param=param, code=fault.code)
 
 
-def _check(own: OwnFields) -> None:
+def _check(own: ResponseBody) -> None:
     if own.top_logprobs and not own.include:
         raise InvalidRequest(f"top_logprobs needs include [{LOGPROBS!r}]", param="top_logprobs")
     for key, value in own.metadata.items():
@@ -192,7 +238,7 @@ def _check(own: OwnFields) -> None:
             raise InvalidRequest(message, param="metadata", code="invalid_value")
 
 
-def _messages(own: OwnFields, origins: Origins) -> list[dict[str, Any]]:
+def _messages(own: ResponseBody, origins: Origins) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
 
     def add(message: dict[str, Any], origin: str) -> None:

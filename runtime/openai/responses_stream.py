@@ -5,13 +5,195 @@ A response is a message with the text, if any, and then the calls; each is added
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from runtime.requests import Event, Failed, Finished, FinishReason, TextDelta, Usage
 
-from .answer import Chunk, TextCall, TextOffsets, WireAnswer, call_reader, to_input_output_usage, to_logprobs
-from .responses import ResponseBody
+from .answer import Chunk, TextCall, WireAnswer, call_reader, to_chat_token, to_input_output_usage
+from .answer_types import ChatToken, InputOutputUsage
+from .responses import ParsedResponse
 from .tool_calls import CallDelta, ToolDelta
+from .wire import answer_type
+
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+@answer_type
+class OutputText(TypedDict):
+    """The text of a message."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[ChatToken]
+
+
+@answer_type
+class OutputMessage(TypedDict):
+    """A message of the model."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: ItemStatus
+    content: list[OutputText]
+
+
+@answer_type
+class OutputCall(TypedDict):
+    """A call of the model."""
+
+    id: str
+    type: Literal["function_call"]
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: str
+
+
+OutputItem = OutputMessage | OutputCall
+
+
+@answer_type
+class IncompleteDetails(TypedDict):
+    """The limit that ended the answer."""
+
+    reason: Literal["max_output_tokens"]
+
+
+@answer_type
+class ResponseError(TypedDict):
+    """The error that ended a stream."""
+
+    code: Literal["server_error"]
+    message: str
+
+
+@answer_type
+class ResponseText(TypedDict):
+    """The format of the text, as the request gave it."""
+
+    format: dict[str, Any]
+
+
+@answer_type
+class Response(TypedDict):
+    """The answer of `/v1/responses`."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: NotRequired[int]
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    model: str
+    error: ResponseError | None
+    incomplete_details: IncompleteDetails | None
+    output: list[OutputItem]
+    usage: InputOutputUsage | None
+    instructions: str | None
+    max_output_tokens: int | None
+    temperature: float
+    top_p: float
+    top_logprobs: int
+    text: ResponseText
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
+    metadata: dict[str, str]
+    previous_response_id: None
+    background: Literal[False]
+    store: Literal[False]
+    truncation: Literal["disabled"]
+
+
+@answer_type
+class ResponseEvent(TypedDict):
+    """The beginning or the end of a response; the last event holds it whole."""
+
+    type: Literal[
+        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+    ]
+    sequence_number: int
+    response: Response
+
+
+@answer_type
+class ItemEvent(TypedDict):
+    """An item begins or is whole."""
+
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    sequence_number: int
+    output_index: int
+    item: OutputItem
+
+
+@answer_type
+class PartEvent(TypedDict):
+    """The text of a message begins or is whole."""
+
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    part: OutputText
+
+
+@answer_type
+class TextDeltaEvent(TypedDict):
+    """More text."""
+
+    type: Literal["response.output_text.delta"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+    logprobs: list[ChatToken]
+
+
+@answer_type
+class TextDoneEvent(TypedDict):
+    """The whole text."""
+
+    type: Literal["response.output_text.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
+    logprobs: list[ChatToken]
+
+
+@answer_type
+class ArgumentsDeltaEvent(TypedDict):
+    """More of a call's arguments."""
+
+    type: Literal["response.function_call_arguments.delta"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    delta: str
+
+
+@answer_type
+class ArgumentsDoneEvent(TypedDict):
+    """A call's whole arguments."""
+
+    type: Literal["response.function_call_arguments.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    name: str
+    arguments: str
+
+
+ResponseChunk = (
+    ResponseEvent | ItemEvent | PartEvent | TextDeltaEvent | TextDoneEvent | ArgumentsDeltaEvent | ArgumentsDoneEvent
+)
+"""An event's data in a streamed response, which is named by its `type`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +201,7 @@ class ResponseCall:
     """A request for a response that became `call`, which has one choice."""
 
     call: TextCall
-    body: ResponseBody
+    body: ParsedResponse
 
     @property
     def id(self) -> str:
@@ -42,7 +224,7 @@ class _Open:
     index: int
     item: dict[str, Any]
     pieces: list[str] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[ChatToken] = field(default_factory=list)
 
 
 class ResponseAnswer(WireAnswer):
@@ -53,11 +235,10 @@ class ResponseAnswer(WireAnswer):
         self._asked = asked
         self._clock_s = clock_s
         self._reader = call_reader(asked.call, 0)
-        self._offsets = TextOffsets()
         self._output: list[dict[str, Any]] = []
         self._open: _Open | None = None
         self._number = 0
-        self._untold: list[dict[str, Any]] = []
+        self._untold: list[ChatToken] = []
         self._ended: dict[str, Any] = {"status": "in_progress"}
         self._usage: Usage | None = None
 
@@ -73,8 +254,7 @@ class ResponseAnswer(WireAnswer):
             return self._finish(event.reason, event.usage)
         assert isinstance(event, TextDelta), "a call for text has been given scores"
         told = ToolDelta(event.text) if self._reader is None else self._reader.feed(event.text)
-        found = to_logprobs(self._asked.call, event.logprobs, self._offsets)
-        self._untold += found["content"] if found else []
+        self._untold += [to_chat_token(token) for token in event.logprobs]
         return self._tell(told)
 
     def fail(self, error: Mapping[str, Any]) -> Iterable[Chunk]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
 
 from runtime.errors import InvalidRequest
 
-from .wire import MAX_GRAMMAR_BYTES, WireModel, bound_depth, parse_strict_json
+from .grammar import MAX_GRAMMAR_BYTES, bound_depth
+from .wire import WireModel, parse_strict_json
 
 MAX_TOOLS = 128
 MAX_CALLS = 128
@@ -86,6 +88,22 @@ class ToolCall(WireModel):
         """As chat templates read it: they write the arguments as JSON themselves."""
         function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
         return {"id": self.id, "type": self.type, "function": function}
+
+
+class ChosenFunction(TypedDict):
+    """The name of the function to call."""
+
+    name: str
+
+
+class ChosenTool(TypedDict):
+    """One function that must be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+ToolChoiceBody = Literal["none", "auto", "required"] | ChosenTool
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What every endpoint's wire translation shares: strict JSON and models, the table of fields, errors, grammars.
+"""What every endpoint's wire translation shares: strict JSON and models, the table of fields, errors.
 
 FIELDS says of each OpenAI body field whether it is used, ignored or refused; each row has a test. A field that is not
 in it is refused by name. `null` counts as absent everywhere.
@@ -9,9 +9,12 @@ import json
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationError, with_config
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from typing_extensions import TypedDict
 
 from runtime.errors import (
     BatchInvalid,
@@ -37,7 +40,6 @@ from runtime.errors import (
     TokenizeFailed,
     Unauthorized,
 )
-from runtime.requests import Grammar
 
 Endpoint = Literal["chat", "completion"]
 Treatment = Literal["used", "ignored", "refused"]
@@ -51,6 +53,27 @@ class WireModel(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+# Types of answers are TypedDicts: they cost nothing at run time, and the OpenAPI document is made of them.
+answer_type = with_config(ConfigDict(extra="forbid"))
+
+
+@answer_type
+class ErrorObject(TypedDict):
+    """`param` is the field at fault, `code` the machine-readable reason."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+@answer_type
+class ErrorAnswer(TypedDict):
+    """OpenAI's error shape."""
+
+    error: ErrorObject
+
+
 def parse_strict_json(
     text: str | bytes, *, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
@@ -60,6 +83,13 @@ def parse_strict_json(
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+class TextPart(TypedDict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
 
 
 def plain_text(content: object, kinds: Sequence[str] = ("text",), *, prefix: str = "") -> str:
@@ -103,6 +133,55 @@ class FieldRule:
     harmless: tuple[Any, ...] = ()
 
 
+class TableBody(WireModel):
+    """The used fields of a body; `table` rules on every field. Its JSON schema is that of the whole body."""
+
+    table: ClassVar[Mapping[str, FieldRule]]
+
+    @classmethod
+    def read(cls, payload: object) -> Self:
+        """Read a body, field by field. Raises InvalidRequest with `param` and the value given."""
+        try:
+            return cls.model_validate(read_fields(cls.table, payload))
+        except ValidationError as error:
+            raise invalid_request(error) from None
+
+    @classmethod
+    def properties_checked_elsewhere(cls) -> dict[str, JsonSchemaValue]:
+        """The JSON schemas of used fields that this model does not have."""
+        return {}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core)
+        whole = handler.resolve_ref_schema(schema)
+        properties = whole.setdefault("properties", {})
+        properties |= cls.properties_checked_elsewhere()
+        for name, rule in cls.table.items():
+            if rule.treatment == "used":
+                if name not in whole.get("required", ()):
+                    properties[name] = nullable(properties[name])
+            elif rule.treatment == "ignored":
+                properties[name] = {"description": "Ignored."}
+            else:
+                properties[name] = {"enum": [None, *rule.harmless], "description": "Not supported."}
+        return schema
+
+
+def checked_later_as(kind: Any) -> BeforeValidator:
+    """Annotates a field whose items our own code checks after pydantic: the JSON schema is that of `kind`."""
+    return BeforeValidator(lambda value: value, json_schema_input_type=kind)
+
+
+def nullable(schema: JsonSchemaValue) -> JsonSchemaValue:
+    """The schema of a property for which null counts as absent."""
+    kept = {name: value for name, value in schema.items() if name in ("title", "description", "default")}
+    rest = {name: value for name, value in schema.items() if name not in kept}
+    if not rest or {"type": "null"} in rest.get("anyOf", ()):
+        return schema
+    return {"anyOf": [*rest["anyOf"], {"type": "null"}] if set(rest) == {"anyOf"} else [rest, {"type": "null"}], **kept}
+
+
 FIELDS: tuple[FieldRule, ...] = (
     *(FieldRule(name, "used") for name in ("model", "stream", "stream_options", "max_tokens", "temperature", "top_p")),
     *(FieldRule(name, "used") for name in ("top_k", "min_p", "seed", "stop", "n", "logprobs", "logit_bias")),
@@ -142,13 +221,8 @@ def rules(endpoint: Endpoint) -> dict[str, FieldRule]:
     return {rule.name: rule for rule in FIELDS if endpoint in rule.endpoints}
 
 
-def used_fields(endpoint: Endpoint, payload: object) -> dict[str, Any]:
-    """The fields of a body to read. Raises InvalidRequest unless it is an object, and for unknown or refused fields."""
-    return read_fields(rules(endpoint), payload)
-
-
 def read_fields(known: Mapping[str, FieldRule], payload: object) -> dict[str, Any]:
-    """Do the same as `used_fields` by the rows of another table."""
+    """The fields of a body to read. Raises InvalidRequest unless it is an object, and for unknown or refused fields."""
     if not isinstance(payload, dict):
         raise InvalidRequest(f"the body must be a JSON object, got {reprlib.repr(payload)}")
     used = {}
@@ -205,97 +279,15 @@ HTTP_ERRORS: dict[type[Exception], WireError] = {
 UNEXPECTED = WireError(500, "server_error", "internal_error")
 
 
-def error_body(message: str, error_type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(message: str, error_type: str, param: str | None = None, code: str | None = None) -> ErrorAnswer:
     """OpenAI's error shape."""
     return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 
-def to_error(error: BaseException) -> tuple[int, dict[str, Any]]:
+def to_error(error: BaseException) -> tuple[int, ErrorAnswer]:
     """(HTTP status, body) of an error. What is not ours is reported without its text, which may hold anything."""
     wire = next((HTTP_ERRORS[kind] for kind in type(error).__mro__ if kind in HTTP_ERRORS), UNEXPECTED)
     if wire is UNEXPECTED:
         return wire.status, error_body("internal error; the server's log has the details", wire.type, None, wire.code)
     code, param = (error.code, error.param) if isinstance(error, RequestError) else (None, None)
     return wire.status, error_body(str(error), wire.type, param, code or wire.code)
-
-
-MAX_GRAMMAR_BYTES = 64 << 10
-MAX_SCHEMA_DEPTH = 64
-MAX_CHOICE_TEXTS = 1024
-_FORMATS = {
-    "text": {"type"},
-    "json_object": {"type"},
-    "json_schema": {"type", "json_schema"},
-}
-_SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
-
-
-def format_grammar(value: object) -> Grammar | None:
-    """OpenAI's `response_format`; None for plain text. A schema is enforced whether it calls itself strict or not."""
-    fields = _object(value, "an object with a type")
-    kind = fields.get("type")
-    if kind not in _FORMATS:
-        raise ValueError(f"takes the types {', '.join(_FORMATS)}")
-    _no_others(fields, _FORMATS[kind])
-    if kind == "text":
-        return None
-    schema: object = {"type": "object"}
-    if kind == "json_schema":
-        described = _object(fields.get("json_schema"), "json_schema with a schema")
-        _no_others(described, _SCHEMA_FIELDS)
-        schema = _object(described.get("schema"), "json_schema.schema, a JSON schema")
-    bound_depth(schema)
-    return _bounded(Grammar("json_schema", json.dumps(schema, ensure_ascii=False), "response_format"))
-
-
-def lark_grammar(value: object) -> Grammar:
-    """`grammar`: a grammar in llguidance's dialect of Lark."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("must be the text of a Lark grammar, which defines the rule start")
-    return _bounded(Grammar("lark", value, "grammar"))
-
-
-def regex_grammar(value: object) -> Grammar:
-    """`regex`: a regular expression that the whole answer matches."""
-    if not isinstance(value, str) or not value:
-        raise ValueError("must be a regular expression")
-    return _bounded(Grammar("regex", value, "regex"))
-
-
-def choice_grammar(value: object) -> Grammar:
-    """`choice`: texts of which the answer is one."""
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
-        raise ValueError("must be a non-empty list of non-empty strings")
-    if len(value) > MAX_CHOICE_TEXTS:
-        raise ValueError(f"takes at most {MAX_CHOICE_TEXTS} strings, got {len(value)}")
-    return _bounded(Grammar("choice", json.dumps(value, ensure_ascii=False), "choice"))
-
-
-def _object(value: object, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"must hold {what}")
-    return value
-
-
-def _no_others(fields: Mapping[str, Any], known: set[str]) -> None:
-    for name, value in fields.items():
-        if name not in known and value is not None:
-            raise ValueError(f"has an unknown field {reprlib.repr(name)}")
-
-
-def _bounded(grammar: Grammar) -> Grammar:
-    n_bytes = len(grammar.source.encode())
-    if n_bytes > MAX_GRAMMAR_BYTES:
-        raise ValueError(f"takes at most {MAX_GRAMMAR_BYTES} bytes, got {n_bytes}")
-    return grammar
-
-
-def bound_depth(schema: object) -> None:
-    """Raises ValueError for what nests too deeply. Level by level, so that it takes no stack itself."""
-    level, depth = [schema], 0
-    while level:
-        depth += 1
-        if depth > MAX_SCHEMA_DEPTH:
-            raise ValueError(f"holds a schema nested deeper than {MAX_SCHEMA_DEPTH} levels, the limit")
-        parents = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
-        level = [child for children in parents for child in children]

@@ -3,23 +3,25 @@
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from importlib.metadata import version
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.config import RuntimeConfig
-from runtime.errors import Overloaded
+from runtime.errors import ModelUnknown, Overloaded, Unauthorized
 from runtime.monitoring.metrics import CONTENT_TYPE, Metrics
 from runtime.pool.pool import ModelPool
 from runtime.serving.model import ServedModel
 from runtime.serving.routes import ROUTES, Prepare
 
 from .http import Counted, Holding, add_error_table, asked_model, held_by, key_check, off_loop, parse_json, read_body
-from .models import health, list_models, samples, show_model
+from .models import Health, Model, ModelList, health, list_models, samples, show_model
 from .native import NATIVE_ROUTES
+from .openapi import ERRORS_OF_A_BODY, Errors, Operation, add_docs
 from .stream import JsonBytes, respond
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -47,7 +49,7 @@ class Api:
 
         return handle
 
-    def native(self, answer: Callable[[object, ServedModel], dict[str, Any]]) -> Handler:
+    def native(self, answer: Callable[[object, ServedModel], Any]) -> Handler:
         """The handler of one of llama-server's own routes, which need no engine."""
 
         async def handle(http: Request) -> Response:
@@ -120,6 +122,10 @@ class Api:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
 
+Row = tuple[Callable[..., Awaitable[Response]], Operation]
+"""A handler, and its description."""
+
+
 def create_app(pool: ModelPool, config: RuntimeConfig) -> FastAPI:
     """The app over `pool`. Its lifespan is that of the pool's engines."""
     api = Api(pool, config)
@@ -129,7 +135,16 @@ def create_app(pool: ModelPool, config: RuntimeConfig) -> FastAPI:
         async with pool.running():
             yield
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    # The document and its page are our own: FastAPI would make the document on the event loop, and fetch the page's
+    # assets from elsewhere.
+    app = FastAPI(
+        title="Deskside",
+        description="A fine-tuned small model behind OpenAI's API.",
+        version=version("deskside"),
+        lifespan=lifespan,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
     add_error_table(app)
     app.add_middleware(Holding)
     app.add_middleware(Counted, metrics=api.metrics)
@@ -137,29 +152,49 @@ def create_app(pool: ModelPool, config: RuntimeConfig) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    app.include_router(_open_routes(api))
-    app.include_router(_keyed_routes(api), dependencies=[Depends(key_check(config.api_key))])
+    keyed = [Depends(key_check(config.api_key))] if config.api_key else []
+    errors = (Unauthorized,) if config.api_key else ()
+    operations: dict[tuple[str, str], Operation] = {}
+    for method, rows, dependencies in (
+        ("GET", _open_gets(api), []),
+        ("GET", _keyed_gets(api, errors), keyed),
+        ("POST", _keyed_posts(api, errors), keyed),
+    ):
+        for path, (handler, operation) in rows.items():
+            app.add_api_route(
+                path, handler, methods=[method], response_model=None, dependencies=dependencies, tags=[operation.tag]
+            )
+            operations[path, method.lower()] = operation
+    add_docs(app, operations)
     return app
 
 
-def _open_routes(api: Api) -> APIRouter:
-    router = APIRouter()
-    for path, handler in {"/health": api.health, "/health/ready": api.health, "/health/live": api.alive}.items():
-        router.add_api_route(path, handler, methods=["GET"], response_model=None)
-    return router
+def _open_gets(api: Api) -> dict[str, Row]:
+    statuses = {200: "Some model takes requests.", 503: "No model takes requests."}
+    ready = Operation("server", "Ready for requests?", Health, statuses=statuses)
+    statuses = {200: "Some engine runs, or can be started.", 503: "Every engine has stopped for good."}
+    alive = Operation("server", "Alive?", Health, statuses=statuses)
+    return {"/health": (api.health, ready), "/health/ready": (api.health, ready), "/health/live": (api.alive, alive)}
 
 
-def _keyed_routes(api: Api) -> APIRouter:
-    router = APIRouter()
-    gets: dict[str, Callable[..., Awaitable[Response]]] = {
-        "/v1/models": api.models,
-        "/v1/models/{name:path}": api.model,
-        "/metrics": api.scrape,
+def _keyed_gets(api: Api, errors: Errors) -> dict[str, Row]:
+    return {
+        "/v1/models": (api.models, Operation("models", "List the models", ModelList, errors=errors)),
+        "/v1/models/{name:path}": (
+            api.model,
+            Operation("models", "Show a model", Model, errors=(*errors, ModelUnknown)),
+        ),
+        "/metrics": (api.scrape, Operation("server", "Prometheus metrics", None, errors=errors)),
     }
-    for path, get in gets.items():
-        router.add_api_route(path, get, methods=["GET"], response_model=None)
-    for path, prepare in ROUTES.items():
-        router.add_api_route(path, api.answering(prepare), methods=["POST"], response_model=None)
-    for path, answer in NATIVE_ROUTES.items():
-        router.add_api_route(path, api.native(answer), methods=["POST"], response_model=None)
-    return router
+
+
+def _keyed_posts(api: Api, errors: Errors) -> dict[str, Row]:
+    errors = (*errors, *ERRORS_OF_A_BODY)
+    posts: dict[str, Row] = {}
+    for path, route in ROUTES.items():
+        operation = Operation("answers", route.summary, route.answer, route.body, route.chunk, errors)
+        posts[path] = (api.answering(route.prepare), operation)
+    for path, native in NATIVE_ROUTES.items():
+        operation = Operation("prompts", native.summary, native.answered, native.body, errors=errors)
+        posts[path] = (api.native(native.answer), operation)
+    return posts

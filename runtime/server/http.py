@@ -8,9 +8,10 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -75,13 +76,13 @@ def add_error_table(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-def key_check(api_key: str) -> Callable[[Request], Awaitable[None]]:
-    """A dependency that lets pass only requests which carry `api_key` as bearer token; an empty key lets all pass."""
+def key_check(api_key: str) -> Callable[..., Awaitable[None]]:
+    """A dependency that admits only requests which carry `api_key` as bearer token."""
+    bearer = HTTPBearer(auto_error=False, scheme_name="ApiKey")
 
-    async def check(request: Request) -> None:
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        matches = hmac.compare_digest(token.strip().encode(), api_key.encode())
-        if api_key and not (scheme.lower() == "bearer" and matches):
+    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> None:
+        token = given.credentials.strip() if given is not None else ""
+        if not hmac.compare_digest(token.encode(), api_key.encode()):
             raise Unauthorized("this server wants its API key: send the header 'Authorization: Bearer KEY'")
 
     return check

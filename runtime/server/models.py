@@ -1,25 +1,92 @@
 """The models on the wire: /v1/models, /health, and the counts for /metrics. Loads nothing."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from runtime.monitoring.metrics import ModelSample
+from runtime.openai.wire import answer_type
 from runtime.pool.pool import ModelPool
-from runtime.pool.slot import ModelSlot
+from runtime.pool.slot import ModelSlot, State
 from runtime.serving.names import ModelRef
 
 
-def list_models(pool: ModelPool, created_s: int) -> dict[str, Any]:
+@answer_type
+class ModelFacts(TypedDict):
+    """What is known about a model; null before its first load for what only a loaded model tells."""
+
+    description: str
+    task: str
+    labels: list[str]
+    quantization: str
+    n_vocab: int | None
+    n_ctx: int
+    n_ctx_train: int | None
+    n_params: int | None
+    size: int
+
+
+@answer_type
+class Model(TypedDict):
+    """A model, or a LoRA adapter on the model `parent`, under the name that requests give."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["deskside"]
+    state: State
+    root: str
+    parent: str | None
+    meta: ModelFacts
+
+
+@answer_type
+class ModelList(TypedDict):
+    """The models in the order they were named, adapters beside their base."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+@answer_type
+class ModelHealth(TypedDict):
+    """A base model's state, and what its engine has accepted and running."""
+
+    state: str
+    running: int
+    accepted: int
+    restarts: int
+    last_cause: str | None
+    silent_s: float
+
+
+@answer_type
+class Health(TypedDict):
+    """`ready` while some model takes requests, `live` until every engine has stopped; `model` is the default."""
+
+    status: str
+    live: bool
+    ready: bool
+    model: str
+    running: int
+    accepted: int
+    restarts: int
+    last_cause: str | None
+    models: dict[str, ModelHealth]
+
+
+def list_models(pool: ModelPool, created_s: int) -> ModelList:
     """The body of GET /v1/models, in the order they were named, adapters beside their base."""
     return {"object": "list", "data": [_model(slot, ref, created_s) for slot, ref in pool.served.values()]}
 
 
-def show_model(pool: ModelPool, name: str, created_s: int) -> dict[str, Any]:
+def show_model(pool: ModelPool, name: str, created_s: int) -> Model:
     """The body of GET /v1/models/{name}. Raises ModelUnknown."""
     return _model(*pool.find(name), created_s)
 
 
-def _model(slot: ModelSlot, ref: ModelRef, created_s: int) -> dict[str, Any]:
+def _model(slot: ModelSlot, ref: ModelRef, created_s: int) -> Model:
     return {
         "id": ref.id,
         "object": "model",
@@ -32,7 +99,7 @@ def _model(slot: ModelSlot, ref: ModelRef, created_s: int) -> dict[str, Any]:
     }
 
 
-def _meta(slot: ModelSlot, ref: ModelRef) -> dict[str, Any]:
+def _meta(slot: ModelSlot, ref: ModelRef) -> ModelFacts:
     """The facts about a model: before its first load, those of its manifest and of its file's header."""
     manifest = (ref.adapter or ref.base).manifest
     info, weights = slot.info, ref.base.manifest
@@ -51,7 +118,7 @@ def _meta(slot: ModelSlot, ref: ModelRef) -> dict[str, Any]:
     }
 
 
-def health(pool: ModelPool) -> dict[str, Any]:
+def health(pool: ModelPool) -> Health:
     """The body of GET /health: `ready` while some model takes requests, `live` until every engine has stopped."""
     ready = not pool.closed and any(_takes_requests(slot) for slot in pool.slots)
     models = {slot.name: _health(slot) for slot in pool.slots}
@@ -74,18 +141,19 @@ def _takes_requests(slot: ModelSlot) -> bool:
     return slot.loaded.base.supervisor.state == "ready" if slot.loaded is not None else slot.state != "failed"
 
 
-def _health(slot: ModelSlot) -> dict[str, Any]:
+def _health(slot: ModelSlot) -> ModelHealth:
     """A loaded model's state is its engine's own."""
     if slot.loaded is None:
         return {"state": slot.state, "running": 0, "accepted": 0, "restarts": 0, "last_cause": None, "silent_s": 0.0}
     supervisor = slot.loaded.base.supervisor
-    state = supervisor.state if slot.state == "ready" else slot.state
-    engine = {
+    return {
+        "state": supervisor.state if slot.state == "ready" else slot.state,
+        "running": supervisor.stats().running,
+        "accepted": supervisor.live,
         "restarts": supervisor.restarts,
         "last_cause": supervisor.last_cause,
         "silent_s": round(supervisor.silent_s, 1),
     }
-    return {"state": state, "running": supervisor.stats().running, "accepted": supervisor.live} | engine
 
 
 def samples(pool: ModelPool) -> Iterator[ModelSample]:

@@ -1,13 +1,15 @@
 """llama-server's own routes that tools rely on: /tokenize, /detokenize and /apply-template, in its shapes."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import FailFast, Field, ValidationError
+from typing_extensions import TypedDict
 
 from runtime.errors import InvalidRequest
 from runtime.openai.chat import MAX_MESSAGES, Message
-from runtime.openai.wire import WireModel, invalid_request
+from runtime.openai.wire import WireModel, answer_type, invalid_request
 from runtime.serving.chat import require_chat, require_model
 from runtime.serving.model import ServedModel
 
@@ -45,17 +47,47 @@ class TemplateBody(NativeBody):
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES, strict=False)
 
 
-def tokenize(payload: object, model: ServedModel) -> dict[str, Any]:
+@answer_type
+class TokenPiece(TypedDict):
+    """A token and its text, or its bytes where they are no text."""
+
+    id: int
+    piece: str | list[int]
+
+
+@answer_type
+class Tokenized(TypedDict):
+    """What `/tokenize` answers."""
+
+    tokens: list[int] | list[TokenPiece]
+
+
+@answer_type
+class Detokenized(TypedDict):
+    """What `/detokenize` answers."""
+
+    content: str
+
+
+@answer_type
+class RenderedTemplate(TypedDict):
+    """What `/apply-template` answers."""
+
+    prompt: str
+
+
+def tokenize(payload: object, model: ServedModel) -> Tokenized:
     """{content} -> {tokens}: ids, or with `with_pieces` {id, piece}, where a piece that is no text is a byte list."""
     body = _parse(TokenizeBody, payload, model)
     _check_size("content", "characters", len(body.content), model)
     tokens = model.tokenizer.encode(body.content, add_special=body.add_special, parse_special=body.parse_special)
     if not body.with_pieces:
         return {"tokens": tokens}
-    return {"tokens": [{"id": token, "piece": _piece(model, token)} for token in tokens]}
+    pieces: list[TokenPiece] = [{"id": token, "piece": _piece(model, token)} for token in tokens]
+    return {"tokens": pieces}
 
 
-def detokenize(payload: object, model: ServedModel) -> dict[str, Any]:
+def detokenize(payload: object, model: ServedModel) -> Detokenized:
     """{tokens} -> {content}, control tokens written out, bytes that are no text as U+FFFD."""
     body = _parse(DetokenizeBody, payload, model)
     _check_size("tokens", "ids", len(body.tokens), model)
@@ -67,17 +99,29 @@ def detokenize(payload: object, model: ServedModel) -> dict[str, Any]:
     return {"content": raw.decode("utf-8", "replace")}
 
 
-def apply_template(payload: object, model: ServedModel) -> dict[str, Any]:
+def apply_template(payload: object, model: ServedModel) -> RenderedTemplate:
     """{messages} -> {prompt}: the text that a chat completion would be asked with."""
     body = _parse(TemplateBody, payload, model)
     require_chat(model)
     return {"prompt": model.prompter.render([message.model_dump() for message in body.messages])}
 
 
-NATIVE_ROUTES: Mapping[str, Callable[[object, ServedModel], dict[str, Any]]] = {
-    "/tokenize": tokenize,
-    "/detokenize": detokenize,
-    "/apply-template": apply_template,
+@dataclass(frozen=True, slots=True)
+class NativeRoute:
+    """One of the routes: the function that answers a parsed JSON body, and the types for the OpenAPI document."""
+
+    summary: str
+    answer: Callable[[object, ServedModel], Any]
+    body: type[NativeBody]
+    answered: type
+
+
+NATIVE_ROUTES: Mapping[str, NativeRoute] = {
+    "/tokenize": NativeRoute("Tokenize a text", tokenize, TokenizeBody, Tokenized),
+    "/detokenize": NativeRoute("Turn tokens into text", detokenize, DetokenizeBody, Detokenized),
+    "/apply-template": NativeRoute(
+        "Render a conversation by the chat template", apply_template, TemplateBody, RenderedTemplate
+    ),
 }
 
 

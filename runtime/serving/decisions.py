@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from models.manifest import Manifest
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.openai.answer import WholeAnswer
-from runtime.openai.decisions import Choice, DecisionBody, Question, options, parse_decision, to_decision
+from runtime.openai.decisions import Choice, ParsedDecision, Question, options, parse_decision, to_decision
 from runtime.prompt.prompter import ANSWER_MARK, input_text, question_text
 from runtime.requests import Scored, Scoring, ScoringPrompt
 
@@ -41,7 +41,7 @@ def prepare_decision(payload: object, model: ServedModel) -> Call:
     return Call(scoring.id, (scoring,), answer)
 
 
-def _scoring_prompt(body: DecisionBody, place: int, model: ServedModel) -> ScoringPrompt:
+def _scoring_prompt(body: ParsedDecision, place: int, model: ServedModel) -> ScoringPrompt:
     question = body.questions[place]
     texts = [text for text, _ in options(question)]
     prompt, answers, ends = _prompt(body, question, texts, model)
@@ -59,7 +59,7 @@ def _scoring_prompt(body: DecisionBody, place: int, model: ServedModel) -> Scori
 
 
 def _prompt(
-    body: DecisionBody, question: Question, texts: Sequence[str], model: ServedModel
+    body: ParsedDecision, question: Question, texts: Sequence[str], model: ServedModel
 ) -> tuple[tuple[int, ...], Sequence[str], tuple[int, ...]]:
     """The prompt of a question, the texts that answer it, and the tokens that end an answer."""
     about = input_text([(message.role, message.content) for message in body.input])

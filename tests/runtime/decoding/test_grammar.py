@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.decoding.grammar import KEPT_GRAMMARS, Grammars, GrammarState
 from runtime.errors import GrammarFailed, InvalidRequest
-from runtime.openai.wire import MAX_GRAMMAR_BYTES
+from runtime.openai.grammar import MAX_GRAMMAR_BYTES
 from runtime.requests import Grammar, GrammarKind
 from tests.support.runtime.fakes import BOS, EOS, FakeTokenizer
 

@@ -7,7 +7,8 @@ import pytest
 
 from runtime.errors import InvalidRequest
 from runtime.openai.chat import MAX_ANSWERS_PER_CALL, TokenizedPrompt, parse, to_requests
-from runtime.openai.wire import MAX_CHOICE_TEXTS, MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, Endpoint
+from runtime.openai.grammar import MAX_CHOICE_TEXTS, MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
+from runtime.openai.wire import Endpoint
 from runtime.requests import Grammar
 
 MINIMAL: dict[Endpoint, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from runtime.openai.responses import (
     MAX_METADATA_VALUE_CHARS,
     PASSED,
     RESPONSE_FIELDS,
-    OwnFields,
+    ResponseBody,
     parse_response,
 )
 from runtime.openai.tools import MAX_TOOLS
@@ -65,12 +65,12 @@ def test_each_row_of_the_field_table_is_treated_as_it_says(rule: FieldRule) -> N
             error = refusal(**{rule.name: value})
             assert (error.param, error.code) == (rule.name, "unsupported_parameter")
     else:
-        assert rule.name in PASSED or rule.name in OwnFields.model_fields
+        assert rule.name in PASSED or rule.name in ResponseBody.model_fields
 
 
 def test_what_is_read_is_what_the_table_calls_used() -> None:
     used = [rule.name for rule in RESPONSE_FIELDS if rule.treatment == "used"]
-    assert sorted(used) == sorted({*PASSED, *OwnFields.model_fields})
+    assert sorted(used) == sorted({*PASSED, *ResponseBody.model_fields})
     assert len({rule.name for rule in RESPONSE_FIELDS}) == len(RESPONSE_FIELDS)
     assert refusal(max_tokens=3).code == "unknown_parameter"
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from runtime.errors import InvalidRequest
 from runtime.openai.chat import ChatBody, parse
+from runtime.openai.grammar import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
 from runtime.openai.tool_calls import FORMATS, CallDelta, ToolCallReader, ToolFormat, recognise
 from runtime.openai.tools import MAX_CALL_ID_CHARS, MAX_CALLS, MAX_TOOLS, ToolChoice
-from runtime.openai.wire import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
 from runtime.prompt.prompter import Prompter
 from runtime.prompt.template import ChatTemplate
 from runtime.serving.chat import example_call

@@ -1,0 +1,211 @@
+"""The types of text answers on the wire: chats, completions, their chunks, and token counts.
+
+The OpenAPI document is made of them, and a test holds real answers to it.
+"""
+
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+from .wire import answer_type
+
+TextEnd = Literal["stop", "length", "tool_calls"]
+
+
+@answer_type
+class CachedTokens(TypedDict):
+    """Prompt tokens that no choice had to compute."""
+
+    cached_tokens: int
+
+
+@answer_type
+class TextUsage(TypedDict):
+    """Token counts; a prompt counts once, however many choices share it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+@answer_type
+class TopToken(TypedDict):
+    """A token that could have come instead."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+@answer_type
+class ChatToken(TopToken):
+    """A token, its log-probability, and the likeliest at its place."""
+
+    top_logprobs: list[TopToken]
+
+
+@answer_type
+class ChatLogprobs(TypedDict):
+    """Log-probabilities in the form of chats."""
+
+    content: list[ChatToken]
+    refusal: None
+
+
+@answer_type
+class CompletionLogprobs(TypedDict):
+    """Log-probabilities in the form of completions."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+@answer_type
+class FunctionCall(TypedDict):
+    """The function's name and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+@answer_type
+class MadeCall(TypedDict):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+@answer_type
+class AssistantMessage(TypedDict):
+    """The model's message: text, calls, or both."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: NotRequired[list[MadeCall]]
+
+
+@answer_type
+class ChatChoice(TypedDict):
+    """One whole answer of a chat."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: TextEnd
+
+
+@answer_type
+class ChatCompletion(TypedDict):
+    """The answer of `/v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: TextUsage
+
+
+@answer_type
+class FunctionDelta(TypedDict):
+    """The name with the first delta, and more of the arguments."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+@answer_type
+class MadeCallDelta(TypedDict):
+    """More of the call number `index`."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
+@answer_type
+class ChatDelta(TypedDict):
+    """More of a message."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[MadeCallDelta]]
+
+
+@answer_type
+class ChatChunkChoice(TypedDict):
+    """More of one answer of a chat."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: TextEnd | None
+
+
+@answer_type
+class ChatChunk(TypedDict):
+    """An event's data in a streamed chat. `usage` is there with `include_usage`, and counts in the last one."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[TextUsage | None]
+
+
+@answer_type
+class CompletionChoice(TypedDict):
+    """One answer of a completion, or more of it: then `finish_reason` is null until its end."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+@answer_type
+class Completion(TypedDict):
+    """The answer of `/v1/completions`, and an event's data in its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[TextUsage | None]
+
+
+@answer_type
+class InputDetails(TypedDict):
+    """`cached_tokens` of the input were found in the KV cache."""
+
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+@answer_type
+class OutputDetails(TypedDict):
+    """Always 0: a model's reasoning is not told apart."""
+
+    reasoning_tokens: int
+
+
+@answer_type
+class InputOutputUsage(TypedDict):
+    """Token counts in the words of `/v1/responses` and `/v1/decisions`."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int

@@ -1,0 +1,122 @@
+"""The body fields that hold an answer to a form: `response_format`, and `grammar`, `regex` and `choice`. Pure.
+
+Sizes and depths are bounded here, before llguidance compiles anything.
+"""
+
+import json
+import reprlib
+from collections.abc import Mapping
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+from runtime.requests import Grammar
+
+MAX_GRAMMAR_BYTES = 64 << 10
+MAX_SCHEMA_DEPTH = 64
+MAX_CHOICE_TEXTS = 1024
+_FORMATS = {
+    "text": {"type"},
+    "json_object": {"type"},
+    "json_schema": {"type", "json_schema"},
+}
+_SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
+
+
+class FormatSchema(TypedDict):
+    """A named JSON schema."""
+
+    name: NotRequired[Any]
+    description: NotRequired[Any]
+    schema: dict[str, Any]
+    strict: NotRequired[Any]
+
+
+class TextFormat(TypedDict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(TypedDict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(TypedDict):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: FormatSchema
+
+
+def format_grammar(value: object) -> Grammar | None:
+    """OpenAI's `response_format`; None for plain text. A schema is enforced whether it calls itself strict or not."""
+    fields = _object(value, "an object with a type")
+    kind = fields.get("type")
+    if kind not in _FORMATS:
+        raise ValueError(f"takes the types {', '.join(_FORMATS)}")
+    _no_others(fields, _FORMATS[kind])
+    if kind == "text":
+        return None
+    schema: object = {"type": "object"}
+    if kind == "json_schema":
+        described = _object(fields.get("json_schema"), "json_schema with a schema")
+        _no_others(described, _SCHEMA_FIELDS)
+        schema = _object(described.get("schema"), "json_schema.schema, a JSON schema")
+    bound_depth(schema)
+    return _bounded(Grammar("json_schema", json.dumps(schema, ensure_ascii=False), "response_format"))
+
+
+def lark_grammar(value: object) -> Grammar:
+    """`grammar`: a grammar in llguidance's dialect of Lark."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("must be the text of a Lark grammar, which defines the rule start")
+    return _bounded(Grammar("lark", value, "grammar"))
+
+
+def regex_grammar(value: object) -> Grammar:
+    """`regex`: a regular expression that the whole answer matches."""
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be a regular expression")
+    return _bounded(Grammar("regex", value, "regex"))
+
+
+def choice_grammar(value: object) -> Grammar:
+    """`choice`: texts of which the answer is one."""
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
+        raise ValueError("must be a non-empty list of non-empty strings")
+    if len(value) > MAX_CHOICE_TEXTS:
+        raise ValueError(f"takes at most {MAX_CHOICE_TEXTS} strings, got {len(value)}")
+    return _bounded(Grammar("choice", json.dumps(value, ensure_ascii=False), "choice"))
+
+
+def _object(value: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"must hold {what}")
+    return value
+
+
+def _no_others(fields: Mapping[str, Any], known: set[str]) -> None:
+    for name, value in fields.items():
+        if name not in known and value is not None:
+            raise ValueError(f"has an unknown field {reprlib.repr(name)}")
+
+
+def _bounded(grammar: Grammar) -> Grammar:
+    n_bytes = len(grammar.source.encode())
+    if n_bytes > MAX_GRAMMAR_BYTES:
+        raise ValueError(f"takes at most {MAX_GRAMMAR_BYTES} bytes, got {n_bytes}")
+    return grammar
+
+
+def bound_depth(schema: object) -> None:
+    """Raises ValueError for what nests too deeply. Level by level, so that it takes no stack itself."""
+    level, depth = [schema], 0
+    while level:
+        depth += 1
+        if depth > MAX_SCHEMA_DEPTH:
+            raise ValueError(f"holds a schema nested deeper than {MAX_SCHEMA_DEPTH} levels, the limit")
+        parents = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [child for children in parents for child in children]
