@@ -26,7 +26,7 @@ from .wire import Endpoint
 # JSON has no infinity; OpenAI writes this for a token that cannot come.
 LEAST_LOGPROB = -9999.0
 
-Chunk = Mapping[str, Any] | str
+AnswerChunk = Mapping[str, Any] | str
 """The data of one server-sent event: a JSON object, or the text DONE."""
 DONE = "[DONE]"
 
@@ -37,19 +37,19 @@ class WireAnswer(ABC):
     A streamed answer is the chunks of `begin`, of each `feed`, and of `end`; of `fail` instead if an error ends it.
     """
 
-    def begin(self) -> Iterable[Chunk]:
+    def begin(self) -> Iterable[AnswerChunk]:
         """Chunks to send before the first event."""
         return ()
 
     @abstractmethod
-    def feed(self, event: Event) -> Iterable[Chunk]:
+    def feed(self, event: Event) -> Iterable[AnswerChunk]:
         """Take in an event and return the chunks that show it. Raises the error of a `Failed`."""
 
-    def end(self) -> Iterable[Chunk]:
+    def end(self) -> Iterable[AnswerChunk]:
         """Chunks to send after the last event."""
         return ()
 
-    def fail(self, error: Mapping[str, Any]) -> Iterable[Chunk]:
+    def fail(self, error: Mapping[str, Any]) -> Iterable[AnswerChunk]:
         """Chunks that end a stream with an error, given as the body that `to_error` makes of it."""
         return (error,)
 
@@ -69,7 +69,7 @@ class WholeAnswer(WireAnswer, Generic[WholeEvent]):
         self._to_response = to_response
         self._event: WholeEvent | None = None
 
-    def feed(self, event: Event) -> Iterable[Chunk]:
+    def feed(self, event: Event) -> Iterable[AnswerChunk]:
         """Keep the event."""
         if isinstance(event, Failed):
             raise event.error
@@ -128,7 +128,7 @@ class TextAnswer(WireAnswer):
         self._offsets = [TextOffsets() for _ in self.choices]
         self._readers = [call_reader(call, choice.index) for choice in self.choices]
 
-    def begin(self) -> Iterator[Chunk]:
+    def begin(self) -> Iterator[AnswerChunk]:
         """For a chat, name the role of each choice."""
         if self.call.endpoint == "chat":
             for choice in self.choices:
@@ -137,7 +137,7 @@ class TextAnswer(WireAnswer):
                     first["choices"][0]["delta"]["content"] = None
                 yield first
 
-    def feed(self, event: Event) -> Iterable[Chunk]:
+    def feed(self, event: Event) -> Iterable[AnswerChunk]:
         """Take in an event. A streamed answer gives a chunk unless the event shows nothing; another one keeps it."""
         choice = self._by_id[event.request_id]
         if isinstance(event, Finished):
@@ -163,7 +163,7 @@ class TextAnswer(WireAnswer):
             return ()
         return (to_chunk(self.call, choice.index, told.content or None, logprobs, calls=told.calls),)
 
-    def end(self) -> Iterator[Chunk]:
+    def end(self) -> Iterator[AnswerChunk]:
         """Give the token counts, if the client asked for them, and DONE."""
         if self.call.include_usage:
             yield _envelope(self.call, chunk=True) | {"choices": [], "usage": self.usage()}

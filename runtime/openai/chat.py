@@ -29,12 +29,12 @@ DEFAULT_COMPLETION_TOKENS = 16
 SEED_SPACE = 1 << 64
 
 
-TokenId = Annotated[int, Field(ge=0)]
+WireToken = Annotated[int, Field(ge=0)]
 TextsOrIds = (
     str
     | Annotated[list[str], Len(1)]
-    | Annotated[list[TokenId], Len(1)]
-    | Annotated[list[Annotated[list[TokenId], Len(1)]], Len(1)]
+    | Annotated[list[WireToken], Len(1)]
+    | Annotated[list[Annotated[list[WireToken], Len(1)]], Len(1)]
 )
 _Stop = Annotated[str, Len(1, MAX_STOP_CHARS)]
 Stops = _Stop | Annotated[list[_Stop], Len(0, MAX_STOPS)]

@@ -89,8 +89,8 @@ class JsonPart(TypedDict):
     data: dict[str, Any] | list[Any]
 
 
-_Parts = Annotated[list[DecisionTextPart | RefusalPart | JsonPart], Len(1)]
-Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str | _Parts), AfterValidator(_said)]
+_InputParts = Annotated[list[DecisionTextPart | RefusalPart | JsonPart], Len(1)]
+Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str | _InputParts), AfterValidator(_said)]
 Option = Annotated[str, Field(max_length=MAX_CHOICE_CHARS), AfterValidator(_said)]
 
 

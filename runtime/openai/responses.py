@@ -67,8 +67,8 @@ class ResponseTextPart(TypedDict):
     text: str
 
 
-_Parts = Annotated[list[ResponseTextPart], Len(1)]
-PlainText = Annotated[str, PlainValidator(_plain_text, json_schema_input_type=str | _Parts)]
+_TextParts = Annotated[list[ResponseTextPart], Len(1)]
+PlainText = Annotated[str, PlainValidator(_plain_text, json_schema_input_type=str | _TextParts)]
 
 
 class MessageItem(WireModel):

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from runtime.requests import Event, Failed, Finished, FinishReason, TextDelta, Usage
 
-from .answer import Chunk, TextCall, WireAnswer, call_reader, to_chat_token, to_input_output_usage
+from .answer import AnswerChunk, TextCall, WireAnswer, call_reader, to_chat_token, to_input_output_usage
 from .answer_types import ChatToken, InputOutputUsage
 from .responses import ParsedResponse
 from .tool_calls import CallDelta, ToolDelta
@@ -242,11 +242,11 @@ class ResponseAnswer(WireAnswer):
         self._ended: dict[str, Any] = {"status": "in_progress"}
         self._usage: Usage | None = None
 
-    def begin(self) -> Iterable[Chunk]:
+    def begin(self) -> Iterable[AnswerChunk]:
         """Announce the response, still empty."""
         return [self._event(f"response.{name}", response=self.response()) for name in ("created", "in_progress")]
 
-    def feed(self, event: Event) -> Iterable[Chunk]:
+    def feed(self, event: Event) -> Iterable[AnswerChunk]:
         """Return the stream's events that show `event`. Raises the error of a `Failed`."""
         if isinstance(event, Failed):
             raise event.error
@@ -257,7 +257,7 @@ class ResponseAnswer(WireAnswer):
         self._untold += [to_chat_token(token) for token in event.logprobs]
         return self._tell(told)
 
-    def fail(self, error: Mapping[str, Any]) -> Iterable[Chunk]:
+    def fail(self, error: Mapping[str, Any]) -> Iterable[AnswerChunk]:
         """End the stream with `response.failed`, which has only one code for every error."""
         self._ended = {"status": "failed", "error": {"code": "server_error", "message": error["error"]["message"]}}
         return [self._event("response.failed", response=self.response())]

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from runtime.openai.answer import Chunk
+from runtime.openai.answer import AnswerChunk
 from runtime.serving.call import Call
 from runtime.worker.inflight import Stream
 
@@ -83,7 +83,7 @@ async def cancelled_on_disconnect(receive: Receive, events: Stream) -> AsyncIter
         await asyncio.wait([watcher])
 
 
-def _event(chunk: Chunk) -> bytes:
+def _event(chunk: AnswerChunk) -> bytes:
     """One server-sent event, named by the `type` of its data if that has one."""
     if isinstance(chunk, str):
         return b"data: " + chunk.encode() + b"\n\n"

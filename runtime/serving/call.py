@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import Cancelled, EngineError
-from runtime.openai.answer import Chunk, WireAnswer
+from runtime.openai.answer import AnswerChunk, WireAnswer
 from runtime.openai.wire import to_error
 from runtime.requests import Work
 from runtime.worker.inflight import Stream, cancelling
@@ -37,7 +37,7 @@ class Call:
                 answer.feed(event)
         return await asyncio.to_thread(answer.response) if self.large else answer.response()
 
-    async def chunks(self, events: Stream) -> AsyncIterator[Chunk]:
+    async def chunks(self, events: Stream) -> AsyncIterator[AnswerChunk]:
         """Yield the chunks of a streamed answer. An error becomes the last one; after Cancelled nothing follows."""
         answer = self.answer()
         try:
