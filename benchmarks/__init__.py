@@ -1,1 +1,1 @@
-"""What an answer costs: the same workload against any OpenAI-compatible URL, measured and priced."""
+"""The cost of an answer: the same workload against any OpenAI-compatible URL, measured and priced."""

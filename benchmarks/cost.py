@@ -12,7 +12,7 @@ from pydantic import Field
 from models.common.record import Record
 
 from .errors import BadAssumption
-from .prices import VARIANTS, Price, TokenCounts, current, library_cost, load_prices, table_cost
+from .prices import VARIANTS, Price, RequestTokens, current, library_cost, load_prices, table_cost
 
 SECONDS_PER_YEAR = 365.25 * 24 * 3600
 JOULES_PER_KWH = 3.6e6
@@ -69,7 +69,7 @@ class Bill(Record):
     """The local cost beside every offer, cheapest model first, and the assumptions."""
 
     priced_on: str
-    tokens: TokenCounts
+    tokens: RequestTokens
     tokens_from: str
     local_seconds_per_request: float
     local_cost_per_1000: float
@@ -92,7 +92,7 @@ def break_even(once: float, hosted: float, local: float) -> float | None:
 
 
 def make_bill(
-    tokens: TokenCounts,
+    tokens: RequestTokens,
     tokens_from: str,
     seconds_per_request: float,
     assumptions: Assumptions,
@@ -117,7 +117,7 @@ def make_bill(
     )
 
 
-def _offers(price: Price, tokens: TokenCounts, local: float, assumptions: Assumptions, on: date) -> list[Offer]:
+def _offers(price: Price, tokens: RequestTokens, local: float, assumptions: Assumptions, on: date) -> list[Offer]:
     offers = []
     for variant in VARIANTS:
         table = table_cost(price, tokens, variant)

@@ -22,7 +22,7 @@ Variant = Literal["standard", "cached", "batch"]
 VARIANTS: tuple[Variant, ...] = ("standard", "cached", "batch")
 
 
-class TokenCounts(Record):
+class RequestTokens(Record):
     """Mean tokens of one request. `shared` of `prompt` are the same in every request and can be cached."""
 
     prompt: float
@@ -73,7 +73,7 @@ def current(prices: Sequence[Price], on: date) -> tuple[Price, ...]:
     return tuple(p for p in prices if not p.model.startswith("ft:") and (p.shutdown is None or p.shutdown > last))
 
 
-def table_cost(price: Price, tokens: TokenCounts, variant: Variant) -> float:
+def table_cost(price: Price, tokens: RequestTokens, variant: Variant) -> float:
     """Dollars for one request from the table. `cached`: the shared tokens hit the cache every time."""
     if variant == "batch":
         total = tokens.prompt * price.batch_input + tokens.completion * price.batch_output
@@ -83,7 +83,7 @@ def table_cost(price: Price, tokens: TokenCounts, variant: Variant) -> float:
     return total / 1e6
 
 
-def library_cost(price: Price, tokens: TokenCounts, variant: Variant, on: date) -> float | None:
+def library_cost(price: Price, tokens: RequestTokens, variant: Variant, on: date) -> float | None:
     """Dollars for one request from genai-prices on that day; None for an unknown model or without the library.
 
     Means are rounded to whole tokens: price tiers by context length apply to one request.

@@ -18,7 +18,7 @@ FINE_TUNE, BASE, HOSTED = "fine-tune", "base-few-shot", "hosted"
 
 @dataclass(frozen=True, slots=True)
 class ArmPlan:
-    """How to run one arm. `start` opens its server; `facts` is the arm's record, still without samples.
+    """The plan of one arm. `start` opens its server; `facts` is the arm's record, still without samples.
 
     `chat` picks the endpoint; `fields` go into every request, `body` overrides them (a null removes a field).
     """

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from datetime import date
 
 from benchmarks.cost import Assumptions, Bill, make_bill
-from benchmarks.prices import TokenCounts
+from benchmarks.prices import RequestTokens
 from benchmarks.record import Arm, BenchRun, Level, RequestSample
 from models.common.record import Record
 from models.common.stats import NEEDED, percentile, quantile, wilson
@@ -241,7 +241,7 @@ def _bill(run: BenchRun, statistics: Statistics, assumptions: Assumptions) -> Bi
     # A measured hosted arm counts tokens with the tokenizer that is billed; the local base is the next best.
     arm, figures = min(counted, key=lambda pair: pair[0].name != HOSTED)
     prompt = figures.mean_prompt_tokens or 0.0
-    tokens = TokenCounts(
+    tokens = RequestTokens(
         prompt=prompt, shared=arm.shared_share * prompt, completion=figures.mean_completion_tokens or 0.0
     )
     source = f"{arm.model}'s tokenizer (the shared part by its share of characters)"

@@ -8,14 +8,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-Item = TypeVar("Item")
+WorkItem = TypeVar("WorkItem")
 Result = TypeVar("Result")
 
 
 async def closed_loop(
-    items: Sequence[Item],
+    items: Sequence[WorkItem],
     concurrency: int,
-    send: Callable[[Item, float], Awaitable[Result]],
+    send: Callable[[WorkItem, float], Awaitable[Result]],
     clock: Callable[[], float],
 ) -> tuple[Result, ...]:
     """Send every item once, at most `concurrency` at a time; results in the order of `items`.

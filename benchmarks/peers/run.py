@@ -73,7 +73,7 @@ class PeerRunFile:
 
 @dataclass(frozen=True, slots=True)
 class PeerSession:
-    """What every measurement of a comparison uses: the workload, the record and the progress display."""
+    """The workload, the record and the progress display that every measurement of a comparison uses."""
 
     workload: PeerWorkload
     file: PeerRunFile

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from benchmarks.errors import BadWorkload
 from benchmarks.load.workload import LabelledExample
 
-Endpoint = Literal["chat", "completions", "decisions"]
+PeerEndpoint = Literal["chat", "completions", "decisions"]
 DESKSIDE, LLAMA_SERVER, LLAMA_CPP_SERVER = "deskside", "llama-server", "llama_cpp.server"
 
 LABEL_TOKENS = 12
@@ -50,7 +50,7 @@ def tasks(burst: int) -> dict[str, PeerTask]:
 
 def asking(
     task: str, way: str, peer: str, labels: Sequence[str], ends: Sequence[int] = ()
-) -> tuple[Endpoint, dict[str, Any]] | None:
+) -> tuple[PeerEndpoint, dict[str, Any]] | None:
     """The endpoint and the request fields for `peer`, or None when it does not offer this way.
 
     `ends`: the tokens that a logit bias bans on llama_cpp.server where an answer must have its full length.

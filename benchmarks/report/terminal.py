@@ -131,7 +131,7 @@ def cost_lines(bill: Bill) -> Iterator[str]:
 
 
 def notes(run: BenchRun, statistics: Statistics) -> Iterator[str]:
-    """How to read the tables: sources, definitions, and why figures are absent."""
+    """Notes on the tables: sources, definitions, and why figures are absent."""
     for arm, figures in zip(run.arms, statistics.arms, strict=True):
         yield f"{arm.name}: {arm.source}{_start(arm)}{_cached(figures)}"
         if arm.kind == "replayed":

@@ -6,10 +6,10 @@ import pytest
 
 from benchmarks.cost import Assumptions, break_even, check, local_cost, make_bill
 from benchmarks.errors import BadAssumption
-from benchmarks.prices import Price, TokenCounts, current, library_cost, load_prices, table_cost
+from benchmarks.prices import Price, RequestTokens, current, library_cost, load_prices, table_cost
 
 DAY = date(2026, 11, 22)
-TOKENS = TokenCounts(prompt=2000, shared=1500, completion=20)
+TOKENS = RequestTokens(prompt=2000, shared=1500, completion=20)
 PRICE = Price("nobody", "made-up", 1.0, 0.1, 5.0, 0.5, 2.5, None, "", "2026-11-22 read")
 FREE = Price("nobody", "free", 0.0, 0.0, 0.0, 0.0, 0.0, None, "", "2026-11-22 read")
 
@@ -36,7 +36,7 @@ def test_break_even_and_never() -> None:
 def test_the_known_sums_of_november_2026() -> None:
     # 10,000 requests of 2,000 tokens in and 20 out: $2.1 with the cheapest current model, $42 (rounded) with gpt-4.1.
     rows = {price.model: price for price in load_prices()}
-    plain = TokenCounts(prompt=2000, shared=0, completion=20)
+    plain = RequestTokens(prompt=2000, shared=0, completion=20)
     assert 10_000 * table_cost(rows["gpt-6-luna"], plain, "standard") == pytest.approx(2.1)
     assert 10_000 * table_cost(rows["gpt-4.1"], plain, "standard") == pytest.approx(41.6)
 

@@ -1,4 +1,4 @@
-"""What the peers are asked: fields for each, disjoint slices of the same length, prompts, and the order of passes."""
+"""The requests to the peers: fields for each, disjoint slices of the same length, prompts, and the order of passes."""
 
 import json
 from contextlib import nullcontext
