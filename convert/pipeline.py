@@ -17,8 +17,9 @@ from convert.checkpoint.folder import HfCheckpoint
 from convert.checkpoint.source import Checkpoint, open_checkpoint
 from convert.lora.fit import Fitted, fit
 from convert.lora.gguf_adapter import FULL_PRECISION, check_appliable, plan_adapter
-from convert.planning.inputs import ConvertRequest, Inputs, gather
+from convert.planning.inputs import Inputs, gather
 from convert.planning.plan import ConversionPlan, base_of, byte_counter, layout_of, plan_conversion, write_f16
+from convert.planning.request import ConvertRequest
 from convert.proof.adapter import verify_adapter
 from convert.proof.proof import Proof
 from convert.proof.runs import verify_runs

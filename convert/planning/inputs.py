@@ -23,33 +23,7 @@ from models.store.catalog import CatalogEntry, load_catalog
 from models.store.store import Store, check_name
 
 from .origin import Origin, find_origin
-
-
-@dataclass(frozen=True)
-class ConvertRequest:
-    """What was asked for. A recipe needs no `name`; `keep_f16` keeps the unquantized file too.
-
-    `gguf` are weights that were made elsewhere from the folder `source`. `examples` are measured with, for `work`, and
-    `max_loss` is the mean KL divergence a candidate may have. `trim` are texts to cut the vocabulary by, to `keep`
-    tokens; a recipe may bring its own, which `whole_vocabulary` declines. `hot` asks for the adapter alone, to be
-    applied while its base is served; then nothing is quantized.
-    """
-
-    source: str
-    name: str | None = None
-    adapter: Path | None = None
-    quantization: str | None = None
-    manifest: Path | None = None
-    replace: bool = False
-    keep_f16: bool = False
-    hot: bool = False
-    gguf: Path | None = None
-    examples: Path | None = None
-    work: TaskKind | None = None
-    max_loss: float | None = None
-    trim: Path | None = None
-    keep: int | None = None
-    whole_vocabulary: bool = False
+from .request import ConvertRequest
 
 
 @dataclass(frozen=True)

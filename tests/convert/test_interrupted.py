@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys
 from pathlib import Path
-from convert.planning.inputs import ConvertRequest
+from convert.planning.request import ConvertRequest
 from convert.pipeline import convert
 from models.common.console import LineReporter
 from models.store.store import Store
@@ -27,7 +27,7 @@ class Waiting(LineReporter):
             print(name, flush=True)
             sys.stdin.readline()
 
-request = ConvertRequest(sys.argv[2], "tiny", Path(sys.argv[3]))
+request = ConvertRequest(source=sys.argv[2], name="tiny", adapter=Path(sys.argv[3]))
 print(convert(request, Store(Path(sys.argv[1])), Waiting()).gguf, flush=True)
 """
 

@@ -1,6 +1,5 @@
 """Whole conversions of a tiny model through the real llama.cpp: what is installed, and that nothing half-made is."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from convert.errors import (
     VerifyFailed,
 )
 from convert.pipeline import convert
-from convert.planning.inputs import ConvertRequest
+from convert.planning.request import ConvertRequest
 from models.common.files import sha256_file
 from models.errors import BadGguf, ModelError, ModelNotFound, StoreError
 from models.manifest import Adapter as AdapterRecord
@@ -66,7 +65,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def request_for_tiny(tmp_path: Path) -> ConvertRequest:
     base, adapter = write_model(tmp_path / "base.gguf"), write_adapter(tmp_path / "adapter")
-    return ConvertRequest(str(base), "tiny", adapter)
+    return ConvertRequest(source=str(base), name="tiny", adapter=adapter)
 
 
 def files_under(store: Store) -> list[str]:
@@ -102,7 +101,7 @@ def test_template_and_end_of_turn_are_in_the_file(store: Store, request_for_tiny
 
 
 def test_a_mixed_layout_is_made_by_its_name(store: Store, request_for_tiny: ConvertRequest) -> None:
-    request = dataclasses.replace(request_for_tiny, quantization="q8_0-vocab-q4_0")
+    request = request_for_tiny.model_copy(update={"quantization": "q8_0-vocab-q4_0"})
     stored = convert(request, store, Notes())
     assert stored.manifest is not None
     assert [artefact.quantization for artefact in stored.manifest.artefacts] == ["Q8_0-vocab-Q4_0"]
@@ -113,14 +112,14 @@ def test_a_mixed_layout_is_made_by_its_name(store: Store, request_for_tiny: Conv
 
 def test_rows_that_do_not_fit_a_mixed_layout_are_told(store: Store, request_for_tiny: ConvertRequest) -> None:
     notes = Notes()
-    convert(dataclasses.replace(request_for_tiny, quantization="Q8_0-vocab-Q6_K"), store, notes)
+    convert(request_for_tiny.model_copy(update={"quantization": "Q8_0-vocab-Q6_K"}), store, notes)
     assert notes.warnings == [
         "1 of the matrices have rows that do not fit the types of Q8_0-vocab-Q6_K: llama.cpp stored them in wider ones"
     ]
 
 
 def test_the_unquantized_file_is_kept_when_asked(store: Store, request_for_tiny: ConvertRequest) -> None:
-    stored = convert(dataclasses.replace(request_for_tiny, keep_f16=True), store, Notes())
+    stored = convert(request_for_tiny.model_copy(update={"keep_f16": True}), store, Notes())
     assert stored.manifest is not None
     assert [a.quantization for a in stored.manifest.artefacts] == ["Q8_0", "F16"]
     assert stored.gguf.name == "tiny-Q8_0.gguf"
@@ -129,7 +128,7 @@ def test_the_unquantized_file_is_kept_when_asked(store: Store, request_for_tiny:
 
 def test_without_an_adapter_the_weights_stay(store: Store, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base.gguf", "llama", kind=gguf.GGMLQuantizationType.F16, template="{{ messages }}")
-    stored = convert(ConvertRequest(str(base), "same", quantization="f16"), store, Notes())
+    stored = convert(ConvertRequest(source=str(base), name="same", quantization="f16"), store, Notes())
     before, after = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (base, stored.gguf))
     assert set(before) == set(after)
     assert all(np.array_equal(before[name].data, after[name].data) for name in before)
@@ -140,76 +139,80 @@ def test_a_converted_model_keeps_its_task_when_it_is_converted_again(
 ) -> None:
     given = Manifest(name="any", task="classify", labels=("a", "b"), licence="L", licence_notice="N", description="D")
     (tmp_path / "mine.toml").write_text(dump_manifest(given))
-    first = dataclasses.replace(request_for_tiny, manifest=tmp_path / "mine.toml", quantization="F16")
+    first = request_for_tiny.model_copy(update={"manifest": tmp_path / "mine.toml", "quantization": "F16"})
     convert(first, store, Notes())
-    stored = convert(ConvertRequest("tiny", "again", quantization="Q4_0"), store, Notes())
+    stored = convert(ConvertRequest(source="tiny", name="again", quantization="Q4_0"), store, Notes())
     assert stored.manifest is not None
     assert (stored.manifest.labels, stored.manifest.licence_notice) == (("a", "b"), "N")
     assert stored.manifest.base is not None
     assert stored.manifest.base.name == "tiny"
-    tuned = convert(ConvertRequest("tiny", "tuned", request_for_tiny.adapter), store, Notes()).manifest
+    tuned = convert(
+        ConvertRequest(source="tiny", name="tuned", adapter=request_for_tiny.adapter), store, Notes()
+    ).manifest
     assert tuned is not None
     assert (tuned.task, tuned.labels, tuned.licence_notice) == ("general", (), "N")
 
 
 def test_the_same_conversion_gives_the_same_file(store: Store, request_for_tiny: ConvertRequest) -> None:
     first = convert(request_for_tiny, store, Notes()).gguf.read_bytes()
-    second = convert(dataclasses.replace(request_for_tiny, replace=True), store, Notes()).gguf.read_bytes()
+    second = convert(request_for_tiny.model_copy(update={"replace": True}), store, Notes()).gguf.read_bytes()
     assert first == second
 
 
 def test_merging_onto_a_grid_and_back_onto_it_is_warned_about(store: Store, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q4_0)
     adapter, notes = write_adapter(tmp_path / "adapter"), Notes()
-    convert(ConvertRequest(str(base), "lost", adapter, "Q4_0"), store, notes)
+    convert(ConvertRequest(source=str(base), name="lost", adapter=adapter, quantization="Q4_0"), store, notes)
     assert "14 of 14 fine-tuned matrices" in notes.warnings[0]
     assert "(Q4_0)" in notes.warnings[0]
     notes = Notes()
-    convert(ConvertRequest(str(base), "kept", adapter, "Q8_0"), store, notes)
+    convert(ConvertRequest(source=str(base), name="kept", adapter=adapter, quantization="Q8_0"), store, notes)
     assert notes.warnings == []
 
 
 def test_an_untrained_adapter_is_warned_about(store: Store, tmp_path: Path, request_for_tiny: ConvertRequest) -> None:
     zero = write_adapter(tmp_path / "zero", {name: 0 * array for name, array in adapter_tensors().items()})
     notes = Notes()
-    convert(dataclasses.replace(request_for_tiny, adapter=zero, quantization="F16"), store, notes)
+    convert(request_for_tiny.model_copy(update={"adapter": zero, "quantization": "F16"}), store, notes)
     assert "never trained" in notes.warnings[0]
 
 
 def wrong_shape(tmp_path: Path) -> ConvertRequest:
     stem = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {f"{stem}.lora_A.weight": np.ones((4, 640)), f"{stem}.lora_B.weight": np.ones((1024, 4))}
-    return ConvertRequest(str(write_model(tmp_path / "b.gguf")), "x", write_adapter(tmp_path / "a", tensors))
+    return ConvertRequest(
+        source=str(write_model(tmp_path / "b.gguf")), name="x", adapter=write_adapter(tmp_path / "a", tensors)
+    )
 
 
 def unknown_family(tmp_path: Path) -> ConvertRequest:
     source = write_model(tmp_path / "b.gguf", "llama")
     source.write_bytes(source.read_bytes().replace(b"llama", b"lemma", 1))
-    return ConvertRequest(str(source), "x", write_adapter(tmp_path / "a"))
+    return ConvertRequest(source=str(source), name="x", adapter=write_adapter(tmp_path / "a"))
 
 
 def truncated(tmp_path: Path) -> ConvertRequest:
     source = write_model(tmp_path / "b.gguf")
     source.write_bytes(source.read_bytes()[:-100])
-    return ConvertRequest(str(source), "x")
+    return ConvertRequest(source=str(source), name="x")
 
 
 def one_part(tmp_path: Path) -> ConvertRequest:
     (tmp_path / "b.gguf").write_bytes(head({"split.count": 3}))
-    return ConvertRequest(str(tmp_path / "b.gguf"), "x")
+    return ConvertRequest(source=str(tmp_path / "b.gguf"), name="x")
 
 
 REFUSED: dict[str, tuple[Callable[[Path], ConvertRequest], type[Exception], str]] = {
-    "no name": (lambda t: ConvertRequest(str(write_model(t / "b.gguf"))), RequestInvalid, "--name is missing"),
+    "no name": (lambda t: ConvertRequest(source=str(write_model(t / "b.gguf"))), RequestInvalid, "--name is missing"),
     "bad name": (
-        lambda t: ConvertRequest(str(write_model(t / "b.gguf")), "../x"),
+        lambda t: ConvertRequest(source=str(write_model(t / "b.gguf")), name="../x"),
         StoreError,
         "'../x' is not a model name",
     ),
-    "no source": (lambda t: ConvertRequest("nowhere", "x"), ModelNotFound, "'nowhere'"),
-    "quantization": (lambda t: ConvertRequest("b", "x", None, "Q9"), QuantizationUnknown, "'Q9'"),
+    "no source": (lambda t: ConvertRequest(source="nowhere", name="x"), ModelNotFound, "'nowhere'"),
+    "quantization": (lambda t: ConvertRequest(source="b", name="x", quantization="Q9"), QuantizationUnknown, "'Q9'"),
     "no adapter": (
-        lambda t: ConvertRequest(str(write_model(t / "b.gguf")), "x", t / "no"),
+        lambda t: ConvertRequest(source=str(write_model(t / "b.gguf")), name="x", adapter=t / "no"),
         AdapterInvalid,
         "not a PEFT",
     ),
@@ -235,9 +238,9 @@ def test_what_is_wrong_is_refused_before_anything_is_written(store: Store, tmp_p
 def test_a_failure_at_any_stage_leaves_the_store_as_it_was(
     store: Store, request_for_tiny: ConvertRequest, stage: str, error: BaseException
 ) -> None:
-    convert(dataclasses.replace(request_for_tiny, quantization="F16"), store, Notes())
+    convert(request_for_tiny.model_copy(update={"quantization": "F16"}), store, Notes())
     before = {name: (store.home / name).read_bytes() for name in files_under(store)}
-    again = dataclasses.replace(request_for_tiny, quantization="Q4_0", replace=True)
+    again = request_for_tiny.model_copy(update={"quantization": "Q4_0", "replace": True})
     with pytest.raises(type(error)):
         convert(again, store, Notes(stage, error))
     assert {name: (store.home / name).read_bytes() for name in files_under(store)} == before
@@ -245,7 +248,7 @@ def test_a_failure_at_any_stage_leaves_the_store_as_it_was(
 
 
 def test_a_taken_name_is_refused_before_the_work(store: Store, request_for_tiny: ConvertRequest) -> None:
-    convert(dataclasses.replace(request_for_tiny, quantization="F16"), store, Notes())
+    convert(request_for_tiny.model_copy(update={"quantization": "F16"}), store, Notes())
     notes = Notes()
     with pytest.raises(StoreError, match="is installed already"):
         convert(request_for_tiny, store, notes)
@@ -274,7 +277,7 @@ def test_a_model_whose_logits_are_not_finite_is_not_installed(store: Store, tmp_
     }
     source = write_model(tmp_path / "b.gguf", changes=huge)
     with pytest.raises(VerifyFailed, match=r"logits are (not finite|.*say nothing)|all \d+ logits"):
-        convert(ConvertRequest(str(source), "x", quantization="F16"), store, Notes())
+        convert(ConvertRequest(source=str(source), name="x", quantization="F16"), store, Notes())
     assert files_under(store) == []
 
 
@@ -299,4 +302,9 @@ def test_the_adapter_config_that_peft_writes_is_understood(tmp_path: Path, store
     }  # fmt: skip
     adapter = write_adapter(tmp_path / "adapter")
     (adapter / "adapter_config.json").write_text(json.dumps(written))
-    assert convert(ConvertRequest(str(write_model(tmp_path / "b.gguf")), "x", adapter), store, Notes()).name == "x"
+    assert (
+        convert(
+            ConvertRequest(source=str(write_model(tmp_path / "b.gguf")), name="x", adapter=adapter), store, Notes()
+        ).name
+        == "x"
+    )

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from convert.errors import ArchitectureUnknown, RequestInvalid, VerifyFailed
 from convert.measure.speed import measure_speeds
 from convert.pipeline import MEASUREMENTS, convert
-from convert.planning.inputs import ConvertRequest
+from convert.planning.request import ConvertRequest
 from convert.quantize.imatrix import IMATRIX_FILE
 from convert.quantize.quantize import quantize, spec_named
 from convert.selection.ladder import Tools
@@ -84,7 +84,7 @@ class Run:
 def first_run(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, examples: Path) -> Run:
     """The checkpoint as `mine`, chosen by the examples in a new store."""
     run = Run(Store(tmp_path_factory.mktemp("first") / "home"), Notes())
-    convert(ConvertRequest(str(checkpoint), "mine", examples=examples), run.store, run.notes)
+    convert(ConvertRequest(source=str(checkpoint), name="mine", examples=examples), run.store, run.notes)
     return run
 
 
@@ -97,7 +97,7 @@ def measured(store: Store, first_run: Run) -> Store:
 
 def test_a_folder_is_proved_converted_and_installed(store: Store, checkpoint: Path) -> None:
     notes = Notes()
-    stored = convert(ConvertRequest(str(checkpoint), "tiny"), store, notes)
+    stored = convert(ConvertRequest(source=str(checkpoint), name="tiny"), store, notes)
     store.verify("tiny")
     assert stored.manifest is not None
     assert stored.manifest.base is not None
@@ -117,7 +117,7 @@ def test_a_changed_weight_gives_another_base(store: Store, checkpoint: Path, tmp
         (copy / file.name).write_bytes(file.read_bytes())
 
     def base(folder: Path, name: str) -> str:
-        manifest = convert(ConvertRequest(str(folder), name), store, Notes()).manifest
+        manifest = convert(ConvertRequest(source=str(folder), name=name), store, Notes()).manifest
         assert manifest is not None
         assert manifest.base is not None
         return manifest.base.sha256
@@ -133,14 +133,14 @@ def test_a_tokenizer_that_reads_otherwise_is_found_before_anything_is_installed(
     store: Store, checkpoint: Path, tmp_path: Path
 ) -> None:
     """Weights made elsewhere, from a checkpoint with another tokenizer."""
-    made = convert(ConvertRequest(str(checkpoint), "made", quantization="F16"), store, Notes()).gguf
+    made = convert(ConvertRequest(source=str(checkpoint), name="made", quantization="F16"), store, Notes()).gguf
     other = save(byte_level(QWEN2, size=600), tmp_path / "other", eos_token="<|im_end|>")
     before = files_under(store)
     with pytest.raises(VerifyFailed, match="the vocabulary is not the checkpoint's"):
-        convert(ConvertRequest(str(other), "mixed", gguf=made), store, Notes())
+        convert(ConvertRequest(source=str(other), name="mixed", gguf=made), store, Notes())
     assert files_under(store) == before
     notes = Notes()
-    convert(ConvertRequest(str(checkpoint), "mended", gguf=made), store, notes)
+    convert(ConvertRequest(source=str(checkpoint), name="mended", gguf=made), store, notes)
     assert any("tokens as in Hugging Face's" in note for note in notes.notes)
 
 
@@ -159,7 +159,7 @@ def test_phi_3s_tokens_swallow_white_space_under_any_name(store: Store, tmp_path
         write_folder(folder, "qwen2", arrays, vocab_size=n_tokens, eos_token_id=1)
 
     def strips(source: Path, name: str) -> bool:
-        tokenizer = load_tokenizer(convert(ConvertRequest(str(source), name), store, Notes()).gguf)
+        tokenizer = load_tokenizer(convert(ConvertRequest(source=str(source), name=name), store, Notes()).gguf)
         spaced, bare = (tokenizer.encode(f"<|im_end|>{gap}a", add_special=False, parse_special=True) for gap in "\n ")
         return spaced == bare
 
@@ -170,7 +170,9 @@ def test_phi_3s_tokens_swallow_white_space_under_any_name(store: Store, tmp_path
 
 def test_the_examples_choose_and_the_card_says_how(measured: Store, checkpoint: Path, examples: Path) -> None:
     notes = Notes()
-    stored = convert(ConvertRequest(str(checkpoint), "mine", examples=examples, max_loss=0.5), measured, notes)
+    stored = convert(
+        ConvertRequest(source=str(checkpoint), name="mine", examples=examples, max_loss=0.5), measured, notes
+    )
     quality = read_quality(stored.folder)
     assert stored.manifest is not None
     assert quality.work == "classify"
@@ -189,7 +191,7 @@ def test_the_examples_choose_and_the_card_says_how(measured: Store, checkpoint: 
 
 
 def test_what_a_file_was_rounded_by_is_kept_with_it(measured: Store, checkpoint: Path, examples: Path) -> None:
-    request = ConvertRequest(str(checkpoint), "mine", quantization="Q4_0", examples=examples, keep_f16=True)
+    request = ConvertRequest(source=str(checkpoint), name="mine", quantization="Q4_0", examples=examples, keep_f16=True)
     stored = convert(request, measured, Notes())
     assert stored.manifest is not None
     assert stored.manifest.conversion is not None
@@ -201,7 +203,9 @@ def test_what_a_file_was_rounded_by_is_kept_with_it(measured: Store, checkpoint:
 
 
 def test_what_needs_no_importance_matrix_is_kept_without(measured: Store, checkpoint: Path, examples: Path) -> None:
-    stored = convert(ConvertRequest(str(checkpoint), "mine", quantization="Q8_0", examples=examples), measured, Notes())
+    stored = convert(
+        ConvertRequest(source=str(checkpoint), name="mine", quantization="Q8_0", examples=examples), measured, Notes()
+    )
     assert stored.manifest is not None
     assert stored.manifest.conversion is not None
     assert stored.manifest.conversion.imatrix == ""
@@ -211,7 +215,7 @@ def test_what_needs_no_importance_matrix_is_kept_without(measured: Store, checkp
 def test_a_second_run_measures_nothing_again(measured: Store, first_run: Run, checkpoint: Path, examples: Path) -> None:
     again = Notes()
     kept = {path.name for path in (first_run.store.home / MEASUREMENTS).iterdir()}
-    stored = convert(ConvertRequest(str(checkpoint), "mine", examples=examples), measured, again)
+    stored = convert(ConvertRequest(source=str(checkpoint), name="mine", examples=examples), measured, again)
     assert {path.name for path in (measured.home / MEASUREMENTS).iterdir()} == kept
     busy = ("collect", "measure", "take", "time")
     assert [stage for stage in first_run.notes.stages if stage.startswith(busy)]
@@ -220,7 +224,7 @@ def test_a_second_run_measures_nothing_again(measured: Store, first_run: Run, ch
 
 
 def test_quant_overrules_the_examples_and_the_card_says_so(measured: Store, checkpoint: Path, examples: Path) -> None:
-    request = ConvertRequest(str(checkpoint), "mine", quantization="q5_0", examples=examples)
+    request = ConvertRequest(source=str(checkpoint), name="mine", quantization="q5_0", examples=examples)
     stored = convert(request, measured, Notes())
     quality = read_quality(stored.folder)
     assert (quality.chosen, quality.overruled) == ("Q5_0", True)
@@ -230,7 +234,7 @@ def test_quant_overrules_the_examples_and_the_card_says_so(measured: Store, chec
 def test_a_vocabulary_is_trimmed_and_the_report_says_what_it_covers(
     store: Store, checkpoint: Path, examples: Path
 ) -> None:
-    request = ConvertRequest(str(checkpoint), "small", examples=examples, trim=examples, keep=512)
+    request = ConvertRequest(source=str(checkpoint), name="small", examples=examples, trim=examples, keep=512)
     stored = convert(request, store, Notes())
     header = read_header(stored.gguf)
     assert header.tensors["token_embd.weight"].shape[0] == 512
@@ -248,7 +252,7 @@ def test_a_vocabulary_is_trimmed_and_the_report_says_what_it_covers(
 def test_an_interrupt_leaves_no_model_and_no_file(store: Store, checkpoint: Path, examples: Path, stage: str) -> None:
     notes = Notes(stage, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        convert(ConvertRequest(str(checkpoint), "tiny", examples=examples), store, notes)
+        convert(ConvertRequest(source=str(checkpoint), name="tiny", examples=examples), store, notes)
     left = [path for path in files_under(store) if not path.startswith(f"{MEASUREMENTS}/")]
     assert left == []
     assert not [path for path in files_under(store) if path.endswith(".gguf") and "imatrix" not in path]
@@ -261,7 +265,7 @@ def test_a_disk_that_is_too_small_is_found_first(
     monkeypatch.setattr("models.common.files.shutil.disk_usage", lambda _: usage)
     notes = Notes()
     with pytest.raises(StoreError, match="bytes are needed"):
-        convert(ConvertRequest(str(checkpoint), "tiny"), store, notes)
+        convert(ConvertRequest(source=str(checkpoint), name="tiny"), store, notes)
     assert not [stage for stage in notes.stages if stage.startswith("write")]
     assert files_under(store) == []
 
@@ -274,7 +278,7 @@ def test_a_disk_that_fills_up_while_writing_is_told_with_the_file(
 
     monkeypatch.setattr("convert.gguf_writer._write_tensor", full)
     with pytest.raises(StoreError, match=r"tiny-F16\.gguf' \(\d+ bytes\) cannot be written: No space left"):
-        convert(ConvertRequest(str(checkpoint), "tiny"), store, Notes())
+        convert(ConvertRequest(source=str(checkpoint), name="tiny"), store, Notes())
     assert files_under(store) == []
 
 
@@ -292,7 +296,7 @@ def test_a_disk_that_fills_up_while_writing_is_told_with_the_file(
 def test_options_that_make_no_sense_are_refused(
     store: Store, checkpoint: Path, wrong: dict[str, object], kind: type[Exception], says: str
 ) -> None:
-    request = dataclasses.replace(ConvertRequest(str(checkpoint), "tiny"), **wrong)  # type: ignore[arg-type]
+    request = ConvertRequest(source=str(checkpoint), name="tiny").model_copy(update=wrong)
     with pytest.raises(kind, match=says):
         convert(request, store, Notes())
     assert files_under(store) == []
@@ -306,7 +310,7 @@ def test_an_unknown_family_is_refused_with_the_way_out(store: Store, checkpoint:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
     with pytest.raises(ArchitectureUnknown, match=r"MambaForCausalLM.*--gguf"):
-        convert(ConvertRequest(str(folder), "tiny"), store, Notes())
+        convert(ConvertRequest(source=str(folder), name="tiny"), store, Notes())
 
 
 def test_few_examples_are_refused_before_the_weights_are_read(
@@ -316,5 +320,5 @@ def test_few_examples_are_refused_before_the_weights_are_read(
     few.write_text("".join(examples.read_text().splitlines(keepends=True)[:8]))
     notes = Notes()
     with pytest.raises(BadExamples, match="the examples hold 8 different prompts in 8 records; at least 20 are needed"):
-        convert(ConvertRequest(str(checkpoint), "tiny", examples=few), store, notes)
+        convert(ConvertRequest(source=str(checkpoint), name="tiny", examples=few), store, notes)
     assert not [stage for stage in notes.stages if stage.startswith("write")]

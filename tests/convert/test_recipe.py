@@ -1,6 +1,5 @@
 """Recipes of the catalogue: what they bring along, how they cut their vocabulary, and when one is built anew."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from convert.cli import build_recipe
 from convert.errors import AdapterInvalid, ConvertError, ImatrixInvalid, RequestInvalid
 from convert.lora.adapter import read_adapter
 from convert.pipeline import convert
-from convert.planning.inputs import ConvertRequest
+from convert.planning.request import ConvertRequest
 from convert.quantize.imatrix import IMATRIX_FILE, Imatrix, ImatrixEntry, write_imatrix
 from models.common.files import sha256_file
 from models.errors import BadExamples, BadManifest, HashMismatch, ModelError
@@ -37,7 +36,11 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def recipe(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe folder in the place of email-triage's, on a base that is installed."""
-    convert(ConvertRequest(str(write_model(tmp_path / "b.gguf")), "tiny-base", quantization="F16"), store, Notes())
+    convert(
+        ConvertRequest(source=str(write_model(tmp_path / "b.gguf")), name="tiny-base", quantization="F16"),
+        store,
+        Notes(),
+    )
     folder = tmp_path / "recipe"
     write_adapter(folder / "adapter")
     manifest = {
@@ -57,7 +60,7 @@ def recipe(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def test_a_recipe_brings_everything_along(store: Store, recipe: Path) -> None:
-    stored = convert(ConvertRequest("email-triage"), store, Notes())
+    stored = convert(ConvertRequest(source="email-triage"), store, Notes())
     assert stored.name == "email-triage"
     assert stored.manifest is not None
     assert stored.manifest.labels == ("a", "b")
@@ -66,16 +69,16 @@ def test_a_recipe_brings_everything_along(store: Store, recipe: Path) -> None:
 
 
 def test_a_recipes_figures_are_not_claimed_for_another_quantization(store: Store, recipe: Path) -> None:
-    stored = convert(ConvertRequest("email-triage", "triage-f16", quantization="F16"), store, Notes())
+    stored = convert(ConvertRequest(source="email-triage", name="triage-f16", quantization="F16"), store, Notes())
     assert stored.manifest is not None
     assert (stored.name, stored.manifest.quality, stored.manifest.labels) == ("triage-f16", (), ("a", "b"))
 
 
 def test_a_recipe_is_not_built_on_another_base(store: Store, recipe: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "o.gguf", changes={"output_norm.weight": np.full(64, 2, np.float32)})
-    convert(ConvertRequest(str(other), "tiny-base", quantization="F16", replace=True), store, Notes())
+    convert(ConvertRequest(source=str(other), name="tiny-base", quantization="F16", replace=True), store, Notes())
     with pytest.raises(HashMismatch, match="the recipe was made on"):
-        convert(ConvertRequest("email-triage"), store, Notes())
+        convert(ConvertRequest(source="email-triage"), store, Notes())
     assert store.names() == ["tiny-base"]
 
 
@@ -85,7 +88,7 @@ def test_a_recipe_whose_adapter_was_changed_is_refused(store: Store, recipe: Pat
     changed = manifest.adapter.model_copy(update={"sha256": "0" * 64})
     (recipe / MANIFEST_FILE).write_text(dump_manifest(manifest.model_copy(update={"adapter": changed})))
     with pytest.raises(AdapterInvalid, match="the recipe expects 0000"):
-        convert(ConvertRequest("email-triage"), store, Notes())
+        convert(ConvertRequest(source="email-triage"), store, Notes())
 
 
 def test_a_damaged_base_in_the_store_is_noticed(store: Store, recipe: Path) -> None:
@@ -94,7 +97,7 @@ def test_a_damaged_base_in_the_store_is_noticed(store: Store, recipe: Path) -> N
     data[-1] ^= 1
     gguf_file.write_bytes(data)
     with pytest.raises(HashMismatch, match=r"its model\.toml says"):
-        convert(ConvertRequest("email-triage"), store, Notes())
+        convert(ConvertRequest(source="email-triage"), store, Notes())
 
 
 def trimming(recipe: Path, trim: str = "data/train.jsonl", keep: int = KEEP, quantization: str = "F16") -> None:
@@ -108,7 +111,7 @@ def trimming(recipe: Path, trim: str = "data/train.jsonl", keep: int = KEEP, qua
 
 def test_a_recipe_cuts_its_vocabulary_by_its_own_examples(store: Store, recipe: Path) -> None:
     trimming(recipe)
-    stored = convert(ConvertRequest("email-triage"), store, Notes())
+    stored = convert(ConvertRequest(source="email-triage"), store, Notes())
     meta = read_meta(stored.gguf)
     assert meta.n_vocab == KEEP
     # "H" stood before none of the special tokens, so these keep their numbers
@@ -124,7 +127,7 @@ def test_whatever_is_cut_the_recipe_says_how_it_is_rounded(store: Store, recipe:
     with (recipe / MANIFEST_FILE).open("a") as manifest:
         manifest.write('imatrix = "i.gguf"\n')
     for options in ({"whole_vocabulary": True}, {"trim": recipe / "data" / "train.jsonl", "keep": KEEP}):
-        request = dataclasses.replace(ConvertRequest("email-triage", "other", replace=True), **options)
+        request = ConvertRequest(source="email-triage", name="other", replace=True).model_copy(update=options)
         stored = convert(request, store, Notes())
         assert stored.manifest is not None
         assert stored.manifest.artefacts[0].quantization == "Q4_0"
@@ -154,12 +157,12 @@ def test_a_recipe_rounds_by_its_importance_matrix(store: Store, recipe: Path) ->
     for name, conversion in conversions.items():
         changed = read_manifest(recipe).model_copy(update={"conversion": conversion})
         (recipe / MANIFEST_FILE).write_text(dump_manifest(changed))
-        stored = convert(ConvertRequest("email-triage", name), store, Notes())
+        stored = convert(ConvertRequest(source="email-triage", name=name), store, Notes())
         assert stored.manifest is not None
         assert stored.manifest.conversion == conversion
         made[name] = weights_of(stored.gguf)
     # asked for otherwise it is what it would be without the recipe
-    asked = convert(ConvertRequest("email-triage", "asked", quantization="Q4_0"), store, Notes())
+    asked = convert(ConvertRequest(source="email-triage", name="asked", quantization="Q4_0"), store, Notes())
     assert made["plain"] == weights_of(asked.gguf) != made["steep"]
 
 
@@ -177,7 +180,7 @@ def test_an_importance_matrix_that_does_not_fit_is_refused(store: Store, recipe:
     text = dump_manifest(read_manifest(recipe).model_copy(update={"conversion": None}))
     (recipe / MANIFEST_FILE).write_text(f'{text}\n[conversion]\nquantization = "Q4_0"\nimatrix = "{name}"\n')
     with pytest.raises(kind, match=message):
-        convert(ConvertRequest("email-triage"), store, Notes())
+        convert(ConvertRequest(source="email-triage"), store, Notes())
     assert store.names() == ["tiny-base"]
 
 
@@ -194,7 +197,7 @@ def test_what_is_asked_for_otherwise_is_cut_alike_unless_it_may_not_be(store: St
     changes, n_vocab = OTHERWISE[case]
     if "adapter" in changes:
         changes = {"adapter": recipe / "adapter"}
-    stored = convert(dataclasses.replace(ConvertRequest("email-triage", "other"), **changes), store, Notes())
+    stored = convert(ConvertRequest(source="email-triage", name="other").model_copy(update=changes), store, Notes())
     assert read_meta(stored.gguf).n_vocab == n_vocab
     assert stored.manifest is not None
     assert stored.manifest.quality == (), "the recipe's figures were not measured on it"
@@ -204,7 +207,7 @@ def test_what_is_asked_for_otherwise_is_cut_alike_unless_it_may_not_be(store: St
 
 def test_a_hot_adapter_of_a_recipe_that_cuts_leaves_the_base_whole(store: Store, recipe: Path) -> None:
     trimming(recipe)
-    made = convert(ConvertRequest("email-triage", "hot", hot=True), store, Notes()).manifest
+    made = convert(ConvertRequest(source="email-triage", name="hot", hot=True), store, Notes()).manifest
     assert made is not None
     assert (made.kind, made.conversion) == ("adapter", None)
 
@@ -226,21 +229,21 @@ def test_a_recipe_that_cannot_be_cut_as_it_says_is_refused(store: Store, recipe:
     changes, kind, message = REFUSED[case]
     trimming(recipe, **changes)
     with pytest.raises(kind, match=message) as refused:
-        convert(ConvertRequest("email-triage"), store, Notes())
+        convert(ConvertRequest(source="email-triage"), store, Notes())
     assert isinstance(refused.value, ConvertError | ModelError)
     assert store.names() == ["tiny-base"]
 
 
 def test_cutting_and_leaving_whole_at_once_is_refused(store: Store, recipe: Path) -> None:
     trimming(recipe)
-    request = ConvertRequest("email-triage", whole_vocabulary=True, trim=recipe / "data" / "train.jsonl")
+    request = ConvertRequest(source="email-triage", whole_vocabulary=True, trim=recipe / "data" / "train.jsonl")
     with pytest.raises(RequestInvalid, match=r"--whole-vocab and --trim-vocab .* exclude each other"):
         convert(request, store, Notes())
 
 
 def test_a_given_manifest_says_nothing_about_how_another_model_was_converted(store: Store, recipe: Path) -> None:
     trimming(recipe)
-    request = ConvertRequest("tiny-base", "mine", manifest=recipe / MANIFEST_FILE)
+    request = ConvertRequest(source="tiny-base", name="mine", manifest=recipe / MANIFEST_FILE)
     made = convert(request, store, Notes()).manifest
     assert made is not None
     assert made.conversion == Conversion(quantization="Q8_0")
@@ -254,7 +257,7 @@ def test_what_an_earlier_recipe_built_is_built_anew_once(
     trimming(recipe)
     capsys.readouterr()
     assert read_meta(build_recipe(entry, store).gguf).n_vocab == KEEP
-    assert "'email-triage' is converted otherwise by now: building it anew" in capsys.readouterr().err
+    assert "'email-triage' was built by an older recipe; rebuilding" in capsys.readouterr().err
     build_recipe(entry, store)
     assert capsys.readouterr().err == ""
 
@@ -262,7 +265,7 @@ def test_what_an_earlier_recipe_built_is_built_anew_once(
 def test_a_build_with_settings_of_ones_own_stays(
     store: Store, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    convert(ConvertRequest("email-triage", quantization="Q8_0"), store, Notes())
+    convert(ConvertRequest(source="email-triage", quantization="Q8_0"), store, Notes())
     trimming(recipe)
     assert read_meta(build_recipe(load_catalog().get("email-triage"), store).gguf).n_vocab == len(TOKENS)
     assert capsys.readouterr().err == ""

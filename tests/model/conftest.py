@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from convert.pipeline import convert
-from convert.planning.inputs import ConvertRequest
+from convert.planning.request import ConvertRequest
 from models.common.console import LineReporter
 from models.errors import ModelError
 from models.store.store import Store, StoredModel
@@ -38,7 +38,7 @@ def email_triage() -> StoredModel:
 def whole_fine_tune(base_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredModel:
     """The default model's adapter merged, the vocabulary left whole: its rows of logits are as long as the base's."""
     store = Store(tmp_path_factory.mktemp("whole"))
-    return convert(ConvertRequest(str(base_gguf), "whole", ADAPTER), store, LineReporter())
+    return convert(ConvertRequest(source=str(base_gguf), name="whole", adapter=ADAPTER), store, LineReporter())
 
 
 @pytest.fixture(scope="session")

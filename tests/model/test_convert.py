@@ -10,7 +10,7 @@ from gguf.quants import dequantize
 
 from convert.errors import AdapterInvalid
 from convert.pipeline import convert
-from convert.planning.inputs import ConvertRequest
+from convert.planning.request import ConvertRequest
 from models.common.console import LineReporter
 from models.gguf.header import read_header
 from models.store.store import Store, StoredModel
@@ -50,7 +50,7 @@ def converted(base_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Stor
     """The base with a small random adapter, quantized, its half-precision file kept."""
     home = tmp_path_factory.mktemp("convert")
     adapter = write_adapter(home / "adapter", adapter_tensors())
-    request = ConvertRequest(str(base_gguf), "tuned", adapter, "Q8_0", keep_f16=True)
+    request = ConvertRequest(source=str(base_gguf), name="tuned", adapter=adapter, quantization="Q8_0", keep_f16=True)
     return convert(request, Store(home / "store"), LineReporter())
 
 
@@ -117,5 +117,9 @@ def test_an_adapter_for_another_size_is_refused(base_gguf: Path, tmp_path: Path)
     tensors = {f"{stem}.lora_A.weight": np.ones((RANK, 1152)), f"{stem}.lora_B.weight": np.ones((1024, RANK))}
     store = Store(tmp_path / "store")
     with pytest.raises(AdapterInvalid, match=r"\(1024, 1152\), 'blk\.3\.attn_q\.weight' of the base has \(1024, 640\)"):
-        convert(ConvertRequest(str(base_gguf), "x", write_adapter(tmp_path / "a", tensors)), store, LineReporter())
+        convert(
+            ConvertRequest(source=str(base_gguf), name="x", adapter=write_adapter(tmp_path / "a", tensors)),
+            store,
+            LineReporter(),
+        )
     assert store.names() == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convert.pipeline import convert
-from convert.planning.inputs import ConvertRequest
+from convert.planning.request import ConvertRequest
 from models.common.console import LineReporter
 from models.store.store import Store, StoredModel
 from runtime.llama.decode import last_logits
@@ -27,7 +27,11 @@ N_MAILS = 6
 @pytest.fixture(scope="module")
 def hot(base_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
     store = Store(tmp_path_factory.mktemp("hot"))
-    stored = convert(ConvertRequest(str(base_gguf), "triage", RECIPE / "adapter", hot=True), store, LineReporter())
+    stored = convert(
+        ConvertRequest(source=str(base_gguf), name="triage", adapter=RECIPE / "adapter", hot=True),
+        store,
+        LineReporter(),
+    )
     options = LoadOptions(n_ctx=512, n_batch=512, n_seq_max=1, n_threads=1, adapters={"triage": stored.gguf})
     llama = load(base_gguf, options)
     yield llama

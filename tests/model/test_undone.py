@@ -16,7 +16,7 @@ from convert.measure.examples import split_examples
 from convert.measure.speed import ServingLoad, SpeedReport
 from convert.measure.tasks import tasks_of
 from convert.pipeline import convert
-from convert.planning.inputs import ConvertRequest
+from convert.planning.request import ConvertRequest
 from convert.quantize.layouts import plain
 from convert.selection.ladder import LadderInputs, Provenance, Tools, run_ladder
 from models.common.chat_records import read_chat_records
@@ -46,7 +46,9 @@ def run(base: Path, alpha: float, names: tuple[str, ...], home: Path) -> Quality
     assert config["lora_alpha"] == ALPHA
     settings.write_text(json.dumps(config | {"lora_alpha": alpha}))
     half = convert(
-        ConvertRequest(str(base), "tuned", home / "adapter", "F16"), Store(home / "store"), LineReporter()
+        ConvertRequest(source=str(base), name="tuned", adapter=home / "adapter", quantization="F16"),
+        Store(home / "store"),
+        LineReporter(),
     ).gguf
     manifest = read_manifest(HOME)
     held_out = split_examples(read_chat_records(MAILS), N_MAILS).held_out

@@ -1,6 +1,5 @@
 """Adapters of a tiny model applied by the real llama.cpp: the file's content, and the same answers as a merge."""
 
-import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from convert.errors import AdapterInvalid, RequestInvalid, VerifyFailed
 from convert.pipeline import convert
-from convert.planning.inputs import ConvertRequest
+from convert.planning.request import ConvertRequest
 from convert.proof.adapter import verify_adapter
 from convert.tokenizer.chat_template import ChatFormat
 from models.common.files import sha256_file
@@ -38,7 +37,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def hot_request(tmp_path: Path) -> ConvertRequest:
     base, adapter = write_model(tmp_path / "base.gguf"), write_adapter(tmp_path / "adapter")
-    return ConvertRequest(str(base), "tuned", adapter, hot=True)
+    return ConvertRequest(source=str(base), name="tuned", adapter=adapter, hot=True)
 
 
 def logits(path: Path, adapter: Path | None = None) -> np.ndarray:
@@ -91,7 +90,7 @@ def test_it_is_installed_as_an_adapter_of_its_base(store: Store, hot_request: Co
     assert [stage.split()[0] for stage in notes.stages] == ["check", "write", "verify"]
     assert notes.warnings == []
     first = stored.gguf.read_bytes()
-    assert convert(dataclasses.replace(hot_request, replace=True), store, Notes()).gguf.read_bytes() == first
+    assert convert(hot_request.model_copy(update={"replace": True}), store, Notes()).gguf.read_bytes() == first
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -110,8 +109,10 @@ def test_an_applied_adapter_answers_as_a_merged_one(
 ) -> None:
     base = write_model(tmp_path / "base.gguf", architecture, kind=gguf.GGMLQuantizationType.F16)
     adapter = write_adapter(tmp_path / "adapter", **settings)
-    hot = convert(ConvertRequest(str(base), "hot", adapter, hot=True), store, Notes())
-    merged = convert(ConvertRequest(str(base), "merged", adapter, "F16"), store, Notes())
+    hot = convert(ConvertRequest(source=str(base), name="hot", adapter=adapter, hot=True), store, Notes())
+    merged = convert(
+        ConvertRequest(source=str(base), name="merged", adapter=adapter, quantization="F16"), store, Notes()
+    )
     bare, wanted, found = logits(base), logits(merged.gguf), logits(base, hot.gguf)
     change = np.abs(wanted - bare).max()
     assert change > 0.05, "the adapter must matter for this to show anything"
@@ -124,9 +125,11 @@ def test_on_a_coarse_base_the_fine_tune_stays_where_merging_onto_the_grid_loses_
     base = write_model(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q4_0)
     tensors = {name: array / 16 if "lora_B" in name else array for name, array in adapter_tensors().items()}
     adapter = write_adapter(tmp_path / "adapter", tensors)
-    hot = convert(ConvertRequest(str(base), "hot", adapter, hot=True), store, Notes())
-    full = convert(ConvertRequest(str(base), "full", adapter, "F16"), store, Notes())
-    rounded = convert(ConvertRequest(str(base), "rounded", adapter, "Q4_0"), store, Notes())
+    hot = convert(ConvertRequest(source=str(base), name="hot", adapter=adapter, hot=True), store, Notes())
+    full = convert(ConvertRequest(source=str(base), name="full", adapter=adapter, quantization="F16"), store, Notes())
+    rounded = convert(
+        ConvertRequest(source=str(base), name="rounded", adapter=adapter, quantization="Q4_0"), store, Notes()
+    )
     wanted = logits(full.gguf)
     assert np.abs(logits(base, hot.gguf) - wanted).max() < np.abs(logits(rounded.gguf) - wanted).max() / 2
 
@@ -141,7 +144,7 @@ def test_the_adapters_own_template_goes_with_it(store: Store, hot_request: Conve
 def test_an_untrained_adapter_is_warned_about(store: Store, tmp_path: Path, hot_request: ConvertRequest) -> None:
     zero = write_adapter(tmp_path / "zero", {name: 0 * array for name, array in adapter_tensors().items()})
     notes = Notes()
-    convert(dataclasses.replace(hot_request, adapter=zero), store, notes)
+    convert(hot_request.model_copy(update={"adapter": zero}), store, notes)
     assert "never trained" in notes.warnings[0]
 
 
@@ -150,7 +153,7 @@ def test_an_adapter_that_changes_no_logit_is_not_installed(
 ) -> None:
     faint = write_adapter(tmp_path / "faint", {name: array * 1e-18 for name, array in adapter_tensors().items()})
     with pytest.raises(VerifyFailed, match="those of the base alone"):
-        convert(dataclasses.replace(hot_request, adapter=faint), store, Notes())
+        convert(hot_request.model_copy(update={"adapter": faint}), store, Notes())
     assert files_under(store) == []
 
 
@@ -159,7 +162,7 @@ def test_an_adapter_whose_logits_are_not_finite_is_not_installed(
 ) -> None:
     huge = write_adapter(tmp_path / "huge", {name: array * 1e30 for name, array in adapter_tensors().items()})
     with pytest.raises(VerifyFailed, match="not finite"):
-        convert(dataclasses.replace(hot_request, adapter=huge), store, Notes())
+        convert(hot_request.model_copy(update={"adapter": huge}), store, Notes())
     assert files_under(store) == []
 
 
@@ -177,11 +180,11 @@ def test_an_adapter_of_another_base_does_not_load(store: Store, tmp_path: Path, 
 
 
 REFUSED: dict[str, tuple[Callable[[ConvertRequest], ConvertRequest], type[Exception], str]] = {
-    "quant": (lambda r: dataclasses.replace(r, quantization="Q8_0"), RequestInvalid, "leave out --quant"),
-    "keep f16": (lambda r: dataclasses.replace(r, keep_f16=True), RequestInvalid, "--keep-f16"),
-    "no adapter": (lambda r: dataclasses.replace(r, adapter=None), RequestInvalid, "--hot needs --adapter"),
-    "no name": (lambda r: dataclasses.replace(r, name=None), RequestInvalid, "--name is missing"),
-    "bad name": (lambda r: dataclasses.replace(r, name="a:b"), StoreError, "'a:b' is not a model name"),
+    "quant": (lambda r: r.model_copy(update={"quantization": "Q8_0"}), RequestInvalid, "leave out --quant"),
+    "keep f16": (lambda r: r.model_copy(update={"keep_f16": True}), RequestInvalid, "--keep-f16"),
+    "no adapter": (lambda r: r.model_copy(update={"adapter": None}), RequestInvalid, "--hot needs --adapter"),
+    "no name": (lambda r: r.model_copy(update={"name": None}), RequestInvalid, "--name is missing"),
+    "bad name": (lambda r: r.model_copy(update={"name": "a:b"}), StoreError, "'a:b' is not a model name"),
 }
 
 
@@ -221,13 +224,13 @@ def test_a_lora_on_a_tied_head_is_refused_and_on_an_own_head_is_not(
         "base_model.model.lm_head.lora_A.weight": np.full((4, 64), 0.125),
         "base_model.model.lm_head.lora_B.weight": np.full((267, 4), 0.125) * np.arange(267)[:, None],
     }
-    request = dataclasses.replace(hot_request, adapter=write_adapter(tmp_path / "head", head))
+    request = hot_request.model_copy(update={"adapter": write_adapter(tmp_path / "head", head)})
     with pytest.raises(
         AdapterInvalid, match=r"which this base ties to its embedding \('output\.weight'\).*leave out --hot"
     ):
         convert(request, store, Notes())
     own = write_model(tmp_path / "own.gguf", changes={"output.weight": np.ones((267, 64), np.float32)})
-    assert convert(dataclasses.replace(request, source=str(own)), store, Notes()).gguf.is_file()
+    assert convert(request.model_copy(update={"source": str(own)}), store, Notes()).gguf.is_file()
 
 
 @pytest.mark.parametrize("what", MORE)
@@ -239,7 +242,7 @@ def test_changes_that_llama_cpp_cannot_apply_are_refused_with_a_remedy(
     more = write_adapter(tmp_path / "more", pair | tensors, **config)
     base = write_model(tmp_path / "biased.gguf", changes={"blk.0.attn_q.bias": np.zeros(64, np.float32)})
     with pytest.raises(AdapterInvalid) as caught:
-        convert(dataclasses.replace(hot_request, source=str(base), adapter=more), store, Notes())
+        convert(hot_request.model_copy(update={"source": str(base), "adapter": more}), store, Notes())
     assert f"has {what} ({where!r}), which can be merged but not applied" in str(caught.value)
     assert "leave out --hot" in str(caught.value)
     assert files_under(store) == []
@@ -248,7 +251,7 @@ def test_changes_that_llama_cpp_cannot_apply_are_refused_with_a_remedy(
 def test_an_installed_adapter_is_refused_as_a_source(store: Store, hot_request: ConvertRequest) -> None:
     convert(hot_request, store, Notes())
     with pytest.raises(RequestInvalid, match="'tuned' is a LoRA adapter without weights of its own"):
-        convert(ConvertRequest("tuned", "again"), store, Notes())
+        convert(ConvertRequest(source="tuned", name="again"), store, Notes())
 
 
 @pytest.mark.parametrize("stage", ["check", "write", "verify"])
@@ -259,12 +262,16 @@ def test_a_failure_at_any_stage_leaves_the_store_as_it_was(
     convert(hot_request, store, Notes())
     before = {name: (store.home / name).read_bytes() for name in files_under(store)}
     with pytest.raises(type(error)):
-        convert(dataclasses.replace(hot_request, replace=True), store, Notes(stage, error))
+        convert(hot_request.model_copy(update={"replace": True}), store, Notes(stage, error))
     assert {name: (store.home / name).read_bytes() for name in files_under(store)} == before
 
 
 def test_a_recipes_adapter_can_be_applied(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert(ConvertRequest(str(write_model(tmp_path / "b.gguf")), "tiny-base", quantization="F16"), store, Notes())
+    convert(
+        ConvertRequest(source=str(write_model(tmp_path / "b.gguf")), name="tiny-base", quantization="F16"),
+        store,
+        Notes(),
+    )
     folder = tmp_path / "recipe"
     write_adapter(folder / "adapter")
     figure = {"what": "merged", "split": "test", "correct": 1, "total": 2, "interval_low": 0.1, "interval_high": 0.9}
@@ -279,7 +286,7 @@ def test_a_recipes_adapter_can_be_applied(store: Store, tmp_path: Path, monkeypa
     }
     (folder / MANIFEST_FILE).write_text(dump_manifest(Manifest.model_validate(manifest)))
     monkeypatch.setattr(CatalogEntry, "recipe_folder", lambda entry: folder)
-    made = convert(ConvertRequest("email-triage", "triage-hot", hot=True), store, Notes()).manifest
+    made = convert(ConvertRequest(source="email-triage", name="triage-hot", hot=True), store, Notes()).manifest
     assert made is not None
     assert (made.kind, made.labels, made.quality) == ("adapter", ("a", "b"), ())
     assert made.base is not None

@@ -1,0 +1,58 @@
+"""The request of a conversion, from which the options of `deskside convert` are generated. Light: help imports it."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.common.options import Flag
+from models.quality import TaskKind
+
+OptionalFile = Annotated[Path | None, Flag(metavar="FILE")]
+
+
+class ConvertRequest(BaseModel):
+    """A conversion as the user states it; a recipe needs no `name`. `work` is the kind of task of the examples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Annotated[str, Flag(metavar="SOURCE", positional=True)] = Field(
+        description="A Hugging Face folder, hf://owner/name@revision, an installed or known model, "
+        "hf://owner/name/file.gguf, a .gguf file, or a recipe of the catalogue (email-triage)."
+    )
+    adapter: Annotated[Path | None, Flag(metavar="DIR")] = Field(
+        default=None, description="PEFT LoRA adapter to merge."
+    )
+    hot: bool = Field(default=False, description="Do not merge: install the adapter, to be served as SOURCE:NAME.")
+    examples: OptionalFile = Field(
+        default=None, description="JSONL of chat records: choose the quantization by measuring on them."
+    )
+    work: Annotated[TaskKind | None, Flag("for", shown="by their answers")] = Field(
+        default=None, description="Task of the examples."
+    )
+    max_loss: Annotated[float | None, Flag(metavar="NATS", shown="0.02")] = Field(
+        default=None, description="Most mean KL divergence that a candidate may have."
+    )
+    quantization: Annotated[str | None, Flag("quant", metavar="TYPE", shown="Q8_0")] = Field(
+        default=None,
+        description="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0, IQ4_NL or a mixed layout such as "
+        "Q8_0-vocab-Q4_0, whatever the examples say.",
+    )
+    trim: Annotated[Path | None, Flag("trim-vocab", metavar="FILE")] = Field(
+        default=None, description="JSONL of chat records: cut the vocabulary to the tokens they need."
+    )
+    keep: Annotated[int | None, Flag(metavar="N", shown="32768")] = Field(
+        default=None, description="Tokens in a cut vocabulary."
+    )
+    whole_vocabulary: Annotated[bool, Flag("whole-vocab")] = Field(
+        default=False, description="Do not cut the vocabulary, even if the recipe does."
+    )
+    gguf: OptionalFile = Field(default=None, description="Weights that another converter made from the folder SOURCE.")
+    name: Annotated[str | None, Flag(metavar="NAME")] = Field(
+        default=None, description="Name of the model; a recipe has its own."
+    )
+    manifest: OptionalFile = Field(
+        default=None, description="model.toml with description, task, labels, prompt, licence."
+    )
+    replace: bool = Field(default=False, description="Replace an installed model of that name.")
+    keep_f16: bool = Field(default=False, description="Keep the unquantized file as well.")
