@@ -1,5 +1,6 @@
-"""Work of llama.cpp's that runs in a process of its own: it cannot be interrupted, and takes its process with it if it
-aborts. Ctrl-C has to end a conversion at once, and an abort has to be an error with a reason.
+"""Child processes for jobs of llama.cpp, which cannot be interrupted and may abort.
+
+Ctrl-C must end a conversion at once, and an abort must become an error with a reason.
 """
 
 import json
@@ -20,7 +21,7 @@ _STEP = re.compile(r"(\d+) (\d+)")
 
 def start_python(module: str) -> "subprocess.Popen[str]":
     """Start `module` in a fresh interpreter: pipes at its standard input and output, its errors among the output."""
-    # -P: a folder called `convert` where the user stands must not be taken for ours
+    # -P: a folder `convert` in the user's working directory must not shadow ours
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module],
         stdin=subprocess.PIPE,
@@ -32,10 +33,10 @@ def start_python(module: str) -> "subprocess.Popen[str]":
 
 
 class Child:
-    """`module` at work on `job`. Leaving its block kills it if it is not done: whatever ends the block early, ends it.
+    """A process that runs `module` on `job`, and is killed on leaving the block unless it is done.
 
-    A job is JSON on its standard input, a line each; it may be given more of them. A line of two numbers on its
-    standard output is progress (done, total), any other a complaint.
+    A job is a line of JSON on its standard input; more may follow. A line of two numbers on its standard output is
+    progress (done, total), any other a complaint.
     """
 
     def __init__(self, module: str, job: Mapping[str, Any]) -> None:
@@ -51,17 +52,17 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        """Kill it if it is not done. Closing twice is harmless."""
+        """Kill the process if it is not done. Closing twice is harmless."""
         self._process.kill()
         self._process.wait()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with suppress(BrokenPipeError):  # it may have died before it read its job
+        with suppress(BrokenPipeError):  # the process may have died before it read its job
             self._process.stdin.close()
         self._process.stdout.close()
 
     def give(self, job: Mapping[str, Any]) -> None:
-        """One more job. If it has died, `wait` tells."""
+        """Send another job. If the process has died, `wait` returns its exit code."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(job) + "\n")
@@ -74,11 +75,11 @@ class Child:
 
     @property
     def has_failed(self) -> bool:
-        """Whether it has ended already, and not well."""
+        """True if the process has ended with an error."""
         return self._process.poll() not in {None, 0}
 
     def wait(self, progress: StepProgress) -> tuple[int, str]:
-        """Wait until it is done: its exit code and the last line it complained with."""
+        """Wait for the process to end. Returns its exit code and its last complaint."""
         assert self._process.stdout is not None
         complaint = "no word from it"
         for line in self._process.stdout:
@@ -90,16 +91,16 @@ class Child:
 
 
 def run_child(module: str, job: Mapping[str, Any], progress: StepProgress) -> tuple[int, str]:
-    """Run `module` with one job; its exit code and the last line it complained with.
+    """Run `module` with one job. Returns its exit code and its last complaint.
 
-    `progress` is told (done, total). Whatever ends this call early, kills the child.
+    `progress` is called with (done, total). An exception in this call kills the child.
     """
     with Child(module, job) as child:
         return child.wait(progress)
 
 
 def read_job() -> dict[str, Any]:
-    """In the child: what it is to do, or to do next. Ends the process when nobody is there to say it any more."""
+    """In the child: read the next job. Ends the process if the parent is gone."""
     line = sys.stdin.readline()
     if not line:
         os._exit(1)
@@ -108,7 +109,7 @@ def read_job() -> dict[str, Any]:
 
 
 def tell(*words: object) -> None:
-    """In the child: a line for the parent. Ends the process when nobody waits for the result any more."""
+    """In the child: print a line for the parent. Ends the process if the parent is gone."""
     try:
         print(*words, flush=True)
     except BrokenPipeError:

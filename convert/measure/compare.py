@@ -1,9 +1,9 @@
-"""What a candidate lost: measured beside a reference, usually the half-precision file, on held-out examples.
+"""The loss of a candidate against a reference, usually the F16 file, on held-out examples.
 
-The reference is computed once: its answers, and its log-probabilities at the rows that are compared, on disk. Any file
+The reference is run once: its answers are kept in memory, its log-probabilities at the compared rows on disk. Any file
 with the same vocabulary can then be compared with it, or with several references in one pass: a candidate with the
-fine-tune and with its base, or the reference with itself in another batch shape, which is the noise floor. One that is
-to be a reference too, as the base is, is compared in the pass that takes it.
+fine-tune and with its base, or the reference with itself at another batch size, which is the noise floor. A file that
+becomes a reference itself, like the base, is compared in the same pass.
 """
 
 import signal
@@ -24,80 +24,17 @@ from .forward import MAX_TOGETHER, ModelAnswer
 from .loss import STORED, LogitsRow, RowLoss, plan_rows, rows_in_common, summarise
 from .tasks import EvalTask, Tasks
 
-
-@dataclass(frozen=True, slots=True)
-class RowSet:
-    """A reference's rows on disk, each `n_vocab` wide, and those of them that are meant.
-
-    `kept` maps a candidate's token ids to the reference's; None: they are the same.
-    """
-
-    file: str
-    n_vocab: int
-    rows: tuple[LogitsRow, ...]
-    kept: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class MeasureJob:
-    """What a child does: `tasks` with the file `model`, `together` at once.
-
-    Of its own rows it writes `keep` to a new file, and compares them with each of `compare`.
-    """
-
-    model: str
-    tasks: Tasks
-    together: int
-    keep: RowSet | None = None
-    compare: tuple[RowSet, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class MeasureOrder:
-    """A job, and the file that its outcome is to be written to."""
-
-    job: MeasureJob
-    result: str
-
-
-@dataclass(frozen=True, slots=True)
-class MeasureResult:
-    """What a child found: an answer for each task, and for each comparison the losses in the order of its rows."""
-
-    answers: tuple[ModelAnswer, ...]
-    losses: tuple[tuple[RowLoss, ...], ...]
-
-
-def run_job(job: MeasureJob, folder: Path, progress: StepProgress) -> MeasureResult:
-    """Do `job` in a child process, which leaves what it found in `folder`. `progress`: (examples done, in all).
-
-    Raises MeasureFailed with the child's last word. However this ends, the child has ended too and its file is gone.
-    """
-    result = folder / "outcome.json"
-    order = TypeAdapter(MeasureOrder).dump_python(MeasureOrder(job, str(result)), mode="json")
-    try:
-        code, complaint = run_child("convert.measure.compare_child", order, progress)
-        if code != 0:
-            end = f"{signal.Signals(-code).name}: " if code < 0 else ""
-            raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {end}{complaint}")
-        return TypeAdapter(MeasureResult).validate_json(result.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {error}") from error
-    finally:
-        result.unlink(missing_ok=True)
-
-
 ALONE = 1
-# One at a time they take three times as long as together, and the floor lies orders of magnitude below any budget.
+# One example at a time takes three times as long as many, and the floor is orders of magnitude below any budget.
 NOISE_EXAMPLES = 32
 ROWS_FILE = "rows.f16"
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceRun:
-    """What others are compared with: `model`'s answer to each of `tasks`, and its `rows`, which lie in `rows_file`.
+    """A reference: `model`'s answer to each of `tasks`, and its `rows`, which are stored in `rows_file`.
 
-    `beside` is what it was itself, beside each of the references that were taken before it.
+    `beside` holds its own losses against the references taken before it.
     """
 
     model: Path
@@ -109,7 +46,7 @@ class ReferenceRun:
 
     @property
     def totals(self) -> Answers:
-        """How many of its own answers are right. Nothing flips."""
+        """The number of right answers. None flips: the reference is compared with itself."""
         right = [
             is_right(self.tasks.work, given, task) for given, task in zip(self.answers, self.tasks.tasks, strict=True)
         ]
@@ -118,9 +55,9 @@ class ReferenceRun:
 
 @dataclass(frozen=True, slots=True)
 class TrimmedTasks:
-    """What a candidate with a trimmed vocabulary is asked: the same examples as its own tokenizer's `tasks`.
+    """The same examples, tokenised as `tasks` by a candidate with a trimmed vocabulary.
 
-    `kept`, of shape (its n_vocab,), is the reference's token id for each of its own.
+    `kept`, of shape (n_vocab of the candidate,), maps its token ids to the reference's.
     """
 
     tasks: Tasks
@@ -129,7 +66,7 @@ class TrimmedTasks:
 
 @dataclass(frozen=True, slots=True)
 class ExampleResult:
-    """One example with both answers. `kl_mean` is over its answer's rows, in nats; None where none can be compared."""
+    """One example with both answers. `kl_mean` is over its answer's rows, in nats; None if no row can be compared."""
 
     id: str
     expected: str
@@ -142,9 +79,9 @@ class ExampleResult:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredLoss:
-    """A file beside a reference.
+    """The loss of a file against a reference.
 
-    `loss` is None where no row can be compared, which a trimmed vocabulary can bring about.
+    `loss` is None where no row can be compared, as may happen with a trimmed vocabulary.
     """
 
     loss: Loss | None
@@ -153,18 +90,18 @@ class MeasuredLoss:
 
 
 def rows_bytes(tasks: Tasks) -> int:
-    """The disk that `take_reference` needs."""
+    """The bytes on disk that `take_reference` needs."""
     return len(plan_rows(tasks)) * tasks.n_vocab * STORED.itemsize
 
 
 def take_reference(
     model: Path, tasks: Tasks, folder: Path, progress: StepProgress, beside: Sequence[ReferenceRun] = ()
 ) -> ReferenceRun:
-    """Run the GGUF `model` through `tasks`; its rows come to lie in `folder`, which is made if it is missing.
+    """Run the GGUF `model` through `tasks` and write its rows to `folder`, which is created if it is missing.
 
-    In the same pass it is compared with the references `beside`, which were asked the same. `progress` is told
-    (examples done, examples in all), here and below. Raises MeasureFailed, also when the disk is full; no rows are left
-    then.
+    The same pass compares it with the references `beside`, which have the same tasks. `progress` is called with
+    (examples done, examples in all), here and below. Raises MeasureFailed, also when the disk is full, and leaves no
+    rows then.
     """
     for reference in beside:
         _check(model, reference, tasks, tasks, None)
@@ -189,12 +126,12 @@ def compare(
     trimmed: TrimmedTasks | None = None,
     together: int = MAX_TOGETHER,
 ) -> tuple[MeasuredLoss, ...]:
-    """Measure the GGUF `candidate` beside each of `references`, which were all asked the same tasks, in one pass.
+    """Compare the GGUF `candidate` with each of `references`, which all have the same tasks, in one pass.
 
     With `trimmed` the KL divergence is over the kept tokens, from the reference's distribution restricted to these and
     normalised, at the rows whose tokens up to there are the same in both vocabularies; the answers are those to the
-    examples as the candidate tokenises them. Examples that it has no room for are left out. Raises MeasureFailed: the
-    file does not load, run or have that vocabulary, or the process that ran it died.
+    examples as the candidate tokenises them, without those too long for it. Raises MeasureFailed: the file does not
+    load, run or have that vocabulary, or its process died.
     """
     tasks = references[0].tasks if trimmed is None else trimmed.tasks
     kept = None if trimmed is None else np.asarray(trimmed.kept, np.int64)
@@ -207,9 +144,9 @@ def compare(
 
 
 def noise(reference: ReferenceRun, progress: StepProgress) -> MeasuredLoss:
-    """The reference beside itself, with one example at a time: what the batch's shape alone does to its numbers.
+    """Measurement noise: the reference compared with itself at another batch size, one example at a time.
 
-    On its first NOISE_EXAMPLES examples, which are any: held-out ones are in the order of their hashes.
+    Over its first NOISE_EXAMPLES examples, a random sample: held-out examples are in the order of their hashes.
     """
     asked = replace(reference.tasks, tasks=reference.tasks.tasks[:NOISE_EXAMPLES])
     rows = tuple(row for row in reference.rows if row.place < NOISE_EXAMPLES)
@@ -219,9 +156,9 @@ def noise(reference: ReferenceRun, progress: StepProgress) -> MeasuredLoss:
 
 
 def is_right(work: TaskKind, answer: ModelAnswer, task: EvalTask) -> bool:
-    """Whether `answer` is the expected one: the very label, or the same text but for white space and Unicode's form.
+    """True for the expected label, or the expected text up to white space and Unicode normalisation.
 
-    A text that was cut off is right as far as it goes.
+    A text that was cut off is right if the expected one begins with it.
     """
     if work == "classify":
         return answer.text == task.expected
@@ -230,8 +167,70 @@ def is_right(work: TaskKind, answer: ModelAnswer, task: EvalTask) -> bool:
 
 
 def normalised(text: str) -> str:
-    """NFC, every run of white space one space, none around it."""
+    """`text` in NFC, each run of white space replaced by a space, stripped."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+@dataclass(frozen=True, slots=True)
+class RowSet:
+    """The subset `rows` of a reference's rows in `file`, each `n_vocab` wide.
+
+    `kept` maps a candidate's token ids to the reference's; None: they are the same.
+    """
+
+    file: str
+    n_vocab: int
+    rows: tuple[LogitsRow, ...]
+    kept: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureJob:
+    """The job of a child: run `tasks` with the file `model`, `together` at once.
+
+    The child writes the rows `keep` to a new file and compares its rows with each of `compare`.
+    """
+
+    model: str
+    tasks: Tasks
+    together: int
+    keep: RowSet | None = None
+    compare: tuple[RowSet, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureOrder:
+    """A job, and the file for its result."""
+
+    job: MeasureJob
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureResult:
+    """The result of a child: an answer for each task, and for each comparison the losses in the order of its rows."""
+
+    answers: tuple[ModelAnswer, ...]
+    losses: tuple[tuple[RowLoss, ...], ...]
+
+
+def run_job(job: MeasureJob, folder: Path, progress: StepProgress) -> MeasureResult:
+    """Run `job` in a child process, which writes its result to `folder`. `progress`: (examples done, in all).
+
+    Raises MeasureFailed with the child's last message. On every exit the child has ended and its file is deleted.
+    """
+    result = folder / "outcome.json"
+    order = TypeAdapter(MeasureOrder).dump_python(MeasureOrder(job, str(result)), mode="json")
+    try:
+        code, complaint = run_child("convert.measure.compare_child", order, progress)
+        if code != 0:
+            end = f"{signal.Signals(-code).name}: " if code < 0 else ""
+            raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {end}{complaint}")
+        return TypeAdapter(MeasureResult).validate_json(result.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise MeasureFailed(f"{Path(job.model).name!r} cannot be measured: {error}") from error
+    finally:
+        result.unlink(missing_ok=True)
 
 
 def _check(candidate: Path, reference: ReferenceRun, first: Tasks, tasks: Tasks, kept: np.ndarray | None) -> None:
@@ -248,11 +247,11 @@ def _check(candidate: Path, reference: ReferenceRun, first: Tasks, tasks: Tasks,
             f"{len(kept)} ids, {len(np.unique(kept))} of them different"
         )
     if not {task.id for task in tasks.tasks} & {task.id for task in first.tasks}:
-        raise MeasureFailed(f"{name!r}: it was asked none of the reference's examples")
+        raise MeasureFailed(f"{name!r}: none of its examples is one of the reference's")
 
 
 def _row_sets(references: Sequence[ReferenceRun], tasks: Tasks, kept: np.ndarray | None) -> tuple[RowSet, ...]:
-    """The rows of each reference that a candidate which is asked `tasks` has too."""
+    """The rows of each reference that exist in a candidate with `tasks`, too."""
     return tuple(
         RowSet(
             str(reference.rows_file),

@@ -1,6 +1,6 @@
-"""The child that measures one file: `python -m convert.measure.compare_child`, with its orders on standard input.
+"""The child that measures one file: `python -m convert.measure.compare_child`, its job on standard input.
 
-The logits pass once: a row is compared with every reference, or written, while it is still in llama.cpp's memory.
+Each row of logits is used once: compared with every reference, or written, while it is in llama.cpp's memory.
 """
 
 import os
@@ -51,7 +51,7 @@ def _by_place(row_set: RowSet) -> _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Keeper:
-    """The file of a reference in the making, and its rows by where they are."""
+    """Writes the rows of a new reference to its file."""
 
     file: RowFile
     rows: _Rows
@@ -61,7 +61,7 @@ class _Keeper:
         return cls(files.enter_context(RowFile(Path(kept.file), kept.n_vocab, create=True)), _by_place(kept))
 
     def see(self, seen: LogitsRow, logits: np.ndarray, norm: float) -> None:
-        """Write the row `seen`, whose `log_norm` is `norm`, if it is to be kept."""
+        """Write the row `seen`, whose `log_norm` is `norm`, if it is one of `rows`."""
         row = self.rows.get((seen.place, seen.position))
         if row is not None:
             self.file.write(row.number, logits, norm)
@@ -69,7 +69,7 @@ class _Keeper:
 
 @dataclass(frozen=True, slots=True)
 class _Comparer:
-    """One reference: its file, its rows by where they are, and by their numbers the losses found."""
+    """Compares rows with one reference; `found` holds the losses by row number."""
 
     file: RowFile
     rows: _Rows
@@ -83,7 +83,7 @@ class _Comparer:
         return cls(file, _by_place(compared), kept, {})
 
     def see(self, seen: LogitsRow, logits: np.ndarray, norm: float) -> None:
-        """Compare the row `seen`, whose `log_norm` is `norm`, if this reference has it."""
+        """Compare the row `seen`, whose `log_norm` is `norm`, if it is one of `rows`."""
         row = self.rows.get((seen.place, seen.position))
         if row is not None:
             self.found[row.number] = row_loss(self.file.read(row.number), logits, row.target, self.kept, norm)
@@ -93,8 +93,8 @@ class _Comparer:
 
 
 def main() -> int:
-    """Do what stands on standard input; what goes wrong is one line on standard output."""
-    # If llama.cpp aborts, its reason is to be the last line.
+    """Run the job on standard input. An error is one line on standard output, and the exit code 1."""
+    # If llama.cpp aborts, its reason must be the last line.
     os.environ["GGML_NO_BACKTRACE"] = "1"
     try:
         order = TypeAdapter(MeasureOrder).validate_python(read_job())

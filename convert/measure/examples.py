@@ -1,7 +1,7 @@
-"""The user's examples as conversion needs them: some to calibrate the quantization with, others held out to measure it.
+"""The user's examples, split: some calibrate the quantization, the others are held out to measure it.
 
-What a candidate is judged by it must not have been fitted to, so no text stands on both sides. Which side one comes to
-is decided by its content: the same in every run, and whatever the order of the file.
+A candidate must not be fitted to the examples it is judged by, so no text is on both sides. The content of an example
+decides its side: the same in every run, for any order of the file.
 """
 
 import hashlib
@@ -17,16 +17,18 @@ from runtime.errors import RequestError
 from runtime.llama.tokenizer import Tokenizer
 from runtime.prompt.prompter import ANSWER_MARK, Prompter, input_text
 
-# With fewer held out than half of this, an interval says nothing.
+# With fewer than half of this held out, confidence intervals are too wide to tell candidates apart.
 MIN_EXAMPLES = 20
 MAX_HELD_OUT = 200
-# What /v1/decisions takes: more labels than that cannot be served as a decision.
+# The limit of /v1/decisions: more labels cannot be served as a decision.
 MAX_LABELS = 255
+# The model does not run on these texts, so its context does not limit them.
+_ANY_LENGTH = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Examples with no prompt in common. `n_repeated` were left out, since their prompt had occurred before."""
+    """Examples with no prompt in common. `n_repeated` were left out because their prompt had occurred before."""
 
     calibration: tuple[ChatRecord, ...]
     held_out: tuple[ChatRecord, ...]
@@ -34,7 +36,7 @@ class Split:
 
 
 def split_examples(records: Sequence[ChatRecord], max_held_out: int = MAX_HELD_OUT) -> Split:
-    """Hold out at most `max_held_out` examples, and at most half; both sides in the order of their hashes.
+    """Hold out at most `max_held_out` examples, and at most half; both sides are in the order of their hashes.
 
     Raises BadExamples when there are fewer than MIN_EXAMPLES different prompts, or `max_held_out` is below half of it.
     """
@@ -74,19 +76,10 @@ def labels_of(records: Sequence[ChatRecord], known: Sequence[str] = ()) -> tuple
     return labels
 
 
-def _digest(record: ChatRecord) -> bytes:
-    said = [[message.role, message.content.strip()] for message in record.prompt]
-    return hashlib.sha256(json.dumps(said).encode()).digest()
-
-
-# Nothing is computed on these texts, so no context bounds them.
-_ANY_LENGTH = 1 << 24
-
-
 def prompts_of(
     header: Header, tokenizer: Tokenizer, records: Sequence[ChatRecord], prompt_template: str = "{text}"
 ) -> list[str]:
-    """The records up to where the model answers, under the chat template that `header` names, if it does.
+    """The records as prompts, up to the model's answer, in the chat template of `header`, if it has one.
 
     Raises BadExamples naming the line that the template refuses.
     """
@@ -109,14 +102,14 @@ def prompts_of(
 def texts_of(
     header: Header, tokenizer: Tokenizer, records: Sequence[ChatRecord], prompt_template: str = "{text}"
 ) -> list[str]:
-    """The records with their answers and what ends these. Raises BadExamples as `prompts_of`."""
+    """The records as prompt, answer and end-of-turn token. Raises BadExamples as `prompts_of`."""
     end = _end_mark(header)
     prompts = prompts_of(header, tokenizer, records, prompt_template)
     return [prompt + record.answer + end for prompt, record in zip(prompts, records, strict=True)]
 
 
 def messages_of(record: ChatRecord, prompt_template: str = "{text}") -> list[Mapping[str, object]]:
-    """The record's prompt as messages, the user's put where `prompt_template` says."""
+    """The record's prompt as messages, the user's put into `prompt_template`."""
     return [
         {
             "role": message.role,
@@ -126,6 +119,11 @@ def messages_of(record: ChatRecord, prompt_template: str = "{text}") -> list[Map
         }
         for message in record.prompt
     ]
+
+
+def _digest(record: ChatRecord) -> bytes:
+    said = [[message.role, message.content.strip()] for message in record.prompt]
+    return hashlib.sha256(json.dumps(said).encode()).digest()
 
 
 def _end_mark(header: Header) -> str:

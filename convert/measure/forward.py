@@ -1,10 +1,10 @@
-"""One model through all tasks: the rows that were planned, and an answer to every example.
+"""One model's pass over all tasks: the planned rows of logits, and an answer to every example.
 
-A few examples at a time: their prompts are prefilled together; the expected answers are branches of them, which give
-the rows; then come the model's own answers. To classify, every label is weighed whole, as branches under the shared
-prompt, by the very rule of `/v1/decisions` (`runtime/decoding/choice_tree.py`); what the expected label's branch has
-computed is not computed again. To write, the prompts' sequences go on together with the likeliest token each,
-up to an end or as far as the tasks follow them. Each prompt is computed once.
+A few examples at a time: their prompts are prefilled together; the expected answers are branches of the prompts and
+give the rows; then follow the model's own answers. To classify, every label is scored in full, as a branch of the
+shared prompt, by the rule of `/v1/decisions` (`runtime/decoding/choice_tree.py`); tokens shared with the expected
+label's branch are computed once. To write, the prompts' sequences are decoded together with the likeliest token each,
+up to an end token or the limit of the tasks. Each prompt is computed once.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,12 +21,62 @@ from runtime.requests import ScoringPrompt
 from .loss import LogitsRow
 from .tasks import EvalTask, Tasks
 
+# Half of the sequences may hold prompts: the other half is for their branches.
+MAX_TOGETHER = 16
+N_SEQ_MAX = 2 * MAX_TOGETHER
+OnRow = Callable[[LogitsRow, np.ndarray], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnswer:
+    """A model's answer: a label, or its text. `cut_off`: the limit came before the end of the text."""
+
+    text: str
+    cut_off: bool = False
+
+
+def run_pass(
+    llama: LlamaLike,
+    tasks: Tasks,
+    rows: Iterable[LogitsRow],
+    on_row: OnRow,
+    together: int = MAX_TOGETHER,
+    progress: StepProgress = lambda done, total: None,
+) -> tuple[ModelAnswer, ...]:
+    """Call `on_row` with each of `rows` and its logits, float32 of shape (n_vocab,), valid until it returns.
+
+    Returns the answers in the order of the tasks. At most `together` examples are in progress at once
+    (1 … MAX_TOGETHER). `progress` is called with (examples done, examples in all). Raises EngineError, and
+    MeasureFailed when the model has another vocabulary than the tasks or its logits are not numbers.
+    """
+    if llama.info.n_vocab != tasks.n_vocab:
+        raise MeasureFailed(f"the model has {llama.info.n_vocab} tokens, the tasks were made for {tasks.n_vocab}")
+    by_place: dict[int, dict[int, LogitsRow]] = {}
+    for row in rows:
+        by_place.setdefault(row.place, {})[row.position] = row
+    answers: list[ModelAnswer] = []
+    total = len(tasks.tasks)
+    progress(0, total)
+    for group in _groups(tasks, together, llama.info.n_ctx):
+        llama.clear()
+        asked = [
+            _ActiveTask(place, tasks.tasks[place], seq_id, by_place.get(place, {}))
+            for seq_id, place in enumerate(group)
+        ]
+        answers += _PromptGroup(llama, tasks, asked, on_row).answers()
+        progress(len(answers), total)
+    return tuple(answers)
+
+
+def cells_needed(tasks: Tasks, together: int = MAX_TOGETHER) -> int:
+    """A KV cache size for `together` examples of usual length, and in any case for the longest one."""
+    rooms = sorted((tasks.room(task) for task in tasks.tasks), reverse=True)
+    return max(sum(rooms[:1]), min(sum(rooms[:together]), 8192))
+
 
 @dataclass(frozen=True, slots=True)
 class TokenSpan:
-    """`tokens` to compute as sequence `seq_id` from position `start` on; logits are wanted after the tokens `wanted`
-    (places in `tokens`).
-    """
+    """`tokens` of the sequence `seq_id`, from position `start`. `wanted`: indices of the tokens that need logits."""
 
     seq_id: int
     start: int
@@ -36,8 +86,9 @@ class TokenSpan:
 
 @dataclass(frozen=True, slots=True)
 class TokenBranch:
-    """`tokens` to compute after the whole of sequence `trunk`, which is `length` long. `read` is given each row that
-    is wanted: its place in `tokens`, and its logits, valid until it returns.
+    """`tokens` after the sequence `trunk`, which has `length` tokens.
+
+    `read` is called with each wanted row: its index in `tokens`, and its logits, valid until it returns.
     """
 
     trunk: int
@@ -48,7 +99,7 @@ class TokenBranch:
 
 
 def decode_spans(llama: LlamaLike, runs: Sequence[TokenSpan]) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Compute all runs. Yields (run, place in its tokens, logits of shape (n_vocab,)) for each wanted row, in order.
+    """Decode all spans. Yields (span, index in its tokens, logits of shape (n_vocab,)) for each wanted row, in order.
 
     The logits are valid until the next step of the iterator. Raises EngineError.
     """
@@ -73,20 +124,8 @@ def decode_spans(llama: LlamaLike, runs: Sequence[TokenSpan]) -> Iterator[tuple[
             yield index, place, row
 
 
-def _steps(wants: Sequence[bool], n_batch: int, n_rows: int) -> Iterator[tuple[int, int]]:
-    """Where to cut, so that no step has more than `n_batch` tokens or `n_rows` rows."""
-    start = rows = 0
-    for place, wanted in enumerate(wants):
-        if place - start == n_batch or rows + wanted > n_rows:
-            yield start, place
-            start, rows = place, 0
-        rows += wanted
-    if start < len(wants):
-        yield start, len(wants)
-
-
 def decode_branches(llama: LlamaLike, branches: Sequence[TokenBranch], seq_ids: Sequence[int], room: int) -> None:
-    """Compute `branches` as the empty sequences `seq_ids`, in at most `room` cells at a time; they end up empty again.
+    """Decode `branches` as the empty sequences `seq_ids`, in at most `room` cells at a time, and empty these again.
 
     Each branch must fit into `room`. Raises EngineError.
     """
@@ -109,24 +148,9 @@ def decode_branches(llama: LlamaLike, branches: Sequence[TokenBranch], seq_ids: 
             llama.remove(seq_id)
 
 
-# Half of the sequences may hold prompts, so that the other half can branch off them.
-MAX_TOGETHER = 16
-N_SEQ_MAX = 2 * MAX_TOGETHER
-
-OnRow = Callable[[LogitsRow, np.ndarray], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelAnswer:
-    """What a model answered: a label, or the text it wrote. `cut_off`: it was not followed to its end."""
-
-    text: str
-    cut_off: bool = False
-
-
 @dataclass(slots=True)
 class _ActiveTask:
-    """A task in work: its place among the tasks, its sequence, and the rows that are wanted, by position."""
+    """A task in progress: its index, its sequence, and the wanted rows by position."""
 
     place: int
     task: EvalTask
@@ -136,47 +160,8 @@ class _ActiveTask:
     written: list[int] = field(default_factory=list)
 
 
-def run_pass(
-    llama: LlamaLike,
-    tasks: Tasks,
-    rows: Iterable[LogitsRow],
-    on_row: OnRow,
-    together: int = MAX_TOGETHER,
-    progress: StepProgress = lambda done, total: None,
-) -> tuple[ModelAnswer, ...]:
-    """Give `on_row` each of `rows` with its logits, float32 of shape (n_vocab,), valid until it returns.
-
-    Returns the answers in the order of the tasks. At most `together` examples are in work at once (1 … MAX_TOGETHER).
-    `progress` is told (examples done, examples in all). Raises EngineError, and MeasureFailed when the model has
-    another vocabulary than the tasks or its logits are not numbers.
-    """
-    if llama.info.n_vocab != tasks.n_vocab:
-        raise MeasureFailed(f"the model has {llama.info.n_vocab} tokens, the tasks were made for {tasks.n_vocab}")
-    by_place: dict[int, dict[int, LogitsRow]] = {}
-    for row in rows:
-        by_place.setdefault(row.place, {})[row.position] = row
-    answers: list[ModelAnswer] = []
-    total = len(tasks.tasks)
-    progress(0, total)
-    for group in _groups(tasks, together, llama.info.n_ctx):
-        llama.clear()
-        asked = [
-            _ActiveTask(place, tasks.tasks[place], seq_id, by_place.get(place, {}))
-            for seq_id, place in enumerate(group)
-        ]
-        answers += _PromptGroup(llama, tasks, asked, on_row).answers()
-        progress(len(answers), total)
-    return tuple(answers)
-
-
-def cells_needed(tasks: Tasks, together: int = MAX_TOGETHER) -> int:
-    """A size of the KV cache in which `together` examples of usual length fit, and the longest one surely."""
-    rooms = sorted((tasks.room(task) for task in tasks.tasks), reverse=True)
-    return max(sum(rooms[:1]), min(sum(rooms[:together]), 8192))
-
-
 def _groups(tasks: Tasks, together: int, n_ctx: int) -> Iterable[list[int]]:
-    """Neighbours that fit into the cache together, with all that may follow them."""
+    """Group neighbouring tasks that fit into the cache together, with the longest answers they may have."""
     group: list[int] = []
     used = 0
     for place, task in enumerate(tasks.tasks):
@@ -191,7 +176,7 @@ def _groups(tasks: Tasks, together: int, n_ctx: int) -> Iterable[list[int]]:
 
 
 class _PromptGroup:
-    """A few examples whose prompts share the cache."""
+    """A few examples whose prompts are in the cache together."""
 
     def __init__(self, llama: LlamaLike, tasks: Tasks, asked: Sequence[_ActiveTask], on_row: OnRow) -> None:
         self._llama = llama
@@ -202,7 +187,7 @@ class _PromptGroup:
         self._free_ids = range(len(asked), llama.info.n_seq_max)
 
     def answers(self) -> list[ModelAnswer]:
-        """Compute everything about these examples."""
+        """Compute the rows and answers of these examples."""
         self._prefill()
         if self._tasks.work == "classify":
             return self._choose()
@@ -225,7 +210,7 @@ class _PromptGroup:
             self._on_row(row, logits)
 
     def _expected(self, one: _ActiveTask) -> TokenBranch | None:
-        """The rows after the expected answer's tokens; nothing comes after its last one."""
+        """The branch that gives the rows after the expected answer's tokens; None without such rows."""
         n_prompt = len(one.task.prompt)
         wanted = {position - n_prompt for position in one.rows if position >= n_prompt}
         if not wanted:
@@ -245,7 +230,7 @@ class _PromptGroup:
         return [ModelAnswer(self._tasks.labels[_first_highest(ballot.logprobs())]) for _, ballot in ballots]
 
     def _first_wave(self, one: _ActiveTask, ballot: ChoiceTree) -> list[TokenBranch]:
-        """The ballot's branches and the expected answer's, which answers for the tokens that they share."""
+        """The ballot's branches and the expected answer's; the latter serves the tokens that they share."""
         wave, expected = self._wave(one, ballot), self._expected(one)
         if expected is None:
             return wave
@@ -301,7 +286,7 @@ class _PromptGroup:
 
 
 def _likeliest(logits: np.ndarray) -> int:
-    place = int(logits.argmax())  # that of a NaN, if there is one
+    place = int(logits.argmax())  # the index of a NaN, if there is one
     if not np.isfinite(logits[place]):
         raise MeasureFailed(f"the logits are not numbers (the highest is {logits[place]})")
     return place
@@ -312,3 +297,15 @@ def _first_highest(logprobs: Sequence[float]) -> int:
     if highest == -np.inf:
         raise MeasureFailed("the model gives none of the labels any probability")
     return list(logprobs).index(highest)
+
+
+def _steps(wants: Sequence[bool], n_batch: int, n_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield the (start, end) of steps with at most `n_batch` tokens and `n_rows` rows."""
+    start = rows = 0
+    for place, wanted in enumerate(wants):
+        if place - start == n_batch or rows + wanted > n_rows:
+            yield start, place
+            start, rows = place, 0
+        rows += wanted
+    if start < len(wants):
+        yield start, len(wants)

@@ -1,9 +1,9 @@
-"""How far one row of logits lies from the reference's, and the file in which the reference's rows wait for candidates.
+"""The loss of one row of logits against the reference's, and the file that stores the reference's rows.
 
 The reference's log-probabilities are kept as float16, a row of the vocabulary at a time: half a MiB for 262k tokens.
-Read back they are normalised again, so what a candidate is compared with is a distribution, a KL divergence of 1e-6 or
-less from the true one; a candidate's divergence is off by some thousandths of itself. Two models at once would need no
-file, but twice the memory, and the reference computed again for each candidate.
+Read back they are normalised again, so a candidate is compared with a distribution, at a KL divergence of 1e-6 or less
+from the true one; the relative error of a candidate's divergence is some thousandths. Two models in memory would need
+no file, but twice the memory, and the reference would be computed again for each candidate.
 """
 
 import math
@@ -21,9 +21,23 @@ from models.quality import Loss
 from .tasks import Tasks
 
 STORED = np.dtype("<f2")
-# Below every log-probability that matters, above float16's lowest number: no infinity is ever stored.
+MAX_ROWS = 1024
+# Below every log-probability that matters, above float16's lowest number, so that no infinity is stored.
 _LOWEST = -60_000.0
 _PART = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsRow:
+    """The logits after token `position` of task number `place`; the next token is `target`.
+
+    `number` is the row's index on disk.
+    """
+
+    number: int
+    place: int
+    position: int
+    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,120 +52,8 @@ class RowLoss:
     candidate_nll: float
 
 
-def log_norm(logits: np.ndarray) -> float:
-    """The logarithm of the sum of exp(logits), in float64. Raises MeasureFailed for NaN or infinity."""
-    highest = float(logits.max())
-    if not math.isfinite(highest):
-        raise MeasureFailed(f"the logits are not numbers (the highest is {highest})")
-    total = 0.0
-    for part in _parts(len(logits)):
-        weights = logits[part].astype(np.float64)
-        weights -= highest
-        total += float(np.exp(weights, out=weights).sum())
-    return highest + math.log(total)
-
-
-def row_loss(
-    stored: np.ndarray, logits: np.ndarray, target: int, kept: np.ndarray | None = None, norm: float | None = None
-) -> RowLoss:
-    """Compare `logits` with the reference's `stored` log-probabilities, both of shape (n_vocab,).
-
-    With `kept`, of the shape of `logits`, token i of `logits` is token kept[i] of the reference, whose distribution is
-    restricted to these and normalised: what a model with a trimmed vocabulary can say at best. `target` is an id of
-    `logits`, `norm` their `log_norm`, where it is known. Tokens that are equally likely to the reference within float16
-    are all its likeliest.
-    """
-    reference = (stored if kept is None else stored[kept]).astype(np.float64)
-    highest = float(reference.max())
-    agrees = bool(reference[int(logits.argmax())] == highest)
-    norm = log_norm(logits) if norm is None else norm
-    # with r and c for what stands in the rows: the sum of e^r, and of e^r (r - c)
-    total = weighted = 0.0
-    for part in _parts(len(logits)):
-        gap = reference[part] - highest
-        weights = np.exp(gap)
-        total += float(weights.sum())
-        gap -= logits[part]
-        gap *= weights
-        # not a dot product: a BLAS starts threads for it, which take the processor from llama.cpp's
-        weighted += float(gap.sum())
-    reference_norm = highest + math.log(total)
-    kl = weighted / total - math.log(total) + norm
-    if not math.isfinite(kl):
-        raise MeasureFailed(f"the KL divergence is {kl}: a token that the reference may say has no probability")
-    # no less than 0 but for the rounding of the sum
-    return RowLoss(max(0.0, kl), agrees, reference_norm - float(reference[target]), norm - float(logits[target]))
-
-
-def _parts(length: int) -> Iterator[slice]:
-    """A row in parts of which several fit a core's own cache: three times as fast as the whole row at once."""
-    return (slice(start, start + _PART) for start in range(0, length, _PART))
-
-
-def summarise(rows: Sequence[RowLoss]) -> Loss | None:
-    """The loss over `rows`; None for none. The 99 % is the exact quantile of the rows' KL divergences (type 7)."""
-    if not rows:
-        return None
-    kl = np.array([row.kl for row in rows])
-    surprise = np.array([row.candidate_nll - row.reference_nll for row in rows])
-    return Loss(
-        positions=len(rows),
-        kl_mean=float(kl.mean()),
-        kl_p99=float(np.quantile(kl, 0.99)),
-        top1_agreement=sum(row.agrees for row in rows) / len(rows),
-        perplexity_ratio=float(np.exp(min(700.0, surprise.mean()))),
-    )
-
-
-class RowFile:
-    """Rows of `n_vocab` log-probabilities on disk, by number. Open it to read, or with `create` to write."""
-
-    def __init__(self, path: Path, n_vocab: int, *, create: bool = False) -> None:
-        """Raises OSError."""
-        self._n_vocab = n_vocab
-        self._row_bytes = n_vocab * STORED.itemsize
-        self._file: BinaryIO = path.open("xb" if create else "rb")
-
-    def __enter__(self) -> "RowFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def write(self, number: int, logits: np.ndarray, norm: float | None = None) -> None:
-        """Keep the distribution of `logits`, shape (n_vocab,), as row `number`. `norm`: their `log_norm`, if known."""
-        norm = log_norm(logits) if norm is None else norm
-        self._file.seek(number * self._row_bytes)
-        self._file.write(np.maximum(logits - np.float64(norm), _LOWEST).astype(STORED).tobytes())
-
-    def read(self, number: int) -> np.ndarray:
-        """Row `number`, float16 of shape (n_vocab,). Raises MeasureFailed when the file does not hold it."""
-        self._file.seek(number * self._row_bytes)
-        data = self._file.read(self._row_bytes)
-        if len(data) != self._row_bytes:
-            raise MeasureFailed(f"{self._file.name!r} ends before row {number} of {self._n_vocab} log-probabilities")
-        return np.frombuffer(data, STORED)
-
-
-MAX_ROWS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class LogitsRow:
-    """The logits after token `position` of task `place`, where token `target` comes next. `number` is its place on
-    disk.
-    """
-
-    number: int
-    place: int
-    position: int
-    target: int
-
-
 def plan_rows(tasks: Tasks, max_rows: int = MAX_ROWS) -> tuple[LogitsRow, ...]:
-    """The rows to compare, numbered in order, example by example; each has one at least, whatever the limit."""
+    """The rows to compare, numbered in order, example by example; at least one each, even above the limit."""
     share = max(1, even_share([len(task.answer) for task in tasks.tasks], max_rows))
     rows: list[LogitsRow] = []
     for place, task in enumerate(tasks.tasks):
@@ -182,10 +84,10 @@ def spread(count: int, share: int) -> list[int]:
 def rows_in_common(
     rows: Sequence[LogitsRow], theirs: Tasks, ours: Tasks, kept: np.ndarray | None
 ) -> Iterator[LogitsRow]:
-    """Those of the reference's `rows` that a candidate has too, which tokenised the same examples as `ours`.
+    """The reference's `rows` that also exist in a candidate, which tokenises the same examples as `ours`.
 
-    `kept` maps the candidate's token ids to the reference's; None: they are the same. A row is common where all tokens
-    up to its target are.
+    `kept` maps the candidate's token ids to the reference's; None: they are the same. A row is common if all tokens up
+    to its target are.
     """
     at = {task.id: place for place, task in enumerate(ours.tasks)}
     tokens = [np.asarray(task.tokens, np.int64) for task in ours.tasks]
@@ -198,3 +100,100 @@ def rows_in_common(
         wanted = np.asarray(task.tokens[: row.position + 2])
         if np.array_equal(mapped[place][: row.position + 2], wanted):
             yield LogitsRow(row.number, place, row.position, int(tokens[place][row.position + 1]))
+
+
+def log_norm(logits: np.ndarray) -> float:
+    """The logarithm of the sum of exp(logits), in float64. Raises MeasureFailed for NaN or infinity."""
+    highest = float(logits.max())
+    if not math.isfinite(highest):
+        raise MeasureFailed(f"the logits are not numbers (the highest is {highest})")
+    total = 0.0
+    for part in _parts(len(logits)):
+        weights = logits[part].astype(np.float64)
+        weights -= highest
+        total += float(np.exp(weights, out=weights).sum())
+    return highest + math.log(total)
+
+
+def row_loss(
+    stored: np.ndarray, logits: np.ndarray, target: int, kept: np.ndarray | None = None, norm: float | None = None
+) -> RowLoss:
+    """Compare `logits` with the reference's `stored` log-probabilities, both of shape (n_vocab,).
+
+    With `kept`, of the shape of `logits`, token i of `logits` is token kept[i] of the reference, whose distribution is
+    restricted to these and normalised: what a model with a trimmed vocabulary can say at best. `target` is an id of
+    `logits`, `norm` their `log_norm`, if known. Tokens that are equally likely to the reference within float16 all
+    count as its likeliest.
+    """
+    reference = (stored if kept is None else stored[kept]).astype(np.float64)
+    highest = float(reference.max())
+    agrees = bool(reference[int(logits.argmax())] == highest)
+    norm = log_norm(logits) if norm is None else norm
+    # for rows r (reference) and c (candidate): the sums of e^r and of e^r (r - c)
+    total = weighted = 0.0
+    for part in _parts(len(logits)):
+        gap = reference[part] - highest
+        weights = np.exp(gap)
+        total += float(weights.sum())
+        gap -= logits[part]
+        gap *= weights
+        # not a dot product: a BLAS starts threads for it, which take the processor from llama.cpp's
+        weighted += float(gap.sum())
+    reference_norm = highest + math.log(total)
+    kl = weighted / total - math.log(total) + norm
+    if not math.isfinite(kl):
+        raise MeasureFailed(f"the KL divergence is {kl}: a token that the reference may say has no probability")
+    # below 0 only by rounding of the sum
+    return RowLoss(max(0.0, kl), agrees, reference_norm - float(reference[target]), norm - float(logits[target]))
+
+
+def summarise(rows: Sequence[RowLoss]) -> Loss | None:
+    """The loss over `rows`; None without any. `kl_p99` is the exact quantile of their KL divergences (type 7)."""
+    if not rows:
+        return None
+    kl = np.array([row.kl for row in rows])
+    surprise = np.array([row.candidate_nll - row.reference_nll for row in rows])
+    return Loss(
+        positions=len(rows),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1_agreement=sum(row.agrees for row in rows) / len(rows),
+        perplexity_ratio=float(np.exp(min(700.0, surprise.mean()))),
+    )
+
+
+class RowFile:
+    """Rows of `n_vocab` log-probabilities on disk, by number; opened to read, or with `create` to write."""
+
+    def __init__(self, path: Path, n_vocab: int, *, create: bool = False) -> None:
+        """Raises OSError."""
+        self._n_vocab = n_vocab
+        self._row_bytes = n_vocab * STORED.itemsize
+        self._file: BinaryIO = path.open("xb" if create else "rb")
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, number: int, logits: np.ndarray, norm: float | None = None) -> None:
+        """Store the distribution of `logits`, shape (n_vocab,), as row `number`. `norm`: their `log_norm`, if known."""
+        norm = log_norm(logits) if norm is None else norm
+        self._file.seek(number * self._row_bytes)
+        self._file.write(np.maximum(logits - np.float64(norm), _LOWEST).astype(STORED).tobytes())
+
+    def read(self, number: int) -> np.ndarray:
+        """Row `number`, float16 of shape (n_vocab,). Raises MeasureFailed when the file does not hold it."""
+        self._file.seek(number * self._row_bytes)
+        data = self._file.read(self._row_bytes)
+        if len(data) != self._row_bytes:
+            raise MeasureFailed(f"{self._file.name!r} ends before row {number} of {self._n_vocab} log-probabilities")
+        return np.frombuffer(data, STORED)
+
+
+def _parts(length: int) -> Iterator[slice]:
+    """Slices of a row; several fit into a core's cache, which is three times as fast as the row in one piece."""
+    return (slice(start, start + _PART) for start in range(0, length, _PART))

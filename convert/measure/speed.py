@@ -1,7 +1,9 @@
-"""How fast each candidate is on this machine, and how much memory it takes, measured as it will be served.
+"""Speed and memory of each candidate on this machine, measured with the server's settings.
 
-Candidates are measured in turns, round by round and to and fro (A B C, C B A …), so that a change of the machine meets
-all alike. Each measurement is a process of its own, which loads the file with the server's settings.
+Candidates are measured in rounds of alternating order (A B C, C B A …), so that a change of the machine affects all
+alike. Each measurement runs in a process of its own.
+
+`python -m convert.measure.speed` measures the files of a `SpeedJob` on standard input and prints their speeds as JSON.
 """
 
 import json
@@ -23,7 +25,7 @@ from .speed_child import SpeedSample
 from .tasks import Tasks
 
 ROUNDS = 3
-# For each of the measurements of a round: prefill, examples, and every width of decoding. One step is the least.
+# For each measurement of a round: prefill, examples, and every width of decoding. At least one step.
 SECONDS = 0.5
 DECODE_WIDTHS = (1, 8, 16)
 # Speeds are measured as the server runs by default.
@@ -46,13 +48,13 @@ class ServingLoad:
     @property
     def n_prompts(self) -> int:
         """How many examples the KV cache holds side by side, as many as there are slots at most."""
-        # decoding goes on after them: an eighth of the cells is left to it
+        # an eighth of the cells is for decoding after them
         return max(1, min(self.sequences, self.context * 7 // 8 // (self.prompt_tokens + self.answer_tokens)))
 
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """Speeds by candidate, and for those without the reason. `shape` says what was measured, `backend` on what."""
+    """Speeds by candidate, and the reason for those without. `shape` is the load, `backend` the hardware."""
 
     speeds: Mapping[str, Speed]
     scores: Mapping[str, float]
@@ -65,10 +67,10 @@ Measure = Callable[[Path], SpeedSample]
 
 
 def serving_load(tasks: Tasks) -> ServingLoad:
-    """The typical example of `tasks`: median lengths of prompt and answer, in tokens; an over-long prompt is cut."""
+    """The typical example of `tasks`: median lengths of prompt and answer, in tokens, cut to what the context holds."""
     prompt = round(statistics.median(len(task.prompt) for task in tasks.tasks))
     answer = round(statistics.median(len(task.answer) for task in tasks.tasks))
-    # what is left of the cells is for decoding
+    # the rest of the cells is for decoding
     most = SERVER.context // 2
     return ServingLoad(tasks.work, max(1, min(prompt, most)), max(1, min(answer, most // 2)))
 
@@ -82,9 +84,9 @@ def measure_speeds(
     seconds: float = SECONDS,
     measure: Measure | None = None,
 ) -> SpeedReport:
-    """Measure `files`, by candidate's name, `rounds` times. `progress` is told (measurements done, in all).
+    """Measure `files`, by candidate's name, `rounds` times. `progress` is called with (measurements done, in all).
 
-    What fails in a round is a failure, and not measured again. `measure` stands in for the child process.
+    A candidate that fails once is not measured again. `measure` replaces the child process.
     """
     once = measure or (lambda file: _in_child(file, how, seconds))
     samples: dict[str, list[SpeedSample]] = {name: [] for name in files}
@@ -108,15 +110,15 @@ def measure_speeds(
 
 
 def order_of(names: Sequence[str], number: int) -> list[str]:
-    """The order of round `number`: forth in even ones, back in odd ones."""
+    """The order of round `number`: forward in even rounds, reversed in odd ones."""
     return list(names) if number % 2 == 0 else list(reversed(names))
 
 
 def score(sample: SpeedSample, how: ServingLoad) -> float:
     """Examples a second for the stated work.
 
-    To classify it was measured as it is. To write, prompts and answers share the machine's time: an example takes its
-    prompt's prefill and its answer's tokens at the rate at which `sequences` decode together.
+    To classify, the sample has measured it. To write, an example takes its prompt's prefill and its answer's tokens at
+    the rate at which `sequences` decode together.
     """
     if sample.examples_per_s is not None:
         return sample.examples_per_s
@@ -148,7 +150,7 @@ def _shape(how: ServingLoad, threads: int, rounds: int) -> Shape:
 
 
 def _in_child(file: Path, how: ServingLoad, seconds: float) -> SpeedSample:
-    """One measurement. Raises MeasureFailed with the child's last word."""
+    """One measurement. Raises MeasureFailed with the child's last message."""
     # the server's settings: see EngineOptions.n_seq_max and served.load_model
     load = {"n_ctx": how.context, "n_batch": how.step_tokens, "n_seq_max": 2 * how.sequences, "n_threads": how.threads}
     load["repack"] = how.repack

@@ -1,6 +1,6 @@
-"""The process that measures one file's speed once: `python -m convert.measure.speed_child`, the job on its input.
+"""The child that measures one file's speed once: `python -m convert.measure.speed_child`, its job on standard input.
 
-One file a process, so that peak memory is this file's and an abort in C is this candidate's fault alone.
+One file a process: peak memory is this file's, and an abort in C fails this candidate only.
 """
 
 import json
@@ -19,13 +19,32 @@ from convert.child import read_job, tell
 from runtime.llama.interface import Batch, LlamaLike
 
 _SEED = 7
+# As runtime/cli/main.py sets it for serving: waiting threads release a busy core.
+_SPINCOUNT = "1000"
+_WARM_UP_TOKENS = 32
+_MOST_STEPS = 32
+# Tokens of an answer before it restarts. Those of 16 sequences fit the eighth of the cells that is for decoding.
+_MOST_WRITTEN = 16
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedSample:
+    """One round of one file. `examples_per_s` is for packed examples with label rows; None without labels."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: dict[int, float]
+    examples_per_s: float | None
+    peak_memory_bytes: int
+    threads: int
+    backend: str
 
 
 @dataclass(frozen=True, slots=True)
 class LoadShape:
-    """Examples of `prompt` tokens, after which `labels` tokens more are computed, a row of logits for each of them.
+    """Examples of `prompt` tokens and `labels` tokens after them, each of these with a row of logits.
 
-    The prompt's last token has its row too. A `cycle` is what a sequence holds when its example is done.
+    The prompt's last token has a row, too. A `cycle` is the length of one complete example.
     """
 
     prompt: int
@@ -33,13 +52,13 @@ class LoadShape:
 
     @property
     def cycle(self) -> int:
-        """Tokens computed for one example."""
+        """Tokens of one example."""
         return self.prompt + self.labels
 
 
 @dataclass(frozen=True, slots=True)
 class PackedStep:
-    """A batch, and the sequences that begin a new example in it: what they held before has to go first."""
+    """A batch, and the sequences that begin a new example in it and must be emptied first."""
 
     batch: Batch
     begun: tuple[int, ...]
@@ -47,7 +66,7 @@ class PackedStep:
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """A step's most tokens, its most rows of logits, and how many sequences there are."""
+    """The most tokens and the most rows of logits of a step, and the number of sequences."""
 
     n_batch: int
     n_rows: int
@@ -55,14 +74,14 @@ class StepLimits:
 
 
 def packed_steps(work: LoadShape, limits: StepLimits, n_vocab: int) -> Iterator[PackedStep]:
-    """Steps as large as `limits` allow, without end: one example follows the other, on the sequences in turn.
+    """Yield steps as large as `limits` allow, without end: example after example, on the sequences in turn.
 
-    An example may go on in the next step. A sequence never has two examples in one step.
+    An example may continue in the next step. A sequence never has two examples in one step.
     """
     random = np.random.default_rng(_SEED)
     done = 0
     while True:
-        # no example of this step may be on the sequence of another one of it
+        # two examples of this step must not be on the same sequence
         last = (done // work.cycle + limits.n_sequences) * work.cycle
         flat = np.arange(done, min(done + limits.n_batch, last))
         flat = flat[np.cumsum(flat % work.cycle >= work.prompt - 1) <= limits.n_rows]
@@ -81,7 +100,7 @@ def packed_steps(work: LoadShape, limits: StepLimits, n_vocab: int) -> Iterator[
 
 
 def decode_step(lengths: list[int], n_vocab: int) -> Batch:
-    """One token more for each of the sequences 0 … len(lengths)-1, which hold `lengths` tokens."""
+    """The next token of each of the sequences 0 … len(lengths)-1, which hold `lengths` tokens."""
     n = len(lengths)
     return Batch(
         tokens=np.random.default_rng(_SEED + lengths[0]).integers(0, n_vocab, n).astype(np.int32),
@@ -91,29 +110,8 @@ def decode_step(lengths: list[int], n_vocab: int) -> Batch:
     )
 
 
-# As runtime/cli/main.py sets it for serving: threads that wait give a busy core back.
-_SPINCOUNT = "1000"
-_WARM_UP_TOKENS = 32
-_MOST_STEPS = 32
-# Of an answer, before it begins again. So many of 16 sequences fit the eighth of the cells that is left to them.
-_MOST_WRITTEN = 16
-_STATUS = Path("/proc/self/status")
-
-
-@dataclass(frozen=True, slots=True)
-class SpeedSample:
-    """One round of one file. `examples_per_s` is of packed examples with their labels' rows; None if there are none."""
-
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: dict[int, float]
-    examples_per_s: float | None
-    peak_memory_bytes: int
-    threads: int
-    backend: str
-
-
 class Meter:
-    """A loaded model and a clock. `seconds` bounds each measurement, which has one step at least."""
+    """Measures a loaded model. `seconds` bounds each measurement, which has at least one step."""
 
     def __init__(self, llama: LlamaLike, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._llama = llama
@@ -122,7 +120,7 @@ class Meter:
         self._lengths: dict[int, int] = {}
 
     def warm_up(self) -> None:
-        """Compute a few tokens: touches every weight once."""
+        """Compute a few tokens, which reads every weight once."""
         self._packed(LoadShape(_WARM_UP_TOKENS, 0), 1, _WARM_UP_TOKENS, 0.0)
 
     def tokens_per_s(self, prompt: int, n_sequences: int) -> float:
@@ -134,10 +132,10 @@ class Meter:
         return self._packed(work, n_sequences, self._llama.info.n_batch, self._seconds) / work.cycle
 
     def decode_tokens_per_s(self, n_sequences: int, answer: int) -> float:
-        """`n_sequences` that write a token each a step, after the prompts computed last: tokens a second.
+        """Decode `n_sequences` together, after the prompts computed last: tokens a second.
 
-        They begin again after `answer` tokens. A step reads all that stands before it, so a faster file that wrote on
-        and on would be timed on longer texts than a slower one.
+        They restart after `answer` tokens: a step reads all tokens before it, so a faster file that kept decoding would
+        be timed on longer texts than a slower one.
         """
         lengths = self._resident(n_sequences)
         self._lengths = dict(enumerate(lengths))
@@ -173,13 +171,13 @@ class Meter:
         return n_tokens / spent
 
     def _timed(self, batch: Batch) -> float:
-        """Seconds for the step, with the look at each row that greedy sampling takes."""
+        """Seconds for the step, with greedy sampling of each row."""
         began = self._clock()
         self._llama.decode(batch).argmax(axis=1)
         return max(self._clock() - began, 1e-9)
 
     def _resident(self, n_sequences: int) -> list[int]:
-        """Sequences 0 … n_sequences-1 with a prompt each: their own where there is one, else they share the longest."""
+        """Fill sequences 0 … n_sequences-1: those without a prompt get a copy of the longest. Returns their lengths."""
         longest = max(self._lengths, key=lambda seq_id: self._lengths[seq_id])
         for seq_id in list(self._lengths):
             if seq_id >= n_sequences and seq_id != longest:
@@ -200,16 +198,26 @@ def measure(
     meter.warm_up()
     examples = meter.examples_per_s(work, n_prompts) if work.labels else None
     prefill = meter.tokens_per_s(work.prompt, n_prompts)
-    # the widest first: each narrower one goes on with some of its sequences
+    # the widest first: each narrower one continues with some of its sequences
     decode = {n: meter.decode_tokens_per_s(n, answer) for n in sorted(decode_widths, reverse=True)}
     return prefill, examples, dict(sorted(decode.items()))
 
 
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process, mapped pages of the file included."""
+    if _STATUS.exists():
+        # Linux's ru_maxrss includes the process this was forked from, which may be many times as large
+        peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) << 10
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_rss if sys.platform == "darwin" else peak_rss << 10
+
+
 def main() -> int:
-    """Measure as the job says and write the sample where it says. Returns 0 when done."""
+    """Measure the file of the job and write the sample. Returns the exit code."""
     job = read_job()
     os.environ.setdefault("GOMP_SPINCOUNT", _SPINCOUNT)
-    # llama.cpp's threads read the environment when they are loaded
+    # OpenMP reads the environment when llama.cpp is loaded
     from runtime.errors import EngineError
     from runtime.llama.model import LoadOptions, load
 
@@ -225,16 +233,6 @@ def main() -> int:
     sample = SpeedSample(prefill, decode, examples, peak_memory_bytes(), info.n_threads, info.backend)
     Path(job["result"]).write_text(json.dumps(asdict(sample)), encoding="utf-8")
     return 0
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has had resident, the file's mapped pages included."""
-    if _STATUS.exists():
-        # Linux counts into ru_maxrss what the process was forked from, which may be many times as large
-        peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) << 10
-    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak_rss if sys.platform == "darwin" else peak_rss << 10
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Examples as token ids: what a model is asked, what it should answer, and which labels it may choose from.
+"""Examples as token ids: prompts, expected answers, and the labels to choose from.
 
-The tokens are made once, by the reference's tokenizer and chat template, and given to every file with the same
-vocabulary: a base without a template is asked the very same as its fine-tune. They are the tokens that serving makes:
-the runtime renders the prompt, and labels are spelled as `/v1/decisions` spells them.
+The reference's tokenizer and chat template make the tokens once, for every file with the same vocabulary, so that a
+base without a template gets the prompts of its fine-tune. They are the tokens of serving: the runtime renders the
+prompt, and labels are tokenised as in `/v1/decisions`.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ from runtime.prompt.prompter import ANSWER_MARK, Prompter, input_text
 
 from .examples import MIN_EXAMPLES
 
-# An example is measured whole or not at all; longer ones would need a KV cache of gigabytes beside the weights.
+# Longer examples are left out: they would need a KV cache of gigabytes beside the weights.
 MAX_TOKENS = 4096
-# A written answer is followed this far: by then it has gone another way, or it will not.
+# A written answer is decoded up to here: if two models have not diverged by then, they rarely do.
 MAX_WRITTEN = 128
 
 
 @dataclass(frozen=True, slots=True)
 class EvalTask:
-    """One example. `answer` ends with the token that ends a turn; `expected` is its text."""
+    """One example. `answer` ends with an end-of-turn token; `expected` is its text."""
 
     id: str
     prompt: tuple[int, ...]
@@ -44,10 +44,10 @@ class EvalTask:
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """All that is asked of a model with a vocabulary of `n_vocab` tokens.
+    """All tasks for models with a vocabulary of `n_vocab` tokens.
 
     To classify, `choices` are the tokens of `labels`, in their order; to write, both are empty, and an answer is
-    followed for at most `max_written` tokens. Any of `ends` ends an answer. `n_too_long` examples were left out.
+    decoded for at most `max_written` tokens. Any of `ends` ends an answer. `n_too_long` examples were left out.
     """
 
     work: TaskKind
@@ -60,14 +60,14 @@ class Tasks:
     max_written: int = MAX_WRITTEN
 
     def room(self, task: EvalTask) -> int:
-        """The most cells that `task` fills at once: its prompt and the longest thing that may follow it."""
+        """The most KV cells that `task` takes: its prompt and the longest answer that may follow."""
         written = self.max_written if self.work == "write" else 0
         return len(task.prompt) + max([len(task.answer), written, *map(len, self.choices)])
 
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """How a model is asked: its chat template, the token that ends its turn, and the manifest's prompt template."""
+    """The form of a prompt: chat template, end-of-turn token, and the manifest's prompt template."""
 
     chat_template: str | None
     end_of_turn: int | None
@@ -82,9 +82,9 @@ def tasks_of(
     prompt_template: str = "{text}",
     end_of_turn: int | None = None,
 ) -> Tasks:
-    """The tasks for the model at `gguf`, whose own metadata tell the chat template and the end of a turn.
+    """The tasks for the model at `gguf`, with the chat template and end-of-turn token of its metadata.
 
-    `end_of_turn` overrules them. Raises BadExamples (see `make_tasks`), LoadFailed, BadGguf, TemplateFailed.
+    `end_of_turn` overrules the latter. Raises BadExamples (see `make_tasks`), LoadFailed, BadGguf, TemplateFailed.
     """
     meta = read_meta(gguf)
     tokenizer = load_tokenizer(gguf)
@@ -104,10 +104,10 @@ def make_tasks(
     labels: Sequence[str],
     max_tokens: int,
 ) -> Tasks:
-    """Tokenise `records`; those that need more than `max_tokens` are left out and counted.
+    """Tokenise `records`; leave out and count those that need more than `max_tokens`.
 
     Raises BadExamples when the template refuses a record, when two labels are the same tokens, or when fewer than half
-    of MIN_EXAMPLES are left.
+    of MIN_EXAMPLES remain.
     """
     speller = _TaskTokenizer(tokenizer, asking, max_tokens)
     choices = tuple(map(speller.choice, labels)) if work == "classify" else ()
@@ -129,21 +129,21 @@ def make_tasks(
 
 
 class _TaskTokenizer:
-    """Texts as the tokens that one model is asked with and answers with."""
+    """Tokenises prompts and answers for one model."""
 
     def __init__(self, tokenizer: TokenizerLike, asking: PromptFormat, max_tokens: int) -> None:
         self._encode = tokenizer.encode
         self._asking = asking
         self._prompter = Prompter(tokenizer, asking.chat_template, max_tokens)
         self._chats = asking.chat_template is not None and bool(tokenizer.end_tokens)
-        # A text-only model has learnt no end of a turn: a new line ends its answer too.
+        # A text-only model has learnt no end-of-turn token: a new line ends its answer, too.
         new_line = () if self._chats else tuple(self._encode("\n", add_special=False, parse_special=False)[-1:])
         self.ends: tuple[int, ...] = (*tokenizer.end_tokens, *new_line)
         end = asking.end_of_turn if asking.end_of_turn in self.ends else next(iter(self.ends), None)
         self._end: tuple[int, ...] = () if end is None else new_line or (end,)
 
     def prompt(self, record: ChatRecord) -> tuple[int, ...]:
-        """The tokens up to where the model answers; none if they are too many."""
+        """The prompt's tokens; empty if there are too many."""
         try:
             return self._prompt(record)
         except ContextTooLong:
@@ -162,9 +162,9 @@ class _TaskTokenizer:
         return self._prompter.literal(input_text(said) + ANSWER_MARK, param="messages")
 
     def choice(self, text: str) -> tuple[int, ...]:
-        """The tokens of an answer, without its end."""
+        """The tokens of an answer without its end token."""
         return tuple(self._encode(text if self._chats else f" {text}", add_special=False, parse_special=False))
 
     def answer(self, text: str) -> tuple[int, ...]:
-        """The tokens of an answer and of what ends it."""
+        """The tokens of an answer with its end token."""
         return self.choice(text) + self._end
