@@ -1,17 +1,17 @@
 """The errors of `convert`. Each message names the file or tensor, the value found and the one that was needed.
 
 ConvertError
-├── SourceInvalid        the source is incomplete, damaged, or holds what cannot be converted
-├── ArchitectureUnknown  nothing is known of this model family
+├── SourceInvalid        the source is incomplete, damaged, or holds something that cannot be converted
+├── ArchitectureUnknown  the model family is not supported
 ├── AdapterInvalid       the adapter folder is incomplete, malformed, or not made for this base
-├── TokenizerInvalid     the tokenizer is missing, malformed, or nothing that llama.cpp can repeat
+├── TokenizerInvalid     the tokenizer is missing, malformed, or does something that llama.cpp cannot
 ├── TemplateInvalid      the chat template beside the adapter cannot be used
 ├── ImatrixFailed        no importance matrix could be collected
 ├── ImatrixInvalid       an importance matrix is damaged, or was collected on another model
-├── TrimImpossible       the vocabulary cannot be cut: its kind, what it lacks, or that it was cut before
+├── TrimImpossible       the vocabulary cannot be cut: an unsupported kind, missing fields, or cut before
 ├── QuantizeFailed       llama.cpp could not quantize
-├── MeasureFailed        a file cannot be measured: it does not run, its logits say nothing, or it has other tokens
-├── VerifyFailed         what was written is not what was meant, or does not run
+├── MeasureFailed        a file cannot be measured: it does not run, its logits are not finite, or it has other tokens
+├── VerifyFailed         the written file is not as planned, or does not run
 └── RequestInvalid       the options contradict each other or lack a name
     └── QuantizationUnknown  no quantization of that name
 """
@@ -22,11 +22,11 @@ class ConvertError(Exception):
 
 
 class SourceInvalid(ConvertError):
-    """The source is incomplete, damaged, or holds what cannot be converted."""
+    """The source is incomplete, damaged, or holds something that cannot be converted."""
 
 
 class ArchitectureUnknown(ConvertError):
-    """Nothing is known of this model family."""
+    """The model family is not supported."""
 
 
 class AdapterInvalid(ConvertError):
@@ -34,7 +34,7 @@ class AdapterInvalid(ConvertError):
 
 
 class TokenizerInvalid(ConvertError):
-    """The tokenizer is missing, malformed, does not fit the weights, or is nothing that llama.cpp can repeat."""
+    """The tokenizer is missing, malformed, does not fit the weights, or does something that llama.cpp cannot."""
 
 
 class TemplateInvalid(ConvertError):
@@ -50,7 +50,7 @@ class ImatrixInvalid(ConvertError):
 
 
 class TrimImpossible(ConvertError):
-    """The vocabulary cannot be cut: its kind, what it lacks, or that it was cut before."""
+    """The vocabulary cannot be cut: an unsupported kind, missing fields, or cut before."""
 
 
 class QuantizeFailed(ConvertError):
@@ -58,11 +58,11 @@ class QuantizeFailed(ConvertError):
 
 
 class MeasureFailed(ConvertError):
-    """A file cannot be measured: it does not run, its logits say nothing, or it has another vocabulary."""
+    """A file cannot be measured: it does not run, its logits are not finite, or it has another vocabulary."""
 
 
 class VerifyFailed(ConvertError):
-    """What was written is not what was meant, or it does not run."""
+    """The written file is not as planned, or does not run."""
 
 
 class RequestInvalid(ConvertError):

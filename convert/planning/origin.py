@@ -1,7 +1,7 @@
-"""Where the weights come from: what SOURCE means, fetched if it is not on this disk, and known by its sha256.
+"""The origin of the weights: SOURCE resolved, fetched if it is not on this disk, and identified by its sha256.
 
-A name in the store or the catalogue, an hf:// address of a GGUF file or of a whole checkpoint, a .gguf file, or a
-Hugging Face folder. `--gguf FILE` brings weights that were made elsewhere: SOURCE then gives the tokenizer to compare.
+SOURCE is a name in the store or the catalogue, an hf:// address of a GGUF file or of a checkpoint, a .gguf file, or a
+Hugging Face folder. With `--gguf FILE` the weights come from another converter, and SOURCE only from its tokenizer.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from models.store.pull import pull
 from models.store.sources import parse_repo
 from models.store.store import Store, StoredModel
 
-# What a folder is known by: the weights, and all that decides what becomes of them.
+# The files that identify a folder: the weights, and all that decides their conversion.
 _HASHED = (".safetensors", ".json", ".model", ".jinja")
 
 
@@ -32,7 +32,7 @@ class Origin:
     """Weights to convert: a GGUF file or a Hugging Face folder.
 
     `folder` holds the tokenizer that a converted vocabulary is compared with (None: a GGUF file, which has its own).
-    `digest` is their sha256, a folder's as soon as it is known. `manifest` is that of an installed model.
+    `digest` is the sha256; a folder's is computed in a thread. `manifest` is that of an installed model.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Origin:
 
     @property
     def base(self) -> Base:
-        """What a manifest says of them. Waits for `digest`; raises SourceInvalid when it could not be had."""
+        """The manifest's entry for the weights. Waits for `digest`; raises SourceInvalid when they cannot be read."""
         try:
             sha256 = self.digest.result()
         except OSError as error:
@@ -54,7 +54,7 @@ class Origin:
 
     @property
     def licence(self) -> str:
-        """What the weights' own metadata say, for a file that nobody described."""
+        """The licence in the file's own metadata, for weights without a manifest."""
         return (read_meta(self.path).text("general.license") if self.path.is_file() else "") or "unknown"
 
 
@@ -77,7 +77,7 @@ def find_origin(source: str, gguf: Path | None, store: Store, report: Reporter) 
 
 
 def checked_sha256(stored: StoredModel, report: Reporter) -> str:
-    """The sha256 of the model's file. Raises HashMismatch when its manifest says another."""
+    """The sha256 of the model's file. Raises HashMismatch when it differs from the manifest's."""
     report.stage(f"check {stored.gguf.name}")
     found = sha256_file(stored.gguf, report.advance)
     expected = stored.manifest.artefacts[0].sha256 if stored.manifest is not None else found
@@ -102,7 +102,7 @@ def _made_elsewhere(source: str, gguf: Path, report: Reporter) -> Origin:
 def folder_digest(folder: Path) -> Future[str]:
     """One hash for a checkpoint's folder, over the names and sha256 of its files in order of name.
 
-    Worked out by a thread of its own: weights are converted meanwhile, and nobody needs it before they are.
+    A thread computes it while the weights are converted: only the manifest needs it.
     """
     digest = Future[str]()
     Thread(target=_settle, args=(digest, folder), daemon=True).start()

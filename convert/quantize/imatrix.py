@@ -1,7 +1,7 @@
-"""The importance matrix: how much each column of a matrix matters, which is how large its inputs are on real text.
+"""The importance matrix: the weight of each column of a matrix, which is the mean square of its inputs on real text.
 
-Quantizing minimises the rounding error weighted by it, so that what the user's own texts use most is kept best. It is
-what llama.cpp's `llama-imatrix` makes (tools/imatrix/imatrix.cpp), in its file format, so either reads the other's.
+Quantizing minimises the rounding error weighted by it, so that the columns that the user's own texts use most are kept
+best. It is computed like llama.cpp's `llama-imatrix` (tools/imatrix/imatrix.cpp), in the same file format.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from models.gguf.fields import Field
 from models.gguf.header import DEFAULT_ALIGNMENT, Header, read_header
 
 CHUNK_TOKENS = 512
-# Where it lies beside the file that was made with it.
+# Its name beside the file that was quantized with it.
 IMATRIX_FILE = "imatrix.gguf"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -36,7 +36,7 @@ class ImatrixEntry:
 
     @property
     def importance(self) -> np.ndarray:
-        """The mean square of each column, float32 of shape (experts · n_in,); 1 for an expert that was never asked."""
+        """The mean square of each column, float32 of shape (experts · n_in,); 1 for an expert without inputs."""
         asked = self.counts[:, None] > 0
         means = np.where(asked, self.sums / np.maximum(self.counts, 1)[:, None], 1)
         return np.ascontiguousarray(means, dtype=np.float32).ravel()
@@ -44,7 +44,7 @@ class ImatrixEntry:
 
 @dataclass(frozen=True)
 class Imatrix:
-    """Tensor name -> what its inputs were, over `n_chunks` pieces of text of at most `chunk_tokens`."""
+    """Tensor name -> its inputs, over `n_chunks` pieces of text of at most `chunk_tokens`."""
 
     entries: Mapping[str, ImatrixEntry]
     n_chunks: int
@@ -62,10 +62,10 @@ def collect(
 ) -> Imatrix:
     """Run the token ids `sequences` through the model, write the matrix to `target` and return it.
 
-    A sequence begins as it is given, with its BOS if it is to have one. What is longer than `chunk_tokens` goes on in a
-    chunk of its own, BOS in place of its first token if the vocabulary adds one: cut like `llama-imatrix -c`, which
-    leaves out the tail however. `output`: the output matrix too (`--process-output`), under the embedding's name where
-    they are one. `progress` is told tokens.
+    A sequence includes its BOS, if any. A sequence longer than `chunk_tokens` continues in further chunks, each with
+    BOS in place of its first token if the vocabulary adds one: as `llama-imatrix -c` does, which drops the tail,
+    however. `output`: collect the output matrix, too (`--process-output`), under the embedding's name where the two
+    are tied. `progress` counts tokens.
     Raises BadGguf, and ImatrixFailed for tokens the model does not have and whatever ends the process that collects.
     An interrupted or failed run leaves no `target`.
     """
@@ -107,7 +107,7 @@ def _check_tokens(header: Header, sequences: Sequence[Sequence[int]], chunk_toke
 
 
 def write_imatrix(target: Path, imatrix: Imatrix) -> None:
-    """Write the matrix as a GGUF file, whole or not at all."""
+    """Write the matrix as a GGUF file, complete or not at all."""
     tensors: dict[str, np.ndarray] = {}
     for name, entry in sorted(imatrix.entries.items()):
         tensors[name + _SUMS] = entry.sums.astype("<f4")
@@ -131,7 +131,7 @@ def write_imatrix(target: Path, imatrix: Imatrix) -> None:
 
 
 def read_imatrix(path: Path) -> Imatrix:
-    """Read a matrix, ours or llama-imatrix's. Raises ImatrixInvalid naming the file, the tensor and what is wrong."""
+    """Read a matrix, ours or llama-imatrix's. Raises ImatrixInvalid naming the file, the tensor and the fault."""
     try:
         header = read_header(path)
         n_chunks, chunk_tokens = header.integer("imatrix.chunk_count"), header.integer("imatrix.chunk_size")

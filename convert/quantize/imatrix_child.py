@@ -1,7 +1,7 @@
-"""The process that collects an importance matrix: it decodes the text and looks at each multiplication as it happens.
+"""The child that collects an importance matrix: it decodes the text and inspects each matrix multiplication.
 
-llama.cpp calls `cb_eval` for every node of the computation, once to ask whether its result is wanted and again when it
-is there. After the last wanted one the computation is stopped: the output matrix is two thirds of a small model.
+llama.cpp calls `cb_eval` for every node of the graph, first to ask whether its result is needed and again when it is
+computed. After the last needed one the computation is stopped: the output matrix is two thirds of a small model.
 """
 
 import sys
@@ -27,10 +27,10 @@ _VOCABULARY = {b"output.weight", b"token_embd.weight"}
 
 
 class Collector:
-    """Adds up the squares of what each wanted matrix is multiplied by."""
+    """Adds up the squares of the inputs of each matrix."""
 
     def __init__(self, ggml: Ggml, *, output: bool) -> None:
-        """`output`: the output matrix is wanted as well, which may be the embedding."""
+        """`output`: collect the output matrix, too, which may be the embedding."""
         self.error: Exception | None = None
         self._ggml = ggml
         self._output = output
@@ -41,16 +41,16 @@ class Collector:
 
     @property
     def entries(self) -> dict[str, ImatrixEntry]:
-        """What was added up so far."""
+        """The sums and counts so far."""
         return {name: ImatrixEntry(sums.astype(np.float32), self._counts[name]) for name, sums in self._sums.items()}
 
     def begin(self) -> None:
-        """A batch begins; if it is not the first, what came last in the first comes last in this one, too."""
+        """Begin a batch. From the second one on, the last node needed is known from the first."""
         self._enough = self._looked or None
         self._looked = 0
 
     def look(self, address: int, ask: bool, _: object) -> bool:
-        """The callback. An exception cannot pass through C: it is kept, and the computation stopped."""
+        """The callback. An exception cannot pass through C: it is stored, and the computation stopped."""
         try:
             node = GgmlTensor.from_address(address)
             if ask:
@@ -102,7 +102,7 @@ def _routed(squares: np.ndarray, experts: np.ndarray, counts: np.ndarray) -> np.
 
 
 def main() -> int:
-    """Collect as the job says. Returns 0 when the file is written."""
+    """Run the job. Returns 0 when the file is written."""
     job = read_job()
     try:
         collector = Collector(Ggml(llama_cpp._lib), output=job["output"])
@@ -120,7 +120,7 @@ def main() -> int:
 
 
 def cut(sequences: Sequence[Sequence[int]], size: int, bos: int | None) -> Iterator[list[int]]:
-    """The sequences in chunks of at most `size` tokens; those that go on begin with `bos` instead of their first."""
+    """Cut sequences into chunks of at most `size` tokens; later chunks have `bos` in place of their first token."""
     for sequence in sequences:
         for start in range(0, len(sequence), size):
             chunk = list(sequence[start : start + size])
@@ -137,7 +137,7 @@ def _decode(model: ModelHandle, chunks: Sequence[Sequence[int]], collector: Coll
     params.n_batch = params.n_ubatch = params.n_outputs_max = min(size, _BATCH_TOKENS)
     params.n_seq_max = 1
     params.n_threads = params.n_threads_batch = physical_cores()
-    params.op_offload = False  # weights copied to a device for the batch would go by another name
+    params.op_offload = False  # weights copied to a device for the batch have another name
     params.cb_eval = callback
     context = model.context(params, "the importance matrix")
     batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
@@ -162,7 +162,7 @@ def _fill(batch: llama_cpp.llama_batch, tokens: Sequence[int], first_position: i
     for i, token in enumerate(tokens):
         batch.token[i], batch.pos[i] = token, first_position + i
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-        batch.logits[i] = True  # the last layer computes only the rows that are asked for
+        batch.logits[i] = True  # the last layer computes only the requested rows
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What may be measured: plain quantizations, and mixed layouts with the types that the work asks for.
+"""The candidates of a ladder: plain quantizations, and mixed layouts that suit the work.
 
-A name such as Q4_K_M stands for one of llama.cpp's own mixes. A mixed layout adds overrides, patterns over tensor
-names, since those mixes know nothing of the machine or the work: prefill multiplies by the layers for every token and
-by the vocabulary for the last one only, decode reads everything once for each token.
+A name such as Q4_K_M is one of llama.cpp's own mixes. A mixed layout adds overrides, patterns over tensor names,
+which fit the work: prefill multiplies by the layers for every token and by the vocabulary for the last one only, decode
+reads all weights once for each token. llama.cpp's mixes ignore both machine and work.
 """
 
 import re
@@ -18,14 +18,14 @@ from models.quality import TaskKind
 
 PLAIN = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
 
-# llama.cpp will not round to these without knowing which columns matter
+# llama.cpp does not round to these kinds without an importance matrix
 _NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
 OVERRIDE_KINDS = {
     *("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0"),
     *("IQ4_NL", "IQ4_XS", "IQ3_S"),
     *_NEEDS_IMATRIX,
 }
-# Kinds whose rounding does not ask which columns matter.
+# Kinds that are rounded without the importance matrix.
 _IGNORES_IMATRIX = {"F16", "BF16", "Q8_0"}
 
 TASK_KINDS: tuple[TaskKind, ...] = ("classify", "write")
@@ -41,7 +41,7 @@ _NEVER_QUANTIZED = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$")
 
 @dataclass(frozen=True)
 class TypeOverride:
-    """Matrices whose names the regular expression `pattern` finds are stored as `kind`."""
+    """Store the matrices whose names the regular expression `pattern` matches as `kind`."""
 
     pattern: str
     kind: GGMLQuantizationType
@@ -49,7 +49,7 @@ class TypeOverride:
 
 @dataclass(frozen=True)
 class CandidateSpec:
-    """A file to be made: `quantization`, but the matrices of `overrides` as those say (the first that matches).
+    """A file to be made: `quantization`, except for the matrices of `overrides` (the first match counts).
 
     `imatrix`: rounded with the importance matrix. `name` is part of the file's name.
     """
@@ -61,7 +61,7 @@ class CandidateSpec:
 
 
 class Tensor(Protocol):
-    """What is asked of a tensor, in a file or still to be written; `shape` in numpy's order."""
+    """A tensor, in a file or to be written; `shape` in numpy's order."""
 
     @property
     def name(self) -> str: ...
@@ -71,15 +71,15 @@ class Tensor(Protocol):
 
 
 def plain(quantization: str, *, imatrix: bool = False) -> CandidateSpec:
-    """The quantization of that name as llama.cpp mixes it; with the importance matrix, if any, where it matters."""
+    """llama.cpp's own mix of that name; with the importance matrix, if any, where it matters."""
     return CandidateSpec(quantization, quantization, imatrix and quantization not in _IGNORES_IMATRIX)
 
 
 def ladder(header: Header, work: TaskKind, *, imatrix: bool) -> tuple[CandidateSpec, ...]:
-    """What is worth measuring for the model of `header` and this work.
+    """The candidates worth measuring for the model of `header` and this work.
 
-    `imatrix`: there is one, which `collect` made with `output`, so that the vocabulary is weighted like the layers.
-    A mix is left out where it would be a plain one again: a small vocabulary, rows that fit no K-quant.
+    `imatrix`: there is one, collected with `output`, so that the vocabulary is weighted like the layers. A mix is left
+    out where it would equal a plain one: a small vocabulary, rows that fit no K-quant.
     """
     matrices = [tensor for tensor in header.tensors.values() if is_matrix(tensor)]
     vocabulary = [tensor for tensor in matrices if re.search(VOCABULARY, tensor.name)]
@@ -98,7 +98,7 @@ def ladder(header: Header, work: TaskKind, *, imatrix: bool) -> tuple[CandidateS
 
 
 def mixes(*, imatrix: bool) -> tuple[CandidateSpec, ...]:
-    """Every mixed layout that some ladder has, whatever the model and the work."""
+    """Every mixed layout of any ladder, for all models and kinds of work."""
     found = [
         spec
         for work in TASK_KINDS
@@ -144,7 +144,7 @@ def _vocabulary_mixes(work: TaskKind, *, imatrix: bool, k_quants: bool) -> list[
 
 def _mix(layers: str, vocabulary: GGMLQuantizationType, *, imatrix: bool) -> CandidateSpec:
     overrides = [TypeOverride(VOCABULARY, vocabulary)]
-    if layers == "F16":  # llama.cpp hears overrides only when it quantizes: the layers are the exception then
+    if layers == "F16":  # llama.cpp applies overrides only when it quantizes: here the layers are the override
         overrides.append(TypeOverride(LAYERS, GGMLQuantizationType.F16))
     base = "Q8_0" if layers == "F16" else layers
     learns = not {layers, vocabulary.name} <= _IGNORES_IMATRIX
@@ -152,15 +152,15 @@ def _mix(layers: str, vocabulary: GGMLQuantizationType, *, imatrix: bool) -> Can
 
 
 def is_matrix(tensor: Tensor) -> bool:
-    """Whether llama.cpp would quantize it: no vector, norm or expert gate."""
+    """True if llama.cpp quantizes the tensor: not a vector, norm or expert gate."""
     return len(tensor.shape) > 1 and tensor.name.endswith("weight") and not _NEVER_QUANTIZED.search(tensor.name)
 
 
 def resolve(tensors: Iterable[Tensor], spec: CandidateSpec) -> dict[str, GGMLQuantizationType]:
-    """Tensor name -> the kind it is overridden to.
+    """Tensor name -> the kind that overrides its own.
 
-    Raises RequestInvalid for a pattern that is no regular expression or decides about no matrix, and for overrides of
-    F16, which llama.cpp would ignore; QuantizationUnknown for a kind that nothing can be stored as.
+    Raises RequestInvalid for a pattern that is not a regular expression or decides about no matrix, and for overrides
+    of F16, which llama.cpp would ignore; QuantizationUnknown for a kind that no tensor can be stored as.
     """
     if spec.overrides and spec.quantization == "F16":
         raise RequestInvalid(
@@ -183,12 +183,12 @@ def resolve(tensors: Iterable[Tensor], spec: CandidateSpec) -> dict[str, GGMLQua
 
 
 def need_imatrix(kinds: Mapping[str, GGMLQuantizationType]) -> list[str]:
-    """The tensors, of those `resolve` found, that cannot be written without an importance matrix."""
+    """The tensors among the overridden ones that cannot be written without an importance matrix."""
     return [name for name, kind in kinds.items() if kind.name in _NEEDS_IMATRIX]
 
 
 def fits(tensor: Tensor, kind: GGMLQuantizationType) -> bool:
-    """Whether the tensor's rows come in whole blocks of `kind`; llama.cpp falls back to another kind if not."""
+    """True if the tensor's rows are multiples of `kind`'s blocks; llama.cpp falls back to another kind if not."""
     return tensor.shape[-1] % int(GGML_QUANT_SIZES[kind][0]) == 0
 
 

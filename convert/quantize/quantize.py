@@ -1,7 +1,7 @@
-"""A half-precision GGUF -> a candidate, through llama.cpp's `llama_model_quantize`: the mix, overrides and importance.
+"""Quantization of an F16 GGUF by llama.cpp's `llama_model_quantize`: mix, overrides and importance matrix.
 
-What is asked is checked before llama.cpp starts, and what was written is read back: overrides reach exactly the tensors
-they name, and where rows do not fit a type's blocks the result tells what llama.cpp fell back to.
+The request is checked before llama.cpp starts, and the written file is read back: overrides must have changed exactly
+the tensors they name, and matrices whose rows do not fit a type's blocks are counted.
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ _K_BLOCK = GGMLQuantizationType.Q4_K
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What a quantized file holds: kind -> how many tensors.
+    """The content of a quantized file: kind -> number of tensors.
 
     `fallbacks` counts the matrices whose rows do not fit the blocks of the type they were meant for.
     """
@@ -50,9 +50,9 @@ class QuantizeResult:
 
 
 def spec_named(name: str, *, imatrix: bool) -> CandidateSpec:
-    """What a ladder calls `name`, in whatever case: one of llama.cpp's own mixes, or a mixed layout of ours.
+    """The candidate called `name`, in any case: a mix of llama.cpp's own, or a mixed layout of ours.
 
-    `imatrix`: there is one, and it is used where it matters. Raises QuantizationUnknown naming the known ones.
+    `imatrix`: use an importance matrix where it matters. Raises QuantizationUnknown naming the known ones.
     """
     known = [*(plain(quantization, imatrix=imatrix) for quantization in QUANTIZATIONS), *mixes(imatrix=imatrix)]
     found = next((spec for spec in known if spec.name.upper() == name.upper()), None)
@@ -62,9 +62,9 @@ def spec_named(name: str, *, imatrix: bool) -> CandidateSpec:
 
 
 def disk_need(file_bytes: int, tensors: Sequence[OutTensor], specs: Iterable[CandidateSpec]) -> int:
-    """Bytes for the half-precision file, which holds `tensors`, and at most for all candidates beside it.
+    """The most bytes that the F16 file, which holds `tensors`, and all candidates take together.
 
-    The half-precision file is its own candidate. Raises as `resolve` does.
+    The F16 candidate is the F16 file itself. Raises as `resolve` does.
     """
     return file_bytes + sum(_most_bytes(file_bytes, tensors, spec) for spec in specs if not _is_f16(spec))
 
@@ -76,7 +76,7 @@ def quantize(
     imatrix: Path | None,
     progress: StepProgress,
 ) -> QuantizeResult:
-    """Write `source` quantized to `target`. `progress` is told (tensors done, tensors in all).
+    """Write `source` quantized to `target`. `progress` is called with (tensors done, tensors in all).
 
     `imatrix` is used if `spec` asks for it. Raises BadGguf for the source; RequestInvalid when a pattern matches
     nothing, or an importance matrix is asked for or needed and missing; ImatrixInvalid when it is damaged or another
@@ -153,7 +153,7 @@ def _written(header: Header, spec: CandidateSpec, kinds: Mapping[str, GGMLQuanti
 
 
 def _meant(tensor: Tensor, spec: CandidateSpec, kinds: Mapping[str, GGMLQuantizationType]) -> GGMLQuantizationType:
-    """A kind with the blocks that were asked for."""
+    """A kind with the same blocks as the requested one."""
     if "_K" in spec.quantization:
         return kinds.get(tensor.name, _K_BLOCK)
     return kinds.get(tensor.name, GGMLQuantizationType[spec.quantization])

@@ -1,4 +1,4 @@
-"""The process that quantizes: the one call of `llama_model_quantize`, with a line for each step and each error."""
+"""The child that quantizes: one call of `llama_model_quantize`, with a line for each step and each error."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ _LOGGED_STEP = re.compile(rb"\[ *(\d+)/ *(\d+)\]")
 
 
 def main() -> int:
-    """Quantize as the job says. Returns 0 when done."""
+    """Run the job. Returns llama.cpp's code as the exit code."""
     job = read_job()
     callback = llama_cpp.llama_log_callback(_log)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def _overrides(kinds: Mapping[str, int]) -> Any:
-    """An array that ends with a null pattern. Each pattern is one whole name: no two dialects of patterns meet here."""
+    """An array that ends with a null pattern. A pattern is a full name: regex dialects do not matter."""
     array = (llama_cpp.llama_model_tensor_override * (len(kinds) + 1))()
     for item, (name, kind) in zip(array, kinds.items(), strict=False):
         item.pattern = f"^{re.escape(name)}$".encode()
@@ -50,7 +50,7 @@ def _importance(path: Path) -> dict[str, np.ndarray]:
 
 
 def _imatrix_data(weights: Mapping[str, np.ndarray]) -> Any:
-    """An array that ends with a null name. It points into `weights`, which has to outlive it."""
+    """An array that ends with a null name. It points into `weights`, which must outlive it."""
     array = (llama_cpp.llama_model_imatrix_data * (len(weights) + 1))()
     for item, (name, values) in zip(array, weights.items(), strict=False):
         item.name = name.encode()

@@ -1,4 +1,4 @@
-"""What a ladder has found, kept as JSON under a hash of all it depends on: source, examples, versions, recipe."""
+"""Measurements of a ladder, kept as JSON under a hash of all they depend on: source, examples, versions, recipe."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ def digest(value: Any) -> str:
 
 
 class Cache:
-    """Values by name in one folder; `parts` are what all of them depend on."""
+    """Values by name in one folder, all of which depend on `parts`."""
 
     def __init__(self, folder: Path, parts: Iterable[Any]) -> None:
         self._folder = folder
@@ -36,9 +36,9 @@ class Cache:
         make: Callable[[], T],
         keep: Callable[[T], bool] = lambda _: True,
     ) -> T:
-        """The value of type `kind` that was kept under `name` and `parts`; else what `make` gives, kept if `keep` says.
+        """The value of type `kind` kept under `name` and `parts`, or else made, and kept if `keep(value)`.
 
-        A file that cannot be read is as good as none.
+        A file that cannot be read counts as missing.
         """
         key = digest([*self._parts, name, *map(digest, parts)])
         file = self._folder / f"{key[:32]}.json"

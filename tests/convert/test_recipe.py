@@ -1,4 +1,4 @@
-"""Recipes of the catalogue: what they bring along, how they cut their vocabulary, and when one is built anew."""
+"""Recipes of the catalogue: what they bring along, how they cut their vocabulary, and when a model is rebuilt."""
 
 import json
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_a_recipe_cuts_its_vocabulary_by_its_own_examples(store: Store, recipe: 
     assert stored.manifest.quality[0].what == "as served"
 
 
-def test_whatever_is_cut_the_recipe_says_how_it_is_rounded(store: Store, recipe: Path) -> None:
+def test_options_of_trimming_keep_the_recipes_rounding(store: Store, recipe: Path) -> None:
     trimming(recipe, quantization="Q4_0")
     write_imatrix(recipe / "i.gguf", steep())
     with (recipe / MANIFEST_FILE).open("a") as manifest:
@@ -184,17 +184,17 @@ def test_an_importance_matrix_that_does_not_fit_is_refused(store: Store, recipe:
     assert store.names() == ["tiny-base"]
 
 
-OTHERWISE: dict[str, tuple[dict[str, Any], int]] = {
+CHANGED: dict[str, tuple[dict[str, Any], int]] = {
     "another quantization": ({"quantization": "Q8_0"}, KEEP),
     "another adapter": ({"adapter": "adapter"}, len(TOKENS)),
     "the whole vocabulary": ({"whole_vocabulary": True}, len(TOKENS)),
 }
 
 
-@pytest.mark.parametrize("case", OTHERWISE)
-def test_what_is_asked_for_otherwise_is_cut_alike_unless_it_may_not_be(store: Store, recipe: Path, case: str) -> None:
+@pytest.mark.parametrize("case", CHANGED)
+def test_options_that_change_the_model_drop_only_what_no_longer_holds(store: Store, recipe: Path, case: str) -> None:
     trimming(recipe)
-    changes, n_vocab = OTHERWISE[case]
+    changes, n_vocab = CHANGED[case]
     if "adapter" in changes:
         changes = {"adapter": recipe / "adapter"}
     stored = convert(ConvertRequest(source="email-triage", name="other").model_copy(update=changes), store, Notes())
@@ -249,7 +249,7 @@ def test_a_given_manifest_says_nothing_about_how_another_model_was_converted(sto
     assert made.conversion == Conversion(quantization="Q8_0")
 
 
-def test_what_an_earlier_recipe_built_is_built_anew_once(
+def test_a_build_of_an_older_recipe_is_rebuilt_once(
     store: Store, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = load_catalog().get("email-triage")
@@ -262,7 +262,7 @@ def test_what_an_earlier_recipe_built_is_built_anew_once(
     assert capsys.readouterr().err == ""
 
 
-def test_a_build_with_settings_of_ones_own_stays(
+def test_a_build_with_other_settings_is_not_replaced(
     store: Store, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     convert(ConvertRequest(source="email-triage", quantization="Q8_0"), store, Notes())

@@ -110,7 +110,7 @@ def test_max_loss_moves_the_line() -> None:
     assert choose(candidates, LossBudget(kl_mean=0.1)).chosen == "Q4_0"
 
 
-def test_a_wanted_name_overrules_and_says_against_what() -> None:
+def test_a_forced_name_overrules_the_budget_and_the_reason_says_so() -> None:
     undo_reason = made("Q4_K_M", 2.0, verdict="undoes the fine-tune", reason="nearer the base")
     for wanted, against in (
         (undo_reason, "although it undoes the fine-tune: nearer the base"),
@@ -122,7 +122,7 @@ def test_a_wanted_name_overrules_and_says_against_what() -> None:
         assert against in choice.reason
 
 
-def test_what_failed_or_was_not_made_cannot_be_wanted() -> None:
+def test_a_failed_or_unknown_candidate_cannot_be_forced() -> None:
     candidates = [F16, made("Q4_0", verdict="failed", reason="aborted")]
     with pytest.raises(RequestInvalid, match="'Q4_0' was asked for, but it failed: aborted"):
         choose(candidates, BUDGET, "Q4_0")

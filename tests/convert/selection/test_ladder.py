@@ -227,7 +227,7 @@ def test_a_candidate_that_fails_is_a_line_of_the_report(inputs: LadderInputs, tm
     assert run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), again.tools())[0].chosen == "Q8_0"
 
 
-def test_a_wanted_one_is_made_whatever_it_loses(inputs: LadderInputs, tmp_path: Path) -> None:
+def test_a_forced_candidate_is_made_whatever_it_loses(inputs: LadderInputs, tmp_path: Path) -> None:
     quality, chosen = run_ladder(replace(inputs, forced="Q4_K_M"), ORIGIN, tmp_path / "work", Quiet(), Work().tools())
     assert (quality.chosen, quality.overruled) == ("Q4_K_M", True)
     assert chosen.name == "tuned-Q4_K_M.gguf"
