@@ -200,5 +200,5 @@ def _compiled(override: TypeOverride, spec: CandidateSpec) -> re.Pattern[str]:
         return re.compile(override.pattern)
     except re.error as error:
         raise RequestInvalid(
-            f"candidate {spec.name!r}: {override.pattern!r} is no regular expression: {error}"
+            f"candidate {spec.name!r}: {override.pattern!r} is not a regular expression: {error}"
         ) from error
