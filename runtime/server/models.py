@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 from runtime.monitoring.metrics import ModelSample
 from runtime.openai.wire import answer_type
 from runtime.pool.pool import ModelPool
-from runtime.pool.slot import ModelSlot, State
+from runtime.pool.slot import ModelSlot, SlotState
 from runtime.serving.names import ModelRef
 
 
@@ -35,7 +35,7 @@ class Model(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: Literal["deskside"]
-    state: State
+    state: SlotState
     root: str
     parent: str | None
     meta: ModelFacts
