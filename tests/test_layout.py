@@ -98,7 +98,7 @@ DOORS = {
     "peft": {"models.email_triage"},
 }
 # Names of classes and types that two files give to different things.
-SHARED_NAMES = {"Endpoint", "Item", "Message", "State", "TokenCounts"}
+SHARED_NAMES = {"State"}
 MAX_FILES = 9
 MORE_FILES = {"runtime/openai": 11, "convert/families": 11}
 MAX_FILE_LINES = 400
