@@ -20,7 +20,7 @@ once; the others fail.
         |         owns the EngineRun: relaunches, restarts,       add, cancel, step
         |         reads the pipe  <------- pipe: Ready, Stepped, --|
         v                                  Logged, Died            |
-    (b) SimpleQueue                                             deskside-guides
+    (b) SimpleQueue                                             deskside-grammar-masks
         |                                                         a grammar's next tokens, while main decodes
         v
     deskside-to-engine ------------------> pipe: Start, Add, Cancel --> deskside-reader
