@@ -5,9 +5,9 @@
             └─ fork ─────────────────── "fork": known from the prompt's own last row
 
 P(choice) is the product over its tokens of the model's probability for each after the prompt and the tokens before it.
-Where another choice goes on from this one's tokens (`spam`, `spam filter`), what ends an answer is a factor too, since
-only that tells the two apart. So a choice's last token is computed only where another goes on from it, and one of a
-single token is known from the prompt's own last row.
+Where another choice continues this one's tokens (`spam`, `spam filter`), the probability of an end is a factor too,
+since only that tells the two apart. So a choice's last token is computed only where another continues it, and a choice
+of a single token is known from the prompt's own last row.
 
 Choices that begin alike share those nodes of the tree. A node's logits answer for all of its children: the prompt's own
 last row is the root's, and every further node costs one token and one row of logits.
@@ -50,7 +50,7 @@ class ChoiceTree:
         for choice in prompt.choices:
             for depth in range(len(choice)):
                 self._children.setdefault(choice[:depth], set()).add(choice[depth])
-        # How many tokens of each choice are computed: not the last one, unless another choice goes on from it.
+        # The tokens of each choice that are computed: not the last one, unless another choice continues it.
         self._depths = {choice: len(choice) - (choice not in self._children) for choice in prompt.choices}
         # The log-probability of a path's last token, and of an end after the path.
         self._token: dict[Path, float] = {}

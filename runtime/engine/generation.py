@@ -103,7 +103,7 @@ def begin_grammar(
 
 
 def _room_before_end(state: GrammarState, params: SamplingParams, token_bytes: Callable[[int], bytes]) -> int:
-    """How many forced tokens come before one that would end the answer: by length, stop string or grammar."""
+    """The number of forced tokens before one that would end the answer: by length, stop string or grammar."""
     text = TextStream(token_bytes, params.stop)
     forced = state.forced()[: params.max_tokens - 1]
     for place, token in enumerate(forced):

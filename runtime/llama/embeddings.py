@@ -110,7 +110,7 @@ def _tensor_name() -> Callable[[int], bytes] | None:
 
 def _new_context(model: ModelHandle, info: ModelInfo, callback: object) -> object:
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = info.embed_n_ctx + info.embed_n_batch  # one text that goes on, and what joins its last batch
+    params.n_ctx = info.embed_n_ctx + info.embed_n_batch  # one text, and what joins its last batch
     params.n_batch = params.n_ubatch = info.embed_n_batch
     params.n_seq_max = info.embed_n_seq_max
     params.n_threads = params.n_threads_batch = info.n_threads

@@ -32,7 +32,7 @@ _NOTABLE_FEATURES = (
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How to load a model.
+    """The settings to load a model with.
 
     `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
     most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is

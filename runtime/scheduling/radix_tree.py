@@ -26,7 +26,7 @@ class _Node:
 
 @dataclass(slots=True)
 class _End:
-    """Where a sequence ends, and its length in tokens."""
+    """The end of a sequence: its last node, and its length in tokens."""
 
     node: _Node
     length: int
@@ -152,7 +152,7 @@ def _merge(node: _Node) -> None:
 
 
 def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
-    """How many first elements two one-dimensional arrays share."""
+    """The number of first elements that two one-dimensional arrays share."""
     length = min(len(left), len(right))
     differ = left[:length] != right[:length]
     first = int(differ.argmax()) if length else 0

@@ -98,7 +98,7 @@ class Scheduler:
         return StepPlan(self._cache.take_edits(), tuple(chunks), chunks[0].sequence.adapter)
 
     def spare(self, plan: StepPlan) -> int:
-        """How many more tokens, each with its row, the plan's step could compute; 0 unless all it does is decode.
+        """The number of tokens, each with its row, that the step could compute besides; 0 unless it only decodes.
 
         They displace nothing: no prompt, no idle prefix, and not the search for a guilty sequence.
         """

@@ -78,6 +78,7 @@ def nothing_left(engine: Engine, llama: FakeLlama, idle_cells: int) -> None:
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     assert stats.kv_cells_used == llama.used_cells <= idle_cells
+    engine.check({seq_id: len(tokens) for seq_id, tokens in llama.sequences.items()})
 
 
 def test_a_scripted_answer_ends_with_stop_and_counts_its_tokens() -> None:
