@@ -248,11 +248,20 @@ def test_a_vocabulary_is_trimmed_and_the_report_says_what_it_covers(
     assert stored.manifest.conversion.keep == 512
 
 
-@pytest.mark.parametrize("stage", ["write F16", "collect", "measure", "time", "quantize", "verify"])
+@pytest.mark.parametrize("stage", ["write F16", "collect", "measure", "time", "quantize"])
 def test_an_interrupt_leaves_no_model_and_no_file(store: Store, checkpoint: Path, examples: Path, stage: str) -> None:
+    require_nothing_left(store, checkpoint, examples, stage)
+
+
+def test_an_interrupt_at_the_end_leaves_no_model_and_no_file(measured: Store, checkpoint: Path, examples: Path) -> None:
+    require_nothing_left(measured, checkpoint, examples, "verify")
+
+
+def require_nothing_left(store: Store, checkpoint: Path, examples: Path, stage: str) -> None:
+    """Interrupt a conversion when `stage` begins: the store holds nothing afterwards but what was measured."""
     notes = Notes(stage, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        convert(ConvertRequest(source=str(checkpoint), name="tiny", examples=examples), store, notes)
+        convert(ConvertRequest(source=str(checkpoint), name="mine", examples=examples), store, notes)
     left = [path for path in files_under(store) if not path.startswith(f"{MEASUREMENTS}/")]
     assert left == []
     assert not [path for path in files_under(store) if path.endswith(".gguf") and "imatrix" not in path]
