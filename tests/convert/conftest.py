@@ -1,5 +1,6 @@
 """How conversion's child processes are started: forked with everything imported, unless a test is about the start."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,9 +11,10 @@ from tests.support.convert.forked import Forked
 
 @pytest.fixture(scope="module", autouse=True)
 def forked_children() -> Iterator[None]:
-    """Children begin their work at once."""
+    """Children begin their work at once. Not on macOS, where a process that has loaded Metal must not be forked."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("convert.child.start_python", Forked)
+        if sys.platform == "linux":
+            patch.setattr("convert.child.start_python", Forked)
         yield
 
 
