@@ -1,23 +1,24 @@
-"""A chat in the terminal: one conversation over the same supervisor that serves HTTP.
+"""A chat in the terminal: one conversation, by the same calls that answer `/v1/chat/completions`.
 
 On a terminal it prompts, streams, and lets Ctrl-C stop an answer; from a pipe it reads one message per line and writes
 one answer per line, for use in shell scripts.
 """
 
 import asyncio
-import secrets
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from models.manifest import Manifest
 from runtime.config import RuntimeConfig
 from runtime.errors import ContextTooLong, RequestError
-from runtime.prompt.prompter import Prompter
-from runtime.requests import Failed, Request, SamplingParams, TextDelta
-from runtime.serving.model import open_model
-from runtime.worker.supervisor import EngineSupervisor
+from runtime.openai.chat import MAX_MESSAGES
+from runtime.requests import Failed, TextDelta
+from runtime.serving.call import Call
+from runtime.serving.chat import prepare_chat
+from runtime.serving.model import ServedModel, open_model
 
 from .commands import ChatOptions
 
@@ -52,6 +53,8 @@ class Conversation:
         if not self.classifies:
             asked = self.messages(text)[-1]
             self.turns += [asked, {"role": "assistant", "content": answer}]
+            if len(self.turns) > MAX_MESSAGES - 2:
+                self.forget_oldest()
 
     def forget_oldest(self) -> bool:
         """Drop the oldest exchange; False if there is none."""
@@ -59,32 +62,27 @@ class Conversation:
         del self.turns[:2]
         return dropped
 
-    @property
-    def max_tokens(self) -> int | None:
-        """Length limit of the answer; None: as long as the context allows."""
-        return self.options.max_tokens or (LABEL_TOKENS if self.classifies else None)
+    def body(self, text: str) -> dict[str, Any]:
+        """The next request, as a body of `/v1/chat/completions`: greedy and short for a label.
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """Sampling parameters of the next answer: greedy for a label."""
-        given = self.options.temperature
-        temperature = given if given is not None else 0.0 if self.classifies else 0.8
-        return SamplingParams(max_tokens, temperature=temperature, top_p=self.options.top_p, seed=self.seed())
-
-    def seed(self) -> int:
-        """The next answer's seed: random, or counted up from the given one, so that a conversation can be repeated."""
-        self.asked += 1
-        return secrets.randbits(63) if self.options.seed is None else self.options.seed + self.asked - 1
+        A given seed counts up from answer to answer, so that a conversation can be repeated.
+        """
+        given, seed = self.options.temperature, self.options.seed
+        return {
+            "messages": self.messages(text),
+            "max_tokens": self.options.max_tokens or (LABEL_TOKENS if self.classifies else None),
+            "temperature": given if given is not None else 0.0 if self.classifies else 0.8,
+            "top_p": self.options.top_p,
+            "seed": None if seed is None else (seed + self.asked) % (1 << 63),
+            "stream": True,
+        }
 
 
 class Chat:
     """One conversation with one model."""
 
-    def __init__(
-        self, supervisor: EngineSupervisor, prompter: Prompter, conversation: Conversation, adapter: str | None = None
-    ) -> None:
-        self._supervisor = supervisor
-        self._prompter = prompter
-        self._adapter = adapter
+    def __init__(self, model: ServedModel, conversation: Conversation) -> None:
+        self.model = model
         self.conversation = conversation
 
     async def answer(self, text: str) -> AsyncGenerator[str, None]:
@@ -92,7 +90,7 @@ class Chat:
 
         Raises RequestError or EngineError. Drops the oldest exchanges while the context is too small.
         """
-        stream = self._supervisor.submit(self._request(text))
+        stream = self.model.supervisor.submit(*self._call(text).work)
         pieces: list[str] = []
         try:
             async for event in stream:
@@ -105,19 +103,18 @@ class Chat:
             stream.cancel()
         self.conversation.remember(text, "".join(pieces))
 
-    def _request(self, text: str) -> Request:
+    def _call(self, text: str) -> Call:
         turns = list(self.conversation.turns)
         while True:
-            prompt = self._prompter.chat(self.conversation.messages(text))
             try:
-                limit = self._prompter.limit(prompt, self.conversation.max_tokens, param="--max-tokens")
-            except ContextTooLong:
+                call = prepare_chat(self.conversation.body(text), self.model)
+            except ContextTooLong as error:
                 if self.conversation.forget_oldest():
                     continue
                 self.conversation.turns = turns  # the text alone is too long: keep the conversation
-                raise
-            params = self.conversation.sampling(limit)
-            return Request(f"chat-{self.conversation.asked}", prompt, params, self._adapter)
+                raise ContextTooLong(str(error).replace("max_tokens", "--max-tokens"), code=error.code) from None
+            self.conversation.asked += 1
+            return call
 
 
 def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
@@ -131,7 +128,7 @@ def chat_with(model: str, config: RuntimeConfig, options: ChatOptions) -> None:
                 import readline  # noqa: F401  (gives `input` line editing)
             print(greeting(served.name, conversation), file=sys.stderr)
         with asyncio.Runner() as runner:
-            talk(Chat(served.supervisor, served.prompter, conversation, served.adapter), runner)
+            talk(Chat(served, conversation), runner)
     finally:
         served.supervisor.stop()
 

@@ -8,12 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import Self
 
-from runtime.errors import Cancelled, InvalidRequest
-from runtime.requests import Event, Failed, TextDelta, Work
-
-AnyEvent = TypeVar("AnyEvent", bound=Event)
+from runtime.errors import InvalidRequest
+from runtime.requests import Event, TextDelta, Work
 
 
 class Stream:
@@ -52,7 +50,8 @@ class Stream:
 
     def cancel(self) -> None:
         """End the requests of the stream: each that is live fails with Cancelled. Calling twice is harmless."""
-        self._cancel(tuple(self._open))
+        if self._open:
+            self._cancel(tuple(self._open))
 
 
 def put_all(handed: Iterable[tuple[Stream, Event]]) -> None:
@@ -69,17 +68,6 @@ def cancelling(stream: Stream) -> Iterator[None]:
     except (Exception, asyncio.CancelledError):
         stream.cancel()
         raise
-
-
-async def only_event(stream: Stream, kind: type[AnyEvent]) -> AnyEvent:
-    """The one event, a `kind`, of a stream of a single request. Raises the request's error if it failed."""
-    with cancelling(stream):
-        async for event in stream:
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, kind):
-                return event
-    raise Cancelled("the stream ended without an answer")
 
 
 MAX_RETRY_AFTER_S = 60

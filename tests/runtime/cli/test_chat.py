@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,6 @@ from runtime.engine.options import EngineOptions
 from runtime.errors import ContextTooLong, TemplateFailed
 from runtime.prompt.prompter import Prompter
 from runtime.serving.model import ServedModel
-from runtime.worker.supervisor import EngineSupervisor
 from tests.support.runtime.engine_thread import supervise, supervising
 from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama
 
@@ -33,7 +33,9 @@ SORTER = Manifest(name="sorter", description="Sorts mail.", task="classify", lab
 def chatting(llama: FakeLlama, options: ChatOptions | None = None, manifest: Manifest | None = None) -> Iterator[Chat]:
     prompter = Prompter(llama.tokenizer, FAKE_TEMPLATE, llama.info.n_ctx)
     with supervising(Engine(llama, EngineOptions())) as supervisor:
-        yield Chat(supervisor, prompter, Conversation(manifest, options or ChatOptions()))
+        grammars = Grammars(llama.tokenizer)
+        model = ServedModel("toy", manifest, supervisor, prompter, llama.tokenizer, llama.info, grammars)
+        yield Chat(model, Conversation(manifest, options or ChatOptions()))
 
 
 async def say(chat: Chat, text: str) -> str:
@@ -71,7 +73,7 @@ def test_a_classifier_is_asked_its_way_greedily_and_without_history() -> None:
     conversation = Conversation(manifest, ChatOptions())
     conversation.remember("a", "spam")
     assert conversation.messages("win {text} money") == [{"role": "user", "content": "Mail: win {text} money"}]
-    assert conversation.sampling(9).temperature == 0
+    assert conversation.body("a")["temperature"] == 0
     told = greeting("sorter", conversation)
     assert "Sorts mail." in told
     assert "ham, spam" in told
@@ -105,16 +107,12 @@ def test_an_answer_that_is_left_is_cancelled_and_forgotten() -> None:
         async with aclosing(chat.answer("hello")) as pieces:
             async for _ in pieces:
                 break
-        await chat_supervisor(chat).drain(30)
+        await chat.model.supervisor.drain(30)
 
     with chatting(FakeLlama(script=lambda history: ord("a")), ChatOptions(temperature=0)) as chat:
         asyncio.run(leave(chat))
         assert chat.conversation.turns == []
-        assert chat_supervisor(chat).live == 0
-
-
-def chat_supervisor(chat: Chat) -> EngineSupervisor:
-    return chat._supervisor
+        assert chat.model.supervisor.live == 0
 
 
 def test_from_a_pipe_lines_become_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,6 +211,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
 def test_an_adapters_chat_asks_for_the_adapter() -> None:
     llama = FakeLlama(script="yes", adapters=("mail",))
     with chatting(llama) as chat:
-        with_adapter = Chat(chat_supervisor(chat), chat._prompter, chat.conversation, "mail")
+        with_adapter = Chat(replace(chat.model, adapter="mail"), chat.conversation)
         assert asyncio.run(say(with_adapter, "hello")) == "yes"
     assert set(llama.applied) == {"mail"}
