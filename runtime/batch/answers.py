@@ -12,7 +12,7 @@ from runtime.worker.inflight import Stream
 
 from .lines import BatchLine
 
-# The routes whose answers are drawn.
+# The routes that take a seed.
 _SEEDED = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -50,7 +50,7 @@ class EngineAnswerer:
 
 
 def _body(line: BatchLine) -> dict[str, Any]:
-    """The line's body. A seed that is not given is made from the line, so that a batch run twice answers the same."""
+    """The line's body. A missing seed is made from the line, so that a batch run twice gives the same answers."""
     if line.url not in _SEEDED or line.body.get("seed") is not None:
         return dict(line.body)
     return {**line.body, "seed": int(line.fingerprint[:15], 16)}

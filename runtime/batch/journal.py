@@ -1,4 +1,4 @@
-"""The files a batch writes: answers appended whole, so that a run killed at any moment can go on where it stopped.
+"""The files a batch writes: answers are appended whole, so that a run killed at any moment can be resumed.
 
 The answers file is its own journal. Each line's id is made from the request it answers, so a resumed run can tell
 what is done, and can refuse to mix the answers of another input or another model into it.
@@ -20,7 +20,7 @@ _FIRST_BYTES = b'{"id": "' + ID_PREFIX.encode()
 
 
 def errors_path(output: Path) -> Path:
-    """Where the lines that failed go: `answers.jsonl` -> `answers.errors.jsonl`."""
+    """The file of the failed lines: `answers.jsonl` -> `answers.errors.jsonl`."""
     name = output.name.removesuffix(".jsonl")
     return output.with_name(f"{name}.errors.jsonl")
 
@@ -37,7 +37,7 @@ def error_record(number: int, custom_id: str | None, error: Mapping[str, Any]) -
 
 
 class JsonlFile:
-    """A file of JSON lines that one process at a time may append to, each line by one write."""
+    """A file of JSON lines, locked for one process, which appends each line by one write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,7 +73,7 @@ class JsonlFile:
         self.close()
 
     def close(self) -> None:
-        """Bring what was written to the disk and let go of the file."""
+        """Flush the file to the disk and release it."""
         try:
             os.fsync(self._fd)
         finally:
@@ -81,7 +81,7 @@ class JsonlFile:
 
 
 class ErrorsFile:
-    """What failed in this run. It is written anew by each run, since each run judges every open line again."""
+    """The lines that failed in this run. Each run replaces the file, since it judges every open line again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -105,7 +105,7 @@ class ErrorsFile:
 
 
 def resume(answers: JsonlFile, model: str) -> dict[int, int]:
-    """What `answers` holds already: custom_id's key -> fingerprint. A torn last line is cut off.
+    """Read the answers of earlier runs: key of the custom_id -> fingerprint. Cuts off a torn last line.
 
     Raises BatchRefused if the file is not a batch's, or holds answers of another model.
     """

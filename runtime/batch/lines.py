@@ -21,7 +21,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """One request of the file. `number` counts from 1; `fingerprint` is of all that was asked, in hex."""
+    """One request of the file. `number` counts from 1; `fingerprint` is a hash of custom_id, url and body, in hex."""
 
     number: int
     custom_id: str
@@ -37,7 +37,7 @@ class BatchLine:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line that is no request. `custom_id` is None where it could not be read."""
+    """A line that cannot be read as a request. `custom_id` is None if it cannot be read either."""
 
     number: int
     custom_id: str | None
@@ -50,7 +50,7 @@ def key_of(custom_id: str) -> int:
 
 
 def read_lines(path: Path, max_line_bytes: int) -> Iterator[BatchLine | BadLine]:
-    """The requests of `path` in order; blank lines are passed over. A line over the limit is never held whole."""
+    """Yield the requests of `path` in order, without blank lines. A line over the limit is never held whole."""
     with path.open("rb") as file:
         number = 0
         while raw := file.readline(max_line_bytes + 1):
@@ -63,7 +63,7 @@ def read_lines(path: Path, max_line_bytes: int) -> Iterator[BatchLine | BadLine]
 
 
 def count_lines(path: Path) -> int:
-    """How many lines `path` has, blank ones included: for the progress bar only."""
+    """Count the lines of `path`, blank ones included, for the progress bar."""
     count, last = 0, b"\n"
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -73,7 +73,7 @@ def count_lines(path: Path) -> int:
 
 
 def parse_line(number: int, raw: bytes) -> BatchLine | BadLine:
-    """Read one line. Never raises: what is wrong with it is the BadLine's error."""
+    """Read one line. Never raises: a fault becomes the BadLine's error."""
     custom_id = None
     try:
         record = _json_object(raw)

@@ -37,7 +37,7 @@ _log = logging.getLogger("deskside.batch")
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What to run: requests of `source` for `model`, answers to `output`, `window` requests in flight."""
+    """One batch: requests of `source` for `model`, answers to `output`, `window` requests in flight."""
 
     source: Path
     output: Path
@@ -48,7 +48,7 @@ class BatchJob:
 
 @dataclass
 class BatchCounts:
-    """How far a run is. `skipped` were answered by an earlier run; tokens are of this run, cached ones not computed."""
+    """The progress of a run. `skipped` were answered by an earlier run; tokens are of this run."""
 
     answered: int = 0
     skipped: int = 0
@@ -60,7 +60,7 @@ class BatchCounts:
 
     @property
     def lines(self) -> int:
-        """Requests dealt with."""
+        """Requests answered, skipped or failed."""
         return self.answered + self.skipped + self.failed
 
     @property
@@ -83,14 +83,14 @@ class Answerer(Protocol):
     """The engine as a batch sees it."""
 
     async def answer(self, line: BatchLine) -> Mapping[str, Any]:
-        """OpenAI's response body. Whatever it raises, this one line failed."""
+        """Return OpenAI's response body. Any exception fails this line only."""
 
     def require_alive(self) -> None:
         """Raise EngineError if no request will be answered any more."""
 
 
 class BatchRun:
-    """One run of a job. `counts` can be read while it goes on."""
+    """One run of a job. `counts` can be read while it runs."""
 
     def __init__(
         self, job: BatchJob, files: BatchFiles, answerer: Answerer, on_progress: Callable[[BatchCounts], None]
@@ -103,7 +103,7 @@ class BatchRun:
         self._window = asyncio.Semaphore(job.window)
 
     async def run(self) -> None:
-        """Answer every line. Cancelled, it stops what is in flight; what is written stays and can be resumed.
+        """Answer every line. Cancelled, it stops the requests in flight; the answers written stay, for a resumed run.
 
         Raises EngineError when the engine is gone, OSError when a file cannot be written.
         """
@@ -112,7 +112,7 @@ class BatchRun:
         try:
             async with asyncio.TaskGroup() as group:
                 for line in read_lines(self._job.source, self._job.max_line_bytes):
-                    await asyncio.sleep(0)  # also when a million lines in a row are passed over
+                    await asyncio.sleep(0)  # also while it skips a million lines in a row
                     if request := self._open_request(line, seen):
                         await self._window.acquire()
                         group.create_task(self._answer(request))
@@ -120,7 +120,7 @@ class BatchRun:
             raise several.exceptions[0] from None
 
     def _open_request(self, line: BatchLine | BadLine, seen: set[int]) -> BatchLine | None:
-        """`line`, if it is still to be answered. A bad one is written down, an answered one passed over."""
+        """Return `line` if it is still open. Records a bad line as failed; skips an answered one."""
         if isinstance(line, BadLine):
             self._fail(line.number, line.custom_id, line.error)
             return None
@@ -139,7 +139,7 @@ class BatchRun:
     async def _answer(self, line: BatchLine) -> None:
         try:
             body = await self._answerer.answer(line)
-        except Exception as error:  # noqa: BLE001  (whatever one line brings about, the others go on)
+        except Exception as error:  # noqa: BLE001  (one line must not stop the others)
             self._answerer.require_alive()
             if not isinstance(error, RequestError | EngineError):
                 _log.error("line %d failed unexpectedly", line.number, exc_info=error)
@@ -158,7 +158,7 @@ class BatchRun:
     def _count(self, usage: Mapping[str, Any]) -> None:
         counts = self.counts
         counts.answered += 1
-        # Newer routes of OpenAI's call what goes in input, and what comes of it output.
+        # OpenAI's newer routes say input and output for prompt and completion.
         into, out = ("input", "output") if "input_tokens" in usage else ("prompt", "completion")
         counts.prompt_tokens += usage.get(f"{into}_tokens", 0)
         counts.completion_tokens += usage.get(f"{out}_tokens", 0)
@@ -236,7 +236,7 @@ def closing_line(summary: dict[str, Any]) -> str:
         line += f" (see {summary['errors']})"
     tokens = summary["prompt_tokens"] - summary["cached_tokens"] + summary["completion_tokens"]
     line += f", {tokens} tokens computed in {summary['seconds']:.1f} s"
-    return f"interrupted: {line}; the same command goes on from here" if summary["interrupted"] else line
+    return f"interrupted: {line}; rerun the same command to resume" if summary["interrupted"] else line
 
 
 LINES_PER_SLOT = 4

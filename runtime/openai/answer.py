@@ -23,7 +23,7 @@ from .answer_types import ChatLogprobs, ChatToken, CompletionLogprobs, InputOutp
 from .tool_calls import CallDelta, ToolCallReader, ToolDelta, ToolFormat
 from .wire import Endpoint
 
-# JSON has no infinity; OpenAI writes this for a token that cannot come.
+# JSON has no infinity; OpenAI writes this for a token of probability zero.
 LEAST_LOGPROB = -9999.0
 
 AnswerChunk = Mapping[str, Any] | str

@@ -1,4 +1,4 @@
-"""OpenAI's wire requests: the types of their bodies, and how a body becomes engine requests.
+"""The bodies of `/v1/chat/completions` and `/v1/completions`: their types, and their translation to engine requests.
 
 Pure: no server, tokenizer or clock. `wire.FIELDS` says which fields there are, and what happens to each.
 """
@@ -47,7 +47,7 @@ def _plain_text(content: object) -> str:
 
 
 def texts_or_ids(value: object) -> tuple[str | tuple[int, ...], ...]:
-    """The four shapes of a prompt as one: a tuple of texts or token-id tuples."""
+    """The four shapes of a prompt as a tuple of texts or token-id tuples. Raises ValueError."""
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
@@ -235,7 +235,7 @@ def parse(endpoint: Endpoint, payload: object) -> Body:
 
 
 def _check_together(body: Body) -> None:
-    """What one field allows or forbids another."""
+    """Check the fields against each other. Raises InvalidRequest."""
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream true", param="stream_options")
     grammars = _grammars(body)
@@ -264,7 +264,7 @@ def _check_tools(body: ChatBody, grammars: Sequence[Grammar]) -> None:
     _check_turns(body.messages)
     if not body.callable_tools:
         return
-    # Each of these would break a call off, or forbid it.
+    # Each of these could cut a call short, or forbid it.
     clashing = [grammar.param for grammar in grammars]
     clashing += [name for name in ("stop", "ignore_eos") if getattr(body, name)]
     if clashing:
@@ -272,7 +272,7 @@ def _check_tools(body: ChatBody, grammars: Sequence[Grammar]) -> None:
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
-    """Every result must answer a call before it, once, and no two calls share an id. Raises InvalidRequest."""
+    """Check that each result answers one earlier call, and that call ids are unique. Raises InvalidRequest."""
     called: set[str] = set()
     answered: set[str] = set()
     for place, message in enumerate(messages):
@@ -298,12 +298,12 @@ def _grammars(body: Body) -> list[Grammar]:
 
 
 def grammar_of(body: Body) -> Grammar | None:
-    """What the answers must look like, if the body says."""
+    """The grammar of the answers, if the body has one."""
     return next(iter(_grammars(body)), None)
 
 
 def token_limit(body: Body) -> tuple[int | None, str]:
-    """How many tokens an answer may have (None: whatever the context leaves), and the field that said so."""
+    """The limit of an answer in tokens (None: all that the context leaves), and the field that sets it."""
     if isinstance(body, CompletionBody):
         return body.max_tokens or DEFAULT_COMPLETION_TOKENS, "max_tokens"
     if body.max_completion_tokens is not None:
@@ -312,7 +312,7 @@ def token_limit(body: Body) -> tuple[int | None, str]:
 
 
 def _alternatives(body: Body) -> int | None:
-    """How many other tokens to report beside each one, 0 for none but its own log-probability; None: not asked."""
+    """The number of alternatives to report per token; 0: the token's own log-probability only; None: nothing."""
     if isinstance(body, CompletionBody):
         return body.logprobs
     return (body.top_logprobs or 0) if body.logprobs else None
@@ -333,7 +333,7 @@ def to_requests(
     drawn_seeds: Sequence[int],
     adapter: str | None = None,
 ) -> tuple[Request, ...]:
-    """All choices of a call, in order of index: prompt by prompt, `n` of each.
+    """The requests of all choices of a call, in order of index: prompt by prompt, `n` of each.
 
     With a seed given, choice i of every prompt uses seed + i, so that a list of prompts answers as single calls would;
     without one, choice k of the call takes `drawn_seeds[k]`. A seed may be negative, as OpenAI's are; it is folded into

@@ -28,7 +28,7 @@ MAX_NAME_CHARS = 256
 
 DECISION_FIELDS: Mapping[str, FieldRule] = {
     **{name: FieldRule(name, "used") for name in ("model", "input", "questions")},
-    # These say who asks, or where a hosted cache should break; every prefix is shared here anyway.
+    # The client's identity, and where a hosted cache should break; here every prefix is shared.
     **{name: FieldRule(name, "ignored") for name in ("prompt_cache_key", "prompt_cache_options", "safety_identifier")},
 }
 # part type -> the field that holds its text
@@ -116,7 +116,7 @@ class _Question(WireModel):
 
 
 class Predicate(_Question):
-    """How likely is it that a statement about the input is true."""
+    """The question of whether a statement about the input is true."""
 
     type: Literal["predicate"]
 
@@ -136,7 +136,7 @@ class ChoiceOption(WireModel):
 
 
 class Choice(_Question):
-    """Which of the values fits the input."""
+    """The question of which value fits the input."""
 
     type: Literal["choice"]
     choices: tuple[ChoiceOption, ...] = Field(min_length=2, max_length=MAX_SCORED_CHOICES, strict=False)
@@ -150,7 +150,7 @@ class ScoreLevel(WireModel):
 
 
 class Score(_Question):
-    """Where the input stands on a scale, whose levels are given from the lowest to the highest."""
+    """The question of the input's place on a scale; levels go from the lowest to the highest."""
 
     type: Literal["score"]
     levels: tuple[ScoreLevel, ...] = Field(min_length=2, max_length=MAX_SCORED_CHOICES, strict=False)
@@ -223,7 +223,7 @@ def _question(place: int, item: object) -> Question:
 
 
 def options(question: Question) -> list[tuple[str, str | None]]:
-    """What may be answered, in order: each option as the model reads it, and its description."""
+    """The possible answers in order: each as the model reads it, and its description."""
     if isinstance(question, Choice):
         return [(option.text, option.description) for option in question.choices]
     if isinstance(question, Score):

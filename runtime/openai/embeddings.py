@@ -43,7 +43,7 @@ class EmbeddingBody(TableBody):
 
 
 def parse_embedding(payload: object, n_embd: int) -> EmbeddingBody:
-    """The body, checked field by field, for a model of width `n_embd`.
+    """Read a body, field by field, for a model of width `n_embd`.
 
     Raises InvalidRequest with `param` and the value given.
     """

@@ -1,4 +1,4 @@
-"""`/v1/responses` on the wire: which fields there are, and how its body becomes the body of a chat completion.
+"""The body of `/v1/responses`: its fields, and its translation to the body of a chat completion.
 
 Pure. Nothing is kept between requests, so whatever names an earlier response is refused. What a chat's body checks is
 left to it; `Origins` says where in this body a field of that one came from.
@@ -24,7 +24,7 @@ MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS, MAX_METADATA_VALUE_CHARS = 64, 512
 LOGPROBS = "message.output_text.logprobs"
 
-# These mean the same in a chat's body, and are checked there.
+# Fields with the same meaning in a chat's body, which checks them.
 PASSED: tuple[str, ...] = ("model", "stream", "temperature", "top_p", "parallel_tool_calls")
 PASSED += ("seed", "top_k", "min_p", "presence_penalty", "frequency_penalty")
 
@@ -92,7 +92,7 @@ class CallItem(CalledFunction):
 
 
 class ResultItem(WireModel):
-    """What a call came to."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: str
@@ -173,7 +173,7 @@ class Origins:
     calls: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def rename(self, param: str) -> str:
-        """The field that `param` of the chat's body was made of."""
+        """The name in this body of the field `param` of the chat's body."""
         if turn := re.match(r"messages\[([0-9]+)\](?:\.tool_calls\[([0-9]+)\])?(.*)", param):
             place, call, rest = int(turn[1]), turn[2], turn[3]
             where = self.messages[place] if call is None else self.calls[place, int(call)]
@@ -260,7 +260,7 @@ def _messages(own: ResponseBody, origins: Origins) -> list[dict[str, Any]]:
         elif isinstance(item, ResultItem):
             add({"role": "tool", "tool_call_id": item.call_id, "content": item.output}, where)
         else:
-            # The calls of one turn are items here, and one message there, together with what was said before them.
+            # The calls of a turn are items here; in a chat they are one message, with the text before them.
             if not messages or messages[-1]["role"] != "assistant":
                 add({"role": "assistant", "content": None}, where)
             calls = messages[-1].setdefault("tool_calls", [])

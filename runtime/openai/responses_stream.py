@@ -1,4 +1,4 @@
-"""`/v1/responses`, answered: engine events become its stream events, and the whole response is what the last one holds.
+"""The answer of `/v1/responses`: engine events become stream events, of which the last holds the whole response.
 
 A response is a message with the text, if any, and then the calls; each is added, grows and is done before the next.
 """

@@ -1,4 +1,4 @@
-"""How models write tool calls, one row per family of chat templates, and the grammar of an answer that may hold calls.
+"""Formats of tool calls, one row per family of chat templates, and the grammar of an answer that may hold calls.
 
 Pure. A call is `lead`, the function's name, `middle`, its arguments as a JSON object, and `tail`. The grammar holds the
 model to that form and to each function's schema, so that whatever is read as a call can be parsed.
@@ -50,9 +50,9 @@ class ToolFormat:
         return head in conversation if self.marker else turn.lstrip().startswith(head)
 
 
-# A call that a template is let write, to see how it does.
+# The call that each template renders, to find its format.
 PROBE_NAME, PROBE_ARGUMENTS = "get_weather", '{"city": "Oslo"}'
-# Nine letters or digits, as some templates insist.
+# Some templates require nine letters or digits.
 _PROBE_ID = "abcdefghi"
 _NAME, _ARGUMENTS, _PARAMETERS = '{"name": "', '", "arguments": ', '", "parameters": '
 
@@ -86,7 +86,7 @@ def probe() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def recognise(conversation: str, turn: str, template_text: str) -> ToolFormat | None:
-    """The format in which a template wrote PROBE; where it wrote no call at all, the one it hints at.
+    """The format in which a template rendered PROBE; if it rendered no call, the format that its text hints at.
 
     `turn` is the conversation from where the model's turn begins, `template_text` all text that the template may write.
     None for a form that is not known.
@@ -138,7 +138,7 @@ _SPACE = " \t\r\n"
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
-    """News of call number `index`: its `name`, with the first news only, and more of its arguments."""
+    """More of call number `index`: its `name` in the first delta only, and a piece of its arguments."""
 
     index: int
     id: str
@@ -148,7 +148,7 @@ class CallDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolDelta:
-    """What a piece of an answer said: content, then calls; at most one delta for each call."""
+    """The content of a piece of an answer, then its calls: at most one delta for each call."""
 
     content: str = ""
     calls: tuple[CallDelta, ...] = ()
@@ -167,7 +167,7 @@ class ToolCallReader:
         self.n_calls = 0
 
     def feed(self, text: str) -> ToolDelta:
-        """What `text` lets be told; maybe nothing yet."""
+        """Add a piece of text; return the content and calls that are certain by now."""
         self._buffer += text
         content, deltas = "", dict[int, CallDelta]()
         state = None
@@ -182,7 +182,7 @@ class ToolCallReader:
         return ToolDelta(content, tuple(deltas.values()))
 
     def finish(self) -> str:
-        """The content that was held back, in case it would turn out to begin a call."""
+        """End the answer; return the content that was held back as a possible beginning of a call."""
         held, self._buffer = self._buffer, ""
         return held if self._state in ("text", "only text") else ""
 
@@ -202,7 +202,7 @@ class ToolCallReader:
             return content
         longest = min(len(self._buffer), len(marker) - 1)
         keep = next((n for n in range(longest, 0, -1) if marker.startswith(self._buffer[-n:])), 0)
-        # The white space before a call belongs to neither.
+        # White space before a call belongs neither to the text nor to the call.
         return self._take(len(self._buffer[: len(self._buffer) - keep].rstrip(_SPACE)))
 
     def _read_head(self, deltas: dict[int, CallDelta]) -> None:
@@ -222,7 +222,7 @@ class ToolCallReader:
             deltas[index] = CallDelta(index, before.id, before.name, before.arguments + piece)
 
     def _end_of_arguments(self) -> int:
-        """How much of the buffer belongs to the arguments; where they end, what follows is a head again."""
+        """The length of the arguments in the buffer; at their end the state becomes `head` again."""
         for place, character in enumerate(self._buffer):
             if self._escaped:
                 self._escaped = False

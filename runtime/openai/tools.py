@@ -1,4 +1,4 @@
-"""OpenAI's tools on the wire: what may be called, whether it must be, and the calls and results in a conversation.
+"""OpenAI's tools on the wire: functions, the choice among them, and the calls of a conversation.
 
 Pure. Sizes are bounded here; how a model writes its calls is in `tool_calls`.
 """
@@ -108,14 +108,14 @@ ToolChoiceBody = Literal["none", "auto", "required"] | ChosenTool
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether the model may or must call, and if it must call one function, its `name`."""
+    """`mode` says if the model may or must call; `name` is the one function that it must call, if any."""
 
     mode: Mode = "auto"
     name: str | None = None
 
 
 def parse_tool_choice(value: object) -> ToolChoice:
-    """OpenAI's `tool_choice`. Raises ValueError for what is none of its forms."""
+    """Read OpenAI's `tool_choice`. Raises ValueError for any other form."""
     if value == "none" or value == "auto" or value == "required":
         return ToolChoice(value)
     if isinstance(value, dict) and set(value) == {"type", "function"} and value["type"] == "function":
@@ -126,7 +126,7 @@ def parse_tool_choice(value: object) -> ToolChoice:
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
-    """What the tools allow or forbid one another, and the choice. Raises InvalidRequest."""
+    """Check the tools together, and against the choice. Raises InvalidRequest."""
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])

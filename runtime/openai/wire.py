@@ -1,4 +1,4 @@
-"""What every endpoint's wire translation shares: strict JSON and models, the table of fields, errors.
+"""The base of every endpoint's wire translation: strict JSON and models, the table of fields, errors.
 
 FIELDS says of each OpenAI body field whether it is used, ignored or refused; each row has a test. A field that is not
 in it is refused by name. `null` counts as absent everywhere.
@@ -192,7 +192,7 @@ FIELDS: tuple[FieldRule, ...] = (
         for name in ("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice")
     ),
     FieldRule("prompt", "used", ("completion",)),
-    # These say who asks, what to keep or how to bill; no answer depends on them.
+    # The client's identity, storage and billing; no answer depends on them.
     *(FieldRule(name, "ignored") for name in ("user", "metadata", "store", "service_tier", "safety_identifier")),
     *(FieldRule(name, "ignored") for name in ("prompt_cache_key", "prompt_cache_retention")),
     FieldRule("parallel_tool_calls", "used", ("chat",)),
@@ -285,7 +285,7 @@ def error_body(message: str, error_type: str, param: str | None = None, code: st
 
 
 def to_error(error: BaseException) -> tuple[int, ErrorAnswer]:
-    """(HTTP status, body) of an error. What is not ours is reported without its text, which may hold anything."""
+    """(HTTP status, body) of an error. The text of a foreign error is left out: it may hold anything."""
     wire = next((HTTP_ERRORS[kind] for kind in type(error).__mro__ if kind in HTTP_ERRORS), UNEXPECTED)
     if wire is UNEXPECTED:
         return wire.status, error_body("internal error; the server's log has the details", wire.type, None, wire.code)

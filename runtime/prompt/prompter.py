@@ -17,8 +17,8 @@ from runtime.llama.interface import TokenizerLike
 
 from .template import ChatTemplate
 
-# Tokenising a text can take time with the square of its length. So one that has more characters per cell of the context
-# than usual text is counted slice by slice first, which stops where it is clearly too long.
+# Tokenising can take time quadratic in the text's length. A text with unusually many
+# characters per cell of the context is first counted slice by slice, and refused as soon as it is clearly too long.
 USUAL_CHARS_PER_TOKEN = 4
 SLICE_CHARS = 4096
 
@@ -55,7 +55,7 @@ class Prompter:
 
     @property
     def takes_tools(self) -> bool:
-        """Whether the chat template reads a list of tools."""
+        """True if the chat template reads a list of tools."""
         return self._template is not None and "tools" in self._template.variables
 
     @property
@@ -70,7 +70,7 @@ class Prompter:
         param: str = "messages",
         tools: Sequence[Mapping[str, object]] = (),
     ) -> tuple[int, ...]:
-        """The token ids of a conversation up to where the model answers. Raises as `render`, or ContextTooLong.
+        """The token ids of a conversation up to the model's turn. Raises as `render`, or ContextTooLong.
 
         `tools` is OpenAI's list of what the model may call.
         """
@@ -84,11 +84,11 @@ class Prompter:
         return self._tokens([(text, True)], param="prompt")
 
     def literal(self, text: str, *, param: str) -> tuple[int, ...]:
-        """The token ids of a bare text in which control tokens are mere text. Raises ContextTooLong."""
+        """The token ids of a bare text; control tokens written in it stay text. Raises ContextTooLong."""
         return self._tokens([(text, False)], param=param)
 
     def limit(self, prompt: Sequence[int], max_tokens: int | None, *, param: str) -> int:
-        """How many tokens may be written after `prompt`: `max_tokens`, or what the context leaves if None.
+        """The limit of an answer to `prompt` in tokens: `max_tokens`, or all that the context leaves if None.
 
         Raises ContextTooLong naming the numbers, with `param` for an answer that is too long.
         """
@@ -134,7 +134,7 @@ class Prompter:
         for text, special in pieces:
             for start in range(0, len(text), SLICE_CHARS):
                 n_tokens += len(self._encode([(text[start : start + SLICE_CHARS], special)]))
-                # Twice, since a cut makes tokens of its own.
+                # Twice the context: cuts between slices add tokens.
                 if n_tokens > 2 * self._n_ctx:
                     self._too_long(f"the prompt has more than {n_tokens} tokens", param=param)
 
@@ -152,7 +152,7 @@ class Prompter:
 
 
 class _Guard:
-    """Keeps control-token texts of one conversation out of the template's sight, behind placeholders."""
+    """Hides the control-token texts of one conversation from the template, behind placeholders."""
 
     def __init__(self, control_texts: re.Pattern[str]) -> None:
         self._control_texts = control_texts
@@ -171,7 +171,7 @@ class _Guard:
         return value
 
     def split(self, text: str) -> list[tuple[str, bool]]:
-        """The pieces of a rendered text in order, and whether control tokens in each are meant."""
+        """The pieces of a rendered text in order; True for those whose control tokens are the template's own."""
         pieces = re.split(f"{self._nonce}:([0-9]+)\ue001", text) if self._hidden else [text]
         return [
             (self._hidden[int(piece)], False) if place % 2 else (piece, True)
@@ -210,7 +210,7 @@ def _any_of(texts: Iterable[str]) -> str:
     return f"(?:{tree})?" if ends else f"(?:{tree})" if len(branches) > 1 else tree
 
 
-# What a text-only model writes its answer after.
+# The end of a base model's prompt.
 ANSWER_MARK = "\nAnswer:"
 
 _TASKS = {
@@ -222,7 +222,7 @@ _TASKS = {
 
 
 def input_text(messages: Sequence[tuple[str, str]]) -> str:
-    """(role, text) pairs as one text: a lone message as it is, a conversation with who said what."""
+    """(role, text) pairs as one text: a single message unchanged, a conversation with the roles."""
     if len(messages) == 1:
         return messages[0][1]
     return "\n\n".join(f"{role}: {text}" for role, text in messages)

@@ -1,4 +1,4 @@
-"""A model's Jinja chat template, run in a sandbox with bounds on what it may write and how long it may take.
+"""A model's Jinja chat template, run in a sandbox with bounds on the text it writes and on its time.
 
 The template is data that came with the weights: it may be broken, and it may be hostile.
 """

@@ -108,7 +108,7 @@ class Api:
         return JsonBytes(show_model(self._pool, name, self._started_s))
 
     async def health(self) -> Response:
-        """GET /health and /health/ready: 200 while requests are taken, else 503."""
+        """GET /health and /health/ready: 200 while some model takes requests, else 503."""
         body = health(self._pool)
         return JsonBytes(body, 200 if body["ready"] else 503)
 

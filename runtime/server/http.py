@@ -1,4 +1,4 @@
-"""What every HTTP exchange passes: the error table, the API key, the count of requests, and what is held meanwhile."""
+"""HTTP middleware: errors, API key, metrics, resources held per request; and the bodies of requests."""
 
 import asyncio
 import hmac
@@ -37,7 +37,7 @@ _log = logging.getLogger("deskside.server")
 
 
 def error_response(error: Exception) -> Response:
-    """An error as the table says, with Retry-After where waiting helps."""
+    """The response of HTTP_ERRORS to an error, with Retry-After where waiting helps."""
     status, body = to_error(error)
     headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, Overloaded | NoRoom) else {}
     if isinstance(error, Unauthorized):
@@ -69,7 +69,7 @@ async def _routing(request: Request, error: Exception) -> Response:
 
 
 def add_error_table(app: FastAPI) -> None:
-    """Let every error leave `app` in OpenAI's shape."""
+    """Answer every error of `app` in OpenAI's shape."""
     app.add_exception_handler(RequestError, _ours)
     app.add_exception_handler(EngineError, _ours)
     app.add_exception_handler(HTTPException, _routing)
@@ -89,7 +89,7 @@ def key_check(api_key: str) -> Callable[..., Awaitable[None]]:
 
 
 class Counted:
-    """Counts and times each request by its route; whatever is routed nowhere counts as one."""
+    """Counts and times each request by its route; requests without a route count as `unknown`."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -118,7 +118,7 @@ EXCHANGE = "deskside.exchange"
 
 
 class Holding:
-    """Gives each exchange a stack of what it holds; all of it is let go once the answer is out, however it ended."""
+    """Gives each exchange a stack of resources, which are released after the answer, whatever its outcome."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -135,19 +135,19 @@ def held_by(request: Request) -> AsyncExitStack:
     return stack
 
 
-# Bodies above this are parsed, rendered and tokenised in a thread, so that the event loop goes on meanwhile.
+# Larger bodies are parsed, rendered and tokenised in a thread, so as not to block the event loop.
 INLINE_BYTES = 8 << 10
-# So are bodies with a grammar, which is compiled; the first one waits for llguidance's form of the vocabulary.
+# So are bodies with a grammar: it is compiled, and the first one waits for llguidance to read the vocabulary.
 NAMES_GRAMMAR = re.compile(rb'"(response_format|grammar|regex|choice|tools|format)"')
 MAX_OBJECT_FIELDS = 4096
-# Only so many bodies may be read at once, so that a client which never ends its own would keep the others out.
+# The number of bodies read at once is bounded: a client that never ends its own must not keep a place.
 READ_SECONDS = 60.0
 
 T = TypeVar("T")
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The whole body.
+    """Read the whole body.
 
     Raises BodyTooLarge as soon as it is known to exceed the limit, BodyTooSlow, or Cancelled if the client left.
     """
@@ -169,7 +169,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
 
 
 def parse_json(body: bytes) -> Any:
-    """The body as JSON. Raises InvalidRequest for what is not strict JSON in UTF-8: NaN and lone surrogates too."""
+    """Parse strict JSON in UTF-8. Raises InvalidRequest, also for NaN and lone surrogates."""
     try:
         text = body.decode("utf-8")
         value = parse_strict_json(text, object_pairs_hook=_bounded_object)
@@ -187,7 +187,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def _bounded_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Each field too many would get an error of its own from the validation: slow, and large.
+    # Validation would make one error per unknown field: slow, and large.
     if len(pairs) > MAX_OBJECT_FIELDS:
         raise InvalidRequest(f"the body holds an object of {len(pairs)} fields, limit {MAX_OBJECT_FIELDS}")
     return dict(pairs)
@@ -200,6 +200,6 @@ def asked_model(payload: object) -> str | None:
 
 
 async def off_loop(body: bytes, work: Callable[[], T]) -> T:
-    """`work()`, whose time depends on `body`: in a thread when that is large or names a grammar."""
+    """Run `work`, whose time depends on `body`; in a thread if the body is large or names a grammar."""
     takes_long = len(body) > INLINE_BYTES or NAMES_GRAMMAR.search(body)
     return await asyncio.to_thread(work) if takes_long else work()

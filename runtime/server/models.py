@@ -14,7 +14,7 @@ from runtime.serving.names import ModelRef
 
 @answer_type
 class ModelFacts(TypedDict):
-    """What is known about a model; null before its first load for what only a loaded model tells."""
+    """Facts about a model. Those that only a loaded model gives are null before its first load."""
 
     description: str
     task: str
@@ -51,7 +51,7 @@ class ModelList(TypedDict):
 
 @answer_type
 class ModelHealth(TypedDict):
-    """A base model's state, and what its engine has accepted and running."""
+    """A base model's state, and the numbers of its engine."""
 
     state: str
     running: int

@@ -13,12 +13,12 @@ from runtime.openai.wire import WireModel, answer_type, invalid_request
 from runtime.serving.chat import require_chat, require_model
 from runtime.serving.model import ServedModel
 
-# Tokenising can take time with the square of the text's length: texts and lists far beyond any prompt are refused.
+# Tokenising can take time quadratic in the text's length: texts and lists far beyond any prompt are refused.
 MOST_PER_CELL = 16
 
 
 class NativeBody(WireModel):
-    """Every native route takes the model's name."""
+    """The field that all native routes share."""
 
     model: str | None = None
 
@@ -27,7 +27,7 @@ B = TypeVar("B", bound=NativeBody)
 
 
 class TokenizeBody(NativeBody):
-    """What `/tokenize` takes. `parse_special` reads control tokens written out in the text."""
+    """The body of `/tokenize`. `parse_special` reads control tokens written out in the text."""
 
     content: str
     add_special: bool = False
@@ -36,20 +36,20 @@ class TokenizeBody(NativeBody):
 
 
 class DetokenizeBody(NativeBody):
-    """What `/detokenize` takes."""
+    """The body of `/detokenize`."""
 
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
 
 
 class TemplateBody(NativeBody):
-    """What `/apply-template` takes."""
+    """The body of `/apply-template`."""
 
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES, strict=False)
 
 
 @answer_type
 class TokenPiece(TypedDict):
-    """A token and its text, or its bytes where they are no text."""
+    """A token and its text, or its bytes if they are not valid UTF-8."""
 
     id: int
     piece: str | list[int]
@@ -57,27 +57,27 @@ class TokenPiece(TypedDict):
 
 @answer_type
 class Tokenized(TypedDict):
-    """What `/tokenize` answers."""
+    """The answer of `/tokenize`."""
 
     tokens: list[int] | list[TokenPiece]
 
 
 @answer_type
 class Detokenized(TypedDict):
-    """What `/detokenize` answers."""
+    """The answer of `/detokenize`."""
 
     content: str
 
 
 @answer_type
 class RenderedTemplate(TypedDict):
-    """What `/apply-template` answers."""
+    """The answer of `/apply-template`."""
 
     prompt: str
 
 
 def tokenize(payload: object, model: ServedModel) -> Tokenized:
-    """{content} -> {tokens}: ids, or with `with_pieces` {id, piece}, where a piece that is no text is a byte list."""
+    """{content} -> {tokens}: ids, or with `with_pieces` {id, piece}; a piece that is not valid UTF-8 is a byte list."""
     body = _parse(TokenizeBody, payload, model)
     _check_size("content", "characters", len(body.content), model)
     tokens = model.tokenizer.encode(body.content, add_special=body.add_special, parse_special=body.parse_special)
@@ -88,7 +88,7 @@ def tokenize(payload: object, model: ServedModel) -> Tokenized:
 
 
 def detokenize(payload: object, model: ServedModel) -> Detokenized:
-    """{tokens} -> {content}, control tokens written out, bytes that are no text as U+FFFD."""
+    """{tokens} -> {content}: control tokens written out, invalid UTF-8 as U+FFFD."""
     body = _parse(DetokenizeBody, payload, model)
     _check_size("tokens", "ids", len(body.tokens), model)
     largest = max(body.tokens, default=0)
@@ -100,7 +100,7 @@ def detokenize(payload: object, model: ServedModel) -> Detokenized:
 
 
 def apply_template(payload: object, model: ServedModel) -> RenderedTemplate:
-    """{messages} -> {prompt}: the text that a chat completion would be asked with."""
+    """{messages} -> {prompt}: the prompt of a chat completion as text."""
     body = _parse(TemplateBody, payload, model)
     require_chat(model)
     return {"prompt": model.prompter.render([message.model_dump() for message in body.messages])}

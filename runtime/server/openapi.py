@@ -1,4 +1,4 @@
-"""/openapi.json and /docs: the routes with the types of what they take and answer, errors included.
+"""/openapi.json and /docs: the routes with the types of their bodies and answers, errors included.
 
 The schemas are those of the models that read the bodies and of the types of the answers; the errors are the rows of
 HTTP_ERRORS. The page's assets come from the package fastapi-offline: a browser fetches nothing from elsewhere.
@@ -26,7 +26,7 @@ from .stream import JsonBytes
 OPENAPI_PATH = "/openapi.json"
 _ASSETS = "docs/assets"
 _REFERENCE = "#/components/schemas/"
-# A client that left gets no answer.
+# Cancelled is absent: a client that left gets no answer. Unauthorized depends on the configuration.
 ERRORS_OF_A_BODY = tuple(error for error in HTTP_ERRORS if error not in (Cancelled, Unauthorized))
 
 
@@ -36,7 +36,7 @@ Errors = tuple[type[Exception], ...]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A route as the document describes it. `body` None: it takes none; `answer` None: it answers plain text.
+    """The description of a route. `body` None: it takes none; `answer` None: it answers plain text.
 
     `chunk` is the type of the data of each server-sent event, where an answer can be streamed. The answer has every
     status of `statuses`.

@@ -1,4 +1,4 @@
-"""`deskside serve`: load models, say what was loaded, answer until told to stop, and stop without dropping answers."""
+"""`deskside serve`: load models, print what was loaded, answer until a signal comes, and drain before stopping."""
 
 import asyncio
 import logging
@@ -22,12 +22,12 @@ from runtime.serving.names import ModelRef
 from .app import create_app
 
 INTERRUPTED = 130
-# After draining, for the last bytes to leave; connections that take longer are cut.
+# Time for the last bytes to leave after draining; then connections are cut.
 FLUSH_SECONDS = 5
 
 
 class DrainingServer(uvicorn.Server):
-    """Drains at the first signal, with the port still open so that clients are told 503; the second signal ends it."""
+    """Drains at the first signal, with the port still open so that clients get a 503; exits at the second."""
 
     def __init__(self, config: uvicorn.Config, pool: ModelPool, drain_seconds: float, greeting: str) -> None:
         super().__init__(config)
@@ -40,26 +40,26 @@ class DrainingServer(uvicorn.Server):
         self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen, and say so."""
+        """Begin to listen, and print the greeting."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         _say(self._greeting)
 
     async def on_tick(self, counter: int) -> bool:
-        """Stop by itself when every engine is gone: whoever started the process can start it again."""
+        """Exit when every engine has stopped for good, so that a service manager can start the process again."""
         if self._pool.broken:
             self.broke, self.should_exit = self._pool.last_cause, True
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called in the main thread, between any two instructions: it only leaves word for the loop."""
+        """Hand the signal to the event loop: this runs in the main thread between any two instructions."""
         self._signals += 1
         if self._signals > 1 or self._loop is None:
             os._exit(INTERRUPTED)
         self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
 
     def _begin_drain(self, name: str) -> None:
-        _say(f"{name}: finishing what was accepted ({self._pool.live}), for {self._drain_seconds:g} s at most")
+        _say(f"{name}: finishing accepted requests ({self._pool.live}), for {self._drain_seconds:g} s at most")
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
@@ -97,13 +97,13 @@ def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = Non
 
 def _set_up_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if level == "info":  # what these two say at that level is not for the user of a served model
+    if level == "info":  # at that level these two log nothing for users of a served model
         for talkative in ("uvicorn.error", "deskside.llama"):
             logging.getLogger(talkative).setLevel(logging.WARNING)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound before the model is loaded, so that a taken port is told at once. Raises LoadFailed."""
+    """Bind a socket before the model is loaded, so that a taken port fails at once. Raises LoadFailed."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -119,19 +119,19 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where clients reach a bound socket."""
+    """The URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def describe(pool: ModelPool, config: RuntimeConfig, url: str) -> str:
-    """The start-up lines, one for each name: what was loaded, where it runs, what it can hold, where it answers."""
+    """The start-up lines, one for each name: model, backend, capacity, URL."""
     return "\n".join(_describe(slot, ref, config, url) for slot, ref in pool.served.values())
 
 
 def _describe(slot: ModelSlot, ref: ModelRef, config: RuntimeConfig, url: str) -> str:
     if slot.loaded is None:
-        return f"{ref.id} is loaded when it is asked for (needs about {mebibytes(slot.need.total)}): {url}/v1"
+        return f"{ref.id} is loaded on its first request (needs about {mebibytes(slot.need.total)}): {url}/v1"
     if ref.adapter is not None:
         size = mebibytes(ref.adapter.gguf.stat().st_size)
         return f"{ref.id} (LoRA adapter, {size}) on {slot.name}: {url}/v1"

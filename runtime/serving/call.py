@@ -19,8 +19,8 @@ _log = logging.getLogger("deskside.server")
 class Call:
     """A request of any endpoint: `work` is valid, tokenised, known to fit the context, and submitted together.
 
-    `answer` begins a wire answer. `streams`: the client asked for chunks. `large`: the answer may be tens of megabytes,
-    so that it is built and encoded in a thread.
+    `answer` makes a new, empty wire answer. `streams`: the client asked for chunks. `large`: the answer may be tens of
+    megabytes, so it is built and encoded in a thread.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""A model, loaded and ready to answer: what server, batch and chat hold in their hands."""
+"""A model, loaded and ready to answer, for server, batch and chat."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ class ServedModel:
 
     @property
     def quantization(self) -> str:
-        """Of the weights, as the manifest says; else what the file says of itself."""
+        """The quantization of the weights by the manifest; without one, the file's description of itself."""
         weights = self.manifest if self.adapter is None else self.base
         if weights and weights.artefacts:
             return weights.artefacts[0].quantization
@@ -69,7 +69,7 @@ def open_model(name_or_path: str, config: RuntimeConfig, store: Store | None = N
 
 
 def under_name(wanted: ModelRef, loaded: ServedModel) -> ServedModel:
-    """`loaded`, which is the base, as what was wanted. Raises TemplateFailed if the adapter's does not parse."""
+    """The loaded base under the name of `wanted`. Raises TemplateFailed if the adapter's template does not parse."""
     if wanted.adapter is None:
         return loaded
     prompter, info = loaded.prompter, loaded.info
@@ -101,7 +101,7 @@ def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str
         supervisor.launch()
         tokenizer = load_tokenizer(stored.gguf)
         info = supervisor.start()
-        # Beyond the length it was trained on a model writes nonsense, however many cells the cache has.
+        # Beyond its trained length a model writes nonsense, whatever the size of the KV cache.
         prompter = Prompter(tokenizer, info.chat_template, min(info.n_ctx, info.n_ctx_train or info.n_ctx))
         grammars = Grammars(tokenizer)
         return ServedModel(stored.name, stored.manifest, supervisor, prompter, tokenizer, info, grammars)
@@ -111,7 +111,7 @@ def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str
 
 
 def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path]) -> EngineRecipe:
-    """What the engine for a model is made of."""
+    """The recipe of the engine for a model."""
     options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots, max_drafts=config.speculate)
     load = LoadOptions(
         n_ctx=config.context,

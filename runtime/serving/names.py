@@ -1,4 +1,4 @@
-"""What a name on the command line means: an installed model, a file, or BASE:ADAPTER, a LoRA adapter on its base."""
+"""Names on the command line: an installed model, a file, or BASE:ADAPTER, a LoRA adapter on its base."""
 
 import logging
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _log = logging.getLogger("deskside.models")
 
 @dataclass(frozen=True)
 class ModelRef:
-    """What is served under the name `id`: `base`, with `adapter` applied if there is one.
+    """A model to serve under the name `id`: `base`, with `adapter` applied if there is one.
 
     `template` is the adapter's own chat template, if it has one.
     """
@@ -65,7 +65,7 @@ def require_weights(stored: StoredModel) -> None:
 
 
 def _require_base(adapter: StoredModel, manifest: Manifest, base: StoredModel) -> None:
-    """Raise HashMismatch unless `base` holds the weights the adapter was trained on, as far as can be told."""
+    """Raise HashMismatch unless `base` holds the weights that the adapter was trained on, by hash or by name."""
     assert manifest.base is not None, "read_manifest lets no adapter without a base pass"
     wanted = manifest.base
     held = _weights(base)
@@ -79,7 +79,7 @@ def _require_base(adapter: StoredModel, manifest: Manifest, base: StoredModel) -
 
 
 def _weights(base: StoredModel) -> list[str]:
-    """The sha256 of the file, and of what it was converted from if nothing was merged on the way."""
+    """The sha256 of the file, and of its source if the conversion merged nothing."""
     manifest = base.manifest
     if manifest is None:
         return [sha256_file(base.gguf)]

@@ -24,7 +24,7 @@ Prepare = Callable[[object, ServedModel], Call]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How a body becomes a call. The types of body, answer and stream chunk are for the OpenAPI document."""
+    """An endpoint: the preparation of a call, and for the OpenAPI document the types of body, answer and chunk."""
 
     summary: str
     prepare: Prepare

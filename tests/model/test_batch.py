@@ -113,5 +113,5 @@ def test_sigterm_ends_a_batch_cleanly(email_triage: StoredModel, tmp_path: Path)
     summary = json.loads(out)
     assert summary["interrupted"]
     assert summary["answered"] == len(answers(output)) < MAILS
-    assert "the same command goes on from here" in err
+    assert "rerun the same command to resume" in err
     assert not (tmp_path / "out.errors.jsonl").exists()

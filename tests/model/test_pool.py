@@ -52,7 +52,7 @@ def test_each_request_swaps_its_model_in(base_gguf: Path, email_triage: StoredMo
     needs = [slot.need.total for slot in open_pool(names, RuntimeConfig.model_validate(FLAGS), Store()).slots]
     budget_gib = (max(needs) + min(needs) / 2) / 2**30
     with serve(names, "--memory-budget", f"{budget_gib:.3f}") as (http, said):
-        assert "email-triage is loaded when it is asked for" in said
+        assert "email-triage is loaded on its first request" in said
         require_swaps(http)
 
 

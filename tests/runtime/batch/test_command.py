@@ -138,7 +138,7 @@ def test_a_signal_is_130_and_the_next_run_goes_on(
     first = json.loads(out)
     assert first["interrupted"]
     assert first["answered"] < 200
-    assert "the same command goes on from here" in err
+    assert "rerun the same command to resume" in err
     toy.clear()
     assert batch("--json", lines=200) == 0
     summary = json.loads(capsys.readouterr().out)

@@ -30,7 +30,7 @@ def test_without_failures_there_is_no_errors_file_to_see() -> None:
 def test_an_interrupted_run_says_how_to_go_on() -> None:
     line = closing_line(summarise(JOB, counts(), interrupted=True))
     assert line.startswith("interrupted: ")
-    assert line.endswith("the same command goes on from here")
+    assert line.endswith("rerun the same command to resume")
 
 
 def test_no_bar_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -289,4 +289,4 @@ def test_the_start_up_lines_name_every_model() -> None:
     with serving_toys(toys, slots, budget_bytes=7 << 20) as running:
         lines = describe(running.pool, RuntimeConfig(), "http://here").splitlines()
     assert lines[0].startswith("toy (Q8_0, 0 MiB) on fake, 1 threads, 16 slots, context 512, loaded in ")
-    assert lines[1:] == ["other is loaded when it is asked for (needs about 7 MiB): http://here/v1"]
+    assert lines[1:] == ["other is loaded on its first request (needs about 7 MiB): http://here/v1"]
