@@ -35,7 +35,7 @@ class Route:
 
 ROUTES: Mapping[str, Route] = {
     "/v1/chat/completions": Route("Answer a conversation", prepare_chat, ChatBody, ChatCompletion, ChatChunk),
-    "/v1/completions": Route("Go on with a text", prepare_completion, CompletionBody, Completion, Completion),
+    "/v1/completions": Route("Continue a text", prepare_completion, CompletionBody, Completion, Completion),
     "/v1/decisions": Route(
         "Answer questions about a text, with probabilities", prepare_decision, DecisionBody, Decision
     ),
