@@ -29,9 +29,9 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 class RequestSample(Record):
     """One request as the client saw it.
 
-    `scheduled_s` is the time at which it should be sent, `sent_s` the time at which it was; `deltas_s` are the arrivals
-    of the chunks that carried text, `finished_s` that of the finish reason (or of the last byte). `error` is None for a
-    whole answer; a failed sample keeps what had arrived.
+    `scheduled_s` is the planned time of sending, `sent_s` the actual one; `deltas_s` are the arrivals of the chunks
+    that carried text, `finished_s` that of the finish reason (or of the last byte). `error` is None for a whole answer;
+    a failed sample keeps the parts that had arrived.
     """
 
     id: str
@@ -155,7 +155,7 @@ def now_text() -> str:
 
 
 def this_machine() -> MachineRecord:
-    """This machine: system, processor, cores, memory, Python, and the versions of PACKAGES that are installed."""
+    """Describe this machine: system, processor, cores, memory, Python, versions of the installed PACKAGES."""
     return MachineRecord(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=describe_cpu(),

@@ -28,7 +28,7 @@ Rows = Callable[[str], Iterator[np.ndarray]]
 
 @dataclass(frozen=True)
 class OutTensor:
-    """A tensor to write; `shape` in numpy's order."""
+    """A tensor to write; `shape` is in numpy's order."""
 
     name: str
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ def write_gguf(target: Path, layout: Layout, rows: Rows, advance: Callable[[int]
     """Write `target` and return the sha256 of its content, by which `check_written` verifies it.
 
     The same input gives the same bytes. An error leaves no file. `advance` receives the bytes of each piece. Raises
-    VerifyFailed for a tensor whose data do not fit its shape, StoreError when the disk is full, and errors of `rows`.
+    VerifyFailed if a tensor's data do not fit its shape, StoreError when the disk is full, and errors of `rows`.
     """
     partial = target.with_name(target.name + ".partial")
     digest = hashlib.sha256()

@@ -1,1 +1,1 @@
-"""What there is: manifests, the catalogue, the store and the ways a model gets into it. Imports nothing of ours."""
+"""Manifests, the catalogue, the store, and the ways a model gets into it. Imports no other package of Deskside."""

@@ -7,8 +7,8 @@ ModelError
 ├── BadManifest        model.toml is missing, malformed or contradicts the files beside it
 ├── BadGguf            a file is not GGUF, its head is damaged, or it lacks a field
 ├── BadCatalog         catalog.toml is malformed
-├── BadExamples        a file of examples is damaged, holds what is no chat record, or too few of them
-├── HashMismatch       a file's sha256 is not the one that was promised
+├── BadExamples        a file of examples is damaged, a line is not a chat record, or there are too few
+├── HashMismatch       a file's sha256 is not the expected one
 ├── DownloadFailed     no source could deliver the file
 └── StoreError         the store cannot be written, or the name is taken or not allowed
 """
@@ -17,7 +17,7 @@ DONE, FAILED, USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class ModelError(Exception):
-    """Base of everything `models` raises on purpose."""
+    """Base of the errors of `models`."""
 
 
 class ModelNotFound(ModelError):
@@ -37,11 +37,11 @@ class BadCatalog(ModelError):
 
 
 class BadExamples(ModelError):
-    """A file of examples is damaged, holds what is no chat record, or holds too few of them."""
+    """A file of examples is damaged, a line is not a chat record, or there are too few."""
 
 
 class HashMismatch(ModelError):
-    """A file's sha256 is not the one that was promised."""
+    """A file's sha256 is not the expected one."""
 
 
 class DownloadFailed(ModelError):

@@ -47,7 +47,7 @@ class Prompt(Record):
 
 
 class Conversion(Record):
-    """How a model is made from its weights. A recipe holds the measured choice, so that a build need not measure.
+    """The conversion of a model from its weights. A recipe holds the measured choice, so that a build need not measure.
 
     `trim` names a file of examples in the recipe's folder, by which the vocabulary is cut to `keep` tokens. In a model
     that was cut by other examples it is empty and `keep` gives the size; without either the vocabulary is whole.
@@ -66,7 +66,7 @@ class Conversion(Record):
             if path.is_absolute() or ".." in path.parts or "\\" in name:
                 raise ValueError(f"conversion.{field} must be a path inside the recipe's folder, with /, got {name!r}")
         if self.trim and not self.keep:
-            raise ValueError(f"conversion.trim {self.trim!r} needs conversion.keep: how many tokens are to stay?")
+            raise ValueError(f"conversion.trim {self.trim!r} needs conversion.keep, the number of tokens to keep")
         return self
 
 
@@ -111,9 +111,9 @@ class Manifest(Record):
     the artefacts were fetched from; it is empty when they were made here.
 
     Of kind `adapter` it is a LoRA adapter that is applied while its base is served, under the name BASE:NAME. Its one
-    artefact is a GGUF file whose `general.type` is "adapter". `base.sha256` is that of the weights it was trained on:
-    of the GGUF file it is to be served with, or of the checkpoint that such files were made from (their own
-    `base.sha256`). `base.name` is the installed name of the former, where there is one. `prompt`, `task`, `labels` and
+    artefact is a GGUF file with the `general.type` "adapter". `base.sha256` is that of the weights it was trained on:
+    of the GGUF file to serve it with, or of the checkpoint that such files were made from (their own `base.sha256`).
+    `base.name` is the installed name of that GGUF file, if it has one. `prompt`, `task`, `labels` and
     `quality` are the adapter's own; a chat template in its GGUF metadata takes the place of the base's.
     """
 

@@ -75,7 +75,7 @@ class Shape(Record):
 class Candidate(Record):
     """A file that was made and measured. `score_per_s`: examples per second for the work, by which the choice is made.
 
-    `kl_to_base`: mean KL divergence to the model before its fine-tuning, where that was at hand. `grid` describes
+    `kl_to_base`: mean KL divergence to the model before its fine-tuning, where that was available. `grid` describes
     which fine-tuned matrices are rounded to the grid their base lay on. `verdict` is "unjudged" until the choice.
     """
 
@@ -113,11 +113,12 @@ class Trim(Record):
 
 
 class Quality(Record):
-    """The whole report. `noise` is the noise floor: the reference compared with itself at another batch size,
-    measured on the first `noise_examples` of the held-out ones (None: on all of them).
+    """The whole report.
 
-    `base_distance` is the distance of the fine-tune from its base, if there is a base to compare with;
-    `base_check` describes that comparison, or why there was none. `overruled`: the user chose, not the budget.
+    `noise` is the noise floor: the reference compared with itself at another batch size, measured on the first
+    `noise_examples` of the held-out ones (None: on all of them). `base_distance` is the distance of the
+    fine-tune from its base, if there is a base to compare with; `base_check` describes that comparison, or why there
+    was none. `overruled`: the user chose, not the budget.
     """
 
     schema_version: Literal[1] = 1

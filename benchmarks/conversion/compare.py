@@ -22,7 +22,7 @@ from benchmarks.errors import ServerFailed
 from benchmarks.load.process_memory import PeakWatch
 from benchmarks.record import now_text, results_file, save_json, this_machine
 from models.common.console import NamedProgress, show_progress
-from models.common.machine import load_average
+from models.common.machine import load_average, mebibytes
 from models.common.options import JsonOption, ReportOption, with_options
 from models.gguf.header import read_header
 from models.store.store import Store
@@ -100,8 +100,8 @@ def remove_converted(settings: ConvertSettings) -> None:
 class _Converter:
     """A converter as a command.
 
-    `roots` are the distributions it requires, `shown` those whose versions are reported, `code` its own folders outside
-    any distribution, `children` the modules that it runs in processes of their own.
+    `roots` are the distributions it requires, `shown` those reported with their versions, `code` its own folders
+    outside any distribution, `children` the modules that it runs in processes of their own.
     """
 
     name: Literal["deskside", "llama.cpp"]
@@ -233,7 +233,7 @@ def _hashes(path: Path) -> dict[str, tuple[str, str]]:
 
 def _print(run: ConvertRun, aims: Sequence[ConversionAim]) -> None:
     machine = run.machine
-    print(f"{run.checkpoint}, {run.parameters / 1e6:.0f} M parameters, {run.checkpoint_bytes / 2**20:.0f} MiB, to F16")
+    print(f"{run.checkpoint}, {run.parameters / 1e6:.0f} M parameters, {mebibytes(run.checkpoint_bytes)}, to F16")
     print(f"{machine.cpu}, {machine.logical_cores} cores, {machine.system}, Python {machine.python}")
     for need in run.needs:
         versions = ", ".join(f"{name} {version}" for name, version in need.versions.items())

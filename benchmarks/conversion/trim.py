@@ -13,6 +13,7 @@ from benchmarks.errors import BadRecord, ServerFailed
 from benchmarks.load.model_file import RECIPE, ModelFile, converted, recipe_file
 from benchmarks.record import MachineRecord, load_record, now_text, results_file, save_json, this_machine
 from models.common.console import NamedProgress, show_progress
+from models.common.machine import mebibytes
 from models.common.options import JsonOption, ReportOption, with_options
 from models.common.record import Record
 from models.gguf.header import read_meta
@@ -197,7 +198,7 @@ def _print(run: TrimRun) -> None:
     weights = "; weights as they lie in the file, not repacked" if run.as_stored else ""
     print(f"{machine.cpu}, {machine.logical_cores} cores, {machine.system}; {run.backend}{weights}")
     for trimmed, whole, found in ratios(run):
-        sizes = f"{trimmed.size_bytes / 2**20:.0f} MiB of {whole.size_bytes / 2**20:.0f} MiB"
+        sizes = f"{mebibytes(trimmed.size_bytes)} of {mebibytes(whole.size_bytes)}"
         print(f"{trimmed.kind}: {trimmed.tokens} of {whole.tokens} tokens, {sizes}")
         for one in found:
             verdict = {None: "", True: ", aim reached", False: ", aim MISSED"}[one.reached]

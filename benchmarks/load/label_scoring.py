@@ -1,7 +1,7 @@
 """Exact log-probabilities of each label as the whole answer, computed over HTTP.
 
-Free text is no fair measure of a base model: an answer that begins with an empty line shows nothing of the model's
-preference among the labels. So every label is scored as the model would write it (a space, the label, the end of the
+Free text is no fair measure of a base model: an answer that begins with an empty line does not show which label the
+model prefers. So every label is scored as the model would write it (a space, the label, the end of the
 line), and the likeliest is the answer. The line end matters: without it `spam`, as the beginning of
 `spamassassin-talk`, would win over it.
 

@@ -21,8 +21,8 @@ def resident_bytes(pid: int) -> int:
 def children(pid: int) -> list[int]:
     """The processes that any thread of `pid` started; none when it has ended or the system has no /proc.
 
-    The kernel lists them per thread. psutil looks through every process of the system instead, which at 50 samples a
-    second would disturb the times that are measured.
+    The kernel lists them per thread. psutil reads every process of the system instead, which at 50 samples a second
+    would disturb the measured times.
     """
     found = []
     for listing in (PROC / str(pid)).glob("task/*/children"):
@@ -50,9 +50,9 @@ def tree_bytes(pid: int) -> int:
 
 
 class PeakWatch:
-    """Samples a process and its descendants every SAMPLE_S seconds while its block runs.
+    """Sample a process and its descendants every SAMPLE_S seconds while its block runs.
 
-    `peak_bytes` is the most they held together at one time; 0 where the system reports no PSS.
+    `peak_bytes` is their largest total at one time; 0 where the system reports no PSS.
     """
 
     def __init__(self, pid: int) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from models.common.console import show_progress
+from models.common.machine import mebibytes
 from models.common.options import JsonOption, ReportOption, with_options
 from models.errors import SOME_FAILED
 
@@ -132,7 +133,7 @@ def _notes(run: PeerRun, figures: PeerFigures) -> Iterator[str]:
         "difference is the build. llama_cpp.server and Deskside run the same compiled library"
     )
     for server in {server.name: server for server in run.servers}.values():
-        size = f"{server.size_bytes / 2**20:.0f} MiB"
+        size = mebibytes(server.size_bytes)
         yield f"{server.name}: {server.settings}; {server.quantization}, sha256 {server.sha256[:12]}…, {size}"
     yield (
         f"{run.examples}; no mail twice on one server; all is greedy; servers as shipped answer a third of the "

@@ -21,7 +21,7 @@ from .record import Server
 from .tasks import DESKSIDE, LLAMA_CPP_SERVER, LLAMA_SERVER
 
 BEST, RAM, SHIPPED = "best", "best with RAM cache", "as shipped"
-# The title of the file that Deskside chose for the fine-tune, whatever its quantization.
+# The title of the file that Deskside chose for the fine-tune, of any quantization.
 CHOSEN = "chosen"
 # The other conversions. Q4_K_M with its whole vocabulary is the file that a user would serve elsewhere.
 MADE = {"F16": (), "Q4_K_M": ("--whole-vocab",)}

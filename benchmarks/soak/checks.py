@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.load.process_memory import children, resident_bytes
 from benchmarks.record import MachineRecord
+from models.common.machine import mebibytes
 from models.common.record import Record
 
 from .client import RequestOutcome
@@ -154,8 +155,8 @@ def _flat(who: str, points: Sequence[tuple[float, int]]) -> SoakCheck:
     growth = float(np.polyfit(times, sizes, 1)[0] * (times[-1] - times[0]))
     limit = max(GROWTH_BYTES, GROWTH_SHARE * float(sizes.mean()))
     found = (
-        f"{growth / 2**20:+.1f} MiB over {times[-1] - times[0]:.0f} s at a mean of {sizes.mean() / 2**20:.0f} MiB "
-        f"(limit {limit / 2**20:.0f} MiB)"
+        f"{growth / 2**20:+.1f} MiB over {times[-1] - times[0]:.0f} s at a mean of {mebibytes(sizes.mean())} "
+        f"(limit {mebibytes(limit)})"
     )
     return SoakCheck(name=name, found=found, passed=growth < limit)
 

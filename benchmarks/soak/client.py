@@ -157,7 +157,7 @@ class SoakClient:
         headers = {"content-type": "application/json"}
         response = await self._http.post(path, content=body, headers=headers)
         if response.status_code == 200:
-            return "broken", True, f"accepted what is wrong: {body[:80]!r}"
+            return "broken", True, f"accepted an invalid body: {body[:80]!r}"
         end, accepted, detail = _refusal(response.status_code, response.json())
         return ("rejected", False, "") if end == "rejected" else (end, accepted, detail)
 
@@ -194,7 +194,7 @@ def _question(choices: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def _refusal(status: int, body: Mapping[str, Any]) -> tuple[End, bool, str]:
-    """The end that an error response means. It must have OpenAI's error shape, whatever its status."""
+    """The end that an error response means. With any status it must have OpenAI's error shape."""
     error = body.get("error")
     if not isinstance(error, dict) or not error.get("message"):
         return "broken", False, f"HTTP {status} without an error object"

@@ -1,8 +1,8 @@
 """Read a safetensors file strictly, through a memory map: the weights of a Hugging Face checkpoint or a shard of it.
 
-Rows come as float32, a slab at a time, copied out of the map, whose pages are then released: a 16 GB checkpoint does
-not take 16 GB of memory. The `safetensors` library slices rows too (`safe_open(…).get_slice`), but needs ml_dtypes for
-bfloat16, does not release the pages it has read, and does not name file and tensor in its errors.
+Rows come as float32, a slab at a time, copied out of the map, and the map's pages are then released: a 16 GB checkpoint
+does not take 16 GB of memory. The `safetensors` library slices rows too (`safe_open(…).get_slice`), but needs ml_dtypes
+for bfloat16, does not release the pages it has read, and does not name file and tensor in its errors.
 Layout: https://github.com/huggingface/safetensors#format
 """
 

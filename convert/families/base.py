@@ -1,7 +1,7 @@
 """The base of all model families: the GGUF fields that a config.json becomes, and the tensors that a folder must hold.
 
 Keys and value types are those that llama.cpp's own converter writes, so that both give the same file. A setting that
-llama.cpp would not compute as the checkpoint means it is refused.
+llama.cpp would compute differently from the checkpoint is refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -61,7 +61,7 @@ class Family(Names):
         return sizes
 
     def check(self, config: Config) -> None:
-        """Raise SourceInvalid, with name and value, for settings that llama.cpp would not compute as they are meant."""
+        """Raise SourceInvalid, with name and value, for settings that llama.cpp would compute differently."""
         config.require(self.activation_key(config), self.activations)
         for key in ("num_local_experts", "num_experts", "n_routed_experts"):
             config.require(key, (None, 0, 1), "mixtures of experts are not supported")
@@ -93,7 +93,7 @@ class Family(Names):
         return read_rope(config, self.rope_kinds)
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """The fields, keyed without their prefix `{architecture}.`"""
+        """The fields; their keys lack the prefix `{architecture}.` here."""
         sizes = self.sizes(config)
         fields = {
             "block_count": Field.uint32(sizes.n_layers),

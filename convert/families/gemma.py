@@ -82,7 +82,7 @@ class GemmaFamily(Family):
 
 
 class Gemma2Family(GemmaFamily):
-    """`Gemma2ForCausalLM`"""
+    """`Gemma2ForCausalLM`."""
 
     architecture = "gemma2"
     layer_modules: ClassVar[Mapping[str, str]] = {**ATTENTION, **MLP, **_NORMS}
@@ -115,7 +115,7 @@ class Gemma2Family(GemmaFamily):
             raise config.bad("layer_types", "llama.cpp gives some layers of a Gemma 2 a window")
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """Adds the window and both caps; omits RoPE's base where it is llama.cpp's default."""
+        """Add the window and both caps; omit RoPE's base where it is llama.cpp's default."""
         fields = super().fields(config) | self.window_fields(config)
         if self.rope(config).theta == _ROPE_BASE:
             del fields["rope.freq_base"]
@@ -125,7 +125,7 @@ class Gemma2Family(GemmaFamily):
 
 
 class Gemma3Family(GemmaFamily):
-    """`Gemma3ForCausalLM`, and the language model inside `Gemma3ForConditionalGeneration`"""
+    """`Gemma3ForCausalLM`, and the language model inside `Gemma3ForConditionalGeneration`."""
 
     architecture = "gemma3"
     layer_modules: ClassVar[Mapping[str, str]] = {**ATTENTION, **QK_NORMS, **MLP, **_NORMS}
@@ -148,7 +148,7 @@ class Gemma3Family(GemmaFamily):
     }
 
     def source_name(self, name: str) -> str | None:
-        """Strips the prefix of the language model in a multimodal folder, and ignores the vision part."""
+        """Strip the prefix of the language model in a multimodal folder; None for the vision part."""
         inner = name.replace("language_model.", "")
         return None if inner.removeprefix("model.").startswith(_VISION) else super().source_name(inner)
 
@@ -158,7 +158,7 @@ class Gemma3Family(GemmaFamily):
         config.require("attn_logit_softcapping", (None,))
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """Adds the window and RoPE's base within it."""
+        """Add the window and RoPE's base within it."""
         fields = super().fields(config) | self.window_fields(config)
         fields["rope.freq_base_swa"] = Field.float32(self._window_rope(config).theta)
         if config.get("final_logit_softcapping"):

@@ -24,7 +24,7 @@ _SCALES = {
 
 
 class LlamaFamily(Family):
-    """`LlamaForCausalLM`"""
+    """`LlamaForCausalLM`."""
 
     architecture = "llama"
     permutes_qk = True
@@ -37,7 +37,7 @@ class LlamaFamily(Family):
     }
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """Adds the size of the vocabulary, and the rotated part of a head: all of it."""
+        """Add the size of the vocabulary, and the rotated part of a head: all of it."""
         sizes = self.sizes(config)
         return {
             **super().fields(config),
@@ -65,7 +65,7 @@ class LlamaFamily(Family):
 
 
 class MistralFamily(LlamaFamily):
-    """`MistralForCausalLM`"""
+    """`MistralForCausalLM`."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         **LlamaFamily.defaults,
@@ -84,7 +84,7 @@ class MistralFamily(LlamaFamily):
 
 
 class GraniteFamily(LlamaFamily):
-    """`GraniteForCausalLM`"""
+    """`GraniteForCausalLM`."""
 
     architecture = "granite"
     fixed_head_dim = True
@@ -98,7 +98,7 @@ class GraniteFamily(LlamaFamily):
                 raise config.bad(key, "it must not be zero")
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """Adds the four scales."""
+        """Add the four scales."""
         return super().fields(config) | {key: Field.float32(config.number(name)) for name, key in _SCALES.items()}
 
     def head_fields(self, config: Config) -> dict[str, Field]:

@@ -9,7 +9,7 @@ from .names import ATTENTION, MLP, QK_NORMS
 
 
 class Olmo2Family(Family):
-    """`Olmo2ForCausalLM`"""
+    """`Olmo2ForCausalLM`."""
 
     architecture = "olmo2"
     layer_modules: ClassVar[Mapping[str, str]] = {

@@ -15,7 +15,7 @@ from .rope import Rope
 
 
 class Phi3Family(Family):
-    """`Phi3ForCausalLM`"""
+    """`Phi3ForCausalLM`."""
 
     architecture = "phi3"
     layer_modules: ClassVar[Mapping[str, str]] = {
@@ -37,7 +37,7 @@ class Phi3Family(Family):
     }
 
     def fields(self, config: Config) -> dict[str, Field]:
-        """Adds the rotated part of a head, the context before scaling, and the window (0 marks a Phi-4)."""
+        """Add the rotated part of a head, the context before scaling, and the window (0 marks a Phi-4)."""
         rope = self.rope(config)
         window = 0 if config.get("sliding_window") is None else config.integer("sliding_window", MAX_CONTEXT, least=0)
         fields = {

@@ -12,7 +12,7 @@ _QKV = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
 
 
 class Qwen2Family(Family):
-    """`Qwen2ForCausalLM`"""
+    """`Qwen2ForCausalLM`."""
 
     architecture = "qwen2"
     fixed_head_dim = True
@@ -42,7 +42,7 @@ class Qwen2Family(Family):
 
 
 class Qwen3Family(Qwen2Family):
-    """`Qwen3ForCausalLM`"""
+    """`Qwen3ForCausalLM`."""
 
     architecture = "qwen3"
     layer_modules = ATTENTION | QK_NORMS | MLP | PRE_NORMS

@@ -14,7 +14,7 @@ _QK_NORMS = {"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "a
 
 
 class StableLmFamily(Family):
-    """`StableLmForCausalLM`"""
+    """`StableLmForCausalLM`."""
 
     architecture = "stablelm"
     layer_modules: ClassVar[Mapping[str, str]] = {**ATTENTION, **_QK_NORMS, **MLP, **PRE_NORMS}

@@ -72,7 +72,7 @@ class LoraConfig(BaseModel):
         return int(_match(self.rank_pattern, module, self.rank))
 
     def scale_of(self, module: str) -> float:
-        """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (https://arxiv.org/abs/2312.03732)."""
+        """Scale: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (https://arxiv.org/abs/2312.03732)."""
         rank = self.rank_of(module)
         return float(_match(self.alpha_pattern, module, self.lora_alpha)) / (
             math.sqrt(rank) if self.use_rslora else rank

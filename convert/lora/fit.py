@@ -199,7 +199,7 @@ class _Fitting:
         return AdapterInvalid(f"{what}: the adapter {adapter!r}{trained} does not fit the base {base!r}")
 
     def _unties_head(self) -> bool:
-        """Decide if a tied head becomes a tensor of its own; a head changed exactly as the embedding stays tied."""
+        """True if a tied head becomes a tensor of its own. A head changed exactly as the embedding stays tied."""
         if not self._is_tied or not {EMBEDDING, HEAD} & self._changes.keys():
             return False
         embedding, head = self._changes.get(EMBEDDING, ()), self._changes.get(HEAD, ())

@@ -92,8 +92,8 @@ def check_tokenizer(
 ) -> TokenizerParity:
     """Compare token ids on `texts`, on the torture texts and on texts with special tokens.
 
-    Raises VerifyFailed with the first text whose ids differ. Torture texts may differ if llama.cpp only approximates
-    the pre-tokenizer; the result lists them. `progress` receives the texts done and their total.
+    Raises VerifyFailed with the first text that gets different ids. Torture texts may differ if llama.cpp only
+    approximates the pre-tokenizer; the result lists them. `progress` receives the texts done and their total.
     """
     _check_ends(pair)
     torture = (*TEXTS, *(around(_special(pair.fields)) if pair.reference.knows_special else ()))

@@ -1,6 +1,6 @@
 """The child process that compares two tokenizers: `python -m convert.proof.proof_child`, with jobs on standard input.
 
-The first job names the folder, whose tokenizer is loaded at once. The second names the converted vocabulary's file, the
+The first job names the folder; its tokenizer is loaded at once. The second names the converted vocabulary's file, the
 texts and conversations to compare, and the file for the result.
 """
 

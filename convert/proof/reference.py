@@ -159,7 +159,7 @@ class _SentencePiece:
         return ("splits of a text with equal scores count as equal",) if self._is_unigram else ()
 
     def match_spacing(self, *, space_prefix: bool) -> None:
-        """Nothing to do: the file itself defines SentencePiece's spaces."""
+        """Do nothing: the file itself defines SentencePiece's spaces."""
 
     def comparable(self, text: str) -> str:
         return text

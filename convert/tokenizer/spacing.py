@@ -28,7 +28,10 @@ _WAY_OUT = "make the GGUF elsewhere and convert it with --gguf"
 
 @dataclass(frozen=True)
 class Spacing:
-    """`prefix`: a space goes before each run of text. `removes_extra`: runs of spaces collapse, ends are stripped."""
+    """The treatment of spaces.
+
+    `prefix`: a space goes before each run of text. `removes_extra`: runs of spaces collapse, ends are stripped.
+    """
 
     prefix: bool
     removes_extra: bool = False

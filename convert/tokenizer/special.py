@@ -15,7 +15,7 @@ from models.gguf.fields import Field
 
 from .pieces import TokenTable, TokenType, entries, is_id, part
 
-# Texts that llama.cpp takes for an end token, whatever the file says (src/llama-vocab.cpp).
+# Texts that llama.cpp always takes for an end token, without a field that names them (src/llama-vocab.cpp).
 ENDS_BY_TEXT = frozenset(
     {
         "<|eot_id|>",
@@ -144,7 +144,7 @@ def _places(ends: Sequence[int], texts: Sequence[str], turn: int | None) -> tupl
 def _adds(
     folder: TokenizerFiles, ids: Mapping[str, int], bos: int | None, eos: int, *, sentence: bool
 ) -> tuple[dict[str, bool], list[str]]:
-    """Whether to add BOS and EOS to a text: tokenizer.json's post-processor takes precedence over the config."""
+    """The flags add_bos and add_eos, and warnings: tokenizer.json's post-processor takes precedence over the config."""
     shown, warnings = _post_processed(folder.tokenizer, ids, bos, eos)
     adds = {}
     for role, index in (("bos", bos), ("eos", eos)):
@@ -164,7 +164,7 @@ def _adds(
 def _post_processed(
     tokenizer: Mapping[str, Any], ids: Mapping[str, int], bos: int | None, eos: int
 ) -> tuple[dict[str, bool], list[str]]:
-    """Whether tokenizer.json's post-processor adds BOS and EOS; empty if it has none."""
+    """The flags that tokenizer.json's post-processor implies, and warnings; empty if it has none."""
     processor = tokenizer.get("post_processor")
     if not tokenizer or not isinstance(processor, dict):
         return {}, []

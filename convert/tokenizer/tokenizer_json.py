@@ -190,7 +190,7 @@ def _scores(cuts: Mapping[int | str, int], n_scores: int) -> np.ndarray:
 
 
 def _extra_joins(vocabulary: Mapping[str, int], cuts: Mapping[int | str, int], source: str) -> Iterator[str]:
-    """Warn of pairs that llama.cpp joins but no merge does: it joins any two pieces whose texts make a token."""
+    """Warn of pairs that llama.cpp joins but no merge does: it joins any two pieces that make a token."""
     extra = []
     for text, index in vocabulary.items():
         cut = cuts.get(index, 0)

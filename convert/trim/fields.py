@@ -157,7 +157,7 @@ def _numbers(header: Header, key: str, count: int, where: str) -> np.ndarray:
 
 
 def _special_ids(header: Header, model: TokenizerKind, n_tokens: int) -> dict[str, int]:
-    """llama.cpp ignores an id that is out of range and uses its default, if that is in range."""
+    """The ids that llama.cpp uses: its default replaces an id that is out of range, if that default is in range."""
     found = {_PREFIX + name: index for name, index in _DEFAULT_IDS[model].items()}
     for key, field in header.fields.items():
         if _ID_FIELD.fullmatch(key) and isinstance(field.value, int) and 0 <= field.value < n_tokens:

@@ -1,6 +1,6 @@
 """Rules, per kind of tokenizer, for cutting tokens without changing the tokens of texts that do not use them.
 
-The guarantee: a text whose full tokenization uses kept tokens only gets the same tokens from the kept tokens alone.
+The guarantee: if the full vocabulary makes only kept tokens of a text, the kept tokens alone give the same ones.
 
 SentencePiece ("llama") and byte-level BPE ("gpt2") merge neighbours, the best pair first, the leftmost of equals.
 Let the full vocabulary make tokens t1 … tn of a text.
@@ -8,18 +8,18 @@ Let the full vocabulary make tokens t1 … tn of a text.
    and was step by step what happens to ti's own text by itself: the *path* of ti.
 2. If every token on the paths of t1 … tn is kept, and every merge between kept tokens, then at each step the best pair
    is still there, and no pair is there that was not. By induction the steps are the same, and so is the end.
-So a set of tokens that holds the paths of its members is closed, whatever else is cut. A token whose own text gets
-other tokens is never made by merging and needs nothing. Characters without a token end as byte tokens, which are all
-kept. BPE may end with a text that is not a token (and then spell it in bytes): such paths are kept too. A word that is
-taken whole without merging (`ignore_merges`) is taken whole as long as it is kept.
+So a set of tokens that holds the paths of its members is closed under any cut of other tokens. A token with a
+text that gets other tokens is never made by merging and needs nothing. Characters without a token end as byte tokens,
+which are all kept. BPE may end with a text that is not a token (and then spell it in bytes): such paths are kept too. A
+word that is taken whole without merging (`ignore_merges`) is taken whole as long as it is kept.
 
 Unigram ("t5") takes the path of the highest sum of scores, the first found of equals. A best path of kept tokens is
 among fewer rivals after the cut, with its own sum unchanged. No rival may get better: the unknown token's score depends
 on the lowest score of all normal tokens, which is therefore kept; and where a one-character token is cut an unknown
-token may come in, whose score is below any normal one's. (A token of type "unused" with a still lower score is kept.)
+token may come in, with a score below any normal one's. (A token of type "unused" with a still lower score is kept.)
 
 Control and user-defined tokens are matched in the text before all this, the longest first. Removing one that the text
-does not hold changes nothing, unless two of one length overlap, whose order is the sort's: `may_overlap` finds those.
+does not hold changes nothing, unless two of one length overlap, for which the sort decides: `may_overlap` finds those.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +33,7 @@ from convert.tokenizer.pieces import TokenizerKind, TokenType
 
 from .fields import GgufVocabulary
 
-# llama.cpp's: how far below the lowest normal score Unigram's unknown token scores.
+# The lowest normal score less the score of Unigram's unknown token, as in llama.cpp.
 _UNKNOWN_PENALTY = 10.0
 # bytes in a character, by the upper half of its first byte
 _LEAD_BYTES = (1,) * 12 + (2, 2, 3, 4)
@@ -47,7 +47,7 @@ class Rules(Protocol):
 
     @property
     def anchors(self) -> np.ndarray:
-        """Ids that must stay, whatever the texts."""
+        """Ids that must stay for any texts."""
 
     def path(self, token: bytes) -> Iterator[bytes]:
         """The texts on the way of merging `token`, itself last; none if merging never makes it."""
@@ -61,7 +61,7 @@ def rules_for(vocabulary: GgufVocabulary) -> Rules:
 
 
 class SentencePieceRules:
-    """Any two neighbours merge whose texts together are a token; the highest score first."""
+    """Two neighbours merge if their texts together are a token; the highest score first."""
 
     anchors = np.empty(0, np.int32)
 
@@ -70,7 +70,7 @@ class SentencePieceRules:
         self._ranks = dict(zip(vocabulary.tokens, ranks, strict=True))
 
     def path(self, token: bytes) -> Iterator[bytes]:
-        """Characters included: llama.cpp merges them even if they are not tokens, other readers of the file do not."""
+        """The path, characters included: unlike llama.cpp, other readers merge only characters that are tokens."""
         ranks = self._ranks
         pieces = characters(token)
         made = merge(pieces, lambda left, right: ranks.get(left + right, inf))
@@ -78,7 +78,7 @@ class SentencePieceRules:
 
 
 class BpeRules:
-    """Two neighbours merge if a merge says so; the first in the list first."""
+    """Two neighbours merge if the list of merges has them; the first in the list first."""
 
     def __init__(self, vocabulary: GgufVocabulary) -> None:
         self._ranks: dict[tuple[bytes, bytes], float] = {}
@@ -89,7 +89,7 @@ class BpeRules:
         self.anchors = np.array(sorted({self._ids[text] for one in nameless for text in self._steps(one)}), np.int32)
 
     def path(self, token: bytes) -> Iterator[bytes]:
-        """Characters included: a merge is cut with either of its parts."""
+        """The path, characters included: a merge is cut with either of its parts."""
         pieces = characters(token)
         made = merge(pieces, lambda left, right: self._ranks.get((left, right), inf))
         return iter([*characters(token), *made] if pieces == [token] else ())

@@ -1,8 +1,8 @@
 """Plan a vocabulary cut down to the needs of a task: choose the tokens that stay.
 
-Two thirds of a small model can be its vocabulary, and each generated token costs a product with all of it. Kept are the
-tokens of the examples and of the chat template, special and byte tokens, all that these are merged from, and then the
-most common of the rest. `merges` proves that texts of kept tokens get the same tokens as before.
+Two thirds of a small model can be its vocabulary, and each generated token costs a product with all of it. The plan
+keeps the tokens of the examples and of the chat template, special and byte tokens, all that these are merged from, and
+then the most common of the rest. `merges` proves that texts of kept tokens get the same tokens as before.
 """
 
 import re

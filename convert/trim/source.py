@@ -1,4 +1,4 @@
-"""A checkpoint with a cut vocabulary, and the measures of what the cut costs: coverage, and agreement of answers."""
+"""A checkpoint with a cut vocabulary, and two measures of the loss: coverage, and agreement of answers."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class TrimmedCheckpoint:
     """`source` without the rows of cut tokens; the others stay bit for bit and in order. Closing it closes `source`."""
 
     def __init__(self, source: Checkpoint, plan: TrimPlan) -> None:
-        """Raises TrimImpossible for a known tensor without a row per token, and for an unknown tensor with one."""
+        """Raise TrimImpossible for a known tensor without a row per token, and for an unknown tensor with one."""
         self._source = source
         self._kept = plan.kept
         tensors = {name: _trimmed(source.header, tensor, plan) for name, tensor in source.header.tensors.items()}

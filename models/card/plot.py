@@ -1,6 +1,6 @@
 """Size, speed and loss of every measured file in one picture: an SVG, sharp in a README, readable in light and dark.
 
-Written by hand, since a model folder gets it without any plotting library: x is the loss, y the speed, the area of a
+Built as text, so that no plotting library is needed: x is the loss, y the speed, the area of a
 dot the file's size. The budget is a line, the noise floor a grey band.
 """
 
@@ -16,7 +16,7 @@ PLOT_FILE = "quality.svg"
 
 _WIDTH, _HEIGHT = 760, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 735, 76, 380
-# Where the logarithmic axis begins; the reference, which loses nothing, stands to the left of it.
+# Left end of the logarithmic axis, in pixels; the reference, with a loss of 0, is drawn to the left of it.
 _START, _REFERENCE = 106, 82
 _CHARACTER, _LINE = 7.0, 15.0
 _CLASSES = {"chosen": "best", "within budget": "within", "undoes the fine-tune": "undone"}
@@ -65,7 +65,7 @@ class _Box:
 
 
 class _Scales:
-    """Loss (log) and speed (linear) to pixels. What lost nothing, the reference, stands apart."""
+    """Loss (log) and speed (linear) to pixels. The reference, with a loss of 0, is drawn apart."""
 
     def __init__(self, losses: Sequence[float], speeds: Sequence[float]) -> None:
         positive = [loss for loss in losses if loss > 0]
@@ -156,7 +156,7 @@ def _limits(scales: _Scales, budget: float, floor: float) -> Iterator[str]:
 
 
 def _reserved(scales: _Scales, budget: float, floor: float) -> list[_Box]:
-    """Where `_limits` writes."""
+    """The boxes in which `_limits` writes."""
     boxes = [_Box(_LEFT, _BOTTOM - 18, _LEFT + 11 * _CHARACTER, _BOTTOM)] if floor > 0 else []
     if budget > 0:
         at = scales.x(budget)
@@ -165,7 +165,7 @@ def _reserved(scales: _Scales, budget: float, floor: float) -> list[_Box]:
 
 
 def _labels(dots: Sequence[_Dot], reserved: list[_Box]) -> Iterator[str]:
-    """Each label where it covers least: beside its dot, above, below, or a bit further off."""
+    """Each label at the place where it covers least: beside its dot, above, below, or a bit further off."""
     taken = [*reserved, *(_Box(d.x - d.radius, d.y - d.radius, d.x + d.radius, d.y + d.radius) for d in dots)]
     for dot in sorted(dots, key=lambda dot: (dot.x, dot.y)):
         best = min(_places(dot), key=lambda box: sum(map(box.overlap, taken)) + 2 * abs(box.top + _LINE / 2 - dot.y))
@@ -177,7 +177,7 @@ def _labels(dots: Sequence[_Dot], reserved: list[_Box]) -> Iterator[str]:
 
 
 def _places(dot: _Dot) -> Iterator[_Box]:
-    """Where a label may stand, the likeliest first, all inside the frame."""
+    """Possible boxes of a label, the preferred first, all inside the frame."""
     width = _CHARACTER * len(dot.label)
     for shift in (0, 1, -1, 2, -2, 3, -3, 4, -4):
         top = dot.y - _LINE / 2 + shift * _LINE

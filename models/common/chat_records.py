@@ -2,7 +2,7 @@
 
     {"id": "…", "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
-One reader for conversion and for benchmarks, so that both accept the same files and refuse with the same message.
+Conversion and benchmarks share this reader: both accept the same files and refuse others with the same message.
 """
 
 import gzip
@@ -68,7 +68,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Lines end with a line feed and nothing else: JSON texts may hold other line separators as they are."""
+    """Yield (line number, line). Only a line feed ends a line: JSON texts may hold other line separators."""
     number = n_bytes = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -101,7 +101,7 @@ def _parsed(number: int, line: bytes) -> ChatRecord:
     if not answer.content.strip():
         raise ValueError("the assistant's answer is empty")
     if not prompt:
-        raise ValueError("nothing is said before the assistant's answer")
+        raise ValueError("there is no message before the assistant's answer")
     given = record.get("id")
     return ChatRecord(str(number if given is None else given), number, tuple(prompt), answer.content.strip())
 

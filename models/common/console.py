@@ -45,7 +45,7 @@ class ProgressBars:
         self._bars.stop()
 
     def start(self, name: str, total: int | None = None, **fields: Any) -> None:
-        """Add a bar. `fields` are those of its own that `columns` show."""
+        """Add a bar; `fields` are its values for `columns`."""
         self._tasks[name] = self._bars.add_task(name, total=total, **fields)
         self._redraw_at_s[name] = 0.0
 

@@ -1,6 +1,6 @@
 """The machine that this process runs on: its processor, cores, memory and load, container limits included.
 
-Figures of speed name the machine they were measured on. `root` stands in for `/` in tests.
+Figures of speed name the machine they were measured on. Tests pass another `root` than `/`.
 """
 
 import ctypes
@@ -63,7 +63,7 @@ def load_average() -> float | None:
 
 
 def physical_memory_bytes() -> int | None:
-    """The memory of the whole machine, whatever a container allows; None where the system does not say."""
+    """The memory of the whole machine, without regard to a container's limit; None where the system does not say."""
     try:
         return psutil.virtual_memory().total
     except OSError:
@@ -71,7 +71,7 @@ def physical_memory_bytes() -> int | None:
 
 
 def available_memory_bytes() -> int | None:
-    """Memory of the whole machine that can be had without swapping; None where the system does not say."""
+    """Memory of the whole machine that is available without swapping; None where the system does not say."""
     try:
         return psutil.virtual_memory().available
     except OSError:
@@ -88,7 +88,7 @@ def machine_budget(root: Path = ROOT) -> int | None:
 
 
 def mebibytes(count: float, digits: int = 0) -> str:
-    """Format `count` bytes."""
+    """`count` bytes in MiB, as text."""
     return f"{count / 2**20:.{digits}f} MiB"
 
 

@@ -24,7 +24,7 @@ WORDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """Marker of a field whose option differs from what its name and type give.
+    """Marker of a field with an option unlike the one that its name and type give.
 
     `name` is the option's, without dashes. `shown` is the default that the help text shows. A `positional` field
     becomes an argument.
@@ -44,7 +44,7 @@ def _auto_or_off(value: object) -> object:
     return 0 if isinstance(value, str) and value.strip().lower() == "off" else _auto(value)
 
 
-# None is "auto": found out from the machine, or while running.
+# None is "auto": determined from the machine, or at run time.
 AutoInt = Annotated[int | None, BeforeValidator(_auto), Flag(metavar="auto|N", shown="auto")]
 AutoFloat = Annotated[float | None, BeforeValidator(_auto), Flag(metavar="auto|N", shown="auto")]
 AutoOffInt = Annotated[int | None, BeforeValidator(_auto_or_off), Flag(metavar="auto|off|N", shown="auto")]
@@ -78,7 +78,7 @@ def with_options(**models: type[BaseModel]) -> Callable[[Callable[..., Any]], Ca
 
 
 def flag(model: type[BaseModel], name: str) -> str:
-    """The command-line flag of the field `name`; of a positional one, what the usage line calls it."""
+    """The command-line flag of the field `name`; for a positional one, its name in the usage line."""
     marks = _marks(model.model_fields[name])
     return marks.metavar or name.upper() if marks.positional else "--" + (marks.name or name.replace("_", "-"))
 

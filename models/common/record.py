@@ -1,9 +1,9 @@
-"""The base of everything that is read from a file or a command line into fields."""
+"""The base of all records that are read from a file or a command line."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """An immutable value of checked fields; unknown fields are refused."""
+    """An immutable record with checked fields; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

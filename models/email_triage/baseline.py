@@ -4,7 +4,7 @@
     python -m models.email_triage.baseline
 
 TF-IDF of words and word pairs, logistic regression, trained on the train split; its strength is chosen on the
-validation split, and the test split is scored once. The predictions go where the card's figures are made from.
+validation split, and the test split is scored once. The predictions are kept for the figures of the model's card.
 """
 
 import gzip
@@ -29,7 +29,7 @@ def read_split(name: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def classifier(strength: float) -> Pipeline:
-    """Untrained; `strength` is the inverse of the regularisation (scikit-learn's C)."""
+    """An untrained classifier; `strength` is the inverse of the regularisation (scikit-learn's C)."""
     features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     return make_pipeline(features, LogisticRegression(C=strength, max_iter=1000))
 

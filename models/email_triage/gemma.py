@@ -1,6 +1,6 @@
 """Gemma 3 in torch, for the recipe only: load it from GGUF, encode mails as turns, score whole labels.
 
-Needs the extra `finetune`. The serving path never imports this; llama.cpp answers there.
+Needs the extra `finetune`. Serving never imports this module: llama.cpp computes the answers there.
 """
 
 import gzip
@@ -66,7 +66,7 @@ def load_base(path: Path) -> tuple[Any, Any]:
 
 
 def perplexity(model: Any, tokenizer: Any, text: str) -> float:
-    """Perplexity per token: a wrongly read file gives thousands where a sound one gives tens."""
+    """Perplexity per token: thousands for a wrongly read file, tens for a sound one."""
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         return float(model(input_ids=ids, labels=ids).loss.exp())
@@ -95,7 +95,7 @@ def encode_prompt(tokenizer: Any, content: str) -> tuple[int, ...]:
 
 
 def encode_label(tokenizer: Any, label: str) -> tuple[int, ...]:
-    """The label and its end of turn, whose id is another in a trimmed vocabulary."""
+    """The label and its end of turn, which has another id in a trimmed vocabulary."""
     return tuple(tokenizer(f"{label}<end_of_turn>", add_special_tokens=False).input_ids)
 
 

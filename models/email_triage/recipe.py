@@ -1,4 +1,4 @@
-"""How the default model was made: base GGUF + train split -> LoRA adapter, and what that fine-tune scores in torch.
+"""Recipe of the default model: base GGUF + train split -> LoRA adapter, and the scores of that fine-tune in torch.
 
     pip install 'deskside[finetune]'
     python -m models.email_triage.recipe train --base gemma-3-270m.gguf
@@ -31,7 +31,7 @@ from .gemma import Judgement, Mail, TrainingMail, completion_loss, encode, judge
 HOME = Path(__file__).parent
 SANITY_TEXT = "The capital of France is Paris, and the capital of Italy is Rome. Water freezes at zero degrees Celsius."
 # A file that is read wrongly gives thousands; this base gives tens, and 201 where its vocabulary was cut to 16,384
-# tokens, since words are then written in pieces it did not learn them in.
+# tokens, since it then gets words in pieces that it was not trained on.
 SANITY_PERPLEXITY = 600.0
 CHECKPOINT_STEPS = 40
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,7 +39,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Set once, not searched; validation chooses the epoch. `crop`: share of train mails cut to a random span."""
+    """Set once, without a search; validation chooses the epoch. `crop`: share of train mails cut to a random span."""
 
     epochs: int = 4
     batch: int = 8
@@ -111,7 +111,7 @@ class Trainer:
                 self._progress(sum(losses[-10:]) / len(losses[-10:]), speed, tokens / len(losses))
             if (
                 self.step % CHECKPOINT_STEPS == 0 and self.step % self.steps_per_epoch
-            ):  # an epoch's end is saved once it is judged
+            ):  # the end of an epoch is saved after its validation
                 self._save_checkpoint()
 
     def _update(self, batch: Sequence[Mail]) -> float:
@@ -200,7 +200,7 @@ def schedule(progress: float, warmup: float) -> float:
 
 
 def cropped(example: TrainingMail, share: float, chance: random.Random) -> TrainingMail:
-    """With probability `share`, the body is cut to a random run of its words, at least half of it."""
+    """With probability `share`, cut the body to a random run of its words, at least half of it."""
     subject, _, body = example.content.partition("\n\n")
     if chance.random() >= share:
         return example

@@ -21,7 +21,7 @@ MAGIC = b"GGUF"
 MAX_FIELDS = 65_536
 MAX_TENSORS = 65_536
 MAX_KEY_BYTES = 65_535
-# Ten times the largest vocabulary: what comes before the weights is held in memory.
+# Limit of the part before the weights, which is held in memory: ten times the largest vocabulary.
 MAX_HEAD_BYTES = 1 << 28
 TOKENS = "tokenizer.ggml.tokens"
 
@@ -35,7 +35,7 @@ _LENGTH = struct.Struct("<Q")
 _LENGTH_BYTES = _LENGTH.size
 _ARRAY_HEAD = struct.Struct("<IIQ")
 
-# Ending of a field's name below its architecture's -> the least and the most it may be.
+# Ending of a field's name, after the architecture's prefix -> least and largest permitted value.
 _LIMITS: Mapping[str, tuple[int, int]] = {
     "block_count": (1, 512),
     "attention.head_count": (0, 1 << 14),
@@ -43,7 +43,7 @@ _LIMITS: Mapping[str, tuple[int, int]] = {
     "attention.key_length": (0, 1 << 14),
     "attention.value_length": (0, 1 << 14),
 }
-# Nothing that is counted in a model is more: tokens, positions, widths.
+# Limit of every count in a model: tokens, positions, widths.
 _MOST = 1 << 30
 _SMALLEST = ("_epsilon",)
 
@@ -136,7 +136,7 @@ class Field:
         return list(self._each_string()) if self._elements[0] == _STRING else None
 
     def find(self, text: bytes) -> int | None:
-        """The index of the first string of the array that equals `text`; None without one, and for anything else."""
+        """The index of the first string of the array that equals `text`; None without a match, and for other fields."""
         if self._elements[0] != _STRING or _LENGTH.pack(len(text)) + text not in self.raw:
             return None
         return next((place for place, string in enumerate(self._each_string()) if string == text), None)

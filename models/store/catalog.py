@@ -19,7 +19,7 @@ _HERE = Path(__file__).parents[1]
 class CatalogEntry(Record):
     """A known model: either a file with its `sources` in order, or a `recipe` that `deskside convert` builds.
 
-    Of a recipe `file`, `quantization` and `sha256` are empty and `size_bytes` is 0: they depend on how it is built.
+    In a recipe `file`, `quantization` and `sha256` are empty and `size_bytes` is 0: they depend on the build.
     """
 
     name: Name
@@ -74,7 +74,7 @@ class Catalog:
         return sorted(self._entries)
 
     def get(self, name: str) -> CatalogEntry:
-        """The entry of that name. Raises ModelNotFound naming those there are."""
+        """The entry of that name. Raises ModelNotFound naming the known ones."""
         if name not in self._entries:
             raise ModelNotFound(
                 f"{name!r} is not in the catalogue ({', '.join(self.names())}); "

@@ -1,4 +1,4 @@
-"""Fetch a source into a verified file. The one door to the Hugging Face Hub, whose errors become ours here.
+"""Fetch a source into a verified file. The only door to the Hugging Face Hub, with its errors translated.
 
 A dropped connection is resumed with a Range request, as often as data keeps coming. `HF_ENDPOINT`, `HF_TOKEN` and
 `HF_HUB_OFFLINE` are honoured; a file that the Hub's own cache holds already is taken from there.
@@ -187,7 +187,7 @@ def fetch_checkpoint(source: HubRepo, progress: Progress | None = None) -> Path:
             path = hf_hub_download(
                 source.repo,
                 file.rfilename,
-                # The name of the last one's revision is noted in the cache, which answers for it without a network.
+                # Only the last file is fetched by the revision's name: the cache notes it and then needs no network.
                 revision=source.revision if file is files[-1] else info.sha,
                 cache_dir=cache,
                 endpoint=endpoint,

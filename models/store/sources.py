@@ -1,4 +1,4 @@
-"""Where a file can come from, as text in the catalogue or on a command line, and as a value.
+"""The source of a file, as text in the catalogue or on a command line, and as a value.
 
 hf://owner/name/path/to/file.gguf@revision        a file in a Hugging Face repository (revision: `main` if left out)
 hf://owner/name@revision                          a whole checkpoint, to be converted

@@ -97,8 +97,8 @@ class Store:
         """A temporary folder to build the model `name` in; leaving the block installs it.
 
         On leaving, `model.toml` is read, each artefact's size and sha256 are verified, everything is flushed to disk
-        and renamed into place at once. Artefacts whose names are in `read_back` by then are not hashed again: the
-        caller has done so. When the block raises (KeyboardInterrupt included), the folder is removed.
+        and renamed into place at once. Artefacts named in `read_back` by then are not hashed again: the caller has
+        done so. When the block raises (KeyboardInterrupt included), the folder is removed.
         Raises StoreError (name taken and not `replace`, or not a name), BadManifest, HashMismatch.
         """
         target = self._models / check_name(name)
@@ -170,7 +170,7 @@ class Store:
             discard(_lock_of(folder))
 
     def _sweep(self) -> None:
-        """Remove the leftovers of dead processes from staging; restore a model whose replacement was interrupted."""
+        """Remove the leftovers of dead processes from staging; restore a model after an interrupted replacement."""
         for folder in self._staging.iterdir():
             if not folder.is_dir():
                 continue

@@ -1,6 +1,6 @@
 """Raw mail -> the text a triage model may see: subject and the start of the body, without traces of the list.
 
-Every rule here decides about leakage: a classifier that reads `[ILUG]` or a mailman footer has learnt nothing. Text
+Every rule here prevents leakage: a classifier that reads `[ILUG]` or a mailman footer has learnt nothing. Text
 about a list's topic is content, and stays.
 """
 

