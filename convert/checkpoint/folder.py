@@ -5,7 +5,7 @@ against config.json before anything is written.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -29,7 +29,7 @@ from .shards import Place, Shards
 
 _FILE_TYPE_F16 = 1
 _F32 = GGMLQuantizationType.F32
-_OUTPUT = "lm_head.weight"
+_OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # A slab takes several forms on its way to the file: small enough to stay in the processor's cache.
 CACHED_SLAB_ELEMENTS = 1 << 18
 
@@ -61,7 +61,9 @@ class HfCheckpoint:
         found = read_config(folder)
         self._shards = Shards(folder)
         try:
-            self._tensors, warnings = _plan(folder, found, self._shards.places)
+            named = _named(folder, found.family, self._shards.places)
+            found, warnings = _settle_head(folder, found, named)
+            self._tensors = _plan(folder, found, named)
             infos = {name: _info(name, tensor) for name, tensor in self._tensors.items()}
             vocabulary = read_vocabulary(folder, found.raw, found.family.sizes(found.config).n_vocab)
             general, card_warnings = general_fields(folder, sum(info.n_elements for info in infos.values()))
@@ -107,15 +109,53 @@ def _read(weight: Weight, place: Place) -> Iterator[tuple[int, np.ndarray]]:
         yield first, rows if weight.heads is None else interleave_halves(rows, len(rows) // group)
 
 
-def _plan(
-    folder: Path, found: FolderConfig, places: Mapping[str, Place]
-) -> tuple[dict[str, _PlannedTensor], tuple[str, ...]]:
-    """The GGUF's tensors in the order of llama.cpp's converter, computed ones first, and warnings."""
+def _settle_head(folder: Path, found: FolderConfig, named: dict[str, Place]) -> tuple[FolderConfig, tuple[str, ...]]:
+    """Whether the embedding is the output matrix, by the weights where both are there; and warnings.
+
+    A head equal to its embedding is removed from `named`. Merging tools and trainers leave 'tie_word_embeddings' true
+    beside a head that was trained. Raises SourceInvalid where llama.cpp cannot have it so.
+    """
     family, config = found.family, found.config
-    named = _named(folder, family, places)
+    head, embedding = named.get(_OUTPUT), named.get(_EMBEDDING)
     warnings: tuple[str, ...] = ()
-    if family.is_tied(config) and named.pop(_OUTPUT, None) is not None:
-        warnings = (f"{_OUTPUT!r} is left out: 'tie_word_embeddings' says that the embedding is the output, too",)
+    if family.is_tied(config) and head is not None and embedding is not None:
+        if family.may_tie and _is_equal(head, embedding):
+            del named[_OUTPUT]
+            warnings = (f"{_OUTPUT!r} is left out: it equals the embedding, which is the output, too",)
+        else:
+            config = config.changed(tie_word_embeddings=False)
+            warnings = (
+                f"{_OUTPUT!r} is written, although config.json says 'tie_word_embeddings': it was trained apart",
+            )
+    family.check_head(config)
+    if _OUTPUT not in named and not family.is_tied(config):
+        raise config.bad("tie_word_embeddings", _no_head(folder))
+    return replace(found, config=config), warnings
+
+
+def _no_head(folder: Path) -> str:
+    return (
+        f"but {str(folder)!r} has no tensor {_OUTPUT!r}. If the model was trained with the embedding as its output, "
+        "set 'tie_word_embeddings' to true; otherwise the output was lost: save the model again, with save_pretrained"
+    )
+
+
+def _is_equal(one: Place, other: Place) -> bool:
+    """True if two matrices hold the same numbers, whatever their types. Stops at the first slab that differs."""
+    shape = one.tensor.shape
+    if len(shape) != 2 or shape != other.tensor.shape:
+        return False
+    step = max(1, CACHED_SLAB_ELEMENTS // max(1, shape[1]))
+    for first in range(0, shape[0], step):
+        ours, theirs = (place.file.rows(place.tensor, first, min(step, shape[0] - first)) for place in (one, other))
+        if not np.array_equal(ours, theirs):
+            return False
+    return True
+
+
+def _plan(folder: Path, found: FolderConfig, named: Mapping[str, Place]) -> dict[str, _PlannedTensor]:
+    """The GGUF's tensors in the order of llama.cpp's converter, computed ones first."""
+    family, config = found.family, found.config
     weights = [(weight, _sources(folder, weight, named)) for weight in family.weights(config)]
     expected = {source for weight, _ in weights for source in weight.sources}
     if unknown := sorted(named.keys() - expected):
@@ -125,7 +165,7 @@ def _plan(
     order = dict(zip(named, count(), strict=False))
     weights.sort(key=lambda entry: max(order[source] for source in entry[0].sources))
     computed = {name: _PlannedTensor(None, (), values) for name, values in family.extras(config).items()}
-    return {**computed, **{weight.name: _PlannedTensor(weight, sources) for weight, sources in weights}}, warnings
+    return {**computed, **{weight.name: _PlannedTensor(weight, sources) for weight, sources in weights}}
 
 
 def _named(folder: Path, family: Family, places: Mapping[str, Place]) -> dict[str, Place]:

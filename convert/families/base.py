@@ -69,6 +69,9 @@ class Family(Names):
         config.require("rope_interleaved", (None, False))
         if not self.rotates_part and self.rope(config).partial != 1:
             raise config.bad("partial_rotary_factor", "in this family llama.cpp rotates whole heads")
+
+    def check_head(self, config: Config) -> None:
+        """Raise SourceInvalid if llama.cpp cannot have the output matrix as `is_tied` says. The weights decided it."""
         if self.is_tied(config) and not self.may_tie:
             raise config.bad("tie_word_embeddings", f"llama.cpp needs a {self.architecture} model's output matrix")
 

@@ -26,6 +26,10 @@ class Config:
         self.path = path
         self._values = {**defaults, **values}
 
+    def changed(self, **values: Any) -> "Config":
+        """The same values, with these in place of the file's."""
+        return Config(self.path, {**self._values, **values}, {})
+
     def get(self, key: str) -> Any:
         """The unchecked value, None if there is none."""
         return self._values.get(key)

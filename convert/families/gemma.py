@@ -105,14 +105,22 @@ class Gemma2Family(GemmaFamily):
     }
 
     def check(self, config: Config) -> None:
-        """Refuse an output matrix of its own, uncapped logits, and layers that all have full attention."""
+        """Refuse uncapped logits, and layers that all have full attention."""
         super().check(config)
-        config.require("tie_word_embeddings", (True,))
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if config.number(key) == 0:
                 raise config.bad(key, "llama.cpp caps the logits of a Gemma 2, so it must not be zero")
         if not any(self.windowed(config)):
             raise config.bad("layer_types", "llama.cpp gives some layers of a Gemma 2 a window")
+
+    def check_head(self, config: Config) -> None:
+        """Refuse an output matrix of its own, which llama.cpp would not read."""
+        if not self.is_tied(config):
+            raise config.bad(
+                "tie_word_embeddings",
+                "llama.cpp always takes a Gemma 2's embedding for its output, and these weights have an output that "
+                "was trained apart: train neither, or both tied",
+            )
 
     def fields(self, config: Config) -> dict[str, Field]:
         """Add the window and both caps; omit RoPE's base where it is llama.cpp's default."""

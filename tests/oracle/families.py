@@ -38,7 +38,7 @@ class Case:
     """One checkpoint. `lengths`: how many tokens' logits are compared, in a context that just holds them.
 
     `rows` is the height of the embedding where it is larger than the vocabulary. `converter` is False where llama.cpp's
-    own converter fails; its logits are compared all the same.
+    own converter fails; its logits are compared all the same. `said` changes config.json once the weights are saved.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Case:
     lengths: tuple[int, ...] = (40,)
     converter: bool = True
     generation: Mapping[str, Any] = field(default_factory=dict)
+    said: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _longrope(dimensions: int) -> dict[str, Any]:
@@ -222,6 +223,14 @@ CASES = (
         },
         dtype="float16",
         lengths=(40, 300),
+    ),
+    Case(
+        "qwen2-head-apart",  # as merging tools leave it: a head of its own, and a config that says it has none
+        "Qwen2ForCausalLM",
+        "qwen2",
+        {**_SMALL, "model_type": "qwen2", "rope_theta": 1000000.0, "tie_word_embeddings": False, "rms_norm_eps": 1e-6},
+        said={"tie_word_embeddings": True},
+        converter=False,
     ),
     Case(
         "qwen3",

@@ -119,6 +119,9 @@ def main() -> None:
             make_checkpoint(case, folder)
             save_logits(case, folder, references)
             save_ids(case, folder, references)
+            if case.said:
+                config = folder / "config.json"
+                config.write_text(json.dumps(json.loads(config.read_text()) | case.said, indent=2))
             for kind in ("f16", "f32") if case.converter else ():
                 convert(case, folder, references / f"{case.name}-{kind}.gguf", kind)
             print(case.name, flush=True)

@@ -18,7 +18,7 @@ from convert.checkpoint.source import open_checkpoint
 from convert.errors import ArchitectureUnknown, SourceInvalid
 from convert.tokenizer.read import VocabularyFields
 from tests.support.convert.hf_tiny import N_EMBD, N_VOCAB, open_tiny, weights, write_folder, write_shards
-from tests.support.convert.tiny import safetensors_bytes, write_model
+from tests.support.convert.tiny import grid, safetensors_bytes, write_model
 
 INDEX = "model.safetensors.index.json"
 SECOND = "model-00002-of-00002.safetensors"
@@ -102,6 +102,49 @@ def test_a_tied_head_is_left_out_with_a_warning(tmp_path: Path) -> None:
     with closing(open_tiny(write_folder(tmp_path / "folder", "qwen2", made, tie_word_embeddings=False))) as source:
         assert "output.weight" in source.header.tensors
         assert source.warnings == ()
+
+
+def test_a_head_that_was_trained_apart_is_written_whatever_config_json_says(tmp_path: Path) -> None:
+    """One number of 4,608 is enough; transformers, too, keeps such a head."""
+    head = weights("qwen2")["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 0.5
+    made = weights("qwen2") | {"lm_head.weight": head}
+    with closing(open_tiny(write_folder(tmp_path / "folder", "qwen2", made, dtype="F32"))) as source:
+        np.testing.assert_array_equal(read(source, "output.weight"), head)
+        assert source.warnings == (
+            "'lm_head.weight' is written, although config.json says 'tie_word_embeddings': it was trained apart",
+        )
+
+
+def test_a_tied_head_of_another_type_is_compared_by_its_numbers(tmp_path: Path) -> None:
+    exact = grid((N_VOCAB, N_EMBD), 3)
+    embedding = weights("qwen2") | {"model.embed_tokens.weight": exact}
+    folder = write_folder(tmp_path / "folder", "qwen2", embedding, dtype="F32")
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    (folder / "two.safetensors").write_bytes(safetensors_bytes({"lm_head.weight": exact}, "BF16"))
+    where = dict.fromkeys(embedding, "one.safetensors") | {"lm_head.weight": "two.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": where}))
+    with closing(open_tiny(folder)) as source:
+        assert "output.weight" not in source.header.tensors
+
+
+def test_a_family_that_llama_cpp_cannot_tie_gets_the_head_that_is_there(tmp_path: Path) -> None:
+    made = weights("olmo2") | {"lm_head.weight": weights("olmo2")["model.embed_tokens.weight"]}
+    with closing(open_tiny(write_folder(tmp_path / "folder", "olmo2", made, tie_word_embeddings=True))) as source:
+        assert "output.weight" in source.header.tensors
+
+
+def test_a_head_that_llama_cpp_would_not_read_is_refused(tmp_path: Path) -> None:
+    made = weights("gemma2") | {"lm_head.weight": weights("gemma2")["model.embed_tokens.weight"] + 1}
+    refused(write_folder(tmp_path / "folder", "gemma2", made), "an output that was trained apart: train neither, or")
+    made["lm_head.weight"] = made["model.embed_tokens.weight"]
+    with closing(open_tiny(write_folder(tmp_path / "folder", "gemma2", made))) as source:
+        assert "output.weight" not in source.header.tensors
+
+
+def test_a_missing_head_is_told_with_both_causes(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", "qwen2", tie_word_embeddings=False)
+    refused(folder, "'tie_word_embeddings' is False; but .* has no tensor 'lm_head.weight'.*set .* to true.*save the m")
 
 
 def test_old_buffers_are_ignored(tmp_path: Path) -> None:

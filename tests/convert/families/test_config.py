@@ -20,6 +20,7 @@ def fields(family: str, **changes: Any) -> dict[str, Field]:
     found = BY_CLASS[CLASSES[family]]
     asked = Config(Path("config.json"), config(family, **changes), found.defaults)
     found.check(asked)
+    found.check_head(asked)
     found.extras(asked)
     list(found.weights(asked))
     return found.fields(asked)
