@@ -260,7 +260,7 @@ def test_a_grammar_that_was_prepared_is_not_compiled_when_the_request_comes(monk
     def compile_again(*_: object) -> None:
         raise AssertionError("compiled in the engine's own thread")
 
-    monkeypatch.setattr("runtime.decoding.grammar._compile", compile_again)
+    monkeypatch.setattr("runtime.decoding.grammar.on_large_stack", compile_again)
     engine.add(request)
     assert engine.has_work
     with pytest.raises(AssertionError):
