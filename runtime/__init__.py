@@ -1,1 +1,1 @@
-"""How a model answers: the engine, the server in front of it, and offline batches."""
+"""The runtime: an engine for each model, the server in front of the engines, and offline batches."""

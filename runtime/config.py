@@ -60,6 +60,6 @@ class RuntimeConfig(EngineConfig):
         default="", description="Key that clients must send as bearer token; empty: none."
     )
     cors_origins: Annotated[tuple[str, ...], Flag(metavar="ORIGINS")] = Field(
-        default=(), description="Web origins whose pages may call, comma-separated; empty: none."
+        default=(), description="Web origins allowed to call, comma-separated; empty: none."
     )
     log_level: LogLevel = Field(default="info", description="One of debug, info, warning, error.")

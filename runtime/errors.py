@@ -9,7 +9,7 @@ RequestError                 the client can correct it; carries `param` and `cod
 ├── ModelUnknown             no model of that name is served
 ├── ContextTooLong           prompt + max_tokens exceed the context
 ├── BodyTooLarge             the request body exceeds the limit
-├── BodyTooSlow              the request body was not whole in time
+├── BodyTooSlow              the request body did not arrive in time
 ├── Overloaded               the queue is full; carries `retry_after_s`
 └── Cancelled                the client went away or cancelled
 EngineError                  the engine's own; the request is not to blame
@@ -61,7 +61,7 @@ class BodyTooLarge(RequestError):
 
 
 class BodyTooSlow(RequestError):
-    """The request body was not whole within the limit in seconds."""
+    """The request body did not arrive completely within the limit in seconds."""
 
 
 class Overloaded(RequestError):

@@ -19,7 +19,7 @@ MAX_SCORED_CHOICES = 255
 
 
 class PipeStruct(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A value that travels between processes, as an array of its fields. `dataclasses.replace` is `structs.replace`."""
+    """A value that travels between processes, as an array of its fields. Copy it with `msgspec.structs.replace`."""
 
 
 class Grammar(PipeStruct, frozen=True):
@@ -73,7 +73,7 @@ class Request(PipeStruct, frozen=True, tag=True):
 
 
 class ScoringPrompt(PipeStruct, frozen=True):
-    """A prompt and the choices whose probabilities after it are to be computed, as token ids: none empty, no two equal.
+    """A prompt and the choices to score after it, as token ids: no choice is empty, no two are equal.
 
     A choice is complete with its last token; if another choice continues it, once one of `ends` follows it.
     """

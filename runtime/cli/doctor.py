@@ -1,4 +1,4 @@
-"""Report on this machine, the installation, and whatever the default model lacks, each with its fix.
+"""Report on this machine, the installation and the default model; each failed check comes with its fix.
 
 Bug reports begin with it, so it never fails: a fact that the system does not give is reported as unknown.
 """
@@ -137,7 +137,7 @@ def _existing(path: Path) -> Path:
 
 
 def llama_cpp_state() -> tuple[str, bool, str]:
-    """Backend, whether it can offload to a GPU, and the reason why it cannot be loaded (empty if it can)."""
+    """(backend, True if it can offload to a GPU, the reason why llama.cpp cannot be loaded or an empty text)."""
     try:
         from runtime.llama.model import describe_build
 

@@ -13,9 +13,9 @@ Choices that begin alike share those nodes of the tree. A node's logits answer f
 last row is the root's, and every further node costs one token and one row of logits.
 
 A choice's tokens so far bound it from above, since a longer text is never likelier than its beginning. A choice bounded
-below `NEGLIGIBLE` of the best one is not computed. In the first wave the highest bound is taken for the best one: what
-passes it is needed whichever choice is the best. So there are two waves at most, and a second one only if the likeliest
-beginning was that of a much less likely choice.
+below `NEGLIGIBLE` of the best one is not computed. In the first wave the highest bound is taken for the best one: a
+choice that passes it is needed whichever is the best. So there are two waves at most, and a second one only if the
+likeliest beginning was that of a much less likely choice.
 """
 
 import math
@@ -64,7 +64,7 @@ class ChoiceTree:
             raise EngineError(f"the model's logits are not numbers (the highest is {highest})")
         weights = logits - highest
         np.exp(weights, out=weights)
-        total = float(weights.sum())  # in pairs: float32 is exact enough, and twice as fast
+        total = float(weights.sum())  # numpy adds pairwise: float32 is exact enough, and twice as fast
         norm = float(highest) + math.log(total)
         self._read.add(path)
         for token in self._children[path]:

@@ -23,7 +23,7 @@ class TextStream:
         return self._release(self._decoder.decode(self._token_bytes(token)))
 
     def finish(self) -> str:
-        """The text still held back, when no more tokens come; half a character becomes U+FFFD."""
+        """The text still held back, once no more tokens come; half a character becomes U+FFFD."""
         released = self._release(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
         return released + rest

@@ -1,7 +1,7 @@
 """JSON schemas, grammars, regular expressions and choices → allowed and forced tokens: the door to llguidance.
 
 `Grammars.compile` gives a `GrammarState` for one answer; the state says which tokens are `allowed` or `forced` next and
-`accept`s those that came. llguidance walks the grammar over its own form of the model's vocabulary, which takes a
+`accept`s those that follow. llguidance walks the grammar over its own form of the model's vocabulary, which takes a
 second or two to make for 262k tokens: the thread that compiles the first grammar makes it. The latest compiled grammars
 are kept, so that the check at the edge and the answers themselves cost one compilation, and then a copy (3 us).
 
@@ -32,7 +32,7 @@ _REASON_CHARS = 300
 # Marks the start of a text for tokenizers that put a space there.
 _MARK = "\x02"
 # Measured: 6,000 Lark rules that each name the next, or 5,000 schema references, compile within 64 MiB; an accepted
-# grammar is too small in bytes for more than about 8,000. Only what is used of it becomes memory.
+# grammar is too small in bytes for more than about 8,000. Only the used part of the stack takes memory.
 STACK_BYTES = 256 << 20
 # The size is one setting of the whole process.
 _STACK_SIZE_LOCK = threading.Lock()
@@ -103,7 +103,7 @@ class GrammarState:
         return allowed
 
     def forced(self) -> list[int]:
-        """The tokens that must come next, whatever the model says; often none. Does not accept them."""
+        """The only tokens that the grammar allows next, in order; often none. Does not accept them."""
         tokens = self._matcher.compute_ff_tokens()
         ends = next((place for place, token in enumerate(tokens) if self._is_end(token)), len(tokens))
         return tokens[:ends]
@@ -150,7 +150,7 @@ def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
     try:
         matcher = LLMatcher(tokenizer, _translated(grammar), log_level=0, limits=limits)
-        matcher.compute_bitmask()  # the most work comes with the first: here it delays no step of the engine
+        matcher.compute_bitmask()  # the first mask is the most work: here it delays no step of the engine
     except ValueError as error:
         raise InvalidRequest(f"{grammar.param}: {str(error)[:_REASON_CHARS]}", param=grammar.param) from None
     if matcher.is_error():
@@ -160,7 +160,7 @@ def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 
 
 def _translated(grammar: Grammar) -> str:
-    """llguidance's own form of a grammar."""
+    """The grammar in llguidance's own form."""
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(grammar.source)
     if grammar.kind == "regex":

@@ -4,7 +4,7 @@ A rewrite, a quotation or an extraction repeats text of the prompt. Where the la
 that followed them are a good guess for the next ones, and a guess costs no model: several guessed tokens are verified
 in one decode. (Prompt lookup decoding, Saxena 2023; n-gram speculation.)
 
-`Lookup` guesses, `Acceptance` learns how often guesses are right, `StepTimes` what a row more costs, and
+`Lookup` guesses, `Acceptance` learns how often guesses are right, `StepTimes` the cost of a further row, and
 `draft_lengths` decides how many guessed tokens each answer gets in a step.
 """
 
@@ -112,19 +112,19 @@ class Drafter:
         self.guess = ()
 
 
-# The median of so many latest steps of one size counts: a step that the machine disturbed does not matter.
+# Steps of one size, the latest, that a median is taken of: a step that the machine disturbed does not matter.
 RECENT_STEPS = 9
-# Measurements older than so many steps are forgotten, so that sizes that looked dear once are tried again.
+# Age in steps at which a measurement is forgotten, so that sizes that looked slow once are tried again.
 FORGET_STEPS = 1000
-# Until steps of different sizes were seen: a row more costs this part of a step with a single row ...
+# The guess until steps of different sizes were seen: a further row costs this part of a step with a single row.
 GUESSED_SLOPE = 0.2
-# ... and this is how much spread of rows, squared, weighs as much as the guess.
+# The squared spread of rows that weighs as much as the guess.
 GUESS_WEIGHT = 2.0
-# So many steps of one size weigh as much as the line through all sizes.
+# Steps of one size that weigh as much as the line through all sizes.
 LINE_WEIGHT = 3
-# Drafts must promise so many times the tokens per second of the step without them: estimates err.
+# Drafts must promise this many times the tokens per second of the step without them: estimates err.
 WORTH = 1.05
-# While an answer without drafts waits for the step, the drafts of others make it at most so many times longer.
+# While an answer without drafts waits for the step, the drafts of others make it at most this many times longer.
 MAX_DELAY = 1.25
 
 
@@ -147,7 +147,7 @@ class StepTime:
 
 
 class StepTimes:
-    """The latest seconds of steps that only decode, by their rows."""
+    """Recent durations of steps that only decode, by their number of rows."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, deque[float]] = {}
@@ -157,7 +157,7 @@ class StepTimes:
     def note(self, rows: int, seconds: float) -> None:
         """Learn that a step with `rows` rows took `seconds`."""
         self._n_steps += 1
-        self._seconds.setdefault(rows, deque(maxlen=RECENT_STEPS)).append(max(seconds, 1e-9))  # a coarse clock says 0
+        self._seconds.setdefault(rows, deque(maxlen=RECENT_STEPS)).append(max(seconds, 1e-9))  # a coarse clock gives 0
         self._seen_at[rows] = self._n_steps
         for stale in [rows for rows, seen in self._seen_at.items() if self._n_steps - seen >= FORGET_STEPS]:
             del self._seconds[stale], self._seen_at[stale]
@@ -194,15 +194,15 @@ def draft_lengths(
 ) -> list[int]:
     """The number of drafts for each row of a step, at most `spare` in all, that gives the most tokens per second.
 
-    `candidates[i]` belongs to row i of the step; NO_CANDIDATE where no draft is possible. `others_wait` says that
-    answers outside the step wait for it to end.
+    `candidates[i]` belongs to row i of the step; NO_CANDIDATE where no draft is possible. `others_wait`: answers
+    outside the step wait for it to end.
     """
     rows = len(candidates)
     bare_s = time.of(rows)
     best = lengths = [0] * rows
     tokens, best_rate = float(rows), WORTH * rows / bare_s
     gains = [candidate.rate if candidate.count else 0.0 for candidate in candidates]
-    # The likeliest draft first; each of a candidate is less likely than the one before. Then the best number of them.
+    # Add the likeliest draft first: each of a candidate is less likely than the one before. Keep the best number.
     for n_rows in range(rows + 1, rows + spare + 1):
         place = max(range(rows), key=lambda i: (gains[i], -lengths[i]))
         if gains[place] <= 0:

@@ -11,8 +11,8 @@ The steps for a row, in this order:
    reaches `top_p`. Both regard the distribution of step 3; the token is drawn from those that both leave.
 
 The random number of a token depends on the request's seed and the token's place in the answer only (Philox, a
-counter-based generator), so that a seed repeats whatever else is in the batch. Log-probabilities are those of the
-model: the log-softmax of the raw logits, before any of these steps.
+counter-based generator), not on other requests of the batch. Log-probabilities are those of the model: the log-softmax
+of the raw logits, before any of these steps.
 """
 
 from collections import Counter
@@ -46,7 +46,7 @@ class Sampler:
         self._bias = list(params.logit_bias), np.fromiter(params.logit_bias.values(), np.float32)
         self._penalises = bool(params.presence_penalty or params.frequency_penalty)
         self._edits_rows = bool(self._masked or params.logit_bias or self._penalises)
-        # Where nothing is raised, the likeliest of all is still so after the others were lowered.
+        # If no edit raises a logit, the likeliest token stays so unless its own logit is lowered.
         self._only_lowers = (
             max(params.logit_bias.values(), default=0) <= 0
             and params.presence_penalty >= 0
@@ -56,9 +56,9 @@ class Sampler:
         self._n_drawn = 0
 
     def draw(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> SampledToken:
-        """The next token of the answer, from one row of logits, float32 of shape (n_vocab,), which is left as it is.
+        """The next token of the answer, from one row of logits, float32 of shape (n_vocab,), which stays unchanged.
 
-        `allowed`, bool of the same shape, says which tokens may come (None: all). Raises EngineError if no allowed
+        `allowed`, bool of the same shape, marks the tokens that may come (None: all). Raises EngineError if no allowed
         token's logit is finite.
         """
         row, likeliest = logits, self._unmoved(logits) if allowed is None else None
@@ -136,12 +136,12 @@ def _likeliest(row: np.ndarray, count: int) -> np.ndarray:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Places of the fewest highest weights whose sum reaches `top_p` of the whole, highest first."""
+    """Places of the fewest highest weights that together reach `top_p` of the whole, highest first."""
     total = float(weights.sum(dtype=np.float64))
     # All weights below this together are less than 1 - top_p, so they cannot belong: no need to sort them.
     places = np.flatnonzero(weights >= total * (1 - top_p) / len(weights))
     count = BLOCK
-    while count < len(places):  # of those that are left a few are mostly enough
+    while count < len(places):  # a few of them are mostly enough
         highest = places[_highest(weights[places], count)]
         if weights[highest].sum(dtype=np.float64) >= top_p * total:
             places = highest

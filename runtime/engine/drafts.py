@@ -2,14 +2,14 @@
 
 A decode row becomes [last token, draft …] with a row of logits after each. The answer's own sampler goes through the
 rows in order; the first token that differs from its draft is kept, and the drafts behind it are taken back. So every
-token is sampled from the very row, with the very random number, that it would have alone.
+token is sampled from the same row, with the same random number, as without drafts.
 
     tokens     … the  rain  in  the │ rain  in        drafts: 2
     rows                         ▲     ▲    ▲
     sampled                    rain    in  Spain      both right: three tokens from one decode
 
-Drafts take only the room that a step which does nothing but decode leaves over. While an answer gets none, its look-up
-is still compared with the sampled tokens, which costs nothing and tells when drafts would pay.
+Drafts take only the room that a step leaves over, and only if it does nothing but decode. While an answer gets none,
+its look-up is still compared with the sampled tokens, which costs nothing and shows when drafts would pay.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from runtime.scheduling.scheduler import Scheduler
 
 from .generation import Generation
 
-# Drafts of one answer in one step, unless a setting bounds them. More hardly pay, however sure they are.
+# Drafts of one answer in one step, unless a setting bounds them. More rarely pay, however likely they are.
 MAX_DRAFTS = 15
 # Tokens of an answer before its first look-up: a label never pays for the index of its prompt.
 FIRST_LOOK = 4
@@ -52,7 +52,7 @@ class Drafts:
     def extend(self, plan: StepPlan, scheduler: Scheduler, live: Mapping[str, Generation]) -> StepPlan:
         """The plan with drafts for the `live` answers in it; the same plan if it has no room or drafts would not pay.
 
-        A sequence whose request is not `live` gets none.
+        A sequence gets none if its request is not `live`.
         """
         self._rest = max(self._rest - 1, 0)
         spare = scheduler.spare(plan)
@@ -79,7 +79,7 @@ class Drafts:
             self._times.note(plan.n_tokens, seconds)
 
     def withdraw(self, plan: StepPlan) -> bool:
-        """Make no drafts for a while after a failed decode; True if it had drafts, so that it can be tried without."""
+        """Make no drafts for a while after a failed decode; True if it had drafts, so it can be retried without."""
         had = any(chunk.drafts for chunk in plan.chunks)
         if had:
             self._rest = REST_STEPS

@@ -62,7 +62,7 @@ class Embedder:
         self.live: dict[str, _LiveEmbedding] = {}
 
     def check(self, embedding: Embedding) -> None:
-        """Raise InvalidRequest or ContextTooLong for what the edge should have refused."""
+        """Raise InvalidRequest or ContextTooLong for a request that the edge should have refused."""
         info = self._llama.info
         if not embedding.prompts:
             raise InvalidRequest("there is nothing to embed: no texts", param="input")
@@ -128,13 +128,13 @@ class Embedder:
     def _texts(self) -> Iterator[_ActiveText]:
         begun = self._begun
         requests = deque([self._suspects[0]]) if self._suspects else self._turns
-        first = begun.live if begun is not None else next(one for one in requests if one.todo)
+        first = begun.live if begun is not None else next(live for live in requests if live.todo)
         if begun is not None:
             yield begun
         ids = range(self._llama.info.embed_n_seq_max)
         free = (seq_id for seq_id in ids if begun is None or seq_id != begun.seq_id)
-        alike = [one for one in requests if one.embedding.adapter == first.embedding.adapter]
-        while waiting := next((one for one in requests if one in alike and one.todo), None):
+        alike = [live for live in requests if live.embedding.adapter == first.embedding.adapter]
+        while waiting := next((live for live in requests if live in alike and live.todo), None):
             requests.remove(waiting)
             requests.append(waiting)
             yield _ActiveText(waiting, waiting.todo.popleft(), next(free))
@@ -174,7 +174,7 @@ class Embedder:
 
 
 def _pool(vector: np.ndarray, rows: np.ndarray, pooling: Pooling, *, is_first: bool) -> None:
-    """Add a text's next rows to its vector. A mean is left a sum: its length is made 1 in the end."""
+    """Add a text's next rows to its vector. A mean stays a sum, since the vector's length becomes 1 in the end."""
     if pooling == "mean":
         vector += rows.sum(axis=0)
     elif pooling == "last":

@@ -87,9 +87,10 @@ class Engine:
         return self._failure
 
     def add(self, request: Work) -> None:
-        """Accept a request. Raises ContextTooLong, InvalidRequest or ModelUnknown: what the edge should have refused.
+        """Accept a request.
 
-        Raises the fatal DecodeFailed if there was one.
+        Raises ContextTooLong, InvalidRequest or ModelUnknown for a request that the edge should have refused, and the
+        fatal DecodeFailed if there was one.
         """
         self._raise_if_dead()
         if self._job_of(request.id) is not None:
@@ -121,7 +122,7 @@ class Engine:
         with self._stepping:
             try:
                 return self._step()
-            except Exception as error:  # noqa: BLE001 - whatever it is, no client may be left waiting
+            except Exception as error:  # noqa: BLE001 - no error may leave a client waiting
                 return self._die(error)
 
     def stats(self) -> EngineStats:
@@ -189,7 +190,7 @@ class Engine:
         return self._hand_out(plan, logits)
 
     def _hand_out(self, plan: StepPlan, logits: np.ndarray) -> list[Event]:
-        """Give each chunk's rows of logits to its owner; the events that come of it."""
+        """Give each chunk's rows of logits to its owner. Returns the owners' events."""
         events: list[Event] = []
         n_read = 0
         for chunk in plan.chunks:
@@ -205,7 +206,7 @@ class Engine:
         return events
 
     def _retry(self, plan: StepPlan, error: NoKvSlot | BatchInvalid | DecodeAborted) -> list[Event]:
-        """After a decode that harmed no sequence: do less next time, or fail the one that cannot do with less."""
+        """Recover from a decode that harmed no sequence: do less next time, or fail the sequence that failed alone."""
         if not isinstance(error, NoKvSlot):
             for chunk in plan.chunks:
                 self._llama.remove(chunk.seq_id, chunk.start)

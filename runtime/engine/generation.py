@@ -115,7 +115,7 @@ def _room_before_end(state: GrammarState, params: SamplingParams, token_bytes: C
 
 
 def _accept_forced(state: GrammarState, room: int) -> list[int]:
-    """The tokens, at most `room`, that come next whatever the model says; the state accepts them."""
+    """The tokens, at most `room`, that the grammar forces next; the state accepts them."""
     forced = state.forced()[:room]
     if forced:
         state.accept(forced)

@@ -30,10 +30,10 @@ class Job(Protocol[RequestT]):
 
     @property
     def live(self) -> Mapping[str, object]:
-        """By id, the requests whose terminal event is still to come."""
+        """The requests without a terminal event yet, by id."""
 
     def check(self, request: RequestT) -> None:
-        """Raise InvalidRequest or ContextTooLong for what the edge should have refused."""
+        """Raise InvalidRequest or ContextTooLong for a request that the edge should have refused."""
 
     def add(self, request: RequestT) -> None:
         """Begin a request that was checked. Raises InvalidRequest if its grammar cannot be used."""

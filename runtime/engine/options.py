@@ -5,7 +5,7 @@ from dataclasses import dataclass
 # Part of the cache that finished prompts may keep by default. Every step reads every cell up to the last used one.
 # Measured with Gemma 3 270M, Q8_0, on 2 nearly idle Xeon cores with AMX (30 steps at each size, taken in turns,
 # medians): 1k / 2k / 4k / 8k idle cells slow a step of 16 rows (37 ms) by 3 / 2 / 10 / 28 %, one of 1 row (18 ms) by no
-# more than noise, whatever n_ctx is. Prefill pays more, since each row of a step does: 512 tokens take 416 ms, 460
+# more than noise, at any n_ctx. Prefill pays more, since each row of a step does: 512 tokens take 416 ms, 460
 # beside 2k other cells, 510 beside 6k, so an idle cell costs about 20 us. An idle token that is found saves 0.8 ms: one
 # use in 40 such steps is enough, one in 800 where only rows are decoded. Where no prefix is ever shared (48 replies of
 # 64 tokens to prompts of 283, 16 clients) the quarter, 2k of the default 8k cells, takes about a tenth of the processor
@@ -27,7 +27,7 @@ class EngineOptions:
     sequences. Finished prompts may keep `idle_cells` of the KV cache for others to share (None: a quarter); each of
     them needs a sequence id too, so load the model with `n_seq_max` ids. An answer that copies its input has at most
     `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay). Answers that hold more than
-    `mix_cells` cells in all share no step with prompts (None: what was measured; on a GPU they always do).
+    `mix_cells` cells in all share no step with prompts (None: the measured bound; none on a GPU).
     """
 
     step_tokens: int = 512

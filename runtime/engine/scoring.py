@@ -6,9 +6,9 @@
 
 A prompt begins as one sequence. Once that is computed it continues as the first branch, and the others join as
 sequences of their own, which share the prompt's cells like any request with that prefix: the scheduler sees nothing but
-sequences. Which branches to compute, and what their logits say of the choices, `ChoiceTree` decides. A request's
-prompts run a few at a time and queue behind requests that came meanwhile, so a request of hundreds delays no other for
-long.
+sequences. `ChoiceTree` decides which branches to compute, and reads the choices' probabilities from their logits. A
+request's prompts run a few at a time and queue behind requests that came meanwhile, so a request of hundreds delays no
+other for long.
 """
 
 from collections.abc import Iterable, Iterator
@@ -70,7 +70,7 @@ class Scorer:
         self.live: dict[str, _LiveScoring] = {}
 
     def check(self, scoring: Scoring) -> None:
-        """Raise InvalidRequest or ContextTooLong for what the edge should have refused."""
+        """Raise InvalidRequest or ContextTooLong for a request that the edge should have refused."""
         if not scoring.questions:
             raise InvalidRequest("there is nothing to decide: no questions", param="questions")
         for prompt in scoring.questions:

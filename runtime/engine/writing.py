@@ -49,7 +49,7 @@ class Writer:
         self.live: dict[str, Generation] = {}
 
     def check(self, request: Request) -> None:
-        """Raise InvalidRequest or ContextTooLong for what the edge should have refused."""
+        """Raise InvalidRequest or ContextTooLong for a request that the edge should have refused."""
         params, info = request.params, self._info
         if not request.prompt:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
@@ -84,7 +84,7 @@ class Writer:
         self.live.clear()
 
     def close(self) -> None:
-        """End the thread of the masks."""
+        """Stop the thread that computes masks."""
         self._mask_thread.shutdown()
 
     def start_masks(self, plan: StepPlan) -> None:

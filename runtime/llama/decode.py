@@ -51,7 +51,7 @@ def _pointer(array: np.ndarray, kind: type) -> object:
 
 
 def last_logits(llama: LlamaLike, tokens: Sequence[int]) -> np.ndarray:
-    """Prefill `tokens` (1 … n_batch) as sequence 0 of an emptied cache; the last one's logits, shape (n_vocab,)."""
+    """Prefill `tokens` (1 … n_batch) as sequence 0 of an empty cache; the last one's logits, shape (n_vocab,)."""
     n_tokens = len(tokens)
     wants_logits = np.zeros(n_tokens, dtype=bool)
     wants_logits[-1] = True
@@ -68,7 +68,7 @@ def last_logits(llama: LlamaLike, tokens: Sequence[int]) -> np.ndarray:
 
 
 def greedy_answer(llama: LlamaLike, prompt: Sequence[int], limit: int) -> list[int]:
-    """The likeliest next token, up to `limit` times or the end of the answer, as sequence 0 of an emptied cache."""
+    """Decode greedily at most `limit` tokens after `prompt`, without the end token, as sequence 0 of an empty cache."""
     llama.clear()
     answer: list[int] = []
     pending, position = list(prompt), 0

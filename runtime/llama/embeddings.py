@@ -28,7 +28,7 @@ LOGITS_BYTES = 64 << 20
 MIN_BATCH = 16
 # llama.cpp's name of the rows after the last norm, and the name it gives them later.
 _ROWS = (b"result_norm", b"result_embd_pooled")
-# llama.cpp's `pooling_type`; any other model is a generative one, of which the mean says most.
+# llama.cpp's `pooling_type`; a model without it is a generative one, for which the mean works best.
 _POOLINGS: Mapping[str, Pooling] = {"2": "cls", "3": "last"}
 
 
@@ -75,8 +75,8 @@ class EmbedContext:
         n_tokens = len(batch.tokens)
         if not 0 < n_tokens <= self._info.embed_n_batch:
             raise BatchInvalid(f"a batch of {n_tokens} tokens to embed, limit {self._info.embed_n_batch}")
-        going_on = set(batch.seq_ids.tolist()) - set(batch.seq_ids[batch.positions == 0].tolist())
-        for seq_id in self._held - going_on:
+        continued = set(batch.seq_ids.tolist()) - set(batch.seq_ids[batch.positions == 0].tolist())
+        for seq_id in self._held - continued:
             llama_cpp.llama_memory_seq_rm(self._memory, seq_id, 0, -1)
         self._adapters.apply(self._context, adapter)
         code = llama_cpp.llama_decode(self._context, self._arrays.fill(batch))
@@ -100,7 +100,7 @@ def _cut_after_rows() -> object:
 
 
 def _tensor_name() -> Callable[[int], bytes] | None:
-    """ggml's function for a tensor's name, which the binding leaves out; None where libllama does not show it."""
+    """The C function `ggml_get_name`, which the binding leaves out; None where libllama does not export it."""
     function = getattr(llama_cpp._lib, "ggml_get_name", None)
     if function is None:
         return None

@@ -1,7 +1,7 @@
 """The parts of ggml that llama-cpp-python does not bind: tensors of a running computation, and float16 conversion.
 
-`struct ggml_tensor` is no promise of ggml's from release to release, so its layout is proved on a tensor made for it
-before any other is read; ggml itself copies the numbers out, from whatever memory they are in.
+`struct ggml_tensor` may change from release to release, so its layout is proved on tensors made for the purpose before
+any other is read; ggml itself copies the numbers out, from the CPU's memory or a device's.
 
 ggml converts float32 to float16 by its own loop, with the processor's instruction for it: 0.2 ns a number against
 numpy's 2.9. Both round to the nearest, ties to even, so the bytes are the same.
@@ -22,8 +22,8 @@ _OBJECT_BYTES = 32  # sizeof(struct ggml_object), which ggml_tensor_overhead() i
 
 
 def to_half(values: np.ndarray) -> np.ndarray:
-    """The float32 array as float16 of the same shape. What is too large becomes infinite."""
-    # A build that loads its CPU backend as a library of its own does not show the function here.
+    """The float32 array as float16 of the same shape. Values beyond the range of float16 become infinite."""
+    # A build that loads its CPU backend as a library of its own does not export the function here.
     convert = getattr(llama_cpp.llama_cpp._lib, _CONVERT, None)
     if convert is None or values.dtype != np.float32:
         with np.errstate(over="ignore"):
@@ -90,7 +90,7 @@ class Ggml:
         return np.ndarray(tuple(tensor.ne)[::-1], _DTYPES[tensor.type], copy.data, strides=tuple(tensor.nb)[::-1])
 
     def _prove_layout(self) -> tuple[int, int]:
-        """Make two products of tensors of known shape and find each where it should be; the operations' numbers."""
+        """Find the parts of two products, made of known tensors, where they should be; the two operations' numbers."""
         if self._overhead() != _OBJECT_BYTES + ctypes.sizeof(GgmlTensor):
             raise EngineError(
                 f"this llama.cpp's tensors take {self._overhead() - _OBJECT_BYTES} bytes, {ctypes.sizeof(GgmlTensor)} "

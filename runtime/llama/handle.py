@@ -15,7 +15,7 @@ from runtime.errors import LoadFailed
 
 _log = logging.getLogger("deskside.llama")
 
-# ggml.h's levels. What fails also raises, with these lines in it where they explain: nothing is above a warning.
+# ggml.h's levels → ours. A failure also raises an error that quotes llama.cpp's lines, so none is logged above INFO.
 _LEVELS = {2: logging.DEBUG, 3: logging.INFO, 4: logging.INFO}
 _ERROR = 4
 _KEPT_LINES = 4
@@ -36,7 +36,7 @@ def route_log() -> None:
 
 @contextmanager
 def last_errors() -> Iterator[deque[str]]:
-    """Collect the last error lines that llama.cpp writes meanwhile (in the whole process)."""
+    """Collect the last error lines that llama.cpp writes during the block, from any thread of the process."""
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
 
     def collect(level: int, text: bytes, user_data: object) -> None:
@@ -119,8 +119,8 @@ def system_info() -> str:
 def _trusts_amx() -> bool:
     """True if llama.cpp may repack weights, which it does for AMX tiles if it was built for them.
 
-    Built by some releases of GCC, it crashes or answers garbage with them. `amx.h` explains why and mends it; where it
-    was compiled in it leaves a symbol. A library without the symbol does not tell which compiler built it.
+    Built by some releases of GCC, it crashes or answers garbage with them. `amx.h` explains why and prevents it; a
+    library that it was compiled into has its symbol. Without the symbol there is no sign of the compiler's release.
     """
     return _BUILT_FOR_AMX not in llama_cpp.llama_print_system_info().decode() or hasattr(llama_cpp._lib, _AMX_MENDED)
 

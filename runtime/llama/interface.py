@@ -1,7 +1,7 @@
-"""The seam of the model: the engine's needs of llama.cpp, as protocols.
+"""Protocols of a loaded model and its tokenizer: the part of llama.cpp that the engine uses.
 
-`runtime/llama/model.py` implements them with the real library, `tests/support/runtime/fakes.py` with a toy model whose
-answers can be foretold.
+`runtime/llama/model.py` implements them with the real library, `tests/support/runtime/fakes.py` with a toy model of
+predictable answers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -128,7 +128,7 @@ class LlamaLike(Protocol):
     def use_adapter(self, name: str | None) -> None:
         """Compute with adapter `name` of `info.adapters` from the next decode on; None: with none.
 
-        Costs nothing if it is applied already. What is in the cache stays as it was computed.
+        Costs nothing if it is applied already. Cells in the cache stay as they were computed.
         """
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:

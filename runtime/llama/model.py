@@ -94,8 +94,8 @@ class Llama:
     def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
         """The last layer's rows for `batch`, float32 of shape (tokens, n_embd), as `LlamaLike.embed` says.
 
-        The first call makes a second, small context on the same weights, so that text is never in its way. Raises
-        LoadFailed if there is no memory for it.
+        The first call makes a second, small context on the same weights, so that embeddings and text share no KV cache.
+        Raises LoadFailed if there is no memory for it.
         """
         self._require_open()
         if self._embedder is None:
@@ -137,7 +137,11 @@ class Llama:
 
 
 def load(path: Path, options: LoadOptions | None = None) -> Llama:
-    """Load a GGUF model. Raises LoadFailed: no such file, not GGUF, damaged, no memory, not for this engine."""
+    """Load a GGUF model.
+
+    Raises LoadFailed if the file is missing, damaged or not GGUF, if there is no memory for the model, or if the engine
+    cannot run its kind.
+    """
     options = options or LoadOptions()
     can_offload = bool(llama_cpp.llama_supports_gpu_offload())
     if options.gpu_layers and not can_offload:
@@ -157,7 +161,7 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The vocabulary of a GGUF, known in a moment and without reading the weights. Raises LoadFailed."""
+    """Load the vocabulary of a GGUF file in a moment, without reading the weights. Raises LoadFailed."""
     return Tokenizer(ModelHandle(path, vocab_only=True))
 
 

@@ -76,7 +76,7 @@ class ModelPool:
 
     @property
     def closed(self) -> bool:
-        """Whether new requests are refused because the server stops."""
+        """True once new requests are refused because the server stops."""
         return self._closed
 
     @property
@@ -86,7 +86,7 @@ class ModelPool:
 
     @property
     def broken(self) -> bool:
-        """Whether every model's engine has stopped for good."""
+        """True if every model's engine has stopped for good."""
         return all(slot.broken for slot in self.slots)
 
     @property
@@ -226,7 +226,7 @@ class ModelPool:
                 self._arrive(slot, loaded)
         except (NoRoom, ShuttingDown) as error:
             slot.state, slot.refusal = "unloaded", (type(error), str(error))
-        except Exception as error:  # noqa: BLE001 - the waiting requests must get it, whatever it is
+        except Exception as error:  # noqa: BLE001 - the waiting requests must get every error
             self._fail(slot, error)
         finally:
             slot.loading = None
@@ -300,14 +300,14 @@ def _stop_and_free(going: list[LoadedModel | None]) -> None:
     assert loaded is not None, "only a loaded model is unloaded"
     loaded.base.supervisor.stop()
     del loaded
-    # An engine's parts refer to one another: its memory is freed by the garbage collector only.
+    # An engine's parts refer to one another in cycles, which only the garbage collector frees.
     gc.collect()
 
 
 def open_pool(names: Sequence[str], config: RuntimeConfig, store: Store) -> ModelPool:
     """The pool of the models `names`, none loaded yet; the first of them answers requests that name none.
 
-    Raises what `find` raises, BadGguf, or LoadFailed if two different models have one name.
+    Raises the errors of `find`, BadGguf, or LoadFailed if two different models have one name.
     """
     by_base: dict[Path, dict[str, ModelRef]] = {}
     seen: dict[str, ModelRef] = {}

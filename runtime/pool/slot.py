@@ -67,17 +67,17 @@ class ModelSlot:
 
     @property
     def broken(self) -> bool:
-        """Whether it is loaded but its engine has stopped for good."""
+        """True if it is loaded but its engine has stopped for good."""
         return self.loaded is not None and self.loaded.base.supervisor.state == "failed"
 
     @property
     def usable(self) -> bool:
-        """Whether a request can use it without waiting."""
+        """True if a request can use it without waiting."""
         return self.state == "ready" and not self.broken
 
     @property
     def idle(self) -> bool:
-        """Whether it is loaded and no request uses it."""
+        """True if it is loaded and no request uses it."""
         return self.loaded is not None and self.leases == 0
 
     @property
@@ -94,11 +94,11 @@ class MemoryBudget:
         self._limit_bytes = limit_bytes
 
     def fits(self, slot: ModelSlot) -> bool:
-        """Whether `slot` fits beside all loaded models."""
+        """True if `slot` fits beside all loaded models."""
         return self._has_room(slot, [other for other in self._slots if other.loaded is not None])
 
     def can_fit(self, slot: ModelSlot) -> bool:
-        """Whether `slot` fits beside the leased models, which cannot be unloaded."""
+        """True if `slot` fits beside the leased models, which cannot be unloaded."""
         return self._has_room(slot, self._busy())
 
     def require_fits_alone(self, slot: ModelSlot) -> None:

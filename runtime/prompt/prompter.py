@@ -1,9 +1,9 @@
 """Messages → text → token ids: the model's chat template, in a sandbox, with the length checked before anything runs.
 
-What a user writes stays text. `<end_of_turn>` in a mail must not close the turn, so every piece of message text that
-the tokenizer would read as a control token is replaced by a placeholder before the template sees it, and its tokens are
-put in as plain text afterwards. Messages without such pieces, nearly all, are tokenised in one go. The text of
-`/v1/completions` is different: whoever sends it writes the whole prompt, control tokens included.
+A user's text stays text. `<end_of_turn>` in a mail must not close the turn, so every piece of message text that the
+tokenizer would read as a control token is replaced by a placeholder before the template sees it, and its tokens are put
+in as plain text afterwards. Messages without such pieces, nearly all, are tokenised in one go. The text of
+`/v1/completions` is different: the client writes the whole prompt, control tokens included.
 """
 
 import re
@@ -24,7 +24,7 @@ SLICE_CHARS = 4096
 
 
 class Prompter:
-    """Prompts for one model. Reads only what never changes: any thread may use it."""
+    """Prompts for one model. Immutable: any thread may use it."""
 
     def __init__(self, tokenizer: TokenizerLike, template: str | None, n_ctx: int) -> None:
         """`template` is the model's Jinja chat template, if it has one. Raises TemplateFailed if it does not parse."""
@@ -171,7 +171,7 @@ class _Guard:
         return value
 
     def split(self, text: str) -> list[tuple[str, bool]]:
-        """The pieces of a rendered text in order; True for those whose control tokens are the template's own."""
+        """The pieces of a rendered text in order; True for those with control tokens of the template's own."""
         pieces = re.split(f"{self._nonce}:([0-9]+)\ue001", text) if self._hidden else [text]
         return [
             (self._hidden[int(piece)], False) if place % 2 else (piece, True)

@@ -40,7 +40,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        """Raises TemplateFailed if the template does not parse."""
+        """Parse `source`. Raises TemplateFailed if it is not a Jinja template."""
         extensions = ("jinja2.ext.loopcontrols", GenerationTag)
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
@@ -55,7 +55,10 @@ class ChatTemplate:
         self.written = _written(tree)
 
     def render(self, variables: Mapping[str, object]) -> str:
-        """The text. Raises InvalidRequest if the template refuses the messages or writes too much, TemplateFailed."""
+        """Render the text.
+
+        Raises InvalidRequest if the template refuses the messages or writes too much, TemplateFailed if it fails.
+        """
         deadline = time.monotonic() + MAX_RENDER_SECONDS
         try:
             return _joined(self._template.generate({**variables, "range": _timed_range(deadline)}), deadline)

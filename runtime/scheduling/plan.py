@@ -1,7 +1,7 @@
 """The nouns of scheduling: sequences, chunks of their tokens, edits of the KV cache, and the plan of a step.
 
 A request for text is one sequence; a request that scores choices is one for each prompt, and one for each branch of its
-choices. The scheduler knows sequences only, and of a sequence's owner nothing.
+choices. The scheduler knows sequences only, and nothing of their owners.
 """
 
 from collections.abc import Iterable
@@ -34,8 +34,8 @@ class ScheduledSequence:
     and what followed it, at most `max_tokens`. The first `n_computed` of them are in the KV cache under `seq_id` (None
     while it waits, or is pre-empted), computed under LoRA `adapter` (None: the bare model). `n_cached` of the prompt's
     tokens were in the cache already when it joined. `n_ahead` tokens after the prompt were forced by a grammar before
-    any was sampled. `first_row` is the first token whose logits are wanted, with those of every later one (None: the
-    last token's only, which is all that writing needs).
+    any was sampled. Logits are wanted after token `first_row` and every later one (None: after the last token only,
+    which is all that writing needs).
     """
 
     owner: Owner
@@ -78,7 +78,7 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """True if logits come of it."""
+        """True if the step gives logits for it."""
         return self.n_rows > 0
 
 

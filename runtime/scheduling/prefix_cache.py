@@ -1,4 +1,4 @@
-"""The books of the unified KV cache: sequence ids, cells, shared prefixes, and finished prompts kept for reuse. Pure.
+"""Bookkeeping of the unified KV cache: sequence ids, cells, shared prefixes, finished prompts kept for reuse. Pure.
 
     cell       0  1  2  3  4  5  6  7  8  9
     running A  ■  ■  ■  ■  ■                     a cell counts once,
@@ -10,10 +10,10 @@ A resident sequence holds tokens in cells. A finished one stays resident, idle, 
 beginning need not compute it again, until its cells or its id are needed (least recently used first). Attention scans
 every used cell, so idle residents slow down every step: the number of their cells is bounded.
 
-A radix tree finds the resident that holds the beginning of a new prompt. Of a running sequence it knows the prompt, as
-far as it is computed; the answer is added when it is finished.
+A radix tree finds the resident that holds the beginning of a new prompt. It has the computed part of a running
+sequence's prompt; the answer is added when the sequence is finished.
 
-Every change is noted as an edit, in order, for the engine to carry out on the real cache (`take_edits`).
+Every change is noted as an edit; the engine applies the edits in order to the real cache (`take_edits`).
 """
 
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ class _Resident:
 
 
 class PrefixCache:
-    """The books of `n_cells` cells and `n_seq_max` sequence ids.
+    """Bookkeeping of `n_cells` cells and `n_seq_max` sequence ids.
 
     Idle residents hold at most `idle_cells` that no running sequence shares.
     """
@@ -154,7 +154,7 @@ class PrefixCache:
         return edits
 
     def check(self) -> None:
-        """Raise AssertionError unless ids, cells, counts and tree say the same. Costs as much as the cache is large."""
+        """Raise AssertionError unless ids, cells, counts and tree agree. Takes time linear in the cache's size."""
         residents = self._running | self._idle
         assert len(residents) == len(self._running) + len(self._idle), "a sequence is running and idle"
         n_seq_max = len(residents) + len(self._free_ids)

@@ -9,7 +9,7 @@ newest sequence is pre-empted and its tokens are computed again later. The oldes
 ends.
 
 A step computes under one LoRA adapter; the adapters take turns (`AdapterRotation`). Slots and cells are given first
-come first served whatever the adapter: a request joins in its order, and computes when its adapter's turn comes.
+come first served, regardless of the adapter: a request joins in order, and computes when its adapter's turn comes.
 """
 
 from bisect import insort
@@ -23,21 +23,21 @@ from .plan import Chunk, Match, ScheduledSequence, StepPlan
 from .prefix_cache import PrefixCache
 from .radix_tree import RadixTree
 
-# A waiting sequence is held back while another computes at least so many tokens that both begin with. Fewer are sooner
-# computed twice than waited for.
+# A waiting sequence is held back while another computes a common prefix that is longer by at least this than the cached
+# one. A shorter prefix is computed twice sooner than waited for.
 HOLD_BACK_TOKENS = 32
 # Held-back sequences that others may overtake in one step: bounds the look-ups.
 LOOK_PAST = 8
 # Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
 HEADROOM_TOKENS = 16
-# A sequence with so few tokens to compute counts as rows, not as a prompt: a sampled token with those that a grammar
-# forces after it, a choice to score, the end of a prompt. Its cells are many for so few tokens.
+# A sequence with at most this many tokens to compute counts as rows, not as a prompt: a sampled token with those that a
+# grammar forces after it, a choice to score, the end of a prompt. It holds many cells for so few tokens.
 FEW_TOKENS = 16
 # llama.cpp's CPU attention goes through a step of fewer tokens cell by cell and reads only a row's own; through a
-# larger one in tiles of so many tokens, each of which reads every cell that any of its rows holds.
+# larger one in tiles of this many tokens, each of which reads every cell that any of its rows holds.
 TILE_TOKENS = 64
-# An adapter's turn lasts until so many tokens were computed, a step counting as `STEP_TOKENS` at least: four steps of a
-# few rows, two of sixteen, one that prefills. A change of adapter makes llama.cpp reserve its buffers again (4-5 ms,
+# An adapter's turn lasts until this many tokens were computed, a step counting as `STEP_TOKENS` at least: four steps of
+# a few rows, two of sixteen, one that prefills. A change of adapter makes llama.cpp reserve its buffers again (4-5 ms,
 # Gemma 3 270M, Q4_K_M, on 2 idle Xeon cores, a third of a step of one row; 7-9 ms in all before one of sixteen, a sixth
 # of it), and the answers under other adapters wait for as long as a turn lasts.
 TURN_TOKENS = 32
@@ -47,8 +47,8 @@ STEP_TOKENS = 8
 class Scheduler:
     """Plans steps of at most `step_tokens` tokens for at most `max_running` sequences at a time.
 
-    A step gives at most `max_rows` rows of logits (None: as many as it has tokens), which must be `max_running` at
-    least. Rows and prompts share a step of `TILE_TOKENS` or more only while the rows' sequences hold at most
+    A step gives at most `max_rows` rows of logits (None: as many as it has tokens), which must be at least
+    `max_running`. Rows and prompts share a step of `TILE_TOKENS` or more only while the rows' sequences hold at most
     `mix_cells` cells in all (None: always).
 
     Follow each `plan` with `commit` (computed), `shrink` (no room in the real cache) or `isolate` (malformed).
@@ -98,7 +98,7 @@ class Scheduler:
         return StepPlan(self._cache.take_edits(), tuple(chunks), chunks[0].sequence.adapter)
 
     def spare(self, plan: StepPlan) -> int:
-        """The number of tokens, each with its row, that the step could compute besides; 0 unless it only decodes.
+        """Tokens, each with a row of logits, that could be added to the step; 0 unless it only decodes.
 
         They displace nothing: no prompt, no idle prefix, and not the search for a guilty sequence.
         """
@@ -185,7 +185,7 @@ class Scheduler:
         return []
 
     def _chunks(self, adapter: str | None, *, join: bool) -> list[Chunk]:
-        """The next chunks under `adapter`: rows and prompts together, or only those of the two that are due.
+        """The next chunks under `adapter`: rows and prompts together, or only the kind that is due.
 
         Prompts are planned beside the rows even if they are computed alone, so that there are cells for both.
         """
@@ -235,7 +235,7 @@ class Scheduler:
         return chunks
 
     def _chunk(self, sequence: ScheduledSequence, others: list[Chunk]) -> Chunk | None:
-        """As much of `sequence` as the step, its rows and the cells allow beside the `others`."""
+        """The largest chunk of `sequence` beside the `others` that tokens, rows and cells allow; None if none fits."""
         start, planned = sequence.n_computed, _planned(others)
         without_rows = max(_first_row(sequence) - start, 0)
         rows_left = self._max_rows - sum(chunk.n_rows for chunk in others)
@@ -333,7 +333,7 @@ def _arrival(sequence: ScheduledSequence) -> int:
 
 
 def _first_row(sequence: ScheduledSequence) -> int:
-    """The first token whose logits are wanted. A cached token gives none, so a match must end before it."""
+    """Place of the first token that needs logits. A cached token gives none, so a match must end before it."""
     return len(sequence.tokens) - 1 if sequence.first_row is None else sequence.first_row
 
 

@@ -98,7 +98,7 @@ class Outbox:
 
 
 class _Forward(logging.Handler):
-    """Sends log lines to the parent, whose settings say where they go."""
+    """Sends log lines to the parent, which has the log's settings."""
 
     def __init__(self, outbox: Outbox) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def main() -> NoReturn:
     threading.Thread(target=_read, args=(source, arrived), name="deskside-reader", daemon=True).start()
     try:
         _run(start, arrived, outbox)
-    except Exception as error:  # noqa: BLE001 - the parent must get the reason, whatever it is
+    except Exception as error:  # noqa: BLE001 - the parent must get the reason of every end
         if not isinstance(error, EngineError):
             _log.critical("the engine broke: %s", error, exc_info=error)
             error = EngineError(f"the engine broke: {type(error).__name__}: {error}")
@@ -136,7 +136,7 @@ def main() -> NoReturn:
 
 
 def _take_pipes() -> tuple[BinaryIO, Outbox]:
-    """The two ends that the parent gave. What C or Python code prints goes to stderr instead."""
+    """The pipes from and to the parent. Output that C or Python code prints goes to stderr instead."""
     source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123
         os.dup2(nothing.fileno(), 0)
@@ -145,7 +145,7 @@ def _take_pipes() -> tuple[BinaryIO, Outbox]:
 
 
 def _read(source: BinaryIO, arrived: "SimpleQueue[Order]") -> NoReturn:
-    """Queue the parent's orders. Exits at the end of the input, whatever the other threads are at."""
+    """Queue the parent's orders. Exits at the end of the input, even while other threads work."""
     try:
         while True:
             message = read_to_engine(source)
@@ -183,7 +183,7 @@ def _prepare(engine: EngineLike, arrived: "SimpleQueue[Order]", inbox: "SimpleQu
 
 
 def _sanitised(event: Event) -> Event:
-    """`event`; an error that is none of the runtime's is logged here and does not travel."""
+    """`event`, with an error that is not one of the runtime's logged here and replaced: it cannot travel."""
     if not isinstance(event, Failed) or isinstance(event.error, RequestError | EngineError):
         return event
     _log.error("request %r failed", event.request_id, exc_info=event.error)

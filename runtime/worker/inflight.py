@@ -38,7 +38,7 @@ class Stream:
 
     @property
     def ready(self) -> bool:
-        """Whether the next event, or the end, is there without waiting."""
+        """True if the next event, or the end, is there without waiting."""
         return not self._open or not self._events.empty()
 
     def put(self, event: Event) -> None:
@@ -79,7 +79,7 @@ MAX_ENGINES = 2
 
 @dataclass(slots=True)
 class InflightRequest:
-    """An accepted request. `engines` counts those it was sent to; `delivered` says whether its reader got any event.
+    """An accepted request. `engines` counts those it was sent to; `delivered` is set once its reader got an event.
 
     `ending` is the error of a request that must end early. The events of a `whole` answer are `held` until it ends.
     """
@@ -101,7 +101,7 @@ class InflightRequest:
 
 
 class InflightRequests:
-    """The inflight requests by id. `changed` guards them; `on_lost` gets the ids of those whose loop is closed."""
+    """The inflight requests by id. `changed` guards them; `on_lost` gets the ids of those with a closed event loop."""
 
     def __init__(self, changed: threading.Condition, on_lost: Callable[[tuple[str, ...]], None]) -> None:
         self.by_id: dict[str, InflightRequest] = {}
@@ -115,7 +115,7 @@ class InflightRequests:
         return len(self.by_id)
 
     def add(self, requests: Sequence[Work], stream: Stream, *, whole: bool) -> list[InflightRequest]:
-        """Add all of them. Raises InvalidRequest, before any, if one is live already."""
+        """Add all of them. Raises InvalidRequest, and adds none, if one is live already."""
         added: dict[str, InflightRequest] = {}
         for request in requests:
             if request.id in self.by_id or request.id in added:
@@ -127,7 +127,7 @@ class InflightRequests:
         return list(added.values())
 
     def deliver(self, events: Iterable[Event]) -> None:
-        """Deliver the events of a step: one call for each event loop, whatever the number of streams."""
+        """Deliver the events of a step: one call for each event loop, for any number of streams."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
         with self._changed:
             for event in events:
@@ -164,7 +164,7 @@ class InflightRequests:
             self._on_lost(tuple({event.request_id for _, event in handed}))
 
     async def wait_empty(self, timeout_s: float) -> bool:
-        """Whether all have ended within the time."""
+        """Wait until all have ended. Returns False if that takes longer than `timeout_s`."""
         emptied = asyncio.Event()
         with self._changed:
             if not self.by_id:

@@ -34,7 +34,7 @@ class EngineLike(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """True if `step` has something to do."""
 
     @property
     def failure(self) -> Exception | None:

@@ -1,7 +1,7 @@
-"""An engine in a process of its own: whatever kills the engine leaves the server running.
+"""An engine in a process of its own: the server survives every crash of the engine.
 
 A fresh interpreter, never a fork: a process that holds llama.cpp's threads cannot be forked safely. One thread here
-writes to the engine, so that nobody else waits for a full pipe, and the supervisor's thread reads.
+writes to the engine, so that no other thread waits for a full pipe, and the supervisor's thread reads.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class EngineProcess:
     """Launches the engine of `recipe`, each time in a new process, which `ps` shows as `name`.
 
     An engine that has work and sends nothing for `silence_s` is hung and gets SIGKILL: no step takes nearly as long.
-    `clock`, in seconds and never going back, times that silence.
+    `clock`, monotonic and in seconds, times that silence.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class EngineProcess:
         watch_s: float = WATCH_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`stop_s` is the grace period before SIGKILL, `watch_s` the interval at which silence is looked at."""
+        """`stop_s` is the grace period before SIGKILL, `watch_s` the interval at which silence is checked."""
         self.recipe = recipe
         self.name = name
         self.silence_s = silence_s
@@ -69,7 +69,7 @@ class EngineProcess:
         self.clock = clock
 
     def launch(self) -> "EngineRun":
-        """Start a process; it loads the model while the caller goes on. Raises OSError if the system refuses it."""
+        """Start a process, which loads the model meanwhile. Raises OSError if the system refuses to start it."""
         return EngineRun(self)
 
 
@@ -163,7 +163,7 @@ class EngineRun:
         )
 
     def _end(self) -> int:
-        """The exit code of the process, which gets SIGKILL after the grace period."""
+        """Wait for the process, which gets SIGKILL after the grace period. Returns its exit code."""
         try:
             return self._process.wait(self._options.stop_s)
         except subprocess.TimeoutExpired:
@@ -179,7 +179,7 @@ class EngineRun:
 
 
 class _Writer:
-    """Writes messages in a thread of its own, so that an engine that does not read delays nobody.
+    """Writes messages in a thread of its own, so that an engine that does not read delays no caller.
 
     Its queue has no bound of its own: it holds what the supervisor accepted, at most `capacity` requests.
     """
@@ -227,7 +227,7 @@ def cause_of_death(code: int) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with the same import path, and no debugger attached to an engine that aborts."""
+    """The environment of this process, with its import path, and no debugger attached to an engine that aborts."""
     return {"GGML_NO_BACKTRACE": "1"} | os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 

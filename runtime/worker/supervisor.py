@@ -1,8 +1,8 @@
 """The supervisor of one engine: callers submit requests, and events come back to the callers' own event loops.
 
 Every accepted request ends in exactly one terminal event: the engine's, or the supervisor's own when the engine is
-gone. An engine that ends is followed by another one: a request of which nothing was delivered is given to that one too,
-once; the others fail.
+gone. When an engine ends, the supervisor launches another one: a request of which nothing was delivered is sent to that
+one too, once; the others fail.
 
     SERVER'S PROCESS                                            ENGINE'S PROCESS (worker/child.py)
 
@@ -92,12 +92,12 @@ class RestartLimiter:
         self._times_s.append(time.monotonic())
 
     def note_answer(self) -> None:
-        """Begin to count again: the engine can work."""
+        """Start counting again: the engine works."""
         self._times_s.clear()
 
     @property
     def exhausted(self) -> bool:
-        """Whether the restart limit is reached."""
+        """True if the restart limit is reached."""
         many = len(self._times_s) == self._policy.deaths
         return many and self._times_s[-1] - self._times_s[0] <= self._policy.window_s
 
@@ -190,7 +190,7 @@ class EngineSupervisor:
 
     @property
     def live(self) -> int:
-        """Accepted requests whose terminal event is still to come."""
+        """The number of accepted requests without a terminal event yet."""
         return len(self._live)
 
     def stats(self) -> EngineStats:
@@ -211,11 +211,10 @@ class EngineSupervisor:
             raise Overloaded(message, retry_after_s=self._live.retry_after_s())
 
     def submit(self, *requests: Work, whole: bool = False) -> Stream:
-        """Accept all of `requests`, or none. Call it on the event loop that is to read the stream.
+        """Accept all of `requests`, or none. Call it on the event loop that will read the stream.
 
         `whole`: deliver nothing of an answer before its end, so that it survives an engine that ends in the middle of
-        it. Raises Overloaded, ShuttingDown or EngineDown; InvalidRequest if so many
-        can never be accepted.
+        it. Raises Overloaded, ShuttingDown or EngineDown; InvalidRequest if there are more requests than `capacity`.
         """
         stream = self._make_stream((request.id for request in requests), self.cancel)
         with self._changed:
@@ -263,7 +262,7 @@ class EngineSupervisor:
             try:
                 self._supervise()
                 break
-            except Exception as error:  # noqa: BLE001 - whatever it was, no caller may be left waiting
+            except Exception as error:  # noqa: BLE001 - no error may leave a caller waiting
                 if not self._recover(error):
                     break
         self._fail_all(self._fatal or ShuttingDown("the server stopped before the answer was finished"))
