@@ -69,7 +69,9 @@ class BenchSettings(Record):
     )
     base_url: str | None = Field(default=None, description="A running server (…/v1) of the base model.")
     hosted_url: str | None = Field(default=None, description="A hosted API (…/v1) to measure instead of the replay.")
-    hosted_model: str | None = Field(default=None, description=f"Its model. The key is read from ${KEY_VARIABLE}.")
+    hosted_model: str | None = Field(
+        default=None, description=f"Model of the hosted API; its key is read from ${KEY_VARIABLE}."
+    )
     hosted_body: str = Field(default="{}", description="JSON merged over each hosted request; a null removes a field.")
     quick: bool = Field(
         default=False, description="A few requests only: a check that everything works, not a measurement."

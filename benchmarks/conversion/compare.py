@@ -178,7 +178,7 @@ def _time(converter: _Converter) -> ConverterSample:
 
 
 def _install_size(converter: _Converter) -> InstallSize:
-    """Run it once, untimed, for the modules it imports; then measure the distributions that provide them."""
+    """Run the converter once, untimed, for the modules it imports; then measure the distributions that provide them."""
     modules = _imported(converter, converter.command)
     if converter.children:
         modules |= _imported(converter, ("-c", f"import {', '.join(converter.children)}"))

@@ -3,7 +3,7 @@
     python needs.py DISTRIBUTION ... < names of modules, one a line
 
 prints {"installed": bytes of these distributions and all that they require, "loaded": bytes of those that provide the
-modules}. Compiled files (.pyc) are not counted: pip writes them or not.
+modules}. Compiled files (.pyc) are not counted: pip does not always write them.
 """
 
 import json

@@ -147,7 +147,7 @@ def _memory(run: SoakRun) -> tuple[SoakCheck, ...]:
 
 
 def _flat(who: str, points: Sequence[tuple[float, int]]) -> SoakCheck:
-    """Flat: the linear fit grows over the window by less than 32 MiB or 5 % of the mean, whichever is larger."""
+    """Check that memory is flat: the linear fit grows by less than the larger of 32 MiB and 5 % of the mean."""
     name = f"resident memory of the {who} is flat"
     if len(points) < LEAST_SAMPLES:
         return SoakCheck(name=name, found=f"only {len(points)} samples after settling", passed=None)

@@ -54,7 +54,7 @@ class SoakSettings(Record):
     overload: float = Field(default=2.0, gt=1, description="Clients as a multiple of slots and queue.")
     kills: int = Field(default=2, ge=0, description="kill -9 of the engine's process, at random times.")
     seed: int = Field(default=0, description="Seed of the requests and of the times of the kills.")
-    out: Path | None = Field(default=None, description="Where the JSON goes (default: results/soak-<time>.json).")
+    out: Path | None = Field(default=None, description="JSON file (default: results/soak-<time>.json).")
 
 
 @with_options(settings=SoakSettings)
@@ -183,7 +183,7 @@ class _Soak:
             self._kills.append(EngineKill(at_s=at_s, pid=killed, ready_after_s=await self._ready_after(http, at_s)))
 
     async def _ready_after(self, http: httpx.AsyncClient, at_s: float) -> float | None:
-        """Seconds until /health is ready again after a "not ready", or after a second in which none was seen."""
+        """Seconds until /health is ready again after a "not ready", or after a second without one."""
         seen_down = False
         while (waited := self._now() - at_s) < RESTART_S:
             ready = (await http.get(self._root("/health"))).status_code == 200

@@ -24,7 +24,7 @@ _UNUSABLE = (SourceInvalid, yaml.YAMLError, OSError, ValueError, TypeError, Look
 
 
 def general_fields(folder: Path, n_parameters: int) -> tuple[dict[str, Field], tuple[str, ...]]:
-    """The fields, and warnings about unusable files: a bad card never refuses a model."""
+    """The fields, and warnings about unusable files: a bad card is no reason to refuse a model."""
     try:
         return _fields(_load(folder, n_parameters), folder, n_parameters), ()
     except _UNUSABLE as error:

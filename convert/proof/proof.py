@@ -1,7 +1,7 @@
 """The proof of a converted folder: its tokenizer and chat template give the same tokens and prompts as before.
 
 A child process makes it, on a file of the vocabulary alone, while the weights are written: Hugging Face's tokenizer of
-a large vocabulary takes seconds to load, and hundreds of MiB, which are free again when the process ends.
+a large vocabulary takes seconds to load and hundreds of MiB, which the end of the process frees.
 """
 
 import signal

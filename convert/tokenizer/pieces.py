@@ -1,4 +1,4 @@
-"""The nouns of a tokenizer on its way into a GGUF, the table of its tokens, and the reading of its files.
+"""The types of a tokenizer on its way into a GGUF, the table of its tokens, and the reading of its files.
 
 Token types as in SentencePiece: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """

@@ -24,7 +24,7 @@ _PREFIX = "tokenizer.ggml."
 _ID_FIELD = re.compile(r"[\w.-]+_token_id")
 _TOKENS, _SCORES, _TYPES, _MERGES = (_PREFIX + name for name in ("tokens", "scores", "token_type", "merges"))
 _SUPPRESSED, _ADDED = _PREFIX + "suppress_tokens", _PREFIX + "added_tokens"
-# the whole tokenizer.json as one text, which trimming makes wrong
+# the whole tokenizer.json as one text, which is wrong after trimming
 _DROPPED = ("tokenizer.huggingface.json",)
 
 

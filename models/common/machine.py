@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path("/")
-# The rest of the memory that is available is left to other programs.
+# Share of the available memory for models; the rest is left to other programs.
 USABLE_SHARE = 0.9
 
 

@@ -30,7 +30,7 @@ def default_home() -> Path:
 
 
 def check_name(name: str) -> str:
-    """Return `name` if it may name a model. Raises StoreError: a name must not lead out of the store."""
+    """Return `name` if it is a valid model name, which cannot lead out of the store. Raises StoreError."""
     if not _NAME.fullmatch(name):
         raise StoreError(
             f"{name!r} is not a model name: 1 to 64 of a-z, 0-9, '.', '_' and '-', starting with a letter or a digit"
