@@ -32,7 +32,9 @@ from models.store.store import Store
 from .cost import Assumptions, check
 from .record import BenchRun, load_run, save_run
 
-_Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the latency distributions to this PNG.")]
+_Plot = Annotated[
+    Path | None, typer.Option("--plot", metavar="PATH", help="Also draw the latency distributions to this PNG.")
+]
 
 
 class EvalSettings(Record):

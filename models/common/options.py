@@ -50,7 +50,9 @@ AutoFloat = Annotated[float | None, BeforeValidator(_auto), Flag(metavar="auto|N
 AutoOffInt = Annotated[int | None, BeforeValidator(_auto_or_off), Flag(metavar="auto|off|N", shown="auto")]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-ReportOption = Annotated[Path | None, typer.Option("--report", help="Show this run's file again instead of measuring.")]
+ReportOption = Annotated[
+    Path | None, typer.Option("--report", metavar="PATH", help="Show this run's file again instead of measuring.")
+]
 
 
 def with_options(**models: type[BaseModel]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -58,7 +60,8 @@ def with_options(**models: type[BaseModel]) -> Callable[[Callable[..., Any]], Ca
 
     Only options that were given are set on the model (`model_fields_set`). A model with a class variable `env_prefix`
     is also read from the environment: a flag wins over its variable, which wins over the default. A bad value is a
-    usage error (exit 2) that names the flag or variable, its limits and the value.
+    usage error (exit 2) that names the flag or variable, its limits and the value. In the help the options of the
+    models come after the command's own required parameters and before its other options, such as `--json`.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +72,9 @@ def with_options(**models: type[BaseModel]) -> Callable[[Callable[..., Any]], Ca
 
         signature = inspect.signature(command)
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name not in models]
-        parameters = own + [_parameter(model, name) for model in models.values() for name in model.model_fields]
+        first = [p for p in own if p.default is inspect.Parameter.empty]
+        generated = [_parameter(model, name) for model in models.values() for name in model.model_fields]
+        parameters = [*first, *generated, *(p for p in own if p not in first)]
         wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
         return wrapper

@@ -87,7 +87,7 @@ def load_verb(name: str) -> Any:
         app.command(name)(target)
     command: Any = get_command(app)
     command.name = name
-    _unwrap(command)
+    _tidy_help(command)
     return command
 
 
@@ -107,7 +107,9 @@ def create_app(flags: Flags | None = None) -> Any:
 
     for name, verb in VERBS.items():
         app.command(name, help=verb.help)(_summary)
-    return get_command(app)
+    command: Any = get_command(app)
+    _tidy_help(command)
+    return command
 
 
 def pull_command(
@@ -144,11 +146,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(_flushed(_report(error, flags.debug)))
 
 
-def _unwrap(command: Any) -> None:
-    """Join the lines of each paragraph of the help texts: the terminal's width decides where they break."""
+def _tidy_help(command: Any) -> None:
+    """Join the lines of each paragraph of the help texts, and show no type beside a switch.
+
+    The terminal's width decides where lines break. typer shows `<bool>` beside a switch, as if it took a value.
+    """
     command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(command.help or ""))
+    for parameter in command.get_params(typer.Context(command)):  # `--help` included
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
     for inner in getattr(command, "commands", {}).values():
-        _unwrap(inner)
+        _tidy_help(inner)
 
 
 def _report(error: BaseException, debug: bool) -> int:

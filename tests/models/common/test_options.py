@@ -96,6 +96,11 @@ def test_the_help_shows_forms_and_defaults() -> None:
         assert part in output
 
 
+def test_the_help_lists_a_commands_own_options_last() -> None:
+    output = invoke("--help").output
+    assert output.index("--target") < output.index("--name") < output.index("--loud") < output.index("--help")
+
+
 def test_names_follow_from_fields_and_their_marks() -> None:
     assert [flag(Order, name) for name in ("source", "kind", "whole")] == ["SOURCE", "--for", "--whole"]
     assert variable(Order, "kind") is None

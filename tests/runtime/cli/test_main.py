@@ -49,6 +49,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     code, out, err = run(verb, "--help", capsys=capsys)
     assert (code, err) == (0, "")
     assert f"Usage: deskside {verb}" in out
+    assert "<bool>" not in out
     assert VERBS[verb].help.endswith(".")
 
 
