@@ -21,7 +21,7 @@ from models.common.stats import compare_paired
 from models.quality import Answers, Loss, TaskKind
 
 from .forward import MAX_TOGETHER, ModelAnswer
-from .loss import STORED, LogitsRow, RowLoss, plan_rows, rows_in_common, summarise
+from .loss import STORED, LogitsRow, RowLoss, plan_rows, summarise
 from .tasks import EvalTask, Tasks
 
 ALONE = 1
@@ -46,22 +46,9 @@ class ReferenceRun:
 
     @property
     def totals(self) -> Answers:
-        """The number of right answers. None flips: the reference is compared with itself."""
-        right = [
-            is_right(self.tasks.work, given, task) for given, task in zip(self.answers, self.tasks.tasks, strict=True)
-        ]
+        """The number of right answers. No answer is flipped: the reference is compared with itself."""
+        right = _right_answers(self)
         return _totals(right, right, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class TrimmedTasks:
-    """The same examples, tokenised as `tasks` by a candidate with a trimmed vocabulary.
-
-    `kept`, of shape (n_vocab of the candidate,), maps its token ids to the reference's.
-    """
-
-    tasks: Tasks
-    kept: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +66,7 @@ class ExampleResult:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredLoss:
-    """The loss of a file against a reference.
-
-    `loss` is None where no row can be compared, as may happen with a trimmed vocabulary.
-    """
+    """The loss of a file against a reference. `loss` is None if there is no row to compare."""
 
     loss: Loss | None
     answers: Answers
@@ -103,19 +87,18 @@ def take_reference(
     (examples done, examples in all), here and below. Raises MeasureFailed, also when the disk is full, and leaves no
     rows then.
     """
-    for reference in beside:
-        _check(model, reference, tasks, tasks, None)
+    _check_tasks(model, beside, tasks)
     folder.mkdir(parents=True, exist_ok=True)
     rows_file = folder / ROWS_FILE
     rows = plan_rows(tasks)
     rows_file.unlink(missing_ok=True)
-    keep, compared = RowSet(str(rows_file), tasks.n_vocab, rows), _row_sets(beside, tasks, None)
+    keep, compared = RowSet(str(rows_file), tasks.n_vocab, rows), _row_sets(beside)
     try:
         outcome = run_job(MeasureJob(str(model), tasks, MAX_TOGETHER, keep, compared), folder, progress)
     except BaseException:
         rows_file.unlink(missing_ok=True)
         raise
-    return ReferenceRun(model, tasks, outcome.answers, rows, rows_file, _all_measured(outcome, tasks, beside, compared))
+    return ReferenceRun(model, tasks, outcome.answers, rows, rows_file, _all_measured(outcome, beside))
 
 
 def compare(
@@ -123,24 +106,18 @@ def compare(
     references: Sequence[ReferenceRun],
     progress: StepProgress,
     *,
-    trimmed: TrimmedTasks | None = None,
     together: int = MAX_TOGETHER,
 ) -> tuple[MeasuredLoss, ...]:
     """Compare the GGUF `candidate` with each of `references`, which all have the same tasks, in one pass.
 
-    With `trimmed` the KL divergence is over the kept tokens, from the reference's distribution restricted to these and
-    normalised, at the rows whose tokens up to there are the same in both vocabularies; the answers are those to the
-    examples as the candidate tokenises them, without those too long for it. Raises MeasureFailed: the file does not
-    load, run or have that vocabulary, or its process died.
+    `together` examples are computed at once. Raises MeasureFailed if the file does not load or run, has another
+    vocabulary, or its process dies.
     """
-    tasks = references[0].tasks if trimmed is None else trimmed.tasks
-    kept = None if trimmed is None else np.asarray(trimmed.kept, np.int64)
-    for reference in references:
-        _check(candidate, reference, references[0].tasks, tasks, kept)
-    compared = _row_sets(references, tasks, kept)
-    job = MeasureJob(str(candidate), tasks, together, compare=compared)
+    tasks = references[0].tasks
+    _check_tasks(candidate, references, tasks)
+    job = MeasureJob(str(candidate), tasks, together, compare=_row_sets(references))
     outcome = run_job(job, references[0].rows_file.parent, progress)
-    return _all_measured(outcome, tasks, references, compared)
+    return _all_measured(outcome, references)
 
 
 def noise(reference: ReferenceRun, progress: StepProgress) -> MeasuredLoss:
@@ -173,15 +150,11 @@ def normalised(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RowSet:
-    """The subset `rows` of a reference's rows in `file`, each `n_vocab` wide.
-
-    `kept` maps a candidate's token ids to the reference's; None: they are the same.
-    """
+    """The subset `rows` of a reference's rows in `file`, each `n_vocab` wide."""
 
     file: str
     n_vocab: int
     rows: tuple[LogitsRow, ...]
-    kept: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,64 +206,40 @@ def run_job(job: MeasureJob, folder: Path, progress: StepProgress) -> MeasureRes
         result.unlink(missing_ok=True)
 
 
-def _check(candidate: Path, reference: ReferenceRun, first: Tasks, tasks: Tasks, kept: np.ndarray | None) -> None:
-    """Raise MeasureFailed for what cannot be compared."""
-    name = candidate.name
-    if reference.tasks != first:
-        raise MeasureFailed(f"{name!r}: the references were not asked the same tasks")
-    if kept is None:
-        return
-    n_vocab = reference.tasks.n_vocab
-    if kept.shape != (tasks.n_vocab,) or len(np.unique(kept)) < len(kept) or not np.all((kept >= 0) & (kept < n_vocab)):
-        raise MeasureFailed(
-            f"{name!r}: expected a different token id below {n_vocab} for each of its {tasks.n_vocab} tokens, got "
-            f"{len(kept)} ids, {len(np.unique(kept))} of them different"
-        )
-    if not {task.id for task in tasks.tasks} & {task.id for task in first.tasks}:
-        raise MeasureFailed(f"{name!r}: none of its examples is one of the reference's")
+def _check_tasks(file: Path, references: Sequence[ReferenceRun], tasks: Tasks) -> None:
+    if any(reference.tasks != tasks for reference in references):
+        raise MeasureFailed(f"{file.name!r}: the references were not asked the same tasks")
 
 
-def _row_sets(references: Sequence[ReferenceRun], tasks: Tasks, kept: np.ndarray | None) -> tuple[RowSet, ...]:
-    """The rows of each reference that exist in a candidate with `tasks`, too."""
+def _row_sets(references: Sequence[ReferenceRun]) -> tuple[RowSet, ...]:
+    return tuple(RowSet(str(reference.rows_file), reference.tasks.n_vocab, reference.rows) for reference in references)
+
+
+def _all_measured(outcome: MeasureResult, references: Sequence[ReferenceRun]) -> tuple[MeasuredLoss, ...]:
     return tuple(
-        RowSet(
-            str(reference.rows_file),
-            reference.tasks.n_vocab,
-            tuple(rows_in_common(reference.rows, reference.tasks, tasks, kept)),
-            None if kept is None else tuple(kept.tolist()),
-        )
-        for reference in references
+        _measured(outcome.answers, reference, losses)
+        for reference, losses in zip(references, outcome.losses, strict=True)
     )
 
 
-def _all_measured(
-    outcome: MeasureResult, tasks: Tasks, references: Sequence[ReferenceRun], compared: Sequence[RowSet]
-) -> tuple[MeasuredLoss, ...]:
-    return tuple(
-        _measured(tasks, outcome.answers, reference, list(zip(row_set.rows, losses, strict=True)))
-        for reference, row_set, losses in zip(references, compared, outcome.losses, strict=True)
-    )
-
-
-def _measured(
-    tasks: Tasks, answers: Sequence[ModelAnswer], reference: ReferenceRun, losses: Sequence[tuple[LogitsRow, RowLoss]]
-) -> MeasuredLoss:
+def _measured(answers: Sequence[ModelAnswer], reference: ReferenceRun, losses: Sequence[RowLoss]) -> MeasuredLoss:
     of_answer: dict[int, list[float]] = {}
-    for row, loss in losses:
+    for row, loss in zip(reference.rows, losses, strict=True):
         of_answer.setdefault(row.place, []).append(loss.kl)
-    reference_answer = {task.id: answer for task, answer in zip(reference.tasks.tasks, reference.answers, strict=True)}
+    tasks = reference.tasks
     examples = tuple(
-        _example_result(tasks.work, task, answer, reference_answer[task.id], of_answer.get(place, ()))
-        for place, (task, answer) in enumerate(zip(tasks.tasks, answers, strict=True))
-        if task.id in reference_answer
+        _example_result(tasks.work, task, answer, reference_answer, of_answer.get(place, ()))
+        for place, (task, answer, reference_answer) in enumerate(
+            zip(tasks.tasks, answers, reference.answers, strict=True)
+        )
     )
-    by_id = {task.id: task for task in tasks.tasks}
-    before = [is_right(tasks.work, reference_answer[one.id], by_id[one.id]) for one in examples]
-    return MeasuredLoss(
-        loss=summarise([loss for _, loss in losses]),
-        answers=_totals([one.is_right for one in examples], before, sum(one.is_flipped for one in examples)),
-        examples=examples,
-    )
+    right, flips = [one.is_right for one in examples], sum(one.is_flipped for one in examples)
+    return MeasuredLoss(summarise(losses), _totals(right, _right_answers(reference), flips), examples)
+
+
+def _right_answers(reference: ReferenceRun) -> list[bool]:
+    tasks = reference.tasks
+    return [is_right(tasks.work, answer, task) for answer, task in zip(reference.answers, tasks.tasks, strict=True)]
 
 
 def _example_result(

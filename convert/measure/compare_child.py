@@ -26,19 +26,19 @@ N_BATCH = 512
 
 
 def do_job(llama: LlamaLike, job: MeasureJob, progress: StepProgress) -> MeasureResult:
-    """Measure the loaded model. Raises EngineError, MeasureFailed, and OSError when the disk is full."""
+    """Run the tasks on the loaded model. Raises EngineError, MeasureFailed, and OSError when the disk is full."""
     with ExitStack() as files:
         keepers = [_Keeper.open(kept, files) for kept in (job.keep,) if kept is not None]
         comparers = [_Comparer.open(compared, files) for compared in job.compare]
         takers: list[_Keeper | _Comparer] = [*keepers, *comparers]
-        wanted = {place: row for taker in takers for place, row in taker.rows.items()}
+        needed = {place: row for taker in takers for place, row in taker.rows.items()}
 
         def on_row(row: LogitsRow, logits: np.ndarray) -> None:
             norm = log_norm(logits)
             for taker in takers:
                 taker.see(row, logits, norm)
 
-        answers = run_pass(llama, job.tasks, wanted.values(), on_row, job.together, progress)
+        answers = run_pass(llama, job.tasks, needed.values(), on_row, job.together, progress)
         return MeasureResult(answers, tuple(comparer.losses() for comparer in comparers))
 
 
@@ -61,7 +61,7 @@ class _Keeper:
         return cls(files.enter_context(RowFile(Path(kept.file), kept.n_vocab, create=True)), _by_place(kept))
 
     def see(self, seen: LogitsRow, logits: np.ndarray, norm: float) -> None:
-        """Write the row `seen`, whose `log_norm` is `norm`, if it is one of `rows`."""
+        """Write the row `seen` if it is one of `rows`. `norm`: the `log_norm` of its logits."""
         row = self.rows.get((seen.place, seen.position))
         if row is not None:
             self.file.write(row.number, logits, norm)
@@ -73,20 +73,18 @@ class _Comparer:
 
     file: RowFile
     rows: _Rows
-    kept: np.ndarray | None
     found: dict[int, RowLoss]
 
     @classmethod
     def open(cls, compared: RowSet, files: ExitStack) -> "_Comparer":
         file = files.enter_context(RowFile(Path(compared.file), compared.n_vocab))
-        kept = None if compared.kept is None else np.array(compared.kept, np.int64)
-        return cls(file, _by_place(compared), kept, {})
+        return cls(file, _by_place(compared), {})
 
     def see(self, seen: LogitsRow, logits: np.ndarray, norm: float) -> None:
-        """Compare the row `seen`, whose `log_norm` is `norm`, if it is one of `rows`."""
+        """Compare the row `seen` if it is one of `rows`. `norm`: the `log_norm` of its logits."""
         row = self.rows.get((seen.place, seen.position))
         if row is not None:
-            self.found[row.number] = row_loss(self.file.read(row.number), logits, row.target, self.kept, norm)
+            self.found[row.number] = row_loss(self.file.read(row.number), logits, row.target, norm)
 
     def losses(self) -> tuple[RowLoss, ...]:
         return tuple(self.found[row.number] for row in self.rows.values())

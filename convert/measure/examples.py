@@ -28,11 +28,10 @@ _ANY_LENGTH = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Examples with no prompt in common. `n_repeated` were left out because their prompt had occurred before."""
+    """Examples with no prompt in common; of those with the same prompt only the first is among them."""
 
     calibration: tuple[ChatRecord, ...]
     held_out: tuple[ChatRecord, ...]
-    n_repeated: int = 0
 
 
 def split_examples(records: Sequence[ChatRecord], max_held_out: int = MAX_HELD_OUT) -> Split:
@@ -52,7 +51,7 @@ def split_examples(records: Sequence[ChatRecord], max_held_out: int = MAX_HELD_O
         )
     ordered = [different[digest] for digest in sorted(different)]
     n_held_out = min(max_held_out, len(ordered) // 2)
-    return Split(tuple(ordered[n_held_out:]), tuple(ordered[:n_held_out]), len(records) - len(different))
+    return Split(tuple(ordered[n_held_out:]), tuple(ordered[:n_held_out]))
 
 
 def labels_of(records: Sequence[ChatRecord], known: Sequence[str] = ()) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ class _ActiveTask:
     task: EvalTask
     seq_id: int
     rows: Mapping[int, LogitsRow]
-    ballot: ChoiceTree | None = None
+    tree: ChoiceTree | None = None
     written: list[int] = field(default_factory=list)
 
 
@@ -176,7 +176,7 @@ def _groups(tasks: Tasks, together: int, n_ctx: int) -> Iterable[list[int]]:
 
 
 class _PromptGroup:
-    """A few examples whose prompts are in the cache together."""
+    """A few examples with their prompts in the cache together."""
 
     def __init__(self, llama: LlamaLike, tasks: Tasks, asked: Sequence[_ActiveTask], on_row: OnRow) -> None:
         self._llama = llama
@@ -200,8 +200,8 @@ class _PromptGroup:
             one = self._asked[index]
             self._see(one, place, logits)
             if self._tasks.work == "classify":
-                one.ballot = ChoiceTree(ScoringPrompt(one.task.prompt, self._tasks.choices, self._tasks.ends))
-                one.ballot.read((), logits)
+                one.tree = ChoiceTree(ScoringPrompt(one.task.prompt, self._tasks.choices, self._tasks.ends))
+                one.tree.read((), logits)
             else:
                 one.written.append(_likeliest(logits))
 
@@ -222,16 +222,16 @@ class _PromptGroup:
         return self._branch(one, one.task.answer[: max(wanted) + 1], wanted, read)
 
     def _choose(self) -> list[ModelAnswer]:
-        ballots = [(one, one.ballot) for one in self._asked if one.ballot is not None]
-        branches = [branch for one, ballot in ballots for branch in self._first_wave(one, ballot)]
+        trees = [(one, one.tree) for one in self._asked if one.tree is not None]
+        branches = [branch for one, tree in trees for branch in self._first_wave(one, tree)]
         while branches:
             self._compute(branches)
-            branches = [branch for one, ballot in ballots for branch in self._wave(one, ballot)]
-        return [ModelAnswer(self._tasks.labels[_first_highest(ballot.logprobs())]) for _, ballot in ballots]
+            branches = [branch for one, tree in trees for branch in self._wave(one, tree)]
+        return [ModelAnswer(self._tasks.labels[_first_highest(tree.logprobs())]) for _, tree in trees]
 
-    def _first_wave(self, one: _ActiveTask, ballot: ChoiceTree) -> list[TokenBranch]:
-        """The ballot's branches and the expected answer's; the latter serves the tokens that they share."""
-        wave, expected = self._wave(one, ballot), self._expected(one)
+    def _first_wave(self, one: _ActiveTask, tree: ChoiceTree) -> list[TokenBranch]:
+        """The choice tree's branches and the expected answer's; the latter serves the tokens that they share."""
+        wave, expected = self._wave(one, tree), self._expected(one)
         if expected is None:
             return wave
         shared: set[int] = set()
@@ -246,17 +246,17 @@ class _PromptGroup:
             if place in expected.wanted:
                 expected.read(place, logits)
             if place in shared:
-                ballot.read(tuple(expected.tokens[: place + 1]), logits)
+                tree.read(tuple(expected.tokens[: place + 1]), logits)
 
         return [replace(expected, wanted=frozenset(expected.wanted) | shared, read=read), *rest]
 
-    def _wave(self, one: _ActiveTask, ballot: ChoiceTree) -> list[TokenBranch]:
+    def _wave(self, one: _ActiveTask, tree: ChoiceTree) -> list[TokenBranch]:
         def reader(path: tuple[int, ...]) -> Callable[[int, np.ndarray], None]:
-            return lambda place, logits: ballot.read(path[: place + 1], logits)
+            return lambda place, logits: tree.read(path[: place + 1], logits)
 
         return [
             self._branch(one, branch.path, range(branch.first - 1, len(branch.path)), reader(branch.path))
-            for branch in ballot.next_wave()
+            for branch in tree.next_wave()
         ]
 
     def _branch(

@@ -42,8 +42,9 @@ class LogitsRow:
 
 @dataclass(frozen=True, slots=True)
 class RowLoss:
-    """One row: KL divergence (nats, reference first), whether the likeliest token is the same, and the surprise
-    (negative log-probability, nats) of the token that comes next, to the reference and to the candidate.
+    """One row: `kl` is the KL divergence from reference to candidate in nats.
+
+    `agrees`: both have the same likeliest token. The `nll`s are negative log-probabilities of the next token, in nats.
     """
 
     kl: float
@@ -81,27 +82,6 @@ def spread(count: int, share: int) -> list[int]:
     return sorted({int(step) for step in np.linspace(0, count - 1, min(count, share))})
 
 
-def rows_in_common(
-    rows: Sequence[LogitsRow], theirs: Tasks, ours: Tasks, kept: np.ndarray | None
-) -> Iterator[LogitsRow]:
-    """The reference's `rows` that also exist in a candidate, which tokenises the same examples as `ours`.
-
-    `kept` maps the candidate's token ids to the reference's; None: they are the same. A row is common if all tokens up
-    to its target are.
-    """
-    at = {task.id: place for place, task in enumerate(ours.tasks)}
-    tokens = [np.asarray(task.tokens, np.int64) for task in ours.tasks]
-    mapped = tokens if kept is None else [kept[ids] for ids in tokens]
-    for row in rows:
-        task = theirs.tasks[row.place]
-        place = at.get(task.id)
-        if place is None:
-            continue
-        wanted = np.asarray(task.tokens[: row.position + 2])
-        if np.array_equal(mapped[place][: row.position + 2], wanted):
-            yield LogitsRow(row.number, place, row.position, int(tokens[place][row.position + 1]))
-
-
 def log_norm(logits: np.ndarray) -> float:
     """The logarithm of the sum of exp(logits), in float64. Raises MeasureFailed for NaN or infinity."""
     highest = float(logits.max())
@@ -115,17 +95,13 @@ def log_norm(logits: np.ndarray) -> float:
     return highest + math.log(total)
 
 
-def row_loss(
-    stored: np.ndarray, logits: np.ndarray, target: int, kept: np.ndarray | None = None, norm: float | None = None
-) -> RowLoss:
+def row_loss(stored: np.ndarray, logits: np.ndarray, target: int, norm: float | None = None) -> RowLoss:
     """Compare `logits` with the reference's `stored` log-probabilities, both of shape (n_vocab,).
 
-    With `kept`, of the shape of `logits`, token i of `logits` is token kept[i] of the reference, whose distribution is
-    restricted to these and normalised: what a model with a trimmed vocabulary can say at best. `target` is an id of
-    `logits`, `norm` their `log_norm`, if known. Tokens that are equally likely to the reference within float16 all
-    count as its likeliest.
+    `target` is the token that comes next, `norm` the `log_norm` of `logits`, if known. Tokens that are equally likely
+    to the reference within float16 all count as its likeliest.
     """
-    reference = (stored if kept is None else stored[kept]).astype(np.float64)
+    reference = stored.astype(np.float64)
     highest = float(reference.max())
     agrees = bool(reference[int(logits.argmax())] == highest)
     norm = log_norm(logits) if norm is None else norm
@@ -166,7 +142,7 @@ class RowFile:
     """Rows of `n_vocab` log-probabilities on disk, by number; opened to read, or with `create` to write."""
 
     def __init__(self, path: Path, n_vocab: int, *, create: bool = False) -> None:
-        """Raises OSError."""
+        """Open the file. Raises OSError."""
         self._n_vocab = n_vocab
         self._row_bytes = n_vocab * STORED.itemsize
         self._file: BinaryIO = path.open("xb" if create else "rb")

@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -13,7 +12,6 @@ from convert.errors import MeasureFailed
 from convert.measure.compare import (
     MeasuredLoss,
     ReferenceRun,
-    TrimmedTasks,
     compare,
     is_right,
     noise,
@@ -25,7 +23,6 @@ from convert.measure.forward import ModelAnswer
 from convert.measure.loss import RowFile, plan_rows
 from convert.measure.tasks import EvalTask, Tasks, tasks_of
 from models.common.chat_records import ChatMessage, ChatRecord
-from tests.support.convert import tiny
 from tests.support.convert.tiny import END, TOKENS, write_model
 
 TEMPLATE = (
@@ -73,8 +70,8 @@ def other(folder: Path) -> Path:
     return write_model(folder / "other.gguf", template=TEMPLATE, changes=changes)
 
 
-def beside(candidate: Path, reference: ReferenceRun, **options: Any) -> MeasuredLoss:
-    (measured,) = compare(candidate, (reference,), ignore, **options)
+def beside(candidate: Path, reference: ReferenceRun) -> MeasuredLoss:
+    (measured,) = compare(candidate, (reference,), ignore)
     return measured
 
 
@@ -165,48 +162,6 @@ def test_written_answers_are_compared_as_text(full: Path, other: Path, folder: P
     assert same.answers.flips == 0
     assert different.answers.flips > 0
     assert different.answers.total == MIN_EXAMPLES
-
-
-def test_a_trimmed_vocabulary_is_measured_over_what_it_kept(
-    reference: ReferenceRun, full: Path, folder: Path, tasks: Tasks
-) -> None:
-    kept = np.arange(len(TOKENS))
-    whole = beside(full, reference, trimmed=TrimmedTasks(tasks, kept))
-    assert whole.loss is not None
-    assert whole.loss.kl_mean < 1e-4
-    assert whole.answers.total == MIN_EXAMPLES
-    fewer = replace(tasks, tasks=tasks.tasks[5:])
-    part = beside(full, reference, trimmed=TrimmedTasks(fewer, kept))
-    assert part.answers.total == MIN_EXAMPLES - 5
-    assert [example.id for example in part.examples] == [task.id for task in fewer.tasks]
-    elsewhere = replace(tasks, tasks=tuple(replace(task, prompt=(2, 2, *task.prompt)) for task in tasks.tasks))
-    nowhere = beside(full, reference, trimmed=TrimmedTasks(elsewhere, kept))
-    assert nowhere.loss is None
-    assert nowhere.answers.total == MIN_EXAMPLES
-
-
-def test_tokens_with_other_ids_are_compared_by_their_map(
-    reference: ReferenceRun, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = np.arange(len(TOKENS))
-    kept[-4:] = kept[-4:][::-1]
-    monkeypatch.setattr(tiny, "TOKENS", [TOKENS[old] for old in kept])
-    changes = {"token_embd.weight": tiny.weights()["token_embd.weight"][kept]}
-    permuted = write_model(folder / "permuted.gguf", template=TEMPLATE, changes=changes)
-    tasks = tasks_of(permuted, records(), "classify", LABELS, end_of_turn=END)
-    assert tasks.tasks[0].prompt != reference.tasks.tasks[0].prompt
-    measured = beside(permuted, reference, trimmed=TrimmedTasks(tasks, kept))
-    assert measured.loss is not None
-    assert measured.loss.positions == len(reference.rows)
-    assert measured.loss.kl_mean < 1e-4
-    assert measured.loss.perplexity_ratio == pytest.approx(1, abs=1e-2)
-    assert measured.answers.flips == 0
-
-
-@pytest.mark.parametrize("kept", [np.arange(10), np.zeros(len(TOKENS), int), np.arange(len(TOKENS)) + 1])
-def test_a_map_of_tokens_that_is_none_is_refused(reference: ReferenceRun, tasks: Tasks, kept: np.ndarray) -> None:
-    with pytest.raises(MeasureFailed, match="a different token id below 267"):
-        compare(reference.model, (reference,), ignore, trimmed=TrimmedTasks(tasks, kept))
 
 
 def test_a_file_that_does_not_load_is_that_files_error(reference: ReferenceRun, folder: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from convert.errors import MeasureFailed
 from convert.measure.examples import MIN_EXAMPLES
 from convert.measure.forward import MAX_TOGETHER, ModelAnswer, cells_needed, run_pass
-from convert.measure.loss import LogitsRow, even_share, plan_rows, rows_in_common, spread
+from convert.measure.loss import LogitsRow, even_share, plan_rows, spread
 from convert.measure.tasks import MAX_WRITTEN, PromptFormat, Tasks, make_tasks
 from models.common.chat_records import ChatMessage, ChatRecord
 from models.errors import BadExamples
@@ -232,28 +232,3 @@ def test_another_vocabulary_is_refused() -> None:
 def test_a_failed_decode_is_no_answer() -> None:
     with pytest.raises(DecodeFailed):
         passed(FakeLlama(n_ctx=4096, fail_at={1: DecodeFailed("-3")}), tasks_for("classify"))
-
-
-def test_common_rows_end_where_the_tokens_differ() -> None:
-    theirs = tasks_for("classify")
-    rows = plan_rows(theirs)
-    kept = np.arange(260)[::-1].copy()
-    ours = replace(
-        theirs,
-        tasks=tuple(
-            replace(task, prompt=tuple(259 - t for t in task.prompt), answer=tuple(259 - t for t in task.answer))
-            for task in reversed(theirs.tasks[1:])
-        ),
-    )
-    split = ours.tasks[0]
-    ours = replace(ours, tasks=(replace(split, prompt=(*split.prompt[:9], 3, 3, *split.prompt[10:])), *ours.tasks[1:]))
-    common = list(rows_in_common(rows, theirs, ours, kept))
-    by_number = {row.number: row for row in rows}
-    for row in common:
-        assert ours.tasks[row.place].id == theirs.tasks[by_number[row.number].place].id
-        assert row.target == 259 - by_number[row.number].target
-    last = len(theirs.tasks) - 1
-    assert {row.number for row in common} == {
-        row.number for row in rows if 0 < row.place < last or (row.place == last and row.position + 1 < 9)
-    }
-    assert list(rows_in_common(rows, theirs, theirs, None)) == list(rows)
