@@ -177,7 +177,7 @@ def _reason(matcher: LLMatcher) -> str:
 
 
 def on_large_stack(call: Callable[[], T]) -> T:
-    """`call()`, in a thread of its own with STACK_BYTES of stack. Raises what it raises."""
+    """`call()`, in a thread of its own with STACK_BYTES of stack. Raises the errors of `call`."""
     done: Future[T] = Future()
 
     def work() -> None:

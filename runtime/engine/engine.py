@@ -155,7 +155,7 @@ class Engine:
         assert {seq_id: n_cells for seq_id, n_cells in residents.items() if n_cells} == held, "the real cache differs"
 
     def close(self) -> None:
-        """Free the model. Cancel what is live first: closing emits nothing."""
+        """Free the model. Cancel live requests first: closing emits no events."""
         self._writer.close()
         self._llama.close()
 

@@ -1,6 +1,6 @@
 """The engine's process, started by `runtime.worker.process` as `python -m runtime.worker.child NAME`.
 
-It reads messages from its standard input and writes messages to what was its standard output. It lives no longer than
+It reads messages from its standard input and writes messages to its original standard output. It lives no longer than
 its parent: the end of its input ends it, even in the middle of a decode. The parent decides when to stop, so the
 signals that a terminal or a service manager sends to both are ignored here.
 """

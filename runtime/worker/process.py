@@ -208,7 +208,7 @@ class _Writer:
                 write_message(self._pipe, message)
         except OSError:
             pass  # the engine is gone: its reader finds out, and says why
-        except Exception:  # noqa: BLE001 - with the pipe the engine ends too: no request waits for what was not sent
+        except Exception:  # noqa: BLE001 - the engine ends with its pipe: no request waits for an unsent message
             _log.exception("a message cannot be sent to the engine")
         with contextlib.suppress(OSError):
             self._pipe.close()

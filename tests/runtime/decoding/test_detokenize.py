@@ -1,4 +1,4 @@
-"""The incremental text equals the naive whole-text answer, whatever the token boundaries."""
+"""The incremental text equals the naive whole-text answer at any token boundaries."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from tests.support.runtime.fakes import END_OF_TURN, FakeTokenizer
 
 
 def pieces_of(data: bytes, stop: tuple[str, ...], sizes: list[int]) -> tuple[list[str], bool]:
-    """What the stream releases for `data` cut into tokens of these sizes."""
+    """The texts that the stream releases for `data` cut into tokens of these sizes."""
     cuts, at = [], 0
     for size in sizes:
         cuts.append(data[at : at + size])

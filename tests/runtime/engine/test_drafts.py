@@ -1,4 +1,4 @@
-"""Drafts in the engine, on the fake: fewer decodes, not one event changed, and nobody else the worse for it."""
+"""Drafts in the engine, on the fake: fewer decodes, no event changed, and no other request slowed down."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -33,7 +33,7 @@ LONG = SamplingParams(80, temperature=0)
 
 
 class Timed:
-    """A fake whose steps take simulated time: `base` and `row` seconds for every token of the batch."""
+    """A fake with steps of simulated time: `base` and `row` seconds for every token of the batch."""
 
     def __init__(self, base: float = 0.018, row: float = 0.002) -> None:
         self.now, self.base, self.row = 0.0, base, row
@@ -98,7 +98,7 @@ def test_every_event_is_the_one_without_drafts(name: str) -> None:
 @pytest.mark.parametrize("end", [EOS, END_OF_TURN])
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_an_end_token_among_the_drafts_ends_the_answer(end: int, ignore_eos: bool) -> None:
-    """The story stands in the prompt with its end and more behind: the drafts run past it."""
+    """The prompt holds the story, its end and more text behind it: the drafts run past the end."""
     prompt = (*tokens_of(STORY), end, *b"and then more\n")
     requests = (Request("a", prompt, SamplingParams(90, temperature=0, ignore_eos=ignore_eos)),)
     without = plain(requests, _story_and(end))

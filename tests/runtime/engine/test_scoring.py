@@ -47,7 +47,7 @@ def chat(name: str, prompt: str = "hello", tokens: int = 8) -> Request:
 
 
 def naive(llama: FakeLlama, asked: ScoringPrompt) -> list[float]:
-    """Every choice's log-probability, token by token, and its end where another goes on from it."""
+    """Every choice's log-probability, token by token, and its end where another choice continues it."""
 
     def log_softmax(history: tuple[int, ...]) -> np.ndarray:
         logits = llama.logits(history).astype(np.float64)
@@ -188,7 +188,7 @@ def waves_of(tree: ChoiceTree) -> list[str]:
 
 
 def test_a_second_wave_computes_what_the_first_could_not_exclude() -> None:
-    """`aa` begins likelier but never goes on; `ba` begins at 0.005 % of it, which seems negligible, and wins."""
+    """`aa` begins likelier but never continues; `ba` begins at 0.005 % of it, which seems negligible, and wins."""
     tree = ChoiceTree(question("m", ("aa", "ba", "ca")))
     tree.read((), row(a=0, b=math.log(5e-5)))
     assert waves_of(tree) == ["a"]

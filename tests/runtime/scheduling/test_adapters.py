@@ -1,4 +1,4 @@
-"""Adapters in the plan: each step is under one, nobody starves, slots and cells go by arrival."""
+"""Adapters in the plan: each step is under one, no adapter starves, slots and cells go by arrival."""
 
 from itertools import groupby
 

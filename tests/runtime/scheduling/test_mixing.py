@@ -140,7 +140,7 @@ ARRIVALS = st.lists(
 def test_neither_sort_waits_for_more_than_one_step_of_the_other(
     arrivals: list[tuple[int, int, int, str | None]], mix_cells: int
 ) -> None:
-    """Of the prompts, the first: the others stand in line. Cells suffice, so nobody is pre-empted."""
+    """Of the prompts, the first: the others wait. Cells suffice, so no sequence is pre-empted."""
     office = Office(n_cells=8 * 420, step_tokens=128, max_running=8, mix_cells=mix_cells)
     missed: dict[int, int] = defaultdict(int)
     for n_steps, n_prompt, max_tokens, adapter in arrivals:

@@ -1,4 +1,4 @@
-"""The supervisor over the real engine and a toy model in a thread: one terminal event per request, whatever breaks."""
+"""The supervisor over the real engine and a toy model in a thread: one terminal event per request, always."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
