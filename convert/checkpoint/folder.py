@@ -110,10 +110,10 @@ def _read(weight: Weight, place: Place) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _settle_head(folder: Path, found: FolderConfig, named: dict[str, Place]) -> tuple[FolderConfig, tuple[str, ...]]:
-    """Whether the embedding is the output matrix, by the weights where both are there; and warnings.
+    """config.json with 'tie_word_embeddings' corrected by the weights, where both matrices exist; and warnings.
 
     A head equal to its embedding is removed from `named`. Merging tools and trainers leave 'tie_word_embeddings' true
-    beside a head that was trained. Raises SourceInvalid where llama.cpp cannot have it so.
+    beside a head that was trained. Raises SourceInvalid for a missing head, and for one that llama.cpp cannot use.
     """
     family, config = found.family, found.config
     head, embedding = named.get(_OUTPUT), named.get(_EMBEDDING)
@@ -141,7 +141,7 @@ def _no_head(folder: Path) -> str:
 
 
 def _is_equal(one: Place, other: Place) -> bool:
-    """True if two matrices hold the same numbers, whatever their types. Stops at the first slab that differs."""
+    """True if two matrices hold the same numbers, of any types. Stops at the first slab that differs."""
     shape = one.tensor.shape
     if len(shape) != 2 or shape != other.tensor.shape:
         return False

@@ -71,7 +71,7 @@ class Family(Names):
             raise config.bad("partial_rotary_factor", "in this family llama.cpp rotates whole heads")
 
     def check_head(self, config: Config) -> None:
-        """Raise SourceInvalid if llama.cpp cannot have the output matrix as `is_tied` says. The weights decided it."""
+        """Raise SourceInvalid if llama.cpp cannot use such an output matrix; `is_tied` here agrees with the weights."""
         if self.is_tied(config) and not self.may_tie:
             raise config.bad("tie_word_embeddings", f"llama.cpp needs a {self.architecture} model's output matrix")
 
