@@ -30,6 +30,11 @@ class EngineConfig(Record):
     gpu_layers: AutoInt = Field(
         default=None, ge=0, le=10000, description="Layers on the GPU; auto: all, if llama.cpp supports it."
     )
+    long_prompts: bool = Field(
+        default=False,
+        description="Phi-3 and Phi-4-mini: serve prompts beyond the length before scaling (4,096 tokens), with the "
+        "rotations for those in every prompt.",
+    )
     speculate: AutoOffInt = Field(
         default=None,
         ge=0,

@@ -66,8 +66,17 @@ class Phi3Family(Family):
         }
 
     def warnings(self, config: Config) -> tuple[str, ...]:
-        """llama.cpp has disabled this family's window."""
-        return window_warning(config)
+        """llama.cpp has disabled this family's window, and keeps to one of its two sets of rotations."""
+        return (*window_warning(config), *self._length_warning(config))
+
+    def _length_warning(self, config: Config) -> tuple[str, ...]:
+        original = self._original(config)
+        if self.rope(config).kind != "longrope" or config.integer("max_position_embeddings", MAX_CONTEXT) <= original:
+            return ()
+        return (
+            f"prompt and answer may have {original} tokens together: beyond, this model rotates otherwise, and "
+            "llama.cpp does so in all prompts or in none; with --long-prompts the model is served for long ones",
+        )
 
     def _rotated(self, config: Config, rope: Rope) -> int:
         sizes = self.sizes(config)

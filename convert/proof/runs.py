@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +12,19 @@ import numpy as np
 
 from convert.child import Child, read_job, tell
 from convert.errors import VerifyFailed
+from runtime.config import RuntimeConfig
 from runtime.errors import EngineError
 from runtime.llama.decode import last_logits
 from runtime.llama.model import Llama, LoadOptions, load
+from runtime.llama.rotations import short_set
 
 if TYPE_CHECKING:
     from convert.tokenizer.chat_template import ChatFormat
 
-_PROBE = "Hello"
+# Long enough for rotary embeddings to matter, which do nothing at the first position.
+_PROBE = "Hello, how are you? " * 2
+# Of the logits' spread: a context's size may change how llama.cpp cuts its sums.
+_SAME_LOGITS = 1e-2
 
 
 def verify_runs(path: Path, chat: "ChatFormat", meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -44,21 +50,46 @@ def check_runs(path: Path, template: str | None, end_of_turn: int | None) -> Non
     except EngineError as error:
         raise VerifyFailed(f"the converted file cannot be loaded: {error}") from error
     try:
-        _check(llama, template, end_of_turn)
+        logits = _check(llama, template, end_of_turn)
     except EngineError as error:
         raise VerifyFailed(f"the converted file cannot be run: {error}") from error
     finally:
         llama.close()
+    if short_set(path) is not None:
+        _check_context(path, replace(options, n_ctx=RuntimeConfig().context), logits)
 
 
-def _check(llama: Llama, template: str | None, end_of_turn: int | None) -> None:
+def _check_context(path: Path, served: LoadOptions, expected: np.ndarray) -> None:
+    """Raise VerifyFailed unless the model computes the same in a context of the size that is served.
+
+    For files from which llama.cpp takes other weights in a larger context: a model is wrong there without an error.
+    """
+    try:
+        llama = load(path, served)
+    except EngineError as error:
+        raise VerifyFailed(f"the converted file cannot be loaded as it is served: {error}") from error
+    try:
+        found = last_logits(llama, probe(llama))
+    finally:
+        llama.close()
+    if not np.allclose(found, expected, rtol=0, atol=_SAME_LOGITS * float(np.ptp(expected))):
+        raise VerifyFailed(
+            f"in a context of {served.n_ctx} tokens the logits differ by {float(np.abs(found - expected).max()):g} "
+            "from those in a small one: llama.cpp takes other rotary embeddings there"
+        )
+
+
+def _check(llama: Llama, template: str | None, end_of_turn: int | None) -> np.ndarray:
+    """The logits after the probe, checked like the rest."""
     if llama.info.chat_template != template:
         raise VerifyFailed(
             f"the converted file has another chat template than the one written: {llama.info.chat_template!r}"
         )
     if end_of_turn is not None and not llama.tokenizer.is_end(end_of_turn):
         raise VerifyFailed(f"token {end_of_turn} ends a turn, but llama.cpp does not know it as an end token")
-    check_logits(last_logits(llama, probe(llama)))
+    logits = np.array(last_logits(llama, probe(llama)))
+    check_logits(logits)
+    return logits
 
 
 def probe(llama: Llama) -> list[int]:

@@ -127,6 +127,13 @@ def read_header(path: Path) -> Header:
         return Header(path, fields, _tensors(head, n_tensors, alignment), alignment)
 
 
+def read_tensors(path: Path) -> tuple[Mapping[str, Field], Mapping[str, TensorInfo]]:
+    """The fields, not checked, and the tensors of the GGUF file at `path`. Raises BadGguf."""
+    with open_head(path) as head:
+        fields, n_tensors = head.fields()
+        return fields, _tensors(head, n_tensors, _alignment(head, fields))
+
+
 def read_meta(path: Path) -> GgufMeta:
     """Read the metadata of the GGUF file at `path`. Raises BadGguf naming the place and the value."""
     fields = read_fields(path)

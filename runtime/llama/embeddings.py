@@ -48,7 +48,7 @@ def embed_info(model: ModelHandle, metadata: Mapping[str, str], n_batch: int) ->
     architecture = metadata.get("general.architecture", "")
     return EmbedInfo(
         n_embd=llama_cpp.llama_model_n_embd_out(model.pointer),
-        embed_n_ctx=min(MAX_CELLS, llama_cpp.llama_model_n_ctx_train(model.pointer) or MAX_CELLS),
+        embed_n_ctx=min(MAX_CELLS, model.n_ctx_train or MAX_CELLS),
         embed_n_seq_max=MAX_SEQUENCES,
         embed_n_batch=min(n_batch, max(MIN_BATCH, LOGITS_BYTES // (4 * n_vocab))),
         pooling=_POOLINGS.get(metadata.get(f"{architecture}.pooling_type", ""), "mean"),

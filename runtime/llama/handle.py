@@ -13,6 +13,8 @@ from llama_cpp import llama_cpp
 
 from runtime.errors import LoadFailed
 
+from .rotations import keep_short, short_set
+
 _log = logging.getLogger("deskside.llama")
 
 # ggml.h's levels → ours. A failure also raises an error that quotes llama.cpp's lines, so none is logged above INFO.
@@ -74,14 +76,18 @@ class ModelHandle:
         use_mmap: bool = True,
         repack: bool = True,
         vocab_only: bool = False,
+        long_prompts: bool = False,
     ) -> None:
-        """Open a GGUF file. Raises LoadFailed with llama.cpp's reason."""
+        """Open a GGUF file. Raises LoadFailed with llama.cpp's reason. `long_prompts` as in LoadOptions."""
         check_file(path)
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         params.vocab_only = vocab_only
         params.use_extra_bufts = repack and _trusts_amx()
+        self.short = None if vocab_only or long_prompts else short_set(path)
+        if self.short is not None:
+            params.kv_overrides = keep_short(self.short)
         with last_errors() as errors:
             llama_cpp.llama_backend_init()
             self.pointer: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
@@ -89,6 +95,12 @@ class ModelHandle:
             raise LoadFailed(f"{str(path)!r} cannot be loaded: {reason(errors)}")
         # Not at interpreter exit: a thread may still be decoding then, and the system takes the memory back anyway.
         weakref.finalize(self, llama_cpp.llama_model_free, self.pointer).atexit = False
+
+    @property
+    def n_ctx_train(self) -> int:
+        """The most tokens that a text may have for the model to make sense of it; 0 if the file does not say."""
+        trained: int = llama_cpp.llama_model_n_ctx_train(self.pointer)
+        return trained if self.short is None else min(trained or self.short.length, self.short.length)
 
     def context(self, params: Any, purpose: str) -> object:
         """A new `llama_context` of the model, the caller's to free. Raises LoadFailed with llama.cpp's reason."""

@@ -37,8 +37,9 @@ class LoadOptions:
     `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
     most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is
     the physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
-    `repack` lets llama.cpp copy weights into the form its fast kernels want. `adapters` are LoRA GGUF files for this
-    model, by the name under which requests ask for them.
+    `repack` lets llama.cpp copy weights into the form its fast kernels want. `long_prompts` lets it
+    choose the rotary embeddings for long prompts where a model has two sets (see `rotations`). `adapters` are LoRA GGUF
+    files for this model, by the name under which requests ask for them.
     """
 
     n_ctx: int = 8192
@@ -49,6 +50,7 @@ class LoadOptions:
     gpu_layers: int | None = None
     use_mmap: bool = True
     repack: bool = True
+    long_prompts: bool = False
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -152,7 +154,13 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
     if not 1 <= options.n_seq_max <= MAX_SEQUENCES:
         raise LoadFailed(f"n_seq_max must be 1 … {MAX_SEQUENCES}, got {options.n_seq_max}")
     gpu_layers = (-1 if can_offload else 0) if options.gpu_layers is None else options.gpu_layers
-    model = ModelHandle(path, gpu_layers=gpu_layers, use_mmap=options.use_mmap, repack=options.repack)
+    model = ModelHandle(
+        path,
+        gpu_layers=gpu_layers,
+        use_mmap=options.use_mmap,
+        repack=options.repack,
+        long_prompts=options.long_prompts,
+    )
     if not llama_cpp.llama_model_has_decoder(model.pointer) or llama_cpp.llama_model_has_encoder(model.pointer):
         raise LoadFailed(f"{str(path)!r} is {model.description()}: only decoder-only models write text here")
     if llama_cpp.llama_model_is_recurrent(model.pointer) or llama_cpp.llama_model_is_hybrid(model.pointer):
@@ -183,7 +191,7 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
     return ModelInfo(
         n_vocab=llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model.pointer)),
         n_ctx=llama_cpp.llama_n_ctx(context),
-        n_ctx_train=llama_cpp.llama_model_n_ctx_train(model.pointer),
+        n_ctx_train=model.n_ctx_train,
         n_seq_max=options.n_seq_max,
         n_batch=llama_cpp.llama_n_batch(context),
         n_params=llama_cpp.llama_model_n_params(model.pointer),

@@ -119,6 +119,7 @@ def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str,
         n_seq_max=options.n_seq_max,
         n_threads=config.threads or physical_cores(),
         gpu_layers=config.gpu_layers,
+        long_prompts=config.long_prompts,
         adapters=adapters,
     )
     return LlamaRecipe(stored.gguf, load, options)
