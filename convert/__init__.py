@@ -1,1 +1,1 @@
-"""How a checkpoint becomes a model: open, merge, write, quantize, install."""
+"""Conversion of a checkpoint into an installed model: open, merge, write, quantize, install."""

@@ -20,7 +20,7 @@ _STEP = re.compile(r"(\d+) (\d+)")
 
 
 def start_python(module: str) -> "subprocess.Popen[str]":
-    """Start `module` in a fresh interpreter: pipes at its standard input and output, its errors among the output."""
+    """Start `module` in a new interpreter, with pipes for its standard input and output; stderr joins the output."""
     # -P: a folder `convert` in the user's working directory must not shadow ours
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module],
@@ -33,10 +33,10 @@ def start_python(module: str) -> "subprocess.Popen[str]":
 
 
 class Child:
-    """A process that runs `module` on `job`, and is killed on leaving the block unless it is done.
+    """A process that runs `module` on `job`. Leaving the block kills it unless it has ended.
 
     A job is a line of JSON on its standard input; more may follow. A line of two numbers on its standard output is
-    progress (done, total), any other a complaint.
+    progress (done, total); any other line is an error message.
     """
 
     def __init__(self, module: str, job: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        """Kill the process if it is not done. Closing twice is harmless."""
+        """Kill the process if it has not ended. Closing twice is harmless."""
         self._process.kill()
         self._process.wait()
         assert self._process.stdin is not None
@@ -79,9 +79,9 @@ class Child:
         return self._process.poll() not in {None, 0}
 
     def wait(self, progress: StepProgress) -> tuple[int, str]:
-        """Wait for the process to end. Returns its exit code and its last complaint."""
+        """Wait for the process to end. Returns its exit code and its last error message."""
         assert self._process.stdout is not None
-        complaint = "no word from it"
+        complaint = "no error message"
         for line in self._process.stdout:
             if match := _STEP.fullmatch(line.strip()):
                 progress(int(match[1]), int(match[2]))
@@ -91,9 +91,9 @@ class Child:
 
 
 def run_child(module: str, job: Mapping[str, Any], progress: StepProgress) -> tuple[int, str]:
-    """Run `module` with one job. Returns its exit code and its last complaint.
+    """Run `module` with one job. Returns its exit code and its last error message.
 
-    `progress` is called with (done, total). An exception in this call kills the child.
+    `progress` is called with (done, total). An exception during the call kills the child.
     """
     with Child(module, job) as child:
         return child.wait(progress)

@@ -23,7 +23,7 @@ def convert_command(request: ConvertRequest, as_json: JsonOption = False) -> Non
     With --examples every quantization worth trying is measured on this machine and on your own examples. The fastest
     that loses no more than the budget is installed, with the table on its card.
 
-    A recipe that cuts its vocabulary does so whatever --quant and --examples say; --whole-vocab leaves it whole.
+    A recipe that cuts its vocabulary also does so with --quant or --examples; --whole-vocab leaves it whole.
 
     With --hot the adapter stays a file of its own, which the server applies to the untouched SOURCE: no change of the
     fine-tune is rounded away, and many adapters share one SOURCE in memory.
@@ -41,8 +41,9 @@ def convert_command(request: ConvertRequest, as_json: JsonOption = False) -> Non
 def build_recipe(entry: "CatalogEntry", store: "Store") -> "StoredModel":
     """Build the recipe `entry` with its own settings, as `deskside pull` does. Returns the installed model.
 
-    A second process with the same wish waits for the first and takes its result. A model that an earlier version of the
-    recipe built is rebuilt. A model of that name made from something else stays: it may be the user's own.
+    A second process that builds the same recipe waits for the first and takes its result. A model that an earlier
+    version of the recipe built is rebuilt. A model of that name made from something else stays: it may be the user's
+    own.
     """
     from models.manifest import read_manifest
 

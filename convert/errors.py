@@ -18,7 +18,7 @@ ConvertError
 
 
 class ConvertError(Exception):
-    """Base of everything `convert` raises on purpose."""
+    """Base of all errors of `convert`."""
 
 
 class SourceInvalid(ConvertError):

@@ -36,7 +36,7 @@ class OutTensor:
 
     @property
     def n_bytes(self) -> int:
-        """Its size in the file, without padding."""
+        """Size of the tensor in the file, without padding."""
         block, block_bytes = GGML_QUANT_SIZES[self.kind]
         return prod(self.shape) // int(block) * int(block_bytes)
 
@@ -124,14 +124,14 @@ def check_written(path: Path, sha256: str) -> None:
 
 
 def _pieces(layout: Layout, rows: Rows) -> Iterator[np.ndarray | None]:
-    """The pieces of all tensors in order, None after each tensor's last."""
+    """Yield the pieces of all tensors in order, and None after each tensor's last."""
     for tensor in layout.tensors:
         yield from rows(tensor.name)
         yield None
 
 
 def _ahead(pieces: Iterator[np.ndarray | None]) -> Generator[np.ndarray | None, None, None]:
-    """The same pieces, each made in another thread while the previous one is hashed and written."""
+    """Yield the same pieces; a thread makes each one while the previous one is hashed and written."""
     with ThreadPoolExecutor(1) as worker:
         upcoming = worker.submit(_next_of, pieces)
         while piece := upcoming.result():

@@ -1,4 +1,4 @@
-"""The order of a conversion, and nothing else: gather, plan, write and prove, measure and choose, verify, install.
+"""The steps of a conversion in order: gather, plan, write and prove, measure and choose, verify, install.
 
 A `--hot` adapter is neither merged nor quantized: gather, plan, write, verify on its base, install.
 
@@ -61,7 +61,7 @@ def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredMo
 
 @dataclass(frozen=True)
 class _Build:
-    """A model in the making: what it is made from, and the folder that its files are written to."""
+    """The state of one conversion: the checkpoint, the plan, and the folder that files are written to."""
 
     checkpoint: Checkpoint
     plan: ConversionPlan
@@ -128,7 +128,7 @@ def _make_adapter(inputs: Inputs, request: ConvertRequest, store: Store, report:
 
 
 def _begin_proof(proof: Proof, build: _Build) -> None:
-    """Compare tokenizer and template on the checkpoint's own header, under the model's name.
+    """Start comparing tokenizer and template on the checkpoint's own header, under the model's name.
 
     llama.cpp derives special rules of a tokenizer from `general.name`.
     """
@@ -161,7 +161,7 @@ def _write_f16(build: _Build, proof: Proof | None) -> tuple[Path, str]:
 
 
 def _choose(build: _Build, f16: Path, sha256: str, results: Path) -> tuple[Quality | None, Path]:
-    """Choose the file to install: by the examples, or else as the request says. Returns the report, if any, and it.
+    """Choose the file to install: by the examples, if any, or by the request. Returns the report, if any, and the file.
 
     A file that others are made from is read back here; the installed file is read back while it is verified.
     """
@@ -179,7 +179,7 @@ def _choose(build: _Build, f16: Path, sha256: str, results: Path) -> tuple[Quali
 
 
 def _write_untrimmed(build: _Build) -> Path | None:
-    """Write the F16 file with the vocabulary uncut; None where it is not cut."""
+    """Write the F16 file with the full vocabulary; None if the vocabulary is not cut."""
     plan = build.plan
     if plan.trim is None:
         return None
@@ -191,7 +191,7 @@ def _write_untrimmed(build: _Build) -> Path | None:
 def _write_base(build: _Build) -> Path | None:
     """Write the model before its fine-tuning; None without an adapter.
 
-    A GGUF source with the same vocabulary serves as it is.
+    A GGUF source with the same vocabulary is used unchanged.
     """
     inputs, plan = build.inputs, build.plan
     if inputs.adapter is None:
@@ -230,13 +230,13 @@ def _read_back(file: Path, hashes: dict[Path, str]) -> None:
 
 
 def _recipe_quality(folder: Path, sha256: str) -> Quality | None:
-    """The recipe's own measurements, if they are of this very file."""
+    """The recipe's own measurements; None if they were made on another file."""
     quality = read_quality(folder)
     return quality if _chosen_candidate(quality).sha256 == sha256 else None
 
 
 def _imatrix_to_keep(build: _Build, quality: Quality | None) -> Path | None:
-    """The importance matrix that the file was rounded with, if any; a recipe's build leaves it to the recipe."""
+    """The importance matrix that the file was quantized with, if any; None for a recipe's build: the recipe has it."""
     inputs = build.inputs
     if inputs.examples is None or quality is None:
         return inputs.imatrix if inputs.manifest.conversion is None else None

@@ -123,7 +123,7 @@ def compare(
 def noise(reference: ReferenceRun, progress: StepProgress) -> MeasuredLoss:
     """Measurement noise: the reference compared with itself at another batch size, one example at a time.
 
-    Over its first NOISE_EXAMPLES examples, a random sample: held-out examples are in the order of their hashes.
+    It covers the first NOISE_EXAMPLES examples, a random sample: held-out examples are in the order of their hashes.
     """
     asked = replace(reference.tasks, tasks=reference.tasks.tasks[:NOISE_EXAMPLES])
     rows = tuple(row for row in reference.rows if row.place < NOISE_EXAMPLES)
@@ -159,7 +159,7 @@ class RowSet:
 
 @dataclass(frozen=True, slots=True)
 class MeasureJob:
-    """The job of a child: run `tasks` with the file `model`, `together` at once.
+    """The job of a child process: run `tasks` with the file `model`, `together` at once.
 
     The child writes the rows `keep` to a new file and compares its rows with each of `compare`.
     """
@@ -181,7 +181,7 @@ class MeasureOrder:
 
 @dataclass(frozen=True, slots=True)
 class MeasureResult:
-    """The result of a child: an answer for each task, and for each comparison the losses in the order of its rows."""
+    """The result of a job: an answer for each task, and for each comparison the losses in the order of its rows."""
 
     answers: tuple[ModelAnswer, ...]
     losses: tuple[tuple[RowLoss, ...], ...]

@@ -1,4 +1,4 @@
-"""The child that measures one file: `python -m convert.measure.compare_child`, its job on standard input.
+"""Child process that measures one file: `python -m convert.measure.compare_child`, its job on standard input.
 
 Each row of logits is used once: compared with every reference, or written, while it is in llama.cpp's memory.
 """

@@ -1,4 +1,4 @@
-"""The user's examples, split: some calibrate the quantization, the others are held out to measure it.
+"""Split of the user's examples: some calibrate the quantization, the others are held out to measure it.
 
 A candidate must not be fitted to the examples it is judged by, so no text is on both sides. The content of an example
 decides its side: the same in every run, for any order of the file.
@@ -28,7 +28,7 @@ _ANY_LENGTH = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Examples with no prompt in common; of those with the same prompt only the first is among them."""
+    """Two sets of examples with no prompt in common. Of examples with the same prompt only the first is kept."""
 
     calibration: tuple[ChatRecord, ...]
     held_out: tuple[ChatRecord, ...]

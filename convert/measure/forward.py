@@ -1,7 +1,7 @@
 """One model's pass over all tasks: the planned rows of logits, and an answer to every example.
 
 A few examples at a time: their prompts are prefilled together; the expected answers are branches of the prompts and
-give the rows; then follow the model's own answers. To classify, every label is scored in full, as a branch of the
+give the rows; then the model's own answers are computed. To classify, every label is scored in full, as a branch of the
 shared prompt, by the rule of `/v1/decisions` (`runtime/decoding/choice_tree.py`); tokens shared with the expected
 label's branch are computed once. To write, the prompts' sequences are decoded together with the likeliest token each,
 up to an end token or the limit of the tasks. Each prompt is computed once.
@@ -69,7 +69,7 @@ def run_pass(
 
 
 def cells_needed(tasks: Tasks, together: int = MAX_TOGETHER) -> int:
-    """A KV cache size for `together` examples of usual length, and in any case for the longest one."""
+    """Size of a KV cache for `together` examples of usual length, and at least for the longest example."""
     rooms = sorted((tasks.room(task) for task in tasks.tasks), reverse=True)
     return max(sum(rooms[:1]), min(sum(rooms[:together]), 8192))
 
@@ -161,7 +161,7 @@ class _ActiveTask:
 
 
 def _groups(tasks: Tasks, together: int, n_ctx: int) -> Iterable[list[int]]:
-    """Group neighbouring tasks that fit into the cache together, with the longest answers they may have."""
+    """Yield groups of neighbouring tasks that fit into the KV cache together, each with its longest possible answer."""
     group: list[int] = []
     used = 0
     for place, task in enumerate(tasks.tasks):

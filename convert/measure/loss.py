@@ -54,7 +54,7 @@ class RowLoss:
 
 
 def plan_rows(tasks: Tasks, max_rows: int = MAX_ROWS) -> tuple[LogitsRow, ...]:
-    """The rows to compare, numbered in order, example by example; at least one each, even above the limit."""
+    """The rows to compare, numbered in order, example by example; at least one for each, even above `max_rows`."""
     share = max(1, even_share([len(task.answer) for task in tasks.tasks], max_rows))
     rows: list[LogitsRow] = []
     for place, task in enumerate(tasks.tasks):
@@ -171,5 +171,5 @@ class RowFile:
 
 
 def _parts(length: int) -> Iterator[slice]:
-    """Slices of a row; several fit into a core's cache, which is three times as fast as the row in one piece."""
+    """Slices of a row, so small that several fit into a core's cache: three times as fast as the row in one piece."""
     return (slice(start, start + _PART) for start in range(0, length, _PART))

@@ -34,7 +34,7 @@ SERVER = RuntimeConfig()
 
 @dataclass(frozen=True)
 class ServingLoad:
-    """The typical example, medians in tokens, and how it is served: the server's defaults unless said otherwise."""
+    """The typical example (medians, in tokens) and the settings it is served with, by default the server's."""
 
     work: TaskKind
     prompt_tokens: int
@@ -47,7 +47,7 @@ class ServingLoad:
 
     @property
     def n_prompts(self) -> int:
-        """How many examples the KV cache holds side by side, as many as there are slots at most."""
+        """Number of examples that the KV cache holds side by side, at most one for each slot."""
         # an eighth of the cells is for decoding after them
         return max(1, min(self.sequences, self.context * 7 // 8 // (self.prompt_tokens + self.answer_tokens)))
 
@@ -150,8 +150,8 @@ def _shape(how: ServingLoad, threads: int, rounds: int) -> Shape:
 
 
 def _in_child(file: Path, how: ServingLoad, seconds: float) -> SpeedSample:
-    """One measurement. Raises MeasureFailed with the child's last message."""
-    # the server's settings: see EngineOptions.n_seq_max and served.load_model
+    """Measure once, in a child process. Raises MeasureFailed with its last message."""
+    # the server's settings: see `runtime/engine/options.py`
     load = {"n_ctx": how.context, "n_batch": how.step_tokens, "n_seq_max": 2 * how.sequences, "n_threads": how.threads}
     load["repack"] = how.repack
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +176,7 @@ def _in_child(file: Path, how: ServingLoad, seconds: float) -> SpeedSample:
 class SpeedJob(BaseModel):
     """`files`: name -> path. An example has `prompt_tokens` and `answer_tokens`; they are measured `rounds` times.
 
-    Without `repack` weights are computed with as they lie in the file, as on a processor without AMX.
+    Without `repack` weights keep the layout they have in the file, as on a processor without AMX.
     """
 
     files: dict[str, Path]

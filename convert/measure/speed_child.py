@@ -1,6 +1,6 @@
-"""The child that measures one file's speed once: `python -m convert.measure.speed_child`, its job on standard input.
+"""Child process that measures a file's speed once: `python -m convert.measure.speed_child`, its job on standard input.
 
-One file a process: peak memory is this file's, and an abort in C fails this candidate only.
+Each file has a process of its own: peak memory is this file's, and an abort in C fails this candidate only.
 """
 
 import json
@@ -58,7 +58,7 @@ class LoadShape:
 
 @dataclass(frozen=True, slots=True)
 class PackedStep:
-    """A batch, and the sequences that begin a new example in it and must be emptied first."""
+    """A batch, and the sequences that begin a new example in it: they must be emptied first."""
 
     batch: Batch
     begun: tuple[int, ...]
@@ -124,7 +124,7 @@ class Meter:
         self._packed(LoadShape(_WARM_UP_TOKENS, 0), 1, _WARM_UP_TOKENS, 0.0)
 
     def tokens_per_s(self, prompt: int, n_sequences: int) -> float:
-        """Prompts of `prompt` tokens, one row of logits each, packed into whole steps: tokens a second."""
+        """Tokens a second for prompts of `prompt` tokens, one row of logits each, packed into whole steps."""
         return self._packed(LoadShape(prompt, 0), n_sequences, self._llama.info.n_batch, self._seconds)
 
     def examples_per_s(self, work: LoadShape, n_sequences: int) -> float:
@@ -154,7 +154,7 @@ class Meter:
             self._llama.remove(seq_id, length)
 
     def _packed(self, work: LoadShape, n_sequences: int, n_batch: int, seconds: float) -> float:
-        """Tokens a second."""
+        """Run steps for `seconds`. Returns tokens a second."""
         self._llama.clear()
         self._lengths = {}
         n_tokens, spent = 0, 0.0

@@ -60,7 +60,7 @@ class Tasks:
     max_written: int = MAX_WRITTEN
 
     def room(self, task: EvalTask) -> int:
-        """The most KV cells that `task` takes: its prompt and the longest answer that may follow."""
+        """The most KV cells that `task` takes: its prompt and the longest possible answer."""
         written = self.max_written if self.work == "write" else 0
         return len(task.prompt) + max([len(task.answer), written, *map(len, self.choices)])
 
@@ -84,7 +84,7 @@ def tasks_of(
 ) -> Tasks:
     """The tasks for the model at `gguf`, with the chat template and end-of-turn token of its metadata.
 
-    `end_of_turn` overrules the latter. Raises BadExamples (see `make_tasks`), LoadFailed, BadGguf, TemplateFailed.
+    `end_of_turn` overrules the latter. Raises BadExamples as `make_tasks`, LoadFailed, BadGguf, TemplateFailed.
     """
     meta = read_meta(gguf)
     tokenizer = load_tokenizer(gguf)

@@ -28,7 +28,7 @@ from .request import ConvertRequest
 
 @dataclass(frozen=True)
 class Examples:
-    """The user's examples, and the loss allowed on them. `labels` to choose from; none where the work is to write."""
+    """The user's examples, and the loss allowed on them. `labels` are the possible answers; none for work to write."""
 
     path: Path
     sha256: str
@@ -53,10 +53,10 @@ class TrimRequest:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All inputs, checked. `manifest` is the one to be installed, still without base and artefacts.
+    """All inputs, checked. `manifest` is the one to be installed, without base and artefacts so far.
 
-    `quantization` None: the examples decide. `recipe_quality` is the folder of a recipe with measurements of its own,
-    `imatrix` the importance matrix to quantize with; with examples it is collected from these instead.
+    `quantization` is None if the examples decide. `recipe_quality` is the folder of a recipe with measurements of its
+    own, `imatrix` the importance matrix to quantize with; with examples the matrix is collected from these instead.
     """
 
     origin: Origin
@@ -70,7 +70,7 @@ class Inputs:
 
     @property
     def base(self) -> Base:
-        """The manifest's entry for the weights, with their address if the manifest has one for these very weights."""
+        """The manifest's entry for the weights, with their address if the manifest has one for the same sha256."""
         base, before = self.origin.base, self.manifest.base
         if before is not None and before.source and before.sha256 == base.sha256:
             return base.model_copy(update={"source": before.source})
@@ -86,7 +86,7 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     if recipe is not None:
         return _from_recipe(request, recipe, quantization, store, report)
     if request.name is None:
-        raise RequestInvalid(f"--name is missing: how is the model made from {request.source!r} to be called?")
+        raise RequestInvalid(f"--name is missing: the name of the model to make from {request.source!r}")
     name = check_name(request.name)
     adapter = read_adapter(request.adapter) if request.adapter is not None else None
     given = read_manifest(request.manifest) if request.manifest is not None else None
@@ -100,13 +100,13 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
 
 def _check_options(request: ConvertRequest) -> None:
     if request.keep is not None and request.trim is None:
-        raise RequestInvalid(f"--keep {request.keep} needs --trim-vocab FILE: which texts must stay as they are?")
+        raise RequestInvalid(f"--keep {request.keep} needs --trim-vocab FILE: the texts that must stay as they are")
     if request.whole_vocabulary and request.trim is not None:
         raise RequestInvalid(f"--whole-vocab and --trim-vocab {request.trim} exclude each other: leave out one of them")
     if request.examples is None:
         for option, value in (("--for", request.work), ("--max-loss", request.max_loss)):
             if value is not None:
-                raise RequestInvalid(f"{option} {value} needs --examples FILE: on what is the loss to be measured?")
+                raise RequestInvalid(f"{option} {value} needs --examples FILE: the examples to measure the loss on")
     if request.max_loss is not None and not request.max_loss > 0:
         raise RequestInvalid(f"--max-loss is a mean KL divergence in nats above 0, got {request.max_loss}")
 
@@ -121,7 +121,7 @@ def _check_hot(request: ConvertRequest, recipe: CatalogEntry | None) -> None:
         option = "--examples" if request.examples is not None else "--trim-vocab"
         raise RequestInvalid(f"--hot quantizes and cuts nothing that {option} could be for: leave out one of them")
     if request.adapter is None and recipe is None:
-        raise RequestInvalid(f"--hot needs --adapter DIR: which adapter is to be applied to {request.source!r}?")
+        raise RequestInvalid(f"--hot needs --adapter DIR: the adapter to apply to {request.source!r}")
 
 
 def _recipe(request: ConvertRequest) -> CatalogEntry | None:
@@ -131,7 +131,7 @@ def _recipe(request: ConvertRequest) -> CatalogEntry | None:
 
 
 # option -> the facts of a recipe that do not hold for a model made with it. "rounding" is the quantization and its
-# importance matrix; "trim" the cut of the vocabulary; "figures" what was measured of the recipe's own model
+# importance matrix; "trim" the cut of the vocabulary; "figures" the measurements of the recipe's own model
 _DROPPED_BY: Mapping[str, frozenset[str]] = {
     "adapter": frozenset({"rounding", "trim", "figures"}),
     "hot": frozenset({"rounding", "trim", "figures"}),
@@ -188,7 +188,7 @@ def _quantization(request: ConvertRequest) -> str | None:
 
 
 def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | None:
-    """The examples, for the work that the request names, or the manifest, or else as the answers look."""
+    """The examples. The request, then the manifest, then the form of the answers decides the kind of work."""
     if request.examples is None:
         return None
     records = read_chat_records(request.examples)

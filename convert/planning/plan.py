@@ -1,4 +1,4 @@
-"""The plan of an F16 file, complete before its first byte is written; and the writing.
+"""The plan of an F16 file, complete before its first byte is written, and the function that writes it.
 
 Weights pass through a chain of checkpoints: the source, then with the adapter merged, then with the vocabulary trimmed.
 """
@@ -30,11 +30,11 @@ _DROPPED_PREFIXES = ("split.", "quantize.imatrix.")
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A conversion that is possible.
+    """A conversion that passed all checks.
 
     `checkpoint` is the end of the chain, `untrimmed` the link before trimming. `header` describes `untrimmed`, with the
-    fields of the file; `base_header` the source, whose kinds are the grid that its weights lie on. `chat.end_of_turn`
-    is a token id of the file.
+    fields of the file; `base_header` the source, with the tensor types that its weights were rounded to.
+    `chat.end_of_turn` is a token id of the file.
     """
 
     checkpoint: Checkpoint
@@ -93,7 +93,7 @@ def write_f16(
 ) -> str:
     """Write the F16 file and return its sha256. `watch` is called after each piece, and may stop the write by raising.
 
-    Raises SourceInvalid and VerifyFailed, and leaves no file then.
+    Raises SourceInvalid, VerifyFailed and what `watch` raises; no file is left then.
     """
     report.stage(stage, layout.data_bytes)
     count = byte_counter(layout, report)

@@ -1,4 +1,4 @@
-"""The request of a conversion, from which the options of `deskside convert` are generated. Light: help imports it."""
+"""The request of a conversion, from which the options of `deskside convert` are generated. Help imports only this."""
 
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +36,7 @@ class ConvertRequest(BaseModel):
     quantization: Annotated[str | None, Flag("quant", metavar="TYPE", shown="Q8_0")] = Field(
         default=None,
         description="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0, IQ4_NL or a mixed layout such as "
-        "Q8_0-vocab-Q4_0, whatever the examples say.",
+        "Q8_0-vocab-Q4_0; overrules the examples.",
     )
     trim: Annotated[Path | None, Flag("trim-vocab", metavar="FILE")] = Field(
         default=None, description="JSONL of chat records: cut the vocabulary to the tokens they need."

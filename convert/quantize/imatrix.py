@@ -1,7 +1,7 @@
 """The importance matrix: the weight of each column of a matrix, which is the mean square of its inputs on real text.
 
-Quantizing minimises the rounding error weighted by it, so that the columns that the user's own texts use most are kept
-best. It is computed like llama.cpp's `llama-imatrix` (tools/imatrix/imatrix.cpp), in the same file format.
+Quantizing minimises the rounding error weighted by it, so that the columns that the user's own texts use most lose
+least. It is computed like llama.cpp's `llama-imatrix` (tools/imatrix/imatrix.cpp), in the same file format.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +26,10 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 @dataclass(frozen=True)
 class ImatrixEntry:
-    """The inputs of one matrix. `sums`: of their squares, float32 of shape (experts, n_in); a dense matrix has one row.
+    """The inputs of one matrix.
 
-    `counts`: how many inputs were added, int64 of shape (experts,).
+    `sums` of their squares: float32 of shape (experts, n_in); a dense matrix has one row. `counts` of added inputs:
+    int64 of shape (experts,).
     """
 
     sums: np.ndarray
@@ -37,8 +38,8 @@ class ImatrixEntry:
     @property
     def importance(self) -> np.ndarray:
         """The mean square of each column, float32 of shape (experts · n_in,); 1 for an expert without inputs."""
-        asked = self.counts[:, None] > 0
-        means = np.where(asked, self.sums / np.maximum(self.counts, 1)[:, None], 1)
+        used = self.counts[:, None] > 0
+        means = np.where(used, self.sums / np.maximum(self.counts, 1)[:, None], 1)
         return np.ascontiguousarray(means, dtype=np.float32).ravel()
 
 
@@ -63,11 +64,10 @@ def collect(
     """Run the token ids `sequences` through the model, write the matrix to `target` and return it.
 
     A sequence includes its BOS, if any. A sequence longer than `chunk_tokens` continues in further chunks, each with
-    BOS in place of its first token if the vocabulary adds one: as `llama-imatrix -c` does, which drops the tail,
-    however. `output`: collect the output matrix, too (`--process-output`), under the embedding's name where the two
-    are tied. `progress` counts tokens.
-    Raises BadGguf, and ImatrixFailed for tokens the model does not have and whatever ends the process that collects.
-    An interrupted or failed run leaves no `target`.
+    BOS in place of its first token if the vocabulary adds one. `llama-imatrix -c` does the same, but drops the tail.
+    `output`: collect the output matrix, too (`--process-output`), under the embedding's name where the two are tied.
+    `progress` counts tokens. Raises BadGguf, and ImatrixFailed for tokens the model does not have or if the child
+    fails. An interrupted or failed run leaves no `target`.
     """
     header = read_header(gguf)
     chunk_tokens = min(chunk_tokens, header.integer(f"{header.architecture}.context_length"))

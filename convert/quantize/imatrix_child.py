@@ -1,4 +1,4 @@
-"""The child that collects an importance matrix: it decodes the text and inspects each matrix multiplication.
+"""Child process that collects an importance matrix: it decodes the text and inspects each matrix multiplication.
 
 llama.cpp calls `cb_eval` for every node of the graph, first to ask whether its result is needed and again when it is
 computed. After the last needed one the computation is stopped: the output matrix is two thirds of a small model.
@@ -30,7 +30,7 @@ class Collector:
     """Adds up the squares of the inputs of each matrix."""
 
     def __init__(self, ggml: Ggml, *, output: bool) -> None:
-        """`output`: collect the output matrix, too, which may be the embedding."""
+        """Collect nothing yet. `output`: include the output matrix, which may be the embedding."""
         self.error: Exception | None = None
         self._ggml = ggml
         self._output = output
@@ -45,12 +45,12 @@ class Collector:
         return {name: ImatrixEntry(sums.astype(np.float32), self._counts[name]) for name, sums in self._sums.items()}
 
     def begin(self) -> None:
-        """Begin a batch. From the second one on, the last node needed is known from the first."""
+        """Begin a batch. The first batch tells later ones which node is the last that is needed."""
         self._enough = self._looked or None
         self._looked = 0
 
     def look(self, address: int, ask: bool, _: object) -> bool:
-        """The callback. An exception cannot pass through C: it is stored, and the computation stopped."""
+        """Handle llama.cpp's callback. An exception cannot pass through C: it is stored, and the computation stops."""
         try:
             node = GgmlTensor.from_address(address)
             if ask:

@@ -18,14 +18,14 @@ from models.quality import TaskKind
 
 PLAIN = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
 
-# llama.cpp does not round to these kinds without an importance matrix
+# llama.cpp quantizes to these kinds only with an importance matrix
 _NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
 OVERRIDE_KINDS = {
     *("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0"),
     *("IQ4_NL", "IQ4_XS", "IQ3_S"),
     *_NEEDS_IMATRIX,
 }
-# Kinds that are rounded without the importance matrix.
+# Quantizing to these kinds ignores the importance matrix.
 _IGNORES_IMATRIX = {"F16", "BF16", "Q8_0"}
 
 TASK_KINDS: tuple[TaskKind, ...] = ("classify", "write")
@@ -41,7 +41,7 @@ _NEVER_QUANTIZED = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$")
 
 @dataclass(frozen=True)
 class TypeOverride:
-    """Store the matrices whose names the regular expression `pattern` matches as `kind`."""
+    """An order to store as `kind` the matrices with a name that the regular expression `pattern` matches."""
 
     pattern: str
     kind: GGMLQuantizationType
@@ -51,7 +51,7 @@ class TypeOverride:
 class CandidateSpec:
     """A file to be made: `quantization`, except for the matrices of `overrides` (the first match counts).
 
-    `imatrix`: rounded with the importance matrix. `name` is part of the file's name.
+    `imatrix`: quantized with the importance matrix. `name` is part of the file's name.
     """
 
     name: str
@@ -71,15 +71,15 @@ class Tensor(Protocol):
 
 
 def plain(quantization: str, *, imatrix: bool = False) -> CandidateSpec:
-    """llama.cpp's own mix of that name; with the importance matrix, if any, where it matters."""
+    """The candidate of llama.cpp's own mix `quantization`, with the importance matrix, if any, where it matters."""
     return CandidateSpec(quantization, quantization, imatrix and quantization not in _IGNORES_IMATRIX)
 
 
 def ladder(header: Header, work: TaskKind, *, imatrix: bool) -> tuple[CandidateSpec, ...]:
     """The candidates worth measuring for the model of `header` and this work.
 
-    `imatrix`: there is one, collected with `output`, so that the vocabulary is weighted like the layers. A mix is left
-    out where it would equal a plain one: a small vocabulary, rows that fit no K-quant.
+    `imatrix`: an importance matrix exists, collected with `output`, so that it weights the vocabulary, too. A mix that
+    would equal a plain one is left out: a small vocabulary, rows that fit no K-quant.
     """
     matrices = [tensor for tensor in header.tensors.values() if is_matrix(tensor)]
     vocabulary = [tensor for tensor in matrices if re.search(VOCABULARY, tensor.name)]

@@ -1,7 +1,7 @@
 """Quantization of an F16 GGUF by llama.cpp's `llama_model_quantize`: mix, overrides and importance matrix.
 
 The request is checked before llama.cpp starts, and the written file is read back: overrides must have changed exactly
-the tensors they name, and matrices whose rows do not fit a type's blocks are counted.
+the tensors they name, and matrices with rows that do not fit a type's blocks are counted.
 """
 
 from collections import Counter
@@ -42,7 +42,7 @@ _K_BLOCK = GGMLQuantizationType.Q4_K
 class QuantizeResult:
     """The content of a quantized file: kind -> number of tensors.
 
-    `fallbacks` counts the matrices whose rows do not fit the blocks of the type they were meant for.
+    `fallbacks` counts the matrices with rows that do not fit the blocks of the requested type.
     """
 
     kinds: Mapping[str, int]
@@ -50,9 +50,9 @@ class QuantizeResult:
 
 
 def spec_named(name: str, *, imatrix: bool) -> CandidateSpec:
-    """The candidate called `name`, in any case: a mix of llama.cpp's own, or a mixed layout of ours.
+    """The candidate called `name` (case is ignored): a mix of llama.cpp's own, or a mixed layout of ours.
 
-    `imatrix`: use an importance matrix where it matters. Raises QuantizationUnknown naming the known ones.
+    `imatrix`: use an importance matrix where it matters. Raises QuantizationUnknown, which lists the known names.
     """
     known = [*(plain(quantization, imatrix=imatrix) for quantization in QUANTIZATIONS), *mixes(imatrix=imatrix)]
     found = next((spec for spec in known if spec.name.upper() == name.upper()), None)
@@ -153,7 +153,7 @@ def _written(header: Header, spec: CandidateSpec, kinds: Mapping[str, GGMLQuanti
 
 
 def _meant(tensor: Tensor, spec: CandidateSpec, kinds: Mapping[str, GGMLQuantizationType]) -> GGMLQuantizationType:
-    """A kind with the same blocks as the requested one."""
+    """A kind with the block size of the requested one."""
     if "_K" in spec.quantization:
         return kinds.get(tensor.name, _K_BLOCK)
     return kinds.get(tensor.name, GGMLQuantizationType[spec.quantization])

@@ -1,4 +1,4 @@
-"""The child that quantizes: one call of `llama_model_quantize`, with a line for each step and each error."""
+"""Child process that quantizes: one call of `llama_model_quantize`, with a line for each step and each error."""
 
 import ctypes
 import os

@@ -47,7 +47,7 @@ class Built:
 def choose_by_examples(
     files: Built, plan: ConversionPlan, inputs: Inputs, results: Path, report: Reporter
 ) -> tuple[Quality, Path]:
-    """Measure the ladder of `files.f16` and choose. Returns the report and the chosen file, which lies beside it.
+    """Measure the ladder of `files.f16` and choose. Returns the report and the chosen file, in the same folder.
 
     Slow results are kept in `results` for the next run. Raises BadExamples, and as `run_ladder` does.
     """
@@ -95,7 +95,7 @@ def _calibration(f16: Path, records: tuple[ChatRecord, ...], prompt_template: st
 
 
 def _importance(f16: Path, sequences: list[list[int]], results: Path, report: Reporter) -> Path:
-    """The importance matrix of `sequences`, collected only where `results` has none for them and this model."""
+    """The importance matrix of `sequences`, collected only if `results` has none for them and this model."""
     kept = results / f"imatrix-{digest([sha256_file(f16), sequences])[:32]}.gguf"
     if not kept.is_file():
         report.stage(f"collect the importance matrix from {len(sequences)} examples")

@@ -1,4 +1,4 @@
-"""Measurements of a ladder, kept as JSON under a hash of all they depend on: source, examples, versions, recipe."""
+"""Cache of a ladder's measurements: JSON files under a hash of source, examples, versions and recipe."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -36,7 +36,7 @@ class Cache:
         make: Callable[[], T],
         keep: Callable[[T], bool] = lambda _: True,
     ) -> T:
-        """The value of type `kind` kept under `name` and `parts`, or else made, and kept if `keep(value)`.
+        """The value of type `kind` kept under `name` and `parts`; if there is none, make it, and keep it if `keep(it)`.
 
         A file that cannot be read counts as missing.
         """

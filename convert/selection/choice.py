@@ -19,7 +19,7 @@ TIE = 0.03
 # So are rates closer than this, unless the faster file was the faster one in every round.
 UNSURE = 0.1
 SIGNIFICANT = 0.05
-# Kinds with steps so fine that a fine-tune survives being rounded to its base's grid (measured: Q8_0).
+# Kinds with steps so fine that rounding to the base's grid does not undo a fine-tune (measured: Q8_0).
 FINE_KINDS = frozenset({"F32", "F16", "BF16", "Q8_0"})
 
 
@@ -118,9 +118,9 @@ def base_distances(to_fine_tune: MeasuredLoss, to_base: MeasuredLoss) -> BaseDis
 def undo_reason(distances: BaseDistances, base_distance: float, noise: float) -> str | None:
     """The evidence that a candidate undoes the fine-tune; None if there is none.
 
-    It does when its distributions or its answers are nearer the base's. `base_distance` is the mean KL divergence from
-    fine-tune to base, `noise` that of the fine-tune to itself at another batch size: where the former does not exceed
-    the latter there is no fine-tune to lose, and the answer is None.
+    The evidence is that its distributions or its answers are nearer the base's. `base_distance` is the mean KL
+    divergence from fine-tune to base, `noise` that of the fine-tune to itself at another batch size: if the former does
+    not exceed the latter, there is no fine-tune to lose.
     """
     if base_distance <= noise:
         return None
@@ -151,7 +151,7 @@ def shared_grid(base: Header, candidate: Header, tuned: Collection[str]) -> Mapp
 
 
 def undo_cause(grid: Mapping[str, int], n_tuned: int) -> str:
-    """The cause, as a sentence, of a fine-tune that is undone or nearly so. `grid`: as `shared_grid` counts."""
+    """The cause, as a sentence, of a fine-tune that is undone or nearly so. `grid` is from `shared_grid`."""
     if not grid:
         return "quantizing it loses more than fine-tuning changed"
     return (

@@ -1,7 +1,7 @@
 """The ladder: every candidate is quantized, compared with the F16 file and timed on this machine, and one is chosen.
 
-Each measurement is kept under a hash of everything it depends on, so that a repeated run measures only what is new. Of
-the candidates' files only the chosen one remains.
+Each measurement is kept under a hash of everything it depends on, so that a repeated run measures only new candidates.
+Of the candidates' files only the chosen one remains.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,8 +48,8 @@ class LadderInputs:
     """The model to measure and its candidates. `f16` is the F16 GGUF; `specs` may or may not contain it ("F16").
 
     `base` is a GGUF of the model before its fine-tuning; `tuned` are the tensors that the fine-tuning changed.
-    `base_header` describes the weights it was merged onto, where `base` was made from them and has other kinds.
-    `forced` names a candidate that is chosen whatever it loses. Candidates' files are named after `stem`.
+    `base_header` describes the weights it was merged onto, if `base` was made from them and has other kinds.
+    `forced` names a candidate to choose regardless of the budget. Candidates' files are named after `stem`.
     """
 
     f16: Path
@@ -124,7 +124,7 @@ class NoiseFloor:
 
 @dataclass(frozen=True)
 class TimedCandidates:
-    """Candidates with their speeds, and the machine that these were measured on."""
+    """Candidates with their speeds, and the machine that measured them."""
 
     candidates: tuple[Candidate, ...]
     report: SpeedReport
@@ -193,7 +193,7 @@ class _Ladder:
         )
 
     def file(self, name: str) -> Path:
-        """A candidate's file, which is quantized unless it exists."""
+        """A candidate's file, made if it is missing."""
         if name == REFERENCE:
             return self._inputs.f16
         spec = self._specs[name]
