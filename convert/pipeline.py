@@ -125,6 +125,10 @@ def _make_adapter(inputs: Inputs, request: ConvertRequest, store: Store, report:
         report.stage("verify")
         verify_adapter(base, target, chat, is_zero=inputs.adapter.is_zero)
         _describe(folder, {target: sha256}, inputs, None, None)
+        if inputs.examples is not None:
+            report.note(
+                "the adapter is left as it is: from the examples come task, labels and prompt, nothing is measured"
+            )
 
 
 def _begin_proof(proof: Proof, build: _Build) -> None:

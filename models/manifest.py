@@ -1,6 +1,7 @@
 """`model.toml`, the manifest of a model's folder. Only this module reads and writes it."""
 
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -35,15 +36,39 @@ class Adapter(Record):
 
 
 class Prompt(Record):
-    """The prompt that the model was trained with. `template` holds `{text}` once, for the user's message."""
+    """The prompt that the model was trained with.
+
+    `template` holds `{text}` once, for the user's message; `system` is the system message's text, if any.
+    """
 
     template: str = "{text}"
+    system: str = ""
 
     @model_validator(mode="after")
     def _one_place(self) -> "Prompt":
         if self.template.count("{text}") != 1:
             raise ValueError(f"prompt.template must hold {{text}} exactly once, got {self.template!r}")
         return self
+
+    def wrap(self, text: str) -> str:
+        """The user's message for `text`. What the text begins or ends with already is not put around it again."""
+        before, _, after = self.template.partition("{text}")
+        if not text.startswith(before):
+            text = before + text
+        return text if text.endswith(after) else text + after
+
+    def messages(self, said: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+        """The (role, text) pairs `said` as messages of the form trained on: each of the user's wrapped, `system` first.
+
+        A system message among those said takes the place of `system`.
+        """
+        messages = [{"role": role, "content": self.wrap(text) if role == "user" else text} for role, text in said]
+        if self.system and not any(message["role"] in {"system", "developer"} for message in messages):
+            messages.insert(0, {"role": "system", "content": self.system})
+        return messages
+
+
+BARE_PROMPT = Prompt()
 
 
 class Conversion(Record):
@@ -146,6 +171,11 @@ class Manifest(Record):
         if self.kind == "adapter" and (self.base is None or len(self.artefacts) != 1):
             raise ValueError(f"kind 'adapter' needs a base and exactly one artefact, got {len(self.artefacts)}")
         return self
+
+    @property
+    def fine_tuned(self) -> bool:
+        """True if the model is known to be made for a task of its own, and so to answer nothing else reliably."""
+        return self.task != "general" or bool(self.labels) or self.kind == "adapter" or self.adapter is not None
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -34,8 +34,9 @@ class PromptTemplate:
     after: str = ""
 
     def render(self, text: str) -> str:
-        """The whole prompt for `text`."""
-        return f"{self.before}{text}{self.after}"
+        """The whole prompt for `text`; what the text begins or ends with already is not put around it again."""
+        before = "" if text.startswith(self.before) else self.before
+        return f"{before}{text}{'' if text.endswith(self.after) else self.after}"
 
     def shared_share(self, examples: Sequence[LabelledExample]) -> float:
         """The share of the prompts' characters that precede the text, over all `examples`."""

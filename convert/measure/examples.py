@@ -13,6 +13,7 @@ from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD
 from models.common.chat_records import ChatRecord
 from models.errors import BadExamples
 from models.gguf.header import Header
+from models.manifest import BARE_PROMPT, Prompt
 from runtime.errors import RequestError
 from runtime.llama.tokenizer import Tokenizer
 from runtime.prompt.prompter import ANSWER_MARK, Prompter, input_text
@@ -75,8 +76,43 @@ def labels_of(records: Sequence[ChatRecord], known: Sequence[str] = ()) -> tuple
     return labels
 
 
+def is_classification(records: Sequence[ChatRecord]) -> bool:
+    """True if the answers look like labels: few distinct ones, each given three times or more on average."""
+    answers = {record.answer for record in records}
+    return 2 <= len(answers) <= min(MAX_LABELS, len(records) // 3)
+
+
+def prompt_of(records: Sequence[ChatRecord]) -> Prompt:
+    """The prompt that all records share: their system message, and the words around the user's own text."""
+    systems = {record.prompt[0].content if record.prompt[0].role == "system" else "" for record in records}
+    system = systems.pop() if len(systems) == 1 else ""
+    asked = [[message.content for message in record.prompt if message.role != "system"] for record in records]
+    texts = sorted({said[0] for said in asked})
+    if len(texts) < 2 or any(len(said) != 1 for said in asked):
+        return Prompt(system=system)
+    before = _words(_common_start(texts[0], texts[-1]))
+    rests = sorted(text[len(before) :][::-1] for text in texts)
+    after = _words(_common_start(rests[0], rests[-1]))[::-1]
+    if "{text}" in before + after:
+        return Prompt(system=system)
+    return Prompt(template=before + "{text}" + after, system=system)
+
+
+def _common_start(first: str, last: str) -> str:
+    """The characters that the first and the last of sorted texts, and so all of them, begin with."""
+    shared = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), None)
+    return first[: min(len(first), len(last)) if shared is None else shared]
+
+
+def _words(shared: str) -> str:
+    """`shared` up to its last whole word; nothing without a word: marks that happen to be the same are the text's."""
+    while shared and shared[-1].isalnum():
+        shared = shared[:-1]
+    return shared if any(character.isalpha() for character in shared) else ""
+
+
 def prompts_of(
-    header: Header, tokenizer: Tokenizer, records: Sequence[ChatRecord], prompt_template: str = "{text}"
+    header: Header, tokenizer: Tokenizer, records: Sequence[ChatRecord], prompt: Prompt = BARE_PROMPT
 ) -> list[str]:
     """The records as prompts, up to the model's answer, in the chat template of `header`, if it has one.
 
@@ -87,7 +123,7 @@ def prompts_of(
     prompter = Prompter(tokenizer, template, _ANY_LENGTH)
     prompts = []
     for record in records:
-        said = messages_of(record, prompt_template)
+        said = messages_of(record, prompt)
         if template is None:
             prompts.append(input_text([(str(one["role"]), str(one["content"])) for one in said]) + ANSWER_MARK)
             continue
@@ -99,25 +135,17 @@ def prompts_of(
 
 
 def texts_of(
-    header: Header, tokenizer: Tokenizer, records: Sequence[ChatRecord], prompt_template: str = "{text}"
+    header: Header, tokenizer: Tokenizer, records: Sequence[ChatRecord], prompt: Prompt = BARE_PROMPT
 ) -> list[str]:
     """The records as prompt, answer and end-of-turn token. Raises BadExamples as `prompts_of`."""
     end = _end_mark(header)
-    prompts = prompts_of(header, tokenizer, records, prompt_template)
+    prompts = prompts_of(header, tokenizer, records, prompt)
     return [prompt + record.answer + end for prompt, record in zip(prompts, records, strict=True)]
 
 
-def messages_of(record: ChatRecord, prompt_template: str = "{text}") -> list[Mapping[str, object]]:
-    """The record's prompt as messages, the user's put into `prompt_template`."""
-    return [
-        {
-            "role": message.role,
-            "content": prompt_template.replace("{text}", message.content)
-            if message.role == "user"
-            else message.content,
-        }
-        for message in record.prompt
-    ]
+def messages_of(record: ChatRecord, prompt: Prompt = BARE_PROMPT) -> list[Mapping[str, object]]:
+    """The record's prompt as messages, in the form of `prompt`."""
+    return [*prompt.messages((message.role, message.content) for message in record.prompt)]
 
 
 def _digest(record: ChatRecord) -> bytes:

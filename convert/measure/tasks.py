@@ -13,6 +13,7 @@ from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD
 from models.common.chat_records import ChatRecord
 from models.errors import BadExamples
 from models.gguf.header import read_meta
+from models.manifest import BARE_PROMPT, Prompt
 from models.quality import TaskKind
 from runtime.errors import ContextTooLong, RequestError
 from runtime.llama.interface import TokenizerLike
@@ -67,11 +68,11 @@ class Tasks:
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """The form of a prompt: chat template, end-of-turn token, and the manifest's prompt template."""
+    """The form of a prompt: chat template, end-of-turn token, and the manifest's prompt."""
 
     chat_template: str | None
     end_of_turn: int | None
-    prompt_template: str = "{text}"
+    prompt: Prompt = BARE_PROMPT
 
 
 def tasks_of(
@@ -79,7 +80,7 @@ def tasks_of(
     records: Sequence[ChatRecord],
     work: TaskKind,
     labels: Sequence[str] = (),
-    prompt_template: str = "{text}",
+    prompt: Prompt = BARE_PROMPT,
     end_of_turn: int | None = None,
 ) -> Tasks:
     """The tasks for the model at `gguf`, with the chat template and end-of-turn token of its metadata.
@@ -92,7 +93,7 @@ def tasks_of(
         stated = meta.values.get(END_OF_TURN_FIELD)
         end_of_turn = stated if isinstance(stated, int) else tokenizer.eos
     context = meta.number(f"{meta.architecture}.context_length")
-    asking = PromptFormat(meta.text(TEMPLATE_FIELD) or None, end_of_turn, prompt_template)
+    asking = PromptFormat(meta.text(TEMPLATE_FIELD) or None, end_of_turn, prompt)
     return make_tasks(tokenizer, asking, records, work, labels, min(MAX_TOKENS, context or MAX_TOKENS))
 
 
@@ -152,14 +153,11 @@ class _TaskTokenizer:
             raise BadExamples(f"line {record.line}: {error}") from error
 
     def _prompt(self, record: ChatRecord) -> tuple[int, ...]:
-        wrap = self._asking.prompt_template
-        said = [
-            (message.role, wrap.replace("{text}", message.content) if message.role == "user" else message.content)
-            for message in record.prompt
-        ]
+        said = self._asking.prompt.messages((message.role, message.content) for message in record.prompt)
         if self._chats:
-            return self._prompter.chat([{"role": role, "content": text} for role, text in said])
-        return self._prompter.literal(input_text(said) + ANSWER_MARK, param="messages")
+            return self._prompter.chat(said)
+        text = input_text([(message["role"], message["content"]) for message in said])
+        return self._prompter.literal(text + ANSWER_MARK, param="messages")
 
     def choice(self, text: str) -> tuple[int, ...]:
         """The tokens of an answer without its end token."""

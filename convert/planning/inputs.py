@@ -9,14 +9,14 @@ from pathlib import Path
 
 from convert.errors import AdapterInvalid, RequestInvalid
 from convert.lora.adapter import PeftAdapter, read_adapter
-from convert.measure.examples import MAX_LABELS, Split, labels_of, split_examples
+from convert.measure.examples import Split, is_classification, labels_of, prompt_of, split_examples
 from convert.quantize.quantize import DEFAULT_QUANTIZATION, spec_named
 from convert.trim.plan import DEFAULT_KEEP
 from models.common.chat_records import ChatRecord, read_chat_records
 from models.common.console import Reporter
 from models.common.files import sha256_file
 from models.errors import HashMismatch
-from models.manifest import MANIFEST_FILE, Base, Conversion, Manifest, read_manifest
+from models.manifest import MANIFEST_FILE, Base, Conversion, Manifest, Prompt, read_manifest
 from models.manifest import Adapter as AdapterRecord
 from models.quality import QUALITY_FILE, LossBudget, TaskKind
 from models.store.catalog import CatalogEntry, load_catalog
@@ -92,7 +92,10 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     given = read_manifest(request.manifest) if request.manifest is not None else None
     examples, trim = _examples(request, given), _trim(request)
     origin = find_origin(request.source, request.gguf, store, report)
-    manifest = _complete(given or _inherited(origin, adapter), name, adapter, hot=request.hot)
+    described = given or _inherited(origin, adapter)
+    if described.labels and given is None:
+        examples = _examples(request, described)
+    manifest = _complete(_learnt(described, examples), name, adapter, hot=request.hot)
     # the manifest may describe the conversion of another model
     manifest = manifest.model_copy(update={"conversion": None})
     return Inputs(origin, adapter, quantization, manifest, examples, trim)
@@ -117,9 +120,10 @@ def _check_hot(request: ConvertRequest, recipe: CatalogEntry | None) -> None:
         raise RequestInvalid(f"{message} (--quant is {request.quantization!r})")
     if request.keep_f16:
         raise RequestInvalid("--hot makes no F16 model that --keep-f16 could keep: leave out one of them")
-    if request.examples is not None or request.trim is not None:
-        option = "--examples" if request.examples is not None else "--trim-vocab"
-        raise RequestInvalid(f"--hot quantizes and cuts nothing that {option} could be for: leave out one of them")
+    if request.trim is not None:
+        raise RequestInvalid("--hot cuts no vocabulary that --trim-vocab could be for: leave out one of them")
+    if request.max_loss is not None:
+        raise RequestInvalid("--hot quantizes nothing whose loss --max-loss could limit: leave out one of them")
     if request.adapter is None and recipe is None:
         raise RequestInvalid(f"--hot needs --adapter DIR: the adapter to apply to {request.source!r}")
 
@@ -148,10 +152,11 @@ def _from_recipe(
     folder = entry.recipe_folder()
     recipe = read_manifest(request.manifest or folder / MANIFEST_FILE)
     adapter, origin = _recipe_weights(request, recipe, folder, store, report)
-    manifest = _complete(recipe, check_name(request.name or recipe.name), adapter, hot=request.hot)
+    examples, trim = _examples(request, recipe), _trim(request)
+    name = check_name(request.name or recipe.name)
+    manifest = _complete(_learnt(recipe, examples), name, adapter, hot=request.hot)
     settings = recipe.conversion or Conversion()
     dropped = frozenset[str]().union(*(facts for option, facts in _DROPPED_BY.items() if getattr(request, option)))
-    examples, trim = _examples(request, recipe), _trim(request)
     imatrix = recipe_quality = None
     if "trim" not in dropped and settings.trim:
         trim = TrimRequest(read_chat_records(folder / settings.trim), settings.keep)
@@ -199,10 +204,18 @@ def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | 
     return Examples(request.examples, sha256_file(request.examples), split_examples(records), labels, work, budget)
 
 
-def is_classification(records: tuple[ChatRecord, ...]) -> bool:
-    """True if the answers look like labels: few distinct ones, each given three times or more on average."""
-    answers = {record.answer for record in records}
-    return 2 <= len(answers) <= min(MAX_LABELS, len(records) // 3)
+def _learnt(manifest: Manifest, examples: Examples | None) -> Manifest:
+    """The manifest with the task, labels and prompt of the examples, where it states none itself."""
+    if examples is None:
+        return manifest
+    changes: dict[str, object] = {}
+    if manifest.task == "general":
+        changes["task"] = "classify" if manifest.labels else examples.work
+    if not manifest.labels:
+        changes["labels"] = examples.labels
+        if manifest.prompt == Prompt():
+            changes["prompt"] = prompt_of(examples.records)
+    return manifest.model_copy(update=changes)
 
 
 def _trim(request: ConvertRequest) -> TrimRequest | None:

@@ -60,7 +60,7 @@ def plan_conversion(source: Checkpoint, inputs: Inputs) -> ConversionPlan:
     header = replace(untrimmed.header, fields=_fields(untrimmed.header, manifest.name, chat))
     if inputs.trim is None:
         return ConversionPlan(untrimmed, untrimmed, header, base_header, fitted, chat, None, layout_of(header))
-    texts = texts_of(header, tokenizer_of(header), inputs.trim.records, manifest.prompt.template)
+    texts = texts_of(header, tokenizer_of(header), inputs.trim.records, manifest.prompt)
     trim = plan_trim(header, texts, inputs.trim.keep)
     trimmed = TrimmedCheckpoint(untrimmed, trim)
     if chat.end_of_turn is not None:

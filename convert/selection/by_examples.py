@@ -18,6 +18,7 @@ from models.common.chat_records import ChatRecord
 from models.common.console import Reporter
 from models.common.files import sha256_file
 from models.gguf.header import read_header
+from models.manifest import Prompt
 from models.quality import Quality, Trim
 from runtime.llama.model import LoadOptions, load, load_tokenizer
 
@@ -53,15 +54,15 @@ def choose_by_examples(
     """
     examples, f16 = inputs.examples, files.f16
     assert examples is not None, "the caller has checked"
-    split, prompt_template = examples.split, inputs.manifest.prompt.template
-    tasks = tasks_of(f16, split.held_out, examples.work, examples.labels, prompt_template)
-    sequences = _calibration(f16, split.calibration, prompt_template)
+    split, prompt = examples.split, inputs.manifest.prompt
+    tasks = tasks_of(f16, split.held_out, examples.work, examples.labels, prompt)
+    sequences = _calibration(f16, split.calibration, prompt)
     imatrix = _importance(f16, sequences, results, report)
     specs = ladder(read_header(f16), examples.work, imatrix=True)
     forced = inputs.quantization
     if forced is not None and forced not in {spec.name for spec in specs}:
         specs = (*specs, spec_named(forced, imatrix=True))
-    trim = _trim_report(files, plan, split.held_out, prompt_template, report)
+    trim = _trim_report(files, plan, split.held_out, prompt, report)
     return run_ladder(
         LadderInputs(
             f16=f16,
@@ -82,11 +83,11 @@ def choose_by_examples(
     )
 
 
-def _calibration(f16: Path, records: tuple[ChatRecord, ...], prompt_template: str) -> list[list[int]]:
+def _calibration(f16: Path, records: tuple[ChatRecord, ...], prompt: Prompt) -> list[list[int]]:
     """The token ids of as many complete examples as reach MAX_CALIBRATION_TOKENS."""
     tokenizer = load_tokenizer(f16)
     sequences, n_tokens = [], 0
-    for text in texts_of(read_header(f16), tokenizer, records, prompt_template):
+    for text in texts_of(read_header(f16), tokenizer, records, prompt):
         if n_tokens >= MAX_CALIBRATION_TOKENS:
             break
         sequences.append(tokenizer.encode(text, add_special=False, parse_special=True))
@@ -105,14 +106,14 @@ def _importance(f16: Path, sequences: list[list[int]], results: Path, report: Re
 
 
 def _trim_report(
-    files: Built, plan: ConversionPlan, records: tuple[ChatRecord, ...], prompt_template: str, report: Reporter
+    files: Built, plan: ConversionPlan, records: tuple[ChatRecord, ...], prompt: Prompt, report: Reporter
 ) -> Trim | None:
     """The share of the held-out examples that the trimmed vocabulary covers, and how often both models agree."""
     if plan.trim is None or files.untrimmed is None:
         return None
     tokenizer = tokenizer_of(plan.header)
-    covered = coverage(plan.header, plan.trim, texts_of(plan.header, tokenizer, records, prompt_template))
-    prompts = prompts_of(plan.header, tokenizer, records, prompt_template)
+    covered = coverage(plan.header, plan.trim, texts_of(plan.header, tokenizer, records, prompt))
+    prompts = prompts_of(plan.header, tokenizer, records, prompt)
     report.stage("compare answers before and after trimming the vocabulary")
     options = LoadOptions(n_ctx=4096, n_batch=512, n_seq_max=1)
     with ExitStack() as models:

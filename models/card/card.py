@@ -196,6 +196,9 @@ def _prompt(manifest: Manifest) -> str:
     if manifest.prompt.template != "{text}":
         lines.append("Ask it as it was trained, with your text in place of `{text}`:\n")
         lines.append(_fenced(manifest.prompt.template) + "\n")
+    if manifest.prompt.system:
+        lines.append("Its system message, as it was trained:\n")
+        lines.append(_fenced(manifest.prompt.system) + "\n")
     if manifest.labels:
         lines.append("It answers with one of: " + ", ".join(f"`{label}`" for label in manifest.labels) + ".")
     return "\n".join(["## How to ask", "", *lines]) if lines else ""

@@ -11,7 +11,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.manifest import Manifest
+from models.manifest import Manifest, Prompt
 from runtime.config import RuntimeConfig
 from runtime.errors import ContextTooLong, RequestError
 from runtime.openai.chat import MAX_MESSAGES
@@ -44,9 +44,10 @@ class Conversation:
 
     def messages(self, text: str) -> list[dict[str, str]]:
         """The messages of the next request."""
-        template = self.manifest.prompt.template if self.manifest else "{text}"
-        system = [{"role": "system", "content": self.options.system}] if self.options.system else []
-        return [*system, *self.turns, {"role": "user", "content": template.replace("{text}", text)}]
+        system = [("system", self.options.system)] if self.options.system else []
+        turns = [(turn["role"], turn["content"]) for turn in self.turns]
+        prompt = self.manifest.prompt if self.manifest else Prompt()
+        return prompt.messages([*system, *turns, ("user", text)])
 
     def remember(self, text: str, answer: str) -> None:
         """Append an exchange, unless the model is a classifier."""

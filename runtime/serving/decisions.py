@@ -1,5 +1,6 @@
 """Preparation of `/v1/decisions`: a body becomes one scoring request, with a prompt for each question."""
 
+import reprlib
 import secrets
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from .model import ServedModel
 
 # Of all questions of a call together: bounds the memory that waiting calls take.
 MAX_PROMPT_TOKENS = 1 << 19
+_SHOWN_LABELS = 12
 
 
 def prepare_decision(payload: object, model: ServedModel) -> Call:
@@ -44,10 +46,10 @@ def prepare_decision(payload: object, model: ServedModel) -> Call:
 def _scoring_prompt(body: ParsedDecision, place: int, model: ServedModel) -> ScoringPrompt:
     question = body.questions[place]
     texts = [text for text, _ in options(question)]
-    prompt, answers, ends = _prompt(body, question, texts, model)
+    param = f"questions[{place}]"
+    prompt, answers, ends = _prompt(body, question, param, texts, model)
     encode = model.tokenizer.encode
     choices = tuple(tuple(encode(text, add_special=False, parse_special=False)) for text in answers)
-    param = f"questions[{place}]"
     if len(set(choices)) < len(choices):
         raise InvalidRequest(f"{param}: two of the choices are the same tokens to this model", param=param)
     longest, n_ctx = max(map(len, choices)), model.prompter.n_ctx
@@ -59,26 +61,46 @@ def _scoring_prompt(body: ParsedDecision, place: int, model: ServedModel) -> Sco
 
 
 def _prompt(
-    body: ParsedDecision, question: Question, texts: Sequence[str], model: ServedModel
+    body: ParsedDecision, question: Question, param: str, texts: Sequence[str], model: ServedModel
 ) -> tuple[tuple[int, ...], Sequence[str], tuple[int, ...]]:
     """The prompt of a question, the texts that answer it, and the tokens that end an answer."""
-    about = input_text([(message.role, message.content) for message in body.input])
+    said = [("system" if m.role == "developer" else m.role, m.content) for m in body.input]
     ends = model.tokenizer.end_tokens
-    if (trained := _trained_prompt(question, model.manifest)) is not None:
-        asked = trained.replace("{text}", about)
+    if model.manifest is not None and model.manifest.fine_tuned:
+        _require_trained(question, param, texts, model.name, model.manifest)
+        asked = model.manifest.prompt.messages(said)
     else:
-        asked = question_text(question.type, about, question.instructions, options(question))
+        about = input_text([(message.role, message.content) for message in body.input])
+        asked = [
+            {"role": "user", "content": question_text(question.type, about, question.instructions, options(question))}
+        ]
     if model.info.chat_template is not None and ends:
-        return model.prompter.chat([{"role": "user", "content": asked}], param="input"), texts, ends
+        return model.prompter.chat(asked, param="input"), texts, ends
     # A base model has learnt no end of a turn: a new line ends its answer too.
     new_line = model.tokenizer.encode("\n", add_special=False, parse_special=False)
-    prompt = model.prompter.literal(asked + ANSWER_MARK, param="input")
+    text = input_text([(message["role"], message["content"]) for message in asked])
+    prompt = model.prompter.literal(text + ANSWER_MARK, param="input")
     return prompt, [f" {text}" for text in texts], (*ends, new_line[-1])
 
 
-def _trained_prompt(question: Question, manifest: Manifest | None) -> str | None:
-    """The prompt a classifier was trained with, if the question is its own: a choice among its labels."""
-    if manifest is None or not isinstance(question, Choice):
-        return None
-    values = {option.value for option in question.choices}
-    return manifest.prompt.template if values <= set(manifest.labels) else None
+def _require_trained(question: Question, param: str, texts: Sequence[str], name: str, manifest: Manifest) -> None:
+    """Refuse a question that a fine-tune was not trained to answer: it would answer, with confidence, something else.
+
+    AUC of "This mail is spam." on the default model: 0.03.
+    """
+    if not manifest.labels:
+        what = "a fine-tune for writing" if manifest.task == "write" else "a fine-tune whose labels are not known"
+        message = (
+            f"{name!r} is {what}: it has learnt to answer no question of /v1/decisions. For a classifier, give convert "
+            "its examples (`deskside convert … --examples FILE`) or a manifest with its labels (`--manifest FILE`); "
+            "/v1/chat/completions with `choice` asks it in the words you choose"
+        )
+        raise InvalidRequest(message, param="model", code="decisions_not_supported")
+    labels = ", ".join(map(repr, manifest.labels[:_SHOWN_LABELS])) + (", …" if manifest.labels[_SHOWN_LABELS:] else "")
+    trained = f"{name!r} was trained to answer with one of its {len(manifest.labels)} labels ({labels})"
+    if not isinstance(question, Choice):
+        message = f"{param}: {trained}, not with a {question.type}; ask a choice among its labels"
+        raise InvalidRequest(message, param=f"{param}.type", code="invalid_value")
+    if (other := next((text for text in texts if text not in manifest.labels), None)) is not None:
+        message = f"{param}.choices: {trained}; {reprlib.repr(other)} is none of them"
+        raise InvalidRequest(message, param=f"{param}.choices", code="invalid_value")

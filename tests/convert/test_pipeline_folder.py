@@ -21,11 +21,12 @@ from convert.selection.ladder import Tools
 from models.common.files import sha256_file
 from models.errors import BadExamples, StoreError
 from models.gguf.header import read_header
+from models.manifest import Prompt
 from models.quality import read_quality
 from models.store.store import Store
 from runtime.llama.model import load_tokenizer
 from tests.support.convert.hf_tiny import weights, write_folder
-from tests.support.convert.tiny import grid
+from tests.support.convert.tiny import grid, write_mails
 from tests.support.convert.tiny_tokenizers import QWEN2, byte_level, edit, save, sentence_bpe
 
 from .test_pipeline import Notes, files_under
@@ -50,11 +51,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty mails of two kinds."""
-    file = tmp_path_factory.mktemp("examples") / "mails.jsonl"
-    lines = [(f"Mail {n}: {'win money' if n % 2 else 'see you at noon'}", ("ham", "spam")[n % 2]) for n in range(40)]
-    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": label}] for text, label in lines]
-    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    return file
+    return write_mails(tmp_path_factory.mktemp("examples") / "mails.jsonl")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -176,6 +173,8 @@ def test_the_examples_choose_and_the_card_says_how(measured: Store, checkpoint: 
     quality = read_quality(stored.folder)
     assert stored.manifest is not None
     assert quality.work == "classify"
+    assert (stored.manifest.task, stored.manifest.labels) == ("classify", ("ham", "spam"))
+    assert stored.manifest.prompt == Prompt(template="Mail {text}")
     assert quality.chosen == stored.manifest.artefacts[0].quantization
     assert quality.budget.kl_mean == 0.5
     assert (quality.calibration_examples, quality.held_out_examples) == (20, 20)

@@ -28,7 +28,7 @@ def reference(
     records = read_chat_records(TEST_SPLIT)
     labels = labels_of(records, email_triage.manifest.labels)
     held_out = split_examples(records, N_MAILS).held_out
-    tasks = tasks_of(whole_fine_tune.gguf, held_out, "classify", labels, email_triage.manifest.prompt.template)
+    tasks = tasks_of(whole_fine_tune.gguf, held_out, "classify", labels, email_triage.manifest.prompt)
     assert tasks.tasks[0].prompt.count(2) == 1, "one BOS"
     return take_reference(whole_fine_tune.gguf, tasks, tmp_path_factory.mktemp("reference"), ignore)
 

@@ -52,7 +52,7 @@ def run(base: Path, alpha: float, names: tuple[str, ...], home: Path) -> Quality
     ).gguf
     manifest = read_manifest(HOME)
     held_out = split_examples(read_chat_records(MAILS), N_MAILS).held_out
-    tasks = tasks_of(half, held_out, "classify", manifest.labels, manifest.prompt.template)
+    tasks = tasks_of(half, held_out, "classify", manifest.labels, manifest.prompt)
     inputs = LadderInputs(half, "tuned", tasks, tuple(map(plain, names)), base=base)
     origin = Provenance(MAILS.name, "0" * 64, 0)
     quality, chosen = run_ladder(inputs, origin, home / "work", LineReporter(), Tools(speeds=untimed))

@@ -23,7 +23,7 @@ from models.store.store import Store
 from runtime.llama.decode import last_logits
 from runtime.llama.model import LoadOptions, load
 from tests.convert.test_pipeline import Notes, files_under
-from tests.support.convert.tiny import MODULES, N_LAYERS, adapter_tensors, write_adapter, write_model
+from tests.support.convert.tiny import MODULES, N_LAYERS, adapter_tensors, write_adapter, write_mails, write_model
 
 PREFIX = "base_model.model.model."
 TEXT = [2, 263, 264, 265, 265, 266, 100, 50, 7, 200]
@@ -72,6 +72,16 @@ def test_the_file_holds_the_adapters_own_numbers(store: Store, hot_request: Conv
             for part in "AB":
                 wanted = given[f"base_model.model.model.layers.{layer}.{module}.lora_{part}.weight"]
                 np.testing.assert_array_equal(tensors[f"blk.{layer}.{name}.weight.lora_{part.lower()}"], wanted)
+
+
+def test_task_and_labels_come_from_the_examples(store: Store, hot_request: ConvertRequest, tmp_path: Path) -> None:
+    examples, notes = write_mails(tmp_path / "mails.jsonl"), Notes()
+    manifest = convert(hot_request.model_copy(update={"examples": examples}), store, notes).manifest
+    assert manifest is not None
+    assert (manifest.task, manifest.labels) == ("classify", ("ham", "spam"))
+    assert any("nothing is measured" in note for note in notes.notes)
+    with pytest.raises(RequestInvalid, match="--max-loss"):
+        convert(hot_request.model_copy(update={"examples": examples, "max_loss": 0.1}), store, Notes())
 
 
 def test_it_is_installed_as_an_adapter_of_its_base(store: Store, hot_request: ConvertRequest) -> None:

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.measure.examples import MAX_LABELS, MIN_EXAMPLES, labels_of, split_examples
+from convert.measure.examples import MAX_LABELS, MIN_EXAMPLES, labels_of, prompt_of, split_examples
 from models.common.chat_records import ChatMessage, ChatRecord
 from models.errors import BadExamples
+from models.manifest import Prompt
 
 
 def example(number: int, text: str, answer: str = "ham") -> ChatRecord:
@@ -70,3 +71,32 @@ def test_labels_are_the_models_or_what_was_answered() -> None:
 def test_labels_that_cannot_be_chosen_from_are_refused(answers: list[str], known: tuple[str, ...], says: str) -> None:
     with pytest.raises(BadExamples, match=says):
         labels_of([example(n, str(n), answer) for n, answer in enumerate(answers, 1)], known)
+
+
+def asked(*texts: str, system: str = "") -> list[ChatRecord]:
+    first = (ChatMessage("system", system),) if system else ()
+    return [ChatRecord(str(n), n, (*first, ChatMessage("user", text)), "ham") for n, text in enumerate(texts)]
+
+
+PROMPTS: dict[str, tuple[list[ChatRecord], Prompt]] = {
+    "bare": (asked("win money", "see you"), Prompt()),
+    "words around": (
+        asked("Ticket: printer broken.\nTeam:", "Ticket: no mail!\nTeam:"),
+        Prompt(template="Ticket: {text}\nTeam:"),
+    ),
+    "half a word is the text's": (asked("Sort: money", "Sort: more"), Prompt(template="Sort: {text}")),
+    "marks alone are the text's": (asked("(one).", "(two)."), Prompt()),
+    "a system message": (asked("one", "two", system="Sort."), Prompt(system="Sort.")),
+    "two system messages": ([*asked("one", system="A"), *asked("two", system="B")], Prompt()),
+    "one within another": (asked("Sort: a", "Sort: a b"), Prompt(template="Sort: {text}")),
+    "a placeholder in the words": (asked("{text} = a", "{text} = b"), Prompt()),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_prompt_is_what_all_examples_share(name: str) -> None:
+    records, expected = PROMPTS[name]
+    assert prompt_of(records) == expected
+    for record in records:
+        said = [(message.role, message.content) for message in record.prompt]
+        assert expected.messages(said) == [{"role": role, "content": text} for role, text in said]

@@ -15,6 +15,7 @@ from convert.measure.loss import LogitsRow, even_share, plan_rows, spread
 from convert.measure.tasks import MAX_WRITTEN, PromptFormat, Tasks, make_tasks
 from models.common.chat_records import ChatMessage, ChatRecord
 from models.errors import BadExamples
+from models.manifest import Prompt
 from models.quality import TaskKind
 from runtime.errors import DecodeFailed
 from tests.support.runtime.fakes import BOS, END_OF_TURN, EOS, FAKE_TEMPLATE, FakeLlama, FakeTokenizer
@@ -48,7 +49,7 @@ def passed(
 
 
 def test_prompts_are_asked_as_they_are_served() -> None:
-    tasks = tasks_for("classify", prompt_template="Sort: {text}")
+    tasks = tasks_for("classify", prompt=Prompt(template="Sort: {text}"))
     text = "<start_of_turn>user\nSort: mail  0<end_of_turn>\n<start_of_turn>model\n"
     assert tasks.tasks[0].prompt == (BOS, *FakeTokenizer().encode(text, add_special=False, parse_special=True))
     assert tasks.tasks[0].answer == (*b"spam", END_OF_TURN)

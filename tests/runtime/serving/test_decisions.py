@@ -11,7 +11,7 @@ from openai.types.decision import (
     AnswerAnswerResourceScore,
 )
 
-from models.manifest import Manifest, Prompt
+from models.manifest import Adapter, Manifest, Prompt
 from runtime.errors import DecodeFailed, EngineError, InvalidRequest
 from runtime.openai.decisions import DECISION_FIELDS, MAX_QUESTIONS, parse_decision, shares
 from tests.support.runtime.connection import asked
@@ -103,8 +103,61 @@ def test_a_classifier_answers_its_own_question_from_the_bare_mail() -> None:
         assert answer.choice == "spam"
         assert "user\nMail: a mail\nmodel\n" in prompts_of(llama)
         assert "anything" not in prompts_of(llama)
-        toy.client().decisions.create(model="toy", input="a mail", questions=COLOUR)
-        assert "Which?" in prompts_of(llama), "a question that is not its own is put in words"
+        toy.client().decisions.create(model="toy", input="Mail: more", questions=[asked])
+        assert "|more\nmodel\n" in prompts_of(llama), "the prompt is not put around itself"
+
+
+def test_a_fine_tune_is_given_its_system_message_and_conversations_as_they_are() -> None:
+    llama = FakeLlama(n_ctx=1024, script="spam")
+    manifest = MANIFEST.model_copy(update={"prompt": Prompt(system="Sort mail.")})
+    asked: Any = CHOICE | {"choices": [{"value": "spam"}, {"value": "billing"}]}
+    messages: Any = [{"role": "developer", "content": "Sort."}, {"role": "user", "content": "a mail"}]
+    with serving(llama, manifest=manifest) as toy:
+        toy.client().decisions.create(model="toy", input="a mail", questions=[asked])
+        assert "system\nSort mail." in prompts_of(llama)
+        toy.client().decisions.create(model="toy", input=messages, questions=[asked])
+        assert "|.\nuser\na mail\nmodel" in prompts_of(llama), "the shared beginning is cached"
+
+
+FINE_TUNED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "another choice": ({}, CHOICE, "questions[0].choices", "'red' is none of them"),
+    "a misspelt label": (
+        {},
+        CHOICE | {"choices": [{"value": "spam"}, {"value": "biling"}]},
+        "questions[0].choices",
+        "'biling'",
+    ),
+    "a predicate": ({}, PREDICATE, "questions[0].type", "'billing', 'spam', 'support'"),
+    "a score": ({}, SCORE, "questions[0].type", "not with a score"),
+    "labels unknown": (
+        {"task": "general", "labels": (), "adapter": Adapter(path="adapter")},
+        CHOICE,
+        "model",
+        "deskside convert … --examples FILE",
+    ),
+    "writing": ({"task": "write", "labels": ()}, PREDICATE, "model", "for writing"),
+}
+
+
+@pytest.mark.parametrize("name", FINE_TUNED)
+def test_what_a_fine_tune_was_not_trained_to_answer_is_refused(name: str) -> None:
+    changes, question, param, said = FINE_TUNED[name]
+    llama = FakeLlama(n_ctx=1024, script="spam")
+    with serving(llama, manifest=MANIFEST.model_copy(update=changes)) as toy:
+        response = toy.http.post("/v1/decisions", json=body(questions=[question]))
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, param)
+        assert said in error["message"]
+        assert "'toy'" in error["message"]
+        assert llama.decodes == 0
+
+
+def test_a_general_model_is_asked_in_the_words_of_the_question() -> None:
+    llama = FakeLlama(n_ctx=1024, script="red")
+    manifest = MANIFEST.model_copy(update={"task": "general", "labels": ()})
+    with serving(llama, manifest=manifest) as toy:
+        assert toy.http.post("/v1/decisions", json=body()).status_code == 200
+    assert "Which?" in prompts_of(llama)
 
 
 def test_a_control_token_in_the_input_is_mere_text(toy: Running) -> None:

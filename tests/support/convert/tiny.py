@@ -164,6 +164,14 @@ def write_adapter(
     return folder
 
 
+def write_mails(path: Path) -> Path:
+    """Forty mails of two kinds, `ham` and `spam`, as JSONL of chat records."""
+    lines = [(f"Mail {n}: {'win money' if n % 2 else 'see you at noon'}", ("ham", "spam")[n % 2]) for n in range(40)]
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": label}] for text, label in lines]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return path
+
+
 def safetensors_bytes(arrays: Mapping[str, np.ndarray], dtype: str) -> bytes:
     """A safetensors file written by hand (8 bytes of length, JSON, data), in any of the three types."""
     head: dict[str, object] = {}
