@@ -20,6 +20,7 @@ from convert.lora.gguf_adapter import FULL_PRECISION, check_appliable, plan_adap
 from convert.planning.inputs import Inputs, gather
 from convert.planning.plan import ConversionPlan, base_of, byte_counter, layout_of, plan_conversion, write_f16
 from convert.planning.request import ConvertRequest
+from convert.planning.speech import check_speakable, speech_folders, speech_of
 from convert.proof.adapter import verify_adapter
 from convert.proof.proof import Proof
 from convert.proof.runs import verify_runs
@@ -27,13 +28,14 @@ from convert.quantize.imatrix import IMATRIX_FILE
 from convert.quantize.quantize import HALF_PRECISION, disk_need, quantize, spec_named
 from convert.selection.by_examples import Built, choose_by_examples
 from convert.selection.choice import shared_grid, undo_cause
-from convert.tokenizer.chat_template import ChatFormat, choose_format
+from convert.tokenizer.chat_template import TEMPLATE_FIELD, ChatFormat
 from models.card.card import render_card
 from models.card.plot import PLOT_FILE, render_plot
 from models.common.console import Reporter
 from models.common.files import check_free, discard, sha256_file, sync, write_atomic
 from models.common.machine import give_back_freed
-from models.gguf.header import read_header
+from models.gguf.fields import Field
+from models.gguf.header import Header, read_header
 from models.manifest import MANIFEST_FILE, Artefact, Conversion, dump_manifest
 from models.quality import Candidate, Quality, read_quality, write_quality
 from models.store.store import Store, StoredModel
@@ -76,7 +78,8 @@ class _Build:
 
 def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
     with ExitStack() as stack:
-        proof = Proof(inputs.origin.folder) if inputs.origin.folder is not None else None
+        folders = speech_folders(inputs.origin.folder, inputs.adapter.folder if inputs.adapter is not None else None)
+        proof = Proof(folders.tokenizer, folders.template) if folders.tokenizer is not None else None
         if proof is not None:
             stack.callback(proof.close)
         checkpoint = stack.enter_context(closing(open_checkpoint(inputs.origin.path)))
@@ -115,7 +118,9 @@ def _make_adapter(inputs: Inputs, request: ConvertRequest, store: Store, report:
         header = read_header(base)
         fitted = fit(inputs.adapter, header)
         check_appliable(inputs.adapter, fitted)
-        chat = choose_format(header, inputs.adapter.folder)
+        speech = speech_of(header, None, inputs.adapter.folder)
+        check_speakable(speech, inputs.adapter.folder)
+        chat, fitted = speech.chat, replace(fitted, warnings=(*fitted.warnings, *speech.warnings))
         plan = plan_adapter(header, fitted.loras, chat, inputs.manifest.name, inputs.manifest.licence)
         _warn(None, chat, fitted, inputs, report)
         check_free(folder, plan.layout.file_bytes)
@@ -123,7 +128,8 @@ def _make_adapter(inputs: Inputs, request: ConvertRequest, store: Store, report:
         target = folder / _file_name(inputs, FULL_PRECISION)
         sha256 = write_gguf(target, plan.layout, plan.rows, byte_counter(plan.layout, report))
         report.stage("verify")
-        verify_adapter(base, target, chat, is_zero=inputs.adapter.is_zero)
+        verify_adapter(base, target, speech.ends, is_zero=inputs.adapter.is_zero)
+        _prove_hot(header, chat, inputs, folder, report)
         _describe(folder, {target: sha256}, inputs, None, None)
         if inputs.examples is not None:
             report.note(
@@ -131,15 +137,26 @@ def _make_adapter(inputs: Inputs, request: ConvertRequest, store: Store, report:
             )
 
 
-def _begin_proof(proof: Proof, build: _Build) -> None:
-    """Start comparing tokenizer and template on the checkpoint's own header, under the model's name.
+def _prove_hot(header: Header, chat: ChatFormat, inputs: Inputs, folder: Path, report: Reporter) -> None:
+    """Compare the base's tokenizer with the one in the adapter's folder, if any, under the adapter's template."""
+    assert inputs.adapter is not None, "gather refuses --hot without an adapter"
+    folders = speech_folders(None, inputs.adapter.folder)
+    if folders.tokenizer is None:
+        return
+    fields = {**header.fields, **({} if chat.template is None else {TEMPLATE_FIELD: Field.string(chat.template)})}
+    workdir = folder / "work"
+    workdir.mkdir()
+    with closing(Proof(folders.tokenizer, folders.template)) as proof:
+        examples = inputs.examples.records if inputs.examples is not None else ()
+        proof.begin(replace(header, fields=fields), examples, workdir)
+        proof.end(report)
+    discard(workdir)
 
-    llama.cpp derives special rules of a tokenizer from `general.name`.
-    """
-    header = build.checkpoint.header
-    named = replace(header, fields={**header.fields, "general.name": build.plan.header.fields["general.name"]})
+
+def _begin_proof(proof: Proof, build: _Build) -> None:
+    """Compare tokenizer and template as they are written, before the vocabulary is cut."""
     examples = build.inputs.examples
-    proof.begin(named, examples.records if examples is not None else (), build.workdir)
+    proof.begin(build.plan.header, examples.records if examples is not None else (), build.workdir)
 
 
 def _disk_need(build: _Build) -> int:

@@ -75,6 +75,7 @@ class HfCheckpoint:
             raise
         self.warnings = (*found.family.warnings(found.config), *warnings, *card_warnings, *vocabulary.warnings)
         self.header = Header(folder, fields, infos, DEFAULT_ALIGNMENT)
+        self.config: Mapping[str, Any] = found.raw
 
     def close(self) -> None:
         """Close the files."""

@@ -15,7 +15,7 @@ from convert.lora.fit import Fitted, fit
 from convert.lora.merge import MergedCheckpoint, file_rows, half_precision_kind, merged_header
 from convert.measure.examples import texts_of
 from convert.quantize.quantize import HALF_PRECISION, QUANTIZATIONS
-from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat, choose_format
+from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat
 from convert.tokenizer.spacing import general_name, name_part
 from convert.trim.plan import TrimPlan, plan_trim, tokenizer_of
 from convert.trim.source import TrimmedCheckpoint
@@ -24,6 +24,7 @@ from models.gguf.fields import Field
 from models.gguf.header import Header
 
 from .inputs import Inputs
+from .speech import speech_of
 
 _DROPPED_PREFIXES = ("split.", "quantize.imatrix.")
 
@@ -54,10 +55,12 @@ def plan_conversion(source: Checkpoint, inputs: Inputs) -> ConversionPlan:
     """
     adapter, manifest = inputs.adapter, inputs.manifest
     fitted = fit(adapter, source.header) if adapter is not None else Fitted()
-    chat = choose_format(source.header, adapter.folder if adapter is not None else None)
+    speech = speech_of(source.header, source, adapter.folder if adapter is not None else None)
+    fitted = replace(fitted, warnings=(*fitted.warnings, *speech.warnings))
+    chat = speech.chat
     untrimmed = MergedCheckpoint(source, fitted)
     base_header = merged_header(source.header, fitted)
-    header = replace(untrimmed.header, fields=_fields(untrimmed.header, manifest.name, chat))
+    header = replace(untrimmed.header, fields=_fields(speech.header, manifest.name, chat))
     if inputs.trim is None:
         return ConversionPlan(untrimmed, untrimmed, header, base_header, fitted, chat, None, layout_of(header))
     texts = texts_of(header, tokenizer_of(header), inputs.trim.records, manifest.prompt)

@@ -1,11 +1,11 @@
 """Prove that a LoRA GGUF runs: llama.cpp applies it to its base, and the logits change."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from convert.errors import VerifyFailed
-from convert.tokenizer.chat_template import ChatFormat
 from runtime.errors import EngineError
 from runtime.llama.decode import last_logits
 from runtime.llama.model import Llama, LoadOptions, load
@@ -13,8 +13,8 @@ from runtime.llama.model import Llama, LoadOptions, load
 from .runs import check_logits, probe
 
 
-def verify_adapter(base: Path, adapter: Path, chat: ChatFormat, *, is_zero: bool) -> None:
-    """Load the adapter on its base and decode one token with and without it.
+def verify_adapter(base: Path, adapter: Path, ends: Sequence[int], *, is_zero: bool) -> None:
+    """Load the adapter on its base and decode one token with and without it. `ends`: the tokens that end its answers.
 
     Raises VerifyFailed unless the logits are finite and, if not `is_zero`, differ from the base's.
     """
@@ -24,17 +24,17 @@ def verify_adapter(base: Path, adapter: Path, chat: ChatFormat, *, is_zero: bool
     except EngineError as error:
         raise VerifyFailed(f"the adapter's file cannot be loaded on its base: {error}") from error
     try:
-        _check(llama, chat, is_zero=is_zero)
+        _check(llama, ends, is_zero=is_zero)
     except EngineError as error:
         raise VerifyFailed(f"the adapter's file cannot be run on its base: {error}") from error
     finally:
         llama.close()
 
 
-def _check(llama: Llama, chat: ChatFormat, *, is_zero: bool) -> None:
-    if chat.end_of_turn is not None and not llama.tokenizer.is_end(chat.end_of_turn):
+def _check(llama: Llama, ends: Sequence[int], *, is_zero: bool) -> None:
+    if foreign := [token for token in ends if not llama.tokenizer.is_end(token)]:
         raise VerifyFailed(
-            f"token {chat.end_of_turn} ends a turn of this adapter, but not of the base; only a merged model can "
+            f"token {foreign[0]} ends a turn of this adapter, but not of the base; only a merged model can "
             "change that: leave out --hot"
         )
     tokens = probe(llama)

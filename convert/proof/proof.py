@@ -40,9 +40,10 @@ class ProofResult:
 class Proof:
     """The comparison in its child process. Close it when done."""
 
-    def __init__(self, folder: Path) -> None:
-        """Start the child, which loads the tokenizer of `folder`."""
-        self._child = Child("convert.proof.proof_child", {"folder": str(folder)})
+    def __init__(self, folder: Path, template: Path | None = None) -> None:
+        """Start the child, which loads the tokenizer of `folder`; `template` is the chat template's, if another."""
+        job = {"folder": str(folder), "template": str(template or folder)}
+        self._child = Child("convert.proof.proof_child", job)
         self._result: Path | None = None
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """The child process that compares two tokenizers: `python -m convert.proof.proof_child`, with jobs on standard input.
 
-The first job names the folder; its tokenizer is loaded at once. The second names the converted vocabulary's file, the
-texts and conversations to compare, and the file for the result.
+The first job names the folders of the tokenizer, which is loaded at once, and of the chat template. The second names
+the converted vocabulary's file, the texts and conversations to compare, and the file for the result.
 """
 
 import sys
@@ -22,10 +22,11 @@ from .templates import check_template
 def main() -> int:
     """Do both jobs. An error is one line on standard output and an exit code."""
     try:
-        folder = Path(read_job()["folder"])
+        first = read_job()
+        folder = Path(first["folder"])
         reference = open_reference(folder)
         job = read_job()
-        found = _compare(open_pair(Path(job["vocabulary"]), folder, reference), job)
+        found = _compare(open_pair(Path(job["vocabulary"]), folder, reference), Path(first["template"]), job)
         Path(job["result"]).write_bytes(TypeAdapter(ProofResult).dump_json(found))
     except TokenizerInvalid as error:
         tell(str(error).replace("\n", " "))
@@ -36,9 +37,9 @@ def main() -> int:
     return 0
 
 
-def _compare(pair: TokenizerPair, job: dict[str, Any]) -> ProofResult:
+def _compare(pair: TokenizerPair, template: Path, job: dict[str, Any]) -> ProofResult:
     tokens = check_tokenizer(pair, job["texts"], tell)
-    prompts = check_template(pair, job["conversations"])
+    prompts = check_template(pair, job["conversations"], template)
     return ProofResult(
         n_texts=tokens.n_texts,
         n_tokens=tokens.n_tokens,

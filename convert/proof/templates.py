@@ -38,14 +38,18 @@ class TemplateParity:
     warnings: tuple[str, ...] = ()
 
 
-def check_template(pair: TokenizerPair, conversations: Sequence[ChatMessages]) -> TemplateParity:
+def check_template(
+    pair: TokenizerPair, conversations: Sequence[ChatMessages], template_folder: Path | None = None
+) -> TemplateParity:
     """Compare prompts as served with those of the folder's template and tokenizer, built-in conversations included.
+
+    `template_folder`: the chat template's, if it is not the tokenizer's.
 
     A conversation ends with the user's turn. Skips conversations that the folder's template refuses, and those in which
     a message spells a special token: serving treats that as text. A model without a template compares nothing. Raises
     VerifyFailed with the first prompt that differs.
     """
-    chat, tokenizer, reference = folder_format(pair.folder), pair.tokenizer, pair.reference
+    chat, tokenizer, reference = folder_format(template_folder or pair.folder), pair.tokenizer, pair.reference
     template = pair.fields.get(TEMPLATE_FIELD)
     text = template.value if template is not None and isinstance(template.value, str) else None
     if chat is None or chat.template is None or text is None:

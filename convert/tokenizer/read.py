@@ -31,6 +31,7 @@ from .tokenizer_model import read_protobuf
 
 # In models called NAME_THAT_STRIPS llama.cpp strips white space after special tokens, except after these three.
 _KEEP_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+GENERATION_CONFIG = "generation_config.json"
 _LOST_FILES = ("vocab.json", "tekken.json", "vocab.txt", "spiece.model")
 
 
@@ -48,13 +49,29 @@ class VocabularyFields:
     name_part: str = ""
 
 
+@dataclass(frozen=True)
+class BaseFormat:
+    """The chat format and the generation_config.json of an adapter's base."""
+
+    chat: ChatFormat | None
+    generation: Mapping[str, Any]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if `folder` holds a tokenizer that can be read."""
+    return any((folder / name).is_file() for name in (TOKENIZER_JSON, TOKENIZER_MODEL))
+
+
 @gc_paused()
-def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> VocabularyFields:
+def read_vocabulary(
+    folder: Path, config: Mapping[str, Any], n_rows: int, *, of_base: BaseFormat | None = None
+) -> VocabularyFields:
     """Read the vocabulary of the checkpoint in `folder`: `config` is its config.json, `n_rows` its embedding's rows.
 
-    Raises TokenizerInvalid naming the file and the fault, or what llama.cpp cannot reproduce; TemplateInvalid.
+    `of_base`: what an adapter's folder takes from its base where it has no own. Raises TokenizerInvalid naming the
+    file and the fault, or what llama.cpp cannot reproduce; TemplateInvalid.
     """
-    chat = folder_format(folder)
+    chat = folder_format(folder) or (of_base.chat if of_base is not None else None)
     tokenizer = read_object(folder / TOKENIZER_JSON)
     if tokenizer:
         file, family = folder / TOKENIZER_JSON, str(config.get("model_type", ""))
@@ -67,7 +84,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], n_rows: int) -> Voc
     raw = TokenizerFiles(
         tokenizer,
         read_object(folder / TOKENIZER_CONFIG),
-        read_object(folder / "generation_config.json"),
+        read_object(folder / GENERATION_CONFIG) or dict(of_base.generation if of_base is not None else {}),
         config,
     )
     special = special_fields(raw, tokens, _end_of_turn(chat, tokens), sentence=parsed.model != TokenizerKind.BPE)

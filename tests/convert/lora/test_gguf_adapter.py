@@ -13,7 +13,6 @@ from convert.errors import AdapterInvalid, RequestInvalid, VerifyFailed
 from convert.pipeline import convert
 from convert.planning.request import ConvertRequest
 from convert.proof.adapter import verify_adapter
-from convert.tokenizer.chat_template import ChatFormat
 from models.common.files import sha256_file
 from models.errors import StoreError
 from models.manifest import MANIFEST_FILE, Base, Manifest, dump_manifest
@@ -179,14 +178,14 @@ def test_an_adapter_whose_logits_are_not_finite_is_not_installed(
 def test_an_end_of_turn_that_the_base_does_not_know_is_refused(store: Store, hot_request: ConvertRequest) -> None:
     stored = convert(hot_request, store, Notes())
     with pytest.raises(VerifyFailed, match="token 263 ends a turn of this adapter"):
-        verify_adapter(Path(hot_request.source), stored.gguf, ChatFormat("x", 263, "a test"), is_zero=False)
+        verify_adapter(Path(hot_request.source), stored.gguf, (263,), is_zero=False)
 
 
 def test_an_adapter_of_another_base_does_not_load(store: Store, tmp_path: Path, hot_request: ConvertRequest) -> None:
     stored = convert(hot_request, store, Notes())
     other = write_model(tmp_path / "other.gguf", "llama")
     with pytest.raises(VerifyFailed, match="cannot be loaded on its base"):
-        verify_adapter(other, stored.gguf, ChatFormat(None, None, "nowhere"), is_zero=False)
+        verify_adapter(other, stored.gguf, (), is_zero=False)
 
 
 REFUSED: dict[str, tuple[Callable[[ConvertRequest], ConvertRequest], type[Exception], str]] = {

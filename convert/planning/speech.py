@@ -1,0 +1,128 @@
+"""The tokenizer and the chat format of the model to be made: the adapter's own if its folder has them, else the base's.
+
+A fine-tune that adds tokens (`<|im_start|>`, labels) or gives reserved ones a text saves its tokenizer beside its
+adapter. With the base's tokenizer those tokens would be read as letters, and none of them would end an answer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.checkpoint.folder import HfCheckpoint
+from convert.checkpoint.source import Checkpoint
+from convert.errors import AdapterInvalid
+from convert.tokenizer.chat_template import END_OF_TURN_FIELD, ChatFormat, choose_format, folder_format
+from convert.tokenizer.pieces import SPACE_MARK, TokenType, read_object
+from convert.tokenizer.read import GENERATION_CONFIG, BaseFormat, has_tokenizer, read_vocabulary
+from convert.tokenizer.spacing import general_name
+from convert.trim.fields import KEPT_FIELD
+from models.gguf.fields import TOKENS, Field
+from models.gguf.header import Header
+
+_TYPES = "tokenizer.ggml.token_type"
+_PREFIX = "tokenizer."
+_MARK = SPACE_MARK.encode()
+_END_FIELDS = ("tokenizer.ggml.eos_token_id", END_OF_TURN_FIELD, "tokenizer.ggml.eom_token_id")
+# Kinds of token that a text is made of; texts of other kinds may be changed by a fine-tune.
+_ORDINARY = (TokenType.NORMAL, TokenType.BYTE)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders that a model's tokenizer and chat template are read from; None where a GGUF has its own."""
+
+    tokenizer: Path | None
+    template: Path | None
+
+
+@dataclass(frozen=True)
+class Speech:
+    """The header with the vocabulary to be written, the chat format, and warnings for the user.
+
+    `added`: the tokens that the adapter's tokenizer spells and its base does not, by id.
+    """
+
+    header: Header
+    chat: ChatFormat
+    added: Mapping[int, str]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids of the tokens that end an answer or a turn."""
+        fields = (self.header.fields.get(key) for key in _END_FIELDS)
+        named = [field.value for field in fields if field is not None and isinstance(field.value, int)]
+        turn = () if self.chat.end_of_turn is None else (self.chat.end_of_turn,)
+        return tuple(dict.fromkeys((*named, *turn)))
+
+
+def speech_folders(origin: Path | None, adapter: Path | None) -> Folders:
+    """The folders for a model made of the tokenizer's folder `origin` and an `adapter`. Raises TemplateInvalid."""
+    tokenizer = adapter if adapter is not None and has_tokenizer(adapter) else origin
+    has_template = adapter is not None and folder_format(adapter) is not None
+    return Folders(tokenizer, adapter if has_template else origin)
+
+
+def speech_of(header: Header, source: Checkpoint | None, adapter: Path | None) -> Speech:
+    """The speech of a model with the base `header`, which `source` holds if it is open, and an `adapter`.
+
+    Raises AdapterInvalid for an adapter with another model's tokenizer, TokenizerInvalid, TemplateInvalid.
+    """
+    # a cut base has other ids than any tokenizer
+    if adapter is None or not has_tokenizer(adapter) or KEPT_FIELD in header.fields:
+        return Speech(header, choose_format(header, adapter), {})
+    folder = source if isinstance(source, HfCheckpoint) else None
+    config = dict(folder.config) if folder is not None else _config_of(header)
+    generation = read_object(header.path / GENERATION_CONFIG) if folder is not None else {}
+    of_base = BaseFormat(choose_format(header, None), generation)
+    vocabulary = read_vocabulary(adapter, config, header.n_vocab, of_base=of_base)
+    added = _added(header, vocabulary.fields, adapter)
+    kept = {key: field for key, field in header.fields.items() if not key.startswith(_PREFIX)}
+    fields = {**kept, **vocabulary.fields}
+    if (name := fields.get("general.name")) is not None:
+        fields["general.name"] = Field.string(general_name(str(name.value), vocabulary.name_part))
+    spoken = replace(header, fields=fields)
+    warnings = list(vocabulary.warnings)
+    if added:
+        shown = ", ".join(map(repr, list(added.values())[:4]))
+        warnings.append(f"{len(added)} tokens are the adapter's own, their texts come from its tokenizer: {shown}")
+    return Speech(spoken, choose_format(spoken, adapter), added, tuple(warnings))
+
+
+def check_speakable(speech: Speech, adapter: Path) -> None:
+    """Raise AdapterInvalid if an adapter needs tokens that its base, served with its own tokenizer, does not have."""
+    if speech.added:
+        shown = ", ".join(repr(text) for text in list(speech.added.values())[:4])
+        raise AdapterInvalid(
+            f"the tokenizer in {str(adapter)!r} has {len(speech.added)} tokens that the base lacks ({shown}), which is "
+            "served with its own: only a merged model can have them: leave out --hot"
+        )
+
+
+def _config_of(header: Header) -> dict[str, Any]:
+    """What a GGUF says of that which config.json says of a folder."""
+    fields = {key: header.fields[key].value for key in _END_FIELDS if key in header.fields}
+    architecture = header.architecture
+    return {"model_type": architecture, "eos_token_id": [value for value in fields.values() if isinstance(value, int)]}
+
+
+def _added(header: Header, fields: Mapping[str, Field], adapter: Path) -> dict[int, str]:
+    """The tokens with another text than in the base. Raises AdapterInvalid if ordinary ones are among them."""
+    before, after = (found[TOKENS].strings or [] for found in (header.fields, fields))
+    kinds = [np.asarray(found[_TYPES].numbers or ()) for found in (header.fields, fields) if _TYPES in found]
+    pairs = enumerate(zip(before, after, strict=True))
+    changed = [index for index, (old, new) in pairs if old != new and old.replace(_MARK, b" ") != new]
+    if len(kinds) == 2:
+        ordinary = np.isin(kinds[0], _ORDINARY) & np.isin(kinds[1], _ORDINARY)
+        if wrong := [index for index in changed if ordinary[index]]:
+            first = wrong[0]
+            raise AdapterInvalid(
+                f"the tokenizer in {str(adapter)!r} is another model's: {len(wrong)} ordinary tokens differ from those "
+                f"of the base {str(header.path)!r}, such as {first}: {after[first].decode(errors='replace')!r}, there "
+                f"{before[first].decode(errors='replace')!r}"
+            )
+        changed = [index for index in changed if kinds[1][index] != TokenType.UNUSED]
+    return {index: after[index].decode(errors="replace") for index in changed}
