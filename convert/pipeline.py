@@ -119,7 +119,7 @@ def _make_adapter(inputs: Inputs, request: ConvertRequest, store: Store, report:
         fitted = fit(inputs.adapter, header)
         check_appliable(inputs.adapter, fitted)
         speech = speech_of(header, None, inputs.adapter.folder)
-        check_speakable(speech, inputs.adapter.folder)
+        check_speakable(speech, inputs.adapter.folder, inputs.manifest.labels)
         chat, fitted = speech.chat, replace(fitted, warnings=(*fitted.warnings, *speech.warnings))
         plan = plan_adapter(header, fitted.loras, chat, inputs.manifest.name, inputs.manifest.licence)
         _warn(None, chat, fitted, inputs, report)

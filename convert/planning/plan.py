@@ -56,6 +56,7 @@ def plan_conversion(source: Checkpoint, inputs: Inputs) -> ConversionPlan:
     adapter, manifest = inputs.adapter, inputs.manifest
     fitted = fit(adapter, source.header) if adapter is not None else Fitted()
     speech = speech_of(source.header, source, adapter.folder if adapter is not None else None)
+    speech = speech.showing(_answers(inputs))
     fitted = replace(fitted, warnings=(*fitted.warnings, *speech.warnings))
     chat = speech.chat
     untrimmed = MergedCheckpoint(source, fitted)
@@ -69,6 +70,15 @@ def plan_conversion(source: Checkpoint, inputs: Inputs) -> ConversionPlan:
     if chat.end_of_turn is not None:
         chat = replace(chat, end_of_turn=int(trim.new_ids[chat.end_of_turn]))
     return ConversionPlan(trimmed, untrimmed, header, base_header, fitted, chat, trim, layout_of(trimmed.header))
+
+
+def _answers(inputs: Inputs) -> Iterator[str]:
+    """The texts that users send and get, as far as they are known."""
+    yield from inputs.manifest.labels
+    for records in (inputs.examples, inputs.trim):
+        for record in records.records if records is not None else ():
+            yield record.answer
+            yield from (message.content for message in record.prompt)
 
 
 def layout_of(header: Header) -> Layout:

@@ -4,7 +4,7 @@ A fine-tune that adds tokens (`<|im_start|>`, labels) or gives reserved ones a t
 adapter. With the base's tokenizer those tokens would be read as letters, and none of them would end an answer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from convert.tokenizer.spacing import general_name
 from convert.trim.fields import KEPT_FIELD
 from models.gguf.fields import TOKENS, Field
 from models.gguf.header import Header
+
+from .visible import shown, unexplained_tokens, visible_tokens, with_visible
 
 _TYPES = "tokenizer.ggml.token_type"
 _PREFIX = "tokenizer."
@@ -58,6 +60,22 @@ class Speech:
         turn = () if self.chat.end_of_turn is None else (self.chat.end_of_turn,)
         return tuple(dict.fromkeys((*named, *turn)))
 
+    def showing(self, texts: Iterable[str]) -> "Speech":
+        """This speech with the special tokens that `texts` are made of as tokens that are read and shown."""
+        given = list(texts)
+        if visible := visible_tokens(self.header, self.chat.template, given):
+            told = f"{len(visible)} special tokens are read and shown like text, as the examples or labels have them: "
+            header = replace(self.header, fields=with_visible(self.header.fields, visible))
+            return replace(self, header=header, warnings=(*self.warnings, told + shown(visible)))
+        if not given and (unexplained := unexplained_tokens(self.header, self.chat.template)):
+            told = (
+                f"{len(unexplained)} special tokens at the end of the vocabulary are used by nothing "
+                f"({shown(unexplained)}), and answers never show special tokens: if these are answers, give "
+                "--examples, or a --manifest with them as labels"
+            )
+            return replace(self, warnings=(*self.warnings, told))
+        return self
+
 
 def speech_folders(origin: Path | None, adapter: Path | None) -> Folders:
     """The folders for a model made of the tokenizer's folder `origin` and an `adapter`. Raises TemplateInvalid."""
@@ -87,18 +105,21 @@ def speech_of(header: Header, source: Checkpoint | None, adapter: Path | None) -
     spoken = replace(header, fields=fields)
     warnings = list(vocabulary.warnings)
     if added:
-        shown = ", ".join(map(repr, list(added.values())[:4]))
-        warnings.append(f"{len(added)} tokens are the adapter's own, their texts come from its tokenizer: {shown}")
+        warnings.append(f"{len(added)} tokens are the adapter's own, as its tokenizer spells them: {shown(added)}")
     return Speech(spoken, choose_format(spoken, adapter), added, tuple(warnings))
 
 
-def check_speakable(speech: Speech, adapter: Path) -> None:
-    """Raise AdapterInvalid if an adapter needs tokens that its base, served with its own tokenizer, does not have."""
+def check_speakable(speech: Speech, adapter: Path, labels: Sequence[str]) -> None:
+    """Raise AdapterInvalid if an adapter needs tokens that its base, served with its own tokenizer, cannot give it."""
     if speech.added:
-        shown = ", ".join(repr(text) for text in list(speech.added.values())[:4])
         raise AdapterInvalid(
-            f"the tokenizer in {str(adapter)!r} has {len(speech.added)} tokens that the base lacks ({shown}), which is "
-            "served with its own: only a merged model can have them: leave out --hot"
+            f"the tokenizer in {str(adapter)!r} has {len(speech.added)} tokens that the base lacks "
+            f"({shown(speech.added)}), which is served with its own: only a merged model can have them: leave out --hot"
+        )
+    if hidden := visible_tokens(speech.header, speech.chat.template, labels):
+        raise AdapterInvalid(
+            f"{len(hidden)} labels are special tokens of the base ({shown(hidden)}), which answers never show: only a "
+            "merged model can show them: leave out --hot"
         )
 
 

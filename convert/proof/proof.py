@@ -5,6 +5,7 @@ a large vocabulary takes seconds to load and hundreds of MiB, which the end of t
 """
 
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Proof:
         job = {"folder": str(folder), "template": str(template or folder)}
         self._child = Child("convert.proof.proof_child", job)
         self._result: Path | None = None
+        self._left_out: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Kill the child if it still runs. Closing twice is harmless."""
@@ -59,7 +61,9 @@ class Proof:
         """Start comparing with llama.cpp's tokenizer of `header`, on the built-in texts and the user's `records`."""
         vocabulary, self._result = workdir / "vocabulary.gguf", workdir / "proof.json"
         write_head(vocabulary, header.fields, header.alignment)
-        shown = [record for record in records[:MAX_EXAMPLES] if _is_short(record)]
+        shown = [record for record in records if _is_short(record)][:MAX_EXAMPLES]
+        n_long = sum(not _is_short(record) for record in records)
+        self._left_out = tuple(_left_out(len(records), n_long, len(shown)))
         texts = [message.content for record in shown for message in record.prompt] + [one.answer for one in shown]
         conversations = [messages_of(record) for record in shown]
         job = {"vocabulary": str(vocabulary), "texts": texts, "conversations": conversations}
@@ -84,10 +88,18 @@ class Proof:
         report.note(f"tokenizer: {found.n_texts} texts have the same {found.n_tokens} tokens as in Hugging Face's")
         for warning in found.warnings:
             report.warn(warning)
-        for note in found.notes:
+        for note in (*found.notes, *self._left_out):
             report.note(note)
         if found.n_prompts:
             report.note(f"chat template: {found.n_prompts} prompts have the same text and tokens as Hugging Face's")
+
+
+def _left_out(n_given: int, n_long: int, n_shown: int) -> Iterator[str]:
+    """The examples that are not compared, in words."""
+    if n_long:
+        yield f"{n_long} of {n_given} examples are not compared: they are longer than {_MAX_MESSAGE_CHARS} characters"
+    if n_more := n_given - n_long - n_shown:
+        yield f"{n_more} of {n_given} examples are not compared: {n_shown} are enough"
 
 
 def _is_short(record: ChatRecord) -> bool:

@@ -44,7 +44,8 @@ def _compare(pair: TokenizerPair, template: Path, job: dict[str, Any]) -> ProofR
         n_texts=tokens.n_texts,
         n_tokens=tokens.n_tokens,
         n_prompts=prompts.n_compared,
-        warnings=tuple(f"llama.cpp only approximates this tokenizer: {mismatch}" for mismatch in tokens.mismatches),
+        warnings=tuple(f"llama.cpp only approximates this tokenizer: {mismatch}" for mismatch in tokens.mismatches)
+        + prompts.skipped,
         notes=(*tokens.limits, *prompts.warnings),
     )
 

@@ -5,7 +5,7 @@ occur twice. It is followed here with plain Jinja and the reference tokenizer, a
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,10 +32,14 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @dataclass(frozen=True)
 class TemplateParity:
-    """The number of conversations with equal prompts, and warnings for the user."""
+    """The number of conversations with equal prompts, and warnings for the user.
+
+    `skipped`: in words, which of the user's conversations were not compared, and why.
+    """
 
     n_compared: int
     warnings: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 def check_template(
@@ -46,7 +50,7 @@ def check_template(
     `template_folder`: the chat template's, if it is not the tokenizer's.
 
     A conversation ends with the user's turn. Skips conversations that the folder's template refuses, and those in which
-    a message spells a special token: serving treats that as text. A model without a template compares nothing. Raises
+    a message spells a control token: serving treats that as text. A model without a template compares nothing. Raises
     VerifyFailed with the first prompt that differs.
     """
     chat, tokenizer, reference = folder_format(template_folder or pair.folder), pair.tokenizer, pair.reference
@@ -54,15 +58,18 @@ def check_template(
     text = template.value if template is not None and isinstance(template.value, str) else None
     if chat is None or chat.template is None or text is None:
         return TemplateParity(0)
-    special = reference.special | pair.forced
+    special = set(tokenizer.special_texts)
     prompter = Prompter(tokenizer, text, _CONTEXT_TOKENS)
     render = _renderer(chat.template, pair.folder)
     compared, extra_bos = 0, False
-    for conversation in (*conversations, *CONVERSATIONS):
+    refused, spelled = 0, list[str]()
+    for place, conversation in enumerate((*conversations, *CONVERSATIONS)):
         plain = [{**message, "content": reference.comparable(str(message.get("content")))} for message in conversation]
-        if any(mark in str(message.get("content")) for message in plain for mark in special):
+        if found := [mark for message in plain for mark in special if mark in str(message.get("content"))]:
+            spelled.append(found[0])
             continue
         if (expected := render(plain)) is None:
+            refused += place < len(conversations)
             continue
         try:
             ours = prompter.render(plain)
@@ -72,7 +79,20 @@ def check_template(
         extra_bos |= _compare(ours, tokens, expected, reference, tokenizer.bos)
         compared += 1
     warning = "the template writes no BOS: llama.cpp adds it, as to any text; training may not have had it"
-    return TemplateParity(compared, (warning,) if extra_bos else ())
+    return TemplateParity(
+        compared, (warning,) if extra_bos else (), tuple(_skipped(len(conversations), refused, spelled))
+    )
+
+
+def _skipped(n_given: int, n_refused: int, spelled: Sequence[str]) -> Iterator[str]:
+    """What was not compared of the user's conversations."""
+    if n_refused:
+        yield f"{n_refused} of {n_given} conversations are not compared: the chat template refuses them"
+    if spelled:
+        yield (
+            f"{len(spelled)} of {n_given} conversations are not compared: a message spells a control token "
+            f"({spelled[0]!r}), which is read as text when it is served"
+        )
 
 
 def _compare(ours: str, tokens: list[int], expected: str, reference: ReferenceTokenizer, bos: int | None) -> bool:

@@ -206,3 +206,16 @@ def test_a_conversation_that_the_template_refuses_is_skipped(tmp_path: Path) -> 
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     folder = with_template(tiny.save(tiny.byte_level(tiny.LLAMA3), tmp_path), strict)
     assert check_template(open_pair(tiny.convert(folder), folder), []).n_compared == len(CONVERSATIONS) - 1
+
+
+def test_what_is_not_compared_is_counted_and_told(tmp_path: Path) -> None:
+    refusing = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    folder = with_template(tiny.save(tiny.byte_level(tiny.QWEN2), tmp_path), refusing)
+    asked = [[{"role": "user", "content": text}] for text in ("yes", "no", "a <|im_start|> b", "</s>")]
+    parity = check_template(open_pair(tiny.convert(folder), folder), asked)
+    assert parity.n_compared == len(CONVERSATIONS) + 1
+    assert [told.partition(": ")[0] for told in parity.skipped] == [
+        "1 of 4 conversations are not compared",
+        "2 of 4 conversations are not compared",
+    ]
+    assert "'<|im_start|>'" in parity.skipped[1]
