@@ -133,7 +133,8 @@ class Manifest(Record):
     """A model: name, purpose, origin and files.
 
     A built model has at least one artefact; a recipe (base plus adapter, not built yet) has none. `source` is where
-    the artefacts were fetched from; it is empty when they were made here.
+    the artefacts were fetched from; it is empty when they were made here. `compact_json`: the model was trained
+    on JSON without white space, and its answers under a JSON schema have none.
 
     Of kind `adapter` it is a LoRA adapter that is applied while its base is served, under the name BASE:NAME. Its one
     artefact is a GGUF file with the `general.type` "adapter". `base.sha256` is that of the weights it was trained on:
@@ -155,6 +156,7 @@ class Manifest(Record):
     conversion: Conversion | None = None
     prompt: Prompt = Prompt()
     labels: tuple[str, ...] = ()
+    compact_json: bool = False
     artefacts: tuple[Artefact, ...] = ()
     quality: tuple[Accuracy, ...] = ()
 

@@ -82,6 +82,23 @@ def is_classification(records: Sequence[ChatRecord]) -> bool:
     return 2 <= len(answers) <= min(MAX_LABELS, len(records) // 3)
 
 
+def json_is_compact(records: Sequence[ChatRecord]) -> bool | None:
+    """True if most answers in JSON have no white space after their commas and colons; None without such answers."""
+    votes = [written for record in records if (written := _written_compactly(record.answer)) is not None]
+    return sum(votes) * 2 > len(votes) if votes else None
+
+
+def _written_compactly(answer: str) -> bool | None:
+    if not answer.startswith(("{", "[")):
+        return None
+    try:
+        value = json.loads(answer)
+    except (ValueError, RecursionError):
+        return None
+    ways = [json.dumps(value, ensure_ascii=False, separators=marks) for marks in ((", ", ": "), (",", ":"))]
+    return None if ways[0] == ways[1] else len(answer) <= len(ways[1])
+
+
 def prompt_of(records: Sequence[ChatRecord]) -> Prompt:
     """The prompt that all records share: their system message, and the words around the user's own text."""
     systems = {record.prompt[0].content if record.prompt[0].role == "system" else "" for record in records}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from convert.errors import AdapterInvalid, RequestInvalid
 from convert.lora.adapter import PeftAdapter, read_adapter
-from convert.measure.examples import Split, is_classification, labels_of, prompt_of, split_examples
+from convert.measure.examples import Split, is_classification, json_is_compact, labels_of, prompt_of, split_examples
 from convert.quantize.quantize import DEFAULT_QUANTIZATION, spec_named
 from convert.trim.plan import DEFAULT_KEEP
 from models.common.chat_records import ChatRecord, read_chat_records
@@ -205,7 +205,7 @@ def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | 
 
 
 def _learnt(manifest: Manifest, examples: Examples | None) -> Manifest:
-    """The manifest with the task, labels and prompt of the examples, where it states none itself."""
+    """The manifest with the task, labels and prompt of the examples, where it states none, and how they write JSON."""
     if examples is None:
         return manifest
     changes: dict[str, object] = {}
@@ -215,6 +215,8 @@ def _learnt(manifest: Manifest, examples: Examples | None) -> Manifest:
         changes["labels"] = examples.labels
         if manifest.prompt == Prompt():
             changes["prompt"] = prompt_of(examples.records)
+    if (compact := json_is_compact(examples.records)) is not None:
+        changes["compact_json"] = compact
     return manifest.model_copy(update=changes)
 
 

@@ -7,16 +7,13 @@ model to that form and to each function's schema, so that whatever is read as a 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from runtime.requests import Grammar
 
 from .tools import Function, Tool
-
-# As Python's json.dumps and the templates' `tojson` write them, which is what models were trained on.
-_SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +94,17 @@ def recognise(conversation: str, turn: str, template_text: str) -> ToolFormat | 
 
 
 def tool_grammar(
-    form: ToolFormat, tools: Sequence[Tool], control: Mapping[str, int], *, must_call: bool, parallel: bool
+    form: ToolFormat, schemas: Mapping[str, str], control: Mapping[str, int], *, must_call: bool, parallel: bool
 ) -> Grammar:
-    """The grammar of an answer: calls, or unless it must call, any text. `control` are control tokens by their text."""
+    """The grammar of an answer: calls, or unless it must call, any text.
+
+    `schemas` are those of each function's arguments, as llguidance takes them; `control` are control tokens by their
+    text.
+    """
     rules = [f"one: {_terms(form.lead, control)} called {_terms(form.tail, control)}"]
     called = []
-    for number, tool in enumerate(tools):
-        called.append(f"{_terms(tool.function.name + form.middle, control)} arguments{number}")
-        schema = json.dumps({**tool.function.schema_of_arguments, "x-guidance": _SEPARATORS}, ensure_ascii=False)
+    for number, (name, schema) in enumerate(schemas.items()):
+        called.append(f"{_terms(name + form.middle, control)} arguments{number}")
         rules.append(f"arguments{number}: %json {schema}")
     rules.append(f"called: {' | '.join(called)}")
     more = f"({_terms(form.between, control)} one)*" if parallel and form.between is not None else ""

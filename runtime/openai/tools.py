@@ -22,6 +22,9 @@ MAX_CALL_ID_CHARS = 128
 NAME_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
+# What in a schema says which keys an object has.
+NAMING = ("properties", "patternProperties", "additionalProperties", "required", "$ref", "allOf", "anyOf", "oneOf")
+
 Mode = Literal["none", "auto", "required"]
 
 
@@ -55,6 +58,13 @@ class Function(WireModel):
     def schema_of_arguments(self) -> Mapping[str, Any]:
         """What its arguments must be; none may be given where it names none."""
         return NO_PARAMETERS if self.parameters is None else self.parameters
+
+    @property
+    def text_of_arguments(self) -> str:
+        """Their schema as JSON. One that names no argument at all allows none, instead of any."""
+        schema = self.schema_of_arguments
+        names = any(name in schema for name in NAMING)
+        return json.dumps(schema if names else {**schema, "properties": {}}, ensure_ascii=False)
 
 
 class Tool(WireModel):

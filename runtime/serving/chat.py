@@ -6,32 +6,25 @@ A body becomes requests that are valid, tokenised and known to fit the context, 
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
-from msgspec import structs
-
-from runtime.errors import ContextTooLong, InvalidRequest, ModelUnknown, TemplateFailed
-from runtime.llama.interface import TokenizerLike
+from runtime.errors import ContextTooLong, InvalidRequest, ModelUnknown
 from runtime.openai.answer import TextAnswer, TextCall
 from runtime.openai.chat import (
     Body,
     ChatBody,
     CompletionBody,
     TokenizedPrompt,
-    grammar_of,
     parse,
     to_requests,
     token_limit,
 )
 from runtime.openai.responses import Origins, parse_response
 from runtime.openai.responses_stream import ResponseAnswer, ResponseCall
-from runtime.openai.tool_calls import ToolFormat, probe, recognise, tool_grammar
 from runtime.openai.wire import Endpoint
-from runtime.prompt.prompter import Prompter
-from runtime.requests import Grammar, Request
 
 from .call import Call
+from .form import prepare_form, require_tools
 from .model import ServedModel
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
@@ -86,21 +79,18 @@ def _text(call: TextCall) -> Call:
 def _chat(payload: object, model: ServedModel) -> TextCall:
     body = parse("chat", payload)
     require_model(body.model, model.name)
-    tools = prepare_tools(body, model)
+    require_tools(body, model)
     require_chat(model)
     described = [tool.for_template() for tool in body.callable_tools]
     prompt = model.prompter.chat([message.model_dump() for message in body.messages], tools=described)
-    return _text_call(body, [prompt], model, tools)
+    return _text_call(body, [prompt], model)
 
 
-def _text_call(
-    body: Body, prompts: Sequence[tuple[int, ...]], model: ServedModel, tools: "PreparedTools | None" = None
-) -> TextCall:
+def _text_call(body: Body, prompts: Sequence[tuple[int, ...]], model: ServedModel) -> TextCall:
     """Bound the prompts and answers, check the grammar and write the requests."""
     _check_ids(body, prompts, model.tokenizer.n_vocab)
     tokenized = [TokenizedPrompt(prompt, _limit(body, prompt, model)) for prompt in prompts]
-    if (grammar := tools.grammar if tools else grammar_of(body)) is not None:
-        model.grammars.compile(grammar)
+    form = prepare_form(body, model)
     drawn = [secrets.randbits(64) for _ in range(len(prompts) * body.n)]
     endpoint: Endpoint = "chat" if isinstance(body, ChatBody) else "completion"
     call_id = _ID_PREFIX[endpoint] + secrets.token_hex(12)
@@ -111,11 +101,11 @@ def _text_call(
         model=model.name,
         created_s=int(time.time()),
         fingerprint=model.fingerprint,
-        requests=tools.constrained(requests) if tools else requests,
+        requests=form.hold(requests) if form else requests,
         choices_per_prompt=body.n,
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
-        tools=tools.form if tools else None,
+        tools=form.calls if form else None,
     )
 
 
@@ -141,75 +131,3 @@ def _renamed(error: InvalidRequest | ContextTooLong, origins: Origins) -> Invali
         return error
     param = origins.rename(error.param)
     return type(error)(str(error).replace(error.param, param, 1), param=param, code=error.code)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedTools:
-    """The form in which the model writes calls, the grammar of its answer, and the control tokens kept in its text."""
-
-    form: ToolFormat
-    grammar: Grammar
-    spelled: tuple[int, ...]
-
-    def constrained(self, requests: Sequence[Request]) -> tuple[Request, ...]:
-        """The requests, with the grammar."""
-        params = (structs.replace(request.params, grammar=self.grammar, spelled=self.spelled) for request in requests)
-        return tuple(structs.replace(request, params=params) for request, params in zip(requests, params, strict=True))
-
-
-def prepare_tools(body: ChatBody, model: ServedModel) -> PreparedTools | None:
-    """Find the form and the grammar of calls to the body's tools; None if the model may call none.
-
-    Raises InvalidRequest if the model's chat template has no place for tools, or writes calls in an unknown way.
-    """
-    tools = body.callable_tools
-    names_a_call = next(
-        (n for n, message in enumerate(body.messages) if message.tool_calls or message.tool_call_id), None
-    )
-    if (tools or names_a_call is not None) and not model.prompter.takes_tools:
-        message = f"model {model.name!r} cannot call tools: its chat template has no place for them"
-        param = "tools" if tools else f"messages[{names_a_call}]"
-        raise InvalidRequest(message, param=param, code="unsupported_parameter")
-    if not tools:
-        return None
-    form = recognise(*example_call(model.prompter), model.prompter.template_text)
-    if form is None:
-        message = f"model {model.name!r} cannot call tools here: its chat template writes calls in an unknown format"
-        raise InvalidRequest(message, param="tools", code="unsupported_parameter")
-    control = control_tokens(form, model.tokenizer)
-    choice = body.tool_choice
-    may_call = [tool for tool in tools if choice.name in (None, tool.function.name)]
-    grammar = tool_grammar(
-        form,
-        may_call,
-        control,
-        must_call=choice.mode == "required",
-        parallel=body.parallel_tool_calls and choice.name is None,
-    )
-    return PreparedTools(form, grammar, tuple(control.values()))
-
-
-def example_call(prompter: Prompter) -> tuple[str, str]:
-    """Render a conversation with a call: all of it, and the part that begins with the model's turn.
-
-    Both are empty if the chat template cannot write one.
-    """
-    turns, tools = probe()
-    extra = {"tools": tools}
-    try:
-        before = prompter.render(turns[:1], extra=extra)
-        whole = prompter.render(turns, extra=extra, add_generation_prompt=False)
-    except (InvalidRequest, TemplateFailed):
-        return "", ""
-    return whole, whole.removeprefix(before.rstrip())
-
-
-def control_tokens(form: ToolFormat, tokenizer: TokenizerLike) -> dict[str, int]:
-    """The texts of a format that are control tokens of this model: text -> token id."""
-    found = {}
-    for text in tokenizer.special_texts:
-        if any(text in piece for piece in form.pieces):
-            tokens = tokenizer.encode(text, add_special=False, parse_special=True)
-            if len(tokens) == 1 and not tokenizer.token_bytes(tokens[0]):
-                found[text] = tokens[0]
-    return found

@@ -72,9 +72,9 @@ def test_forced_tokens_save_steps_and_are_the_tokens_of_the_text(base: Llama, gr
 
 def test_control_tokens_are_never_allowed_and_text_that_looks_like_one_is(base: Llama, grammars: Grammars) -> None:
     state = grammars.compile(LABEL)
-    assert base.tokenizer.decode(state.forced()) == '{"label":"'
+    assert base.tokenizer.decode(state.forced()) == '{"label": "'
     state.accept(
-        base.tokenizer.encode('{"label":"spam","urgent":true,"subject":"', add_special=False, parse_special=False)
+        base.tokenizer.encode('{"label": "spam", "urgent": true, "subject": "', add_special=False, parse_special=False)
     )
     (turn,) = base.tokenizer.encode("<start_of_turn>", add_special=False, parse_special=True)
     allowed = state.allowed()

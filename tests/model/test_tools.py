@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from runtime.decoding.grammar import Grammars
+from runtime.decoding.schema import closed
 from runtime.engine.engine import Engine
 from runtime.llama.model import Llama
 from runtime.openai.tool_calls import FORMATS, ToolCallReader, tool_grammar
-from runtime.openai.tools import Tool
 from runtime.requests import Event, Finished, Request, SamplingParams, TextDelta
-from runtime.serving.chat import control_tokens
+from runtime.serving.form import control_tokens
 
 pytestmark = pytest.mark.model
 
@@ -24,7 +24,6 @@ SCHEMA = {
     "required": ["city", "days"],
     "additionalProperties": False,
 }
-TOOLS = [Tool.model_validate({"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}})]
 PROMPT = "Ask for the weather in Oslo for two days:\n"
 
 
@@ -38,7 +37,7 @@ def test_a_required_call_can_be_read_and_fits(name: str, base: Llama, grammars: 
     form, engine = FORMS[name], Engine(base, grammars=grammars)
     control = control_tokens(form, base.tokenizer)
     assert list(control) == (["<start_of_turn>"] if name == "control" else [])
-    grammar = tool_grammar(form, TOOLS, control, must_call=True, parallel=False)
+    grammar = tool_grammar(form, {"get_weather": closed(json.dumps(SCHEMA))}, control, must_call=True, parallel=False)
     prompt = tuple(base.tokenizer.encode(PROMPT, add_special=True, parse_special=False))
     for temperature in (0.0, 1.5):
         params = SamplingParams(60, temperature, seed=3, grammar=grammar, spelled=tuple(control.values()))

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.measure.examples import MAX_LABELS, MIN_EXAMPLES, labels_of, prompt_of, split_examples
+from convert.measure.examples import (
+    MAX_LABELS,
+    MIN_EXAMPLES,
+    json_is_compact,
+    labels_of,
+    prompt_of,
+    split_examples,
+)
 from models.common.chat_records import ChatMessage, ChatRecord
 from models.errors import BadExamples
 from models.manifest import Prompt
@@ -100,3 +107,17 @@ def test_the_prompt_is_what_all_examples_share(name: str) -> None:
     for record in records:
         said = [(message.role, message.content) for message in record.prompt]
         assert expected.messages(said) == [{"role": role, "content": text} for role, text in said]
+
+
+@pytest.mark.parametrize(
+    ("answers", "compact"),
+    [
+        (['{"a":1,"b":2}', "[1,2]", '{"a": 1}'], True),
+        (['{"a": 1, "b": 2}', "[1, 2]", '{"a":1}'], False),
+        (['{"ä": "x, y: z"}'], False),
+        (["spam", "{}", "[7]", '{"a": ', "{oops}"], None),
+    ],
+)
+def test_the_examples_show_how_the_model_writes_json(answers: list[str], compact: bool | None) -> None:
+    records = [ChatRecord(str(n), n, (ChatMessage("user", "x"),), answer) for n, answer in enumerate(answers)]
+    assert json_is_compact(records) is compact

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
+from models.manifest import Manifest
 from runtime.decoding.grammar import Grammars, GrammarState
 from runtime.requests import Grammar
 from tests.support.runtime.fakes import FakeLlama
@@ -115,3 +116,33 @@ def test_others_are_answered_while_the_first_grammar_waits(monkeypatch: pytest.M
         go_on.set()
         first.join()
         assert answers[0].json()["choices"][0]["text"] == "hello"
+
+
+OPEN = {"type": "object", "properties": {"n": {"type": "integer"}, "o": {"properties": {"k": {"type": "number"}}}}}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+def test_json_is_spaced_as_the_model_learnt_it_and_closed(path: str, compact: bool) -> None:
+    """A model that would say anything still ends: with own keys, short numbers and the white space it knows."""
+    manifest = Manifest(name="toy", licence="MIT", compact_json=compact)
+    schema = OPEN | {"required": ["n", "o"]}
+    body: dict[str, Any] = {"messages": MESSAGES, "response_format": _format(schema)}
+    if path != CHAT:
+        body = {"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}}
+    with serving(FakeLlama(n_ctx=2048), manifest=manifest) as toy:
+        for seed in range(4):
+            whole = toy.http.post(path, json=body | {"seed": seed}).raise_for_status().json()
+            text = (
+                whole["choices"][0]["message"]["content"] if path == CHAT else whole["output"][0]["content"][0]["text"]
+            )
+            answer = json.loads(text)
+            assert set(answer) == {"n", "o"}
+            assert set(answer["o"]) <= {"k"}
+            assert abs(answer["n"]) < 10**16
+            assert text.startswith('{"n":' if compact else '{"n": ')
+            assert (" " in text) is not compact
+
+
+def _format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}

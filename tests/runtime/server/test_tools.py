@@ -11,8 +11,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessageFunctionToolC
 from pydantic import BaseModel
 
 from runtime.decoding.grammar import Grammars
+from runtime.decoding.schema import closed
 from runtime.openai.tool_calls import FORMATS, tool_grammar
-from runtime.openai.tools import Tool
 from tests.support.runtime import tool_templates as templates
 from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama, FakeTokenizer
 from tests.support.runtime.serving import Running, serving
@@ -208,7 +208,7 @@ def test_a_marker_in_the_text_begins_a_call_or_cannot_be_written(control: bool) 
     (form,) = [form for form in FORMATS if form.name == "mistral"]
     tokenizer = FakeTokenizer(CONTROL if control else ())
     tokens = {"[TOOL_CALLS]": tokenizer.specials["[TOOL_CALLS]"]} if control else {}
-    grammar = tool_grammar(form, [Tool.model_validate(G)], tokens, must_call=False, parallel=True)
+    grammar = tool_grammar(form, {"g": closed('{"properties": {}}')}, tokens, must_call=False, parallel=True)
     written = Grammars(tokenizer).compile(grammar)
     written.accept(b"Well, [TOOL_CALLS")
     assert written.allowed()[ord("]")] == (not control)
@@ -280,3 +280,27 @@ def test_what_the_model_cannot_do_is_a_400_before_the_engine_sees_it(
         assert (response.status_code, error["param"]) == (400, param)
         assert reason in error["message"]
         assert toy.llama.decodes == 0
+
+
+@pytest.mark.parametrize("parameters", [None, {"type": "object"}, {"type": "object", "properties": {}}])
+def test_a_function_that_names_no_arguments_gets_none(parameters: Any) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with serving(model(templates.HERMES)) as toy:
+        answer = toy.client().chat.completions.create(
+            model="toy", messages=[USER], tools=[tool], tool_choice="required", parallel_tool_calls=False, seed=1
+        )
+        assert calls_of(answer) == [("f", "{}")]
+
+
+def test_arguments_are_the_functions_own_and_their_numbers_end() -> None:
+    parameters = {"properties": {"n": {"type": "number"}, "o": {"properties": {"k": {"type": "integer"}}}}}
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": parameters | {"required": ["n", "o"]}}}
+    with serving(model(templates.HERMES)) as toy:
+        for seed in range(4):
+            answer = toy.client().chat.completions.create(
+                model="toy", messages=[USER], tools=[tool], tool_choice="required", parallel_tool_calls=False, seed=seed
+            )
+            ((_, text),) = calls_of(answer)
+            arguments = json.loads(text)
+            assert (set(arguments), set(arguments["o"]) <= {"k"}) == ({"n", "o"}, True)
+            assert len(text) < 80
