@@ -1,1 +1,0 @@
-"""Prepared mail and the code that prepared it."""
