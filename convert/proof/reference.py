@@ -18,11 +18,16 @@ import tokenizers
 from convert.errors import TokenizerInvalid
 from convert.tokenizer.pieces import (
     SPACE_MARK,
-    TOKENIZER_CONFIG,
+    TOKEN_FLAGS,
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
     TokenizerKind,
+    entries,
+    is_token,
+    part,
     read_object,
+    read_tokenizer_config,
+    with_config_tokens,
 )
 from convert.tokenizer.special import token_text
 from convert.tokenizer.tokenizer_model import added_in_folder, read_protobuf
@@ -78,14 +83,25 @@ class _TokenizerJson:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
         except Exception as error:  # the library raises bare Exceptions
             raise TokenizerInvalid(f"{str(folder / TOKENIZER_JSON)!r} cannot be loaded: {error}") from error
+        config = read_tokenizer_config(folder)
+        self._add(with_config_tokens(read_object(folder / TOKENIZER_JSON), config), config)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._composes = "NFC" in {step.get("type") for step in _steps(self._tokenizer.normalizer, "normalizers")}
         splits = _steps(self._tokenizer.pre_tokenizer, "pretokenizers")
         metaspace = [step for step in splits if step["type"] == "Metaspace"]
         self._scheme = metaspace[0].get("prepend_scheme", "always") if metaspace else None
-        self._bos = token_text(read_object(folder / TOKENIZER_CONFIG).get("bos_token"))
+        self._bos = token_text(config.get("bos_token"))
         self._before = ""
+
+    def _add(self, merged: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Add the tokens of tokenizer_config.json, as transformers does."""
+        named = {entry["content"] for entry in part(config, "added_tokens_decoder").values() if is_token(entry)}
+        for entry in entries(merged, "added_tokens"):
+            if is_token(entry) and entry["content"] in named:
+                flags = {flag: bool(entry.get(flag)) for flag in TOKEN_FLAGS}
+                add = self._tokenizer.add_special_tokens if flags["special"] else self._tokenizer.add_tokens
+                add([tokenizers.AddedToken(entry["content"], **flags)])
 
     def match_spacing(self, *, space_prefix: bool) -> None:
         self._before = self._bos if self._scheme == "first" and not space_prefix else ""

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from convert.errors import VerifyFailed
 from convert.tokenizer.chat_template import TEMPLATE_FIELD, folder_format, template_environment
-from convert.tokenizer.pieces import TOKENIZER_CONFIG, read_object
+from convert.tokenizer.pieces import read_tokenizer_config
 from convert.tokenizer.special import token_text
 from runtime.errors import EngineError, RequestError
 from runtime.prompt.prompter import Prompter
@@ -113,7 +113,7 @@ def _renderer(template: str, folder: Path) -> Callable[[ChatMessages], str | Non
     environment = template_environment()
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    config = read_object(folder / TOKENIZER_CONFIG)
+    config = read_tokenizer_config(folder)
     tokens = {name: text for name in _NAMED_TOKENS if (text := token_text(config.get(name)))}
     compiled = environment.from_string(template)
 

@@ -18,6 +18,9 @@ from models.gguf.header import Header
 from runtime.prompt.template import GenerationTag
 
 TEMPLATE_FIELD = "tokenizer.chat_template"
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_CONFIGS = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
+"""Files with a template at the key "chat_template"; a processor's may be text beside a model of text and images."""
 END_OF_TURN_FIELD = "tokenizer.ggml.eot_token_id"
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_CONFIG_BYTES = 1 << 24  # Gemma's tokenizer_config.json lists 6,000 tokens in more than a megabyte
@@ -62,26 +65,31 @@ def template_environment() -> ImmutableSandboxedEnvironment:
 def folder_format(folder: Path) -> ChatFormat | None:
     """The chat template in a tokenizer's folder, None if it has none.
 
-    chat_template.jinja takes precedence over tokenizer_config.json, as in transformers. Raises TemplateInvalid naming
-    the file.
+    chat_template.jinja comes before tokenizer_config.json, as in transformers, and that before the two files in which a
+    processor has it. Raises TemplateInvalid naming the file.
     """
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    named = _configured(config) if config.is_file() else {}
-    configured = named.get("default")
-    others = {path.stem for path in (folder / "additional_chat_templates").glob("*.jinja")} | (set(named) - {"default"})
+    found: dict[str, str] = {}
+    others = {path.stem for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (file := folder / TEMPLATE_FILE).is_file():
+        found[TEMPLATE_FILE] = _read(file).removesuffix("\n")  # as Jinja does
+    for name in TEMPLATE_CONFIGS:
+        named = _configured(folder / name) if (folder / name).is_file() else {}
+        others |= set(named) - {"default"}
+        if "default" in named:
+            found[name] = named["default"]
     left_out = (
         (f"chat templates of other names are left out, a GGUF has one: {', '.join(sorted(others))}",) if others else ()
     )
-    if not file.is_file():
-        return None if configured is None else ChatFormat(configured, None, str(config), left_out)
-    text = _read(file).removesuffix("\n")  # as Jinja does
-    disagree = configured is not None and configured.strip() != text.strip()
-    warning = f"{file.name!r} and {config.name!r} hold different chat templates; the first is used"
-    return ChatFormat(text, None, str(file), (*((warning,) if disagree else ()), *left_out))
+    if not found:
+        return None
+    first, text = next(iter(found.items()))
+    disagree = [name for name, other in found.items() if other.strip() != text.strip()]
+    warnings = [f"{first!r} and {name!r} hold different chat templates; the first is used" for name in disagree]
+    return ChatFormat(text, None, str(folder / first), (*warnings, *left_out))
 
 
 def _configured(config: Path) -> dict[str, str]:
-    """Name -> template in tokenizer_config.json; a single template is called "default"."""
+    """Name -> template in one of TEMPLATE_CONFIGS; a single template is called "default"."""
     try:
         raw = json.loads(_read(config, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:

@@ -18,6 +18,8 @@ from convert.errors import TokenizerInvalid
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 MAX_FILE_BYTES = 256 << 20
 MAX_TOKENS = 1 << 21
 MAX_MERGES = 1 << 22
@@ -162,6 +164,48 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TokenizerInvalid(f"{str(file)!r} holds a {type(found).__name__}, a JSON object is needed")
     return found
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with the special tokens of special_tokens_map.json where transformers reads that, too.
+
+    It does so for a config without `added_tokens_decoder`, as versions before 4.34 wrote it: the map then overrides.
+    Raises TokenizerInvalid.
+    """
+    config = read_object(folder / TOKENIZER_CONFIG)
+    if "added_tokens_decoder" in config:
+        return config
+    return config | {role: token for role, token in read_object(folder / SPECIAL_TOKENS_MAP).items() if token}
+
+
+def with_config_tokens(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer.json with the added tokens that tokenizer_config.json has beyond it, or with other flags.
+
+    transformers adds them when it loads the two. Raises TokenizerInvalid for an entry that is no token.
+    """
+    listed = {entry["content"]: entry for entry in entries(tokenizer, "added_tokens") if is_token(entry)}
+    extra: dict[str, dict[str, Any]] = {}
+    for number, entry in part(config, "added_tokens_decoder").items():
+        if not number.isdecimal() or not is_token(entry):
+            raise TokenizerInvalid(f"{TOKENIZER_CONFIG!r} has the added token {number!r}: {entry!r:.120}")
+        known = listed.get(entry["content"])
+        if known is None or any(entry.get(flag, known.get(flag)) != known.get(flag) for flag in TOKEN_FLAGS):
+            extra[entry["content"]] = {
+                **(known or {}),
+                **entry,
+                "id": known.get("id") if known is not None else int(number),
+            }
+    if not extra:
+        return dict(tokenizer)
+    kept = [
+        entry for entry in entries(tokenizer, "added_tokens") if not is_token(entry) or entry["content"] not in extra
+    ]
+    return {**tokenizer, "added_tokens": kept + list(extra.values())}
+
+
+def is_token(entry: object) -> TypeGuard[dict[str, Any]]:
+    """True for an added token as the JSON files write it."""
+    return isinstance(entry, dict) and isinstance(entry.get("content"), str) and bool(entry["content"])
 
 
 def part(parent: object, key: str) -> dict[str, Any]:

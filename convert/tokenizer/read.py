@@ -14,7 +14,6 @@ from models.gguf.fields import Field
 
 from .chat_template import END_OF_TURN_MARKS, TEMPLATE_FIELD, ChatFormat, folder_format
 from .pieces import (
-    TOKENIZER_CONFIG,
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
     AddedToken,
@@ -22,7 +21,9 @@ from .pieces import (
     TokenizerKind,
     TokenTable,
     read_object,
+    read_tokenizer_config,
     token_table,
+    with_config_tokens,
 )
 from .spacing import NAME_THAT_STRIPS
 from .special import TokenizerFiles, special_fields
@@ -72,8 +73,9 @@ def read_vocabulary(
     file and the fault, or what llama.cpp cannot reproduce; TemplateInvalid.
     """
     chat = folder_format(folder) or (of_base.chat if of_base is not None else None)
-    tokenizer = read_object(folder / TOKENIZER_JSON)
+    tokenizer, described = read_object(folder / TOKENIZER_JSON), read_tokenizer_config(folder)
     if tokenizer:
+        tokenizer = with_config_tokens(tokenizer, described)
         file, family = folder / TOKENIZER_JSON, str(config.get("model_type", ""))
         parsed = read_json(tokenizer, repr(str(file)), family, answers_chats=chat is not None)
     elif (file := folder / TOKENIZER_MODEL).is_file():
@@ -83,7 +85,7 @@ def read_vocabulary(
     tokens = token_table(parsed, n_rows, repr(str(file)))
     raw = TokenizerFiles(
         tokenizer,
-        read_object(folder / TOKENIZER_CONFIG),
+        described,
         read_object(folder / GENERATION_CONFIG) or dict(of_base.generation if of_base is not None else {}),
         config,
     )

@@ -161,7 +161,7 @@ def tqdm_for(progress: Progress | None, before: int = 0) -> type[Any]:
 _CHECKPOINT_FILES = re.compile(
     r"(model[\w.-]*\.safetensors(\.index\.json)?|config\.json|generation_config\.json|tokenizer[\w.-]*\.json|"
     r"tokenizer\.model|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|"
-    r"chat_templates/[\w.-]+\.jinja)"
+    r"processor_config\.json|(additional_)?chat_templates/[\w.-]+\.jinja)"
 )
 
 

@@ -139,6 +139,19 @@ def test_a_template_file_precedes_the_config(tmp_path: Path) -> None:
     assert "different chat templates; the first is used" in found.warnings[0]
 
 
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_the_template_of_a_processor_is_read_after_the_tokenizers(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps({"chat_template": "processed"}))
+    found = folder_format(tmp_path)
+    assert found is not None
+    assert (found.template, found.warnings, found.origin) == ("processed", (), str(tmp_path / name))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "configured"}))
+    found = folder_format(tmp_path)
+    assert found is not None
+    assert found.template == "configured"
+    assert found.warnings == (f"'tokenizer_config.json' and '{name}' hold different chat templates; the first is used",)
+
+
 def test_the_default_of_several_templates_is_taken_with_a_warning_of_the_rest(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))

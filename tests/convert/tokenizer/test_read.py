@@ -9,6 +9,7 @@ import pytest
 from gguf.vocab import SpecialVocab
 
 from convert.errors import TemplateInvalid, TokenizerInvalid
+from convert.proof.parity import check_tokenizer, encode_both, open_pair
 from convert.tokenizer.pieces import TokenType
 from convert.tokenizer.read import VocabularyFields, read_vocabulary
 from convert.tokenizer.special import ENDS_BY_TEXT
@@ -402,3 +403,34 @@ def test_a_malformed_template_file_is_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TemplateInvalid, match="cannot be read"):
         read_vocabulary(folder, {}, 704)
+
+
+def test_the_map_of_special_tokens_counts_beside_an_old_config(tmp_path: Path) -> None:
+    """transformers reads it unless the config lists its added tokens, as versions since 4.34 do."""
+    folder = tiny.save(tiny.byte_level(tiny.QWEN2), tmp_path, eos_token="</s>")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    assert value(read_vocabulary(folder, {}, 704), "eos_token_id") == 703
+    config = {"eos_token": "</s>", "added_tokens_decoder": {}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert value(read_vocabulary(folder, {}, 704), "eos_token_id") == 701
+
+
+def test_tokens_that_only_the_config_adds_are_in_the_vocabulary(tmp_path: Path) -> None:
+    """As transformers loads them: those that tokenizer.json lacks, and the flags of those that it has."""
+    folder = tiny.save(tiny.byte_level(tiny.QWEN2), tmp_path, eos_token="<|im_end|>")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {
+        "704": {"content": "[mine]", "special": True},
+        "700": {"content": "<s>", "special": False},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    gguf = tiny.vocabulary_gguf(tmp_path / "v.gguf", read_vocabulary(folder, {}, 720))
+    pair = open_pair(gguf, folder)
+    assert encode_both(pair, "a[mine]b<s>c")[0] == encode_both(pair, "a[mine]b<s>c")[1]
+    assert 704 in encode_both(pair, "a[mine]b<s>c")[0]
+    assert "<s>" not in pair.tokenizer.special_texts
+    check_tokenizer(pair, [])
+    config["added_tokens_decoder"] = {"x": {"content": "[mine]"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TokenizerInvalid, match="has the added token 'x'"):
+        read_vocabulary(folder, {}, 720)

@@ -14,6 +14,8 @@ FILES = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": b"{}",
     "chat_templates/tools.jinja": b"{{ messages }}",
+    "additional_chat_templates/rag.jinja": b"{{ messages }}",
+    "processor_config.json": b"{}",
     "model-00001-of-00002.safetensors": b"first shard",
     "model-00002-of-00002.safetensors": b"second shard",
     "model.safetensors.index.json": b'{"weight_map": {}}',
