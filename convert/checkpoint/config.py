@@ -13,7 +13,6 @@ from convert.families.config import Config
 
 CONFIG_FILE = "config.json"
 MAX_JSON_BYTES = 64 << 20
-_DEQUANTIZE = "load it with transformers, call `model.dequantize()`, then `save_pretrained`, or better: "
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,11 @@ def read_config(folder: Path) -> FolderConfig:
         hint = ": it holds an adapter, give it with --adapter" if (folder / "adapter_config.json").is_file() else ""
         raise SourceInvalid(f"{str(folder)!r} has no {CONFIG_FILE!r}{hint}")
     raw = read_json(path)
-    _refuse_quantized(path, raw)
     family = _family(path, raw)
     text = raw.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise SourceInvalid(f"{str(path)!r}: 'text_config' is {str(text)[:80]!r}; it must be a table")
     merged = {**raw, **(text or {})}
-    _refuse_quantized(path, merged)
     config = Config(path, merged, family.defaults)
     family.check(config)
     return FolderConfig(family, config, merged)
@@ -72,15 +69,3 @@ def _family(path: Path, raw: Mapping[str, Any]) -> Family:
             "with llama.cpp's convert_hf_to_gguf.py, or download a GGUF of it, and pass the file with --gguf FILE"
         )
     return family
-
-
-def _refuse_quantized(path: Path, raw: Mapping[str, Any]) -> None:
-    found = raw.get("quantization_config") or raw.get("compression_config")
-    if not found and not (path.parent / "hf_quant_config.json").is_file():
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else None
-    fix = _DEQUANTIZE if method == "bitsandbytes" else ""
-    raise SourceInvalid(
-        f"{str(path)!r}: the weights are quantized already ({method or 'hf_quant_config.json'!s}), and another "
-        f"quantization of them would lose twice; {fix}convert the full-precision checkpoint they were made from"
-    )

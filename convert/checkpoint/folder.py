@@ -24,6 +24,7 @@ from models.gguf.header import DEFAULT_ALIGNMENT, Header, TensorInfo
 
 from .card import general_fields
 from .config import FolderConfig, read_config
+from .quantized import check_plain
 from .safetensors import READABLE
 from .shards import Place, Shards
 
@@ -61,6 +62,7 @@ class HfCheckpoint:
         found = read_config(folder)
         self._shards = Shards(folder)
         try:
+            plain = check_plain(folder, found.raw, self._shards.places)
             named = _named(folder, found.family, self._shards.places)
             found, warnings = _settle_head(folder, found, named)
             self._tensors = _plan(folder, found, named)
@@ -73,7 +75,7 @@ class HfCheckpoint:
         except BaseException:
             self._shards.close()
             raise
-        self.warnings = (*found.family.warnings(found.config), *warnings, *card_warnings, *vocabulary.warnings)
+        self.warnings = (*plain, *found.family.warnings(found.config), *warnings, *card_warnings, *vocabulary.warnings)
         self.header = Header(folder, fields, infos, DEFAULT_ALIGNMENT)
         self.config: Mapping[str, Any] = found.raw
 

@@ -147,6 +147,26 @@ def test_a_missing_head_is_told_with_both_causes(tmp_path: Path) -> None:
     refused(folder, "'tie_word_embeddings' is False; but .* has no tensor 'lm_head.weight'.*set .* to true.*save the m")
 
 
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        {"quantization": {"group_size": 64, "bits": 4}},
+        {"compression_config": {}, "quantization_config": {"quant_method": "awq"}},
+    ],
+)
+def test_plain_weights_are_plain_whatever_config_json_says(tmp_path: Path, stated: dict[str, Any]) -> None:
+    """As merging an adapter onto a 4-bit base in 16 bits leaves it."""
+    folder = write_folder(tmp_path / "folder", "llama", **stated)
+    with closing(open_tiny(folder)) as source:
+        assert any("says that the weights are quantized" in warning for warning in source.warnings)
+    plain = write_folder(tmp_path / "plain", "llama")
+    (plain / "hf_quant_config.json").write_text("{}")
+    with closing(open_tiny(plain)) as source:
+        assert any(warning.startswith("hf_quant_config.json says") for warning in source.warnings)
+
+
 def test_old_buffers_are_ignored(tmp_path: Path) -> None:
     made = weights("llama") | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
     with closing(open_tiny(write_folder(tmp_path / "folder", "llama", made))) as source:
@@ -225,6 +245,22 @@ def truncated(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+_DOWN = "model.layers.0.mlp.down_proj"
+
+
+def quantized(method: str | None, *more: str, dtype: str | None = None) -> Callable[[Path], None]:
+    """Weights with tensors `more`, and a matrix stored as `dtype`; config.json names the `method`."""
+
+    def change(folder: Path) -> None:
+        made = weights("llama") | {f"{_DOWN}.{name}": np.ones((2, 2), np.float32) for name in more}
+        packed = {f"{_DOWN}.weight": dtype} if dtype is not None else {}
+        (folder / "model.safetensors").write_bytes(safetensors_bytes(made, "BF16", packed))
+        if method is not None:
+            setting(quantization_config={"quant_method": method})(folder)
+
+    return change
+
+
 def yarn(**settings: Any) -> Callable[[Path], None]:
     return setting(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **settings})
 
@@ -238,12 +274,22 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickles": (pickled, "'pytorch_model.bin', a pickle: opening it could run any code.*safe_serialization=True"),
     "no weights": (no_weights, "has no 'model.safetensors'$"),
     "shards without an index": (shards_without_an_index, "'model-00001-of-00001.safetensors', but no '" + INDEX),
-    "bitsandbytes": (setting(quantization_config={"quant_method": "bitsandbytes"}), r"bitsandbytes.*dequantize\(\)"),
-    "gptq": (setting(quantization_config={"quant_method": "gptq"}), r"already \(gptq\).*full-precision checkpoint"),
-    "awq": (setting(quantization_config={"quant_method": "awq"}), r"already \(awq\)"),
-    "fp8": (setting(quantization_config={"quant_method": "fp8"}), r"already \(fp8\)"),
-    "modelopt": (text("hf_quant_config.json", "{}"), r"already \(hf_quant_config.json\)"),
-    "nested quantization": (setting(text_config={"quantization_config": {"quant_method": "fp8"}}), r"\(fp8\)"),
+    "bitsandbytes": (quantized("bitsandbytes", "weight.absmax", dtype="U8"), r"\(bitsandbytes, .*dequantize\(\)"),
+    "bitsandbytes, untold": (
+        quantized(None, "weight.quant_state.bitsandbytes__nf4"),
+        r"\(bitsandbytes, .*dequantize\(\)",
+    ),
+    "8 bits, untold": (quantized(None, "SCB", dtype="I8"), r"already \(bitsandbytes, by tensor '.*down_proj.SCB'\)"),
+    "gptq": (quantized("gptq", "qweight", "g_idx"), r"already \(GPTQ, .*full-precision checkpoint"),
+    "awq": (quantized("awq", "qweight", "qzeros"), r"already \(GPTQ or AWQ, "),
+    "fp8": (quantized("fp8", dtype="F8_E4M3"), r"already \(FP8, by tensor '.*down_proj.weight'\)"),
+    "compressed": (quantized("compressed-tensors", "weight_packed"), r"already \(compressed-tensors, "),
+    "MLX": (
+        quantized(None, "scales", "biases", dtype="U32"),
+        r"already \(MLX, by tensor .*mlx_lm.convert --dequantize",
+    ),
+    "packed": (quantized(None, dtype="I32"), r"already \(a tool that stores I32, by tensor '.*down_proj.weight'\)"),
+    "odd name": (quantized("quark", "weight_scale", dtype="I8"), r"already \(quark, by '.*down_proj.weight_scale'\)"),
     "text_config is no table": (setting(text_config=[1]), "'text_config' is"),
     "YaRN's betas": (yarn(beta_fast=24.0), "'beta_fast' is 24.0, which llama.cpp ignores: it computes with 32"),
     "YaRN's attention": (yarn(attention_factor=1.0), r"'attention_factor' is 1.0, .*computes with 1.13863"),

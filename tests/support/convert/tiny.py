@@ -172,13 +172,18 @@ def write_mails(path: Path) -> Path:
     return path
 
 
-def safetensors_bytes(arrays: Mapping[str, np.ndarray], dtype: str) -> bytes:
-    """A safetensors file written by hand (8 bytes of length, JSON, data), in any of the three types."""
+def safetensors_bytes(arrays: Mapping[str, np.ndarray], dtype: str, packed: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file written by hand (8 bytes of length, JSON, data), in any of the three types.
+
+    `packed`: tensors of another type, of four bytes ("U32", "I32") or of one.
+    """
     head: dict[str, object] = {}
     data = b""
     for name, array in arrays.items():
-        piece = {"F32": _f32, "F16": _f16, "BF16": _bf16}[dtype](array)
-        head[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [len(data), len(data) + len(piece)]}
+        kind = (packed or {}).get(name, dtype)
+        plain = {"F32": _f32, "F16": _f16, "BF16": _bf16}
+        piece = plain[kind](array) if kind in plain else bytes(array.size * (4 if kind.endswith("32") else 1))
+        head[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [len(data), len(data) + len(piece)]}
         data += piece
     encoded = json.dumps(head).encode()
     return struct.pack("<Q", len(encoded)) + encoded + data
