@@ -78,6 +78,7 @@ class HfCheckpoint:
         self.warnings = (*plain, *found.family.warnings(found.config), *warnings, *card_warnings, *vocabulary.warnings)
         self.header = Header(folder, fields, infos, DEFAULT_ALIGNMENT)
         self.config: Mapping[str, Any] = found.raw
+        self.template_rules = vocabulary.rules
 
     def close(self) -> None:
         """Close the files."""

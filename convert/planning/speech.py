@@ -91,7 +91,11 @@ def speech_of(header: Header, source: Checkpoint | None, adapter: Path | None) -
     """
     # a cut base has other ids than any tokenizer
     if adapter is None or not has_tokenizer(adapter) or KEPT_FIELD in header.fields:
-        return Speech(header, choose_format(header, adapter), {})
+        chat = choose_format(header, adapter)
+        if isinstance(source, HfCheckpoint) and adapter is not None and folder_format(adapter) is not None:
+            assert chat.template is not None, "the adapter has one"
+            chat = replace(chat, template=source.template_rules.written(chat.template))
+        return Speech(header, chat, {})
     folder = source if isinstance(source, HfCheckpoint) else None
     config = dict(folder.config) if folder is not None else _config_of(header)
     generation = read_object(header.path / GENERATION_CONFIG) if folder is not None else {}
@@ -106,7 +110,7 @@ def speech_of(header: Header, source: Checkpoint | None, adapter: Path | None) -
     warnings = list(vocabulary.warnings)
     if added:
         warnings.append(f"{len(added)} tokens are the adapter's own, as its tokenizer spells them: {shown(added)}")
-    return Speech(spoken, choose_format(spoken, adapter), added, tuple(warnings))
+    return Speech(spoken, choose_format(spoken, None), added, tuple(warnings))
 
 
 def check_speakable(speech: Speech, adapter: Path, labels: Sequence[str]) -> None:

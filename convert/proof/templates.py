@@ -4,19 +4,14 @@ Hugging Face's rule is: render the template, then tokenize the text without addi
 occur twice. It is followed here with plain Jinja and the reference tokenizer, and compared with the prompts as served.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
-
-from jinja2 import TemplateError
 
 from convert.errors import VerifyFailed
-from convert.tokenizer.chat_template import TEMPLATE_FIELD, folder_format, template_environment
+from convert.tokenizer.chat_template import TEMPLATE_FIELD, folder_format
 from convert.tokenizer.pieces import read_tokenizer_config
-from convert.tokenizer.special import token_text
+from convert.tokenizer.served_template import SPACE_FIRST, ChatMessages, named_tokens, renderer
 from runtime.errors import EngineError, RequestError
 from runtime.prompt.prompter import Prompter
 
@@ -24,10 +19,7 @@ from .parity import Mismatch, TokenizerPair
 from .reference import ReferenceTokenizer
 from .torture import CONVERSATIONS
 
-ChatMessages = Sequence[Mapping[str, Any]]
-
 _CONTEXT_TOKENS = 1 << 24
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,8 @@ def check_template(
         return TemplateParity(0)
     special = set(tokenizer.special_texts)
     prompter = Prompter(tokenizer, text, _CONTEXT_TOKENS)
-    render = _renderer(chat.template, pair.folder)
+    render = renderer(chat.template, named_tokens(read_tokenizer_config(pair.folder)))
+    lead = " " if text.endswith(SPACE_FIRST + chat.template) else ""
     compared, extra_bos = 0, False
     refused, spelled = 0, list[str]()
     for place, conversation in enumerate((*conversations, *CONVERSATIONS)):
@@ -76,7 +69,8 @@ def check_template(
             tokens = list(prompter.chat(plain))
         except (EngineError, RequestError) as error:
             raise VerifyFailed(f"the template as served refuses a conversation: {error}") from error
-        extra_bos |= _compare(ours, tokens, expected, reference, tokenizer.bos)
+        # the space is not written in transformers, whose tokenizer puts it there
+        extra_bos |= _compare(ours.removeprefix(lead), tokens, expected, reference, tokenizer.bos)
         compared += 1
     warning = "the template writes no BOS: llama.cpp adds it, as to any text; training may not have had it"
     return TemplateParity(
@@ -106,27 +100,3 @@ def _compare(ours: str, tokens: list[int], expected: str, reference: ReferenceTo
             f"a prompt gets other tokens than Hugging Face's: {Mismatch(ours, tuple(tokens), tuple(theirs))}"
         )
     return extra
-
-
-def _renderer(template: str, folder: Path) -> Callable[[ChatMessages], str | None]:
-    """A function from a conversation to its prompt, None if the template refuses it."""
-    environment = template_environment()
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    config = read_tokenizer_config(folder)
-    tokens = {name: text for name in _NAMED_TOKENS if (text := token_text(config.get(name)))}
-    compiled = environment.from_string(template)
-
-    def render(conversation: ChatMessages) -> str | None:
-        try:
-            # transformers passes these two to every template, as None
-            given = {"messages": conversation, "tools": None, "documents": None, **tokens}
-            return compiled.render(add_generation_prompt=True, **given)
-        except (TemplateError, TypeError):
-            return None
-
-    return render
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)

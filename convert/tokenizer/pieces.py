@@ -75,7 +75,8 @@ class ParsedTokenizer:
 
     A vocabulary has hundreds of thousands of tokens, nearly all of them normal: `texts` maps their ids to texts, and
     `scores` (float32, by id) is set where the model has scores. `odd` holds the other tokens in full and takes
-    precedence over `texts`. `add_space_prefix`: llama.cpp puts a space before each run of text. `nfc`: the original
+    precedence over `texts`. `add_space_prefix`: llama.cpp puts a space before each run of text. `spaces_first`: the
+    original puts it only where a text begins. `nfc`: the original
     tokenizer composes Unicode (NFC) first, which llama.cpp leaves to the caller.
     """
 
@@ -86,6 +87,7 @@ class ParsedTokenizer:
     scores: np.ndarray | None = None
     merges: Sequence[bytes] | None = None
     add_space_prefix: bool | None = None
+    spaces_first: bool = False
     remove_extra_whitespaces: bool | None = None
     charsmap: bytes = b""
     added: Sequence[AddedToken] = ()

@@ -25,6 +25,7 @@ from .pieces import (
     token_table,
     with_config_tokens,
 )
+from .served_template import AS_IT_IS, TemplateRules, named_tokens
 from .spacing import NAME_THAT_STRIPS
 from .special import TokenizerFiles, special_fields
 from .tokenizer_json import read_json
@@ -41,13 +42,14 @@ class VocabularyFields:
     """All `tokenizer.*` fields of a GGUF. `size` is the number of tokens, padding included.
 
     `name_part` must occur in `general.name` if it is not empty, and no other such part may: llama.cpp derives from the
-    name how special tokens treat white space (see `general_name`).
+    name how special tokens treat white space (see `general_name`). `rules`: how a chat template is written for it.
     """
 
     fields: Mapping[str, Field]
     size: int
     warnings: tuple[str, ...]
     name_part: str = ""
+    rules: TemplateRules = AS_IT_IS
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,23 @@ def read_vocabulary(
     )
     special = special_fields(raw, tokens, _end_of_turn(chat, tokens), sentence=parsed.model != TokenizerKind.BPE)
     strips = _name_that_strips(parsed.added, tokens)
-    fields = {**_token_fields(parsed, tokens), **special.fields, **_chat_fields(chat)}
+    rules = _template_rules(described, parsed, tokens, special.fields)
+    fields = {**_token_fields(parsed, tokens), **special.fields, **_chat_fields(chat, rules)}
     chat_warnings = chat.warnings if chat is not None else ("the folder has no chat template",)
     ignored = () if strips else _ignored_flags(parsed.added)
     return VocabularyFields(
-        fields, n_rows, (*parsed.warnings, *_nfc(parsed), *ignored, *special.warnings, *chat_warnings), strips
+        fields, n_rows, (*parsed.warnings, *_nfc(parsed), *ignored, *special.warnings, *chat_warnings), strips, rules
     )
+
+
+def _template_rules(
+    described: Mapping[str, Any], parsed: ParsedTokenizer, tokens: TokenTable, special: Mapping[str, Field]
+) -> TemplateRules:
+    named = {name: text for name, text in named_tokens(described).items() if text in tokens.ids}
+    ids = {name: special.get(f"tokenizer.ggml.{name}_id") for name in ("bos_token", "eos_token")}
+    served = {name: tokens.texts[field.value] for name, field in ids.items() if field and isinstance(field.value, int)}
+    after = frozenset(token.text for token in parsed.added) if parsed.spaces_first else None
+    return TemplateRules(named, served, after)
 
 
 def _missing(folder: Path) -> TokenizerInvalid:
@@ -128,8 +141,8 @@ def _token_fields(parsed: ParsedTokenizer, tokens: TokenTable) -> dict[str, Fiel
     return fields
 
 
-def _chat_fields(chat: ChatFormat | None) -> dict[str, Field]:
-    return {} if chat is None or chat.template is None else {TEMPLATE_FIELD: Field.string(chat.template)}
+def _chat_fields(chat: ChatFormat | None, rules: TemplateRules) -> dict[str, Field]:
+    return {} if chat is None or chat.template is None else {TEMPLATE_FIELD: Field.string(rules.written(chat.template))}
 
 
 def _end_of_turn(chat: ChatFormat | None, tokens: TokenTable) -> str | None:

@@ -31,10 +31,13 @@ class Spacing:
     """The treatment of spaces.
 
     `prefix`: a space goes before each run of text. `removes_extra`: runs of spaces collapse, ends are stripped.
+
+    `first`: the space goes only where a text begins, and is left to the chat template.
     """
 
     prefix: bool
     removes_extra: bool = False
+    first: bool = False
     charsmap: bytes = b""
     warnings: Sequence[str] = ()
 
@@ -54,7 +57,7 @@ def sentence_spacing(raw: Mapping[str, Any], source: str, *, splits: bool, answe
 
     Raises TokenizerInvalid for a normalizer or pre-tokenizer that llama.cpp cannot reproduce.
     """
-    prefix = marks = removes_extra = False
+    prefix = marks = removes_extra = first = False
     charsmap = b""
     for step in _flat(raw.get("normalizer"), "normalizers"):
         match _meaning(step):
@@ -79,11 +82,12 @@ def sentence_spacing(raw: Mapping[str, Any], source: str, *, splits: bool, answe
     if metaspace is not None:
         marks = True
         scheme = metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never")
+        first = scheme == "first" and answers_chats
         prefix = scheme == "always" or (scheme == "first" and not answers_chats)
         warnings.extend(_scheme_warning(scheme, source, answers_chats=answers_chats))
     if not marks:
         raise TokenizerInvalid(f"{source} has no step that writes {SPACE_MARK} for a space, llama.cpp does; {_WAY_OUT}")
-    return Spacing(prefix, removes_extra, charsmap, tuple(warnings))
+    return Spacing(prefix, removes_extra, first, charsmap, tuple(warnings))
 
 
 def checked_charsmap(data: bytes, source: str) -> bytes:
@@ -140,7 +144,7 @@ def _scheme_warning(scheme: object, source: str, *, answers_chats: bool) -> Iter
     if scheme == "first" and answers_chats:
         yield (
             f"{source} puts a space before a text but not after a special token; llama.cpp knows always or never: "
-            "never is written, which is right for chats"
+            "never is written, and chats begin with it as the model's do"
         )
     elif scheme == "first":
         yield (

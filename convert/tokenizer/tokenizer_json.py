@@ -91,6 +91,7 @@ def _sentence_bpe(
         odd,
         _scores(cuts, max(texts) + 1),
         add_space_prefix=spacing.prefix,
+        spaces_first=spacing.first,
         added=added,
         warnings=(*spacing.warnings, *_extra_joins(vocabulary, cuts, source)),
     )
@@ -124,6 +125,7 @@ def _unigram(
         odd,
         scores,
         add_space_prefix=spacing.prefix,
+        spaces_first=spacing.first,
         remove_extra_whitespaces=spacing.removes_extra,
         charsmap=spacing.charsmap,
         added=added,

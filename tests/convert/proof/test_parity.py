@@ -219,3 +219,45 @@ def test_what_is_not_compared_is_counted_and_told(tmp_path: Path) -> None:
         "2 of 4 conversations are not compared",
     ]
     assert "'<|im_start|>'" in parity.skipped[1]
+
+
+ALPACA = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}### Response:\n{{ m['content'] }}</s>\n"
+    "{% else %}### Instruction:\n{{ m['content'] }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+PLAIN_TURNS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [ALPACA, PLAIN_TURNS, "{%- for m in messages %}{{ m['content'] }}\n{% endfor %}"])
+def test_prompts_that_begin_with_plain_text_begin_with_the_tokenizers_space(template: str, tmp_path: Path) -> None:
+    """transformers 5 saves the SentencePiece of a Llama so: a space goes before a text, none after a special token."""
+    folder = tiny.save(tiny.sentence_bpe(), tmp_path)
+    tiny.edit(folder, {"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}})
+    with_template(folder, template)
+    pair = open_pair(tiny.convert(folder), folder)
+    assert check_template(pair, []).n_compared == len(CONVERSATIONS)
+    check_tokenizer(pair, ["Hello"])
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "{{ bos_token }}",
+        "\n{{- bos_token }}",
+        "{% if bos_token %}{{ bos_token }}{% endif %}\n\n",
+        "{{ pad_token }}{{ unk_token }}",
+        "{% for m in messages %}{{ bos_token }}{% endfor %}",
+    ],
+)
+@pytest.mark.parametrize("named", [{}, {"pad_token": "<s>"}])
+def test_a_template_gets_the_special_tokens_that_transformers_gives_it(
+    start: str, named: dict[str, str], tmp_path: Path
+) -> None:
+    """A Qwen names no BOS, and common templates write it all the same; a GGUF always has one."""
+    folder = tiny.save(tiny.byte_level(tiny.QWEN2), tmp_path, bos_token=None, eos_token="<|im_end|>", **named)
+    with_template(folder, start + CHATML)
+    assert check_template(open_pair(tiny.convert(folder), folder), []).n_compared == len(CONVERSATIONS)

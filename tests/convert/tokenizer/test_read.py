@@ -369,7 +369,7 @@ def test_a_space_before_the_first_text_only_depends_on_the_chat_template(tmp_pat
     (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
     vocabulary = read_vocabulary(folder, {}, 1000)
     assert value(vocabulary, "add_space_prefix") is False
-    assert any("right for chats" in warning for warning in vocabulary.warnings)
+    assert any("never is written, and chats begin with it" in warning for warning in vocabulary.warnings)
 
 
 @pytest.mark.parametrize(
