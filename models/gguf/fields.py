@@ -46,6 +46,8 @@ _LIMITS: Mapping[str, tuple[int, int]] = {
 # Limit of every count in a model: tokens, positions, widths.
 _MOST = 1 << 30
 _SMALLEST = ("_epsilon",)
+# Gemma 3n marks the layers without sparsity so.
+_MAY_BE_ENDLESS = frozenset({"activation_sparsity_scale"})
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,8 @@ def _numbers(field: Field) -> Iterable[int | float]:
 def _check(path: Path, key: str, name: str, value: int | float) -> None:
     least, most = _LIMITS.get(name, (-_MOST, _MOST))
     if isinstance(value, float):
+        if value == -math.inf and name in _MAY_BE_ENDLESS:
+            return
         if not math.isfinite(value) or (value < 0 and name.endswith(_SMALLEST)):
             raise BadGguf(f"{str(path)!r} has {key!r} = {value}; it must be finite, and an epsilon not negative")
     elif not least <= value <= most:

@@ -34,6 +34,7 @@ BAD: dict[str, tuple[dict[str, Field], str]] = {
     "heads of a layer": ({"attention.head_count": Field.int32_array([4, -1])}, "= -1; allowed are 0 to 16384"),
     "window": ({"attention.sliding_window": Field.uint32(0xFF00_0080)}, "= 4278190208; allowed are -1073741824 to"),
     "epsilon": ({"attention.layer_norm_rms_epsilon": Field.float32(-1e-6)}, "an epsilon not negative"),
+    "sparsity": ({"activation_sparsity_scale": Field.float32_array([float("inf")])}, "= inf; it must be finite"),
     "nan": ({"rope.freq_base": Field.float32(float("nan"))}, "'tiny.rope.freq_base' = nan; it must be finite"),
 }
 
@@ -56,6 +57,7 @@ def test_an_impossible_size_is_refused_with_the_limit(tmp_path: Path, name: str)
         {"block_count": Field.uint32(512), "attention.head_count": Field.int32_array([0, 4])},
         {"rope.freq_base": Field.float32(1e6), "context_length": Field.uint32(10_485_760)},
         {"sign": Field.float32(-1), "attention.layer_norm_epsilon": Field.float32(0)},
+        {"activation_sparsity_scale": Field.float32_array([1.6, float("-inf")])},
     ],
 )
 def test_sizes_of_real_models_are_accepted(fields: Mapping[str, Field]) -> None:
