@@ -36,6 +36,12 @@ _PARTS: Mapping[str, str] = {
 }
 _NAME = re.compile(rf"{re.escape(_PREFIX)}([A-Za-z0-9_.]+?)\.({'|'.join(map(re.escape, _PARTS))})")
 
+# `lora_A.default.weight`: parts of a module, and the adapter's name among its parts
+_WITH_ADAPTER = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|trainable_tokens_delta)"
+    r"\.(?!(?:weight|bias)$)[A-Za-z0-9_-]+(?=\.|$)"
+)
+
 _Parts = Mapping[str, SavedTensor]
 
 
@@ -104,7 +110,9 @@ def _modules(file: SafetensorsFile) -> dict[str, dict[str, SavedTensor]]:
     """Module -> its tensors by their name here, each checked to be readable and finite."""
     modules: dict[str, dict[str, SavedTensor]] = {}
     for name, tensor in file.tensors.items():
-        match = _NAME.fullmatch(name)
+        if ".original_module." in name:  # the base's own, which PEFT keeps beside a saved module
+            continue
+        match = _NAME.fullmatch(_saved_name(name))
         if match is None:
             raise AdapterInvalid(
                 f"adapter tensor {name!r} is not supported: known are '{_PREFIX}MODULE.' and one of {', '.join(_PARTS)}"
@@ -116,6 +124,12 @@ def _modules(file: SafetensorsFile) -> dict[str, dict[str, SavedTensor]]:
     if not modules:
         raise AdapterInvalid(f"{str(file.path)!r} holds no tensors")
     return modules
+
+
+def _saved_name(name: str) -> str:
+    """The name that PEFT saves a tensor under: without the adapter's own name, which a bare state_dict has in it."""
+    plain = _WITH_ADAPTER.sub(r".\1", name)
+    return plain.replace(".modules_to_save.", ".")
 
 
 def _checked(saved: SavedTensor) -> SavedTensor:

@@ -30,6 +30,47 @@ def test_each_dtype_is_widened_exactly(tmp_path: Path, dtype: str) -> None:
     assert not adapter.is_zero
 
 
+def test_the_names_of_a_bare_state_dict_are_read(tmp_path: Path) -> None:
+    """`torch.save(model.state_dict())` and trainers that filter it by 'lora_' leave the adapter's name in."""
+    saved = {
+        f"{EMBEDDING}.lora_embedding_A": np.ones((4, 8)),
+        f"{EMBEDDING}.lora_embedding_B": np.ones((6, 4)),
+        "base_model.model.lm_head.weight": np.ones((6, 8)),
+        f"{Q0}.lora_magnitude_vector": np.ones(64),
+    }
+    tensors = {**adapter_tensors(), **saved}
+    plain: dict[str, Any] = {"modules_to_save": ["lm_head"], "use_dora": True}
+    usual = {name: array for name, array in tensors.items() if "magnitude" in name or "lora" not in name}
+    usual |= {name: array for name, array in tensors.items() if Q0 in name}
+    bare = {
+        "base_model.model.lm_head.original_module.weight": np.zeros((6, 8)),
+        "base_model.model.lm_head.modules_to_save.default.weight": np.ones((6, 8)),
+        f"{Q0}.lora_magnitude_vector.default.weight": np.ones(64),
+        **{
+            re.sub(r"lora_([AB])", r"lora_\1.my-adapter_2", name): array
+            for name, array in usual.items()
+            if "lora_A" in name or "lora_B" in name
+        },
+    }
+    one = read_adapter(write_adapter(tmp_path / "one", usual, **plain))
+    two = read_adapter(write_adapter(tmp_path / "two", bare, **plain))
+    assert one.loras.keys() == two.loras.keys() == {Q0.removeprefix("base_model.model.")}
+    assert one.saved.keys() == two.saved.keys() == {"lm_head.weight"}
+    embedded = {name: array for name, array in saved.items() if "embedding" in name}
+    renamed = {f"{name}.default": array for name, array in embedded.items()}
+    assert read_adapter(write_adapter(tmp_path / "three", renamed)).loras.keys() == {"model.embed_tokens"}
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
+    tensors = {
+        name.replace(".weight", f".{which}.weight"): array
+        for name, array in adapter_tensors().items()
+        for which in ("default", "other")
+    }
+    with pytest.raises(AdapterInvalid, match="which occurs twice"):
+        read_adapter(write_adapter(tmp_path / "adapter", tensors))
+
+
 def test_bfloat16_bits_are_the_upper_half_of_float32(tmp_path: Path) -> None:
     tensors = {name: np.full_like(array, 1 / 3) for name, array in adapter_tensors().items()}
     lora = read_adapter(write_adapter(tmp_path / "adapter", tensors, dtype="BF16")).loras["model.layers.0.mlp.up_proj"]
