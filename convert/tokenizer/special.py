@@ -75,8 +75,7 @@ def special_fields(
     """
     ids, texts = tokens.ids, tokens.texts
     roles = {role: found for role in _ROLES if (found := _role(role, folder, ids, len(texts))) is not None}
-    ends = _ends(folder, ids, len(texts))
-    warnings: list[str] = []
+    ends, warnings = _ends(folder, ids, len(texts))
     if sentence and "unk" not in roles:
         roles |= [("unk", int(index)) for index in np.flatnonzero(tokens.kinds == TokenType.UNKNOWN)[:1]]
     places, unplaced = _places(ends, texts, ids.get(end_of_turn or ""))
@@ -112,20 +111,26 @@ def _configured(config: Mapping[str, Any], key: str) -> Any:
     return config[key] if config.get(key) is not None else part(config, "text_config").get(key)
 
 
-def _ends(folder: TokenizerFiles, ids: Mapping[str, int], size: int) -> list[int]:
-    """Every id that ends an answer, the one of tokenizer_config.json first."""
+def _ends(folder: TokenizerFiles, ids: Mapping[str, int], size: int) -> tuple[list[int], list[str]]:
+    """Every id that ends an answer, the one of tokenizer_config.json first; and warnings.
+
+    An id beyond the vocabulary is left out, as a model cannot write it. Raises TokenizerInvalid if no id is left.
+    """
     found = [ids[text]] if (text := token_text(folder.tokenizer_config.get("eos_token"))) in ids else []
+    beyond: list[int] = []
     for config in (folder.generation_config, folder.config):
         named = _configured(config, "eos_token_id")
         for index in named if isinstance(named, list) else [named]:
             if index is None:
                 continue
-            if not is_id(index) or index >= size:
+            if not is_id(index):
                 raise TokenizerInvalid(f"eos_token_id names {index!r}, the vocabulary has {size} tokens")
-            found.append(index)
+            (found if index < size else beyond).append(index)
     if not found:
-        raise TokenizerInvalid("no token ends an answer: name one as eos_token in tokenizer_config.json")
-    return list(dict.fromkeys(found))
+        told = f"eos_token_id names {beyond[0]}, the vocabulary has {size} tokens; " if beyond else ""
+        raise TokenizerInvalid(f"{told}no token ends an answer: name one as eos_token in tokenizer_config.json")
+    warnings = [f"eos_token_id names {index}, which is left out: the vocabulary has {size} tokens" for index in beyond]
+    return list(dict.fromkeys(found)), list(dict.fromkeys(warnings))
 
 
 def _places(ends: Sequence[int], texts: Sequence[str], turn: int | None) -> tuple[dict[str, int], list[int]]:

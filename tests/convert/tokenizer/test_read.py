@@ -248,8 +248,21 @@ def test_the_templates_mark_ends_a_turn(folder: Path) -> None:
     assert vocabulary.fields["tokenizer.chat_template"].value == "{{ messages[0]['content'] }}<|im_end|>"
 
 
-@pytest.mark.parametrize("config", [{"eos_token_id": 704}, {"eos_token_id": [-1]}, {"eos_token_id": "</s>"}], ids=str)
-def test_an_end_out_of_range_is_refused(folder: Path, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("named", [704, [701, 704]], ids=str)
+def test_an_end_beyond_the_vocabulary_is_left_out_and_told(folder: Path, named: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    vocabulary = read_vocabulary(folder, {"eos_token_id": named}, 704)
+    assert value(vocabulary, "eos_token_id") == 701
+    told = [warning for warning in vocabulary.warnings if "eos_token_id" in warning]
+    assert told == ["eos_token_id names 704, which is left out: the vocabulary has 704 tokens"]
+    configure(folder)
+    if named == 704:
+        with pytest.raises(TokenizerInvalid, match=r"eos_token_id names 704, .*; no token ends an answer"):
+            read_vocabulary(folder, {"eos_token_id": named}, 704)
+
+
+@pytest.mark.parametrize("config", [{"eos_token_id": [-1]}, {"eos_token_id": "</s>"}], ids=str)
+def test_an_end_that_is_no_id_is_refused(folder: Path, config: dict[str, Any]) -> None:
     with pytest.raises(TokenizerInvalid, match="eos_token_id names"):
         read_vocabulary(folder, config, 704)
 
