@@ -13,7 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from models.errors import BadGguf
 
-from .fields import TOKENS, Field, HeadReader, check_fields, check_vocabulary, open_head, read_fields
+from .fields import MAGIC, TOKENS, Field, HeadReader, check_fields, check_vocabulary, open_head, read_fields
 
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
@@ -115,6 +115,15 @@ class GgufMeta:
     def n_vocab(self) -> int:
         """Size of the vocabulary; 0 without one."""
         return self.lengths.get(TOKENS, 0)
+
+
+def is_gguf(path: Path) -> bool:
+    """True if the file at `path` begins as GGUF files do, whatever it is called; False if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def read_header(path: Path) -> Header:

@@ -18,6 +18,7 @@ from platformdirs import user_data_path
 
 from models.common.files import Progress, discard, sha256_file, sync
 from models.errors import BadManifest, HashMismatch, ModelNotFound, StoreError
+from models.gguf.header import is_gguf
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, read_manifest
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -83,13 +84,13 @@ class Store:
         if _NAME.fullmatch(text) and (self._models / text / MANIFEST_FILE).is_file():
             return self.get(text)
         path = Path(name_or_path).expanduser()
-        if path.suffix == ".gguf" and path.is_file():
+        if path.is_file() and (path.suffix.lower() == ".gguf" or is_gguf(path)):
             return StoredModel(path.stem, path.parent, None, path)
         if (path / MANIFEST_FILE).is_file():
             return _open_folder(path)
         fix = f"; try: deskside pull {text}" if _NAME.fullmatch(text) else ""
         raise ModelNotFound(
-            f"{text!r} is neither an installed model, nor a model folder, nor a .gguf file; {self._installed()}{fix}"
+            f"{text!r} is neither an installed model, nor a model folder, nor a GGUF file; {self._installed()}{fix}"
         )
 
     @contextmanager

@@ -11,6 +11,7 @@ import pytest
 from models.errors import BadManifest, HashMismatch, ModelError, ModelNotFound, StoreError
 from models.manifest import MANIFEST_FILE
 from models.store.store import Store, default_home
+from tests.support.convert.tiny import write_model
 from tests.support.models.build import CONTENT, fill
 
 HOSTILE = ["../x", "x/../../y", "/etc", "", ".", "..", ".hidden", "Upper", "a b", "x\n", "x" * 65, "a\\b"]
@@ -57,6 +58,18 @@ def test_resolve_takes_a_name_a_folder_or_a_file(store: Store, tmp_path: Path) -
     assert store.resolve(tmp_path).name == "elsewhere"
     bare = store.resolve(str(tmp_path / "tiny.gguf"))
     assert (bare.name, bare.folder, bare.manifest) == ("tiny", tmp_path, None)
+
+
+@pytest.mark.parametrize("name", ["Tiny.GGUF", "sha256-0123abcd", "model.bin"])
+def test_a_gguf_file_is_known_by_its_content(store: Store, tmp_path: Path, name: str) -> None:
+    """Ollama's blobs and caches have no suffix, other tools write it in capitals."""
+    file = write_model(tmp_path / name)
+    assert store.resolve(str(file)).gguf == file
+    assert store.resolve(file).name == file.stem
+    other = tmp_path / "words.bin"
+    other.write_bytes(b"GGU, but no model")
+    with pytest.raises(ModelNotFound, match="nor a GGUF file"):
+        store.resolve(other)
 
 
 def test_an_unresolved_name_lists_the_installed_models_and_the_fix(store: Store) -> None:
