@@ -16,6 +16,17 @@ ConvertError
     └── QuantizationUnknown  no quantization of that name
 """
 
+from codecs import BOM_UTF8
+from contextlib import suppress
+from pathlib import Path
+
+CLASSIFICATION_HEAD = (
+    "it has a classification head, which writes no text and which llama.cpp does not run. Train the labels as text: "
+    "the same base as a causal language model (AutoModelForCausalLM, task_type CAUSAL_LM), on prompts with the "
+    "labels as answers"
+)
+"""The end of a message about a model or an adapter for classification, with the way out."""
+
 
 class ConvertError(Exception):
     """Base of all errors of `convert`."""
@@ -71,3 +82,24 @@ class RequestInvalid(ConvertError):
 
 class QuantizationUnknown(RequestInvalid):
     """No quantization of that name."""
+
+
+def json_fault(path: Path, error: Exception) -> str:
+    """A message for a file that is not valid JSON, with the way out where the file is JSON but for its first bytes."""
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(BOM_UTF8)) == BOM_UTF8:
+            return (
+                f"{str(path)!r} begins with a byte order mark, which JSON does not allow: save it as UTF-8 without one "
+                f"(tail -c +{len(BOM_UTF8) + 1} FILE > NEW)"
+            )
+    return f"{str(path)!r} is not valid JSON: {error}"
+
+
+def inner_folder(folder: Path, name: str) -> str:
+    """A hint at the subfolder with the file `name`, as trainers write them (checkpoint-500); empty without one."""
+    with suppress(OSError):
+        found = [path.parent for path in folder.glob(f"*/{name}")]
+        if found:
+            newest = max(found, key=lambda path: (path.stat().st_mtime, path.name))
+            return f"; {str(newest)!r} has one: give that folder"
+    return ""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
 
-from convert.errors import SourceInvalid
+from convert.errors import CLASSIFICATION_HEAD, SourceInvalid
 from convert.families.base import Family, Weight
 from convert.families.names import interleave_halves
 from convert.tokenizer.read import VocabularyFields
@@ -31,6 +31,7 @@ from .shards import Place, Shards
 _FILE_TYPE_F16 = 1
 _F32 = GGMLQuantizationType.F32
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEADS = ("score.", "classifier.", "qa_outputs.")
 # A slab takes several forms on its way to the file: small enough to stay in the processor's cache.
 CACHED_SLAB_ELEMENTS = 1 << 18
 
@@ -162,6 +163,8 @@ def _plan(folder: Path, found: FolderConfig, named: Mapping[str, Place]) -> dict
     family, config = found.family, found.config
     weights = [(weight, _sources(folder, weight, named)) for weight in family.weights(config)]
     expected = {source for weight, _ in weights for source in weight.sources}
+    if heads := sorted(name for name in named.keys() - expected if name.startswith(_HEADS)):
+        raise SourceInvalid(f"{str(folder)!r} holds {heads[0]!r}: {CLASSIFICATION_HEAD}")
     if unknown := sorted(named.keys() - expected):
         raise SourceInvalid(
             f"{str(folder)!r} holds {len(unknown)} tensors that config.json does not explain, such as {unknown[0]!r}"
@@ -191,8 +194,9 @@ def _sources(folder: Path, weight: Weight, named: Mapping[str, Place]) -> list[P
             raise SourceInvalid(f"{str(folder)!r} has no tensor {source!r}, which config.json asks for")
         path, tensor = str(place.file.path), place.tensor
         if tensor.shape != weight.shape:
+            hint = _rows_hint(tensor.shape, weight.shape) if source in {_OUTPUT, _EMBEDDING} else ""
             raise SourceInvalid(
-                f"{path!r}: tensor {tensor.name!r} has shape {tensor.shape}; by config.json it is {weight.shape}"
+                f"{path!r}: tensor {tensor.name!r} has shape {tensor.shape}; by config.json it is {weight.shape}{hint}"
             )
         if tensor.dtype not in READABLE:
             raise SourceInvalid(
@@ -200,6 +204,16 @@ def _sources(folder: Path, weight: Weight, named: Mapping[str, Place]) -> list[P
             )
         found.append(place)
     return found
+
+
+def _rows_hint(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """The way out where tokens were added, and config.json or one of the two matrices has the number of before."""
+    if len(found) != len(wanted) or found[1:] != wanted[1:]:
+        return ""
+    return (
+        f". If tokens were added: set 'vocab_size' to {found[0]} in config.json if both matrices have that many rows, "
+        "else call `model.resize_token_embeddings(len(tokenizer))` and save the model again"
+    )
 
 
 def _info(name: str, tensor: _PlannedTensor) -> TensorInfo:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.checkpoint.safetensors import SafetensorsFile
-from convert.errors import AdapterInvalid, SourceInvalid
+from convert.errors import CLASSIFICATION_HEAD, AdapterInvalid, SourceInvalid
 from models.common.files import sha256_file
 
 from .changes import Lora, ReplaceRows, SavedTensor
@@ -36,6 +36,7 @@ _PARTS: Mapping[str, str] = {
 }
 _NAME = re.compile(rf"{re.escape(_PREFIX)}([A-Za-z0-9_.]+?)\.({'|'.join(map(re.escape, _PARTS))})")
 
+_HEAD = re.compile(r"^base_model\.model\.(score|classifier|qa_outputs|summary)\.")
 # `lora_A.default.weight`: parts of a module, and the adapter's name among its parts
 _WITH_ADAPTER = re.compile(
     r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|trainable_tokens_delta)"
@@ -110,6 +111,8 @@ def _modules(file: SafetensorsFile) -> dict[str, dict[str, SavedTensor]]:
     """Module -> its tensors by their name here, each checked to be readable and finite."""
     modules: dict[str, dict[str, SavedTensor]] = {}
     for name, tensor in file.tensors.items():
+        if _HEAD.search(name):
+            raise AdapterInvalid(f"{str(file.path)!r} holds {name!r}: {CLASSIFICATION_HEAD}")
         if ".original_module." in name:  # the base's own, which PEFT keeps beside a saved module
             continue
         match = _NAME.fullmatch(_saved_name(name))

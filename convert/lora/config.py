@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from convert.errors import AdapterInvalid
+from convert.errors import AdapterInvalid, inner_folder, json_fault
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 MAX_PATTERN_LENGTH = 256
@@ -38,6 +38,11 @@ _HARMLESS = {
 }  # fmt: skip
 # These initialisations change the base's weights, and the adapter fits the changed base only.
 _BASE_CHANGING_INIT = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+_MLX_KEYS = ("lora_parameters", "fine_tune_type", "adapter_path")
+_MLX_WEIGHTS = "adapters.safetensors"
+_PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
 
 
 class LoraConfig(BaseModel):
@@ -85,10 +90,15 @@ def read_config(folder: Path) -> LoraConfig:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        message = f"{str(folder)!r} is not a PEFT adapter folder: it has no {ADAPTER_CONFIG_FILE!r}"
+        hint = inner_folder(folder, ADAPTER_CONFIG_FILE)
+        if not hint and (folder / "config.json").is_file():
+            hint = ": it is a whole model, give it as SOURCE"
+        message = f"{str(folder)!r} is not a PEFT adapter folder: it has no {ADAPTER_CONFIG_FILE!r}{hint}"
         raise AdapterInvalid(message) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise AdapterInvalid(f"{str(file)!r} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterInvalid(json_fault(file, error)) from error
     if not isinstance(raw, dict):
         raise AdapterInvalid(f"{str(file)!r} must hold a JSON object, got {type(raw).__name__}")
     _refuse_variants(file, raw)
@@ -102,8 +112,8 @@ def read_config(folder: Path) -> LoraConfig:
 
 
 def _refuse_variants(file: Path, raw: Mapping[str, Any]) -> None:
-    if raw.get("peft_type") != "LORA":
-        raise AdapterInvalid(f"{str(file)!r}: peft_type is {raw.get('peft_type')!r}, only 'LORA' can be merged")
+    if (kind := raw.get("peft_type")) != "LORA":
+        raise AdapterInvalid(f"{str(file)!r}: {_other_kind(file.parent, kind, raw)}")
     for setting, reason in _REFUSED.items():
         if raw.get(setting):
             raise AdapterInvalid(f"{str(file)!r}: {setting} = {raw[setting]!r} is not supported: {reason}")
@@ -118,6 +128,24 @@ def _refuse_variants(file: Path, raw: Mapping[str, Any]) -> None:
             f"{str(file)!r}: init_lora_weights = {init!r} changes the base's weights; convert the adapter to a plain "
             "LoRA with PEFT first (path_initial_model_for_weight_conversion)"
         )
+
+
+def _other_kind(folder: Path, kind: object, raw: Mapping[str, Any]) -> str:
+    """What an adapter is that is no LoRA of PEFT, and the way out."""
+    if kind is None and (any(key in raw for key in _MLX_KEYS) or (folder / _MLX_WEIGHTS).is_file()):
+        return (
+            "this is an adapter of MLX, not of PEFT: fuse it (mlx_lm.fuse --model BASE --adapter-path DIR --save-path "
+            "OUT, with --dequantize for a quantized base) and convert OUT"
+        )
+    if kind in _PROMPTS:
+        return (
+            f"peft_type is {kind!r}, which puts trained vectors before the prompt instead of changing weights, and "
+            "llama.cpp has no place for them: train a LoRA"
+        )
+    return (
+        f"peft_type is {kind!r}, only 'LORA' can be merged here: merge it with PEFT (merge_and_unload, then "
+        "save_pretrained of model and tokenizer) and convert the merged folder"
+    )
 
 
 def _check_patterns(file: Path, config: LoraConfig) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from convert.errors import TemplateInvalid
+from convert.errors import TemplateInvalid, json_fault
 from models.gguf.header import Header
 from runtime.prompt.template import GenerationTag
 
@@ -93,7 +93,7 @@ def _configured(config: Path) -> dict[str, str]:
     try:
         raw = json.loads(_read(config, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
-        raise TemplateInvalid(f"{str(config)!r} is not valid JSON: {error}") from error
+        raise TemplateInvalid(json_fault(config, error)) from error
     template: Any = raw.get("chat_template") if isinstance(raw, dict) else None
     if isinstance(template, str):
         return {"default": template}

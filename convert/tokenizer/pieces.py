@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from pydantic_core import from_json
 
-from convert.errors import TokenizerInvalid
+from convert.errors import TokenizerInvalid, json_fault
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
@@ -115,9 +115,12 @@ def token_table(parsed: ParsedTokenizer, n_rows: int, source: str) -> TokenTable
     if last < 0:
         raise TokenizerInvalid(f"{source} holds no tokens")
     if last >= n_rows:
+        added = parsed.odd[last].text if last in parsed.odd else parsed.texts[last]
         raise TokenizerInvalid(
             f"the tokenizer is larger than the embedding: {source} has token ids up to {last}, "
-            f"the model has {n_rows} rows; was a token added without resizing the model?"
+            f"the model has {n_rows} rows. A token was added ({added!r}) without resizing the model: call "
+            "`model.resize_token_embeddings(len(tokenizer))` and save both, or, if it was never trained (a pad token), "
+            "save the base's tokenizer beside the model"
         )
     unused = [index for index in range(n_rows) if index not in parsed.texts]
     odd = {index: Piece(f"[PAD{index}]", TokenType.UNUSED, _UNUSED_SCORE) for index in unused} | dict(parsed.odd)
@@ -162,7 +165,7 @@ def read_object(file: Path) -> dict[str, Any]:
         # cached strings would keep the memory of the whole parse alive
         found = from_json(read_bytes(file), cache_strings="none")
     except ValueError as error:
-        raise TokenizerInvalid(f"{str(file)!r} is not valid JSON: {error}") from error
+        raise TokenizerInvalid(json_fault(file, error)) from error
     if not isinstance(found, dict):
         raise TokenizerInvalid(f"{str(file)!r} holds a {type(found).__name__}, a JSON object is needed")
     return found

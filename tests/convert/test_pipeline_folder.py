@@ -316,8 +316,8 @@ def test_an_unknown_family_is_refused_with_the_way_out(store: Store, checkpoint:
     for file in checkpoint.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
-    with pytest.raises(ArchitectureUnknown, match=r"MambaForCausalLM.*--gguf"):
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(ArchitectureUnknown, match=r"GPT2LMHeadModel.*--gguf"):
         convert(ConvertRequest(source=str(folder), name="tiny"), store, Notes())
 
 

@@ -199,6 +199,11 @@ def only_an_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
+def only_a_subfolder(folder: Path) -> None:
+    (folder / "checkpoint-20").mkdir()
+    (folder / "config.json").rename(folder / "checkpoint-20" / "config.json")
+
+
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "training_args.bin").write_bytes(b"")
@@ -267,6 +272,27 @@ def yarn(**settings: Any) -> Callable[[Path], None]:
 
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (no_config, "has no 'config.json'$"),
+    "in a subfolder": (only_a_subfolder, "has no 'config.json'; '.*checkpoint-20' has one: give that folder"),
+    "classification": (
+        setting(architectures=["LlamaForSequenceClassification"]),
+        "'LlamaForSequenceClassification': it has a classification head, .*Train the labels as text",
+    ),
+    "a head without a class": (
+        tensor("score.weight", np.ones((3, 64))),
+        "holds 'score.weight': it has a classification",
+    ),
+    "recurrent": (
+        setting(architectures=["Lfm2ForCausalLM"]),
+        "'Lfm2ForCausalLM', whose layers are recurrent: .* Fine-tune a base of one of these instead: LlamaForCausalLM",
+    ),
+    "byte order mark": (
+        text("config.json", "\ufeff{}"),
+        r"config.json' begins with a byte order mark, .*: save it as UTF-8 without one \(tail -c \+4",
+    ),
+    "more rows": (
+        tensor("model.embed_tokens.weight", np.ones((80, 64))),
+        r"has shape \(80, 64\); by config.json it is \(72, 64\). If tokens were added: set 'vocab_size' to 80 ",
+    ),
     "an adapter": (only_an_adapter, "holds an adapter, give it with --adapter"),
     "config is not valid JSON": (text("config.json", "{'a': 1}"), "config.json' is not valid JSON"),
     "config is no table": (text("config.json", "[1]"), "holds a list; it must be a table"),
@@ -319,7 +345,8 @@ def test_bad_input_is_refused_with_its_own_message(tmp_path: Path, case: str) ->
     spoil, message = BAD[case]
     folder = write_folder(tmp_path / "folder")
     spoil(folder)
-    assert str(folder) in refused(folder, message)
+    kind = ArchitectureUnknown if case in {"classification", "recurrent"} else SourceInvalid
+    assert str(folder) in refused(folder, message, kind)
 
 
 def test_yarn_settings_that_llama_cpp_computes_with_are_accepted(tmp_path: Path) -> None:
@@ -330,12 +357,12 @@ def test_yarn_settings_that_llama_cpp_computes_with_are_accepted(tmp_path: Path)
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones_and_a_workaround(tmp_path: Path) -> None:
-    namings: list[Any] = [["MambaForCausalLM"], [], None, "LlamaForCausalLM", [{}]]
+    namings: list[Any] = [["GPT2LMHeadModel"], [], None, "LlamaForCausalLM", [{}]]
     for named in namings:
         folder = write_folder(tmp_path / "folder", architectures=named)
         message = refused(folder, "known are LlamaForCausalLM, .*StableLmForCausalLM.*--gguf FILE", ArchitectureUnknown)
-        if named == ["MambaForCausalLM"]:
-            assert "'MambaForCausalLM'" in message
+        if named == ["GPT2LMHeadModel"]:
+            assert "'GPT2LMHeadModel'" in message
 
 
 def test_weights_of_another_type_are_refused(tmp_path: Path) -> None:

@@ -308,3 +308,49 @@ def test_an_adapter_that_trained_anything_else_is_not_zero(
     zero = {name: 0 * array for name, array in adapter_tensors().items()}
     assert read_adapter(write_adapter(tmp_path / "zero", zero)).is_zero
     assert not read_adapter(write_adapter(tmp_path / "adapter", {**zero, **more}, **config)).is_zero
+
+
+OTHER_KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "MLX": (
+        {"peft_type": None, "lora_parameters": {"rank": 8}},
+        "an adapter of MLX, not of PEFT: fuse it .mlx_lm.fuse",
+    ),
+    "IA3": ({"peft_type": "IA3"}, "only 'LORA' can be merged here: merge it with PEFT .merge_and_unload"),
+    "no kind": ({"peft_type": None}, "peft_type is None, only 'LORA' can be merged here"),
+    "prompts": ({"peft_type": "PREFIX_TUNING"}, "trained vectors before the prompt .*: train a LoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_another_kind_of_adapter_is_told_with_the_way_out(tmp_path: Path, kind: str) -> None:
+    config, reason = OTHER_KINDS[kind]
+    with pytest.raises(AdapterInvalid, match=reason):
+        read_adapter(write_adapter(tmp_path / "adapter", **config))
+
+
+def test_a_folder_without_an_adapter_is_told_with_what_it_is(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "out" / "checkpoint-20")
+    with pytest.raises(
+        AdapterInvalid, match=r"has no 'adapter_config.json'; '.*checkpoint-20' has one: give that folder"
+    ):
+        read_adapter(tmp_path / "out")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(AdapterInvalid, match="it is a whole model, give it as SOURCE"):
+        read_adapter(tmp_path / "model")
+    marked = write_adapter(tmp_path / "marked") / "adapter_config.json"
+    marked.write_text("\ufeff" + marked.read_text())
+    with pytest.raises(AdapterInvalid, match="begins with a byte order mark"):
+        read_adapter(tmp_path / "marked")
+
+
+@pytest.mark.parametrize("head", ["score", "classifier"])
+def test_an_adapter_with_a_classification_head_is_told_what_to_train(tmp_path: Path, head: str) -> None:
+    tensors = adapter_tensors() | {f"base_model.model.{head}.weight": np.ones((3, 64))}
+    folder = write_adapter(tmp_path / "adapter", tensors, task_type="SEQ_CLS", modules_to_save=[head])
+    with pytest.raises(
+        AdapterInvalid, match=rf"{head}.weight': it has a classification head, .*Train the labels as text"
+    ):
+        read_adapter(folder)
+    plain = write_adapter(tmp_path / "plain", task_type="SEQ_CLS")
+    assert len(read_adapter(plain).loras) == 14, "a flag is not believed over the tensors"

@@ -92,5 +92,7 @@ def test_a_score_beyond_float32_is_refused(score: Any, tmp_path: Path) -> None:
 )
 def test_nearly_valid_json_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(TokenizerInvalid, match=r"tokenizer.json' is not valid JSON: .* at line 1"):
+    with pytest.raises(
+        TokenizerInvalid, match=r"tokenizer.json' (is not valid JSON: .* at line 1|begins with a byte order mark)"
+    ):
         read_vocabulary(tmp_path, {}, 1000)
