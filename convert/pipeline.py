@@ -23,7 +23,7 @@ from convert.planning.request import ConvertRequest
 from convert.planning.speech import check_speakable, speech_folders, speech_of
 from convert.proof.adapter import verify_adapter
 from convert.proof.proof import Proof
-from convert.proof.runs import verify_runs
+from convert.proof.runs import check_kind, verify_runs
 from convert.quantize.imatrix import IMATRIX_FILE
 from convert.quantize.quantize import HALF_PRECISION, disk_need, quantize, spec_named
 from convert.selection.by_examples import Built, choose_by_examples
@@ -83,6 +83,7 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         if proof is not None:
             stack.callback(proof.close)
         checkpoint = stack.enter_context(closing(open_checkpoint(inputs.origin.path)))
+        check_kind(checkpoint.header)
         read_back: set[str] = set()
         staging = store.staging(inputs.manifest.name, replace=request.replace, read_back=read_back)
         folder = stack.enter_context(staging)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from convert.child import Child, read_job, tell
-from convert.errors import VerifyFailed
+from convert.errors import SourceInvalid, VerifyFailed
+from convert.families import BY_ARCHITECTURE
+from models.gguf.header import Header
 from runtime.config import RuntimeConfig
 from runtime.errors import EngineError
 from runtime.llama.decode import last_logits
-from runtime.llama.model import Llama, LoadOptions, load
+from runtime.llama.model import Llama, LoadOptions, load, require_servable
 from runtime.llama.rotations import short_set
 
 if TYPE_CHECKING:
@@ -39,6 +41,20 @@ def verify_runs(path: Path, chat: "ChatFormat", meanwhile: Callable[[], None] = 
     if code != 0:
         end = f"llama.cpp ended with {signal.Signals(-code).name}: " if code < 0 else ""
         raise VerifyFailed(f"{end}{complaint}")
+
+
+def check_kind(header: Header) -> None:
+    """Raise SourceInvalid for a GGUF of a kind that is not served, before any work is done.
+
+    A family of ours needs no look: llama.cpp reads the whole vocabulary for it.
+    """
+    if header.architecture in BY_ARCHITECTURE or not header.path.is_file():
+        return
+    try:
+        require_servable(header.path)
+    except EngineError as error:
+        families = ", ".join(sorted(BY_ARCHITECTURE))
+        raise SourceInvalid(f"{error}. Fine-tune a base of one of these families instead: {families}") from error
 
 
 def check_runs(path: Path, template: str | None, end_of_turn: int | None) -> None:

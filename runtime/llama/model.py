@@ -161,11 +161,22 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
         repack=options.repack,
         long_prompts=options.long_prompts,
     )
+    _require_decoder(model, path)
+    return Llama(model, path, options, gpu_layers)
+
+
+def require_servable(path: Path) -> None:
+    """Raise LoadFailed for a model of a kind that the engine cannot run, as `load` does, but without its weights."""
+    _require_decoder(ModelHandle(path, vocab_only=True), path)
+
+
+def _require_decoder(model: ModelHandle, path: Path) -> None:
     if not llama_cpp.llama_model_has_decoder(model.pointer) or llama_cpp.llama_model_has_encoder(model.pointer):
         raise LoadFailed(f"{str(path)!r} is {model.description()}: only decoder-only models write text here")
     if llama_cpp.llama_model_is_recurrent(model.pointer) or llama_cpp.llama_model_is_hybrid(model.pointer):
-        raise LoadFailed(f"{str(path)!r} is {model.description()}: recurrent models cannot share prefixes")
-    return Llama(model, path, options, gpu_layers)
+        raise LoadFailed(
+            f"{str(path)!r} is {model.description()}: recurrent models cannot share prefixes, and are not served"
+        )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -1,13 +1,22 @@
 """The first decode of a converted file, in a child process."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from convert.errors import VerifyFailed
-from convert.proof.runs import verify_runs
+from convert.errors import SourceInvalid, VerifyFailed
+from convert.gguf_writer import write_head
+from convert.pipeline import convert
+from convert.planning.request import ConvertRequest
+from convert.proof.runs import check_kind, verify_runs
 from convert.tokenizer.chat_template import ChatFormat
+from models.gguf.fields import Field
+from models.gguf.header import read_header
+from models.store.store import Store
 from tests.support.convert.tiny import END, write_model
+
+from ..test_pipeline import Notes
 
 NO_CHAT = ChatFormat(None, None, "nowhere")
 
@@ -43,3 +52,22 @@ def test_an_error_meanwhile_is_raised(tmp_path: Path) -> None:
 
     with pytest.raises(VerifyFailed, match="the disk has another"):
         verify_runs(write_model(tmp_path / "x.gguf"), NO_CHAT, fail)
+
+
+def test_a_kind_that_is_not_served_is_told_before_any_work(tmp_path: Path) -> None:
+    """A Mamba, of which llama.cpp needs its own sizes to read even the vocabulary."""
+    header = read_header(write_model(tmp_path / "base.gguf", "llama"))
+    sizes = {"conv_kernel": 4, "inner_size": 128, "state_size": 16, "time_step_rank": 4}
+    fields = {
+        **{key.replace("llama.", "mamba."): field for key, field in header.fields.items()},
+        **{f"mamba.ssm.{key}": Field.uint32(size) for key, size in sizes.items()},
+        "general.architecture": Field.string("mamba"),
+    }
+    path = tmp_path / "mamba.gguf"
+    write_head(path, fields, 32)
+    with pytest.raises(SourceInvalid, match=r"recurrent models cannot share prefixes, .* of one of these families"):
+        check_kind(replace(header, path=path, fields=fields))
+    store, notes = Store(tmp_path / "home"), Notes()
+    with pytest.raises(SourceInvalid, match="recurrent models cannot share prefixes"):
+        convert(ConvertRequest(source=str(path), name="mine"), store, notes)
+    assert not [stage for stage in notes.stages if stage.startswith("write")]
