@@ -96,7 +96,7 @@ def pull_command(
     as_json: bool = False,
     build: "Build | None" = None,
 ) -> None:
-    """Install a model by its catalogue name or hf:// address. `build` builds recipes: `models` cannot convert.
+    """Install a model by its catalogue name, hf:// address or path. `build` builds recipes: `models` cannot convert.
 
     `runtime.cli.main` declares the options and passes `build`.
     """

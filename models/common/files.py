@@ -32,6 +32,19 @@ def sha256_file(path: Path, progress: Progress | None = None) -> str:
     return digest.hexdigest()
 
 
+def copy_file(source: Path, target: Path, progress: Progress | None = None) -> str:
+    """Copy a file's content and return its sha256, in chunks of 1 MiB."""
+    digest, done, total = hashlib.sha256(), 0, source.stat().st_size
+    with source.open("rb") as read, target.open("wb") as written:
+        while chunk := read.read(CHUNK_BYTES):
+            written.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total)
+    return digest.hexdigest()
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside `path`, flush to disk, rename: a reader sees the old content or the new, never a part."""
     data = content.encode("utf-8") if isinstance(content, str) else content

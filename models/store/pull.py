@@ -1,4 +1,4 @@
-"""Install a model by its catalogue name or its address on the Hub."""
+"""Install a model by its catalogue name, its address on the Hub, or its path on this disk."""
 
 import re
 from collections.abc import Callable
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from models.card.card import render_card
-from models.common.files import Progress, sha256_file, write_atomic
+from models.common.files import Progress, check_free, copy_file, sha256_file, write_atomic
 from models.errors import DownloadFailed, HashMismatch, ModelError, StoreError
+from models.gguf.header import is_gguf, read_meta
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest
 
 from .catalog import Catalog, CatalogEntry, load_catalog
@@ -46,23 +47,26 @@ def pull(
     catalog: Catalog | None = None,
     build: Build | None = None,
 ) -> StoredModel:
-    """Install a model from the catalogue, or any GGUF file by its hf:// address; return it if it is installed.
+    """Install a model from the catalogue, or any GGUF file by its path or hf:// address; return it if it is installed.
 
-    `build` builds a recipe's model, or rebuilds it if the recipe has changed. `name` names an hf:// model; by default
-    the name is derived from its file's. Raises ModelNotFound, DownloadFailed (naming every source and why it failed),
+    `build` builds a recipe's model, or rebuilds it if the recipe has changed. `name` names a file's model; by default
+    the name is derived from the file's. Raises ModelNotFound, DownloadFailed (naming every source and why it failed),
     HashMismatch, StoreError.
     """
     if "://" in name_or_uri:
         source = parse_source(name_or_uri)
         if not isinstance(source, HubFile):
             raise DownloadFailed(f"{name_or_uri!r} cannot be pulled by address; use hf://owner/name/file.gguf@revision")
-        target = name if name is not None else name_of(source)
+        target = name if name is not None else name_of(source.path)
         with store.exclusive(target):
             return _installed_from(store, target, source) or _install(_on_hub(target, source), store, progress)
+    known = catalog if catalog is not None else load_catalog()
+    path = Path(name_or_uri).expanduser()
+    if name_or_uri not in {*known.names(), *store.names()} and path.is_file():
+        return _install_file(path, name if name is not None else name_of(path.name), store, progress)
     target = check_name(name_or_uri)
     if name is not None and name != target:
-        raise StoreError(f"--name {name!r} is for hf:// addresses; {target!r} keeps its name")
-    known = catalog if catalog is not None else load_catalog()
+        raise StoreError(f"--name {name!r} is for files and hf:// addresses; {target!r} keeps its name")
     with store.exclusive(target):
         is_recipe = target in known.names() and known.get(target).recipe != ""
         if target in store.names() and not (is_recipe and build is not None):
@@ -75,9 +79,44 @@ def pull(
     return build(entry, store)
 
 
-def name_of(source: HubFile) -> str:
-    """The name in the store of a file on the Hub: its own, in lower case, with dashes for other characters."""
-    return check_name(re.sub(r"[^a-z0-9._-]+", "-", PurePosixPath(source.path).stem.lower()).strip("-._")[:64])
+def name_of(path: str) -> str:
+    """The name in the store of a model file: its own, in lower case, with dashes for other characters."""
+    return check_name(re.sub(r"[^a-z0-9._-]+", "-", PurePosixPath(path).stem.lower()).strip("-._")[:64])
+
+
+def _install_file(path: Path, name: str, store: Store, progress: Progress | None) -> StoredModel:
+    """Install a copy of a GGUF file of this disk, as it is. Raises DownloadFailed, BadGguf or StoreError."""
+    if not is_gguf(path):
+        raise DownloadFailed(f"{str(path)!r} is not a GGUF file; to make a model of a checkpoint: deskside convert")
+    meta = read_meta(path)
+    if meta.is_adapter:
+        raise DownloadFailed(f"{str(path)!r} is a LoRA adapter and no model; to apply it: deskside convert --hot")
+    with store.exclusive(name):
+        if name in store.names():
+            stored = store.get(name)
+            if stored.manifest is not None and stored.manifest.artefacts[0].sha256 == sha256_file(path, progress):
+                return stored
+        check_free(store.home if store.home.is_dir() else path.parent, path.stat().st_size)
+        with store.staging(name) as folder:
+            file = folder / f"{name}.gguf"
+            sha256 = copy_file(path, file, progress)
+            found = _QUANTIZATION.search(path.stem)
+            manifest = Manifest(
+                name=name,
+                description=meta.text("general.name") or path.name,
+                licence=meta.text("general.license") or "as stated by its publisher",
+                artefacts=(
+                    Artefact(
+                        file=file.name,
+                        quantization=found[0].upper() if found else "unknown",
+                        size_bytes=file.stat().st_size,
+                        sha256=sha256,
+                    ),
+                ),
+            )
+            write_atomic(folder / MANIFEST_FILE, dump_manifest(manifest))
+            write_atomic(folder / "README.md", render_card(manifest))
+    return store.get(name)
 
 
 def _installed_from(store: Store, name: str, source: HubFile) -> StoredModel | None:

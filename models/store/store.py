@@ -21,7 +21,7 @@ from models.errors import BadManifest, HashMismatch, ModelNotFound, StoreError
 from models.gguf.header import is_gguf
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, read_manifest
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def default_home() -> Path:
@@ -34,7 +34,7 @@ def check_name(name: str) -> str:
     """Return `name` if it is a valid model name, which cannot lead out of the store. Raises StoreError."""
     if not _NAME.fullmatch(name):
         raise StoreError(
-            f"{name!r} is not a model name: 1 to 64 of a-z, 0-9, '.', '_' and '-', starting with a letter or a digit"
+            f"{name!r} is not a model name: 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-', the first a letter or a digit"
         )
     return name
 
@@ -103,6 +103,7 @@ class Store:
         Raises StoreError (name taken and not `replace`, or not a name), BadManifest, HashMismatch.
         """
         target = self._models / check_name(name)
+        self._require_other_letters(name)
         if target.exists() and not replace:
             raise _taken(name)
         with self._staged_folder(name) as folder:
@@ -136,6 +137,12 @@ class Store:
             raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}")
         with self._staged_folder(name) as trash, self._renaming():
             folder.rename(trash / name)
+
+    def _require_other_letters(self, name: str) -> None:
+        """Raise StoreError if an installed name differs in capitals only: some file systems take both for one."""
+        for other in self.names():
+            if other != name and other.lower() == name.lower():
+                raise StoreError(f"{name!r} differs from the installed {other!r} in capitals only; choose another name")
 
     def _installed(self) -> str:
         names = self.names()

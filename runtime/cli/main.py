@@ -113,8 +113,10 @@ def create_app(flags: Flags | None = None) -> Any:
 
 
 def pull_command(
-    model: Annotated[str, typer.Argument(metavar="NAME", help="A catalogue name, or hf://owner/name/file@revision.")],
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name for an hf:// model.")] = None,
+    model: Annotated[
+        str, typer.Argument(metavar="NAME", help="A catalogue name, hf://owner/name/file@revision, or a GGUF file.")
+    ],
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name for the model of a file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Install a model: download it, or build it where the catalogue has its recipe. An installed model is kept.

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from models.errors import BadManifest
 from models.manifest import Accuracy, Adapter, Artefact, Base, Manifest, Prompt, dump_manifest, read_manifest
 
-NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
 HASHES = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
 WORDS = st.text(max_size=40)
 SHARES = st.floats(min_value=0, max_value=1)

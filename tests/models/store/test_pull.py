@@ -9,8 +9,8 @@ import pytest
 from models.errors import DownloadFailed, HashMismatch, ModelNotFound, StoreError
 from models.store.catalog import Catalog, CatalogEntry
 from models.store.pull import name_of, pull
-from models.store.sources import HubFile
 from models.store.store import Store, StoredModel
+from tests.support.convert.tiny import write_model
 from tests.support.models.build import fill
 from tests.support.models.hub import COMMIT, FILE, REPO, Hub
 
@@ -92,7 +92,7 @@ def test_a_file_that_is_not_gguf_is_refused(store: Store, hub: Hub) -> None:
     assert left_over(store) == []
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "X"])
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "X Y"])
 def test_hostile_names_are_refused_before_any_request(hub: Hub, store: Store, name: str) -> None:
     with pytest.raises(StoreError, match="not a model name"):
         pull(name, store)
@@ -147,9 +147,9 @@ def test_a_recipe_is_passed_to_build(hub: Hub, store: Store) -> None:
 def test_a_file_gets_a_name_that_the_store_takes(path: str, name: str | None) -> None:
     if name is None:
         with pytest.raises(StoreError):
-            name_of(HubFile(REPO, path))
+            name_of(path)
     else:
-        assert name_of(HubFile(REPO, path)) == name
+        assert name_of(path) == name
 
 
 def test_two_processes_share_the_download_of_a_model(hub: Hub, store: Store) -> None:
@@ -189,3 +189,24 @@ def test_a_killed_pull_leaves_no_partial_model(hub: Hub, store: Store) -> None:
     assert store.names() == []
     assert pull(URI, store).gguf.read_bytes() == hub.content
     assert [path.name for path in (store.home / "staging").iterdir() if path.is_dir()] == []
+
+
+def test_a_file_of_this_disk_is_installed_as_it_is(store: Store, tmp_path: Path) -> None:
+    file = write_model(tmp_path / "My Mails-Q4_1.GGUF")
+    stored = pull(str(file), store)
+    assert stored.name == "my-mails-q4_1"
+    assert stored.gguf.read_bytes() == file.read_bytes()
+    assert stored.manifest is not None
+    assert stored.manifest.artefacts[0].quantization == "Q4_1"
+    assert stored.manifest.licence == "tiny-licence"
+    store.verify(stored.name)
+    assert pull(str(file), store, name="Mails").name == "Mails"
+    assert pull(str(file), store, name="Mails") == store.get("Mails")
+    other = write_model(tmp_path / "other.gguf", "llama")
+    with pytest.raises(StoreError, match="'Mails' is installed already"):
+        pull(str(other), store, name="Mails")
+    words = tmp_path / "words.txt"
+    words.write_text("no model")
+    with pytest.raises(DownloadFailed, match="is not a GGUF file; to make a model of a checkpoint: deskside convert"):
+        pull(str(words), store)
+    assert store.names() == ["Mails", "my-mails-q4_1"]

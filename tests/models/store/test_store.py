@@ -14,7 +14,7 @@ from models.store.store import Store, default_home
 from tests.support.convert.tiny import write_model
 from tests.support.models.build import CONTENT, fill
 
-HOSTILE = ["../x", "x/../../y", "/etc", "", ".", "..", ".hidden", "Upper", "a b", "x\n", "x" * 65, "a\\b"]
+HOSTILE = ["../x", "x/../../y", "/etc", "", ".", "..", ".hidden", "a b", "x\n", "x" * 65, "a\\b"]
 
 
 def install(
@@ -230,3 +230,14 @@ def test_home_is_the_environments_or_the_platforms(monkeypatch: pytest.MonkeyPat
     assert Store().home == tmp_path
     monkeypatch.delenv("DESKSIDE_HOME")
     assert default_home().name == "deskside"
+
+
+def test_names_may_have_capitals_but_not_differ_by_them_alone(store: Store, tmp_path: Path) -> None:
+    with store.staging("Qwen2.5-Mails") as folder:
+        fill(folder, "Qwen2.5-Mails")
+    assert store.get("Qwen2.5-Mails").name == "Qwen2.5-Mails"
+    with (
+        pytest.raises(StoreError, match=r"differs from the installed '.*' in capitals only"),
+        store.staging("qwen2.5-mails"),
+    ):
+        pytest.fail("nothing is built under such a name")
