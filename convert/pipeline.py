@@ -14,11 +14,20 @@ from functools import partial
 from pathlib import Path
 
 from convert.checkpoint.folder import HfCheckpoint
-from convert.checkpoint.source import Checkpoint, open_checkpoint
+from convert.checkpoint.source import Checkpoint, GgufCheckpoint, open_checkpoint
 from convert.lora.fit import Fitted, fit
 from convert.lora.gguf_adapter import FULL_PRECISION, check_appliable, plan_adapter
-from convert.planning.inputs import Inputs, gather
-from convert.planning.plan import ConversionPlan, base_of, byte_counter, layout_of, plan_conversion, write_f16
+from convert.planning.inputs import KEEP, Inputs, gather
+from convert.planning.plan import (
+    ConversionPlan,
+    base_of,
+    byte_counter,
+    kept_layout,
+    layout_of,
+    plan_conversion,
+    write_f16,
+    write_kept,
+)
 from convert.planning.request import ConvertRequest
 from convert.planning.speech import check_speakable, speech_folders, speech_of
 from convert.proof.adapter import verify_adapter
@@ -96,8 +105,12 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         if proof is not None:
             _begin_proof(proof, build)
         check_free(folder, _disk_need(build))
-        f16, sha256 = _write_f16(build, proof)
-        quality, chosen = _choose(build, f16, sha256, store.home / MEASUREMENTS)
+        if inputs.quantization == KEEP:
+            f16, sha256 = _write_kept(build, proof)
+            quality, chosen = None, f16
+        else:
+            f16, sha256 = _write_f16(build, proof)
+            quality, chosen = _choose(build, f16, sha256, store.home / MEASUREMENTS)
         hashes = {f16: sha256}
         report.stage("verify")
         give_back_freed()  # a child process loads the model next
@@ -163,6 +176,8 @@ def _begin_proof(proof: Proof, build: _Build) -> None:
 def _disk_need(build: _Build) -> int:
     """Bytes of the files that are written in any case; the ladder checks the disk again for its candidates."""
     plan, inputs = build.plan, build.inputs
+    if inputs.quantization == KEEP:
+        return kept_layout(plan)[1].file_bytes
     specs = [spec_named(inputs.quantization or HALF_PRECISION, imatrix=False)]
     n_f16_files = 1 if inputs.examples is None else 1 + (plan.trim is not None) + (inputs.adapter is not None)
     return disk_need(plan.layout.file_bytes, plan.layout.tensors, specs) * n_f16_files
@@ -180,6 +195,20 @@ def _write_f16(build: _Build, proof: Proof | None) -> tuple[Path, str]:
     if proof is not None:
         proof.end(report)
     return f16, sha256
+
+
+def _write_kept(build: _Build, proof: Proof | None) -> tuple[Path, str]:
+    """Write the file with the source's weights as they are. Returns its path and sha256."""
+    assert isinstance(build.checkpoint, GgufCheckpoint), "gather refuses to keep the weights of a folder"
+    quantization, layout = kept_layout(build.plan)
+    target = build.file(quantization)
+    watch = (lambda: None) if proof is None else partial(proof.check, build.report)
+    sha256 = write_kept(build.checkpoint, layout, target, build.report, watch)
+    if proof is not None:
+        proof.end(build.report)
+    if build.inputs.examples is not None:
+        build.report.note("the weights are kept: from the examples come task, labels and prompt, nothing is measured")
+    return target, sha256
 
 
 def _choose(build: _Build, f16: Path, sha256: str, results: Path) -> tuple[Quality | None, Path]:

@@ -82,6 +82,12 @@ class GgufCheckpoint:
             raw = self._data[tensor.offset + start * row_bytes : tensor.offset + (start + rows) * row_bytes]
             yield start, self._widen(tensor, np.frombuffer(raw, dtype=np.uint8)).reshape(rows, width)
 
+    def stored(self, tensor: TensorInfo) -> Iterator[np.ndarray]:
+        """Yield the tensor's bytes as the file has them, in pieces."""
+        for start in range(tensor.offset, tensor.offset + tensor.n_bytes, SLAB_ELEMENTS):
+            raw = self._data[start : min(start + SLAB_ELEMENTS, tensor.offset + tensor.n_bytes)]
+            yield np.frombuffer(raw, dtype=np.uint8)
+
     def _widen(self, tensor: TensorInfo, raw: np.ndarray) -> np.ndarray:
         try:
             # as one row: the library works in groups of 16 rows, which would cost time here

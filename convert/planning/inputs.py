@@ -25,6 +25,9 @@ from models.store.store import Store, check_name
 from .origin import Origin, find_origin
 from .request import ConvertRequest
 
+KEEP = "keep"
+"""The value of --quant that leaves a GGUF's weights as they are."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -83,6 +86,8 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     _check_options(request)
     if request.hot:
         _check_hot(request, recipe)
+    if quantization == KEEP:
+        _check_keep(request, recipe)
     if recipe is not None:
         return _from_recipe(request, recipe, quantization, store, report)
     if request.name is None:
@@ -92,6 +97,8 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     given = read_manifest(request.manifest) if request.manifest is not None else None
     examples, trim = _examples(request, given), _trim(request)
     origin = find_origin(request.source, request.gguf, store, report)
+    if quantization == KEEP and not origin.path.is_file():
+        raise RequestInvalid(f"--quant {KEEP} keeps the weights of a GGUF; {request.source!r} is a checkpoint: use F16")
     described = given or _inherited(origin, adapter)
     if described.labels and given is None:
         examples = _examples(request, described)
@@ -126,6 +133,19 @@ def _check_hot(request: ConvertRequest, recipe: CatalogEntry | None) -> None:
         raise RequestInvalid("--hot quantizes nothing whose loss --max-loss could limit: leave out one of them")
     if request.adapter is None and recipe is None:
         raise RequestInvalid(f"--hot needs --adapter DIR: the adapter to apply to {request.source!r}")
+
+
+def _check_keep(request: ConvertRequest, recipe: CatalogEntry | None) -> None:
+    changing = {
+        "--adapter": request.adapter is not None,
+        "--trim-vocab": request.trim is not None,
+        "--keep-f16": request.keep_f16,
+        "--max-loss": request.max_loss is not None,
+        f"the recipe {request.source!r}": recipe is not None,
+    }
+    for option, is_given in changing.items():
+        if is_given:
+            raise RequestInvalid(f"--quant {KEEP} leaves the weights as they are: leave it out, or {option}")
 
 
 def _recipe(request: ConvertRequest) -> CatalogEntry | None:
@@ -187,6 +207,8 @@ def _recipe_weights(
 
 
 def _quantization(request: ConvertRequest) -> str | None:
+    if request.quantization is not None and request.quantization.lower() == KEEP:
+        return KEEP
     if request.quantization is not None:
         return spec_named(request.quantization, imatrix=False).name
     return None if request.examples is not None else DEFAULT_QUANTIZATION

@@ -3,14 +3,16 @@
 Weights pass through a chain of checkpoints: the source, then with the adapter merged, then with the vocabulary trimmed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from gguf.constants import LlamaFileType
 
-from convert.checkpoint.source import Checkpoint
-from convert.gguf_writer import Layout, OutTensor, write_gguf
+from convert.checkpoint.source import Checkpoint, GgufCheckpoint
+from convert.gguf_writer import Layout, OutTensor, Rows, write_gguf
 from convert.lora.fit import Fitted, fit
 from convert.lora.merge import MergedCheckpoint, file_rows, half_precision_kind, merged_header
 from convert.measure.examples import texts_of
@@ -26,6 +28,7 @@ from models.gguf.header import Header
 from .inputs import Inputs
 from .speech import speech_of
 
+_FILE_TYPE = "general.file_type"
 _DROPPED_PREFIXES = ("split.", "quantize.imatrix.")
 
 
@@ -108,11 +111,50 @@ def write_f16(
 
     Raises SourceInvalid, VerifyFailed and what `watch` raises; no file is left then.
     """
-    report.stage(stage, layout.data_bytes)
-    count = byte_counter(layout, report)
 
     def rows(name: str) -> Iterator[np.ndarray]:
         return file_rows(checkpoint, checkpoint.header.tensors[name])
+
+    return _write(rows, layout, target, stage, report, watch)
+
+
+def kept_layout(plan: ConversionPlan) -> tuple[str, Layout]:
+    """The quantization's name and the layout of a file with the plan's fields and the source's own weights."""
+    source = plan.base_header
+    tensors = [OutTensor(info.name, info.shape, info.kind) for info in source.tensors.values()]
+    fields = {key: field for key, field in plan.header.fields.items() if key != _FILE_TYPE}
+    if _FILE_TYPE in source.fields:
+        fields[_FILE_TYPE] = source.fields[_FILE_TYPE]
+    return _file_type(source), Layout(fields, tensors, source.alignment)
+
+
+def write_kept(
+    source: GgufCheckpoint, layout: Layout, target: Path, report: Reporter, watch: Callable[[], None] = lambda: None
+) -> str:
+    """Write `layout` with the weights as `source` has them, and return the sha256. Raises as `write_f16` does."""
+
+    def rows(name: str) -> Iterator[np.ndarray]:
+        return source.stored(source.header.tensors[name])
+
+    return _write(rows, layout, target, "write the weights as they are", report, watch)
+
+
+def _file_type(header: Header) -> str:
+    """The name of the file's quantization: as it says, else the kind that most of its weights have."""
+    field = header.fields.get(_FILE_TYPE)
+    if field is not None and field.value in set(LlamaFileType):
+        named: str = LlamaFileType(field.value).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        if named != "GUESSED":
+            return named
+    sizes = Counter[str]()
+    for info in header.tensors.values():
+        sizes[info.kind.name] += info.n_bytes
+    return sizes.most_common(1)[0][0]
+
+
+def _write(rows: Rows, layout: Layout, target: Path, stage: str, report: Reporter, watch: Callable[[], None]) -> str:
+    report.stage(stage, layout.data_bytes)
+    count = byte_counter(layout, report)
 
     def advance(n_bytes: int) -> None:
         count(n_bytes)
@@ -138,7 +180,7 @@ def _fields(header: Header, name: str, chat: ChatFormat) -> dict[str, Field]:
     before = header.fields.get("general.name")
     marker = name_part(before.value) if before is not None and isinstance(before.value, str) else ""
     fields["general.name"] = Field.string(general_name(name, marker))
-    fields["general.file_type"] = Field.uint32(QUANTIZATIONS[HALF_PRECISION])
+    fields[_FILE_TYPE] = Field.uint32(QUANTIZATIONS[HALF_PRECISION])
     if chat.template is not None:
         fields[TEMPLATE_FIELD] = Field.string(chat.template)
     if chat.end_of_turn is not None:

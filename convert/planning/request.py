@@ -35,8 +35,8 @@ class ConvertRequest(BaseModel):
     )
     quantization: Annotated[str | None, Flag("quant", metavar="TYPE", shown="Q8_0")] = Field(
         default=None,
-        description="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0, IQ4_NL or a mixed layout such as "
-        "Q8_0-vocab-Q4_0; overrules the examples.",
+        description="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0, IQ4_NL, a mixed layout such as "
+        "Q8_0-vocab-Q4_0, or keep: a GGUF's weights as they are.",
     )
     trim: Annotated[Path | None, Flag("trim-vocab", metavar="FILE")] = Field(
         default=None, description="JSONL of chat records: cut the vocabulary to the tokens they need."

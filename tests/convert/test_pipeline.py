@@ -22,10 +22,11 @@ from convert.pipeline import convert
 from convert.planning.request import ConvertRequest
 from models.common.files import sha256_file
 from models.errors import BadGguf, ModelError, ModelNotFound, StoreError
+from models.gguf.header import read_header
 from models.manifest import Adapter as AdapterRecord
 from models.manifest import Base, Manifest, dump_manifest
 from models.store.store import Store
-from tests.support.convert.tiny import END, adapter_tensors, write_adapter, write_model
+from tests.support.convert.tiny import END, adapter_tensors, hash_tensors, write_adapter, write_model
 from tests.support.models.gguf_heads import head
 
 
@@ -308,3 +309,33 @@ def test_the_adapter_config_that_peft_writes_is_understood(tmp_path: Path, store
         ).name
         == "x"
     )
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16"])
+def test_a_gguf_that_is_fine_is_kept_as_it_is(store: Store, tmp_path: Path, kind: str) -> None:
+    source = write_model(
+        tmp_path / "base.gguf", "llama", kind=gguf.GGMLQuantizationType[kind], template="{{ messages }}"
+    )
+    notes = Notes()
+    stored = convert(ConvertRequest(source=str(source), name="mine", quantization="Keep"), store, notes)
+    assert stored.manifest is not None
+    assert [artefact.quantization for artefact in stored.manifest.artefacts] == [kind]
+    assert hash_tensors(stored.gguf) == hash_tensors(source)
+    kinds = {name: info.kind for name, info in read_header(source).tensors.items()}
+    assert {name: info.kind for name, info in read_header(stored.gguf).tensors.items()} == kinds
+    assert read_header(stored.gguf).text("general.name") == "mine"
+    assert [stage.split()[0] for stage in notes.stages] == ["check", "write", "verify"]
+    store.verify("mine")
+
+
+def test_weights_that_must_change_cannot_be_kept(
+    store: Store, request_for_tiny: ConvertRequest, tmp_path: Path
+) -> None:
+    keeping = request_for_tiny.model_copy(update={"quantization": "keep"})
+    with pytest.raises(RequestInvalid, match="--quant keep leaves the weights as they are: leave it out, or --adapter"):
+        convert(keeping, store, Notes())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(RequestInvalid, match="is a checkpoint: use F16"):
+        convert(keeping.model_copy(update={"adapter": None, "source": str(folder)}), store, Notes())
