@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from models.gguf.fields import read_fields
+from runtime.config import RuntimeConfig
+from runtime.llama.decode import last_logits
+from runtime.llama.model import LoadOptions, load
 
 from .allowances import allowed
 from .conftest import ToGguf
@@ -17,6 +20,7 @@ from .ours import Kind, read_tensors, spelled
 pytestmark = pytest.mark.oracle
 
 CONVERTED = [case.name for case in CASES if case.converter]
+LONGROPE = [case.name for case in CASES if "long_factor" in (case.config.get("rope_scaling") or {})]
 MAX_RELATIVE_ERROR = 1e-3
 
 
@@ -56,3 +60,18 @@ def test_texts_become_the_tokens_of_the_tokenizers_library(name: str, references
     path = ours(name, "f16")
     differing = {text: (ids, found) for text, ids in expected.items() if (found := encode(path, text)) != ids}
     assert not differing, f"text: (tokenizers', llama.cpp's): {differing}"
+
+
+@pytest.mark.parametrize("name", LONGROPE)
+def test_short_prompts_keep_their_logits_in_the_context_that_is_served(
+    name: str, references: Path, ours: ToGguf
+) -> None:
+    """transformers rotates by the prompt's length, llama.cpp by the context's; keys and values are float16 here."""
+    saved = np.load(references / "ref" / f"{name}-40.npz")
+    llama = load(ours(name, "f32"), LoadOptions(n_ctx=RuntimeConfig().context, n_seq_max=1))
+    try:
+        found = last_logits(llama, saved["tokens"].tolist())
+    finally:
+        llama.close()
+    expected = saved["logits"][-1]
+    assert float(np.abs(found - expected).max() / np.abs(expected).max()) < 10 * MAX_RELATIVE_ERROR
