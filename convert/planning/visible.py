@@ -28,9 +28,7 @@ def visible_tokens(header: Header, template: str | None, texts: Iterable[str]) -
     special = _control(header, template)
     if not special:
         return {}
-    longest_first = sorted(special, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)))
-    found = {match for text in texts for match in pattern.findall(text)}
+    found = set[str]().union(*(_spelled(text, special) for text in texts))
     return {special[text]: text for text in sorted(found, key=special.__getitem__)}
 
 
@@ -53,6 +51,15 @@ def shown(tokens: Mapping[int, str]) -> str:
     """The texts of `tokens` for a message."""
     texts = [repr(text) for text in tokens.values()]
     return ", ".join(texts[:_SHOWN]) + (" …" if len(texts) > _SHOWN else "")
+
+
+def _spelled(text: str, special: Mapping[str, int]) -> set[str]:
+    """The special tokens in `text`. One look-up for each length: a vocabulary may have thousands of them."""
+    lengths = sorted({len(token) for token in special}, reverse=True)
+    first = {token[0] for token in special}
+    places = (place for place, character in enumerate(text) if character in first)
+    ends = ((place, place + length) for place in places for length in lengths)
+    return {text[start:end] for start, end in ends if text[start:end] in special}
 
 
 def _control(header: Header, template: str | None) -> dict[str, int]:
