@@ -48,7 +48,8 @@ def _part_text(index: int, part: object) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(part, dict) and kind == "input_json" and isinstance(part.get("data"), dict | list):
         return json.dumps(part["data"], ensure_ascii=False)
-    text = part.get(_TEXT_PARTS[kind]) if isinstance(part, dict) and kind in _TEXT_PARTS else None
+    named = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    text = part.get(named) if isinstance(part, dict) and named is not None else None
     if not isinstance(text, str):
         raise ValueError(f"part {index} must be text or JSON, not {reprlib.repr(kind or part)}")
     return text
@@ -203,9 +204,9 @@ def parse_decision(payload: object) -> ParsedDecision:
 
 def _question(place: int, item: object) -> Question:
     param = f"questions[{place}]"
-    kind = _KINDS.get(str(item.get("type"))) if isinstance(item, dict) else None
+    given = item.get("type") if isinstance(item, dict) else item
+    kind = _KINDS.get(given) if isinstance(given, str) else None
     if kind is None or not isinstance(item, dict):
-        given = item.get("type") if isinstance(item, dict) else item
         message = f"{param}.type must be one of {', '.join(_KINDS)}, got {reprlib.repr(given)}"
         raise InvalidRequest(message, param=f"{param}.type", code="invalid_value")
     try:

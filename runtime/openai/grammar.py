@@ -55,7 +55,7 @@ def format_grammar(value: object) -> Grammar | None:
     """OpenAI's `response_format`; None for plain text. A schema is enforced whether it calls itself strict or not."""
     fields = _object(value, "an object with a type")
     kind = fields.get("type")
-    if kind not in _FORMATS:
+    if not isinstance(kind, str) or kind not in _FORMATS:
         raise ValueError(f"takes the types {', '.join(_FORMATS)}")
     _no_others(fields, _FORMATS[kind])
     if kind == "text":
