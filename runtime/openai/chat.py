@@ -272,15 +272,21 @@ def _check_tools(body: ChatBody, grammars: Sequence[Grammar]) -> None:
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
-    """Check that each result answers one earlier call, and that call ids are unique. Raises InvalidRequest."""
+    """Check that each result answers one call: the nearest earlier one of its id. Raises InvalidRequest.
+
+    An id may be used again in a later turn; the calls of one turn have different ids.
+    """
     called: set[str] = set()
     answered: set[str] = set()
     for place, message in enumerate(messages):
-        for number, call in enumerate(message.tool_calls):
-            if call.id in called:
+        ids = [call.id for call in message.tool_calls]
+        for number, call_id in enumerate(ids):
+            if call_id in ids[:number]:
                 param = f"messages[{place}].tool_calls[{number}].id"
-                raise InvalidRequest(f"{param}: {reprlib.repr(call.id)} is the id of an earlier call", param=param)
-            called.add(call.id)
+                shown = reprlib.repr(call_id)
+                raise InvalidRequest(f"{param}: {shown} is the id of another call of this message", param=param)
+        called.update(ids)
+        answered.difference_update(ids)
         if message.tool_call_id is not None:
             param = f"messages[{place}].tool_call_id"
             if message.tool_call_id not in called:

@@ -35,17 +35,6 @@ def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
     return schema if "type" in schema else {"type": "object", **schema}
 
 
-def _arguments(text: str) -> str:
-    try:
-        arguments = parse_strict_json(text or "{}")
-    except (ValueError, RecursionError):
-        raise ValueError("must be a JSON object written as a string") from None
-    if not isinstance(arguments, dict):
-        raise ValueError("must be a JSON object written as a string")
-    bound_depth(arguments)
-    return text or "{}"
-
-
 class Function(WireModel):
     """A function that the model may call. Its arguments are held to `parameters` whether it is `strict` or not."""
 
@@ -81,10 +70,20 @@ class Tool(WireModel):
 
 
 class CalledFunction(WireModel):
-    """A function that was called, and the JSON text of its arguments."""
+    """A function that was called, and the text of its arguments: JSON, unless the model broke off or erred."""
 
     name: str = Field(pattern=NAME_PATTERN)
-    arguments: Annotated[str, AfterValidator(_arguments)]
+    arguments: str
+
+    def read_arguments(self) -> dict[str, Any] | None:
+        """The arguments as an object; None for a text that is none, or that no template could write."""
+        try:
+            arguments = parse_strict_json(self.arguments or "{}")
+            bound_depth(arguments)
+            json.dumps(arguments, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):  # a UnicodeEncodeError for half a surrogate pair is a ValueError too
+            return None
+        return arguments if isinstance(arguments, dict) else None
 
 
 class ToolCall(WireModel):
@@ -95,8 +94,12 @@ class ToolCall(WireModel):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates read it: they write the arguments as JSON themselves."""
-        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
+        """As chat templates read it: they write the arguments as JSON themselves. Broken ones stay a text."""
+        arguments = self.function.read_arguments()
+        function = {
+            "name": self.function.name,
+            "arguments": self.function.arguments if arguments is None else arguments,
+        }
         return {"id": self.id, "type": self.type, "function": function}
 
 

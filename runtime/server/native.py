@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from runtime.errors import InvalidRequest
 from runtime.openai.chat import MAX_MESSAGES, Message
 from runtime.openai.wire import WireModel, answer_type, invalid_request
-from runtime.serving.chat import require_chat, require_model
+from runtime.serving.chat import require_chat, require_model, with_turns
 from runtime.serving.model import ServedModel
 
 # Tokenising can take time quadratic in the text's length: texts and lists far beyond any prompt are refused.
@@ -103,7 +103,7 @@ def apply_template(payload: object, model: ServedModel) -> RenderedTemplate:
     """{messages} -> {prompt}: the prompt of a chat completion as text."""
     body = _parse(TemplateBody, payload, model)
     require_chat(model)
-    return {"prompt": model.prompter.render([message.model_dump() for message in body.messages])}
+    return {"prompt": with_turns(body.messages, model.prompter.render)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,17 @@ A body becomes requests that are valid, tokenised and known to fit the context, 
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
-from runtime.errors import ContextTooLong, InvalidRequest, ModelUnknown
+from runtime.errors import ContextTooLong, InvalidRequest, ModelUnknown, TemplateFailed
 from runtime.openai.answer import TextAnswer, TextCall
 from runtime.openai.chat import (
     Body,
     ChatBody,
     CompletionBody,
+    Message,
     TokenizedPrompt,
     parse,
     to_requests,
@@ -22,10 +24,13 @@ from runtime.openai.chat import (
 from runtime.openai.responses import Origins, parse_response
 from runtime.openai.responses_stream import ResponseAnswer, ResponseCall
 from runtime.openai.wire import Endpoint
+from runtime.prompt.prompter import Prompter
 
 from .call import Call
 from .form import prepare_form, require_tools
 from .model import ServedModel
+
+T = TypeVar("T")
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 
@@ -81,9 +86,31 @@ def _chat(payload: object, model: ServedModel) -> TextCall:
     require_model(body.model, model.name)
     require_tools(body, model)
     require_chat(model)
+    return _text_call(body, [_chat_prompt(body, model.prompter)], model)
+
+
+def _chat_prompt(body: ChatBody, prompter: Prompter) -> tuple[int, ...]:
     described = [tool.for_template() for tool in body.callable_tools]
-    prompt = model.prompter.chat([message.model_dump() for message in body.messages], tools=described)
-    return _text_call(body, [prompt], model)
+    return with_turns(body.messages, lambda turns: prompter.chat(turns, tools=described))
+
+
+def with_turns(messages: Sequence[Message], write: Callable[[list[dict[str, Any]]], T]) -> T:
+    """What `write` makes of the messages as templates read them.
+
+    Some templates go through the arguments of earlier calls one by one, and fail on those that a model broke: they are
+    given such a text as the one argument of its call.
+    """
+    turns: list[dict[str, Any]] = [message.model_dump() for message in messages]
+    functions = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
+    broken = [function for function in functions if isinstance(function["arguments"], str)]
+    try:
+        return write(turns)
+    except (InvalidRequest, TemplateFailed):
+        if not broken:
+            raise
+    for function in broken:
+        function["arguments"] = {"arguments": function["arguments"]}
+    return write(turns)
 
 
 def _text_call(body: Body, prompts: Sequence[tuple[int, ...]], model: ServedModel) -> TextCall:

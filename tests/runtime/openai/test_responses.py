@@ -140,7 +140,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"type": "reasoning", "summary": []}]}, "input[0].type"),
     ({"input": [{"type": ["x"]}]}, "input[0].type"),
     ({"input": [{"type": "function_call", "call_id": "1", "name": "f"}]}, "input[0].arguments"),
-    ({"input": [CALL | {"arguments": "{"}]}, "input[0].arguments"),
+    ({"input": [CALL | {"arguments": {}}]}, "input[0].arguments"),
     ({"input": [CALL | {"name": "a b"}]}, "input[0].name"),
     ({"instructions": ["x"]}, "instructions"),
     ({"max_output_tokens": 0}, "max_output_tokens"),

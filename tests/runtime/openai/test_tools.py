@@ -178,6 +178,30 @@ def test_a_call_without_arguments_may_leave_them_empty() -> None:
     assert read.for_template()["function"]["arguments"] == {}
 
 
+BROKEN = [
+    '{"city": ',
+    "Oslo",
+    "[]",
+    "null",
+    '{"a": NaN}',
+    "[" * 100_000,
+    '{"a":' * 100 + "1" + "}" * 100,
+    '{"a": "\\ud83d"}',
+]
+
+
+@pytest.mark.parametrize("arguments", BROKEN, ids=lambda text: text[:12])
+def test_broken_arguments_of_an_earlier_call_are_passed_on_as_text(arguments: str) -> None:
+    body = chat(messages=[USER, asks(call(arguments=arguments)), answers("1")])
+    assert body.messages[1].tool_calls[0].for_template()["function"]["arguments"] == arguments
+
+
+def test_an_id_used_again_in_a_later_turn_is_of_the_nearest_earlier_call() -> None:
+    unanswered = [asks(call("1"), call("2")), answers("2")]
+    again = [asks(call("1")), answers("1"), USER]
+    assert len(chat(messages=[USER, *unanswered, *again, *again]).messages) == 9
+
+
 def asks(*calls: Any) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": list(calls)}
 
@@ -192,14 +216,10 @@ BAD_TURNS: list[tuple[list[dict[str, Any]], str]] = [
     ([asks(call("1")), answers("1"), answers("1")], "messages[2].tool_call_id"),
     ([answers("1"), asks(call("1"))], "messages[0].tool_call_id"),
     ([asks(call("1"), call("1"))], "messages[0].tool_calls[1].id"),
-    ([asks(call("1")), asks(call("1"))], "messages[1].tool_calls[0].id"),
+    ([asks(call("1")), answers("1"), asks(call("1")), answers("1"), answers("1")], "messages[4].tool_call_id"),
     ([asks(call("x" * (MAX_CALL_ID_CHARS + 1)))], "messages[0].tool_calls[0].id"),
     ([asks(*(call(str(n)) for n in range(MAX_CALLS + 1)))], "messages[0].tool_calls"),
-    ([asks(call(arguments="{"))], "messages[0].tool_calls[0].function.arguments"),
-    ([asks(call(arguments='{"a": NaN}'))], "messages[0].tool_calls[0].function.arguments"),
-    ([asks(call(arguments="[]"))], "messages[0].tool_calls[0].function.arguments"),
-    ([asks(call(arguments="[" * 100_000))], "messages[0].tool_calls[0].function.arguments"),
-    ([asks(call(arguments='{"a":' * 100 + "1" + "}" * 100))], "messages[0].tool_calls[0].function.arguments"),
+    ([asks(call() | {"function": {"name": "f", "arguments": {}}})], "messages[0].tool_calls[0].function.arguments"),
     ([asks({"id": "1", "type": "custom"})], "messages[0].tool_calls[0].type"),
     ([{"role": "user", "content": "x", "tool_calls": [call()]}], "messages[0]"),
     ([{"role": "user", "content": "x", "tool_call_id": "1"}], "messages[0]"),

@@ -202,6 +202,28 @@ def test_the_prompt_holds_the_tools_the_calls_and_their_results() -> None:
     assert "tool\n8 C ANSWERS c1" in prompt
 
 
+ONE_BY_ONE = (
+    "{{ bos_token }}{{ tools }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls %}{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}{% endfor %}"
+    "<end_of_turn>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [(templates.HERMES, r'"arguments": "{\"city\": "}'), (ONE_BY_ONE, '<arguments>{"city": <end_of_turn>')],
+    ids=["written whole", "written one by one"],
+)
+def test_a_broken_call_in_the_history_blocks_nothing(template: str, shown: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"city": '}}
+    turns = [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": "?"}]
+    with seen_prompts(template) as (toy, ask):
+        prompt = ask(messages=turns)
+        rendered = toy.http.post("/apply-template", json={"messages": turns}).raise_for_status().json()["prompt"]
+    assert shown in prompt
+    assert shown in rendered
+
+
 @pytest.mark.parametrize("control", [False, True], ids=["text", "control tokens"])
 def test_a_marker_in_the_text_begins_a_call_or_cannot_be_written(control: bool) -> None:
     """What would read as a call and is none can never be said."""
