@@ -1,6 +1,6 @@
 """The bodies of `/v1/chat/completions` and `/v1/completions`: their types, and their translation to engine requests.
 
-Pure: no server, tokenizer or clock. `wire.FIELDS` says which fields there are, and what happens to each.
+Pure: no server, tokenizer or clock. `fields` says which fields there are, and what happens to each.
 """
 
 import reprlib
@@ -16,9 +16,10 @@ from pydantic_core import CoreSchema
 from runtime.errors import InvalidRequest
 from runtime.requests import Grammar, Request, SamplingParams
 
+from .fields import CHAT_FIELDS, COMPLETION_FIELDS, below
 from .grammar import ObjectFormat, SchemaFormat, TextFormat, choice_grammar, format_grammar, lark_grammar, regex_grammar
 from .tools import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, ToolChoiceBody, check_tools, parse_tool_choice
-from .wire import MESSAGE_FIELDS_REFUSED, Endpoint, TableBody, TextPart, WireModel, nullable, plain_text, rules
+from .wire import Endpoint, RefusalPart, TableBody, TextPart, WireModel, nullable, plain_text
 
 MAX_ANSWERS_PER_CALL = 128
 MAX_MESSAGES = 4096
@@ -96,51 +97,46 @@ def _logit_bias(value: object) -> dict[int, float]:
 class StreamOptions(WireModel):
     """`include_usage` sends token counts in one more chunk at the end."""
 
+    rules = below(CHAT_FIELDS, "stream_options")
+
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
 
 
 class Message(WireModel):
     """One turn of the conversation, its content parts joined to one text. It is dumped as chat templates read it."""
 
+    rules = below(CHAT_FIELDS, "messages[]")
+
     role: Annotated[
         Literal["system", "developer", "user", "assistant", "tool"],
         AfterValidator(lambda role: "system" if role == "developer" else role),
     ]
-    content: Annotated[str, PlainValidator(_plain_text, json_schema_input_type=str | Annotated[list[TextPart], Len(1)])]
+    content: Annotated[str, PlainValidator(_plain_text, json_schema_input_type=str | list[TextPart | RefusalPart])]
     tool_calls: tuple[ToolCall, ...] = Field((), max_length=MAX_CALLS, strict=False)
     tool_call_id: str | None = None
     name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _without_harmless(cls, value: object) -> object:
-        if not isinstance(value, dict):
+    def _with_content(cls, value: object) -> object:
+        """An assistant's message may have calls or a refusal instead of content."""
+        if not isinstance(value, dict) or value.get("role") != "assistant":
             return value
-        is_result = value.get("role") == "tool"
-        refused = {name: fine for name, fine in MESSAGE_FIELDS_REFUSED.items() if not (is_result and name == "name")}
-        for name, harmless in refused.items():
-            if value.get(name) is not None and value[name] not in harmless:
-                raise ValueError(f"field {name!r} is not supported")
-        kept = {name: item for name, item in value.items() if name not in refused}
-        calls = kept.get("tool_calls")
-        if calls is None:
-            kept.pop("tool_calls", None)
-        elif calls and value.get("role") == "assistant" and value.get("content") is None:
-            kept["content"] = ""
-        return kept
+        content = value.get("content")
+        if content == [] or (content is None and value.get("tool_calls")):
+            content = ""
+        elif content is None:
+            content = value.get("refusal")
+        return {**value, "content": content}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        schema = handler(core)
+        schema = super().__get_pydantic_json_schema__(core, handler)
         whole = handler.resolve_ref_schema(schema)
-        properties = whole["properties"]
-        properties["content"] = nullable(properties["content"])
-        properties["content"]["description"] = "Null or absent only beside `tool_calls`."
-        properties["tool_calls"] = nullable(properties["tool_calls"])
-        for name, harmless in MESSAGE_FIELDS_REFUSED.items():
-            if name not in properties:
-                properties[name] = {"enum": [None, *harmless], "description": "Not supported."}
+        content = nullable(whole["properties"]["content"])
+        whole["properties"]["content"] = {**content, "description": "Null or absent only beside `tool_calls`."}
         whole["required"] = ["role"]
         return schema
 
@@ -156,8 +152,8 @@ class Message(WireModel):
     def _for_template(self) -> dict[str, Any]:
         calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
         answers = {} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id}
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": self.content} | calls | answers | named
+        more = {name: text for name in ("name", "reasoning_content") if (text := getattr(self, name)) is not None}
+        return {"role": self.role, "content": self.content} | calls | answers | more
 
 
 class TextBody(TableBody):
@@ -188,7 +184,7 @@ class TextBody(TableBody):
 class ChatBody(TextBody):
     """The used fields of `/v1/chat/completions`."""
 
-    table = rules("chat")
+    table = below(CHAT_FIELDS)
 
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES, strict=False)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -210,7 +206,7 @@ class ChatBody(TextBody):
 class CompletionBody(TextBody):
     """The used fields of `/v1/completions`."""
 
-    table = rules("completion")
+    table = below(COMPLETION_FIELDS)
 
     prompt: Annotated[
         tuple[str | tuple[int, ...], ...], PlainValidator(texts_or_ids, json_schema_input_type=TextsOrIds)

@@ -8,6 +8,7 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Len
@@ -20,17 +21,13 @@ from runtime.requests import MAX_SCORED_CHOICES, Scored
 from .answer import to_input_output_usage
 from .answer_types import InputOutputUsage
 from .chat import MAX_MESSAGES
-from .wire import FieldRule, TableBody, WireModel, answer_type, checked_later_as, invalid_request
+from .fields import DECISION_FIELDS, below
+from .wire import RefusalPart, TableBody, WireModel, answer_type, checked_later_as, invalid_request
 
 MAX_QUESTIONS = 400
 MAX_CHOICE_CHARS = 1024
 MAX_NAME_CHARS = 256
 
-DECISION_FIELDS: Mapping[str, FieldRule] = {
-    **{name: FieldRule(name, "used") for name in ("model", "input", "questions")},
-    # The client's identity, and where a hosted cache should break; here every prefix is shared.
-    **{name: FieldRule(name, "ignored") for name in ("prompt_cache_key", "prompt_cache_options", "safety_identifier")},
-}
 # part type -> the field that holds its text
 _TEXT_PARTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
 
@@ -76,13 +73,6 @@ class DecisionTextPart(TypedDict):
     text: str
 
 
-class RefusalPart(TypedDict):
-    """A refusal, read as text."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-
 class JsonPart(TypedDict):
     """A JSON value, read as its text."""
 
@@ -98,15 +88,16 @@ Option = Annotated[str, Field(max_length=MAX_CHOICE_CHARS), AfterValidator(_said
 class InputMessage(WireModel):
     """One message of the input, its parts joined to one text."""
 
+    rules = below(DECISION_FIELDS, "input[]")
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Text
     type: Literal["message"] = "message"
-    phase: Literal["commentary", "final_answer"] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _messages_only(cls, value: object) -> object:
-        if isinstance(value, dict) and value.get("type", "message") != "message":
+        if isinstance(value, dict) and value.get("type") not in (None, "message"):
             raise ValueError(f"items of type {reprlib.repr(value['type'])} are not supported, only messages")
         return value
 
@@ -177,7 +168,7 @@ def _input(value: object) -> tuple[InputMessage, ...]:
 class DecisionBody(TableBody):
     """The used fields of `/v1/decisions`, each question still as it was sent."""
 
-    table = DECISION_FIELDS
+    table = below(DECISION_FIELDS)
 
     model: str | None = None
     input: Annotated[
@@ -187,7 +178,8 @@ class DecisionBody(TableBody):
     questions: Annotated[list[Any], Len(1, MAX_QUESTIONS), checked_later_as(Questions)]
 
 
-class ParsedDecision(WireModel):
+@dataclass(frozen=True, slots=True)
+class ParsedDecision:
     """The used fields of `/v1/decisions`; a text as input is one message of the user."""
 
     model: str | None
@@ -210,7 +202,7 @@ def _question(place: int, item: object) -> Question:
         message = f"{param}.type must be one of {', '.join(_KINDS)}, got {reprlib.repr(given)}"
         raise InvalidRequest(message, param=f"{param}.type", code="invalid_value")
     try:
-        question = kind.model_validate({name: value for name, value in item.items() if value is not None})
+        question = kind.model_validate(item)
     except ValidationError as error:
         fault = invalid_request(error)
         path = f"{param}.{fault.param}" if fault.param else param

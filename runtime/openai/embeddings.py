@@ -1,7 +1,6 @@
 """OpenAI's `/v1/embeddings`: the type of its body, and the wire answer made of the vectors. Pure."""
 
 import base64
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import PlainValidator
@@ -11,14 +10,10 @@ from runtime.errors import InvalidRequest
 from runtime.requests import Embedded
 
 from .chat import TextsOrIds, texts_or_ids
-from .wire import FieldRule, TableBody, answer_type
+from .fields import EMBEDDING_FIELDS, below
+from .wire import TableBody, answer_type
 
 MAX_INPUTS = 2048
-
-EMBEDDING_FIELDS: Mapping[str, FieldRule] = {
-    **{name: FieldRule(name, "used") for name in ("model", "input", "encoding_format", "dimensions")},
-    "user": FieldRule("user", "ignored"),
-}
 
 
 def _inputs(value: object) -> tuple[str | tuple[int, ...], ...]:
@@ -34,7 +29,7 @@ def _inputs(value: object) -> tuple[str | tuple[int, ...], ...]:
 class EmbeddingBody(TableBody):
     """The used fields of `/v1/embeddings`; `input` in any of its four shapes is a tuple of texts or token-id tuples."""
 
-    table = EMBEDDING_FIELDS
+    table = below(EMBEDDING_FIELDS)
 
     model: str | None = None
     input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_inputs, json_schema_input_type=TextsOrIds)]

@@ -17,7 +17,7 @@ MAX_SCHEMA_DEPTH = 64
 MAX_CHOICE_TEXTS = 1024
 _FORMATS = {
     "text": {"type"},
-    "json_object": {"type"},
+    "json_object": {"type", "schema"},
     "json_schema": {"type", "json_schema"},
 }
 _SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
@@ -39,9 +39,10 @@ class TextFormat(TypedDict):
 
 
 class ObjectFormat(TypedDict):
-    """Any JSON object."""
+    """A JSON object: any, or one that the schema describes."""
 
     type: Literal["json_object"]
+    schema: NotRequired[dict[str, Any] | None]
 
 
 class SchemaFormat(TypedDict):
@@ -60,7 +61,7 @@ def format_grammar(value: object) -> Grammar | None:
     _no_others(fields, _FORMATS[kind])
     if kind == "text":
         return None
-    schema: object = {"type": "object"}
+    schema: object = {"type": "object"} if fields.get("schema") is None else _object(fields["schema"], "a JSON schema")
     if kind == "json_schema":
         described = _object(fields.get("json_schema"), "json_schema with a schema")
         _no_others(described, _SCHEMA_FIELDS)

@@ -10,44 +10,27 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from annotated_types import Len
-from pydantic import BaseModel, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from typing_extensions import TypedDict
 
 from runtime.errors import InvalidRequest
 
 from .chat import MAX_MESSAGES, ChatBody
+from .fields import LOGPROBS, RESPONSE_FIELDS, Table, below, read_fields, without_unused
 from .grammar import FormatSchema, ObjectFormat, TextFormat
 from .tools import MAX_CALL_ID_CHARS, MAX_TOOLS, CalledFunction, Function
-from .wire import FieldRule, TableBody, WireModel, checked_later_as, invalid_request, plain_text, read_fields
+from .wire import TEXT_PARTS, RefusalPart, TableBody, WireModel, checked_later_as, invalid_request, plain_text
 
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS, MAX_METADATA_VALUE_CHARS = 64, 512
-LOGPROBS = "message.output_text.logprobs"
 
 # Fields with the same meaning in a chat's body, which checks them.
 PASSED: tuple[str, ...] = ("model", "stream", "temperature", "top_p", "parallel_tool_calls")
 PASSED += ("seed", "top_k", "min_p", "presence_penalty", "frequency_penalty")
 
-RESPONSE_FIELDS: tuple[FieldRule, ...] = (
-    *(FieldRule(name, "used") for name in PASSED),
-    *(FieldRule(name, "used") for name in ("input", "instructions", "max_output_tokens", "text", "tools")),
-    *(FieldRule(name, "used") for name in ("tool_choice", "include", "top_logprobs", "metadata")),
-    *(FieldRule(name, "ignored") for name in ("user", "store", "service_tier", "safety_identifier")),
-    *(FieldRule(name, "ignored") for name in ("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")),
-    *(FieldRule(name, "refused") for name in ("previous_response_id", "conversation", "prompt", "moderation")),
-    *(FieldRule(name, "refused") for name in ("max_tool_calls", "background_options", "access_programs", "image")),
-    FieldRule("background", "refused", harmless=(False,)),
-    FieldRule("context_management", "refused", harmless=([],)),
-    FieldRule("reasoning", "refused", harmless=({}, {"effort": "none"})),
-    FieldRule("stream_options", "refused", harmless=({}, {"include_obfuscation": False})),
-    FieldRule("truncation", "refused", harmless=("disabled",)),
-)
-
-
-Status = Literal["in_progress", "completed", "incomplete"]
-
 # As they are sent, and as they came in an earlier response.
-_TEXT_PARTS = ("input_text", "output_text", "text")
+_TEXT_PARTS = {"input_text": "text", "output_text": "text", **TEXT_PARTS}
+_ITEM_RULES = below(RESPONSE_FIELDS, "input[]")
 
 
 def _plain_text(content: object) -> str:
@@ -67,46 +50,55 @@ class ResponseTextPart(TypedDict):
     text: str
 
 
-_TextParts = Annotated[list[ResponseTextPart], Len(1)]
+_TextParts = Annotated[list[ResponseTextPart | RefusalPart], Len(1)]
 PlainText = Annotated[str, PlainValidator(_plain_text, json_schema_input_type=str | _TextParts)]
 
 
 class MessageItem(WireModel):
-    """A message of the input. `id`, `status` and `phase` come back from earlier outputs, and change nothing."""
+    """A message of the input."""
+
+    rules = _ITEM_RULES
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: PlainText
-    id: str | None = None
-    status: Status | None = None
-    phase: Any = None
 
 
 class CallItem(CalledFunction):
     """A call that the model made earlier."""
 
+    rules = _ITEM_RULES
+
     type: Literal["function_call"]
     call_id: str = Field(min_length=1, max_length=MAX_CALL_ID_CHARS)
-    id: str | None = None
-    status: Status | None = None
 
 
 class ResultItem(WireModel):
-    """The result of a call."""
+    """The result of a call. `name`, of the function, changes nothing."""
+
+    rules = _ITEM_RULES
 
     type: Literal["function_call_output"]
     call_id: str
     output: PlainText
-    id: str | None = None
-    status: Status | None = None
+    name: str | None = None
 
 
-Item = MessageItem | CallItem | ResultItem
+class ReasoningItem(WireModel):
+    """The reasoning that came with an earlier answer of another model; it is left out."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["reasoning"]
+
+
+Item = MessageItem | CallItem | ResultItem | ReasoningItem
 _Input = str | Annotated[list[Item], Len(1, MAX_MESSAGES)]
 _ITEMS: dict[object, type[Item]] = {
     "message": MessageItem,
     "function_call": CallItem,
     "function_call_output": ResultItem,
+    "reasoning": ReasoningItem,
 }
 
 
@@ -119,14 +111,35 @@ class ResponseSchemaFormat(FormatSchema):
 class TextOptions(WireModel):
     """The form of the text; the format is checked as a chat's `response_format`."""
 
+    rules = below(RESPONSE_FIELDS, "text")
+
     format: Annotated[
         dict[str, Any] | None, checked_later_as(TextFormat | ObjectFormat | ResponseSchemaFormat | None)
     ] = None
-    verbosity: None = None
+
+
+class ReasoningOptions(WireModel):
+    """What is asked of reasoning: nothing, for the models here do not reason apart from their answer."""
+
+    rules = below(RESPONSE_FIELDS, "reasoning")
+
+
+class ResponseStreamOptions(WireModel):
+    """Options of the stream, of which none changes anything."""
+
+    rules = below(RESPONSE_FIELDS, "stream_options")
+
+
+class PromptCacheOptions(WireModel):
+    """Options of a hosted cache; here every prefix is shared."""
+
+    rules = below(RESPONSE_FIELDS, "prompt_cache_options")
 
 
 class ResponseTool(Function):
     """A function that the model may call, checked as a chat's tool."""
+
+    rules = below(RESPONSE_FIELDS, "tools[]")
 
     type: Literal["function"]
 
@@ -141,22 +154,47 @@ class ChosenFunctionTool(TypedDict):
     name: str
 
 
+class AllowedFunctionTools(TypedDict):
+    """A choice of some of the tools."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[ChosenFunctionTool]
+
+
+_ToolChoice = Literal["none", "auto", "required"] | ChosenFunctionTool | AllowedFunctionTools
+
+
+def _includable(value: str) -> str:
+    known = (*RESPONSE_FIELDS["include"].accepts, *RESPONSE_FIELDS["include"].ignores)
+    if value not in known:
+        raise ValueError(f"must be one of {', '.join(map(repr, known))}")
+    return value
+
+
 class ResponseBody(TableBody):
     """The used fields of `/v1/responses` that a chat's body does not have in this form; `PASSED` are the others."""
 
-    table: ClassVar = {rule.name: rule for rule in RESPONSE_FIELDS}
+    table: ClassVar[Table] = below(RESPONSE_FIELDS)
 
     input: Annotated[str | list[Any], PlainValidator(_text_or_items, json_schema_input_type=_Input)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     text: TextOptions = TextOptions()
     tools: Annotated[list[Any], Len(0, MAX_TOOLS), checked_later_as(_Tools)] = Field(default_factory=list)
-    tool_choice: Annotated[Any, checked_later_as(Literal["none", "auto", "required"] | ChosenFunctionTool | None)] = (
-        None
-    )
-    include: list[Literal["message.output_text.logprobs"]] = Field(default_factory=list)
+    tool_choice: Annotated[Any, checked_later_as(_ToolChoice | None)] = None
+    include: list[Annotated[str, AfterValidator(_includable)]] = Field(default_factory=list)
     top_logprobs: int | None = Field(None, ge=0, le=20)
     metadata: dict[str, str] = Field(default_factory=dict, max_length=MAX_METADATA)
+    truncation: Literal["auto", "disabled"] = "disabled"
+    reasoning: ReasoningOptions = ReasoningOptions()
+    stream_options: ResponseStreamOptions = ResponseStreamOptions()
+    prompt_cache_options: PromptCacheOptions = PromptCacheOptions()
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether log-probabilities were asked for."""
+        return LOGPROBS in self.include
 
     @classmethod
     def properties_checked_elsewhere(cls) -> dict[str, Any]:
@@ -209,7 +247,7 @@ def parse_response(payload: object) -> ParsedResponse:
         chat["tools"] = [_tool(tool, place) for place, tool in enumerate(own.tools)]
     if own.tool_choice is not None:
         chat["tool_choice"] = _tool_choice(own.tool_choice)
-    if own.include:
+    if own.logprobs:
         chat |= {"logprobs": True, "top_logprobs": own.top_logprobs or 0}
     return ParsedResponse(own, chat, origins)
 
@@ -229,7 +267,7 @@ def _validated(kind: type[M], value: object, where: str) -> M:
 
 
 def _check(own: ResponseBody) -> None:
-    if own.top_logprobs and not own.include:
+    if own.top_logprobs and not own.logprobs:
         raise InvalidRequest(f"top_logprobs needs include [{LOGPROBS!r}]", param="top_logprobs")
     for key, value in own.metadata.items():
         if len(key) > MAX_METADATA_KEY_CHARS or len(value) > MAX_METADATA_VALUE_CHARS:
@@ -259,7 +297,7 @@ def _messages(own: ResponseBody, origins: Origins) -> list[dict[str, Any]]:
             add({"role": item.role, "content": item.content}, where)
         elif isinstance(item, ResultItem):
             add({"role": "tool", "tool_call_id": item.call_id, "content": item.output}, where)
-        else:
+        elif isinstance(item, CallItem):
             # The calls of a turn are items here; in a chat they are one message, with the text before them.
             if not messages or messages[-1]["role"] != "assistant":
                 add({"role": "assistant", "content": None}, where)
@@ -271,7 +309,8 @@ def _messages(own: ResponseBody, origins: Origins) -> list[dict[str, Any]]:
 
 
 def _item(value: object, where: str) -> Item:
-    kind = value.get("type", "message") if isinstance(value, dict) else "message"
+    kind = value.get("type") if isinstance(value, dict) else None
+    kind = "message" if kind is None else kind
     if not isinstance(kind, str) or kind not in _ITEMS:
         message = f"{where}.type: {str(kind)[:64]!r} is not supported; only {', '.join(map(repr, _ITEMS))} are"
         raise InvalidRequest(message, param=f"{where}.type", code="invalid_value")
@@ -291,11 +330,22 @@ def _tool(tool: object, place: int) -> object:
         param = f"tools[{place}].type"
         message = f"{param}: only tools of type 'function' are supported, got {str(tool.get('type'))[:64]!r}"
         raise InvalidRequest(message, param=param, code="invalid_value")
-    function = {name: item for name, item in tool.items() if name != "type" and item is not None}
+    function = without_unused(ResponseTool.rules, tool)
+    del function["type"]
     return {"type": "function", "function": function}
 
 
 def _tool_choice(choice: object) -> object:
-    if isinstance(choice, dict) and set(choice) == {"type", "name"} and choice["type"] == "function":
-        return {"type": "function", "function": {"name": choice["name"]}}
+    """The choice in a chat's form, if it has the form of a response's."""
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        tools = choice.get("tools")
+        named = [_chosen_function(tool) for tool in tools] if isinstance(tools, list) else tools
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": named}}
+    return _chosen_function(choice)
+
+
+def _chosen_function(choice: object) -> object:
+    present = without_unused({}, choice) if isinstance(choice, dict) else {}
+    if set(present) == {"type", "name"} and present["type"] == "function":
+        return {"type": "function", "function": {"name": present["name"]}}
     return choice

@@ -105,7 +105,7 @@ class Response(TypedDict):
     previous_response_id: None
     background: Literal[False]
     store: Literal[False]
-    truncation: Literal["disabled"]
+    truncation: Literal["auto", "disabled"]
 
 
 @answer_type
@@ -287,8 +287,9 @@ class ResponseAnswer(WireAnswer):
             "tool_choice": own.tool_choice or "auto",
             "parallel_tool_calls": chat.get("parallel_tool_calls", True),
             "metadata": own.metadata,
+            "truncation": own.truncation,
         }
-        nothing = {"previous_response_id": None, "background": False, "store": False, "truncation": "disabled"}
+        nothing = {"previous_response_id": None, "background": False, "store": False}
         return response | nothing | self._ended
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:

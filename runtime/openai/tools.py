@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from runtime.errors import InvalidRequest
 
+from .fields import CHAT_FIELDS, below, without_unused
 from .grammar import MAX_GRAMMAR_BYTES, bound_depth
 from .wire import WireModel, parse_strict_json
 
@@ -89,6 +90,8 @@ class CalledFunction(WireModel):
 class ToolCall(WireModel):
     """A call that the model made in an earlier turn."""
 
+    rules = below(CHAT_FIELDS, "messages[].tool_calls[]")
+
     id: str = Field(min_length=1, max_length=MAX_CALL_ID_CHARS)
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -116,26 +119,76 @@ class ChosenTool(TypedDict):
     function: ChosenFunction
 
 
-ToolChoiceBody = Literal["none", "auto", "required"] | ChosenTool
+class AllowedTools(TypedDict):
+    """The tools that may be called, or of which one must."""
+
+    mode: Literal["auto", "required"]
+    tools: list[ChosenTool]
+
+
+class AllowedToolChoice(TypedDict):
+    """A choice of some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoiceBody = Literal["none", "auto", "required"] | ChosenTool | AllowedToolChoice
 
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """`mode` says if the model may or must call; `name` is the one function that it must call, if any."""
+    """`mode` says if the model may or must call; `names` are the only functions that it may call (None: any).
+
+    `named`: one function was named, to be called once.
+    """
 
     mode: Mode = "auto"
-    name: str | None = None
+    names: tuple[str, ...] | None = None
+    named: bool = False
+
+    def allows(self, name: str) -> bool:
+        """Whether the function may be called."""
+        return self.names is None or name in self.names
 
 
 def parse_tool_choice(value: object) -> ToolChoice:
     """Read OpenAI's `tool_choice`. Raises ValueError for any other form."""
     if value == "none" or value == "auto" or value == "required":
         return ToolChoice(value)
-    if isinstance(value, dict) and set(value) == {"type", "function"} and value["type"] == "function":
-        function = value["function"]
-        if isinstance(function, dict) and set(function) == {"name"} and isinstance(function["name"], str):
-            return ToolChoice("required", function["name"])
-    raise ValueError("must be 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': …}}")
+    if isinstance(value, dict) and value.get("type") == "allowed_tools":
+        return _allowed_tools(value)
+    if (name := _function_name(value)) is not None:
+        return ToolChoice("required", (name,), named=True)
+    raise ValueError(
+        "must be 'none', 'auto', 'required', {'type': 'function', 'function': {'name': …}} or "
+        "{'type': 'allowed_tools', 'allowed_tools': {'mode': …, 'tools': […]}}"
+    )
+
+
+def _function_name(value: object) -> str | None:
+    """The name in {"type": "function", "function": {"name": …}}; None for any other value."""
+    chosen = _present(value)
+    function = _present(chosen.get("function"))
+    if set(chosen) != {"type", "function"} or chosen["type"] != "function" or set(function) != {"name"}:
+        return None
+    return function["name"] if isinstance(function["name"], str) else None
+
+
+def _present(value: object) -> dict[str, Any]:
+    """The fields of an object that are not null."""
+    return without_unused({}, value) if isinstance(value, dict) else {}
+
+
+def _allowed_tools(value: Mapping[str, Any]) -> ToolChoice:
+    allowed = _present(value.get("allowed_tools"))
+    mode, tools = allowed.get("mode"), allowed.get("tools")
+    if (mode != "auto" and mode != "required") or not isinstance(tools, list) or not tools:
+        raise ValueError("allowed_tools must hold a mode, 'auto' or 'required', and a list of tools that is not empty")
+    names = [_function_name(tool) for tool in tools]
+    if len(names) > MAX_TOOLS or None in names:
+        raise ValueError(f"allowed_tools takes at most {MAX_TOOLS} tools, each {{'type': 'function', 'function': …}}")
+    return ToolChoice(mode, tuple(name for name in names if name is not None))
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
@@ -150,6 +203,6 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
         raise InvalidRequest(message, param="tools", code="invalid_value")
     if choice.mode == "required" and not tools:
         raise InvalidRequest("tool_choice asks for a call, but there are no tools", param="tool_choice")
-    if choice.name is not None and choice.name not in names:
-        message = f"tool_choice names the function {choice.name[:64]!r}, which is not among the tools"
+    if (unknown := next((name for name in choice.names or () if name not in names), None)) is not None:
+        message = f"tool_choice names the function {unknown[:64]!r}, which is not among the tools"
         raise InvalidRequest(message, param="tool_choice", code="invalid_value")

@@ -1,17 +1,20 @@
-"""The base of every endpoint's wire translation: strict JSON and models, the table of fields, errors.
+"""The base of every endpoint's wire translation: strict JSON and models, read by the tables of `fields`; errors."""
 
-FIELDS says of each OpenAI body field whether it is used, ignored or refused; each row has a test. A field that is not
-in it is refused by name. `null` counts as absent everywhere.
-"""
-
-import difflib
 import json
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationError, with_config
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+    with_config,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from typing_extensions import TypedDict
@@ -41,16 +44,43 @@ from runtime.errors import (
     Unauthorized,
 )
 
-Endpoint = Literal["chat", "completion"]
-Treatment = Literal["used", "ignored", "refused"]
+from .fields import Table, read_fields, without_unused
 
-_BOTH: tuple[Endpoint, ...] = ("chat", "completion")
+Endpoint = Literal["chat", "completion"]
 
 
 class WireModel(BaseModel):
-    """A part of a request body: strict types, no unknown fields, finite numbers."""
+    """An object in a request body: strict types, no unknown fields, finite numbers; null counts as absent.
+
+    `rules` are the rows of its fields, by name; of those that are not used only harmless values pass.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    rules: ClassVar[Table] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _used_fields(cls, value: object) -> object:
+        return without_unused(cls.rules, value) if isinstance(value, dict) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core)
+        describe_fields(handler.resolve_ref_schema(schema), cls.rules)
+        return schema
+
+
+def describe_fields(schema: JsonSchemaValue, rules: Table) -> None:
+    """Complete the JSON schema of an object's used fields by what else may stand there: nulls, and what has no use."""
+    properties = schema.setdefault("properties", {})
+    for name in properties.keys() - set(schema.get("required", ())):
+        properties[name] = nullable(properties[name])
+    for name, rule in rules.items():
+        if rule.treatment == "ignored":
+            properties[name] = {"description": "Ignored."}
+        elif rule.treatment == "refused":
+            properties[name] = {"enum": [None, *rule.accepts], "description": "Not supported."}
+    schema["additionalProperties"] = {"type": "null"}
 
 
 # Types of answers are TypedDicts: they cost nothing at run time, and the OpenAPI document is made of them.
@@ -92,8 +122,19 @@ class TextPart(TypedDict):
     text: str
 
 
-def plain_text(content: object, kinds: Sequence[str] = ("text",), *, prefix: str = "") -> str:
-    """A string, or the texts of a list of parts joined. Parts have a type of `kinds`, of which errors name the first.
+class RefusalPart(TypedDict):
+    """A refusal, read as text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+# part type -> the field that holds its text
+TEXT_PARTS: Mapping[str, str] = {"text": "text", "refusal": "refusal"}
+
+
+def plain_text(content: object, kinds: Mapping[str, str] = TEXT_PARTS, *, prefix: str = "") -> str:
+    """A string, or the texts of a list of parts joined. `kinds`, of which errors name the first, are as TEXT_PARTS.
 
     Raises ValueError; `prefix` begins its message.
     """
@@ -104,10 +145,12 @@ def plain_text(content: object, kinds: Sequence[str] = ("text",), *, prefix: str
     texts = []
     for place, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else part
-        if not isinstance(part, dict) or kind not in kinds or not isinstance(part.get("text"), str):
-            expected = f"must be of type {kinds[0]!r} with a text"
+        named = kinds.get(kind) if isinstance(kind, str) else None
+        text = part.get(named) if isinstance(part, dict) and named is not None else None
+        if not isinstance(text, str):
+            expected = f"must be of type {next(iter(kinds))!r} with a text"
             raise ValueError(f"{prefix}part {place} {expected}, not {reprlib.repr(kind)}")
-        texts.append(part["text"])
+        texts.append(text)
     return "".join(texts)
 
 
@@ -120,23 +163,15 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     if first["type"] == "missing":
         return InvalidRequest(f"{param!r} is required", param=param, code="missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ").replace("Tuple", "List").replace("tuple", "list")
+    if first["type"] == "extra_forbidden":
+        message = "the field is unknown, or not supported with a value"
     return InvalidRequest(f"{param}: {message}, got {reprlib.repr(first['input'])}", param=param, code="invalid_value")
-
-
-@dataclass(frozen=True, slots=True)
-class FieldRule:
-    """The treatment of a body field. A refused field passes with a value of `harmless`, which asks for nothing."""
-
-    name: str
-    treatment: Treatment
-    endpoints: tuple[Endpoint, ...] = _BOTH
-    harmless: tuple[Any, ...] = ()
 
 
 class TableBody(WireModel):
     """The used fields of a body; `table` rules on every field. Its JSON schema is that of the whole body."""
 
-    table: ClassVar[Mapping[str, FieldRule]]
+    table: ClassVar[Table]
 
     @classmethod
     def read(cls, payload: object) -> Self:
@@ -155,16 +190,8 @@ class TableBody(WireModel):
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema = handler(core)
         whole = handler.resolve_ref_schema(schema)
-        properties = whole.setdefault("properties", {})
-        properties |= cls.properties_checked_elsewhere()
-        for name, rule in cls.table.items():
-            if rule.treatment == "used":
-                if name not in whole.get("required", ()):
-                    properties[name] = nullable(properties[name])
-            elif rule.treatment == "ignored":
-                properties[name] = {"description": "Ignored."}
-            else:
-                properties[name] = {"enum": [None, *rule.harmless], "description": "Not supported."}
+        whole.setdefault("properties", {}).update(cls.properties_checked_elsewhere())
+        describe_fields(whole, cls.table)
         return schema
 
 
@@ -180,67 +207,6 @@ def nullable(schema: JsonSchemaValue) -> JsonSchemaValue:
     if not rest or {"type": "null"} in rest.get("anyOf", ()):
         return schema
     return {"anyOf": [*rest["anyOf"], {"type": "null"}] if set(rest) == {"anyOf"} else [rest, {"type": "null"}], **kept}
-
-
-FIELDS: tuple[FieldRule, ...] = (
-    *(FieldRule(name, "used") for name in ("model", "stream", "stream_options", "max_tokens", "temperature", "top_p")),
-    *(FieldRule(name, "used") for name in ("top_k", "min_p", "seed", "stop", "n", "logprobs", "logit_bias")),
-    *(FieldRule(name, "used") for name in ("presence_penalty", "frequency_penalty", "ignore_eos")),
-    *(FieldRule(name, "used") for name in ("grammar", "regex", "choice")),
-    *(
-        FieldRule(name, "used", ("chat",))
-        for name in ("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice")
-    ),
-    FieldRule("prompt", "used", ("completion",)),
-    # The client's identity, storage and billing; no answer depends on them.
-    *(FieldRule(name, "ignored") for name in ("user", "metadata", "store", "service_tier", "safety_identifier")),
-    *(FieldRule(name, "ignored") for name in ("prompt_cache_key", "prompt_cache_retention")),
-    FieldRule("parallel_tool_calls", "used", ("chat",)),
-    FieldRule("functions", "refused", ("chat",), ([],)),
-    FieldRule("function_call", "refused", ("chat",), ("none", "auto")),
-    FieldRule("modalities", "refused", ("chat",), (["text"],)),
-    *(FieldRule(name, "refused", ("chat",)) for name in ("audio", "prediction", "web_search_options", "verbosity")),
-    FieldRule("reasoning_effort", "refused", ("chat",), ("none",)),
-    FieldRule("cache_prompt", "refused", _BOTH, (True,)),
-    FieldRule("echo", "refused", ("completion",), (False,)),
-    FieldRule("suffix", "refused", ("completion",), ("",)),
-    FieldRule("best_of", "refused", ("completion",), (1,)),
-)
-
-MESSAGE_FIELDS_REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "name": (),
-    "function_call": (),
-    "audio": (),
-    "refusal": (),
-    "annotations": ([],),
-}
-
-
-def rules(endpoint: Endpoint) -> dict[str, FieldRule]:
-    """The rows of FIELDS that hold for `endpoint`, by name."""
-    return {rule.name: rule for rule in FIELDS if endpoint in rule.endpoints}
-
-
-def read_fields(known: Mapping[str, FieldRule], payload: object) -> dict[str, Any]:
-    """The fields of a body to read. Raises InvalidRequest unless it is an object, and for unknown or refused fields."""
-    if not isinstance(payload, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {reprlib.repr(payload)}")
-    used = {}
-    for name, value in payload.items():
-        rule = known.get(name)
-        if rule is None:
-            near = difflib.get_close_matches(name[:64], known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InvalidRequest(f"unknown field {reprlib.repr(name)}{hint}", param=name[:64], code="unknown_parameter")
-        if value is None or rule.treatment == "ignored":
-            continue
-        if rule.treatment == "used":
-            used[name] = value
-        elif not any(type(value) is type(fine) and value == fine for fine in rule.harmless):
-            allowed = " or ".join(["null", *(json.dumps(fine) for fine in rule.harmless)])
-            message = f"{name!r} is not supported; only {allowed} is accepted, got {reprlib.repr(value)}"
-            raise InvalidRequest(message, param=name, code="unsupported_parameter")
-    return used
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,11 @@ def prepare_response(payload: object, model: ServedModel) -> Call:
     try:
         chat = _chat(dict(body.chat), model)
     except (InvalidRequest, ContextTooLong) as error:
-        raise _renamed(error, body.origins) from None
+        renamed = _renamed(error, body.origins)
+        if isinstance(error, ContextTooLong) and body.own.truncation == "auto":
+            message = f"{renamed}; truncation 'auto' cuts nothing here: send less, or ask for fewer tokens"
+            renamed = ContextTooLong(message, param=renamed.param, code=renamed.code)
+        raise renamed from None
     response = ResponseCall(chat, body)
     return Call(response.id, chat.requests, partial(ResponseAnswer, response, time.time), streams=chat.stream)
 

@@ -74,14 +74,14 @@ def _with_calls(body: ChatBody, model: ServedModel) -> AnswerForm:
         raise InvalidRequest(message, param="tools", code="unsupported_parameter")
     control = control_tokens(form, model.tokenizer)
     choice = body.tool_choice
-    functions = [tool.function for tool in body.callable_tools if choice.name in (None, tool.function.name)]
+    functions = [tool.function for tool in body.callable_tools if choice.allows(tool.function.name)]
     grammar = tool_grammar(
         form,
         # Chat templates write JSON with white space, whatever the model's own examples do.
         {function.name: closed(function.text_of_arguments) for function in functions},
         control,
         must_call=choice.mode == "required",
-        parallel=body.parallel_tool_calls and choice.name is None,
+        parallel=body.parallel_tool_calls and not choice.named,
     )
     return AnswerForm(grammar, form, tuple(control.values()))
 

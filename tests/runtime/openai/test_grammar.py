@@ -48,6 +48,9 @@ def test_response_format_is_a_schema_or_nothing() -> None:
     assert plain is None
     (any_object,) = grammars_of("chat", response_format={"type": "json_object"})
     assert any_object == Grammar("json_schema", '{"type": "object"}', "response_format")
+    (described,) = grammars_of("chat", response_format={"type": "json_object", "schema": SCHEMA})
+    assert described is not None
+    assert (described.kind, json.loads(described.source)) == ("json_schema", SCHEMA)
     for more in ({}, {"strict": True}, {"strict": None, "description": "of a mail"}):
         (asked,) = grammars_of("chat", response_format=formatted(SCHEMA, **more))
         assert asked is not None
@@ -64,7 +67,8 @@ def test_response_format_is_the_chats_alone() -> None:
         ("response_format", "json", "object"),
         ("response_format", {"type": "xml"}, "json_schema"),
         ("response_format", {}, "json_schema"),
-        ("response_format", {"type": "json_object", "schema": {}}, "'schema'"),
+        ("response_format", {"type": "json_object", "schema": "x"}, "JSON schema"),
+        ("response_format", {"type": "text", "schema": {}}, "'schema'"),
         ("response_format", {"type": "json_schema"}, "json_schema"),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
         ("response_format", formatted(True), "schema"),

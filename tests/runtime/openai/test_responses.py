@@ -7,17 +7,15 @@ import pytest
 
 from runtime.errors import InvalidRequest
 from runtime.openai.chat import MAX_MESSAGES, ChatBody, parse
+from runtime.openai.fields import LOGPROBS, RESPONSE_FIELDS, FieldRule, below
 from runtime.openai.responses import (
-    LOGPROBS,
     MAX_METADATA,
     MAX_METADATA_VALUE_CHARS,
     PASSED,
-    RESPONSE_FIELDS,
     ResponseBody,
     parse_response,
 )
-from runtime.openai.tools import MAX_TOOLS
-from runtime.openai.wire import FieldRule
+from runtime.openai.tools import MAX_TOOLS, ToolChoice
 
 TOOL: dict[str, Any] = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
 # A value of each used field, and what of the chat's body says it.
@@ -49,7 +47,10 @@ def refusal(**fields: Any) -> InvalidRequest:
     return caught.value
 
 
-@pytest.mark.parametrize("rule", RESPONSE_FIELDS, ids=lambda rule: rule.name)
+ROWS = below(RESPONSE_FIELDS).values()
+
+
+@pytest.mark.parametrize("rule", ROWS, ids=lambda rule: rule.name)
 def test_each_row_of_the_field_table_is_treated_as_it_says(rule: FieldRule) -> None:
     plain = parse_response({"input": "hi"})
     if rule.name != "input":
@@ -59,7 +60,7 @@ def test_each_row_of_the_field_table_is_treated_as_it_says(rule: FieldRule) -> N
         for value in (*anything, True, False):
             assert parse_response({"input": "hi", rule.name: value}) == plain
     elif rule.treatment == "refused":
-        for value in rule.harmless:
+        for value in rule.accepts:
             assert parse_response({"input": "hi", rule.name: value}) == plain
         for value in anything:
             error = refusal(**{rule.name: value})
@@ -69,9 +70,8 @@ def test_each_row_of_the_field_table_is_treated_as_it_says(rule: FieldRule) -> N
 
 
 def test_what_is_read_is_what_the_table_calls_used() -> None:
-    used = [rule.name for rule in RESPONSE_FIELDS if rule.treatment == "used"]
+    used = [rule.name for rule in ROWS if rule.treatment == "used"]
     assert sorted(used) == sorted({*PASSED, *ResponseBody.model_fields})
-    assert len({rule.name for rule in RESPONSE_FIELDS}) == len(RESPONSE_FIELDS)
     assert refusal(max_tokens=3).code == "unknown_parameter"
 
 
@@ -119,9 +119,25 @@ def test_formats_tools_and_choices_have_their_chat_form() -> None:
     assert chat_of(text={"format": {"type": "json_object"}}).response_format is not None
     assert chat_of(text={"format": {"type": "text"}}).response_format is None
     body = chat_of(tools=[TOOL], tool_choice={"type": "function", "name": "f"})
-    assert (body.tools[0].function.name, body.tool_choice.name) == ("f", "f")
+    assert (body.tools[0].function.name, body.tool_choice.names) == ("f", ("f",))
     assert chat_of(tools=[TOOL], tool_choice="required").tool_choice.mode == "required"
     assert chat_of(include=[LOGPROBS], top_logprobs=3).top_logprobs == 3
+
+
+def test_what_clients_send_of_reasoning_and_formats_changes_nothing() -> None:
+    plain = chat_of(input=[{"role": "user", "content": "hi"}])
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x", "content": [{"a": 1}]}
+    said = {"role": "user", "content": [{"type": "input_text", "text": "hi"}], "type": None, "unheard_of": None}
+    assert chat_of(input=[thought, said], include=["reasoning.encrypted_content"]) == plain
+    harmless = {"reasoning": {"effort": None, "summary": "auto"}, "truncation": "auto", "text": {"verbosity": "medium"}}
+    assert chat_of(input=[said], stream_options={"include_obfuscation": True}, max_tool_calls=3, **harmless) == plain
+
+
+def test_some_of_the_tools_may_be_allowed() -> None:
+    tools = [TOOL, TOOL | {"name": "g"}]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "g"}]}
+    assert chat_of(tools=tools, tool_choice=choice).tool_choice == ToolChoice("required", ("g",))
+    assert len(chat_of(tools=tools, tool_choice=choice).callable_tools) == 2
 
 
 CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
@@ -137,7 +153,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
     ({"input": [{"role": "user", "content": "x", "more": 1}]}, "input[0].more"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
-    ({"input": [{"type": "reasoning", "summary": []}]}, "input[0].type"),
+    ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type"),
     ({"input": [{"type": ["x"]}]}, "input[0].type"),
     ({"input": [{"type": "function_call", "call_id": "1", "name": "f"}]}, "input[0].arguments"),
     ({"input": [CALL | {"arguments": {}}]}, "input[0].arguments"),
@@ -149,7 +165,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"text": {"style": "x"}}, "text.style"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ({"tools": [TOOL] * (MAX_TOOLS + 1)}, "tools"),
-    ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+    ({"include": ["reasoning.thoughts"]}, "include[0]"),
+    ({"truncation": "middle"}, "truncation"),
+    ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+    ({"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options.prewarm"),
     ({"top_logprobs": 21}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"metadata": {"a": 1}}, "metadata.a"),

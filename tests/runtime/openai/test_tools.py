@@ -87,13 +87,24 @@ def test_only_a_template_that_reads_the_variable_takes_tools(source: str, reads:
     assert ("tools" in ChatTemplate(source).variables) is reads
 
 
+FORCED = {"type": "function", "function": {"name": "f"}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names or ("f",)]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
         ("none", ToolChoice("none")),
         ("auto", ToolChoice("auto")),
         ("required", ToolChoice("required")),
-        ({"type": "function", "function": {"name": "f"}}, ToolChoice("required", "f")),
+        (FORCED, ToolChoice("required", ("f",), named=True)),
+        (FORCED | {"function": {"name": "f", "id": None}, "id": None}, ToolChoice("required", ("f",), named=True)),
+        (allowed("auto"), ToolChoice("auto", ("f",))),
+        (allowed("required"), ToolChoice("required", ("f",))),
     ],
 )
 def test_the_forms_of_tool_choice(value: Any, expected: ToolChoice) -> None:
@@ -137,6 +148,13 @@ BAD_TOOLS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [F], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"tools": [F], "tool_choice": "always"}, "tool_choice"),
     ({"tools": [F], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
+    ({"tools": [F], "tool_choice": allowed("none")}, "tool_choice"),
+    ({"tools": [F], "tool_choice": allowed("auto", "f", "g")}, "tool_choice"),
+    ({"tools": [F], "tool_choice": allowed("auto", *["f"] * (MAX_TOOLS + 1))}, "tool_choice"),
+    (
+        {"tools": [F], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [7]}}},
+        "tool_choice",
+    ),
     ({"tools": [F], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ({"tools": [F], "stop": "x"}, "stop"),
     ({"tools": [F], "ignore_eos": True}, "ignore_eos"),

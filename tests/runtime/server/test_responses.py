@@ -272,7 +272,7 @@ def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
     ("fields", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "auto", "input": "x" * 10_000}, "input"),
         ({"model": "gpt-5"}, "model"),
         ({"temperature": 3}, "temperature"),
         ({"max_output_tokens": 10_000}, "max_output_tokens"),

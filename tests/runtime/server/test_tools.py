@@ -34,6 +34,7 @@ F: Any = {
         },
     },
 }
+NAMED_G: Any = {"function": {"name": "g"}}
 G: Any = {"type": "function", "function": {"name": "g"}}
 CONTROL = ("[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>", "<|tool_call|>", "<TOOLCALL>", "<tool_calls>")
 
@@ -241,6 +242,20 @@ def test_a_marker_in_the_text_begins_a_call_or_cannot_be_written(control: bool) 
     else:
         written.accept(b"]")
     assert bytes(written.forced()) == b'[{"name": "g", "arguments": {}}'
+
+
+def test_of_allowed_tools_only_those_are_called_and_all_are_told_of() -> None:
+    choice: Any = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "required", "tools": [{"type": "function"} | NAMED_G]},
+    }
+    with serving(model(templates.HERMES, templates.TWO_CALLS[templates.HERMES])) as toy:
+        answer = toy.client().chat.completions.create(
+            model="toy", messages=[USER], tools=[F, G], tool_choice=choice, temperature=0
+        )
+        assert {name for name, _ in calls_of(answer)} == {"g"}
+    with seen_prompts(templates.HERMES) as (_, ask):
+        assert '"weather"' in ask(tools=[F, G], tool_choice=choice)
 
 
 def test_tools_that_may_not_be_called_are_not_told_of() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.llama.interface import Batch
-from runtime.openai.embeddings import EMBEDDING_FIELDS, MAX_INPUTS, parse_embedding
+from runtime.openai.embeddings import MAX_INPUTS, parse_embedding
+from runtime.openai.fields import EMBEDDING_FIELDS
 from runtime.serving.embeddings import MAX_TOKENS
 from tests.support.runtime.fakes import BOS, FAKE_WIDTH, FakeLlama
 from tests.support.runtime.serving import Gate, Running, serving, wait_until
