@@ -100,6 +100,7 @@ class TextCall:
     stream: bool
     include_usage: bool
     tools: ToolFormat | None = None
+    continuous_usage: bool = False
 
     @property
     def logprobs(self) -> bool:
@@ -109,9 +110,10 @@ class TextCall:
 
 @dataclass(slots=True)
 class AnswerChoice:
-    """One choice as far as it has come."""
+    """One choice as far as it has come, of `n_tokens` so far."""
 
     index: int
+    n_tokens: int = 0
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -132,7 +134,7 @@ class TextAnswer(WireAnswer):
         """For a chat, name the role of each choice."""
         if self.call.endpoint == "chat":
             for choice in self.choices:
-                first = to_chunk(self.call, choice.index, "", role="assistant")
+                first = self._chunk(choice.index, "", role="assistant")
                 if self.call.tools is not None:
                     first["choices"][0]["delta"]["content"] = None
                 yield first
@@ -145,10 +147,11 @@ class TextAnswer(WireAnswer):
             reader = self._readers[choice.index]
             told = ToolDelta(reader.finish()) if reader else ToolDelta()
             reason = finish_reason(event.reason, reader)
-            return (to_chunk(self.call, choice.index, told.content or None, finish_reason=reason),)
+            return (self._chunk(choice.index, told.content or None, finish_reason=reason),)
         if isinstance(event, Failed):
             raise event.error
         assert isinstance(event, TextDelta), "a call for text has been given scores"
+        choice.n_tokens += len(event.token_ids)
         if not self.call.stream:
             choice.text.append(event.text)
             choice.logprobs.extend(event.logprobs)
@@ -157,11 +160,11 @@ class TextAnswer(WireAnswer):
             return ()
         logprobs = to_logprobs(self.call, event.logprobs, self._offsets[choice.index])
         if (reader := self._readers[choice.index]) is None:
-            return (to_chunk(self.call, choice.index, event.text, logprobs),)
+            return (self._chunk(choice.index, event.text, logprobs),)
         told = reader.feed(event.text)
         if not told.content and not told.calls and not event.logprobs:
             return ()
-        return (to_chunk(self.call, choice.index, told.content or None, logprobs, calls=told.calls),)
+        return (self._chunk(choice.index, told.content or None, logprobs, calls=told.calls),)
 
     def end(self) -> Iterator[AnswerChunk]:
         """Give the token counts, if the client asked for them, and DONE."""
@@ -170,8 +173,28 @@ class TextAnswer(WireAnswer):
         yield DONE
 
     def usage(self) -> TextUsage:
-        """The token counts of all choices so far; see `to_usage`."""
-        return to_usage([choice.usage for choice in self.choices if choice.usage], self.call.choices_per_prompt)
+        """The token counts of all choices so far; see `to_usage`. What was cached is known once all have finished."""
+        usages = [
+            choice.usage or Usage(len(request.prompt), 0, choice.n_tokens)
+            for choice, request in zip(self.choices, self.call.requests, strict=True)
+        ]
+        counts = to_usage(usages, self.call.choices_per_prompt)
+        if any(choice.usage is None for choice in self.choices):
+            del counts["prompt_tokens_details"]
+        return counts
+
+    def _chunk(
+        self,
+        index: int,
+        text: str | None,
+        logprobs: ChatLogprobs | CompletionLogprobs | None = None,
+        *,
+        finish_reason: str | None = None,
+        role: str | None = None,
+        calls: Sequence[CallDelta] = (),
+    ) -> dict[str, Any]:
+        chunk = to_chunk(self.call, index, text, logprobs, finish_reason=finish_reason, role=role, calls=calls)
+        return chunk | {"usage": self.usage()} if self.call.continuous_usage else chunk
 
     def response(self) -> dict[str, Any]:
         """The whole answer, once every choice has finished."""

@@ -26,7 +26,7 @@ class TextUsage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: NotRequired[CachedTokens]
 
 
 @answer_type
@@ -151,7 +151,10 @@ class ChatChunkChoice(TypedDict):
 
 @answer_type
 class ChatChunk(TypedDict):
-    """An event's data in a streamed chat. `usage` is there with `include_usage`, and counts in the last one."""
+    """An event's data in a streamed chat. `usage` is there with `include_usage`, and counts in the last one.
+
+    With `continuous_usage_stats` it counts in each.
+    """
 
     id: str
     object: Literal["chat.completion.chunk"]

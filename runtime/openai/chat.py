@@ -95,11 +95,12 @@ def _logit_bias(value: object) -> dict[int, float]:
 
 
 class StreamOptions(WireModel):
-    """`include_usage` sends token counts in one more chunk at the end."""
+    """`include_usage` sends token counts in one more chunk at the end, `continuous_usage_stats` in every chunk."""
 
     rules = below(CHAT_FIELDS, "stream_options")
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class Message(WireModel):

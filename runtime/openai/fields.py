@@ -76,6 +76,7 @@ _TEXT_WRITING = (
     *_used("model stream temperature top_p seed stop n max_tokens logprobs logit_bias"),
     *_used("presence_penalty frequency_penalty stream_options stream_options.include_usage"),
     *_ignored("stream_options.include_obfuscation", note="no padding is sent"),
+    *_used("stream_options.continuous_usage_stats", note="token counts in every chunk", ours=True),
     *_used("top_k min_p ignore_eos grammar regex choice", ours=True),
     *_ignored("user", note=_NO_STORE),
     *_refused("cache_prompt", True, ours=True),

@@ -136,6 +136,7 @@ def _text_call(body: Body, prompts: Sequence[tuple[int, ...]], model: ServedMode
         choices_per_prompt=body.n,
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        continuous_usage=body.stream_options is not None and body.stream_options.continuous_usage_stats,
         tools=form.calls if form else None,
     )
 

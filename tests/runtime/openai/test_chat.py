@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -311,6 +312,22 @@ def answer_events(logprobs: bool) -> list[Event]:
         events.append(Finished(name, "stop" if name == "c-0" else "length", Usage(3, len(name) - 1, len(tokens))))
     order = random.Random(3).sample(["c-0"] * 3 + ["c-1"] * 5, 8)
     return [events.pop(next(i for i, event in enumerate(events) if event.request_id == name)) for name in order]
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_with_continuous_usage_every_chunk_counts_the_tokens_so_far(kind: Endpoint) -> None:
+    answer = TextAnswer(replace(make_call(kind, 2, stream=True, usage=True), continuous_usage=True))
+    chunks: list[Any] = list(answer.begin())
+    for event in answer_events(logprobs=False):
+        chunks += answer.feed(event)
+    *last, _ = answer.end()
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[0] == (0 if kind == "chat" else 1)
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {3}
+    assert "prompt_tokens_details" not in chunks[-2]["usage"]
+    assert last[0]["usage"] == chunks[-1]["usage"] == answer.usage()
+    assert counts[-1] == 6
 
 
 @pytest.mark.parametrize("logprobs", [None, 0, 2])

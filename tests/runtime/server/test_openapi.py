@@ -59,6 +59,7 @@ ACCEPTED: dict[str, list[dict[str, Any]]] = {
         {"messages": [USER], "max_tokens": 3},
         {"messages": [USER], "n": 2, "logprobs": True, "top_logprobs": 2, "max_tokens": 2, "user": 7, "model": None},
         {"messages": [USER], "stream": True, "stream_options": {"include_usage": True}, "logprobs": True},
+        {"messages": [USER], "stream": True, "stream_options": {"continuous_usage_stats": True}, "max_tokens": 2},
         {"messages": [USER], "stop": ["a"], "logit_bias": {"65": -3.5}, "seed": -3, "audio": None, "max_tokens": 2},
         {"messages": [USER], "response_format": FORMAT, "max_tokens": 4},
         {"messages": [USER], "choice": ["a", "b"]},
