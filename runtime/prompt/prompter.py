@@ -147,8 +147,14 @@ class Prompter:
         return "" if token is None else self._tokenizer.token_bytes(token, special=True).decode(errors="replace")
 
     def _too_long(self, what: str, *, param: str) -> NoReturn:
-        message = f"{what}; the context holds {self._n_ctx} tokens"
-        raise ContextTooLong(message, param=param, code="context_length_exceeded")
+        raise ContextTooLong(too_long(what, self._n_ctx), param=param, code="context_length_exceeded")
+
+
+def too_long(what: str, n_ctx: int) -> str:
+    """The message of a ContextTooLong. Clients know the error by OpenAI's own words, which come first."""
+    return (
+        f"This model's maximum context length is {n_ctx} tokens. However, {what}. Send less, or ask for fewer tokens."
+    )
 
 
 class _Guard:

@@ -61,7 +61,7 @@ def prepare_response(payload: object, model: ServedModel) -> Call:
     except (InvalidRequest, ContextTooLong) as error:
         renamed = _renamed(error, body.origins)
         if isinstance(error, ContextTooLong) and body.own.truncation == "auto":
-            message = f"{renamed}; truncation 'auto' cuts nothing here: send less, or ask for fewer tokens"
+            message = f"{renamed} Truncation 'auto' cuts nothing here."
             renamed = ContextTooLong(message, param=renamed.param, code=renamed.code)
         raise renamed from None
     response = ResponseCall(chat, body)

@@ -8,7 +8,7 @@ from models.manifest import Manifest
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.openai.answer import WholeAnswer
 from runtime.openai.decisions import Choice, ParsedDecision, Question, options, parse_decision, to_decision
-from runtime.prompt.prompter import ANSWER_MARK, input_text, question_text
+from runtime.prompt.prompter import ANSWER_MARK, input_text, question_text, too_long
 from runtime.requests import Scored, Scoring, ScoringPrompt
 
 from .call import Call
@@ -54,8 +54,7 @@ def _scoring_prompt(body: ParsedDecision, place: int, model: ServedModel) -> Sco
         raise InvalidRequest(f"{param}: two of the choices are the same tokens to this model", param=param)
     longest, n_ctx = max(map(len, choices)), model.prompter.n_ctx
     if len(prompt) + longest > n_ctx:
-        message = f"{param}: the prompt has {len(prompt)} tokens and the longest choice {longest}"
-        message += f"; the context holds {n_ctx} tokens"
+        message = too_long(f"{param}: the prompt has {len(prompt)} tokens and the longest choice {longest}", n_ctx)
         raise ContextTooLong(message, param="input", code="context_length_exceeded")
     return ScoringPrompt(prompt, choices, ends)
 

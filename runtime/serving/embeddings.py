@@ -5,6 +5,7 @@ import secrets
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.openai.answer import WholeAnswer
 from runtime.openai.embeddings import parse_embedding, to_embeddings
+from runtime.prompt.prompter import too_long
 from runtime.requests import Embedded, Embedding
 
 from .call import Call
@@ -39,7 +40,7 @@ def _tokens(item: str | tuple[int, ...], name: str, model: ServedModel) -> tuple
     info = model.info
     tokens = item if isinstance(item, tuple) else _encoded(item, model)
     if len(tokens) > info.embed_n_ctx:
-        message = f"{name} has {len(tokens)} tokens, limit {info.embed_n_ctx} for an embedding; split it"
+        message = too_long(f"{name} has {len(tokens)} tokens; split it", info.embed_n_ctx)
         raise ContextTooLong(message, param="input", code="context_length_exceeded")
     if not tokens:
         raise InvalidRequest(f"{name} has no tokens", param="input")

@@ -147,8 +147,8 @@ def test_limit_is_what_was_asked_or_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("n_prompt", "max_tokens", "named", "param"),
     [
-        (4, 7, ("4 tokens", "max_tokens is 7", "holds 10"), "max_tokens"),
-        (10, None, ("10 tokens", "holds 10"), "messages"),
+        (4, 7, ("4 tokens", "max_tokens is 7", "context length is 10 tokens"), "max_tokens"),
+        (10, None, ("10 tokens", "context length is 10 tokens"), "messages"),
     ],
 )
 def test_too_long_names_limit_and_values(

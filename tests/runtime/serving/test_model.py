@@ -43,7 +43,7 @@ def test_no_answer_grows_beyond_the_cache_or_the_trained_length(
     model = served.load_model(stored(recipe.folder), RuntimeConfig())
     model.supervisor.stop()
     assert model.prompter.limit([1] * 10, None, param="max_tokens") == holds - 10
-    with pytest.raises(ContextTooLong, match=f"holds {holds} tokens"):
+    with pytest.raises(ContextTooLong, match=f"context length is {holds} tokens"):
         model.prompter.limit([1] * holds, None, param="max_tokens")
 
 
