@@ -9,6 +9,7 @@ from runtime.monitoring.metrics import ModelSample
 from runtime.openai.wire import answer_type
 from runtime.pool.pool import ModelPool
 from runtime.pool.slot import ModelSlot, SlotState
+from runtime.serving.capabilities import capabilities
 from runtime.serving.names import ModelRef
 
 
@@ -29,7 +30,10 @@ class ModelFacts(TypedDict):
 
 @answer_type
 class Model(TypedDict):
-    """A model, or a LoRA adapter on the model `parent`, under the name that requests give."""
+    """A model, or a LoRA adapter on the model `parent`, under the name that requests give.
+
+    `max_model_len` is the most tokens that a prompt and its answer may have together.
+    """
 
     id: str
     object: Literal["model"]
@@ -38,6 +42,8 @@ class Model(TypedDict):
     state: SlotState
     root: str
     parent: str | None
+    capabilities: list[str]
+    max_model_len: int
     meta: ModelFacts
 
 
@@ -87,6 +93,7 @@ def show_model(pool: ModelPool, name: str, created_s: int) -> Model:
 
 
 def _model(slot: ModelSlot, ref: ModelRef, created_s: int) -> Model:
+    meta = _meta(slot, ref)
     return {
         "id": ref.id,
         "object": "model",
@@ -95,8 +102,17 @@ def _model(slot: ModelSlot, ref: ModelRef, created_s: int) -> Model:
         "state": slot.shown_state,
         "root": slot.name,
         "parent": slot.name if ref.adapter is not None else None,
-        "meta": _meta(slot, ref),
+        "capabilities": capabilities((ref.adapter or ref.base).manifest, ref.template or _template(slot)),
+        "max_model_len": min(meta["n_ctx"], meta["n_ctx_train"] or meta["n_ctx"]),
+        "meta": meta,
     }
+
+
+def _template(slot: ModelSlot) -> str:
+    """The base model's chat template, by its engine or its file's header; empty if it has none."""
+    if slot.info is not None:
+        return slot.info.chat_template or ""
+    return slot.meta.text("tokenizer.chat_template") if slot.meta is not None else ""
 
 
 def _meta(slot: ModelSlot, ref: ModelRef) -> ModelFacts:
