@@ -20,6 +20,15 @@ class CachedTokens(TypedDict):
 
 
 @answer_type
+class CompletionTokens(TypedDict):
+    """Always 0: a model's reasoning is not told apart, and predictions are ignored."""
+
+    reasoning_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+@answer_type
 class TextUsage(TypedDict):
     """Token counts; a prompt counts once, however many choices share it."""
 
@@ -27,6 +36,7 @@ class TextUsage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: NotRequired[CachedTokens]
+    completion_tokens_details: CompletionTokens
 
 
 @answer_type

@@ -398,6 +398,11 @@ def test_usage_counts_a_shared_prompt_once_and_as_cached_what_nobody_computed() 
         "completion_tokens": 12,
         "total_tokens": 112,
         "prompt_tokens_details": {"cached_tokens": 60},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
 
 
