@@ -40,7 +40,8 @@ class SamplingParams(PipeStruct, frozen=True):
     report for each token (0: the drawn token only; None: no log-probabilities). `logit_bias` adds to raw logits by
     token id. `grammar` allows only tokens that lead to an answer it describes. The text of an answer leaves control
     tokens out, except those of `spelled`. `seed` is always set: the server draws it when the client gave none, so that
-    a request can be repeated.
+    a request can be repeated. With `prompt_logprobs` the first delta begins with the log-probabilities of the prompt's
+    tokens, from its second one on; the whole prompt is computed for that.
     """
 
     max_tokens: int
@@ -57,6 +58,7 @@ class SamplingParams(PipeStruct, frozen=True):
     ignore_eos: bool = False
     grammar: Grammar | None = None
     spelled: tuple[int, ...] = ()
+    prompt_logprobs: bool = False
 
 
 class Request(PipeStruct, frozen=True, tag=True):

@@ -74,7 +74,7 @@ class Sampler:
         self.note(token)
         if params.logprobs is None:
             return SampledToken(token)
-        return _with_logprobs(logits, token, params.logprobs)
+        return with_logprobs(logits, token, params.logprobs)
 
     def note(self, token: int) -> None:
         """Count the answer's next token: a sampled one, or one that a grammar forced."""
@@ -171,7 +171,7 @@ def _pick(weights: np.ndarray, uniform: float) -> int:
     return start + int(np.searchsorted(inside, max(target, 0), side="right"))
 
 
-def _with_logprobs(logits: np.ndarray, token: int, n_top: int) -> SampledToken:
+def with_logprobs(logits: np.ndarray, token: int, n_top: int) -> SampledToken:
     highest = logits.max()
     weights = logits - highest
     np.exp(weights, out=weights)

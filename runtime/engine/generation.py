@@ -14,7 +14,7 @@ from runtime.decoding.detokenize import TextStream
 from runtime.decoding.grammar import Grammars, GrammarState
 from runtime.decoding.prompt_lookup import Drafter
 from runtime.decoding.sampling import Sampler
-from runtime.requests import FinishReason, Grammar, Request, SamplingParams
+from runtime.requests import FinishReason, Grammar, Request, SamplingParams, TokenLogprob
 from runtime.scheduling.plan import ScheduledSequence
 
 
@@ -32,7 +32,8 @@ class Generation:
     """One answer while it is written: its sequence, sampler, text and grammar, advanced together.
 
     `mask` is the grammar's for the next token, bool of shape (n_vocab,), while a thread works it out. `unsent` tokens
-    are part of the sequence, but their text was not sent yet. `drafter` exists once prompt lookup began.
+    are part of the sequence, but their text was not sent yet. `drafter` exists once prompt lookup began. The prompt's
+    log-probabilities gather in `prompt_logprobs`, from its second token on, until the first token is sampled.
     """
 
     request: Request
@@ -44,6 +45,7 @@ class Generation:
     unsent: list[int] = field(default_factory=list)
     n_counted: int = 0
     drafter: Drafter | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def write(self, token: int, *, ends: bool) -> NewText:
         """Append the sampled `token` and the tokens that the grammar forces after it. `ends`: it is an end token.

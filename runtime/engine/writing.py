@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.decoding.detokenize import TextStream
 from runtime.decoding.grammar import Grammars
-from runtime.decoding.sampling import SampledToken, Sampler
+from runtime.decoding.sampling import SampledToken, Sampler, with_logprobs
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.llama.interface import LlamaLike, TokenizerLike
 from runtime.requests import Event, Finished, Request, TextDelta, TokenLogprob, Usage
@@ -104,6 +104,9 @@ class Writer:
         sequence = chunk.sequence
         generation = self.live[sequence.request_id]
         mask = None if generation.mask is None else generation.mask.result()
+        self._score_prompt(generation, chunk, logits)
+        if sequence.n_computed < len(sequence.tokens):
+            return
         n_known = len(sequence.tokens)
         for row, draft in zip(logits[-1 - len(chunk.drafts) :], (*chunk.drafts, None), strict=True):
             sampled = generation.sampler.draw(row, mask)
@@ -132,6 +135,7 @@ class Writer:
             max_tokens=params.max_tokens,
             adapter=request.adapter,
             n_ahead=len(forced),
+            first_row=0 if params.prompt_logprobs else None,
         )
         sampler = Sampler(params, self._tokenizer.end_tokens)
         for token in forced:
@@ -143,15 +147,31 @@ class Writer:
         sequence, request = generation.sequence, generation.request
         ends = self._tokenizer.is_end(sampled.token)
         new = generation.write(sampled.token, ends=ends)
-        logprobs = () if ends else self._logprobs(sampled)
+        logprobs = (*generation.prompt_logprobs, *(() if ends else self._logprobs(sampled)))
+        generation.prompt_logprobs = []
         self._count(generation)
         if new.reason is not None:
             self._scheduler.finish(sequence)
             del self.live[request.id]
-        if new.text or new.tokens:
+        if new.text or new.tokens or logprobs:
             yield TextDelta(request.id, new.text, new.tokens, logprobs)
         if new.reason is not None:
             yield Finished(request.id, new.reason, Usage(sequence.n_prompt, sequence.n_cached, sequence.n_generated))
+
+    def _score_prompt(self, generation: Generation, chunk: Chunk, logits: np.ndarray) -> None:
+        """Read the prompt's log-probabilities out of the rows after its tokens, where they are asked for.
+
+        A prompt is computed in pieces, and again from its beginning after a pre-emption.
+        """
+        sequence, n_top = generation.sequence, generation.request.params.logprobs
+        if sequence.first_row is None:
+            return
+        told = generation.prompt_logprobs
+        for place, row in enumerate(logits, chunk.start + chunk.count - len(logits) + 1):
+            if place == len(told) + 1 and place < sequence.n_prompt:
+                told += self._logprobs(with_logprobs(row, sequence.tokens[place], n_top or 0))
+        if len(told) + 1 >= sequence.n_prompt:
+            sequence.first_row = None
 
     def _logprobs(self, sampled: SampledToken) -> tuple[TokenLogprob, ...]:
         if sampled.logprob is None:

@@ -19,7 +19,7 @@ from runtime.requests import (
     Usage,
 )
 
-from .answer_types import ChatLogprobs, ChatToken, CompletionLogprobs, InputOutputUsage, TextUsage, TopToken
+from .answer_types import ChatLogprobs, ChatToken, CompletionLogprobs, TextUsage, TopToken, to_usage
 from .tool_calls import CallDelta, ToolCallReader, ToolDelta, ToolFormat
 from .wire import Endpoint
 
@@ -84,10 +84,23 @@ class WholeAnswer(WireAnswer, Generic[WholeEvent]):
 
 
 @dataclass(frozen=True, slots=True)
+class EchoedPrompt:
+    """A prompt that its answers begin with: its text, and its first token, which has no log-probability.
+
+    `leads`: the text begins with that token; it does not if the token is one that only begins every text.
+    """
+
+    text: str
+    first: bytes
+    leads: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TextCall:
     """A chat or completion request that became `requests`: `choices_per_prompt` for each prompt, by choice index.
 
-    `tools` is how the model writes calls, if it may call any.
+    `tools` is how the model writes calls, if it may call any. `echo` are the prompts that the answers begin with, if
+    they do; `echo_only`: nothing follows them.
     """
 
     id: str
@@ -101,11 +114,17 @@ class TextCall:
     include_usage: bool
     tools: ToolFormat | None = None
     continuous_usage: bool = False
+    echo: tuple[EchoedPrompt, ...] = ()
+    echo_only: bool = False
 
     @property
     def logprobs(self) -> bool:
         """Whether log-probabilities were asked for."""
         return self.requests[0].params.logprobs is not None
+
+    def echoed(self, index: int) -> EchoedPrompt | None:
+        """The prompt that choice `index` begins with, if it does."""
+        return self.echo[index // self.choices_per_prompt] if self.echo else None
 
 
 @dataclass(slots=True)
@@ -118,6 +137,7 @@ class AnswerChoice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    begun: bool = False
 
 
 class TextAnswer(WireAnswer):
@@ -142,6 +162,29 @@ class TextAnswer(WireAnswer):
     def feed(self, event: Event) -> Iterable[AnswerChunk]:
         """Take in an event. A streamed answer gives a chunk unless the event shows nothing; another one keeps it."""
         choice = self._by_id[event.request_id]
+        if self.call.echo and not isinstance(event, Failed):
+            return [chunk for told in self._with_prompt(choice, event) for chunk in self._feed(choice, told)]
+        return self._feed(choice, event)
+
+    def _with_prompt(self, choice: AnswerChoice, event: Event) -> Iterator[Event]:
+        """The event, after the prompt if it is the choice's first; without what follows a prompt that stands alone."""
+        prompt, alone = self.call.echoed(choice.index), self.call.echo_only
+        assert prompt is not None, "a call that echoes has each choice's prompt"
+        before = "" if choice.begun else prompt.text
+        if isinstance(event, TextDelta):
+            text, tokens, logprobs = event.text, event.token_ids, event.logprobs
+            if alone:
+                n_told = 0 if choice.begun else len(self.call.requests[choice.index].prompt) - 1
+                text, tokens, logprobs = "", (), logprobs[:n_told]
+            yield TextDelta(event.request_id, before + text, tokens, logprobs)
+            return
+        assert isinstance(event, Finished), "a call for text has been given scores"
+        if before:
+            yield TextDelta(event.request_id, before, ())
+        usage = Usage(event.usage.prompt_tokens, event.usage.cached_tokens, 0)
+        yield Finished(event.request_id, "length", usage) if alone else event
+
+    def _feed(self, choice: AnswerChoice, event: Event) -> Iterable[AnswerChunk]:
         if isinstance(event, Finished):
             choice.finish_reason, choice.usage = event.reason, event.usage
             reader = self._readers[choice.index]
@@ -153,12 +196,15 @@ class TextAnswer(WireAnswer):
         assert isinstance(event, TextDelta), "a call for text has been given scores"
         choice.n_tokens += len(event.token_ids)
         if not self.call.stream:
+            choice.begun = True
             choice.text.append(event.text)
             choice.logprobs.extend(event.logprobs)
             return ()
         if not event.text and not event.logprobs:
             return ()
-        logprobs = to_logprobs(self.call, event.logprobs, self._offsets[choice.index])
+        echoed = None if choice.begun else self.call.echoed(choice.index)
+        choice.begun = True
+        logprobs = to_logprobs(self.call, event.logprobs, self._offsets[choice.index], echoed)
         if (reader := self._readers[choice.index]) is None:
             return (self._chunk(choice.index, event.text, logprobs),)
         told = reader.feed(event.text)
@@ -251,7 +297,7 @@ def to_choice(call: TextCall, choice: AnswerChoice) -> dict[str, Any]:
     text = "".join(choice.text)
     reader = call_reader(call, choice.index)
     said = {"text": text} if call.endpoint == "completion" else {"message": _message(text, reader)}
-    logprobs = to_logprobs(call, choice.logprobs, TextOffsets())
+    logprobs = to_logprobs(call, choice.logprobs, TextOffsets(), call.echoed(choice.index))
     reason = choice.finish_reason and finish_reason(choice.finish_reason, reader)
     return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason}
 
@@ -287,56 +333,30 @@ def _call_delta(delta: CallDelta) -> dict[str, Any]:
     return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
 
 
-def to_usage(usages: Sequence[Usage], choices_per_prompt: int) -> TextUsage:
-    """OpenAI's token counts. A prompt counts once, however many choices share it.
-
-    Of its tokens, those count as cached that no choice had to compute: the least that any of them found.
-    """
-    prompt, cached = 0, 0
-    for start in range(0, len(usages), choices_per_prompt):
-        shared = usages[start : start + choices_per_prompt]
-        prompt += shared[0].prompt_tokens
-        cached += min(usage.cached_tokens for usage in shared)
-    completion = sum(usage.completion_tokens for usage in usages)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {
-            "reasoning_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
-        },
-    }
-
-
-def to_input_output_usage(usage: Usage) -> InputOutputUsage:
-    """The token counts of one answer, in the words of `/v1/responses` and `/v1/decisions`."""
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
-
-
 def to_logprobs(
-    call: TextCall, tokens: Sequence[TokenLogprob], offsets: TextOffsets
+    call: TextCall, tokens: Sequence[TokenLogprob], offsets: TextOffsets, echoed: EchoedPrompt | None = None
 ) -> ChatLogprobs | CompletionLogprobs | None:
-    """The log-probabilities of some tokens in the call's form, None if they were not asked for."""
+    """The log-probabilities of some tokens in the call's form, None if they were not asked for.
+
+    `echoed`: the first of the tokens come from this prompt, but for its very first, which has none.
+    """
     if not call.logprobs:
         return None
     if call.endpoint == "chat":
         return {"content": [to_chat_token(token) for token in tokens], "refusal": None}
     wants_top = bool(call.requests[0].params.logprobs)
-    return {
-        "tokens": [_name(token.token_bytes) for token in tokens],
-        "token_logprobs": [_finite(token.logprob) for token in tokens],
-        "top_logprobs": [{_name(raw): _finite(p) for _, raw, p in t.top} for t in tokens] if wants_top else None,
-        "text_offset": [offsets.take(token.token_bytes) for token in tokens],
-    }
+    shown: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": None, "text_offset": []}
+    if echoed is not None:
+        shown["tokens"].append(_name(echoed.first))
+        shown["token_logprobs"].append(None)
+        shown["text_offset"].append(offsets.take(echoed.first if echoed.leads else b""))
+    shown["tokens"] += [_name(token.token_bytes) for token in tokens]
+    shown["token_logprobs"] += [_finite(token.logprob) for token in tokens]
+    shown["text_offset"] += [offsets.take(token.token_bytes) for token in tokens]
+    if wants_top:
+        first = [] if echoed is None else [None]
+        shown["top_logprobs"] = [*first, *({_name(raw): _finite(p) for _, raw, p in t.top} for t in tokens)]
+    return shown
 
 
 def to_chat_token(token: TokenLogprob) -> ChatToken:

@@ -3,9 +3,12 @@
 The OpenAPI document is made of them, and a test holds real answers to it.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
+
+from runtime.requests import Usage
 
 from .wire import answer_type
 
@@ -65,11 +68,11 @@ class ChatLogprobs(TypedDict):
 
 @answer_type
 class CompletionLogprobs(TypedDict):
-    """Log-probabilities in the form of completions."""
+    """Log-probabilities in the form of completions; the first token of an echoed prompt has none."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -222,3 +225,38 @@ class InputOutputUsage(TypedDict):
     output_tokens: int
     output_tokens_details: OutputDetails
     total_tokens: int
+
+
+def to_usage(usages: Sequence[Usage], choices_per_prompt: int) -> TextUsage:
+    """OpenAI's token counts. A prompt counts once, however many choices share it.
+
+    Of its tokens, those count as cached that no choice had to compute: the least that any of them found.
+    """
+    prompt, cached = 0, 0
+    for start in range(0, len(usages), choices_per_prompt):
+        shared = usages[start : start + choices_per_prompt]
+        prompt += shared[0].prompt_tokens
+        cached += min(usage.cached_tokens for usage in shared)
+    completion = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def to_input_output_usage(usage: Usage) -> InputOutputUsage:
+    """The token counts of one answer, in the words of `/v1/responses` and `/v1/decisions`."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }

@@ -212,7 +212,9 @@ class CompletionBody(TextBody):
     prompt: Annotated[
         tuple[str | tuple[int, ...], ...], PlainValidator(texts_or_ids, json_schema_input_type=TextsOrIds)
     ]
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
 
 
 Body = ChatBody | CompletionBody
@@ -242,6 +244,8 @@ def _check_together(body: Body) -> None:
     if grammars and body.ignore_eos:
         raise InvalidRequest(f"ignore_eos cannot be combined with {grammars[0].param}", param="ignore_eos")
     if isinstance(body, CompletionBody):
+        if body.max_tokens == 0 and not body.echo:
+            raise InvalidRequest("max_tokens must be at least 1 without echo, got 0", param="max_tokens")
         if body.n * len(body.prompt) > MAX_ANSWERS_PER_CALL:
             got = f"{len(body.prompt)} prompts with n {body.n}"
             raise InvalidRequest(f"prompts times n must be at most {MAX_ANSWERS_PER_CALL}, got {got}", param="prompt")
@@ -308,7 +312,7 @@ def grammar_of(body: Body) -> Grammar | None:
 def token_limit(body: Body) -> tuple[int | None, str]:
     """The limit of an answer in tokens (None: all that the context leaves), and the field that sets it."""
     if isinstance(body, CompletionBody):
-        return body.max_tokens or DEFAULT_COMPLETION_TOKENS, "max_tokens"
+        return DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens, "max_tokens"
     if body.max_completion_tokens is not None:
         return body.max_completion_tokens, "max_completion_tokens"
     return body.max_tokens, "max_tokens"
@@ -323,7 +327,7 @@ def _alternatives(body: Body) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A prompt as token ids, and how many tokens each answer to it may have."""
+    """A prompt as token ids, and how many tokens each answer to it may have: none if only the prompt is echoed."""
 
     tokens: tuple[int, ...]
     max_tokens: int
@@ -353,7 +357,7 @@ def to_requests(
 
 def _sampling_params(body: Body, max_tokens: int, seed: int) -> SamplingParams:
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=max(max_tokens, 1),
         seed=seed,
         temperature=body.temperature,
         top_p=body.top_p,
@@ -366,4 +370,5 @@ def _sampling_params(body: Body, max_tokens: int, seed: int) -> SamplingParams:
         logprobs=_alternatives(body),
         ignore_eos=body.ignore_eos,
         grammar=grammar_of(body),
+        prompt_logprobs=isinstance(body, CompletionBody) and body.echo and body.logprobs is not None,
     )

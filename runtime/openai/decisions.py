@@ -18,8 +18,7 @@ from typing_extensions import TypedDict
 from runtime.errors import EngineError, InvalidRequest
 from runtime.requests import MAX_SCORED_CHOICES, Scored
 
-from .answer import to_input_output_usage
-from .answer_types import InputOutputUsage
+from .answer_types import InputOutputUsage, to_input_output_usage
 from .chat import MAX_MESSAGES
 from .fields import DECISION_FIELDS, below
 from .wire import RefusalPart, TableBody, WireModel, answer_type, checked_later_as, invalid_request

@@ -125,9 +125,9 @@ COMPLETION_FIELDS = _table(
     _used("prompt"),
     _ignored("metadata store service_tier safety_identifier", note=_NO_STORE, ours=True),
     _ignored("prompt_cache_key prompt_cache_retention", note=_PREFIXES, ours=True),
-    _refused("echo", False),
+    _used("echo", note="with logprobs the prompt's too; max_tokens may then be 0"),
     _refused("suffix", "", note="no model here is asked to fill a gap"),
-    _refused("best_of", 1),
+    _refused("best_of", 1, note="ask for n answers with logprobs, and choose"),
 )
 
 LOGPROBS = "message.output_text.logprobs"

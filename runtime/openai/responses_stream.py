@@ -11,8 +11,8 @@ from typing_extensions import TypedDict
 
 from runtime.requests import Event, Failed, Finished, FinishReason, TextDelta, Usage
 
-from .answer import AnswerChunk, TextCall, WireAnswer, call_reader, to_chat_token, to_input_output_usage
-from .answer_types import ChatToken, InputOutputUsage
+from .answer import AnswerChunk, TextCall, WireAnswer, call_reader, to_chat_token
+from .answer_types import ChatToken, InputOutputUsage, to_input_output_usage
 from .responses import ParsedResponse
 from .tool_calls import CallDelta, ToolDelta
 from .wire import answer_type

@@ -6,11 +6,12 @@ A body becomes requests that are valid, tokenised and known to fit the context, 
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from runtime.errors import ContextTooLong, InvalidRequest, ModelUnknown, TemplateFailed
-from runtime.openai.answer import TextAnswer, TextCall
+from runtime.openai.answer import EchoedPrompt, TextAnswer, TextCall
 from runtime.openai.chat import (
     Body,
     ChatBody,
@@ -50,7 +51,18 @@ def prepare_completion(payload: object, model: ServedModel) -> Call:
     prompts = [model.prompter.text(item) if isinstance(item, str) else item for item in body.prompt]
     if not all(prompts):
         raise InvalidRequest("prompt must not be empty: this model has no token that begins a text", param="prompt")
-    return _text(_text_call(body, prompts, model))
+    call = _text_call(body, prompts, model)
+    if body.echo:
+        echo = tuple(_echoed(given, prompt, model) for given, prompt in zip(body.prompt, prompts, strict=True))
+        call = replace(call, echo=echo, echo_only=body.max_tokens == 0)
+    return _text(call)
+
+
+def _echoed(given: str | tuple[int, ...], prompt: tuple[int, ...], model: ServedModel) -> EchoedPrompt:
+    spell = partial(model.tokenizer.token_bytes, special=True)
+    text = given if isinstance(given, str) else b"".join(map(spell, prompt)).decode("utf-8", "replace")
+    first = spell(prompt[0])
+    return EchoedPrompt(text, first, leads=text.encode().startswith(first))
 
 
 def prepare_response(payload: object, model: ServedModel) -> Call:
@@ -154,7 +166,8 @@ def _limit(body: Body, prompt: tuple[int, ...], model: ServedModel) -> int:
     if isinstance(body, CompletionBody):
         model.prompter.limit(prompt, None, param="prompt")  # a prompt too long by itself is its own fault
     wanted, param = token_limit(body)
-    return model.prompter.limit(prompt, wanted, param=param)
+    limit = model.prompter.limit(prompt, wanted or 1 if wanted is not None else None, param=param)
+    return limit if wanted != 0 else 0
 
 
 def _renamed(error: InvalidRequest | ContextTooLong, origins: Origins) -> InvalidRequest | ContextTooLong:

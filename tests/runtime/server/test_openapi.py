@@ -71,6 +71,8 @@ ACCEPTED: dict[str, list[dict[str, Any]]] = {
         {"prompt": [[65, 66], [67]], "logprobs": 2, "n": 2, "echo": False, "max_tokens": 2},
         {"prompt": [65], "stream": True, "stream_options": {"include_usage": True}, "logprobs": 0},
         {"prompt": ["a", "b"], "regex": "[ab]", "stop": "x"},
+        {"prompt": ["ab", "c"], "echo": True, "logprobs": 1, "max_tokens": 0},
+        {"prompt": "ab", "echo": True, "logprobs": 1, "max_tokens": 2, "stream": True},
     ],
     RESPONSE: [
         {"input": "hi", "max_output_tokens": 2},
