@@ -354,7 +354,7 @@ def to_logprobs(
     shown["token_logprobs"] += [_finite(token.logprob) for token in tokens]
     shown["text_offset"] += [offsets.take(token.token_bytes) for token in tokens]
     if wants_top:
-        first = [] if echoed is None else [None]
+        first: list[dict[str, float] | None] = [] if echoed is None else [None]
         shown["top_logprobs"] = [*first, *({_name(raw): _finite(p) for _, raw, p in t.top} for t in tokens)]
     return shown
 
