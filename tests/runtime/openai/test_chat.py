@@ -320,7 +320,7 @@ def test_with_continuous_usage_every_chunk_counts_the_tokens_so_far(kind: Endpoi
     chunks: list[Any] = list(answer.begin())
     for event in answer_events(logprobs=False):
         chunks += answer.feed(event)
-    *last, _ = answer.end()
+    last: list[Any] = list(answer.end())[:-1]
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
     assert counts[0] == (0 if kind == "chat" else 1)
