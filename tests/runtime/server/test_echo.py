@@ -22,8 +22,8 @@ def asked(toy: Running, **fields: Any) -> list[dict[str, Any]]:
     return choices
 
 
-def streamed(toy: Running, n: int, **fields: Any) -> list[str]:
-    texts = [""] * n
+def streamed(toy: Running, n_choices: int, **fields: Any) -> list[str]:
+    texts = [""] * n_choices
     for chunk in toy.client().completions.create(model="toy", stream=True, **fields):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
