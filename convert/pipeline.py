@@ -92,13 +92,13 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         if proof is not None:
             stack.callback(proof.close)
         checkpoint = stack.enter_context(closing(open_checkpoint(inputs.origin.path)))
-        check_kind(checkpoint.header)
         read_back: set[str] = set()
         staging = store.staging(inputs.manifest.name, replace=request.replace, read_back=read_back)
         folder = stack.enter_context(staging)
         if proof is not None:
             stack.callback(proof.close)  # before the staging folder is removed: the proof reads from it
         plan = plan_conversion(checkpoint, inputs)
+        check_kind(checkpoint.header)
         _warn(checkpoint, plan.chat, plan.fitted, inputs, report)
         build = _Build(checkpoint, plan, inputs, folder / "work", report)
         build.workdir.mkdir()
