@@ -218,7 +218,11 @@ MISFITS: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         "is not a known module of 'gemma3'",
     ),
     "module": (lora_of("model.layers.0.self_attn.qkv_proj", 64, 64), {}, "is not a known module of 'gemma3'"),
-    "classifier": ({f"{STEM}score.weight": np.ones((2, 64))}, {}, "'score' is not a known module of 'gemma3'"),
+    "value head": (
+        {f"{STEM}value_head.weight": np.ones((2, 64))},
+        {},
+        "'value_head' is not a known module of 'gemma3'",
+    ),
     "fewer rows": (
         lora_of("model.layers.0.self_attn.q_proj", 32, 64),
         {},
