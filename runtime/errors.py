@@ -159,3 +159,8 @@ ERROR_CODES: dict[type[RequestError | EngineError], str] = {
     EngineDown: "engine_down",
     ShuttingDown: "shutting_down",
 }
+
+
+def encodable(text: str) -> str:
+    """`text` with half surrogates, which UTF-8 lacks, as escapes: a file's or a field's name may hold some."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

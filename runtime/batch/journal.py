@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from runtime.errors import BatchRefused
+from runtime.openai.wire import to_json
 
 from .lines import BatchLine, key_of, read_lines
 
@@ -53,7 +54,7 @@ class JsonlFile:
 
         A full disk leaves none of it: another line may still come to stand after this one.
         """
-        rest = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        rest = memoryview(to_json(json.dumps(record, ensure_ascii=False)) + b"\n")
         whole = os.fstat(self._fd).st_size
         try:
             while rest:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import InvalidRequest
-from runtime.openai.wire import parse_strict_json
+from runtime.openai.wire import parse_strict_json, require_characters
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/decisions", "/v1/embeddings")
 FIELDS = ("custom_id", "method", "url", "body")
@@ -78,6 +78,7 @@ def parse_line(number: int, raw: bytes) -> BatchLine | BadLine:
     try:
         record = _json_object(raw)
         custom_id = _custom_id(record)
+        require_characters(raw, record)
         return _request(number, custom_id, record)
     except InvalidRequest as error:
         return BadLine(number, custom_id, error)
@@ -87,7 +88,7 @@ def parse_line(number: int, raw: bytes) -> BatchLine | BadLine:
 
 def _json_object(raw: bytes) -> dict[str, Any]:
     try:
-        record = parse_strict_json(raw)
+        record = parse_strict_json(raw.decode("utf-8"))
     except ValueError as error:
         raise _refuse(f"the line is not JSON: {error}") from error
     if not isinstance(record, dict):

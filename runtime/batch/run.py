@@ -139,7 +139,9 @@ class BatchRun:
     async def _answer(self, line: BatchLine) -> None:
         try:
             body = await self._answerer.answer(line)
-        except Exception as error:  # noqa: BLE001  (one line must not stop the others)
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  (one line must not stop the others; a Rust panic is no Exception)
             self._answerer.require_alive()
             if not isinstance(error, RequestError | EngineError):
                 _log.error("line %d failed unexpectedly", line.number, exc_info=error)
@@ -150,7 +152,7 @@ class BatchRun:
         finally:
             self._window.release()
 
-    def _fail(self, number: int, custom_id: str | None, error: Exception) -> None:
+    def _fail(self, number: int, custom_id: str | None, error: BaseException) -> None:
         self._files.errors.append(error_record(number, custom_id, to_error(error)[1]["error"]))
         self.counts.failed += 1
         self._on_progress(self.counts)

@@ -1,6 +1,7 @@
 """The base of every endpoint's wire translation: strict JSON and models, read by the tables of `fields`; errors."""
 
 import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,11 +43,13 @@ from runtime.errors import (
     TemplateFailed,
     TokenizeFailed,
     Unauthorized,
+    encodable,
 )
 
 from .fields import Table, read_fields, without_unused
 
 Endpoint = Literal["chat", "completion"]
+_HALF_SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 class WireModel(BaseModel):
@@ -109,6 +112,23 @@ def parse_strict_json(
 ) -> Any:
     """Parse JSON without Python's NaN and Infinity. Raises ValueError, or RecursionError if it is nested too deeply."""
     return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=object_pairs_hook)
+
+
+def require_characters(text: bytes, value: object) -> None:
+    """Raise InvalidRequest if `value`, parsed from `text`, holds half a surrogate pair, which UTF-8 cannot."""
+    if b"\\ud" in text or b"\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise InvalidRequest("half a surrogate pair (\\ud800 … \\udfff alone) is no character") from None
+
+
+def to_json(text: str) -> bytes:
+    """JSON `text` in UTF-8, with half surrogates, which UTF-8 lacks, as escapes."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return _HALF_SURROGATES.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode("utf-8")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -246,7 +266,8 @@ UNEXPECTED = WireError(500, "server_error", "internal_error")
 
 
 def error_body(message: str, error_type: str, param: str | None = None, code: str | None = None) -> ErrorAnswer:
-    """OpenAI's error shape."""
+    """OpenAI's error shape. Half surrogates, of a field's name for one, are spelled as escapes."""
+    message, param = encodable(message), None if param is None else encodable(param)
     return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import json
 import logging
 import re
 import time
@@ -29,7 +28,7 @@ from runtime.errors import (
     Unauthorized,
 )
 from runtime.monitoring.metrics import Metrics
-from runtime.openai.wire import error_body, parse_strict_json, to_error
+from runtime.openai.wire import error_body, parse_strict_json, require_characters, to_error
 
 from .stream import JsonBytes
 
@@ -173,10 +172,7 @@ def parse_json(body: bytes) -> Any:
     try:
         text = body.decode("utf-8")
         value = parse_strict_json(text, object_pairs_hook=_bounded_object)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidRequest("the body holds half a surrogate pair, which is no character") from None
+        require_characters(body, value)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: byte {error.start} cannot be decoded") from None
     except RecursionError:

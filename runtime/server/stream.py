@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from runtime.openai.answer import AnswerChunk
+from runtime.openai.wire import to_json
 from runtime.serving.call import Call
 from runtime.worker.inflight import Stream
 
@@ -20,7 +21,7 @@ _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=Fa
 
 def encode(value: Mapping[str, Any]) -> bytes:
     """Compact JSON in UTF-8."""
-    return _JSON.encode(value).encode("utf-8")
+    return to_json(_JSON.encode(value))
 
 
 class JsonBytes(Response):

@@ -15,7 +15,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import BinaryIO, NoReturn
 
-from runtime.errors import EngineError, LoadFailed, RequestError
+from runtime.errors import EngineError, LoadFailed, RequestError, encodable
 from runtime.requests import Event, Failed
 
 from .messages import (
@@ -29,7 +29,6 @@ from .messages import (
     Ready,
     Start,
     Stepped,
-    encodable,
     read_to_engine,
     unpack_recipe,
     write_message,

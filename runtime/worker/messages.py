@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import msgspec
 import numpy as np
 
-from runtime.errors import ERROR_CODES, EngineError, RequestError
+from runtime.errors import ERROR_CODES, EngineError, RequestError, encodable
 from runtime.llama.interface import ModelInfo
 from runtime.requests import EngineStats, Event, PipeStruct, Work
 
@@ -228,11 +228,6 @@ def _error_of(fields: _ErrorFields) -> Exception:
         if (value := getattr(fields, name)) is not None:
             setattr(error, name, value)
     return error
-
-
-def encodable(text: str) -> str:
-    """`text` with lone surrogates, which UTF-8 lacks, as escapes: a file's name in a message may hold some."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _decode(decoder: Any, data: bytes) -> Any:

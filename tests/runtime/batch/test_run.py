@@ -125,19 +125,51 @@ BAD_LINES = {
     "body": (json.dumps(request("x", body=[])), "x", "body"),
     "stream": (json.dumps(request("x", body={"stream": True})), "x", "stream"),
     "unknown field": (json.dumps(request("x", priority=1)), "x", "priority"),
+    "half a character in a field's name": (json.dumps(request("x") | {"\ud83d": 1}), "x", None),
+    "half a character in the url": (json.dumps(request("x", url="\ud83d")), "x", None),
+    "half a character in the body's name": (json.dumps(request("x", body={"\ud83d": 1})), "x", None),
+    "half a character deep down": (json.dumps(request("x", body={"a": [{"b": "\udc00"}]})), "x", None),
+    "half a character, unescaped": (
+        json.dumps(request("\ud83d"), ensure_ascii=False).encode("utf-8", "surrogatepass"),
+        None,
+        None,
+    ),
 }
 
 
 @pytest.mark.parametrize(("line", "custom_id", "param"), BAD_LINES.values(), ids=BAD_LINES)
 def test_a_bad_line_is_written_down_and_the_others_answered(
-    tmp_path: Path, output: Path, line: str, custom_id: str | None, param: str | None
+    tmp_path: Path, output: Path, line: str | bytes, custom_id: str | None, param: str | None
 ) -> None:
-    source = write(tmp_path / "in.jsonl", [request("a"), "", line, request("b")])
+    source, encoded = write(tmp_path / "in.jsonl", [request("a"), ""]), line.encode() if isinstance(line, str) else line
+    source.write_bytes(source.read_bytes() + encoded + b"\n" + json.dumps(request("b")).encode())
     assert run(source, output).failed == 1
     (error,) = read(errors_path(output))
     assert (error["line"], error["custom_id"], error["error"]["param"]) == (3, custom_id, param)
     assert list(error["error"]) == ["message", "type", "param", "code"]
     assert {answer["custom_id"] for answer in read(output)} == {"a", "b"}
+
+
+class Panic(BaseException):
+    """As the panic of a library in Rust."""
+
+
+@pytest.mark.parametrize(
+    "fault", [Panic("x"), RecursionError(), InvalidRequest("\ud83d", param="\ud83d"), KeyError("x")]
+)
+def test_whatever_one_line_raises_the_others_are_answered(
+    source: Path, output: Path, fault: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = Echo.answer
+
+    async def raising(echo: Echo, line: BatchLine) -> dict[str, object]:
+        if line.custom_id == "r3":
+            raise fault
+        return await answer(echo, line)
+
+    monkeypatch.setattr(Echo, "answer", raising)
+    counts = run(source, output)
+    assert (counts.answered, counts.failed) == (29, 1)
 
 
 @pytest.mark.parametrize("depth", range(900, 1000, 7))
