@@ -49,7 +49,7 @@ from runtime.errors import (
 from .fields import Table, read_fields, without_unused
 
 Endpoint = Literal["chat", "completion"]
-_HALF_SURROGATES = re.compile(r"[\ud800-\udfff]")
+_ESCAPED = re.compile(r"[\x85\u2028\u2029\ud800-\udfff]")
 
 
 class WireModel(BaseModel):
@@ -124,11 +124,13 @@ def require_characters(text: bytes, value: object) -> None:
 
 
 def to_json(text: str) -> bytes:
-    """JSON `text` in UTF-8, with half surrogates, which UTF-8 lacks, as escapes."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return _HALF_SURROGATES.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode("utf-8")
+    """JSON `text` in UTF-8, with escapes for what some readers end a line at, and for half surrogates.
+
+    JSON allows U+0085, U+2028 and U+2029 as they are, but `str.splitlines` and others would cut an event there.
+    """
+    if not text.isascii():
+        text = _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return text.encode("utf-8")
 
 
 def _refuse_constant(name: str) -> NoReturn:

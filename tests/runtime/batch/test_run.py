@@ -104,6 +104,15 @@ def test_answers_are_openai_lines(source: Path, output: Path) -> None:
     assert not errors_path(output).exists()
 
 
+def test_each_answer_is_one_line_for_every_reader(tmp_path: Path, output: Path) -> None:
+    text = "a\u2028b\u2029c\x85d"
+    source = write(tmp_path / "in.jsonl", [request("r\u2028", text), json.dumps(request("x", method="\u2029"))])
+    run(source, output)
+    (answer,), (error,) = read(output), read(errors_path(output))
+    assert (answer["custom_id"], answer["response"]["body"]["said"]) == ("r\u2028", text)
+    assert error["custom_id"] == "x"
+
+
 def test_the_window_bounds_what_is_in_flight(source: Path, output: Path) -> None:
     echo = Echo()
     run(source, output, echo, window=3)
