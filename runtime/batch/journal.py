@@ -14,7 +14,7 @@ from typing import Any, Self
 from runtime.errors import BatchRefused
 from runtime.openai.wire import to_json
 
-from .lines import BatchLine, key_of, read_lines
+from .lines import BadLine, BatchLine, key_of, read_lines
 
 ID_PREFIX = "batch_req_"
 _FIRST_BYTES = b'{"id": "' + ID_PREFIX.encode()
@@ -32,9 +32,11 @@ def answer_record(line: BatchLine, body: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": ID_PREFIX + line.fingerprint, "custom_id": line.custom_id, "response": response, "error": None}
 
 
-def error_record(number: int, custom_id: str | None, error: Mapping[str, Any]) -> dict[str, Any]:
-    """The errors file's line: the input line's number (from 1), its custom_id, and OpenAI's error object."""
-    return {"line": number, "custom_id": custom_id, "error": error}
+def error_record(line: BatchLine | BadLine, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's line for a request that was refused or failed; beside it, first, the input line's number (from 1)."""
+    response = {"status_code": status, "request_id": f"req_{line.fingerprint}", "body": body}
+    known = {"id": ID_PREFIX + line.fingerprint, "custom_id": line.custom_id}
+    return {"line": line.number, **known, "response": response, "error": None}
 
 
 class JsonlFile:

@@ -43,6 +43,11 @@ class BadLine:
     custom_id: str | None
     error: InvalidRequest
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash in hex, of the line's number: its text may be too long to be held."""
+        return hashlib.blake2b(f"line {self.number}".encode(), digest_size=16).hexdigest()
+
 
 def key_of(custom_id: str) -> int:
     """64 bits of a hash: at ten million lines two custom_ids share one with a chance of about 3 in a million."""

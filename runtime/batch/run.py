@@ -122,12 +122,12 @@ class BatchRun:
     def _open_request(self, line: BatchLine | BadLine, seen: set[int]) -> BatchLine | None:
         """Return `line` if it is still open. Records a bad line as failed; skips an answered one."""
         if isinstance(line, BadLine):
-            self._fail(line.number, line.custom_id, line.error)
+            self._fail(line, line.error)
             return None
         if line.key in seen:
             message = f"custom_id {line.custom_id!r:.80} was used by an earlier line"
             error = InvalidRequest(message, param="custom_id", code="duplicate_custom_id")
-            self._fail(line.number, line.custom_id, error)
+            self._fail(line, error)
             return None
         seen.add(line.key)
         if line.key not in self._files.done:
@@ -145,15 +145,15 @@ class BatchRun:
             self._answerer.require_alive()
             if not isinstance(error, RequestError | EngineError):
                 _log.error("line %d failed unexpectedly", line.number, exc_info=error)
-            self._fail(line.number, line.custom_id, error)
+            self._fail(line, error)
         else:
             self._files.answers.append(answer_record(line, body))
             self._count(body.get("usage") or {})
         finally:
             self._window.release()
 
-    def _fail(self, number: int, custom_id: str | None, error: BaseException) -> None:
-        self._files.errors.append(error_record(number, custom_id, to_error(error)[1]["error"]))
+    def _fail(self, line: BatchLine | BadLine, error: BaseException) -> None:
+        self._files.errors.append(error_record(line, *to_error(error)))
         self.counts.failed += 1
         self._on_progress(self.counts)
 

@@ -25,6 +25,12 @@ from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama
 WINDOW = 8
 
 
+def reason(failed: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's error object in a line of the errors file."""
+    error: dict[str, Any] = failed["response"]["body"]["error"]
+    return error
+
+
 def chat(custom_id: str, text: str, **fields: Any) -> dict[str, Any]:
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": 6} | fields
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -112,7 +118,7 @@ def test_embedding_lines_stand_beside_the_others(tmp_path: Path) -> None:
     assert answers["one"]["data"][0] == answers["two"]["data"][0]
     assert answers["two"]["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
     [error] = map(json.loads, (tmp_path / "out.errors.jsonl").read_text().splitlines())
-    assert (error["custom_id"], error["error"]["param"]) == ("bad", "seed")
+    assert (error["custom_id"], reason(error)["param"]) == ("bad", "seed")
 
 
 def test_what_one_line_gets_wrong_is_its_own_affair(tmp_path: Path) -> None:
@@ -129,7 +135,7 @@ def test_what_one_line_gets_wrong_is_its_own_affair(tmp_path: Path) -> None:
     assert (counts.answered, counts.failed) == (2, 4)
     assert set(bodies(tmp_path / "out.jsonl")) == {"good", "named"}
     errors = map(json.loads, (tmp_path / "out.errors.jsonl").read_text().splitlines())
-    assert {e["custom_id"]: (e["line"], e["error"]["param"], e["error"]["code"]) for e in errors} == {
+    assert {e["custom_id"]: (e["line"], reason(e)["param"], reason(e)["code"]) for e in errors} == {
         "model": (2, "model", "model_not_found"),
         "field": (4, "colour", "unknown_parameter"),
         "long": (5, "messages", "context_length_exceeded"),
@@ -158,7 +164,7 @@ def test_decisions_are_answered_beside_chats_and_resumed(tmp_path: Path) -> None
     assert [item["value"] for item in answer["probabilities"]] == ["spam", "spamassassin", "fork"]
     assert sum(item["probability"] for item in answer["probabilities"]) == pytest.approx(1)
     errors = map(json.loads, (tmp_path / "out.errors.jsonl").read_text().splitlines())
-    assert {(e["custom_id"], e["error"]["param"]) for e in errors} == {("seed", "seed"), ("other", "model")}
+    assert {(e["custom_id"], reason(e)["param"]) for e in errors} == {("seed", "seed"), ("other", "model")}
 
 
 def test_the_tokens_of_decisions_are_counted(tmp_path: Path) -> None:

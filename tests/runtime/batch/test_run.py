@@ -35,6 +35,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def reason(failed: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's error object in a line of the errors file."""
+    error: dict[str, Any] = failed["response"]["body"]["error"]
+    return error
+
+
 class Echo:
     """Answers with what was asked. `failing` custom_ids fail; after `lives` answers the engine is gone."""
 
@@ -154,8 +160,12 @@ def test_a_bad_line_is_written_down_and_the_others_answered(
     source.write_bytes(source.read_bytes() + encoded + b"\n" + json.dumps(request("b")).encode())
     assert run(source, output).failed == 1
     (error,) = read(errors_path(output))
-    assert (error["line"], error["custom_id"], error["error"]["param"]) == (3, custom_id, param)
-    assert list(error["error"]) == ["message", "type", "param", "code"]
+    assert (error["line"], error["custom_id"], reason(error)["param"]) == (3, custom_id, param)
+    assert list(error) == ["line", "id", "custom_id", "response", "error"]
+    assert error["id"].startswith("batch_req_")
+    assert (error["response"]["status_code"], error["error"]) == (400, None)
+    assert list(error["response"]) == ["status_code", "request_id", "body"]
+    assert list(reason(error)) == ["message", "type", "param", "code"]
     assert {answer["custom_id"] for answer in read(output)} == {"a", "b"}
 
 
@@ -197,7 +207,7 @@ def test_a_long_line_is_refused_with_its_size(tmp_path: Path, output: Path) -> N
     source = write(tmp_path / "in.jsonl", [request("a"), long, request("b")])
     source.write_bytes(source.read_bytes() + b"y" * 2000)
     assert run(source, output, limit=1000).answered == 2
-    messages = {error["line"]: error["error"]["message"] for error in read(errors_path(output))}
+    messages = {error["line"]: reason(error)["message"] for error in read(errors_path(output))}
     assert messages == {
         2: f"the line has {len(long) + 1} bytes, the limit is 1000",
         4: "the line has 2000 bytes, the limit is 1000",
@@ -210,7 +220,7 @@ def test_a_duplicate_is_answered_once(tmp_path: Path, output: Path) -> None:
         assert run(source, output).failed == 2
         assert [answer["response"]["body"]["said"] for answer in read(output)] == ["first"]
         errors = read(errors_path(output))
-        assert [(error["line"], error["error"]["code"]) for error in errors] == [
+        assert [(error["line"], reason(error)["code"]) for error in errors] == [
             (2, "duplicate_custom_id"),
             (3, "duplicate_custom_id"),
         ]
