@@ -1,7 +1,7 @@
 """The files a batch writes: answers are appended whole, so that a run killed at any moment can be resumed.
 
-The answers file is its own journal. Each line's id is made from the request it answers, so a resumed run can tell
-what is done, and can refuse to mix the answers of another input or another model into it.
+The answers file is its own journal. Each line's id is made from the request it answers and from the model's files, so
+a resumed run can tell what is done, and can refuse to mix the answers of another input or another model into it.
 """
 
 import fcntl
@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from runtime.errors import BatchRefused
 from runtime.openai.wire import to_json
@@ -26,10 +26,11 @@ def errors_path(output: Path) -> Path:
     return output.with_name(f"{name}.errors.jsonl")
 
 
-def answer_record(line: BatchLine, body: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's line for an answered request."""
+def answer_record(line: BatchLine, weights: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's line for a request answered by the files of the hash `weights`."""
     response = {"status_code": 200, "request_id": f"req_{line.fingerprint}", "body": body}
-    return {"id": ID_PREFIX + line.fingerprint, "custom_id": line.custom_id, "response": response, "error": None}
+    known = {"id": f"{ID_PREFIX}{line.fingerprint}-{weights}", "custom_id": line.custom_id}
+    return {**known, "response": response, "error": None}
 
 
 def error_record(line: BatchLine | BadLine, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,10 +108,10 @@ class ErrorsFile:
             self._file.close()
 
 
-def resume(answers: JsonlFile, model: str) -> dict[int, int]:
+def resume(answers: JsonlFile, model: str, weights: str) -> dict[int, int]:
     """Read the answers of earlier runs: key of the custom_id -> fingerprint. Cuts off a torn last line.
 
-    Raises BatchRefused if the file is not a batch's, or holds answers of another model.
+    Raises BatchRefused if the file is not a batch's, or holds answers of another model or of other `weights`.
     """
     done: dict[int, int] = {}
     size = 0
@@ -121,13 +122,16 @@ def resume(answers: JsonlFile, model: str) -> dict[int, int]:
                     raise _foreign(answers.path, number)
                 answers.cut(size)
                 break
-            key, fingerprint, answered_by = _read_answer(answers.path, number, raw)
-            if answered_by != model:
+            answer = _read_answer(answers.path, number, raw)
+            where = f"{str(answers.path)!r} line {number} is an answer of"
+            if answer.model != model:
+                raise BatchRefused(f"{where} model {answer.model!r}, not of {model!r}; choose another output file")
+            if answer.weights != weights:
                 raise BatchRefused(
-                    f"{str(answers.path)!r} line {number} is an answer of model {answered_by!r}, not of {model!r}; "
-                    "choose another output file"
+                    f"{where} other files than those that {model!r} has now (hash {answer.weights or 'not kept'}, now "
+                    f"{weights}); choose another output file, or give the model of then"
                 )
-            done[key] = fingerprint
+            done[answer.key] = answer.fingerprint
             size += len(raw)
     return done
 
@@ -145,12 +149,22 @@ def require_same_input(source: Path, max_line_bytes: int, done: Mapping[int, int
         )
 
 
-def _read_answer(path: Path, number: int, raw: bytes) -> tuple[int, int, str]:
+class _Answer(NamedTuple):
+    """What a line of the answers file says of its request and of the model; earlier versions kept no `weights`."""
+
+    key: int
+    fingerprint: int
+    model: str
+    weights: str
+
+
+def _read_answer(path: Path, number: int, raw: bytes) -> _Answer:
     try:
         record = json.loads(raw)
         custom_id, model = record["custom_id"], record["response"]["body"]["model"]
         if record["id"].startswith(ID_PREFIX) and isinstance(model, str):
-            return key_of(custom_id), int(record["id"].removeprefix(ID_PREFIX), 16), model
+            fingerprint, _, weights = record["id"].removeprefix(ID_PREFIX).partition("-")
+            return _Answer(key_of(custom_id), int(fingerprint, 16), model, weights)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise _foreign(path, number)

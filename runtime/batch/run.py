@@ -37,11 +37,15 @@ _log = logging.getLogger("deskside.batch")
 
 @dataclass(frozen=True)
 class BatchJob:
-    """One batch: requests of `source` for `model`, answers to `output`, `window` requests in flight."""
+    """One batch: requests of `source` for `model`, answers to `output`, `window` requests in flight.
+
+    `weights` is the hash of the model's files.
+    """
 
     source: Path
     output: Path
     model: str
+    weights: str
     window: int
     max_line_bytes: int = MAX_LINE_BYTES
 
@@ -147,7 +151,7 @@ class BatchRun:
                 _log.error("line %d failed unexpectedly", line.number, exc_info=error)
             self._fail(line, error)
         else:
-            self._files.answers.append(answer_record(line, body))
+            self._files.answers.append(answer_record(line, self._job.weights, body))
             self._count(body.get("usage") or {})
         finally:
             self._window.release()
@@ -173,7 +177,7 @@ def open_files(job: BatchJob) -> Iterator[BatchFiles]:
     """Hold the job's files for one run. Raises BatchRefused when they cannot be used together."""
     check_files(job.source, job.output)
     with JsonlFile(job.output) as answers:
-        done = resume(answers, job.model)
+        done = resume(answers, job.model, job.weights)
         if done:
             require_same_input(job.source, job.max_line_bytes, done, job.output)
         with ErrorsFile(errors_path(job.output)) as errors:
@@ -251,7 +255,8 @@ def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> 
     """
     wanted = find(model, Store())
     window = config.slots * LINES_PER_SLOT
-    job = BatchJob(source, output, wanted.id, window)
+    check_files(source, output)
+    job = BatchJob(source, output, wanted.id, wanted.digest(), window)
     with open_files(job) as files:
         loaded = load_model(wanted.base, config.model_copy(update={"queue": queue_for(window)}), wanted.adapters)
         try:

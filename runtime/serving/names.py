@@ -1,5 +1,6 @@
 """Names on the command line: an installed model, a file, or BASE:ADAPTER, a LoRA adapter on its base."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class ModelRef:
     def adapters(self) -> Mapping[str, Path]:
         """The adapter to load with the base: its name -> its LoRA GGUF file."""
         return {self.adapter.name: self.adapter.gguf} if self.adapter is not None else {}
+
+    def digest(self) -> str:
+        """A hash in hex of the files that answer, read from the disk: the name stays when a model is replaced."""
+        hashes = [sha256_file(stored.gguf) for stored in (self.base, self.adapter) if stored is not None]
+        return hashlib.sha256("-".join(hashes).encode()).hexdigest()[:16]
 
 
 def find(name: str, store: Store) -> ModelRef:

@@ -61,7 +61,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
 
 def run(source: Path, output: Path, served: ServedModel) -> BatchCounts:
     async def go() -> BatchCounts:
-        job = BatchJob(source, output, served.name, WINDOW)
+        job = BatchJob(source, output, served.name, "0", WINDOW)
         with open_files(job) as files:
             batch = BatchRun(job, files, EngineAnswerer(served), lambda counts: None)
             await batch.run()
@@ -201,7 +201,7 @@ def test_a_broken_engine_stops_the_run_and_the_next_one_finishes_it(source: Path
 
 def test_a_cancelled_run_frees_the_engine(source: Path, tmp_path: Path) -> None:
     async def cancel_soon(served: ServedModel) -> None:
-        job = BatchJob(source, tmp_path / "out.jsonl", served.name, WINDOW)
+        job = BatchJob(source, tmp_path / "out.jsonl", served.name, "0", WINDOW)
 
         def on_progress(counts: BatchCounts) -> None:
             if counts.answered == 5:

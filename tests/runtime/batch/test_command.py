@@ -76,6 +76,15 @@ def test_done_is_0_and_the_summary_is_on_stdout(batch: Run, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["answered_before"] == 20
 
 
+def test_a_model_replaced_under_its_name_is_refused(
+    batch: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert batch() == 0
+    (tmp_path / "toy.gguf").write_bytes(b"GGUF, trained again")
+    assert batch() == 1
+    assert "other files than those that 'toy' has now" in capsys.readouterr().err
+
+
 def test_without_json_stdout_is_empty(batch: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert batch() == 0
     assert capsys.readouterr().out == ""

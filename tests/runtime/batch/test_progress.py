@@ -6,7 +6,7 @@ import pytest
 
 from runtime.batch.run import BatchCounts, BatchJob, closing_line, progress_bar, summarise
 
-JOB = BatchJob(Path("in.jsonl"), Path("out.jsonl"), "m", 4)
+JOB = BatchJob(Path("in.jsonl"), Path("out.jsonl"), "m", "0", 4)
 
 
 def counts(**changes: int) -> BatchCounts:

@@ -17,7 +17,7 @@ from runtime.batch.lines import BadLine, BatchLine, count_lines, parse_line, rea
 from runtime.batch.run import BatchCounts, BatchJob, BatchRun, open_files
 from runtime.errors import BatchRefused, EngineDown, InvalidRequest
 
-URL = "/v1/chat/completions"
+URL, WEIGHTS = "/v1/chat/completions", "0123456789abcdef"
 
 
 def request(custom_id: str, text: str = "hello", **changes: Any) -> dict[str, Any]:
@@ -74,9 +74,17 @@ class Echo:
             raise EngineDown("gone")
 
 
-def run(source: Path, output: Path, echo: Echo | None = None, *, window: int = 4, limit: int = 1 << 20) -> BatchCounts:
+def run(
+    source: Path,
+    output: Path,
+    echo: Echo | None = None,
+    *,
+    weights: str = WEIGHTS,
+    window: int = 4,
+    limit: int = 1 << 20,
+) -> BatchCounts:
     echo = echo or Echo()
-    job = BatchJob(source, output, echo.model, window, limit)
+    job = BatchJob(source, output, echo.model, weights, window, limit)
     with open_files(job) as files:
         batch = BatchRun(job, files, echo, lambda counts: None)
         asyncio.run(batch.run())
@@ -256,7 +264,7 @@ def test_a_dead_engine_stops_the_run_and_blames_no_line(source: Path, output: Pa
 
 def test_cancelled_it_ends_what_is_in_flight_and_keeps_what_is_written(source: Path, output: Path) -> None:
     echo = Echo()
-    job = BatchJob(source, output, "m", 4)
+    job = BatchJob(source, output, "m", WEIGHTS, 4)
 
     async def cancel_half_way() -> None:
         def on_progress(counts: BatchCounts) -> None:
@@ -320,6 +328,17 @@ def test_another_model_is_refused(source: Path, output: Path) -> None:
     with pytest.raises(BatchRefused, match="'m', not of 'other'"):
         run(source, output, Echo(model="other"))
     assert output.read_bytes() == before
+
+
+def test_other_files_under_the_models_name_are_refused(source: Path, output: Path) -> None:
+    run(source, output)
+    before = output.read_bytes()
+    with pytest.raises(BatchRefused, match=f"'m' has now .hash {WEIGHTS}, now fedc"):
+        run(source, output, weights="fedc")
+    assert output.read_bytes() == before
+    output.write_bytes(before.replace(f"-{WEIGHTS}".encode(), b""))
+    with pytest.raises(BatchRefused, match="hash not kept"):
+        run(source, output)
 
 
 @pytest.mark.parametrize("change", ["text", "missing"])
