@@ -11,13 +11,13 @@ from pydantic import Field
 from rich.console import Console
 
 from benchmarks.comparison.arms import base_arm, fine_tune_arm
-from benchmarks.comparison.evaluate import EvaluationTask, evaluate, score_evaluation
+from benchmarks.comparison.evaluate import EvaluationTask, evaluate, score_evaluation, score_texts
 from benchmarks.comparison.figures import derive
-from benchmarks.comparison.run import BenchSettings, make_plan, run
+from benchmarks.comparison.run import BenchSettings, make_plan, require_labels, run
 from benchmarks.conversion.compare import convert_speed_command
 from benchmarks.conversion.trim import trim_command
 from benchmarks.load.model_file import recipe_file
-from benchmarks.load.workload import read_prompt, template_prompt
+from benchmarks.load.workload import read_examples, read_prompt, template_prompt
 from benchmarks.peers.report import peers_command
 from benchmarks.report.plots import latency_picture
 from benchmarks.report.terminal import render, render_score
@@ -26,7 +26,7 @@ from models.common.console import show_progress
 from models.common.options import JsonOption, with_options
 from models.common.record import Record
 from models.errors import SOME_FAILED
-from models.manifest import Prompt
+from models.manifest import BARE_PROMPT
 from models.store.store import Store
 
 from .cost import Assumptions, check
@@ -43,9 +43,12 @@ class EvalSettings(Record):
     examples: Path | None = Field(
         default=None, description="Labelled chat records (default: email-triage's test split)."
     )
-    prompt: Path | None = Field(default=None, description="Prompt file with {mail} once, for a base model to continue.")
+    prompt: Path | None = Field(default=None, description="Prompt file with {text} once, for a base model to continue.")
     url: str | None = Field(default=None, description="A running server (…/v1); without it, one is started.")
     concurrency: int = Field(default=8, ge=1, description="Requests at a time.")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens of an answer (default: enough for the longest of the examples)."
+    )
     out: Path | None = Field(
         default=None, description="Keep each answer in this JSON file; a second run resumes from it."
     )
@@ -104,10 +107,13 @@ def eval_command(
     settings: EvalSettings,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model's accuracy on labelled examples and keep each answer."""
+    """Measure a model on examples and keep each answer: accuracy of labels, chrF of texts."""
     with show_progress() as progress:
         evaluation = evaluate(evaluation_task(model, settings, Store()), progress)
-    score = score_evaluation(evaluation)
+    score = score_evaluation(evaluation) if evaluation.labels else score_texts(evaluation)
+    if n_cut := sum(item.cut for item in evaluation.predictions):
+        limit = evaluation.source.max_tokens if evaluation.source is not None else None
+        print(f"warning: {n_cut} answers were cut at {limit} tokens; --max-tokens allows more", file=sys.stderr)
     if as_json:
         predictions = [item.model_dump(exclude_defaults=True) for item in evaluation.predictions]
         print(json.dumps({**asdict(score), "predictions": predictions}, ensure_ascii=False, indent=2))
@@ -118,13 +124,21 @@ def eval_command(
 def evaluation_task(model: str, settings: EvalSettings, store: Store) -> EvaluationTask:
     """Resolve the model and the files. Raises ModelNotFound, BadManifest, BadWorkload."""
     stored = store.resolve(model)
+    examples = settings.examples or recipe_file("data", "test.jsonl.gz")
     if settings.prompt is None:
-        template = (stored.manifest.prompt if stored.manifest else Prompt()).template
-        arm = fine_tune_arm(stored, template_prompt("short prompt", template), settings.url)
+        require_labels(stored, read_examples(examples))
+        prompt = stored.manifest.prompt if stored.manifest else BARE_PROMPT
+        arm = fine_tune_arm(stored, template_prompt("short prompt", prompt), settings.url)
     else:
         arm = base_arm(stored, read_prompt(settings.prompt), settings.url)
-    examples = settings.examples or recipe_file("data", "test.jsonl.gz")
-    return EvaluationTask(arm, examples, settings.concurrency, settings.out)
+    return EvaluationTask(
+        arm,
+        examples,
+        settings.concurrency,
+        settings.out,
+        max_tokens=settings.max_tokens,
+        classifies=stored.manifest is not None and stored.manifest.task == "classify",
+    )
 
 
 if TYPE_CHECKING:

@@ -74,6 +74,7 @@ class Arm(Record):
     shared_share: float = 0.0
     streams: bool = True
     measures_accuracy: bool = True
+    max_tokens: int | None = None
     start_s: float | None = None
     warmup: tuple[RequestSample, ...] = ()
     levels: tuple[Level, ...] = ()

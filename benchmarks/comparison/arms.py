@@ -8,11 +8,11 @@ from typing import Any
 from benchmarks.load.client import ApiTarget
 from benchmarks.load.replay import load_recording, replaying
 from benchmarks.load.servers import RunningServer, free_port, serve_command, serving
-from benchmarks.load.workload import PromptTemplate
+from benchmarks.load.workload import LabelledExample, PromptTemplate
 from benchmarks.record import Arm
+from models.common.files import sha256_file
 from models.store.store import StoredModel
 
-MAX_TOKENS = 12
 FINE_TUNE, BASE, HOSTED = "fine-tune", "base-few-shot", "hosted"
 
 
@@ -21,6 +21,7 @@ class ArmPlan:
     """The plan of one arm. `start` opens its server; `facts` is the arm's record, still without samples.
 
     `chat` picks the endpoint; `fields` go into every request, `body` overrides them (a null removes a field).
+    `limit_field` is the name that the server gives to an answer's length.
     """
 
     facts: Arm
@@ -30,6 +31,24 @@ class ArmPlan:
     fields: Mapping[str, Any]
     key: str | None = field(default=None, repr=False)
     body: Mapping[str, Any] = field(default_factory=dict)
+    limit_field: str = "max_tokens"
+
+    def limited(self, max_tokens: int) -> "ArmPlan":
+        """The same plan with answers of at most `max_tokens`."""
+        facts = self.facts.model_copy(update={"max_tokens": max_tokens})
+        return replace(self, facts=facts, fields={**self.fields, self.limit_field: max_tokens})
+
+    def request(self, example: LabelledExample) -> tuple[str, Mapping[str, Any]]:
+        """The prompt for an example, and the fields of its request."""
+        before = self.prompt.said_before(example)
+        if not before:
+            return self.prompt.render(example.text), self.fields
+        if self.chat:
+            prompt = self.prompt.render(example.text)
+            messages = [{"role": role, "content": text} for role, text in (*before, ("user", prompt))]
+            return prompt, {**self.fields, "messages": messages}
+        said = "\n\n".join(f"{role}: {text}" for role, text in before)
+        return self.prompt.render(f"{said}\n\nuser: {example.text}"), self.fields
 
     def with_facts(self, facts: Arm) -> "ArmPlan":
         """The same plan with other facts."""
@@ -43,14 +62,14 @@ class ArmPlan:
 def fine_tune_arm(stored: StoredModel, prompt: PromptTemplate, url: str | None) -> ArmPlan:
     """The local fine-tune, asked as in training: chat endpoint, short prompt."""
     facts = _local_facts(FINE_TUNE, stored, prompt, "/v1/chat/completions", url)
-    fields = {"max_tokens": MAX_TOKENS, "temperature": 0}
+    fields = {"temperature": 0}
     return ArmPlan(facts=facts, prompt=prompt, start=_local(stored, url), chat=True, fields=fields)
 
 
 def base_arm(stored: StoredModel, prompt: PromptTemplate, url: str | None) -> ArmPlan:
     """The local base model. It is not tuned for chat, so it continues the few-shot prompt to the end of the line."""
     facts = _local_facts(BASE, stored, prompt, "/v1/completions", url)
-    fields = {"max_tokens": MAX_TOKENS, "temperature": 0, "stop": "\n"}
+    fields = {"temperature": 0, "stop": "\n"}
     return ArmPlan(facts=facts, prompt=prompt, start=_local(stored, url), chat=False, fields=fields)
 
 
@@ -64,12 +83,21 @@ def hosted_arm(url: str, model: str, prompt: PromptTemplate, key: str | None, bo
         endpoint="/v1/chat/completions",
         source=f"measured at {url}",
     )
-    fields = {"max_completion_tokens": MAX_TOKENS, "temperature": 0}
+    fields = {"temperature": 0}
 
     def start() -> AbstractContextManager[RunningServer]:
         return nullcontext(RunningServer(url, 0.0))
 
-    return ArmPlan(facts=facts, prompt=prompt, start=start, chat=True, fields=fields, key=key, body=body)
+    return ArmPlan(
+        facts=facts,
+        prompt=prompt,
+        start=start,
+        chat=True,
+        fields=fields,
+        key=key,
+        body=body,
+        limit_field="max_completion_tokens",
+    )
 
 
 def replayed_arm(prompt: PromptTemplate, seed: int) -> ArmPlan:
@@ -94,7 +122,7 @@ def replayed_arm(prompt: PromptTemplate, seed: int) -> ArmPlan:
         with replaying(recording, seed) as (url, _):
             yield RunningServer(url, 0.0)
 
-    return ArmPlan(facts=facts, prompt=prompt, start=start, chat=True, fields={"max_tokens": MAX_TOKENS})
+    return ArmPlan(facts=facts, prompt=prompt, start=start, chat=True, fields={})
 
 
 def _local(stored: StoredModel, url: str | None) -> Callable[[], AbstractContextManager[RunningServer]]:
@@ -119,6 +147,6 @@ def _local_facts(name: str, stored: StoredModel, prompt: PromptTemplate, endpoin
         endpoint=endpoint,
         quantization=artefact.quantization if artefact else None,
         size_bytes=stored.gguf.stat().st_size,
-        sha256=artefact.sha256 if artefact else None,
+        sha256=artefact.sha256 if artefact else sha256_file(stored.gguf),
         source=f"measured at {url}" if url else "measured: `deskside serve` started for this run, default settings",
     )

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,14 +17,14 @@ from benchmarks.errors import ServerFailed
 from benchmarks.load.client import OpenAiClient
 from benchmarks.load.label_scoring import LabelScorer
 from benchmarks.load.loop import closed_loop
-from benchmarks.load.workload import LabelledExample, labels_of, read_examples
+from benchmarks.load.workload import LabelledExample, answer_limit, labels_of, read_examples
 from benchmarks.record import MachineRecord, load_record, save_json, this_machine
 from models.common.console import NamedProgress
 from models.common.files import sha256_file
 from models.common.record import Record
 
 from .arms import ArmPlan
-from .scoring import ClassificationScore, Predictions, score
+from .scoring import ClassificationScore, Predictions, WritingScore, score, score_writing
 
 GROUP = 32
 LOGPROB_DIGITS = 4
@@ -34,12 +34,14 @@ AnswerMethod = Literal["greedy text", "labels scored"]
 class Prediction(Record):
     """One example's right label and the model's answer, stripped.
 
-    `label_logprobs`: natural log-probabilities in the order of the evaluation's `labels`, where labels were scored.
+    `cut`: the answer reached its limit of tokens. `label_logprobs`: natural log-probabilities in the order
+    of the evaluation's `labels`, where labels were scored.
     """
 
     id: str
     label: str
     prediction: str
+    cut: bool = False
     label_logprobs: tuple[float, ...] = ()
 
 
@@ -55,10 +57,14 @@ class EvaluationSource(Record):
     examples: str
     examples_sha256: str
     scoring: AnswerMethod = "greedy text"
+    max_tokens: int | None = None
 
 
 class Evaluation(Record):
-    """A set of predictions and their source. Files made elsewhere need `labels` and `predictions` only."""
+    """A set of predictions and their source. Files made elsewhere need `labels` and `predictions` only.
+
+    `labels` is empty where the examples' answers do not repeat: texts were written.
+    """
 
     labels: tuple[str, ...]
     predictions: tuple[Prediction, ...]
@@ -87,24 +93,36 @@ def score_evaluation(evaluation: Evaluation) -> ClassificationScore:
     return score(predictions_of(evaluation), evaluation.labels)
 
 
+def score_texts(evaluation: Evaluation) -> WritingScore:
+    """How near the written texts are to those of the examples."""
+    return score_writing(predictions_of(evaluation))
+
+
 @dataclass(frozen=True, slots=True)
 class EvaluationTask:
-    """An evaluation to run: the arm, the examples, requests at a time, and the file for the answers."""
+    """An evaluation to run: the arm, the examples, requests at a time, and the file for the answers.
+
+    `max_tokens` None: as long as the longest of the examples needs. `classifies`: answers are known to be labels.
+    """
 
     arm: ArmPlan
     examples: Path
     concurrency: int
     out: Path | None
     scoring: AnswerMethod = "greedy text"
+    max_tokens: int | None = None
+    classifies: bool = False
 
 
 def evaluate(task: EvaluationTask, progress: NamedProgress) -> Evaluation:
     """Send the examples that have no answer yet. Raises ServerFailed when a request fails: gaps count as errors."""
     examples = read_examples(task.examples)
+    if task.scoring == "greedy text":
+        task = replace(task, arm=task.arm.limited(task.max_tokens or answer_limit(examples)))
     source = _source(task)
     known = _resume(task.out, source)
     missing = [example for example in examples if example.id not in known]
-    labels = labels_of(examples)
+    labels = labels_of(examples, classifies=task.classifies or task.scoring == "labels scored")
     what = f"{source.model} ({source.prompt}, {source.scoring})"
 
     def build() -> Evaluation:
@@ -130,11 +148,12 @@ def _source(task: EvaluationTask) -> EvaluationSource:
         model_sha256=facts.sha256,
         quantization=facts.quantization,
         prompt=prompt.name,
-        prompt_sha256=hashlib.sha256(prompt.render("{mail}").encode()).hexdigest(),
+        prompt_sha256=hashlib.sha256((prompt.system + prompt.render("{mail}")).encode()).hexdigest(),
         endpoint=facts.endpoint,
         examples=task.examples.name,
         examples_sha256=sha256_file(task.examples),
         scoring=task.scoring,
+        max_tokens=facts.max_tokens,
     )
 
 
@@ -162,10 +181,13 @@ async def _write(task: EvaluationTask, base_url: str, examples: Sequence[Labelle
     send = client.chat if plan.chat else client.complete
 
     async def ask(example: LabelledExample, scheduled: float) -> Prediction:
-        sample = await send(example, plan.prompt.render(example.text), scheduled, **plan.fields)
+        prompt, fields = plan.request(example)
+        sample = await send(example, prompt, scheduled, **fields)
         if sample.error:
             raise ServerFailed(f"{plan.facts.model!r} could not answer {example.id!r}: {sample.error}")
-        return Prediction(id=example.id, label=example.label, prediction=sample.text.strip())
+        limit = plan.facts.max_tokens
+        cut = limit is not None and (sample.completion_tokens or 0) >= limit
+        return Prediction(id=example.id, label=example.label, prediction=sample.text.strip(), cut=cut)
 
     try:
         return await _loop(task, examples, ask)
@@ -182,7 +204,7 @@ async def _score(
 
     async def ask(example: LabelledExample, scheduled: float) -> Prediction:
         try:
-            logprobs = await scorer.score(plan.prompt.render(example.text))
+            logprobs = await scorer.score(plan.request(example)[0])
         except ServerFailed as error:
             raise ServerFailed(f"{plan.facts.model!r} could not answer {example.id!r}: {error}") from error
         return Prediction(

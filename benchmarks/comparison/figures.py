@@ -18,7 +18,7 @@ from models.common.record import Record
 from models.common.stats import NEEDED, percentile, quantile, wilson
 
 from .arms import BASE, FINE_TUNE, HOSTED
-from .scoring import Predictions, compare
+from .scoring import Predictions, compare, score_writing
 
 # A 1-minute load average per core above which the machine counts as busy.
 LOAD_PER_CORE = 0.25
@@ -66,11 +66,15 @@ class ArmAccuracy(Record):
 
 
 class ArmFigures(Record):
-    """One arm over all its levels. `accuracy` is None when the arm does not measure it."""
+    """One arm over all its levels. `accuracy` is None when the arm does not measure it.
+
+    `chrf` takes its place where texts were written: the mean over all requests, a failed one counts 0.
+    """
 
     name: str
     kind: str
     accuracy: ArmAccuracy | None
+    chrf: float | None = None
     mean_prompt_tokens: float | None
     mean_completion_tokens: float | None
     levels: tuple[LevelFigures, ...]
@@ -112,10 +116,11 @@ def derive(run: BenchRun, assumptions: Assumptions) -> tuple[BenchRun, Statistic
 
 def summarise(run: BenchRun) -> Statistics:
     """Compute every figure of the run from its samples."""
-    judged = [arm for arm in run.arms if arm.measures_accuracy and samples_of(arm)]
+    labelled = bool(run.workload.labels)
+    judged = [arm for arm in run.arms if labelled and arm.measures_accuracy and samples_of(arm)]
     pairs = [(first, second) for i, first in enumerate(judged) for second in judged[i + 1 :]]
     return Statistics(
-        arms=tuple(_arm(arm) for arm in run.arms),
+        arms=tuple(_arm(arm, labelled=labelled) for arm in run.arms),
         comparisons=tuple(_comparison(first, second) for first, second in pairs),
     )
 
@@ -156,13 +161,15 @@ def spread(values_ms: Sequence[float]) -> Spread:
     )
 
 
-def _arm(arm: Arm) -> ArmFigures:
+def _arm(arm: Arm, *, labelled: bool) -> ArmFigures:
     samples = samples_of(arm)
+    judged = arm.measures_accuracy and bool(samples)
     whole = [sample for sample in samples if sample.error is None]
     return ArmFigures(
         name=arm.name,
         kind=arm.kind,
-        accuracy=_accuracy(arm) if arm.measures_accuracy and samples else None,
+        accuracy=_accuracy(arm) if judged and labelled else None,
+        chrf=score_writing(predictions_of(arm)).chrf.estimate if judged and not labelled else None,
         mean_prompt_tokens=_mean([s.prompt_tokens for s in whole]),
         mean_completion_tokens=_mean([s.completion_tokens for s in whole]),
         levels=tuple(_level(level, arm.streams) for level in arm.levels),
@@ -264,6 +271,8 @@ def _arm_warnings(arm: Arm) -> Iterator[str]:
         where = f"{arm.name} at {level.concurrency}"
         if failed := [sample.error for sample in level.samples if sample.error]:
             yield f"{where}: {len(failed)} of {len(level.samples)} requests failed, the first with: {failed[0]}"
+        if arm.max_tokens and (n_cut := sum((s.completion_tokens or 0) >= arm.max_tokens for s in level.samples)):
+            yield f"{where}: {n_cut} answers were cut at {arm.max_tokens} tokens; --max-tokens allows more"
         if len(level.samples) < NEEDED[90]:
             yield f"{where}: {len(level.samples)} requests are too few for a p90 (needs {NEEDED[90]})"
         if _seen_before(arm, level):

@@ -19,6 +19,7 @@ from benchmarks.load.workload import (
     DrawnExamples,
     LabelledExample,
     PromptTemplate,
+    answer_limit,
     draw,
     labels_of,
     read_examples,
@@ -40,9 +41,9 @@ from models.common.console import NamedProgress
 from models.common.files import sha256_file
 from models.common.machine import load_average
 from models.common.record import Record
-from models.manifest import Prompt
+from models.manifest import BARE_PROMPT
 from models.store.catalog import DEFAULT_MODEL
-from models.store.store import Store
+from models.store.store import Store, StoredModel
 
 from .arms import BASE, FINE_TUNE, HOSTED, ArmPlan, base_arm, fine_tune_arm, hosted_arm, replayed_arm
 
@@ -58,9 +59,14 @@ class BenchSettings(Record):
     model: str = Field(default=DEFAULT_MODEL, description="The fine-tune: a model of the store, or a path.")
     base: str = Field(default="gemma-3-270m", description="The base model that gets the few-shot prompt.")
     examples: Path | None = Field(
-        default=None, description="Labelled chat records, .jsonl or .jsonl.gz (default: test split)."
+        default=None, description="Labelled chat records, .jsonl or .jsonl.gz (default: email-triage's test split)."
     )
-    few_shot: Path | None = Field(default=None, description="Prompt file with {mail} once (default: the model's own).")
+    few_shot: Path | None = Field(
+        default=None, description="Prompt file with {text} once (default: email-triage's, for its test split)."
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens of an answer (default: enough for the longest of the examples)."
+    )
     requests: int = Field(default=64, ge=1, description="Requests per arm and level; a p90 needs 64.")
     concurrency: str = Field(default="1,4,16", description="Levels of the closed loop, users at a time.")
     arms: str = Field(default=f"{FINE_TUNE},{BASE},{HOSTED}", description="Arms to run.")
@@ -102,6 +108,8 @@ def make_plan(settings: BenchSettings, store: Store) -> RunPlan:
     examples = read_examples(path)
     levels = _integers(settings.concurrency)
     drawn = draw(examples, levels, settings.requests, WARMUP, settings.seed)
+    names = [name.strip() for name in settings.arms.split(",")]
+    tuned = store.resolve(settings.model).manifest if FINE_TUNE in names else None
     workload = Workload(
         examples=path.name,
         sha256=sha256_file(path),
@@ -109,13 +117,13 @@ def make_plan(settings: BenchSettings, store: Store) -> RunPlan:
         requests_per_level=settings.requests,
         concurrency=tuple(levels),
         seed=settings.seed,
-        labels=labels_of(examples),
+        labels=labels_of(examples, classifies=tuned is not None and tuned.task == "classify"),
     )
-    few_shot = read_prompt(settings.few_shot or recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
     arms = []
-    for name in settings.arms.split(","):
-        arm = _arm(name.strip(), settings, few_shot, store)
+    for name in names:
+        arm = _arm(name, settings, examples, store)
         share = arm.prompt.shared_share(examples)
+        arm = arm.limited(settings.max_tokens or answer_limit(examples))
         arms.append(arm.with_facts(arm.facts.model_copy(update={"shared_share": share})))
     return RunPlan(arms, workload, drawn, settings.out or results_file("bench"))
 
@@ -186,24 +194,46 @@ class _Measurement:
 
     async def _ask(self, example: LabelledExample, scheduled: float) -> RequestSample:
         send = self._client.chat if self._plan.chat else self._client.complete
-        return await send(example, self._plan.prompt.render(example.text), scheduled, **self._plan.fields)
+        prompt, fields = self._plan.request(example)
+        return await send(example, prompt, scheduled, **fields)
 
 
-def _arm(name: str, settings: BenchSettings, few_shot: PromptTemplate, store: Store) -> ArmPlan:
+def require_labels(stored: StoredModel, examples: Sequence[LabelledExample]) -> None:
+    """Raise BadWorkload if the model's labels are known and an example's answer is none of them."""
+    labels = stored.manifest.labels if stored.manifest is not None else ()
+    if labels and (other := next((one for one in examples if one.label not in labels), None)) is not None:
+        raise BadWorkload(
+            f"example {other.id!r} is answered {other.label!r:.80}, which is none of the {len(labels)} labels of "
+            f"{stored.name!r}: give --examples of its task"
+        )
+
+
+def _few_shot(settings: BenchSettings) -> PromptTemplate:
+    if settings.few_shot is None and settings.examples is not None:
+        raise BadWorkload(
+            f"--few-shot FILE is missing: the prompt, with {{text}} once, that the base and the hosted API get for "
+            f"{settings.examples.name}; --arms {FINE_TUNE} measures the fine-tune alone"
+        )
+    return read_prompt(settings.few_shot or recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
+
+
+def _arm(name: str, settings: BenchSettings, examples: Sequence[LabelledExample], store: Store) -> ArmPlan:
     if name == FINE_TUNE:
         stored = store.resolve(settings.model)
-        template = (stored.manifest.prompt if stored.manifest else Prompt()).template
-        return fine_tune_arm(stored, template_prompt("short prompt", template), settings.url)
+        require_labels(stored, examples)
+        prompt = stored.manifest.prompt if stored.manifest else BARE_PROMPT
+        return fine_tune_arm(stored, template_prompt("short prompt", prompt), settings.url)
     if name == BASE:
-        return base_arm(store.resolve(settings.base), few_shot, settings.base_url)
+        return base_arm(store.resolve(settings.base), _few_shot(settings), settings.base_url)
     if name != HOSTED:
         raise BadWorkload(f"no arm is called {name!r}; use {FINE_TUNE!r}, {BASE!r} or {HOSTED!r}")
     if settings.hosted_url is None:
-        return replayed_arm(few_shot, settings.seed)
+        return replayed_arm(_few_shot(settings), settings.seed)
     if settings.hosted_model is None:
         raise BadWorkload("--hosted-url needs --hosted-model")
     key = os.environ.get(KEY_VARIABLE)
-    return hosted_arm(settings.hosted_url, settings.hosted_model, few_shot, key, _body(settings.hosted_body))
+    body = _body(settings.hosted_body)
+    return hosted_arm(settings.hosted_url, settings.hosted_model, _few_shot(settings), key, body)
 
 
 def _body(text: str) -> dict[str, Any]:

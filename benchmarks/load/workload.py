@@ -10,33 +10,45 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.errors import BadWorkload
-from models.common.chat_records import ChatRecord, read_chat_records
+from models.common.chat_records import ChatRecord, answers_repeat, read_chat_records
 from models.errors import BadExamples
+from models.manifest import Prompt
 
-PLACEHOLDER = "{mail}"
+# The second is that of earlier versions, which knew mails only.
+PLACEHOLDERS = ("{text}", "{mail}")
+# Answers of at most this many bytes are labels or the like: no token is shorter than a byte.
+SHORT_ANSWER_BYTES = 64
+Said = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledExample:
-    """A text and its right answer."""
+    """A text and its right answer. `before` is what was said before the text, as (role, text)."""
 
     id: str
     text: str
     label: str
+    before: Said = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """A prompt around a text: `before` + text + `after`. Both empty: the bare text."""
+    """A prompt around a text: `before` + text + `after`. Both empty: the bare text. `system` is a system message."""
 
     name: str
     before: str = ""
     after: str = ""
+    system: str = ""
 
     def render(self, text: str) -> str:
         """The whole prompt for `text`; what the text begins or ends with already is not put around it again."""
         before = "" if text.startswith(self.before) else self.before
         return f"{before}{text}{'' if text.endswith(self.after) else self.after}"
+
+    def said_before(self, example: LabelledExample) -> Said:
+        """What is said before the user's message: the example's own, after `system` unless it has a system message."""
+        own = any(role == "system" for role, _ in example.before)
+        return example.before if own or not self.system else (("system", self.system), *example.before)
 
     def shared_share(self, examples: Sequence[LabelledExample]) -> float:
         """The share of the prompts' characters that precede the text, over all `examples`."""
@@ -44,25 +56,25 @@ class PromptTemplate:
 
 
 def read_prompt(path: Path, name: str | None = None) -> PromptTemplate:
-    """Read a prompt file that holds `{mail}` exactly once. Raises BadWorkload if not."""
+    """Read a prompt file that holds `{text}` exactly once. Raises BadWorkload if not."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadWorkload(f"prompt file {str(path)!r} cannot be read: {error}") from error
-    if (count := text.count(PLACEHOLDER)) != 1:
-        raise BadWorkload(f"prompt file {str(path)!r} must hold {PLACEHOLDER} exactly once, found {count} times")
-    before, after = text.split(PLACEHOLDER)
+    if (count := sum(map(text.count, PLACEHOLDERS))) != 1:
+        raise BadWorkload(f"prompt file {str(path)!r} must hold {PLACEHOLDERS[0]} exactly once, found {count} times")
+    before, after = text.split(next(mark for mark in PLACEHOLDERS if mark in text))
     return PromptTemplate(name or path.stem, before, after.rstrip("\n"))
 
 
-def template_prompt(name: str, template: str) -> PromptTemplate:
-    """Split a manifest's prompt template at its one `{text}`."""
-    before, _, after = template.partition("{text}")
-    return PromptTemplate(name, before, after)
+def template_prompt(name: str, prompt: Prompt) -> PromptTemplate:
+    """The prompt of a manifest, its template split at its one `{text}`."""
+    before, _, after = prompt.template.partition("{text}")
+    return PromptTemplate(name, before, after, prompt.system)
 
 
 def read_examples(path: Path) -> tuple[LabelledExample, ...]:
-    """Read chat records (`{"messages": [user, assistant]}`, .jsonl or .jsonl.gz) in file order.
+    """Read chat records (`{"messages": […, user, assistant]}`, .jsonl or .jsonl.gz) in file order.
 
     The id is the record's own or its line number. Raises BadWorkload with the line and its fault.
     """
@@ -74,16 +86,31 @@ def read_examples(path: Path) -> tuple[LabelledExample, ...]:
 
 
 def _example(record: ChatRecord, path: Path) -> LabelledExample:
-    if [message.role for message in record.prompt] != ["user"]:
+    *before, asked = [(message.role, message.content) for message in record.prompt]
+    if asked[0] != "user":
         raise BadWorkload(
-            f"examples {str(path)!r}, line {record.line}: expected one user message followed by one assistant message"
+            f"examples {str(path)!r}, line {record.line}: before the assistant's answer comes the user's message, "
+            f"got role {asked[0]!r}"
         )
-    return LabelledExample(record.id, record.prompt[0].content, record.answer)
+    return LabelledExample(record.id, asked[1], record.answer, tuple(before))
 
 
-def labels_of(examples: Sequence[LabelledExample]) -> tuple[str, ...]:
-    """The labels of `examples`, sorted."""
-    return tuple(sorted({example.label for example in examples}))
+def labels_of(examples: Sequence[LabelledExample], *, classifies: bool = False) -> tuple[str, ...]:
+    """The labels of `examples`, sorted; none if the answers do not repeat, as where texts are written.
+
+    `classifies`: the model is known to answer with labels, however few examples there are of each.
+    """
+    answers = [example.label for example in examples]
+    return tuple(sorted(set(answers))) if classifies or answers_repeat(answers) else ()
+
+
+def answer_limit(examples: Sequence[LabelledExample]) -> int:
+    """The most tokens that an answer may need, by the longest of `examples`.
+
+    A token is a byte or more of a label, and two bytes or more of a text in any usual vocabulary.
+    """
+    n_bytes = max(len(example.label.encode()) for example in examples)
+    return n_bytes + 4 if n_bytes <= SHORT_ANSWER_BYTES else max(SHORT_ANSWER_BYTES + 4, n_bytes // 2 + 4)
 
 
 @dataclass(frozen=True, slots=True)

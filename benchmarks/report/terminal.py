@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.comparison.figures import ArmAccuracy, ArmFigures, LevelFigures, Spread, Statistics
-from benchmarks.comparison.scoring import OTHER, ClassificationScore
+from benchmarks.comparison.scoring import OTHER, ClassificationScore, WritingScore
 from benchmarks.cost import Bill, Offer
 from benchmarks.record import Arm, BenchRun
 
@@ -38,9 +38,19 @@ def render(run: BenchRun, statistics: Statistics, bill: Bill | None, console: Co
         console.print(Text(f"warning: {warning}"))
 
 
-def render_score(model: str, score: ClassificationScore, console: Console | None = None) -> None:
-    """Print accuracy and macro-F1 with their intervals, and one row per label."""
+def render_score(model: str, score: ClassificationScore | WritingScore, console: Console | None = None) -> None:
+    """Print the measures with their intervals; for labels, also one row each."""
     console = console or Console(soft_wrap=True)
+    if isinstance(score, WritingScore):
+        chrf, exact = score.chrf, score.exact
+        console.print(
+            Text(
+                f"{model}: chrF {chrf.estimate:.3f} [{chrf.low:.3f}, {chrf.high:.3f}] (mean of {score.total} texts, 1 is "
+                f"the same; bootstrap 95 %), exactly the same {exact.estimate:.3f} [{exact.low:.3f}, "
+                f"{exact.high:.3f}] ({score.correct} of {score.total}; Wilson 95 %)"
+            )
+        )
+        return
     accuracy, macro = score.accuracy, score.macro_f1
     console.print(
         Text(
@@ -73,7 +83,10 @@ def speed_table(run: BenchRun, statistics: Statistics) -> Table:
 def accuracy_lines(statistics: Statistics) -> Iterator[str]:
     """The accuracy of each arm that measures it, and the paired comparisons."""
     for arm in statistics.arms:
-        yield f"accuracy, {arm.name}: {format_accuracy(arm.accuracy) if arm.accuracy else 'not measured'}"
+        if arm.chrf is not None:
+            yield f"chrF of the written texts, {arm.name}: {arm.chrf:.3f} (mean; 1 is the same text)"
+        else:
+            yield f"accuracy, {arm.name}: {format_accuracy(arm.accuracy) if arm.accuracy else 'not measured'}"
     for pair in statistics.comparisons:
         yield (
             f"{pair.first} minus {pair.second}: {pair.difference:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}] "

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD
-from models.common.chat_records import ChatRecord
+from models.common.chat_records import MAX_LABELS, ChatRecord
 from models.errors import BadExamples
 from models.gguf.header import Header
 from models.manifest import BARE_PROMPT, Prompt
@@ -21,8 +21,6 @@ from runtime.prompt.prompter import ANSWER_MARK, Prompter, input_text
 # With fewer than half of this held out, confidence intervals are too wide to tell candidates apart.
 MIN_EXAMPLES = 20
 MAX_HELD_OUT = 200
-# The limit of /v1/decisions: more labels cannot be served as a decision.
-MAX_LABELS = 255
 # The model does not run on these texts, so its context does not limit them.
 _ANY_LENGTH = 1 << 24
 
@@ -74,12 +72,6 @@ def labels_of(records: Sequence[ChatRecord], known: Sequence[str] = ()) -> tuple
             "Is the work to write (--for write)?"
         )
     return labels
-
-
-def is_classification(records: Sequence[ChatRecord]) -> bool:
-    """True if the answers look like labels: few distinct ones, each given three times or more on average."""
-    answers = {record.answer for record in records}
-    return 2 <= len(answers) <= min(MAX_LABELS, len(records) // 3)
 
 
 def json_is_compact(records: Sequence[ChatRecord]) -> bool | None:

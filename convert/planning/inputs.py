@@ -9,10 +9,10 @@ from pathlib import Path
 
 from convert.errors import AdapterInvalid, RequestInvalid
 from convert.lora.adapter import PeftAdapter, read_adapter
-from convert.measure.examples import Split, is_classification, json_is_compact, labels_of, prompt_of, split_examples
+from convert.measure.examples import Split, json_is_compact, labels_of, prompt_of, split_examples
 from convert.quantize.quantize import DEFAULT_QUANTIZATION, spec_named
 from convert.trim.plan import DEFAULT_KEEP
-from models.common.chat_records import ChatRecord, read_chat_records
+from models.common.chat_records import ChatRecord, answers_repeat, read_chat_records
 from models.common.console import Reporter
 from models.common.files import sha256_file
 from models.errors import HashMismatch
@@ -220,7 +220,9 @@ def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | 
         return None
     records = read_chat_records(request.examples)
     stated = manifest.task if manifest is not None else "general"
-    work = request.work or ("classify" if stated == "classify" or is_classification(records) else "write")
+    work = request.work or (
+        "classify" if stated == "classify" or answers_repeat([record.answer for record in records]) else "write"
+    )
     budget = LossBudget() if request.max_loss is None else LossBudget(kl_mean=request.max_loss)
     labels = labels_of(records, manifest.labels if manifest is not None else ()) if work == "classify" else ()
     return Examples(request.examples, sha256_file(request.examples), split_examples(records), labels, work, budget)

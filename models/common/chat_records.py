@@ -8,7 +8,7 @@ Conversion and benchmarks share this reader: both accept the same files and refu
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +18,8 @@ from models.errors import BadExamples
 # Limits of a record, and of the unpacked file: a gzip file of a few kilobytes can hold gigabytes.
 MAX_LINE_BYTES = 16 << 20
 MAX_FILE_BYTES = 1 << 30
+# The limit of /v1/decisions: more labels cannot be served as a decision.
+MAX_LABELS = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,11 @@ def read_chat_records(path: Path) -> tuple[ChatRecord, ...]:
             message = f"line {record.line}: id {record.id!r} is that of line {earlier}; every example needs its own"
             raise BadExamples(f"examples {str(path)!r}, {message}")
     return records
+
+
+def answers_repeat(answers: Sequence[str]) -> bool:
+    """True if the answers look like labels: few distinct ones, each given three times or more on average."""
+    return 2 <= len(set(answers)) <= min(MAX_LABELS, len(answers) // 3)
 
 
 def _opened(path: Path) -> BinaryIO:

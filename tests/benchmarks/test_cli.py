@@ -9,9 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.cli import create_app, eval_command
+from benchmarks.cli import EvalSettings, create_app, eval_command, evaluation_task
 from benchmarks.comparison.run import BenchSettings, make_plan
+from benchmarks.errors import BadWorkload
 from benchmarks.record import load_run
+from models.manifest import Artefact, Manifest, dump_manifest
 from models.store.store import Store
 from tests.support.benchmarks.stand_in import StandIn, running
 
@@ -177,3 +179,66 @@ def test_eval_does_not_count_a_failure_as_a_wrong_answer(evaluate: Invoke, folde
     with pytest.raises(Exception, match=r"could not answer '38'.*HTTP 500"):
         evaluate("--out", str(folder / "p.json"))
     assert len(json.loads((folder / "p.json").read_text())["predictions"]) == 32
+
+
+def write_letters(folder: Path) -> None:
+    """Twelve letters that differ, each asked for with a system message."""
+    lines = []
+    for i in range(12):
+        said = [
+            ("system", "Answer in our style."),
+            ("user", f"letter {i}"),
+            ("assistant", f"Dear {i}! " + "Thanks. " * 20),
+        ]
+        lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}))
+    (folder / "mails.jsonl").write_text("\n".join(lines))
+
+
+def test_eval_of_a_writing_model_asks_for_whole_texts_and_compares_them(
+    evaluate: Invoke, app: StandIn, folder: Path
+) -> None:
+    write_letters(folder)
+    app.answer = lambda prompt: f"Dear {prompt.split()[1]}! " + "Thanks. " * 10
+    found = json.loads(evaluate("--json").stdout)
+    assert (found["correct"], found["total"]) == (0, 12)
+    assert 0.5 < found["chrf"]["estimate"] < 1
+    assert "classes" not in found
+    assert app.bodies[0]["max_tokens"] > 50
+    assert [message["role"] for message in app.bodies[0]["messages"]] == ["system", "user"]
+    shown = evaluate()
+    assert "chrF" in shown.stdout
+    assert "label" not in shown.stdout
+
+
+def test_answers_that_were_cut_are_told(evaluate: Invoke, app: StandIn) -> None:
+    app.answer = lambda prompt: "a long story without an end"
+    told = evaluate("--max-tokens", "5")
+    assert app.bodies[0]["max_tokens"] == 5
+    assert "40 answers were cut at 5 tokens; --max-tokens allows more" in told.stderr
+
+
+def test_bench_of_a_writing_model_has_no_accuracy(bench: Invoke, app: StandIn, folder: Path) -> None:
+    write_letters(folder)
+    app.answer = lambda prompt: "Dear you! Thanks."
+    result = bench("--arms", "fine-tune", "--requests", "5", "--concurrency", "1,2")
+    assert result.exit_code == 0, result.output
+    assert "chrF of the written texts, fine-tune" in result.stdout
+    assert "accuracy" not in result.stdout
+    assert load_run(folder / "run.json").workload.labels == ()
+
+
+def test_the_prompt_of_another_task_is_not_put_before_ones_own_examples(folder: Path) -> None:
+    settings = BenchSettings(arms="hosted", examples=folder / "mails.jsonl", requests=2, concurrency="1")
+    with pytest.raises(BadWorkload, match=r"--few-shot FILE is missing.*--arms fine-tune"):
+        make_plan(settings, Store(folder))
+
+
+def test_examples_of_another_task_are_refused(evaluate: Invoke, app: StandIn, folder: Path) -> None:
+    stored = folder / "mine"
+    stored.mkdir()
+    (folder / "tiny.gguf").rename(stored / "mine.gguf")
+    artefact = Artefact(file="mine.gguf", quantization="F16", size_bytes=4, sha256="0" * 64)
+    manifest = Manifest(name="mine", licence="none", task="classify", labels=("red", "blue"), artefacts=(artefact,))
+    (stored / "model.toml").write_text(dump_manifest(manifest))
+    with pytest.raises(BadWorkload, match="'ham', which is none of the 2 labels of 'mine': give --examples"):
+        evaluation_task(str(stored), EvalSettings(examples=folder / "mails.jsonl"), Store(folder))

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from benchmarks.comparison.scoring import OTHER, compare, confusion_matrix, macro_f1_interval, score
+from benchmarks.comparison.scoring import (
+    OTHER,
+    chrf,
+    compare,
+    confusion_matrix,
+    macro_f1_interval,
+    score,
+    score_writing,
+)
 
 PREDICTIONS = {
     "1": ("ham", "ham"),
@@ -48,3 +56,20 @@ def test_compare_uses_the_shared_items_only() -> None:
 def test_an_unknown_true_label_is_refused() -> None:
     with pytest.raises(ValueError, match="ilug"):
         score({"1": ("ilug", "ham")}, ["ham", "spam"])
+
+
+def test_chrf_by_hand() -> None:
+    assert chrf("a text", "a text") == 1.0
+    assert chrf("abc", "xyz") == 0.0
+    assert chrf("", "") == 1.0
+    assert chrf("abc", "") == 0.0
+    # "ab" beside "abc": precision (2/2 + 1/1 + 0) / 3, recall (2/3 + 1/2 + 0) / 3.
+    precision, recall = 2 / 3, (2 / 3 + 1 / 2) / 3
+    assert chrf("a b c", "ab") == pytest.approx(5 * precision * recall / (4 * precision + recall))
+
+
+def test_written_texts_are_scored_by_nearness() -> None:
+    found = score_writing({"1": ("Dear Anna, thank you.", "Dear Anna, thanks."), "2": ("Yes.", "Yes. ")})
+    assert (found.correct, found.total) == (1, 2)
+    assert found.chrf.low <= found.chrf.estimate <= found.chrf.high
+    assert 0.7 < found.chrf.estimate < 1

@@ -8,7 +8,16 @@ import pytest
 
 from benchmarks.errors import BadWorkload
 from benchmarks.load.model_file import recipe_file
-from benchmarks.load.workload import LabelledExample, draw, labels_of, read_examples, read_prompt, template_prompt
+from benchmarks.load.workload import (
+    LabelledExample,
+    answer_limit,
+    draw,
+    labels_of,
+    read_examples,
+    read_prompt,
+    template_prompt,
+)
+from models.manifest import Prompt
 
 EXAMPLES = tuple(LabelledExample(str(i), f"mail {i}", "spam" if i % 2 else "ham") for i in range(100))
 
@@ -48,6 +57,26 @@ def test_the_committed_test_split_suffices_for_the_default_run() -> None:
     draw(examples, [1, 4, 16], per_level=64, warmup=2, seed=0)
 
 
+def test_texts_that_do_not_repeat_are_no_labels_and_set_the_length() -> None:
+    texts = [LabelledExample(str(n), f"mail {n}", f"Dear {n}, " + "thank you. " * 50) for n in range(9)]
+    assert labels_of(texts) == ()
+    assert len(labels_of(texts, classifies=True)) == 9
+    longest = max(len(one.label) for one in texts)
+    assert longest // 2 < answer_limit(texts) < longest
+    assert answer_limit(EXAMPLES) == len("spam") + 4
+
+
+def test_what_is_said_before_the_text_is_kept(tmp_path: Path) -> None:
+    said = [("system", "Sort."), ("user", "a"), ("assistant", "ham"), ("user", "b"), ("assistant", "spam")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    (tmp_path / "e.jsonl").write_text(json.dumps({"messages": messages}))
+    (example,) = read_examples(tmp_path / "e.jsonl")
+    assert (example.text, example.label, example.before) == ("b", "spam", tuple(said[:3]))
+    prompt = template_prompt("t", Prompt(system="Be brief."))
+    assert prompt.said_before(example) == example.before
+    assert prompt.said_before(EXAMPLES[0]) == (("system", "Be brief."),)
+
+
 def test_examples_are_read_plain_and_compressed(tmp_path: Path) -> None:
     text = record("Hi", "ham ", id="a") + "\n\n" + record("Buy", "spam") + "\n"
     (tmp_path / "e.jsonl").write_text(text)
@@ -85,14 +114,17 @@ def test_prompts_need_their_placeholder_once(tmp_path: Path) -> None:
     path.write_text("Mail:\n{mail}\nList:\n")
     prompt = read_prompt(path)
     assert prompt.render("a {mail} b") == "Mail:\na {mail} b\nList:"
+    assert prompt.render("Mail:\na\nList:") == "Mail:\na\nList:", "it is not put around itself"
+    path.write_text("Ticket: {text}\nTeam:")
+    assert read_prompt(path).render("a") == "Ticket: a\nTeam:"
     path.write_text("{mail} {mail}")
     with pytest.raises(BadWorkload, match="found 2 times"):
         read_prompt(path)
-    assert template_prompt("t", "<{text}>").render("x") == "<x>"
+    assert template_prompt("t", Prompt(template="<{text}>")).render("x") == "<x>"
 
 
 def test_the_shared_part_of_a_prompt_is_a_share_of_its_characters() -> None:
-    assert template_prompt("t", "1234567890{text}").shared_share([LabelledExample("a", "12345", "x")]) == pytest.approx(
-        2 / 3
-    )
-    assert template_prompt("t", "{text}").shared_share([LabelledExample("a", "12345", "x")]) == 0
+    assert template_prompt("t", Prompt(template="1234567890{text}")).shared_share(
+        [LabelledExample("a", "12345", "x")]
+    ) == pytest.approx(2 / 3)
+    assert template_prompt("t", Prompt()).shared_share([LabelledExample("a", "12345", "x")]) == 0

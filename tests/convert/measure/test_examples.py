@@ -7,14 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.measure.examples import (
-    MAX_LABELS,
     MIN_EXAMPLES,
     json_is_compact,
     labels_of,
     prompt_of,
     split_examples,
 )
-from models.common.chat_records import ChatMessage, ChatRecord
+from models.common.chat_records import MAX_LABELS, ChatMessage, ChatRecord
 from models.errors import BadExamples
 from models.manifest import Prompt
 

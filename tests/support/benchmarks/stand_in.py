@@ -46,7 +46,7 @@ class StandIn:
             await self._decide(str(request["input"]), send)
             return
         chat = scope["path"].endswith("/chat/completions")
-        prompt = request["messages"][0]["content"] if chat else request["prompt"]
+        prompt = request["messages"][-1]["content"] if chat else request["prompt"]
         if "HTTP500" in prompt:
             await send({"type": "http.response.start", "status": 500, "headers": []})
             await send({"type": "http.response.body", "body": b'{"error": {"message": "broken"}}'})
