@@ -35,7 +35,32 @@ def convert_command(request: ConvertRequest, as_json: JsonOption = False) -> Non
         shown = stored.manifest.model_dump(mode="json", exclude_none=True) if stored.manifest is not None else {}
         typer.echo(json.dumps({"name": stored.name, "gguf": str(stored.gguf), "manifest": shown}))
     else:
+        for line in summary(stored):
+            print(line, file=sys.stderr)
         typer.echo(f"{stored.name}\t{stored.gguf}")
+
+
+def summary(stored: "StoredModel") -> list[str]:
+    """What was made and why, and the command to use it with."""
+    from models.common.machine import mebibytes
+    from models.quality import QUALITY_FILE, read_quality
+
+    manifest = stored.manifest
+    assert manifest is not None, "convert has written it"
+    artefact = manifest.artefacts[0]
+    lines = [f"installed {stored.name}: {artefact.quantization}, {mebibytes(artefact.size_bytes)}"]
+    if (stored.folder / QUALITY_FILE).is_file():
+        quality = read_quality(stored.folder)
+        chosen = next(one for one in quality.candidates if one.name == quality.chosen)
+        lines.append(f"  {chosen.reason}")
+        if chosen.answers is not None:
+            lines.append(f"  {chosen.answers.flips} of {chosen.answers.total} answers differ from F16's")
+        lines.append(f"  `deskside models show {stored.name}` shows all {len(quality.candidates)} files measured")
+    if not manifest.labels and manifest.task == "general":
+        asks = "refuses it" if manifest.fine_tuned else "asks it in the words of each question, not as it was trained"
+        lines.append(f"  its task is not known: /v1/decisions {asks}; --examples FILE would record task and labels")
+    base = f"{manifest.base.name}:" if manifest.kind == "adapter" and manifest.base is not None else ""
+    return [*lines, f"next: deskside serve {base}{stored.name}"]
 
 
 def build_recipe(entry: "CatalogEntry", store: "Store") -> "StoredModel":

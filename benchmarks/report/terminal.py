@@ -45,8 +45,8 @@ def render_score(model: str, score: ClassificationScore | WritingScore, console:
         chrf, exact = score.chrf, score.exact
         console.print(
             Text(
-                f"{model}: chrF {chrf.estimate:.3f} [{chrf.low:.3f}, {chrf.high:.3f}] (mean of {score.total} texts, 1 is "
-                f"the same; bootstrap 95 %), exactly the same {exact.estimate:.3f} [{exact.low:.3f}, "
+                f"{model}: chrF {chrf.estimate:.3f} [{chrf.low:.3f}, {chrf.high:.3f}] (mean of {score.total} texts, 1 "
+                f"is the same; bootstrap 95 %), exactly the same {exact.estimate:.3f} [{exact.low:.3f}, "
                 f"{exact.high:.3f}] ({score.correct} of {score.total}; Wilson 95 %)"
             )
         )

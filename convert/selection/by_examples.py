@@ -19,7 +19,7 @@ from models.common.console import Reporter
 from models.common.files import sha256_file
 from models.gguf.header import read_header
 from models.manifest import Prompt
-from models.quality import Quality, Trim
+from models.quality import LossBudget, Quality, Trim
 from runtime.llama.model import LoadOptions, load, load_tokenizer
 
 from .cache import digest
@@ -56,6 +56,7 @@ def choose_by_examples(
     assert examples is not None, "the caller has checked"
     split, prompt = examples.split, inputs.manifest.prompt
     tasks = tasks_of(f16, split.held_out, examples.work, examples.labels, prompt)
+    report.note(sample_power(len(tasks.tasks), examples.budget))
     sequences = _calibration(f16, split.calibration, prompt)
     imatrix = _importance(f16, sequences, results, report)
     specs = ladder(read_header(f16), examples.work, imatrix=True)
@@ -80,6 +81,21 @@ def choose_by_examples(
         f16.parent,
         report,
         results=results,
+    )
+
+
+def sample_power(n_examples: int, budget: LossBudget) -> str:
+    """What so many held-out examples can show of the budget, in a sentence.
+
+    With no change among n, the share that changes is below 1 − 0.05^(1/n) at 95 %.
+    """
+    allowed = int(budget.flips * n_examples)
+    unseen = 1 - 0.05 ** (1 / n_examples)
+    let = f"{allowed} of them" if allowed else "none of them"
+    more = "" if unseen <= budget.flips else "; more examples would tell quantizations apart better"
+    return (
+        f"{n_examples} examples are held out to measure with: a budget of {budget.flips:.0%} lets {let} change its "
+        f"answer, and if none does, up to {unseen:.1%} of all answers may still change (95 %){more}"
     )
 
 

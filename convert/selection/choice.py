@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 from convert.errors import RequestInvalid
 from convert.measure.compare import MeasuredLoss
+from models.common.machine import mebibytes
 from models.gguf.header import Header
 from models.quality import Answers, Candidate, LossBudget
 
 REFERENCE = "F16"
 # Rates closer than this are a tie: on a machine in use the same file differs as much from round to round.
 TIE = 0.03
-# So are rates closer than this, unless the faster file was the faster one in every round.
-UNSURE = 0.1
 SIGNIFICANT = 0.05
 # Kinds with steps so fine that rounding to the base's grid does not undo a fine-tune (measured: Q8_0).
 FINE_KINDS = frozenset({"F32", "F16", "BF16", "Q8_0"})
@@ -173,12 +172,16 @@ def _judged(candidate: Candidate, reference: Candidate, budget: LossBudget) -> C
 
 
 def _ties(candidate: Candidate, best: Candidate) -> bool:
-    """True if `best` may be faster by chance. Rounds alternate between files, so they are compared pairwise."""
+    """True if `best` may be faster by chance: the rates are close, or the ranges of their rounds overlap."""
     rate, best_rate = candidate.score_per_s or 0.0, best.score_per_s or 0.0
-    if rate >= best_rate * (1 - TIE) or candidate.speed is None or best.speed is None:
-        return rate >= best_rate * (1 - TIE)
-    rounds = zip(candidate.speed.score_samples_per_s, best.speed.score_samples_per_s, strict=False)
-    return rate >= best_rate * (1 - UNSURE) and any(one >= other for one, other in rounds)
+    return rate >= best_rate * (1 - TIE) or _rounds(candidate)[1] >= _rounds(best)[0]
+
+
+def _rounds(candidate: Candidate) -> tuple[float, float]:
+    """The slowest and the fastest round; without rounds, the rate."""
+    samples = candidate.speed.score_samples_per_s if candidate.speed is not None else ()
+    rate = candidate.score_per_s or 0.0
+    return min(samples, default=rate), max(samples, default=rate)
 
 
 def _reason(chosen: Candidate, judged: Sequence[Candidate]) -> str:
@@ -188,11 +191,27 @@ def _reason(chosen: Candidate, judged: Sequence[Candidate]) -> str:
         return "the smallest within the budget; speed was not measured"
     best = max((one for one in judged if one.verdict == "within budget"), key=lambda one: one.score_per_s or 0.0)
     if best.score_per_s is None or best.score_per_s <= chosen.score_per_s:
-        return f"the fastest within the budget: {chosen.score_per_s:.3g} examples/s"
+        return f"the fastest within the budget: {_rate(chosen)} examples/s{_beside_smaller(chosen, judged)}"
     return (
-        f"the smallest of the fastest within the budget: {chosen.score_per_s:.3g} examples/s, which the rounds do not "
-        f"tell from {best.name}'s {best.score_per_s:.3g}"
+        f"the smallest of the fastest within the budget: {_rate(chosen)} examples/s, which the rounds do not "
+        f"tell from {best.name}'s {_rate(best)}"
     )
+
+
+def _beside_smaller(chosen: Candidate, judged: Sequence[Candidate]) -> str:
+    """What the choice gains over the fastest of the smaller files within the budget, if there are any."""
+    smaller = [one for one in judged if one.verdict == "within budget" and one.size_bytes < chosen.size_bytes]
+    other = max(smaller, key=lambda one: one.score_per_s or 0.0, default=None)
+    if other is None or not other.score_per_s or chosen.score_per_s is None:
+        return ""
+    sizes = f"{mebibytes(chosen.size_bytes)} to {mebibytes(other.size_bytes)}"
+    return f", {chosen.score_per_s / other.score_per_s:.2f} times {other.name}'s {_rate(other)} (size: {sizes})"
+
+
+def _rate(candidate: Candidate) -> str:
+    low, high = _rounds(candidate)
+    spread = f" ({low:.3g} to {high:.3g})" if low < high else ""
+    return f"{candidate.score_per_s or 0.0:.3g}{spread}"
 
 
 def _overruled_verdict(chosen: Candidate) -> str:

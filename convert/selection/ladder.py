@@ -28,7 +28,7 @@ from convert.quantize.layouts import CandidateSpec
 from convert.quantize.quantize import QuantizeResult, disk_need, quantize
 from models.common.console import Reporter
 from models.common.files import check_free, sha256_file
-from models.common.machine import describe_machine
+from models.common.machine import BUSY_SHARE, busy_share, describe_machine
 from models.gguf.header import Header, read_header, read_meta
 from models.quality import Candidate, Loss, LossBudget, Quality, Trim
 
@@ -84,6 +84,7 @@ class Tools:
     noise: Callable[[ReferenceRun, StepProgress], MeasuredLoss] = noise
     speeds: Callable[[Mapping[str, Path], ServingLoad, StepProgress], SpeedReport] = measure_speeds
     machine: Callable[[str], str] = describe_machine
+    busy: Callable[[], float] = busy_share
 
 
 def run_ladder(
@@ -147,9 +148,12 @@ class _Ladder:
         parts = [self._f16_sha256, digest(inputs.tasks), *(sha256_file(file) for file in (self._base,) if file)]
         self._cache = Cache(results, parts)
         self._references: tuple[ReferenceRun, ...] = ()
+        self._places: Mapping[str, str] = {}
 
     def candidates(self) -> list[Candidate]:
         """The reference and every candidate, with size and loss."""
+        n = len(self._specs)
+        self._places = {name: f" (candidate {place} of {n})" for place, name in enumerate(self._specs, 1)}
         return [self._reference(), *(self._candidate(spec) for spec in self._specs.values())]
 
     def timed(self, candidates: Sequence[Candidate]) -> TimedCandidates:
@@ -160,6 +164,11 @@ class _Ladder:
 
         def measure() -> SpeedReport:
             files = {name: self.file(name) for name in sha256s}
+            if (busy := self._tools.busy()) > BUSY_SHARE:
+                self._report.warn(
+                    f"other programs use {busy:.0%} of this machine's processors: the speeds, and the choice by them, "
+                    "are uncertain. Convert again with --replace on an idle machine"
+                )
             self._report.stage(f"time {len(files)} files on this machine")
             return self._tools.speeds(files, load, self._report.advance)
 
@@ -199,7 +208,7 @@ class _Ladder:
         spec = self._specs[name]
         target = self._path(spec)
         if not target.is_file():
-            self._report.stage(f"quantize to {spec.name}")
+            self._report.stage(f"quantize to {spec.name}{self._places.get(spec.name, '')}")
             self._tools.quantize(self._inputs.f16, target, spec, self._inputs.imatrix, self._report.advance)
         return target
 
@@ -249,7 +258,7 @@ class _Ladder:
             self.file(spec.name)
             candidate = _unmeasured(spec, path)
             references = self._take_references()
-            self._report.stage(f"measure {spec.name}", len(self._inputs.tasks.tasks))
+            self._report.stage(f"measure {spec.name}{self._places.get(spec.name, '')}", len(self._inputs.tasks.tasks))
             losses = self._tools.compare(path, references, self._report.advance)
         except (MeasureFailed, QuantizeFailed, ImatrixInvalid) as error:
             size = path.stat().st_size if path.is_file() else 1

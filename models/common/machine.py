@@ -54,6 +54,15 @@ def physical_cores(root: Path = ROOT) -> int:
     return max(1, min(len(cores), quota) if quota else len(cores))
 
 
+# Above this share the machine counts as busy, and what is timed on it as uncertain.
+BUSY_SHARE = 0.25
+
+
+def busy_share(seconds: float = 0.3) -> float:
+    """The share of the processors' time that is in use during the next `seconds`, in which the caller does nothing."""
+    return float(psutil.cpu_percent(interval=seconds)) / 100
+
+
 def load_average() -> float | None:
     """The 1-minute load average; None where the system has none."""
     try:

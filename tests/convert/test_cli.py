@@ -40,7 +40,11 @@ def test_json_names_the_model_and_its_manifest(model: Path, capsys: pytest.Captu
 
 def test_a_person_gets_the_name_and_the_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(model, "--name", "tiny", "--quant", "F16") in {0, None}
-    assert capsys.readouterr().out == f"tiny\t{model.parent}/home/models/tiny/tiny-F16.gguf\n"
+    printed = capsys.readouterr()
+    assert printed.out == f"tiny\t{model.parent}/home/models/tiny/tiny-F16.gguf\n"
+    made, unknown, then = printed.err.splitlines()[-3:]
+    assert (made, then) == ("installed tiny: F16, 0 MiB", "next: deskside serve tiny")
+    assert "its task is not known: /v1/decisions asks it in the words of each question" in unknown
 
 
 def test_a_hot_adapter_is_made(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

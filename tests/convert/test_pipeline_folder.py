@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from convert.cli import summary
 from convert.errors import ArchitectureUnknown, RequestInvalid, VerifyFailed
 from convert.measure.speed import measure_speeds
 from convert.pipeline import MEASUREMENTS, convert
@@ -59,7 +60,8 @@ def hasty() -> Iterator[None]:
     """Speeds are measured, but not well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "convert.selection.ladder.Tools", partial(Tools, speeds=partial(measure_speeds, rounds=1, seconds=0.01))
+            "convert.selection.ladder.Tools",
+            partial(Tools, speeds=partial(measure_speeds, rounds=1, seconds=0.01), busy=lambda: 0.0),
         )
         yield
 
@@ -183,6 +185,11 @@ def test_the_examples_choose_and_the_card_says_how(measured: Store, checkpoint: 
     assert quality.noise is not None
     card = (stored.folder / "README.md").read_text()
     assert quality.chosen in card
+    assert any("20 examples are held out" in note and "lets none of them change" in note for note in notes.notes)
+    said = summary(stored)
+    assert said[0].startswith(f"installed mine: {quality.chosen}, ")
+    assert any("answers differ from F16's" in line for line in said)
+    assert said[-1] == "next: deskside serve mine"
     assert "noise floor" in card
     by_imatrix = next(one.imatrix for one in quality.candidates if one.name == quality.chosen)
     names = {path.name for path in stored.folder.iterdir()} - ({IMATRIX_FILE} if by_imatrix else set())

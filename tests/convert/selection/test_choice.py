@@ -55,15 +55,24 @@ def test_a_tie_goes_to_the_smaller_file() -> None:
 @pytest.mark.parametrize(
     ("rounds", "chosen"),
     [
-        pytest.param((1.85, 1.95, 1.85), "small", id="the faster in a round"),
+        pytest.param((1.85, 1.95, 1.85), "small", id="the ranges overlap"),
         pytest.param((1.85, 1.85, 1.85), "big", id="the slower in every round"),
-        pytest.param((1.7, 2.5, 1.7), "big", id="one good round, but far apart"),
+        pytest.param((1.4, 1.95, 1.4), "small", id="far apart, but the ranges overlap"),
     ],
 )
-def test_what_is_faster_in_some_rounds_only_ties(rounds: tuple[float, ...], chosen: str) -> None:
+def test_overlapping_ranges_tie(rounds: tuple[float, ...], chosen: str) -> None:
     small, big = timed("small", rounds, 150), timed("big", (2.0, 1.9, 2.0), 200)
     assert choose([F16, small, big], BUDGET).chosen == chosen
     assert choose([F16, big, small], BUDGET).chosen == chosen
+
+
+def test_a_larger_file_is_chosen_with_what_it_gains() -> None:
+    large, small = timed("F16", (2.8, 2.7, 2.9), 212 << 20), timed("Q8_0", (2.0, 1.9, 2.1), 113 << 20)
+    choice = choose([large, small], BUDGET)
+    assert choice.reason == (
+        "the fastest within the budget: 2.8 (2.7 to 2.9) examples/s, 1.40 times Q8_0's 2 (1.9 to 2.1) "
+        "(size: 212 MiB to 113 MiB)"
+    )
 
 
 def test_without_speeds_the_smallest_is_chosen() -> None:

@@ -1,5 +1,6 @@
 """The ladder's order, what it keeps for another run, and what it does when a candidate fails: with fakes."""
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,11 @@ from convert.measure.speed import ServingLoad, SpeedReport
 from convert.measure.tasks import EvalTask, Tasks
 from convert.quantize.layouts import CandidateSpec, plain
 from convert.quantize.quantize import QuantizeResult
+from convert.selection.by_examples import sample_power
 from convert.selection.ladder import NO_BASE, OTHER_VOCABULARY, LadderInputs, Provenance, Tools, run_ladder
 from models.errors import StoreError
 from models.gguf.header import read_header
-from models.quality import Answers, Loss, Speed
+from models.quality import Answers, Loss, LossBudget, Speed
 from tests.support.convert.tiny import TOKENS, write_model
 
 TASKS = Tasks(
@@ -82,6 +84,7 @@ class Work:
 
     done: list[str] = field(default_factory=list)
     fails: Mapping[str, BaseException] = field(default_factory=dict)
+    busy: float = 0.0
 
     def quantize(
         self, source: Path, target: Path, spec: CandidateSpec, imatrix: Path | None, told: StepProgress
@@ -124,7 +127,13 @@ class Work:
 
     def tools(self) -> Tools:
         return Tools(
-            self.quantize, self.take_reference, self.compare, self.noise, self.speeds, lambda backend: f"here {backend}"
+            self.quantize,
+            self.take_reference,
+            self.compare,
+            self.noise,
+            self.speeds,
+            lambda backend: f"here {backend}",
+            lambda: self.busy,
         )
 
 
@@ -134,6 +143,20 @@ def inputs(tmp_path: Path) -> LadderInputs:
     base = write_model(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q4_0)
     specs = tuple(map(plain, ("F16", "Q8_0", "Q4_0", "Q4_K_M")))
     return LadderInputs(f16, "tuned", TASKS, specs, base=base)
+
+
+@pytest.mark.parametrize(
+    ("n", "says"),
+    [(75, "lets 1 of them change.*up to 3.9% of all"), (20, "lets none of them"), (200, "lets 4 of them.*up to 1.5%")],
+)
+def test_the_sample_is_said_to_show_what_it_shows(n: int, says: str) -> None:
+    assert re.search(says, sample_power(n, LossBudget()))
+
+
+def test_a_busy_machine_is_warned_of(inputs: LadderInputs, tmp_path: Path) -> None:
+    quiet = Quiet()
+    run_ladder(inputs, ORIGIN, tmp_path / "work", quiet, Work(busy=0.62).tools())
+    assert [warning for warning in quiet.warnings if warning.startswith("other programs use 62%")]
 
 
 def test_the_fastest_that_keeps_the_fine_tune_is_chosen(inputs: LadderInputs, tmp_path: Path) -> None:
@@ -146,6 +169,8 @@ def test_the_fastest_that_keeps_the_fine_tune_is_chosen(inputs: LadderInputs, tm
         "Q4_K_M": "undoes the fine-tune",
     }
     assert chosen == folder / "tuned-Q8_0.gguf"
+    assert "measure Q4_0 (candidate 2 of 3)" in quiet.stages
+    assert not [warning for warning in quiet.warnings if "other programs" in warning]
     assert [file.name for file in folder.rglob("*.gguf")] == [chosen.name]
     assert not list(folder.rglob("rows/*/rows"))
     undo_reason = quality.candidates[3]
