@@ -25,7 +25,8 @@ class ConvertRequest(BaseModel):
     )
     hot: bool = Field(default=False, description="Do not merge: install the adapter, to be served as SOURCE:NAME.")
     examples: OptionalFile = Field(
-        default=None, description="JSONL of chat records: choose the quantization by measuring on them."
+        default=None,
+        description="JSONL of chat records that were not trained on: choose the quantization by measuring on them.",
     )
     work: Annotated[TaskKind | None, Flag("for", shown="by their answers")] = Field(
         default=None, description="Task of the examples."
