@@ -121,7 +121,14 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         read_back |= {path.name for path in kept}
         if (imatrix := _imatrix_to_keep(build, quality)) is not None:
             shutil.copyfile(imatrix, folder / IMATRIX_FILE)
-        _describe(folder, {path.rename(folder / path.name): hashes[path] for path in kept}, inputs, quality, plan)
+        _describe(
+            folder,
+            {path.rename(folder / path.name): hashes[path] for path in kept},
+            inputs,
+            quality,
+            plan,
+            chats=TEMPLATE_FIELD in plan.header.fields,
+        )
         discard(build.workdir)
 
 
@@ -144,7 +151,8 @@ def _make_adapter(inputs: Inputs, request: ConvertRequest, store: Store, report:
         report.stage("verify")
         verify_adapter(base, target, speech.ends, is_zero=inputs.adapter.is_zero)
         _prove_hot(header, chat, inputs, folder, report)
-        _describe(folder, {target: sha256}, inputs, None, None)
+        chats = chat.template is not None or TEMPLATE_FIELD in header.fields
+        _describe(folder, {target: sha256}, inputs, None, None, chats=chats)
         if inputs.examples is not None:
             report.note(
                 "the adapter is left as it is: from the examples come task, labels and prompt, nothing is measured"
@@ -321,7 +329,13 @@ def _file_name(inputs: Inputs, quantization: str) -> str:
 
 
 def _describe(
-    folder: Path, files: Mapping[Path, str], inputs: Inputs, quality: Quality | None, plan: ConversionPlan | None
+    folder: Path,
+    files: Mapping[Path, str],
+    inputs: Inputs,
+    quality: Quality | None,
+    plan: ConversionPlan | None,
+    *,
+    chats: bool,
 ) -> None:
     """Write manifest, report and card for `files` (path -> sha256, in the order of preference)."""
     artefacts = tuple(_artefact(file, sha256, inputs) for file, sha256 in files.items())
@@ -336,7 +350,7 @@ def _describe(
         write_quality(folder, quality)
         if (plot := render_plot(quality)) is not None:
             write_atomic(folder / PLOT_FILE, plot)
-    write_atomic(folder / "README.md", render_card(manifest, quality))
+    write_atomic(folder / "README.md", render_card(manifest, quality, chats=chats))
 
 
 def _artefact(file: Path, sha256: str, inputs: Inputs) -> Artefact:

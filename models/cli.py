@@ -49,6 +49,7 @@ def list_command(as_json: _Json = False) -> None:
 def show_command(name: _NameArgument, as_json: _Json = False) -> None:
     """Show a model's card: purpose, prompt, licence, files and measured quality."""
     from models.card.card import render_card
+    from models.gguf.header import has_chat_template
     from models.store.store import Store
 
     stored = Store().resolve(name)
@@ -58,7 +59,11 @@ def show_command(name: _NameArgument, as_json: _Json = False) -> None:
         typer.echo(f"{stored.gguf}: a GGUF file without a manifest, {stored.gguf.stat().st_size} bytes")
     else:
         card = stored.folder / "README.md"
-        _print_markdown(card.read_text(encoding="utf-8") if card.is_file() else render_card(stored.manifest))
+        _print_markdown(
+            card.read_text(encoding="utf-8")
+            if card.is_file()
+            else render_card(stored.manifest, chats=has_chat_template(stored.gguf))
+        )
 
 
 def verify_command(

@@ -25,6 +25,10 @@ LOAD_PER_CORE = 0.25
 # The share of cached tokens above which a short prompt counts as one that the server had seen.
 REUSED_SHARE = 0.5
 SHORT_PROMPT_TOKENS = 600
+# What the server computes again of a prompt that it knows.
+LEFT_TOKENS = 2
+# With fewer tokens of their own, different prompts may share half of them.
+OWN_TOKENS = 32
 
 
 class Spread(Record):
@@ -276,13 +280,22 @@ def _arm_warnings(arm: Arm) -> Iterator[str]:
         if len(level.samples) < NEEDED[90]:
             yield f"{where}: {len(level.samples)} requests are too few for a p90 (needs {NEEDED[90]})"
         if _seen_before(arm, level):
-            yield f"{where}: the server knew most of each prompt already; was it asked the same mails before?"
+            yield f"{where}: the server knew most of each prompt already; was it asked the same texts before?"
 
 
 def _seen_before(arm: Arm, level: Level) -> bool:
-    """True if a short prompt was mostly cached: bare mails share almost no prefix, long prompts do."""
-    whole = [s for s in level.samples if s.error is None and s.prompt_tokens and s.cached_tokens is not None]
-    prompt = sum(s.prompt_tokens or 0 for s in whole)
-    if not whole or prompt > SHORT_PROMPT_TOKENS * len(whole):
+    """True if most prompts were cached beyond what all of them begin with: the template, and the words before a text.
+
+    A prompt asked again is cached but for its last tokens. Short texts that begin alike are not taken for the same.
+    """
+    pairs = [(s.prompt_tokens or 0, s.cached_tokens) for s in level.samples if s.error is None and s.prompt_tokens]
+    known = [(prompt, cached) for prompt, cached in pairs if cached is not None]
+    if not known or sum(prompt for prompt, _ in known) > SHORT_PROMPT_TOKENS * len(known):
         return False
-    return sum(s.cached_tokens or 0 for s in whole) > REUSED_SHARE * prompt
+    shared = min(cached for _, cached in known)
+
+    def is_reused(prompt: int, cached: int) -> bool:
+        own = prompt - shared
+        return prompt - cached <= LEFT_TOKENS or (own >= OWN_TOKENS and cached - shared > REUSED_SHARE * own)
+
+    return sum(is_reused(*one) for one in known) > len(known) / 2

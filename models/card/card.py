@@ -16,11 +16,14 @@ _LOSS_HEAD = (
 )
 
 
-def render_card(manifest: Manifest, measured: Quality | None = None) -> str:
-    """The model card as Markdown. `measured` is the model's `quality.json`, if there is one."""
+def render_card(manifest: Manifest, measured: Quality | None = None, *, chats: bool = True) -> str:
+    """The model card as Markdown. `measured` is the model's `quality.json`, if there is one.
+
+    `chats`: it has a chat template; without one it continues texts only.
+    """
     sections = [
         f"# {manifest.name}\n\n{manifest.description or 'No description was given.'}",
-        _run(manifest),
+        _run(manifest, chats=chats),
         _prompt(manifest),
         _origin(manifest),
         _licence(manifest),
@@ -180,15 +183,17 @@ def _sentence(reason: str) -> str:
     return reason + "." if reason and not reason.endswith(".") else reason
 
 
-def _run(manifest: Manifest) -> str:
+def _run(manifest: Manifest, *, chats: bool) -> str:
     base = manifest.base.name if manifest.kind == "adapter" and manifest.base is not None else ""
     name = f"{base}:{manifest.name}" if base else manifest.name
-    return "## Run it\n\n" + _fenced(
-        f"deskside serve {name}     # an OpenAI-compatible server on 127.0.0.1:8080\n"
-        f"deskside chat {name}      # in the terminal\n"
-        f"deskside batch in.jsonl out.jsonl --model {name}",
-        "sh",
-    )
+    commands = [f"deskside serve {name}     # an OpenAI-compatible server on 127.0.0.1:8080"]
+    if chats:
+        commands.append(f"deskside chat {name}      # in the terminal")
+    commands.append(f"deskside batch in.jsonl out.jsonl --model {name}")
+    text = "## Run it\n\n" + _fenced("\n".join(commands), "sh")
+    if chats:
+        return text
+    return f"{text}\n\nIt has no chat template: it continues texts (`/v1/completions`), and answers no messages."
 
 
 def _prompt(manifest: Manifest) -> str:
@@ -216,6 +221,11 @@ def _origin(manifest: Manifest) -> str:
         digest = f", sha256 `{manifest.adapter.sha256}`" if manifest.adapter.sha256 is not None else ""
         how = "applied while the base is served" if manifest.kind == "adapter" else "merged into the base"
         lines.append(f"- Adapter: {rank}, {how}{digest}")
+    if manifest.conversion is not None and manifest.conversion.keep:
+        lines.append(
+            f"- Vocabulary: cut to {manifest.conversion.keep:,} tokens; words that are none of them are spelled in "
+            "smaller pieces, which costs time, and accuracy where a text is unlike those it was cut by"
+        )
     if manifest.source:
         lines.append(f"- Fetched from: {_sources(manifest.source)}")
     return "\n".join(["## Where it comes from", "", *lines]) if lines else ""

@@ -210,3 +210,11 @@ def _kept(field: Field) -> Value:
     if field.length is None:
         return field.value
     return field.numbers if field.length <= MAX_KEPT else None
+
+
+def has_chat_template(path: Path) -> bool:
+    """True if the file has a chat template. So it is taken to have if it cannot be read: that is said elsewhere."""
+    try:
+        return bool(read_meta(path).text("tokenizer.chat_template"))
+    except BadGguf:
+        return True

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from models.card.card import render_card
 from models.common.files import Progress, check_free, copy_file, sha256_file, write_atomic
 from models.errors import DownloadFailed, HashMismatch, ModelError, StoreError
-from models.gguf.header import is_gguf, read_meta
+from models.gguf.header import has_chat_template, is_gguf, read_meta
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest
 
 from .catalog import Catalog, CatalogEntry, load_catalog
@@ -160,7 +160,7 @@ def _install(download: _Download, store: Store, progress: Progress | None) -> St
                 raise DownloadFailed(f"{source} is not a GGUF file: it starts with {magic!r}")
         manifest = _manifest(download, file, source)
         write_atomic(folder / MANIFEST_FILE, dump_manifest(manifest))
-        write_atomic(folder / "README.md", render_card(manifest))
+        write_atomic(folder / "README.md", render_card(manifest, chats=has_chat_template(file)))
     return store.get(download.name)
 
 

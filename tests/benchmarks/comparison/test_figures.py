@@ -1,6 +1,7 @@
 """Figures of hand-made samples, worked out by hand; what is shown about them; what the run says against itself."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,19 @@ def test_a_reused_prompt_is_noticed() -> None:
     seen = [sample(i, prompt=100).model_copy(update={"cached_tokens": 99}) for i in range(64)]
     assert any("before?" in warning for warning in warnings(run_of(arm(levels={1: seen}))))
     assert warnings(run_of(arm(levels={1: steady(64)}))) == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cached", "reused"),
+    [
+        pytest.param(lambda n: 40 + n % 9, lambda n: 39 + n % 9, True, id="asked again"),
+        pytest.param(lambda n: 12 + n % 5, lambda n: 7 + n % 2, False, id="short texts in a template"),
+        pytest.param(lambda n: 60, lambda n: 50, False, id="short texts after a long system message"),
+        pytest.param(lambda n: 200 + n, lambda n: 4 if n % 4 == 0 else 150, True, id="most asked again, in part"),
+    ],
+)
+def test_only_what_was_asked_before_is_taken_for_it(
+    prompt: Callable[[int], int], cached: Callable[[int], int], *, reused: bool
+) -> None:
+    seen = [sample(n, prompt=prompt(n)).model_copy(update={"cached_tokens": cached(n)}) for n in range(64)]
+    assert any("before?" in line for line in warnings(run_of(arm(levels={1: seen})))) == reused

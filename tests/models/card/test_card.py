@@ -1,7 +1,7 @@
 """The card shows every field of the manifest, and claims no figure that was not measured."""
 
 from models.card.card import render_card
-from models.manifest import Accuracy, Adapter, Base, Manifest, Prompt
+from models.manifest import Accuracy, Adapter, Base, Conversion, Manifest, Prompt
 from tests.support.models.build import artefact
 
 MEASURED = Accuracy(what="As served", split="test", correct=86, total=100, interval_low=0.779, interval_high=0.915)
@@ -32,6 +32,19 @@ def test_every_field_of_the_manifest_is_on_the_card() -> None:
     known += ["gemma-3-270m", "`hf://a/b/c.gguf@main`", "b" * 64, "LoRA of rank 16", "c" * 64, "`spam`, `fork`"]
     known += ["`tiny.gguf`", "Q8_0", artefact().sha256]
     assert [text for text in known if text not in card] == []
+
+
+def test_a_model_without_a_template_is_not_said_to_chat() -> None:
+    assert "deskside chat triage" in render_card(FULL)
+    card = render_card(FULL, chats=False)
+    assert "deskside chat" not in card
+    assert "has no chat template" in card
+
+
+def test_a_cut_vocabulary_is_told() -> None:
+    assert "Vocabulary" not in render_card(FULL)
+    cut = FULL.model_copy(update={"conversion": Conversion(keep=16384)})
+    assert "Vocabulary: cut to 16,384 tokens" in render_card(cut)
 
 
 def test_quality_is_shown_with_its_interval() -> None:
