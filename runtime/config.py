@@ -67,4 +67,8 @@ class RuntimeConfig(EngineConfig):
     cors_origins: Annotated[tuple[str, ...], Flag(metavar="ORIGINS")] = Field(
         default=(), description="Web origins allowed to call, comma-separated; empty: none."
     )
+    allowed_hosts: Annotated[tuple[str, ...], Flag(metavar="NAMES")] = Field(
+        default=(),
+        description="Names of this server beside localhost and addresses, comma-separated; *: any.",
+    )
     log_level: LogLevel = Field(default="info", description="One of debug, info, warning, error.")

@@ -6,10 +6,12 @@ They travel between processes as a code of ERROR_CODES, their message and the at
 RequestError                 the client can correct it; carries `param` and `code` for the wire
 ├── InvalidRequest           a field is malformed, out of range or not supported
 ├── Unauthorized             the API key is missing or wrong
+├── Forbidden                the request's Host or Origin is not one that the server answers
 ├── ModelUnknown             no model of that name is served
 ├── ContextTooLong           prompt + max_tokens exceed the context
 ├── BodyTooLarge             the request body exceeds the limit
 ├── BodyTooSlow              the request body did not arrive in time
+├── UnsupportedMedia         the request body is not declared as JSON
 ├── Overloaded               the queue is full; carries `retry_after_s`
 └── Cancelled                the client went away or cancelled
 EngineError                  the engine's own; the request is not to blame
@@ -48,6 +50,10 @@ class Unauthorized(RequestError):
     """The API key is missing or wrong."""
 
 
+class Forbidden(RequestError):
+    """The request's Host is not a name of the server, or it comes from a web page of another site."""
+
+
 class ModelUnknown(RequestError):
     """No model of that name is served."""
 
@@ -62,6 +68,10 @@ class BodyTooLarge(RequestError):
 
 class BodyTooSlow(RequestError):
     """The request body did not arrive completely within the limit in seconds."""
+
+
+class UnsupportedMedia(RequestError):
+    """The request body is not declared as JSON."""
 
 
 class Overloaded(RequestError):
@@ -139,10 +149,12 @@ ERROR_CODES: dict[type[RequestError | EngineError], str] = {
     RequestError: "request_error",
     InvalidRequest: "invalid_request",
     Unauthorized: "unauthorized",
+    Forbidden: "forbidden",
     ModelUnknown: "model_unknown",
     ContextTooLong: "context_too_long",
     BodyTooLarge: "body_too_large",
     BodyTooSlow: "body_too_slow",
+    UnsupportedMedia: "unsupported_media",
     Overloaded: "overloaded",
     Cancelled: "cancelled",
     EngineError: "engine_error",

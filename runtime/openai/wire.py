@@ -31,6 +31,7 @@ from runtime.errors import (
     EngineDied,
     EngineDown,
     EngineError,
+    Forbidden,
     GrammarFailed,
     InvalidRequest,
     LoadFailed,
@@ -43,6 +44,7 @@ from runtime.errors import (
     TemplateFailed,
     TokenizeFailed,
     Unauthorized,
+    UnsupportedMedia,
     encodable,
 )
 
@@ -244,10 +246,12 @@ HTTP_ERRORS: dict[type[Exception], WireError] = {
     RequestError: WireError(400, "invalid_request_error"),
     InvalidRequest: WireError(400, "invalid_request_error"),
     Unauthorized: WireError(401, "invalid_request_error", "invalid_api_key"),
+    Forbidden: WireError(403, "invalid_request_error", "forbidden"),
     ModelUnknown: WireError(404, "invalid_request_error", "model_not_found"),
     ContextTooLong: WireError(400, "invalid_request_error", "context_length_exceeded"),
     BodyTooLarge: WireError(413, "invalid_request_error", "body_too_large"),
     BodyTooSlow: WireError(408, "invalid_request_error", "body_too_slow"),
+    UnsupportedMedia: WireError(415, "invalid_request_error", "unsupported_media_type"),
     Overloaded: WireError(429, "rate_limit_error", "queue_full"),
     Cancelled: WireError(499, "request_cancelled", "cancelled"),
     EngineError: WireError(500, "server_error", "engine_error"),

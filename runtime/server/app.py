@@ -12,12 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.config import RuntimeConfig
-from runtime.errors import ModelUnknown, Overloaded, Unauthorized
+from runtime.errors import Forbidden, ModelUnknown, Overloaded, Unauthorized
 from runtime.monitoring.metrics import CONTENT_TYPE, Metrics
 from runtime.pool.pool import ModelPool
 from runtime.serving.model import ServedModel
 from runtime.serving.routes import ROUTES, Prepare
 
+from .guard import Guard, require_json
 from .http import Counted, Holding, add_error_table, asked_model, held_by, key_check, off_loop, parse_json, read_body
 from .models import Health, Model, ModelList, health, list_models, samples, show_model
 from .native import NATIVE_ROUTES
@@ -66,6 +67,7 @@ class Api:
         `needs_room`: refuse before any preparation what the model's engine would not accept.
         """
         self._pool.require_open()
+        require_json(http)
         with self._one_at_work() as waiting:
             body = await read_body(http, self._config.max_body_bytes)
             payload = await off_loop(body, lambda: parse_json(body))
@@ -147,16 +149,18 @@ def create_app(pool: ModelPool, config: RuntimeConfig) -> FastAPI:
     )
     add_error_table(app)
     app.add_middleware(Holding)
+    if not config.api_key:
+        app.add_middleware(Guard, config=config)
     app.add_middleware(Counted, metrics=api.metrics)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     keyed = [Depends(key_check(config.api_key))] if config.api_key else []
-    errors = (Unauthorized,) if config.api_key else ()
+    errors = (Unauthorized,) if config.api_key else (Forbidden,)
     operations: dict[tuple[str, str], Operation] = {}
     for method, rows, dependencies in (
-        ("GET", _open_gets(api), []),
+        ("GET", _open_gets(api, () if config.api_key else (Forbidden,)), []),
         ("GET", _keyed_gets(api, errors), keyed),
         ("POST", _keyed_posts(api, errors), keyed),
     ):
@@ -169,11 +173,11 @@ def create_app(pool: ModelPool, config: RuntimeConfig) -> FastAPI:
     return app
 
 
-def _open_gets(api: Api) -> dict[str, Row]:
+def _open_gets(api: Api, errors: Errors) -> dict[str, Row]:
     statuses = {200: "Some model takes requests.", 503: "No model takes requests."}
-    ready = Operation("server", "Ready for requests?", Health, statuses=statuses)
+    ready = Operation("server", "Ready for requests?", Health, errors=errors, statuses=statuses)
     statuses = {200: "Some engine runs, or can be started.", 503: "Every engine has stopped for good."}
-    alive = Operation("server", "Alive?", Health, statuses=statuses)
+    alive = Operation("server", "Alive?", Health, errors=errors, statuses=statuses)
     return {"/health": (api.health, ready), "/health/ready": (api.health, ready), "/health/live": (api.alive, alive)}
 
 

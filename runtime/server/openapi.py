@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, JsonSchemaValue
 from starlette.responses import Response
 
-from runtime.errors import Cancelled, Unauthorized
+from runtime.errors import Cancelled, Forbidden, Unauthorized
 from runtime.openai.wire import HTTP_ERRORS, UNEXPECTED, ErrorAnswer, WireError
 
 from .stream import JsonBytes
@@ -26,8 +26,8 @@ from .stream import JsonBytes
 OPENAPI_PATH = "/openapi.json"
 _ASSETS = "docs/assets"
 _REFERENCE = "#/components/schemas/"
-# Cancelled is absent: a client that left gets no answer. Unauthorized depends on the configuration.
-ERRORS_OF_A_BODY = tuple(error for error in HTTP_ERRORS if error not in (Cancelled, Unauthorized))
+# Cancelled is absent: a client that left gets no answer. Who may ask depends on the configuration.
+ERRORS_OF_A_BODY = tuple(error for error in HTTP_ERRORS if error not in (Cancelled, Unauthorized, Forbidden))
 
 
 Errors = tuple[type[Exception], ...]

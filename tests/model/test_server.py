@@ -125,7 +125,8 @@ def test_a_second_look_at_the_same_mail_is_cached(server: Server) -> None:
 
 
 def test_a_client_killed_in_mid_stream_frees_its_slots(server: Server) -> None:
-    read_one = "import sys, httpx\nwith httpx.stream('POST', sys.argv[1], content=sys.argv[2], timeout=60) as r:\n"
+    read_one = "import json, sys, httpx\nbody = json.loads(sys.argv[2])\n"
+    read_one += "with httpx.stream('POST', sys.argv[1], json=body, timeout=60) as r:\n"
     read_one += "    for line in r.iter_lines(): print(line, flush=True)\n"
     body = json.dumps(endless(1500, n=4))
     with subprocess.Popen(

@@ -213,7 +213,8 @@ def test_only_the_first_of_many_bad_ids_is_judged() -> None:
 def test_a_body_that_never_ends_is_a_408(toy: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_body, "READ_SECONDS", 0.05)
     with socket.create_connection(("127.0.0.1", int(toy.url.rsplit(":", 1)[1]))) as connection:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9\r\n\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 9\r\n\r\n"
         connection.sendall(f"{head}{{".encode())
         answer = b""
         while part := connection.recv(10_000):

@@ -21,7 +21,8 @@ def asked(url: str, path: str, body: Mapping[str, Any], *, buffer_bytes: int = 0
     """
     where = urlsplit(url)
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: toy\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     with socket.socket() as connection:
         if buffer_bytes:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)

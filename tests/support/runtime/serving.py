@@ -165,7 +165,8 @@ def serving_toys(toys: Toys, slots: Sequence[ModelSlot], **options: Any) -> Iter
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     wait_until(lambda: server.started)
-    with httpx.Client(base_url=url_of(listener), timeout=PATIENCE_S) as http:
+    declared = {"content-type": "application/json"}  # for bodies that a test writes itself
+    with httpx.Client(base_url=url_of(listener), headers=declared, timeout=PATIENCE_S) as http:
         running = Running(url_of(listener), pool, first.base, server, toys.made[0][1], http)
         try:
             yield running
