@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from models.common.machine import mebibytes
 from models.store.store import Store
@@ -20,6 +21,7 @@ from runtime.pool.slot import LoadedModel, ModelSlot
 from runtime.serving.names import ModelRef
 
 from .app import create_app
+from .connection import ACCEPTED_AT_ONCE, BACKLOG, KEEP_ALIVE_SECONDS, Connection, Connections, connection_limit
 
 INTERRUPTED = 130
 # Time for the last bytes to leave after draining; then connections are cut.
@@ -29,11 +31,14 @@ FLUSH_SECONDS = 5
 class DrainingServer(uvicorn.Server):
     """Drains at the first signal, with the port still open so that clients get a 503; exits at the second."""
 
-    def __init__(self, config: uvicorn.Config, pool: ModelPool, drain_seconds: float, greeting: str) -> None:
-        super().__init__(config)
+    def __init__(
+        self, app: ASGIApp, pool: ModelPool, config: RuntimeConfig, greeting: str, connections: Connections
+    ) -> None:
+        super().__init__(_settings(app, config))
+        self.server_state = self.connections = connections
         self._pool = pool
         self.broke: str | None = None
-        self._drain_seconds = drain_seconds
+        self._drain_seconds = config.drain_seconds
         self._greeting = greeting
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -42,7 +47,10 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and print the greeting."""
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self.connections.loop_failed)
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)  # asyncio takes the number that it accepts at once for this one, too
         _say(self._greeting)
 
     async def on_tick(self, counter: int) -> bool:
@@ -76,23 +84,30 @@ def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = Non
     pool = open_pool(names, config, store or Store())
     with listen(config.bind, config.port) as listener:
         pool.load_at_start()
-        settings = uvicorn.Config(
-            create_app(pool, config),
-            log_config=None,
-            access_log=config.log_level == "debug",
-            lifespan="on",
-            http="h11",
-            ws="none",
-            server_header=False,
-            timeout_graceful_shutdown=FLUSH_SECONDS,
-        )
-        server = DrainingServer(settings, pool, config.drain_seconds, describe(pool, config, url_of(listener)))
+        greeting = describe(pool, config, url_of(listener))
+        connections = Connections(connection_limit())
+        server = DrainingServer(create_app(pool, config), pool, config, greeting, connections)
         try:
             server.run(sockets=[listener])
         finally:
             pool.close()
     if server.broke is not None:
         raise EngineDown(f"the engine stopped for good, and the server with it: {server.broke}")
+
+
+def _settings(app: ASGIApp, config: RuntimeConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=config.log_level == "debug",
+        lifespan="on",
+        http=Connection,
+        ws="none",
+        server_header=False,
+        backlog=ACCEPTED_AT_ONCE,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+    )
 
 
 def _set_up_logging(level: str) -> None:

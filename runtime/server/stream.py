@@ -19,6 +19,10 @@ from runtime.worker.inflight import Stream
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
+# Key of the request's state: bytes that may come between two pieces of the answer, and mean nothing.
+PROBE = "deskside.probe"
+
+
 def encode(value: Mapping[str, Any]) -> bytes:
     """Compact JSON in UTF-8."""
     return to_json(_JSON.encode(value))
@@ -54,6 +58,7 @@ class ServerSentEvents(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})[PROBE] = b": \n\n"
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with cancelled_on_disconnect(receive, self._events):
             unsent: list[bytes] = []

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
 
 from models.manifest import Manifest
 from models.store.store import StoredModel
@@ -24,6 +23,7 @@ from runtime.pool.slot import ModelSlot
 from runtime.prompt.prompter import Prompter
 from runtime.requests import Work
 from runtime.server.app import create_app
+from runtime.server.connection import MOST_CONNECTIONS, Connections
 from runtime.server.serve import DrainingServer, listen, url_of
 from runtime.serving.model import ServedModel
 from runtime.serving.names import ModelRef
@@ -160,8 +160,7 @@ def serving_toys(toys: Toys, slots: Sequence[ModelSlot], **options: Any) -> Iter
     first = slots[0].loaded
     assert first is not None
     listener = listen("127.0.0.1", 0)
-    settings = uvicorn.Config(create_app(pool, toys.config), log_config=None, lifespan="on", http="h11", ws="none")
-    server = DrainingServer(settings, pool, toys.config.drain_seconds, "toys")
+    server = DrainingServer(create_app(pool, toys.config), pool, toys.config, "toys", Connections(MOST_CONNECTIONS))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     wait_until(lambda: server.started)

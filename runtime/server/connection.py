@@ -1,0 +1,185 @@
+"""Connections: how many there may be, how long one may idle, and clients that end their side before they have read.
+
+Each connection takes a file descriptor. When none is left, every `accept` fails while the socket stays ready, so the
+number of connections is bounded below the limit of the process. Beyond it the one that has idled longest is closed; if
+none idles, the newcomer's request is answered with a 503.
+"""
+
+import asyncio
+import errno
+import logging
+import resource
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import h11
+from starlette.types import Receive, Scope, Send
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from runtime.openai.wire import error_body
+
+from .stream import PROBE, JsonBytes, encode
+
+_log = logging.getLogger("deskside.server")
+
+# Clients and proxies keep connections for about a minute: the server must not close first what they are about to use.
+KEEP_ALIVE_SECONDS = 75
+# Connections in the system's queue, and those that asyncio accepts at once, before it hands over the first.
+BACKLOG, ACCEPTED_AT_ONCE = 2048, 16
+# So many newcomers beyond the limit are told why they get no answer; the others are cut.
+TOLD = 32
+MOST_CONNECTIONS, FEWEST_CONNECTIONS = 8192, 16
+# Descriptors for engines, model files and logs, and for connections that are accepted and not counted yet.
+_RESERVED = 64 + TOLD + 4 * ACCEPTED_AT_ONCE
+_IDLE_SECONDS = 1.0
+_SAID_AGAIN_SECONDS = 60.0
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def connection_limit() -> int:
+    """The number of connections that fit the process's file descriptors, whose soft limit is raised for them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_open = sum(1 for _ in Path("/dev/fd").iterdir())
+    wanted = n_open + _RESERVED + MOST_CONNECTIONS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    free = MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - n_open - _RESERVED
+    return max(FEWEST_CONNECTIONS, min(free, MOST_CONNECTIONS))
+
+
+class Connections(ServerState):
+    """The connections of a server, at most `limit`; `idle`: those without a request, and since when, longest first."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self.idle: dict[Connection, float] = {}
+        self._said_s = -_SAID_AGAIN_SECONDS
+
+    def close_longest_idle(self) -> bool:
+        """Close the connection that has idled longest. False if none idles for long enough to be left."""
+        connection, since_s = next(iter(self.idle.items()))
+        if time.monotonic() - since_s < _IDLE_SECONDS:
+            return False
+        self.connections.discard(connection)
+        connection.leave()
+        return True
+
+    def say(self, message: str) -> None:
+        """Log `message`, and then nothing like it for a minute: who causes it can cause it often."""
+        now_s = time.monotonic()
+        if now_s - self._said_s >= _SAID_AGAIN_SECONDS:
+            self._said_s = now_s
+            _log.warning("%s (further ones within a minute are not logged)", message)
+
+    def loop_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """An event loop's exception handler: asyncio reports every connection that it has no descriptor for."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in _NO_DESCRIPTORS:
+            self.say(f"a connection was not accepted: {error.strerror}; raise the limit (ulimit -n)")
+        else:
+            loop.default_exception_handler(context)
+
+
+class Connection(H11Protocol):
+    """A client's connection."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        assert isinstance(server_state, Connections)
+        self._all = server_state
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take the connection in, close another for it, or refuse it."""
+        super().connection_made(transport)
+        self._all.idle[self] = time.monotonic()
+        self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE_SECONDS, self.timeout_keep_alive_handler)
+        beyond = len(self.connections) - self._all.limit
+        if beyond > 0 and not self._all.close_longest_idle():
+            self._all.say(f"{self._all.limit} connections are open, the limit; others are refused")
+            self.app = _answer_full
+            if beyond > TOLD:
+                transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._all.idle.pop(self, None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the client sends. Part of a request's head does not count as a request."""
+        super().data_received(data)
+        if self._busy:
+            self._all.idle.pop(self, None)
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        if not self._busy and not self.transport.is_closing():
+            self._all.idle[self] = time.monotonic()
+
+    def leave(self) -> None:
+        """Close an idle connection."""
+        self._all.idle.pop(self, None)
+        self.timeout_keep_alive_handler()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP in the shape of every other error."""
+        body = encode(error_body(msg, "invalid_request_error", None, "invalid_http"))
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        head = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=b"Bad Request")
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer a client that ended its side once its request was whole. One that left altogether ends it too.
+
+        A client that still reads ignores a few bytes; the system of one that left rejects them, which shows soon after.
+        HTTP/1.0 has no such bytes before an answer: a proxy that speaks it ends its side only when it leaves.
+        """
+        if not self._busy or self.cycle.more_body:
+            return False
+        if self.cycle.response_started:
+            self.transport.write(self.conn.send(h11.Data(data=self.scope["state"].get(PROBE, b""))) or b"")
+        elif self.scope["http_version"] == "1.0":
+            return False
+        else:
+            self.transport.write(
+                self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")) or b""
+            )
+        self.cycle.keep_alive = False
+        self.loop.call_later(0.02, self._look, 0.02)
+        return True
+
+    def _look(self, waited_s: float) -> None:
+        """Cut the connection if the client's system rejected what was sent; look again as long as it did not."""
+        if self.transport.is_closing() or not self._busy:
+            return
+        client: socket.socket = self.transport.get_extra_info("socket")
+        if client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+        else:
+            pause_s = min(2 * waited_s, 1.0)
+            self.loop.call_later(pause_s, self._look, pause_s)
+
+    @property
+    def _busy(self) -> bool:
+        """True while a request is under way."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+
+async def _answer_full(scope: Scope, receive: Receive, send: Send) -> None:
+    body = error_body("the server has as many connections as it can; try again", "server_error", None, "server_full")
+    await JsonBytes(body, 503, {"retry-after": "1", "connection": "close"})(scope, receive, send)
