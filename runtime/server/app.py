@@ -19,10 +19,21 @@ from runtime.serving.model import ServedModel
 from runtime.serving.routes import ROUTES, Prepare
 
 from .guard import Guard, require_json
-from .http import Counted, Holding, add_error_table, asked_model, held_by, key_check, off_loop, parse_json, read_body
+from .http import (
+    Counted,
+    Holding,
+    NearPaths,
+    add_error_table,
+    asked_model,
+    held_by,
+    key_check,
+    off_loop,
+    parse_json,
+    read_body,
+)
 from .models import Health, Model, ModelList, health, list_models, samples, show_model
 from .native import NATIVE_ROUTES
-from .openapi import ERRORS_OF_A_BODY, Errors, Operation, add_docs
+from .openapi import DOCS_PATHS, ERRORS_OF_A_BODY, Errors, Operation, add_docs
 from .stream import JsonBytes, respond
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -170,6 +181,7 @@ def create_app(pool: ModelPool, config: RuntimeConfig) -> FastAPI:
             )
             operations[path, method.lower()] = operation
     add_docs(app, operations)
+    app.add_middleware(NearPaths, known=[*(path for path, _ in operations), *DOCS_PATHS])
     return app
 
 

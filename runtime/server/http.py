@@ -5,12 +5,13 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+import zlib
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -26,6 +27,7 @@ from runtime.errors import (
     Overloaded,
     RequestError,
     Unauthorized,
+    UnsupportedMedia,
 )
 from runtime.monitoring.metrics import Metrics
 from runtime.openai.wire import error_body, parse_strict_json, require_characters, to_error
@@ -60,11 +62,13 @@ async def _routing(request: Request, error: Exception) -> Response:
     """404 and 405 of the router itself, in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path[:200]!r}"
-    messages = {404: f"there is no {where} here", 405: f"{where} is not allowed; see the Allow header"}
+    base = f"OpenAI's clients take {str(request.base_url)[:200]}v1 as base URL, and GET / says what there is"
+    messages = {404: f"there is no {where} here; {base}", 405: f"{where} is not allowed; see the Allow header"}
     codes = {404: "not_found", 405: "method_not_allowed"}
     message = messages.get(error.status_code, str(error.detail))
     body = error_body(message, "invalid_request_error", None, codes.get(error.status_code))
-    return JsonBytes(body, error.status_code, dict(error.headers or {}))
+    headers = {name: "GET, HEAD" if value == "GET" else value for name, value in (error.headers or {}).items()}
+    return JsonBytes(body, error.status_code, headers)
 
 
 def add_error_table(app: FastAPI) -> None:
@@ -76,15 +80,51 @@ def add_error_table(app: FastAPI) -> None:
 
 
 def key_check(api_key: str) -> Callable[..., Awaitable[None]]:
-    """A dependency that admits only requests which carry `api_key` as bearer token."""
+    """A dependency that admits only requests which carry `api_key` as bearer token, or as other APIs take theirs."""
     bearer = HTTPBearer(auto_error=False, scheme_name="ApiKey")
+    anthropic = APIKeyHeader(name="x-api-key", auto_error=False, scheme_name="XApiKey")
+    azure = APIKeyHeader(name="api-key", auto_error=False, scheme_name="AzureApiKey")
 
-    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> None:
-        token = given.credentials.strip() if given is not None else ""
-        if not hmac.compare_digest(token.encode(), api_key.encode()):
+    async def check(
+        token: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
+        x_api_key: Annotated[str | None, Security(anthropic)],
+        azure_key: Annotated[str | None, Security(azure)],
+    ) -> None:
+        given = [token.credentials if token is not None else "", x_api_key or "", azure_key or ""]
+        if not any(hmac.compare_digest(key.strip().encode(), api_key.encode()) for key in given):
             raise Unauthorized("this server wants its API key: send the header 'Authorization: Bearer KEY'")
 
     return check
+
+
+class NearPaths:
+    """Takes the path of a request for the route that was meant, and HEAD for GET without the body.
+
+    Clients join base URL and path in their own ways: without /v1, with two of it, with slashes to spare.
+    """
+
+    def __init__(self, app: ASGIApp, known: Collection[str]) -> None:
+        self._app = app
+        self._known = frozenset(known)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            # A copy: uvicorn leaves out the body by the method in its own.
+            scope = {**scope, "path": self.meant(scope["path"])}
+            scope["method"] = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await self._app(scope, receive, send)
+
+    def meant(self, path: str) -> str:
+        """The path of a route for one that is nearly it."""
+        if path in self._known:
+            return path
+        if named := re.fullmatch(r"/*(?:v1/+)*models/+(.+?)/*", path):
+            return f"/v1/models/{named[1]}"
+        plain = re.sub(r"/+", "/", path).rstrip("/")
+        while plain.startswith("/v1/v1/"):
+            plain = plain.removeprefix("/v1")
+        candidates = (plain or "/", f"/v1{plain}", plain.removeprefix("/v1") or "/")
+        return next((candidate for candidate in candidates if candidate in self._known), path)
 
 
 class Counted:
@@ -139,6 +179,7 @@ INLINE_BYTES = 8 << 10
 # So are bodies with a grammar: it is compiled, and the first one waits for llguidance to read the vocabulary.
 NAMES_GRAMMAR = re.compile(rb'"(response_format|grammar|regex|choice|tools|format)"')
 MAX_OBJECT_FIELDS = 4096
+ENCODINGS = ("identity", "gzip", "x-gzip", "deflate")
 # The number of bodies read at once is bounded: a client that never ends its own must not keep a place.
 READ_SECONDS = 60.0
 
@@ -146,10 +187,14 @@ T = TypeVar("T")
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """Read the whole body.
+    """Read the whole body, unpacked.
 
-    Raises BodyTooLarge as soon as it is known to exceed the limit, BodyTooSlow, or Cancelled if the client left.
+    Raises BodyTooLarge as soon as it is known to exceed the limit, BodyTooSlow, UnsupportedMedia for an encoding that
+    is none of gzip and deflate, InvalidRequest for one that is broken, or Cancelled if the client left.
     """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ENCODINGS:
+        raise UnsupportedMedia(f"a body may be packed by {', '.join(ENCODINGS[1:])}, not {encoding[:100]!r}")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:
         raise BodyTooLarge(f"the body has {declared} bytes, limit {limit_bytes}")
@@ -164,13 +209,27 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         raise BodyTooSlow(f"{len(body)} bytes of the body came in {READ_SECONDS:g} s, the limit") from None
     except ClientDisconnect:
         raise Cancelled("the client left before its request was whole") from None
-    return bytes(body)
+    return bytes(body) if encoding == "identity" else await asyncio.to_thread(unpack, bytes(body), limit_bytes)
+
+
+def unpack(packed: bytes, limit_bytes: int) -> bytes:
+    """Undo gzip or deflate. Raises BodyTooLarge before more than the limit is unpacked, InvalidRequest."""
+    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)  # by the header, either of the two
+    try:
+        body = unpacking.decompress(packed, limit_bytes + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"the body is not packed as its Content-Encoding says: {error}") from None
+    if len(body) > limit_bytes:
+        raise BodyTooLarge(f"the body has more than {limit_bytes} bytes unpacked, the limit")
+    if not unpacking.eof or unpacking.unused_data:
+        raise InvalidRequest("the packed body ends too early" if not unpacking.eof else "bytes follow the packed body")
+    return body
 
 
 def parse_json(body: bytes) -> Any:
     """Parse strict JSON in UTF-8. Raises InvalidRequest, also for NaN and lone surrogates."""
     try:
-        text = body.decode("utf-8")
+        text = body.decode("utf-8-sig")  # some tools write a byte order mark
         value = parse_strict_json(text, object_pairs_hook=_bounded_object)
         require_characters(body, value)
     except UnicodeDecodeError as error:

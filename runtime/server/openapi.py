@@ -23,7 +23,7 @@ from runtime.openai.wire import HTTP_ERRORS, UNEXPECTED, ErrorAnswer, WireError
 
 from .stream import JsonBytes
 
-OPENAPI_PATH = "/openapi.json"
+OPENAPI_PATH, PAGE_PATH = DOCS_PATHS = ("/openapi.json", "/docs")
 _ASSETS = "docs/assets"
 _REFERENCE = "#/components/schemas/"
 # Cancelled is absent: a client that left gets no answer. Who may ask depends on the configuration.
@@ -72,7 +72,7 @@ def add_docs(app: FastAPI, operations: Mapping[tuple[str, str], Operation]) -> N
         )
 
     app.add_api_route(OPENAPI_PATH, show_document, methods=["GET"], include_in_schema=False)
-    app.add_api_route("/docs", show_page, methods=["GET"], include_in_schema=False)
+    app.add_api_route(PAGE_PATH, show_page, methods=["GET"], include_in_schema=False)
     app.mount(f"/{_ASSETS}", StaticFiles(directory=str(resources.files("fastapi_offline") / "static")))
 
 
