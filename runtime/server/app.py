@@ -1,5 +1,6 @@
 """The HTTP server: OpenAI's routes and llama-server's small ones over a pool of models."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from runtime.config import RuntimeConfig
 from runtime.errors import Forbidden, ModelUnknown, Overloaded, Unauthorized
@@ -31,7 +32,7 @@ from .http import (
     parse_json,
     read_body,
 )
-from .models import Health, Model, ModelList, health, list_models, samples, show_model
+from .models import Health, Model, ModelList, front_page, health, list_models, samples, show_model
 from .native import NATIVE_ROUTES
 from .openapi import DOCS_PATHS, ERRORS_OF_A_BODY, Errors, Operation, add_docs
 from .stream import JsonBytes, respond
@@ -120,6 +121,12 @@ class Api:
         """GET /v1/models/{name}"""
         return JsonBytes(show_model(self._pool, name, self._started_s))
 
+    async def front(self, http: Request) -> Response:
+        """GET /"""
+        url = str(http.base_url).rstrip("/")
+        text = await asyncio.to_thread(front_page, self._pool, url, keyed=bool(self._config.api_key))
+        return PlainTextResponse(text)
+
     async def health(self) -> Response:
         """GET /health and /health/ready: 200 while some model takes requests, else 503."""
         body = health(self._pool)
@@ -190,7 +197,13 @@ def _open_gets(api: Api, errors: Errors) -> dict[str, Row]:
     ready = Operation("server", "Ready for requests?", Health, errors=errors, statuses=statuses)
     statuses = {200: "Some engine runs, or can be started.", 503: "Every engine has stopped for good."}
     alive = Operation("server", "Alive?", Health, errors=errors, statuses=statuses)
-    return {"/health": (api.health, ready), "/health/ready": (api.health, ready), "/health/live": (api.alive, alive)}
+    front = Operation("server", "How to ask the models", None, errors=errors)
+    return {
+        "/": (api.front, front),
+        "/health": (api.health, ready),
+        "/health/ready": (api.health, ready),
+        "/health/live": (api.alive, alive),
+    }
 
 
 def _keyed_gets(api: Api, errors: Errors) -> dict[str, Row]:

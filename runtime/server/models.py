@@ -1,6 +1,9 @@
-"""The models on the wire: /v1/models, /health, and the counts for /metrics. Loads nothing."""
+"""The models on the wire: /v1/models, /health, the front page, and the counts for /metrics. Loads nothing."""
 
+import json
+import shlex
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Literal
 
 from typing_extensions import TypedDict
@@ -170,6 +173,37 @@ def _health(slot: ModelSlot) -> ModelHealth:
         "last_cause": supervisor.last_cause,
         "silent_s": round(supervisor.silent_s, 1),
     }
+
+
+def chats(slot: ModelSlot, ref: ModelRef) -> bool:
+    """True if the model has a chat template."""
+    return bool(ref.template or _template(slot))
+
+
+def example(pool: ModelPool, url: str, *, keyed: bool) -> str:
+    """A command to paste, which asks the first model. `keyed`: with the API key from the environment."""
+    path, asked = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
+    if not chats(*pool.find(None)):
+        path, asked = "completions", {"prompt": "Once upon a time"}  # type: ignore[dict-item]
+    body = shlex.quote(json.dumps({"model": pool.default, **asked}, ensure_ascii=False))
+    key = ' -H "Authorization: Bearer $DESKSIDE_API_KEY"' if keyed else ""
+    return f"curl -sS {shlex.quote(f'{url}/v1/{path}')} -H 'Content-Type: application/json'{key} -d {body}"
+
+
+def front_page(pool: ModelPool, url: str, *, keyed: bool) -> str:
+    """The text of GET /: what answers here, and how to ask it."""
+    key = "your API key" if keyed else "any API key"
+    return f"""\
+Deskside {version("deskside")} serves {", ".join(pool.served)}.
+
+OpenAI's clients take {url}/v1 as base URL, with {key}. Or paste:
+
+{example(pool, url, keyed=keyed)}
+
+{url}/docs      every route, to read and to try
+{url}/health    whether the models take requests
+{url}/metrics   counts for Prometheus
+"""
 
 
 def samples(pool: ModelPool) -> Iterator[ModelSample]:

@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -22,6 +24,7 @@ from runtime.serving.names import ModelRef
 
 from .app import create_app
 from .connection import ACCEPTED_AT_ONCE, BACKLOG, KEEP_ALIVE_SECONDS, Connection, Connections, connection_limit
+from .models import chats, example
 
 INTERRUPTED = 130
 # Time for the last bytes to leave after draining; then connections are cut.
@@ -84,7 +87,8 @@ def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = Non
     pool = open_pool(names, config, store or Store())
     with listen(config.bind, config.port) as listener:
         pool.load_at_start()
-        greeting = describe(pool, config, url_of(listener))
+        url = url_of(listener)
+        greeting = f"{describe(pool, config, url)}\n{next_steps(pool, config, url, program())}"
         connections = Connections(connection_limit())
         server = DrainingServer(create_app(pool, config), pool, config, greeting, connections)
         try:
@@ -144,6 +148,20 @@ def describe(pool: ModelPool, config: RuntimeConfig, url: str) -> str:
     return "\n".join(_describe(slot, ref, config, url) for slot, ref in pool.served.values())
 
 
+def next_steps(pool: ModelPool, config: RuntimeConfig, url: str, command: str) -> str:
+    """What to type next: a request to paste, and the commands that open a conversation and the page of all routes."""
+    here = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    chat = f"; {command} chat {pool.default}" if chats(*pool.find(None)) else ""
+    asking = example(pool, here, keyed=bool(config.api_key))
+    return f"try in another terminal:\n  {asking}\nor: open {here}/docs{chat}"
+
+
+def program() -> str:
+    """How this program was called: `deskside`, or the path to it."""
+    called = sys.argv[0]
+    return called if Path(called).name == "deskside" and shutil.which("deskside") != called else "deskside"
+
+
 def _describe(slot: ModelSlot, ref: ModelRef, config: RuntimeConfig, url: str) -> str:
     if slot.loaded is None:
         return f"{ref.id} is loaded on its first request (needs about {mebibytes(slot.need.total)}): {url}/v1"
@@ -164,5 +182,5 @@ def _describe_loaded(loaded: LoadedModel, config: RuntimeConfig, url: str) -> st
 
 
 def _say(text: str) -> None:
-    for part in text.splitlines():
-        print(f"deskside: {part}", file=sys.stderr, flush=True)
+    for part in text.splitlines():  # a command to paste is indented
+        print(part if part.startswith(" ") else f"deskside: {part}", file=sys.stderr, flush=True)

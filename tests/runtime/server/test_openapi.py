@@ -178,7 +178,7 @@ def test_what_is_accepted_and_answered_is_documented(
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1/models/{name}", "/health", "/health/ready", "/health/live", "/metrics"]
+    "path", ["/", "/v1/models", "/v1/models/{name}", "/health", "/health/ready", "/health/live", "/metrics"]
 )
 def test_what_is_shown_is_documented(path: str, toy: Running, document: Any) -> None:
     check(document, path, toy.http.get(path.replace("{name}", "toy")), "get")
@@ -215,9 +215,8 @@ def test_a_key_is_documented_where_one_is_asked_for() -> None:
         assert document["components"]["securitySchemes"]
         for path, methods in document["paths"].items():
             for operation in methods.values():
-                assert (
-                    ("401" in operation["responses"]) == ("security" in operation) == (not path.startswith("/health"))
-                )
+                needs_key = path != "/" and not path.startswith("/health")
+                assert ("401" in operation["responses"]) == ("security" in operation) == needs_key
         for path, bodies in ACCEPTED.items():
             response = keyed.http.post(path, json=bodies[0])
             assert response.status_code == 401
