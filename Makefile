@@ -18,25 +18,26 @@ ifeq ($(shell uname -m),x86_64)
 COMPILE += CFLAGS='$(CFLAGS) -include "$(CURDIR)/runtime/llama/amx.h"' \
 	CXXFLAGS='$(CXXFLAGS) -include "$(CURDIR)/runtime/llama/amx.h"'
 endif
-PIP := $(COMPILE) $(BIN)/pip --disable-pip-version-check install -q
+INSTALL := $(COMPILE) $(PYTHON) -P runtime/cli/install.py $(VENV)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model serve chat convert batch bench bench-peers bench-convert soak test oracle check fix rebuild \
 	lock lock-peers lock-oracle clean
 
 help: ## Show these verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { \
+		line = sprintf("  make %-13s", $$1); n = split($$2, words, " "); \
+		for (i = 1; i <= n; i++) { \
+			if (length(line) + 1 + length(words[i]) > 80) { print line; line = sprintf("%20s", "") } \
+			line = line " " words[i] } \
+		print line }' $(MAKEFILE_LIST)
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Deskside needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || \
 		{ echo "Deskside compiles llama.cpp and found no C++ compiler. Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install" >&2; exit 1; }
-	@test -x $(BIN)/python || { echo "==> Making $(VENV)" >&2; $(PYTHON) -m venv $(VENV); }
-	@echo "==> Installing what requirements.lock pins, every file checked by its hash (under a minute)." >&2
-	@echo "    The first time, llama.cpp is compiled for this very processor: about 3 minutes on 2 cores." >&2
-	@$(PIP) --require-hashes -r requirements.lock
-	@$(PIP) --no-deps --no-build-isolation -e .
+	@$(INSTALL)
 	@touch $@
 
 setup: $(READY) ## Make .venv, install from the lock file, build the default model
@@ -93,9 +94,7 @@ fix: $(READY) ## Mend what ruff can mend by itself
 	@$(BIN)/ruff format .
 
 rebuild: $(READY) ## Compile llama.cpp anew; for a GPU: CMAKE_ARGS="-DGGML_CUDA=on" make rebuild
-	@awk '/^[^ ]/ {ours = /^llama-cpp-python==/} ours' requirements.lock > $(VENV)/llama.lock
-	@$(BIN)/pip cache remove -q llama_cpp_python || true
-	@$(PIP) --require-hashes --no-deps --force-reinstall -r $(VENV)/llama.lock
+	@$(INSTALL) --rebuild
 
 lock: ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	@uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
