@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from models.common.names import did_you_mean
 from models.common.record import Record
 from models.errors import BadCatalog, DownloadFailed, ModelNotFound
 from models.manifest import Artefact, Name
@@ -77,7 +78,7 @@ class Catalog:
         """The entry of that name. Raises ModelNotFound naming the known ones."""
         if name not in self._entries:
             raise ModelNotFound(
-                f"{name!r} is not in the catalogue ({', '.join(self.names())}); "
+                f"{name!r} is not in the catalogue ({', '.join(self.names())}){did_you_mean(name, self.names())}; "
                 "any other model is reachable as hf://owner/name/file.gguf@revision"
             )
         return self._entries[name]

@@ -17,9 +17,12 @@ from filelock import FileLock, Timeout
 from platformdirs import user_data_path
 
 from models.common.files import Progress, discard, sha256_file, sync
+from models.common.names import did_you_mean, nearest
 from models.errors import BadManifest, HashMismatch, ModelNotFound, StoreError
 from models.gguf.header import is_gguf
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, read_manifest
+
+from .catalog import load_catalog
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -67,7 +70,7 @@ class Store:
         """The installed model of that name. Raises ModelNotFound, BadManifest, StoreError (not a name)."""
         folder = self._models / check_name(name)
         if not (folder / MANIFEST_FILE).is_file():
-            raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}; try: deskside pull {name}")
+            raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}{self._way_to(name)}")
         stored = _open_folder(folder)
         if stored.name != name:
             raise BadManifest(
@@ -88,9 +91,9 @@ class Store:
             return StoredModel(path.stem, path.parent, None, path)
         if (path / MANIFEST_FILE).is_file():
             return _open_folder(path)
-        fix = f"; try: deskside pull {text}" if _NAME.fullmatch(text) else ""
         raise ModelNotFound(
-            f"{text!r} is neither an installed model, nor a model folder, nor a GGUF file; {self._installed()}{fix}"
+            f"{text!r} is neither an installed model, nor a model folder, nor a GGUF file; "
+            f"{self._installed()}{self._way_to(text)}"
         )
 
     @contextmanager
@@ -134,7 +137,8 @@ class Store:
         """Delete the model. Its name is free at once, even when deleting the files takes a while."""
         folder = self._models / check_name(name)
         if not folder.exists() and not folder.is_symlink():
-            raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}")
+            near = did_you_mean(name, self.names())
+            raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}{near}")
         with self._staged_folder(name) as trash, self._renaming():
             folder.rename(trash / name)
 
@@ -147,6 +151,18 @@ class Store:
     def _installed(self) -> str:
         names = self.names()
         return f"installed: {', '.join(names)}" if names else "no model is installed"
+
+    def _way_to(self, name: str) -> str:
+        """The command that installs `name`, or the name that was meant, as the end of a message."""
+        known = load_catalog().names()
+        if name in known:
+            return f"; try: deskside pull {name}"
+        if "/" in name:
+            return ""
+        near = nearest(name, [*self.names(), *known])
+        if near is None:
+            return f"; the catalogue has {', '.join(known)} (deskside pull NAME)"
+        return f"; did you mean {near!r}?" + ("" if near in self.names() else f" (deskside pull {near})")
 
     def _prepare(self) -> None:
         try:

@@ -21,6 +21,7 @@ from typer.main import get_command
 
 from benchmarks.errors import BenchError
 from convert.errors import ConvertError, RequestInvalid
+from models.common.names import nearest
 from models.errors import FAILED, INTERRUPTED, USAGE, ModelError
 from runtime.errors import BatchRefused, EngineError, RequestError
 
@@ -60,11 +61,38 @@ EXIT_CODES: Mapping[type[BaseException], int] = {
 }
 
 
+# What other programs call our verbs, or what we do not do -> what to type.
+MEANT: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("run", "start", "up"), "deskside serve MODEL (a server), or deskside chat MODEL (in the terminal)"
+    ),
+    **dict.fromkeys(("list", "ls", "ps"), "deskside models list"),
+    **dict.fromkeys(("rm", "remove", "delete"), "deskside models remove NAME"),
+    **dict.fromkeys(("show", "info"), "deskside models show NAME"),
+    **dict.fromkeys(("download", "install", "get", "add"), "deskside pull NAME"),
+    **dict.fromkeys(("quantize", "merge", "import", "create"), "deskside convert SOURCE --name NAME"),
+    **dict.fromkeys(("evaluate", "test", "score"), "deskside eval MODEL --examples FILE"),
+    **dict.fromkeys(("generate", "complete", "ask", "prompt"), "deskside chat MODEL"),
+    **dict.fromkeys(
+        ("finetune", "fine-tune", "train"),
+        "deskside convert BASE --adapter FOLDER --name NAME, with the adapter that PEFT or another trainer wrote",
+    ),
+    "help": "deskside --help",
+    "version": "deskside --version",
+}
+
+
 class LazyGroup(TyperGroup):
     """A group that lists its verbs by their summaries and loads only the one that is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
-        """Replace a verb's summary with the loaded verb."""
+        """Replace a verb's summary with the loaded verb. An unknown one is answered with the one that was meant."""
+        asked = args[0].lower() if args else ""
+        if args and args[0] not in VERBS:
+            if asked in MEANT:
+                ctx.fail(f"no such command {args[0]!r}; try: {MEANT[asked]}")
+            if near := nearest(asked, VERBS):
+                ctx.fail(f"no such command {args[0]!r}; did you mean {near!r}?")
         name, summary, rest = super().resolve_command(ctx, args)
         return name, summary if name is None else load_verb(name), rest
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.common.machine import machine_budget
+from models.common.names import did_you_mean
 from models.gguf.header import read_meta
 from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
@@ -99,7 +100,8 @@ class ModelPool:
         """The slot and reference of `name` (None: the first). Raises ModelUnknown with the names served."""
         if name is not None and name not in self.served:
             known = ", ".join(map(repr, self.served))
-            raise ModelUnknown(f"model {name[:200]!r} is not served here; this server has {known}", param="model")
+            near = did_you_mean(name, self.served)
+            raise ModelUnknown(f"model {name[:200]!r} is not served here; this server has {known}{near}", param="model")
         return self.served[name or self.default]
 
     def require_open(self) -> None:

@@ -73,7 +73,7 @@ def test_a_gguf_file_is_known_by_its_content(store: Store, tmp_path: Path, name:
 
 
 def test_an_unresolved_name_lists_the_installed_models_and_the_fix(store: Store) -> None:
-    with pytest.raises(ModelNotFound, match=r"'gone'.*no model is installed; try: deskside pull gone"):
+    with pytest.raises(ModelNotFound, match=r"'gone'.*no model is installed; the catalogue has .*email-triage"):
         store.resolve("gone")
     install(store)
     with pytest.raises(ModelNotFound, match="installed: tiny"):
@@ -82,6 +82,29 @@ def test_an_unresolved_name_lists_the_installed_models_and_the_fix(store: Store)
         store.get("gone")
     with pytest.raises(ModelNotFound, match="'gone'"):
         store.remove("gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("email-triage", r"; try: deskside pull email-triage$"),
+        ("emailtriage", r"; did you mean 'email-triage'\? \(deskside pull email-triage\)$"),
+        ("Gemma", r"; did you mean 'gemma-3-270m'\? \(deskside pull gemma-3-270m\)$"),
+        ("tinny", r"; did you mean 'tiny'\?$"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(store: Store, name: str, said: str) -> None:
+    install(store)
+    with pytest.raises(ModelNotFound, match=said):
+        store.resolve(name)
+
+
+def test_removing_suggests_what_is_installed_only(store: Store) -> None:
+    install(store)
+    with pytest.raises(ModelNotFound, match=r"did you mean 'tiny'\?$"):
+        store.remove("tinyy")
+    with pytest.raises(ModelNotFound, match=r"installed: tiny$"):
+        store.remove("email-triage")
 
 
 def test_a_recipe_that_is_not_built_cannot_be_resolved(store: Store, tmp_path: Path) -> None:

@@ -53,6 +53,35 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert VERBS[verb].help.endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("serv", "did you mean 'serve'?"),
+        ("Convert", "did you mean 'convert'?"),
+        ("finetune", "deskside convert BASE --adapter"),
+        ("ls", "deskside models list"),
+        ("nonsense", "No such command"),
+    ],
+)
+def test_a_verb_that_is_none_is_answered_with_the_one_that_was_meant(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, _, err = run(typed, capsys=capsys)
+    assert code == 2
+    assert said in err
+
+
+@pytest.mark.parametrize("words", sorted(set(cli.MEANT.values())))
+def test_the_commands_that_are_suggested_exist(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in words.split("deskside ")[1:]:
+        verb, *rest = command.split()
+        group = [rest[0]] if verb == "models" else []
+        code, out, _ = run(*([verb] if verb.startswith("--") else [verb, *group, "--help"]), capsys=capsys)
+        assert code == 0
+        assert all(word.strip(",") in out for word in rest if word.startswith("--"))
+
+
 def test_help_lists_every_verb_and_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("--help", capsys=capsys)
     assert code == 0

@@ -119,6 +119,12 @@ def test_a_request_without_a_model_goes_to_the_first_and_an_unknown_name_is_refu
     run(pool, work)
 
 
+def test_a_mistyped_name_is_answered_with_the_one_that_was_meant() -> None:
+    pool = make_pool(make_toys())
+    with pytest.raises(ModelUnknown, match=r"this server has 'a', 'b', 'c'; did you mean 'b'\?"):
+        pool.find("B")
+
+
 def test_a_waiter_that_leaves_stops_no_load() -> None:
     barrier = Barrier()
     pool = make_pool(make_toys(barrier))
