@@ -173,7 +173,9 @@ def _sentencepiece_model(vocabulary: SentencePieceVocabulary) -> bytes:
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ModuleNotFoundError as error:
-        raise ExtraMissing("protobuf is not installed: pip install 'deskside[bench]'") from error
+        raise ExtraMissing(
+            "protobuf is not installed; in Deskside's folder: .venv/bin/pip install -e '.[bench]'"
+        ) from error
     model = sentencepiece_model_pb2.ModelProto()
     for text, score, kind in zip(vocabulary.texts, vocabulary.scores, vocabulary.kinds, strict=True):
         model.pieces.add(piece=text, score=score, type=kind)

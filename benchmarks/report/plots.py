@@ -57,7 +57,7 @@ def latency_picture(run: BenchRun, path: Path) -> None:
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     """A figure and its axes, drawn to a file only."""
     if find_spec("matplotlib") is None:
-        raise ExtraMissing("matplotlib is not installed: pip install 'deskside[bench]'")
+        raise ExtraMissing("matplotlib is not installed; in Deskside's folder: .venv/bin/pip install -e '.[bench]'")
     figure = import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
     import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure, figure.subplots()

@@ -1,7 +1,7 @@
 """A linear classifier on the same mails: the baseline that a language model has to beat.
 
-    pip install 'deskside[finetune]'
-    python -m models.email_triage.baseline
+    .venv/bin/pip install -e '.[finetune]'  (models/email_triage/recipe.py says how without CUDA)
+    .venv/bin/python -m models.email_triage.baseline
 
 TF-IDF of words and word pairs, logistic regression, trained on the train split; its strength is chosen on the
 validation split, and the test split is scored once. The predictions are kept for the figures of the model's card.

@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,16 @@ def test_the_help_of_make_fits_80_columns_without_breaking_words() -> None:
     told = " ".join(shown.split())
     for verb, words in re.findall(r"^([a-z-]+):.*## (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE):
         assert f"make {verb} {words.replace('$$', '$')}" in told
+
+
+def test_extras_are_installed_from_the_folder_since_deskside_is_on_no_index() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    files = [path for house in ("models", "runtime", "convert", "benchmarks") for path in (ROOT / house).rglob("*")]
+    named: set[str] = set()
+    for path in [*files, ROOT / "README.md", ROOT / "Makefile"]:
+        if path.suffix in (".py", ".md", ".toml", ""):
+            text = path.read_text() if path.is_file() else ""
+            assert not re.search(r"install [^\n]*deskside\[", text), path
+            named |= set(re.findall(r"install -e '\.\[([\w-]+)\]'", text))
+    assert named == {"bench", "default-model", "finetune"}
+    assert named <= set(extras)
