@@ -177,14 +177,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _tidy_help(command: Any) -> None:
-    """Join the lines of each paragraph of the help texts, and show no type beside a switch.
+    """Join the lines of each paragraph of the help texts, and show no type beside a switch or an argument.
 
-    The terminal's width decides where lines break. typer shows `<bool>` beside a switch, as if it took a value.
+    The terminal's width decides where lines break. typer shows `<bool>` beside a switch, as if it took a value, and
+    beside an argument the name of a Python type.
     """
     command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(command.help or ""))
     for parameter in command.get_params(typer.Context(command)):  # `--help` included
         if getattr(parameter, "is_flag", False):
             parameter.metavar = ""
+        elif getattr(parameter, "param_type_name", "") == "argument":
+            parameter.display_type_rich = lambda **_: None
     for inner in getattr(command, "commands", {}).values():
         _tidy_help(inner)
 

@@ -182,10 +182,12 @@ def chats(slot: ModelSlot, ref: ModelRef) -> bool:
 
 def example(pool: ModelPool, url: str, *, keyed: bool) -> str:
     """A command to paste, which asks the first model. `keyed`: with the API key from the environment."""
-    path, asked = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
-    if not chats(*pool.find(None)):
-        path, asked = "completions", {"prompt": "Once upon a time"}  # type: ignore[dict-item]
-    body = shlex.quote(json.dumps({"model": pool.default, **asked}, ensure_ascii=False))
+    asked: dict[str, object] = {"model": pool.default}
+    if chats(*pool.find(None)):
+        path, asked["messages"] = "chat/completions", [{"role": "user", "content": "Hello"}]
+    else:
+        path, asked["prompt"] = "completions", "Once upon a time"
+    body = shlex.quote(json.dumps(asked, ensure_ascii=False))
     key = ' -H "Authorization: Bearer $DESKSIDE_API_KEY"' if keyed else ""
     return f"curl -sS {shlex.quote(f'{url}/v1/{path}')} -H 'Content-Type: application/json'{key} -d {body}"
 
