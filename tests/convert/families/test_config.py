@@ -184,9 +184,10 @@ def test_a_parallel_stablelm_has_one_norm(tmp_path: Path) -> None:
 
 def test_a_window_that_llama_cpp_ignores_is_warned_about(tmp_path: Path) -> None:
     def warnings(family: str, name: str, **changes: Any) -> tuple[str, ...]:
+        """The warnings about a window; a Phi-3 may have others, about its rotations."""
         with closing(open_tiny(write_folder(tmp_path / name, family, **changes))) as source:
             assert isinstance(source, HfCheckpoint)
-            return source.warnings
+            return tuple(text for text in source.warnings if "attends to" in text)
 
     for family in ("mistral", "phi3"):
         assert "the model attends to the last 512 tokens only" in warnings(family, f"{family}-1", sliding_window=512)[0]
