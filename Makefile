@@ -82,12 +82,12 @@ bench-convert: setup $(ORACLE)/.ready ## Measure conversion beside llama.cpp's o
 test: setup ## Run every test, those on the real model included; ARGS are passed on (-n 0: in one process)
 	@$(BIN)/pytest -q -n auto --maxprocesses 4 $(ARGS)
 
-check: $(READY) ## Lint, formatting, spelling, types and the layout of the house
+check: $(READY) ## Lint, formatting, spelling, types, layout and prose
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/codespell
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q tests/test_layout.py tests/test_architecture.py
+	@$(BIN)/pytest -q tests/test_layout.py tests/test_architecture.py tests/test_prose.py
 
 fix: $(READY) ## Mend what ruff can mend by itself
 	@$(BIN)/ruff check --fix .

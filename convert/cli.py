@@ -41,7 +41,7 @@ def convert_command(request: ConvertRequest, as_json: JsonOption = False) -> Non
 
 
 def summary(stored: "StoredModel") -> list[str]:
-    """What was made and why, and the command to use it with."""
+    """Describe the model that was made, the reason for its choice, and the command to use it with."""
     from models.common.machine import mebibytes
     from models.quality import QUALITY_FILE, read_quality
 

@@ -94,7 +94,7 @@ def score_evaluation(evaluation: Evaluation) -> ClassificationScore:
 
 
 def score_texts(evaluation: Evaluation) -> WritingScore:
-    """How near the written texts are to those of the examples."""
+    """Similarity of the written texts to those of the examples."""
     return score_writing(predictions_of(evaluation))
 
 

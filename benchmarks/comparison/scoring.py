@@ -67,7 +67,7 @@ def score_writing(predictions: Predictions, *, resamples: int = 2000, seed: int 
 
 
 def chrf(text: str, answer: str, *, longest: int = 6, beta: float = 2.0) -> float:
-    """chrF of `answer` beside `text`, 0 … 1: precision and recall are means over n-grams of 1 … `longest` characters.
+    """Compute chrF of `answer` and `text`, 0 … 1: means over n-grams of 1 … `longest` characters.
 
     White space is left out; recall counts `beta` times as much as precision.
     """

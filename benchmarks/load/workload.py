@@ -46,7 +46,7 @@ class PromptTemplate:
         return f"{before}{text}{'' if text.endswith(self.after) else self.after}"
 
     def said_before(self, example: LabelledExample) -> Said:
-        """What is said before the user's message: the example's own, after `system` unless it has a system message."""
+        """The messages before the user's: the example's own, after `system` unless it has a system message."""
         own = any(role == "system" for role, _ in example.before)
         return example.before if own or not self.system else (("system", self.system), *example.before)
 

@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 _HEADS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
-# Classes whose layers are recurrent, all or some: llama.cpp computes them, but no prefix of them can be shared.
+# Classes with recurrent layers, all or some: llama.cpp computes them, but no prefix of them can be shared.
 _RECURRENT = re.compile(
     r"Mamba|Lfm2|Jamba|Bamba|Zamba|RWKV|Rwkv|FalconH1|GraniteMoeHybrid|Hybrid|NemotronH|Plamo2|Qwen3Next|Qwen3_5|"
     r"KimiLinear|RecurrentGemma"
@@ -69,7 +69,7 @@ _RECURRENT = re.compile(
 
 
 def _unknown(name: str) -> str:
-    """What a class is that no family has, and the way out."""
+    """Describe a class that no family has, and the way out."""
     if _HEADS.search(name):
         return f": {CLASSIFICATION_HEAD}"
     if _RECURRENT.search(name):

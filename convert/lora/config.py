@@ -131,7 +131,7 @@ def _refuse_variants(file: Path, raw: Mapping[str, Any]) -> None:
 
 
 def _other_kind(folder: Path, kind: object, raw: Mapping[str, Any]) -> str:
-    """What an adapter is that is no LoRA of PEFT, and the way out."""
+    """Describe an adapter that is not a LoRA of PEFT, and the way out."""
     if kind is None and (any(key in raw for key in _MLX_KEYS) or (folder / _MLX_WEIGHTS).is_file()):
         return (
             "this is an adapter of MLX, not of PEFT: fuse it (mlx_lm.fuse --model BASE --adapter-path DIR --save-path "

@@ -61,7 +61,7 @@ class Speech:
         return tuple(dict.fromkeys((*named, *turn)))
 
     def showing(self, texts: Iterable[str]) -> "Speech":
-        """This speech with the special tokens that `texts` are made of as tokens that are read and shown."""
+        """Return this speech with the special tokens that `texts` are made of as tokens that are read and shown."""
         given = list(texts)
         if visible := visible_tokens(self.header, self.chat.template, given):
             told = f"{len(visible)} special tokens are read and shown like text, as the examples or labels have them: "
@@ -128,7 +128,7 @@ def check_speakable(speech: Speech, adapter: Path, labels: Sequence[str]) -> Non
 
 
 def _config_of(header: Header) -> dict[str, Any]:
-    """What a GGUF says of that which config.json says of a folder."""
+    """The facts of a GGUF that config.json gives for a folder."""
     fields = {key: header.fields[key].value for key in _END_FIELDS if key in header.fields}
     architecture = header.architecture
     return {"model_type": architecture, "eos_token_id": [value for value in fields.values() if isinstance(value, int)]}

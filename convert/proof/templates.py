@@ -69,7 +69,7 @@ def check_template(
             tokens = list(prompter.chat(plain))
         except (EngineError, RequestError) as error:
             raise VerifyFailed(f"the template as served refuses a conversation: {error}") from error
-        # the space is not written in transformers, whose tokenizer puts it there
+        # transformers does not write the space: its tokenizer puts it there
         extra_bos |= _compare(ours.removeprefix(lead), tokens, expected, reference, tokenizer.bos)
         compared += 1
     warning = "the template writes no BOS: llama.cpp adds it, as to any text; training may not have had it"
@@ -79,7 +79,7 @@ def check_template(
 
 
 def _skipped(n_given: int, n_refused: int, spelled: Sequence[str]) -> Iterator[str]:
-    """What was not compared of the user's conversations."""
+    """The user's conversations that were not compared."""
     if n_refused:
         yield f"{n_refused} of {n_given} conversations are not compared: the chat template refuses them"
     if spelled:

@@ -85,7 +85,7 @@ def choose_by_examples(
 
 
 def sample_power(n_examples: int, budget: LossBudget) -> str:
-    """What so many held-out examples can show of the budget, in a sentence.
+    """State in a sentence how much of the budget this number of held-out examples can show.
 
     With no change among n, the share that changes is below 1 − 0.05^(1/n) at 95 %.
     """

@@ -199,7 +199,7 @@ def _reason(chosen: Candidate, judged: Sequence[Candidate]) -> str:
 
 
 def _beside_smaller(chosen: Candidate, judged: Sequence[Candidate]) -> str:
-    """What the choice gains over the fastest of the smaller files within the budget, if there are any."""
+    """The gain of the choice over the fastest of the smaller files within the budget, if there are any."""
     smaller = [one for one in judged if one.verdict == "within budget" and one.size_bytes < chosen.size_bytes]
     other = max(smaller, key=lambda one: one.score_per_s or 0.0, default=None)
     if other is None or not other.score_per_s or chosen.score_per_s is None:

@@ -40,7 +40,7 @@ _PROBES: Sequence[ChatMessages] = (
 
 @dataclass(frozen=True)
 class TemplateRules:
-    """What a template needs to be served. The defaults leave it as it is.
+    """Requirements of a template that is served. The defaults leave it as it is.
 
     `named`: the special tokens that transformers gives it, by name; `served`: those that serving gives it. `special`:
     the texts before which no space goes; None if the tokenizer has no such rule.

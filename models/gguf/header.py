@@ -118,7 +118,7 @@ class GgufMeta:
 
 
 def is_gguf(path: Path) -> bool:
-    """True if the file at `path` begins as GGUF files do, whatever it is called; False if it cannot be read."""
+    """True if the file at `path` begins as GGUF files do, under any name; False if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC

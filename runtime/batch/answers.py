@@ -1,4 +1,4 @@
-"""Answers batch lines through an engine, by the same calls as the server's, without HTTP between."""
+"""Answers to batch lines from an engine, by the same calls as the server's, without HTTP."""
 
 import asyncio
 from typing import Any
@@ -17,7 +17,7 @@ _SEEDED = ("/v1/chat/completions", "/v1/completions")
 
 
 def queue_for(window: int) -> int:
-    """The queue length with which a line of the most choices fits beside a window of others."""
+    """The queue length at which a line of the most choices fits beside `window` others."""
     return window + MAX_ANSWERS_PER_CALL
 
 
@@ -29,7 +29,7 @@ class EngineAnswerer:
         self._ended = asyncio.Event()
 
     async def answer(self, line: BatchLine) -> dict[str, Any]:
-        """Return OpenAI's response body. Cancelled, it cancels the line's requests."""
+        """Return OpenAI's response body. When cancelled, cancel the line's requests."""
         call = ROUTES[line.url].prepare(_body(line), self._model)
         try:
             return await call.fold(await self._submit(call.work))
@@ -50,7 +50,7 @@ class EngineAnswerer:
 
 
 def _body(line: BatchLine) -> dict[str, Any]:
-    """The line's body. A missing seed is made from the line, so that a batch run twice gives the same answers."""
+    """The line's body. A missing seed is derived from the line, so that a batch run twice gives the same answers."""
     if line.url not in _SEEDED or line.body.get("seed") is not None:
         return dict(line.body)
     return {**line.body, "seed": int(line.fingerprint[:15], 16)}

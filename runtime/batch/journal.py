@@ -150,7 +150,7 @@ def require_same_input(source: Path, max_line_bytes: int, done: Mapping[int, int
 
 
 class _Answer(NamedTuple):
-    """What a line of the answers file says of its request and of the model; earlier versions kept no `weights`."""
+    """The request and the model that a line of the answers file belongs to; earlier versions kept no `weights`."""
 
     key: int
     fingerprint: int

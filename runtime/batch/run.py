@@ -1,7 +1,7 @@
 """Offline batches: a file of requests through the engine to a file of answers, with nothing lost.
 
 The input is read once, in order, with a bounded window of requests in flight; answers are written as they finish, so
-`custom_id` is the key, not the order. A resumed run passes over what is answered and judges every other line again.
+`custom_id` is the key, not the order. A resumed run skips answered lines and tries every other line again.
 """
 
 import asyncio
@@ -76,7 +76,7 @@ class BatchCounts:
 
 @dataclass(frozen=True)
 class BatchFiles:
-    """The files of a run, opened, checked and held: `done` maps answered custom_ids to their fingerprints."""
+    """The files of a run, opened, checked and locked: `done` maps answered custom_ids to their fingerprints."""
 
     answers: JsonlFile
     errors: ErrorsFile
@@ -107,7 +107,7 @@ class BatchRun:
         self._window = asyncio.Semaphore(job.window)
 
     async def run(self) -> None:
-        """Answer every line. Cancelled, it stops the requests in flight; the answers written stay, for a resumed run.
+        """Answer every line. When cancelled, stop the requests in flight; the answers written stay for a resumed run.
 
         Raises EngineError when the engine is gone, OSError when a file cannot be written.
         """
@@ -116,7 +116,7 @@ class BatchRun:
         try:
             async with asyncio.TaskGroup() as group:
                 for line in read_lines(self._job.source, self._job.max_line_bytes):
-                    await asyncio.sleep(0)  # also while it skips a million lines in a row
+                    await asyncio.sleep(0)  # lets others run, also while it skips a million lines in a row
                     if request := self._open_request(line, seen):
                         await self._window.acquire()
                         group.create_task(self._answer(request))
@@ -174,7 +174,7 @@ class BatchRun:
 
 @contextmanager
 def open_files(job: BatchJob) -> Iterator[BatchFiles]:
-    """Hold the job's files for one run. Raises BatchRefused when they cannot be used together."""
+    """Open and lock the job's files for one run. Raises BatchRefused when they cannot be used together."""
     check_files(job.source, job.output)
     with JsonlFile(job.output) as answers:
         done = resume(answers, job.model, job.weights)
@@ -201,7 +201,7 @@ def check_files(source: Path, output: Path) -> None:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[BatchCounts], None]]:
-    """Draws done, failed, tokens/s and time left; `total` counts lines."""
+    """Draw done, failed, tokens/s and time left; `total` counts lines."""
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -233,7 +233,7 @@ def summarise(job: BatchJob, counts: BatchCounts, interrupted: bool) -> dict[str
 
 
 def closing_line(summary: dict[str, Any]) -> str:
-    """The run in one line."""
+    """The summary of a run in one line."""
     line = f"{summary['answered']} answered"
     if summary["answered_before"]:
         line += f", {summary['answered_before']} answered before"
@@ -249,7 +249,7 @@ LINES_PER_SLOT = 4
 
 
 def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> dict[str, Any]:
-    """Answer `source` into `output` and return the summary; SIGINT and SIGTERM end it early and say so there.
+    """Answer `source` into `output` and return the summary. SIGINT and SIGTERM end the run early; the summary says so.
 
     Raises BatchRefused (before anything is loaded), ModelNotFound, LoadFailed, EngineError, OSError.
     """
@@ -279,7 +279,7 @@ def _run(job: BatchJob, files: BatchFiles, served: ServedModel) -> tuple[BatchCo
 
 
 async def _until_signalled(batch: BatchRun) -> None:
-    """`batch.run()`, cancelled by SIGTERM as asyncio.run lets SIGINT do."""
+    """Run `batch`; SIGTERM cancels it, as SIGINT does under asyncio.run."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)

@@ -1,7 +1,7 @@
 """Sets up the virtual environment: `make` runs it with any Python, so it needs nothing but the standard library.
 
 It says what it does, one line for each phase with the time since the start. llama.cpp is compiled by itself, so that
-its progress can be told; what pip and the compiler print is kept in `install.log` beside the environment's Python.
+its progress can be shown; what pip and the compiler print is kept in `install.log` beside the environment's Python.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class PhaseFailed(Exception):
 
 
 class Told:
-    """What the user reads: a line for each phase, and within one its progress, on a terminal in place."""
+    """The lines that the user reads: one for each phase, and within one its progress, on a terminal in place."""
 
     def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._out = out
@@ -155,7 +155,7 @@ def cores() -> int:
 
 
 def compile_estimate(n_cores: int) -> str:
-    """How long the compile may take, in words."""
+    """The estimated time of the compile, in words."""
     least, most = (max(1, round(core_minutes / n_cores)) for core_minutes in _CORE_MINUTES)
     span = f"{least} to {most} minutes" if most > least else "about a minute"
     return f"{span} on {n_cores} core{'s' if n_cores > 1 else ''}"
@@ -219,7 +219,7 @@ def run(command: Sequence[str], log: Path, told: Told | None = None, progress: S
 
 
 def _lines(source: Iterable[str]) -> Iterator[str | None]:
-    """The lines of a pipe, and None after each second without one, so that the clock goes on."""
+    """The lines of a pipe, and None after each second without one, so that the clock keeps running."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:

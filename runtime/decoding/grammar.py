@@ -168,7 +168,7 @@ def _translated(grammar: Grammar) -> str:
     if grammar.kind == "choice":
         texts = json.loads(grammar.source)
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, texts)))
-    # White space as in json.dumps, unless the schema says otherwise: where it is free, a small model fills its answer
+    # White space as in json.dumps, unless the schema asks for another form: free, a small model fills its answer
     # with blanks, and without any it leaves the form that it was trained on.
     return LLMatcher.grammar_from_json_schema(
         grammar.source, defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

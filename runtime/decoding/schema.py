@@ -1,7 +1,7 @@
-"""JSON schemas as answers are held to them: what a schema leaves open is closed, so that a small model finds its end.
+"""JSON schemas as answers are held to them: open parts are closed, so that a small model finds its end.
 
-- An object has the keys that its schema names, at every depth, unless the schema itself says what other keys are. An
-  object whose schema names none is a mapping, and stays open.
+- An object has the keys that its schema names, at every depth, unless the schema itself describes other keys. An
+  object with a schema that names none is a mapping, and stays open.
 - A number has at most 16 digits before the point, or as many as its bounds, 9 after it, and no exponent.
 - White space is that of Python's `json.dumps`, which models were trained on, or none for a model that was not.
 
@@ -120,7 +120,7 @@ class _Closing:
         if is_object:
             _close_keys(node, everything)
             if beside is None and not {"type", "enum", "const", *_BRANCHES} & set(node):
-                node["type"] = "object"  # which whoever names properties means
+                node["type"] = "object"  # as a schema that names properties means it
         elif beside is None and not known.names:
             self._open(node)
         return self._bounded(node)
@@ -297,7 +297,7 @@ def _listed(node: Schema, name: str) -> list[Any]:
 
 
 def _resolved(root: Schema, reference: str) -> Any:
-    """What a JSON pointer within the schema names; None if that is nothing here."""
+    """The part of the schema that a JSON pointer names; None if that is nothing here."""
     if not reference.startswith("#"):
         return None
     node: Any = root

@@ -32,7 +32,7 @@ DONE = "[DONE]"
 
 
 class WireAnswer(ABC):
-    """A wire answer in the making. Feed it every event of its call; then `response` is whole.
+    """A wire answer under construction. Feed it every event of its call; then `response` is whole.
 
     A streamed answer is the chunks of `begin`, of each `feed`, and of `end`; of `fail` instead if an error ends it.
     """
@@ -50,19 +50,19 @@ class WireAnswer(ABC):
         return ()
 
     def fail(self, error: Mapping[str, Any]) -> Iterable[AnswerChunk]:
-        """Chunks that end a stream with an error, given as the body that `to_error` makes of it."""
+        """Chunks that end a stream; `error` is the body that `to_error` makes."""
         return (error,)
 
     @abstractmethod
     def response(self) -> dict[str, Any]:
-        """Return the whole answer, once every event was fed."""
+        """Return the whole answer, once every event has been fed."""
 
 
 WholeEvent = TypeVar("WholeEvent", bound=Scored | Embedded)
 
 
 class WholeAnswer(WireAnswer, Generic[WholeEvent]):
-    """An answer that one event, a `kind`, brings whole: scores or vectors."""
+    """An answer made of one event of type `kind`: scores or vectors."""
 
     def __init__(self, kind: type[WholeEvent], to_response: Callable[[WholeEvent], dict[str, Any]]) -> None:
         self._kind = kind
@@ -97,10 +97,10 @@ class EchoedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TextCall:
-    """A chat or completion request that became `requests`: `choices_per_prompt` for each prompt, by choice index.
+    """A prepared chat or completion: `choices_per_prompt` requests for each prompt, in order of choice index.
 
-    `tools` is how the model writes calls, if it may call any. `echo` are the prompts that the answers begin with, if
-    they do; `echo_only`: nothing follows them.
+    `tools` is the format of the model's tool calls; None if it may make none. `echo` holds the prompts that the answers
+    begin with, if they do; with `echo_only`, nothing follows them.
     """
 
     id: str
@@ -119,7 +119,7 @@ class TextCall:
 
     @property
     def logprobs(self) -> bool:
-        """Whether log-probabilities were asked for."""
+        """True if the client asked for log-probabilities."""
         return self.requests[0].params.logprobs is not None
 
     def echoed(self, index: int) -> EchoedPrompt | None:
@@ -129,7 +129,7 @@ class TextCall:
 
 @dataclass(slots=True)
 class AnswerChoice:
-    """One choice as far as it has come, of `n_tokens` so far."""
+    """The text, log-probabilities and end of one choice, so far `n_tokens` long."""
 
     index: int
     n_tokens: int = 0
@@ -151,7 +151,7 @@ class TextAnswer(WireAnswer):
         self._readers = [call_reader(call, choice.index) for choice in self.choices]
 
     def begin(self) -> Iterator[AnswerChunk]:
-        """For a chat, name the role of each choice."""
+        """Give the role of each choice of a chat; nothing for a completion."""
         if self.call.endpoint == "chat":
             for choice in self.choices:
                 first = self._chunk(choice.index, "", role="assistant")
@@ -160,14 +160,17 @@ class TextAnswer(WireAnswer):
                 yield first
 
     def feed(self, event: Event) -> Iterable[AnswerChunk]:
-        """Take in an event. A streamed answer gives a chunk unless the event shows nothing; another one keeps it."""
+        """Take in an event: return its chunk for a streamed answer, if it adds anything; keep it for a whole one.
+
+        Raises the error of a `Failed`.
+        """
         choice = self._by_id[event.request_id]
         if self.call.echo and not isinstance(event, Failed):
             return [chunk for told in self._with_prompt(choice, event) for chunk in self._feed(choice, told)]
         return self._feed(choice, event)
 
     def _with_prompt(self, choice: AnswerChoice, event: Event) -> Iterator[Event]:
-        """The event, after the prompt if it is the choice's first; without what follows a prompt that stands alone."""
+        """The event, after the prompt if it is the choice's first; with `echo_only`, the prompt and the end only."""
         prompt, alone = self.call.echoed(choice.index), self.call.echo_only
         assert prompt is not None, "a call that echoes has each choice's prompt"
         before = "" if choice.begun else prompt.text
@@ -256,7 +259,7 @@ class TextOffsets:
         self._characters = 0
 
     def take(self, token: bytes) -> int:
-        """Where `token` begins; half a character counts once it is whole."""
+        """The offset at which `token` begins; a character split between tokens counts with its last one."""
         start = self._characters
         self._characters += len(self._decoder.decode(token))
         return start
@@ -303,12 +306,12 @@ def to_choice(call: TextCall, choice: AnswerChoice) -> dict[str, Any]:
 
 
 def call_reader(call: TextCall, index: int) -> ToolCallReader | None:
-    """What reads the calls out of a choice, if it may hold any."""
+    """The reader that splits tool calls from the text of a choice; None if the model may make none."""
     return None if call.tools is None else ToolCallReader(call.tools, call.requests[index].id)
 
 
 def finish_reason(reason: FinishReason, reader: ToolCallReader | None) -> str:
-    """OpenAI's word for why a choice ended; `reader` has read all of it."""
+    """OpenAI's `finish_reason`; `reader` must have read the whole choice."""
     return "tool_calls" if reason == "stop" and reader is not None and reader.n_calls else reason
 
 
@@ -336,7 +339,7 @@ def _call_delta(delta: CallDelta) -> dict[str, Any]:
 def to_logprobs(
     call: TextCall, tokens: Sequence[TokenLogprob], offsets: TextOffsets, echoed: EchoedPrompt | None = None
 ) -> ChatLogprobs | CompletionLogprobs | None:
-    """The log-probabilities of some tokens in the call's form, None if they were not asked for.
+    """The log-probabilities of `tokens` in the form of the call's endpoint; None unless the client asked for them.
 
     `echoed`: the first of the tokens come from this prompt, but for its very first, which has none.
     """
@@ -369,7 +372,7 @@ def _token(raw: bytes, logprob: float) -> TopToken:
 
 
 def _name(raw: bytes) -> str:
-    """A token as a dictionary key; half a character is written out in bytes, so that two halves stay apart."""
+    """A token as a dictionary key; one that is not valid UTF-8 is written as bytes, so that different ones differ."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,6 +1,6 @@
 """The types of text answers on the wire: chats, completions, their chunks, and token counts.
 
-The OpenAPI document is made of them, and a test holds real answers to it.
+The OpenAPI document is generated from them, and a test checks real answers against it.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class CachedTokens(TypedDict):
 
 @answer_type
 class CompletionTokens(TypedDict):
-    """Always 0: a model's reasoning is not told apart, and predictions are ignored."""
+    """Always 0: reasoning is counted like any other text, and predictions are ignored."""
 
     reasoning_tokens: int
     accepted_prediction_tokens: int
@@ -44,7 +44,7 @@ class TextUsage(TypedDict):
 
 @answer_type
 class TopToken(TypedDict):
-    """A token that could have come instead."""
+    """A candidate token and its log-probability."""
 
     token: str
     logprob: float
@@ -53,7 +53,7 @@ class TopToken(TypedDict):
 
 @answer_type
 class ChatToken(TopToken):
-    """A token, its log-probability, and the likeliest at its place."""
+    """A token of the answer, its log-probability, and the likeliest candidates at its position."""
 
     top_logprobs: list[TopToken]
 
@@ -86,7 +86,7 @@ class FunctionCall(TypedDict):
 
 @answer_type
 class MadeCall(TypedDict):
-    """A call that the model makes."""
+    """A tool call made by the model."""
 
     id: str
     type: Literal["function"]
@@ -104,7 +104,7 @@ class AssistantMessage(TypedDict):
 
 @answer_type
 class ChatChoice(TypedDict):
-    """One whole answer of a chat."""
+    """One whole choice of a chat."""
 
     index: int
     message: AssistantMessage
@@ -127,7 +127,7 @@ class ChatCompletion(TypedDict):
 
 @answer_type
 class FunctionDelta(TypedDict):
-    """The name with the first delta, and more of the arguments."""
+    """The next piece of the arguments; the name is in the first delta only."""
 
     name: NotRequired[str]
     arguments: str
@@ -135,7 +135,7 @@ class FunctionDelta(TypedDict):
 
 @answer_type
 class MadeCallDelta(TypedDict):
-    """More of the call number `index`."""
+    """The next piece of call number `index`."""
 
     index: int
     id: NotRequired[str]
@@ -145,7 +145,7 @@ class MadeCallDelta(TypedDict):
 
 @answer_type
 class ChatDelta(TypedDict):
-    """More of a message."""
+    """The next piece of a message."""
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str | None]
@@ -154,7 +154,7 @@ class ChatDelta(TypedDict):
 
 @answer_type
 class ChatChunkChoice(TypedDict):
-    """More of one answer of a chat."""
+    """The next piece of one choice of a chat."""
 
     index: int
     delta: ChatDelta
@@ -164,9 +164,9 @@ class ChatChunkChoice(TypedDict):
 
 @answer_type
 class ChatChunk(TypedDict):
-    """An event's data in a streamed chat. `usage` is there with `include_usage`, and counts in the last one.
+    """The data of one event of a streamed chat. With `include_usage`, `usage` is null until the last event.
 
-    With `continuous_usage_stats` it counts in each.
+    With `continuous_usage_stats` every event has the counts so far.
     """
 
     id: str
@@ -180,7 +180,7 @@ class ChatChunk(TypedDict):
 
 @answer_type
 class CompletionChoice(TypedDict):
-    """One answer of a completion, or more of it: then `finish_reason` is null until its end."""
+    """One choice of a completion, whole or the next piece of it; `finish_reason` is null until the last piece."""
 
     index: int
     text: str
@@ -190,7 +190,7 @@ class CompletionChoice(TypedDict):
 
 @answer_type
 class Completion(TypedDict):
-    """The answer of `/v1/completions`, and an event's data in its stream."""
+    """The answer of `/v1/completions`, and the data of one event of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -203,7 +203,7 @@ class Completion(TypedDict):
 
 @answer_type
 class InputDetails(TypedDict):
-    """`cached_tokens` of the input were found in the KV cache."""
+    """Input tokens reused from the KV cache; `cache_write_tokens` is always 0."""
 
     cached_tokens: int
     cache_write_tokens: int
@@ -211,14 +211,14 @@ class InputDetails(TypedDict):
 
 @answer_type
 class OutputDetails(TypedDict):
-    """Always 0: a model's reasoning is not told apart."""
+    """Always 0: reasoning is counted as output, like any other text."""
 
     reasoning_tokens: int
 
 
 @answer_type
 class InputOutputUsage(TypedDict):
-    """Token counts in the words of `/v1/responses` and `/v1/decisions`."""
+    """Token counts, under their names in `/v1/responses` and `/v1/decisions`."""
 
     input_tokens: int
     input_tokens_details: InputDetails

@@ -200,7 +200,7 @@ class ChatBody(TextBody):
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:
-        """What the model may call. Where it may call nothing, it is not told of any."""
+        """Tools that the model may call. Where it may call none, its prompt names none."""
         return () if self.tool_choice.mode == "none" else self.tools
 
 

@@ -77,7 +77,7 @@ class EmbeddingList(TypedDict):
 
 
 def to_embeddings(model: str, embedded: Embedded, encoding: Literal["float", "base64"]) -> dict[str, Any]:
-    """The wire answer. base64 is of each vector's little-endian float32 bytes."""
+    """The wire answer; `base64` encodes each vector's little-endian float32 bytes."""
     if encoding == "base64":
         shown: list[Any] = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in embedded.vectors]
     else:

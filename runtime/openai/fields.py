@@ -1,8 +1,8 @@
 """Every field of OpenAI's request bodies and its treatment: used, ignored or refused.
 
 A path names a field: `messages[].content[].text`. Bodies are read by this table, FIELDS.md is written from it
-(`python -m runtime.openai.fields > runtime/openai/FIELDS.md`), and a test holds it to the installed client's types, so
-that a field or value which a new release brings is decided before it is met. A field below a refused or ignored one has
+(`python -m runtime.openai.fields > runtime/openai/FIELDS.md`), and a test compares it with the installed client, so
+that a field or value of a new release is decided before a request brings it. A field below a refused or ignored one has
 no row. `null` counts as absent everywhere, in unknown fields too; any other unknown field is refused by name.
 """
 
@@ -40,7 +40,7 @@ class FieldRule:
         return self.path.rpartition(".")[2]
 
     def harmless(self, value: object) -> bool:
-        """Whether a value of a refused field asks for nothing."""
+        """True if `value`, of a refused field, has no effect."""
         return any(type(value) is type(fine) and value == fine for fine in self.accepts)
 
 
@@ -251,9 +251,9 @@ def below(table: Table, place: str = "") -> Table:
 
 
 def without_unused(rules: Table, value: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an object that are left to read.
+    """The fields of an object that remain to be read.
 
-    They are neither null nor ignored, and of the refused ones those whose value is not harmless.
+    Leaves out null and ignored ones, and refused ones with a harmless value.
     """
     kept = {}
     for name, item in value.items():

@@ -1,4 +1,4 @@
-"""The body fields that hold an answer to a form: `response_format`, and `grammar`, `regex` and `choice`. Pure.
+"""The body fields that constrain an answer: `response_format`, and `grammar`, `regex` and `choice`. Pure.
 
 Sizes and depths are bounded here, before llguidance compiles anything.
 """
@@ -46,14 +46,14 @@ class ObjectFormat(TypedDict):
 
 
 class SchemaFormat(TypedDict):
-    """JSON that a schema describes."""
+    """JSON that matches a schema."""
 
     type: Literal["json_schema"]
     json_schema: FormatSchema
 
 
 def format_grammar(value: object) -> Grammar | None:
-    """OpenAI's `response_format`; None for plain text. A schema is enforced whether it calls itself strict or not."""
+    """Read OpenAI's `response_format`; None for plain text. A schema is enforced, `strict` or not."""
     fields = _object(value, "an object with a type")
     kind = fields.get("type")
     if not isinstance(kind, str) or kind not in _FORMATS:
@@ -71,21 +71,21 @@ def format_grammar(value: object) -> Grammar | None:
 
 
 def lark_grammar(value: object) -> Grammar:
-    """`grammar`: a grammar in llguidance's dialect of Lark."""
+    """Read `grammar`: a grammar in llguidance's dialect of Lark."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError("must be the text of a Lark grammar, which defines the rule start")
     return _bounded(Grammar("lark", value, "grammar"))
 
 
 def regex_grammar(value: object) -> Grammar:
-    """`regex`: a regular expression that the whole answer matches."""
+    """Read `regex`: a regular expression that the whole answer matches."""
     if not isinstance(value, str) or not value:
         raise ValueError("must be a regular expression")
     return _bounded(Grammar("regex", value, "regex"))
 
 
 def choice_grammar(value: object) -> Grammar:
-    """`choice`: texts of which the answer is one."""
+    """Read `choice`: the texts of which the answer is one."""
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
         raise ValueError("must be a non-empty list of non-empty strings")
     if len(value) > MAX_CHOICE_TEXTS:
@@ -113,7 +113,7 @@ def _bounded(grammar: Grammar) -> Grammar:
 
 
 def bound_depth(schema: object) -> None:
-    """Raises ValueError for what nests too deeply. Level by level, so that it takes no stack itself."""
+    """Raise ValueError if `schema` is nested too deeply. Walks it level by level, without recursion."""
     level, depth = [schema], 0
     while level:
         depth += 1

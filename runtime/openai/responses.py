@@ -1,7 +1,7 @@
 """The body of `/v1/responses`: its fields, and its translation to the body of a chat completion.
 
-Pure. Nothing is kept between requests, so whatever names an earlier response is refused. What a chat's body checks is
-left to it; `Origins` says where in this body a field of that one came from.
+Pure. No state is kept between requests, so fields that refer to an earlier response are refused. The chat's body checks
+the fields that it shares; `Origins` maps its fields back to this body.
 """
 
 import re
@@ -28,7 +28,7 @@ MAX_METADATA_KEY_CHARS, MAX_METADATA_VALUE_CHARS = 64, 512
 PASSED: tuple[str, ...] = ("model", "stream", "temperature", "top_p", "parallel_tool_calls")
 PASSED += ("seed", "top_k", "min_p", "presence_penalty", "frequency_penalty")
 
-# As they are sent, and as they came in an earlier response.
+# Part types that clients write, and those of earlier responses.
 _TEXT_PARTS = {"input_text": "text", "output_text": "text", **TEXT_PARTS}
 _ITEM_RULES = below(RESPONSE_FIELDS, "input[]")
 
@@ -103,7 +103,7 @@ _ITEMS: dict[object, type[Item]] = {
 
 
 class ResponseSchemaFormat(FormatSchema):
-    """JSON that a schema describes."""
+    """JSON that matches a schema."""
 
     type: Literal["json_schema"]
 
@@ -119,7 +119,7 @@ class TextOptions(WireModel):
 
 
 class ReasoningOptions(WireModel):
-    """What is asked of reasoning: nothing, for the models here do not reason apart from their answer."""
+    """Options of reasoning: none has a use, since the models here do not reason apart from their answer."""
 
     rules = below(RESPONSE_FIELDS, "reasoning")
 
@@ -148,7 +148,7 @@ _Tools = Annotated[list[ResponseTool], Len(0, MAX_TOOLS)]
 
 
 class ChosenFunctionTool(TypedDict):
-    """One function that must be called."""
+    """The one function that the model must call."""
 
     type: Literal["function"]
     name: str
@@ -173,7 +173,7 @@ def _includable(value: str) -> str:
 
 
 class ResponseBody(TableBody):
-    """The used fields of `/v1/responses` that a chat's body does not have in this form; `PASSED` are the others."""
+    """The used fields of `/v1/responses` that a chat's body does not have in this form; `PASSED` lists the others."""
 
     table: ClassVar[Table] = below(RESPONSE_FIELDS)
 
@@ -193,19 +193,19 @@ class ResponseBody(TableBody):
 
     @property
     def logprobs(self) -> bool:
-        """Whether log-probabilities were asked for."""
+        """True if the client asked for log-probabilities."""
         return LOGPROBS in self.include
 
     @classmethod
     def properties_checked_elsewhere(cls) -> dict[str, Any]:
-        """Those that pass to the chat's body."""
+        """The JSON schemas of the fields that the chat's body checks."""
         properties = ChatBody.model_json_schema()["properties"]
         return {name: properties[name] for name in PASSED}
 
 
 @dataclass(slots=True)
 class Origins:
-    """Where the messages of the chat came from, as paths into the body of the response."""
+    """The paths in this body from which the chat's messages and calls come."""
 
     messages: list[str] = field(default_factory=list)
     calls: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -224,7 +224,7 @@ class Origins:
 
 @dataclass(frozen=True, slots=True)
 class ParsedResponse:
-    """A body that was read: its own fields, the chat it asks for, and where that chat's fields came from."""
+    """A parsed body: its own fields, the chat's body made of it, and the origins of that body's fields."""
 
     own: ResponseBody
     chat: Mapping[str, Any]
@@ -232,7 +232,7 @@ class ParsedResponse:
 
 
 def parse_response(payload: object) -> ParsedResponse:
-    """The body of `/v1/responses`. Raises InvalidRequest with `param` and the value given."""
+    """Read the body of `/v1/responses`. Raises InvalidRequest with `param` and the value given."""
     used = read_fields(ResponseBody.table, payload)
     own = _validated(ResponseBody, {name: value for name, value in used.items() if name not in PASSED}, "")
     _check(own)

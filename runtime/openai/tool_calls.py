@@ -1,7 +1,7 @@
 """Formats of tool calls, one row per family of chat templates, and the grammar of an answer that may hold calls.
 
 Pure. A call is `lead`, the function's name, `middle`, its arguments as a JSON object, and `tail`. The grammar holds the
-model to that form and to each function's schema, so that whatever is read as a call can be parsed.
+model to that form and to each function's schema, so that every call that is read can be parsed.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from .tools import Function, Tool
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """One form of writing calls.
+    """One format of calls.
 
-    `marker` begins the first call and never stands in text; without one, an answer that begins with `{` is a call.
-    `between` stands between two calls; None if a model writes only one. `id_chars` is how long a call's id is where the
-    template minds. `hints` are texts that a template of this family holds, all of them, if it writes no calls itself.
+    `marker` begins the first call and never occurs in text; without one, an answer that begins with `{` is a call.
+    `between` separates two calls; None if a model writes only one. `id_chars` is the length of a call's id, if the
+    template requires one. `hints`: a template that renders no calls has this format if its text holds all of them.
     """
 
     name: str
@@ -38,11 +38,14 @@ class ToolFormat:
 
     @property
     def pieces(self) -> tuple[str, ...]:
-        """Every text of it that may hold a control token."""
+        """The parts of the format that may hold control tokens."""
         return self.marker, self.opening, self.lead, self.middle, self.tail, self.between or "", self.closing
 
     def writes(self, conversation: str, turn: str) -> bool:
-        """Whether a template that wrote PROBE as `conversation`, its call beginning `turn`, does so in this form."""
+        """True if a template writes calls in this format.
+
+        `conversation` is its rendering of `probe`, `turn` the part that begins with the model's turn.
+        """
         head = f"{self.marker}{self.opening}{self.lead}{PROBE_NAME}{self.middle}{PROBE_ARGUMENTS}"
         return head in conversation if self.marker else turn.lstrip().startswith(head)
 
@@ -73,7 +76,7 @@ FORMATS: tuple[ToolFormat, ...] = (
 
 
 def probe() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Messages with a call and its result, and the tools, for a template to write."""
+    """Messages with a call and its result, and the tools, for a template to render."""
     function: dict[str, Any] = {"name": PROBE_NAME, "arguments": json.loads(PROBE_ARGUMENTS)}
     call = {"id": _PROBE_ID, "type": "function", "function": function}
     asked = {"role": "user", "content": "?"}
@@ -83,10 +86,10 @@ def probe() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def recognise(conversation: str, turn: str, template_text: str) -> ToolFormat | None:
-    """The format in which a template rendered PROBE; if it rendered no call, the format that its text hints at.
+    """The format in which a template rendered `probe`; if it rendered no call, the format that its text hints at.
 
-    `turn` is the conversation from where the model's turn begins, `template_text` all text that the template may write.
-    None for a form that is not known.
+    `turn` is the conversation from the beginning of the model's turn, `template_text` all text that the template may
+    write. None if the format is unknown.
     """
     if json.loads(PROBE_ARGUMENTS)["city"] in conversation:
         return next((form for form in FORMATS if form.writes(conversation, turn)), None)
@@ -96,10 +99,10 @@ def recognise(conversation: str, turn: str, template_text: str) -> ToolFormat | 
 def tool_grammar(
     form: ToolFormat, schemas: Mapping[str, str], control: Mapping[str, int], *, must_call: bool, parallel: bool
 ) -> Grammar:
-    """The grammar of an answer: calls, or unless it must call, any text.
+    """The grammar of an answer: calls, or unless `must_call`, any text.
 
-    `schemas` are those of each function's arguments, as llguidance takes them; `control` are control tokens by their
-    text.
+    `schemas` maps each function's name to the schema of its arguments, as llguidance takes it; `control` maps control
+    tokens' texts to ids.
     """
     rules = [f"one: {_terms(form.lead, control)} called {_terms(form.tail, control)}"]
     called = []
@@ -125,7 +128,7 @@ def _start(form: ToolFormat, control: Mapping[str, int], *, must_call: bool) -> 
 
 
 def _terms(text: str | None, control: Mapping[str, int]) -> str:
-    """A text as Lark terms: control tokens by their number, the rest quoted."""
+    """A text as Lark terms: control tokens by their ids, the rest quoted."""
     if not text:
         return ""
     known = "|".join(map(re.escape, control)) or "(?!)"
@@ -138,7 +141,7 @@ _SPACE = " \t\r\n"
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
-    """More of call number `index`: its `name` in the first delta only, and a piece of its arguments."""
+    """The next piece of call number `index`: its `name` in the first delta only, and a piece of its arguments."""
 
     index: int
     id: str
@@ -155,7 +158,7 @@ class ToolDelta:
 
 
 class ToolCallReader:
-    """Splits the text of one answer. Feed it every piece, then `finish`."""
+    """Splits the text of one answer into content and calls. Feed it every piece, then `finish`."""
 
     def __init__(self, form: ToolFormat, request_id: str) -> None:
         self._form = form
@@ -245,6 +248,6 @@ class ToolCallReader:
         return taken
 
     def _id(self, index: int) -> str:
-        """The same for the same answer, so that a stream and a fold agree."""
+        """An id made from the request's, so that a streamed and a whole answer give the same."""
         drawn = hashlib.sha256(f"{self._request_id}/{index}".encode()).hexdigest()
         return drawn[: self._form.id_chars] if self._form.id_chars else f"call_{drawn[:24]}"

@@ -46,7 +46,7 @@ class Function(WireModel):
 
     @property
     def schema_of_arguments(self) -> Mapping[str, Any]:
-        """What its arguments must be; none may be given where it names none."""
+        """The schema of its arguments; none may be given where it names none."""
         return NO_PARAMETERS if self.parameters is None else self.parameters
 
     @property
@@ -148,7 +148,7 @@ class ToolChoice:
     named: bool = False
 
     def allows(self, name: str) -> bool:
-        """Whether the function may be called."""
+        """True if the function may be called."""
         return self.names is None or name in self.names
 
 

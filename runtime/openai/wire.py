@@ -76,7 +76,7 @@ class WireModel(BaseModel):
 
 
 def describe_fields(schema: JsonSchemaValue, rules: Table) -> None:
-    """Complete the JSON schema of an object's used fields by what else may stand there: nulls, and what has no use."""
+    """Complete the JSON schema of an object's used fields: allow nulls, and the fields without use."""
     properties = schema.setdefault("properties", {})
     for name in properties.keys() - set(schema.get("required", ())):
         properties[name] = nullable(properties[name])
@@ -88,7 +88,7 @@ def describe_fields(schema: JsonSchemaValue, rules: Table) -> None:
     schema["additionalProperties"] = {"type": "null"}
 
 
-# Types of answers are TypedDicts: they cost nothing at run time, and the OpenAPI document is made of them.
+# Types of answers are TypedDicts: they cost nothing at run time, and the OpenAPI document is generated from them.
 answer_type = with_config(ConfigDict(extra="forbid"))
 
 
@@ -158,9 +158,10 @@ TEXT_PARTS: Mapping[str, str] = {"text": "text", "refusal": "refusal"}
 
 
 def plain_text(content: object, kinds: Mapping[str, str] = TEXT_PARTS, *, prefix: str = "") -> str:
-    """A string, or the texts of a list of parts joined. `kinds`, of which errors name the first, are as TEXT_PARTS.
+    """Return `content` if it is a string, else the joined texts of its parts.
 
-    Raises ValueError; `prefix` begins its message.
+    `kinds` are the types of parts, as in TEXT_PARTS; errors name the first. Raises ValueError; `prefix` begins its
+    message.
     """
     if isinstance(content, str):
         return content
@@ -193,7 +194,7 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
 
 
 class TableBody(WireModel):
-    """The used fields of a body; `table` rules on every field. Its JSON schema is that of the whole body."""
+    """The used fields of a body; `table` has the treatment of every field. The JSON schema is of the whole body."""
 
     table: ClassVar[Table]
 
@@ -207,7 +208,7 @@ class TableBody(WireModel):
 
     @classmethod
     def properties_checked_elsewhere(cls) -> dict[str, JsonSchemaValue]:
-        """The JSON schemas of used fields that this model does not have."""
+        """The JSON schemas of the used fields that another model checks."""
         return {}
 
     @classmethod
@@ -220,12 +221,12 @@ class TableBody(WireModel):
 
 
 def checked_later_as(kind: Any) -> BeforeValidator:
-    """Annotates a field whose items our own code checks after pydantic: the JSON schema is that of `kind`."""
+    """Give a field the JSON schema of `kind`, if our own code checks its items after pydantic."""
     return BeforeValidator(lambda value: value, json_schema_input_type=kind)
 
 
 def nullable(schema: JsonSchemaValue) -> JsonSchemaValue:
-    """The schema of a property for which null counts as absent."""
+    """The schema of a property, with null allowed: it counts as absent."""
     kept = {name: value for name, value in schema.items() if name in ("title", "description", "default")}
     rest = {name: value for name, value in schema.items() if name not in kept}
     if not rest or {"type": "null"} in rest.get("anyOf", ()):
@@ -278,7 +279,7 @@ def error_body(message: str, error_type: str, param: str | None = None, code: st
 
 
 def to_error(error: BaseException) -> tuple[int, ErrorAnswer]:
-    """(HTTP status, body) of an error. The text of a foreign error is left out: it may hold anything."""
+    """(HTTP status, body) of an error. The text of an error outside HTTP_ERRORS is left to the log."""
     wire = next((HTTP_ERRORS[kind] for kind in type(error).__mro__ if kind in HTTP_ERRORS), UNEXPECTED)
     if wire is UNEXPECTED:
         return wire.status, error_body("internal error; the server's log has the details", wire.type, None, wire.code)

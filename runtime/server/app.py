@@ -114,15 +114,15 @@ class Api:
             self._at_work -= 1
 
     async def models(self) -> Response:
-        """GET /v1/models"""
+        """GET /v1/models."""
         return JsonBytes(list_models(self._pool, self._started_s))
 
     async def model(self, name: str) -> Response:
-        """GET /v1/models/{name}"""
+        """GET /v1/models/{name}."""
         return JsonBytes(show_model(self._pool, name, self._started_s))
 
     async def front(self, http: Request) -> Response:
-        """GET /"""
+        """GET /."""
         url = str(http.base_url).rstrip("/")
         text = await asyncio.to_thread(front_page, self._pool, url, keyed=bool(self._config.api_key))
         return PlainTextResponse(text)
@@ -138,7 +138,7 @@ class Api:
         return JsonBytes(body, 200 if body["live"] else 503)
 
     async def scrape(self) -> Response:
-        """GET /metrics"""
+        """GET /metrics."""
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
 

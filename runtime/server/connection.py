@@ -30,7 +30,7 @@ _log = logging.getLogger("deskside.server")
 KEEP_ALIVE_SECONDS = 75
 # Connections in the system's queue, and those that asyncio accepts at once, before it hands over the first.
 BACKLOG, ACCEPTED_AT_ONCE = 2048, 16
-# So many newcomers beyond the limit are told why they get no answer; the others are cut.
+# The number of newcomers beyond the limit that get an error as answer; further ones are cut.
 TOLD = 32
 MOST_CONNECTIONS, FEWEST_CONNECTIONS = 8192, 16
 # Descriptors for engines, model files and logs, and for connections that are accepted and not counted yet.
@@ -41,7 +41,7 @@ _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def connection_limit() -> int:
-    """The number of connections that fit the process's file descriptors, whose soft limit is raised for them."""
+    """Raise the soft limit of file descriptors, and return the number of connections that fit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     n_open = sum(1 for _ in Path("/dev/fd").iterdir())
     wanted = n_open + _RESERVED + MOST_CONNECTIONS
@@ -71,7 +71,7 @@ class Connections(ServerState):
         return True
 
     def say(self, message: str) -> None:
-        """Log `message`, and then nothing like it for a minute: who causes it can cause it often."""
+        """Log `message`, then nothing like it for a minute: a client that causes it can cause it often."""
         now_s = time.monotonic()
         if now_s - self._said_s >= _SAID_AGAIN_SECONDS:
             self._said_s = now_s
@@ -135,7 +135,7 @@ class Connection(H11Protocol):
         self.timeout_keep_alive_handler()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP in the shape of every other error."""
+        """Answer bytes that are no HTTP in the shape of every other error."""
         body = encode(error_body(msg, "invalid_request_error", None, "invalid_http"))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         head = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=b"Bad Request")

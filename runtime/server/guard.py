@@ -1,7 +1,7 @@
-"""Keeps web pages out: a page in a browser on this machine can send requests to the server, from whatever site it is.
+"""Keeps web pages out: a page of any site, in a browser on this machine, can send requests to the server.
 
 A page may send another site a body without asking first as long as its type is not JSON; so every body must be declared
-as JSON. A page whose own name is made to point at this machine (DNS rebinding) passes for the server's own; so the
+as JSON. A page with a name that is made to point at this machine (DNS rebinding) passes for the server's own; so the
 server answers only to names that it is known by. Browsers name the site of a page in `Origin`.
 """
 
@@ -88,7 +88,7 @@ class Guard:
         )
 
     def _may_ask(self, origin: str, host: str) -> bool:
-        """True for the server's own pages, those of an allowed site, and what is no page: an extension, an app."""
+        """True for the server's own pages, pages of an allowed site, and origins other than pages: extensions, apps."""
         if origin in self._origins or "*" in self._origins:
             return True
         scheme, colon, _ = origin.partition("://")
@@ -99,7 +99,7 @@ class Guard:
 
 
 def host_name(host: str) -> str:
-    """The name in a `Host` header: without port, brackets and final dot, in lower case; "" for what is none."""
+    """The name in a `Host` header: without port, brackets and final dot, in lower case; "" if it holds none."""
     try:
         return (urlsplit(f"//{host.strip()}").hostname or "").removesuffix(".")
     except ValueError:

@@ -157,7 +157,7 @@ EXCHANGE = "deskside.exchange"
 
 
 class Holding:
-    """Gives each exchange a stack of resources, which are released after the answer, whatever its outcome."""
+    """Gives each exchange a stack of resources, which are released after the answer, on every outcome."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -255,6 +255,6 @@ def asked_model(payload: object) -> str | None:
 
 
 async def off_loop(body: bytes, work: Callable[[], T]) -> T:
-    """Run `work`, whose time depends on `body`; in a thread if the body is large or names a grammar."""
+    """Run `work`, which takes time in proportion to `body`; in a thread if the body is large or names a grammar."""
     takes_long = len(body) > INLINE_BYTES or NAMES_GRAMMAR.search(body)
     return await asyncio.to_thread(work) if takes_long else work()

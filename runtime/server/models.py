@@ -1,4 +1,4 @@
-"""The models on the wire: /v1/models, /health, the front page, and the counts for /metrics. Loads nothing."""
+"""The models on the wire: /v1/models, /health, the front page, and the counts for /metrics. Never loads a model."""
 
 import json
 import shlex
@@ -86,7 +86,7 @@ class Health(TypedDict):
 
 
 def list_models(pool: ModelPool, created_s: int) -> ModelList:
-    """The body of GET /v1/models, in the order they were named, adapters beside their base."""
+    """The body of GET /v1/models: the models in the order they were named, adapters beside their base."""
     return {"object": "list", "data": [_model(slot, ref, created_s) for slot, ref in pool.served.values()]}
 
 
@@ -161,7 +161,7 @@ def _takes_requests(slot: ModelSlot) -> bool:
 
 
 def _health(slot: ModelSlot) -> ModelHealth:
-    """A loaded model's state is its engine's own."""
+    """The state and numbers of a model; a ready model's state is that of its engine."""
     if slot.loaded is None:
         return {"state": slot.state, "running": 0, "accepted": 0, "restarts": 0, "last_cause": None, "silent_s": 0.0}
     supervisor = slot.loaded.base.supervisor
@@ -193,7 +193,7 @@ def example(pool: ModelPool, url: str, *, keyed: bool) -> str:
 
 
 def front_page(pool: ModelPool, url: str, *, keyed: bool) -> str:
-    """The text of GET /: what answers here, and how to ask it."""
+    """The text of GET /: the models served here, and a request to paste."""
     key = "your API key" if keyed else "any API key"
     return f"""\
 Deskside {version("deskside")} serves {", ".join(pool.served)}.

@@ -108,7 +108,7 @@ def apply_template(payload: object, model: ServedModel) -> RenderedTemplate:
 
 @dataclass(frozen=True, slots=True)
 class NativeRoute:
-    """One of the routes: the function that answers a parsed JSON body, and the types for the OpenAPI document."""
+    """A route: the function that answers a parsed JSON body, and the types for the OpenAPI document."""
 
     summary: str
     answer: Callable[[object, ServedModel], Any]

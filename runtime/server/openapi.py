@@ -1,7 +1,7 @@
 """/openapi.json and /docs: the routes with the types of their bodies and answers, errors included.
 
 The schemas are those of the models that read the bodies and of the types of the answers; the errors are the rows of
-HTTP_ERRORS. The page's assets come from the package fastapi-offline: a browser fetches nothing from elsewhere.
+HTTP_ERRORS. The page's assets come from the package fastapi-offline: a browser loads nothing from other servers.
 """
 
 import asyncio
@@ -38,8 +38,8 @@ Errors = tuple[type[Exception], ...]
 class Operation:
     """The description of a route. `body` None: it takes none; `answer` None: it answers plain text.
 
-    `chunk` is the type of the data of each server-sent event, where an answer can be streamed. The answer has every
-    status of `statuses`.
+    `chunk` is the type of the data of each server-sent event, where an answer can be streamed. `statuses` are those
+    with which the answer is sent.
     """
 
     tag: str
@@ -56,7 +56,7 @@ def add_docs(app: FastAPI, operations: Mapping[tuple[str, str], Operation]) -> N
     made: list[Response] = []
 
     async def show_document() -> Response:
-        if not made:  # a few tenths of a second
+        if not made:  # once, in a thread: it takes a few tenths of a second
             made.append(await asyncio.to_thread(lambda: JsonBytes(document(app, operations))))
         return made[0]
 

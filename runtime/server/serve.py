@@ -27,7 +27,7 @@ from .connection import ACCEPTED_AT_ONCE, BACKLOG, KEEP_ALIVE_SECONDS, Connectio
 from .models import chats, example
 
 INTERRUPTED = 130
-# Time for the last bytes to leave after draining; then connections are cut.
+# Time to send the last bytes after draining, before open connections are closed.
 FLUSH_SECONDS = 5
 
 
@@ -81,7 +81,7 @@ class DrainingServer(uvicorn.Server):
 def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = None) -> None:
     """Serve models until SIGTERM or SIGINT; the first answers requests that name none. Returns once it has drained.
 
-    Raises what `open_pool` raises, LoadFailed (the address is taken included), EngineDown if the engines broke.
+    Raises what `open_pool` raises, LoadFailed (also for an address in use), EngineDown if the engines stopped for good.
     """
     _set_up_logging(config.log_level)
     pool = open_pool(names, config, store or Store())
@@ -116,7 +116,7 @@ def _settings(app: ASGIApp, config: RuntimeConfig) -> uvicorn.Config:
 
 def _set_up_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if level == "info":  # at that level these two log nothing for users of a served model
+    if level == "info":  # at this level these two log nothing that users of a served model need
         for talkative in ("uvicorn.error", "deskside.llama"):
             logging.getLogger(talkative).setLevel(logging.WARNING)
 
@@ -149,7 +149,7 @@ def describe(pool: ModelPool, config: RuntimeConfig, url: str) -> str:
 
 
 def next_steps(pool: ModelPool, config: RuntimeConfig, url: str, command: str) -> str:
-    """What to type next: a request to paste, and the commands that open a conversation and the page of all routes."""
+    """The next steps: a request to paste, and the commands that open a conversation and the page of all routes."""
     here = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
     chat = f"; {command} chat {pool.default}" if chats(*pool.find(None)) else ""
     asking = example(pool, here, keyed=bool(config.api_key))
@@ -157,7 +157,7 @@ def next_steps(pool: ModelPool, config: RuntimeConfig, url: str, command: str) -
 
 
 def program() -> str:
-    """How this program was called: `deskside`, or the path to it."""
+    """The command that runs this program: `deskside`, or the path to it."""
     called = sys.argv[0]
     return called if Path(called).name == "deskside" and shutil.which("deskside") != called else "deskside"
 

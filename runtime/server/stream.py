@@ -1,4 +1,4 @@
-"""Answers over HTTP, while the client may leave at any moment: a whole answer in JSON, or server-sent events."""
+"""Answers over HTTP, whole in JSON or as server-sent events, cancelled when the client disconnects."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ class JsonBytes(Response):
 
 
 async def respond(http: Request, call: Call, events: Stream) -> Response:
-    """Answer a submitted call. Raises Cancelled if the client leaves before a whole answer is out."""
+    """Answer a submitted call. Raises Cancelled if the client disconnects before a whole answer is sent."""
     if call.streams:
         return ServerSentEvents(call, events)
     async with cancelled_on_disconnect(http.receive, events):
@@ -65,7 +65,7 @@ class ServerSentEvents(Response):
             async for chunk in self._call.chunks(self._events):
                 unsent.append(_event(chunk))
                 if not self._events.ready:
-                    # uvicorn waits here while the client does not read; the engine does not.
+                    # uvicorn waits here while the client does not read; the engine continues.
                     await send({"type": "http.response.body", "body": b"".join(unsent), "more_body": True})
                     unsent.clear()
         await send({"type": "http.response.body", "body": b"".join(unsent), "more_body": False})

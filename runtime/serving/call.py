@@ -1,4 +1,4 @@
-"""A call: a wire request made ready for the engine, and the wire answer made of the engine's events."""
+"""A call: a wire request prepared for the engine, and the wire answer made of the engine's events."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ _log = logging.getLogger("deskside.server")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request of any endpoint: `work` is valid, tokenised, known to fit the context, and submitted together.
+    """A prepared request of any endpoint: `work` is valid, tokenised, known to fit the context, and submitted together.
 
     `answer` makes a new, empty wire answer. `streams`: the client asked for chunks. `large`: the answer may be tens of
     megabytes, so it is built and encoded in a thread.
@@ -38,7 +38,7 @@ class Call:
         return await asyncio.to_thread(answer.response) if self.large else answer.response()
 
     async def chunks(self, events: Stream) -> AsyncIterator[AnswerChunk]:
-        """Yield the chunks of a streamed answer. An error becomes the last one; after Cancelled nothing follows."""
+        """Yield the chunks of a streamed answer. An error becomes the last chunk; Cancelled ends them without one."""
         answer = self.answer()
         try:
             for chunk in answer.begin():
@@ -48,7 +48,7 @@ class Call:
                     yield chunk
         except Cancelled:
             return
-        except Exception as error:  # noqa: BLE001 - the status line is out; the stream must say what broke
+        except Exception as error:  # noqa: BLE001 - the status line is sent; only the stream can report it
             status, body = to_error(error)
             if status >= 500:
                 trace = None if isinstance(error, EngineError) else error

@@ -1,4 +1,4 @@
-"""What a model can be asked for, known from its manifest and chat template before it is loaded."""
+"""The endpoints and features of a model, known from its manifest and chat template before it is loaded."""
 
 from functools import lru_cache
 
@@ -26,7 +26,7 @@ def _of_template(source: str) -> tuple[str, ...]:
 
 
 def _calls_tools(template: ChatTemplate) -> bool:
-    """Whether the template reads tools, and writes calls in a form that is known."""
+    """True if the template reads tools, and writes calls in a known format."""
     if "tools" not in template.variables:
         return False
     turns, tools = probe()

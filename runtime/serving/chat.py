@@ -87,7 +87,7 @@ def require_model(asked: str | None, served: str) -> None:
 
 
 def require_chat(model: ServedModel) -> None:
-    """Raise InvalidRequest for a base model: without a chat template there is no conversation."""
+    """Raise InvalidRequest for a model without a chat template, as base models are."""
     if model.info.chat_template is None:
         message = f"model {model.name!r} has no chat template; send a text to /v1/completions instead"
         raise InvalidRequest(message, param="messages", code="not_a_chat_model")
@@ -111,10 +111,10 @@ def _chat_prompt(body: ChatBody, prompter: Prompter) -> tuple[int, ...]:
 
 
 def with_turns(messages: Sequence[Message], write: Callable[[list[dict[str, Any]]], T]) -> T:
-    """What `write` makes of the messages as templates read them.
+    """Call `write` with the messages in the form that templates read, and return its result.
 
-    Some templates go through the arguments of earlier calls one by one, and fail on those that a model broke: they are
-    given such a text as the one argument of its call.
+    Some templates go through the arguments of earlier calls one by one, and fail on those that a model broke: such
+    a text becomes the one argument of its call.
     """
     turns: list[dict[str, Any]] = [message.model_dump() for message in messages]
     functions = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
@@ -130,7 +130,7 @@ def with_turns(messages: Sequence[Message], write: Callable[[list[dict[str, Any]
 
 
 def _text_call(body: Body, prompts: Sequence[tuple[int, ...]], model: ServedModel) -> TextCall:
-    """Bound the prompts and answers, check the grammar and write the requests."""
+    """Check the lengths of prompts and answers, prepare the grammar and make the requests."""
     _check_ids(body, prompts, model.tokenizer.n_vocab)
     tokenized = [TokenizedPrompt(prompt, _limit(body, prompt, model)) for prompt in prompts]
     form = prepare_form(body, model)
@@ -164,7 +164,7 @@ def _check_ids(body: Body, prompts: Sequence[tuple[int, ...]], n_vocab: int) -> 
 
 def _limit(body: Body, prompt: tuple[int, ...], model: ServedModel) -> int:
     if isinstance(body, CompletionBody):
-        model.prompter.limit(prompt, None, param="prompt")  # a prompt too long by itself is its own fault
+        model.prompter.limit(prompt, None, param="prompt")  # an overlong prompt is an error of `prompt`
     wanted, param = token_limit(body)
     limit = model.prompter.limit(prompt, wanted or 1 if wanted is not None else None, param=param)
     return limit if wanted != 0 else 0

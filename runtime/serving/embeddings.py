@@ -50,7 +50,7 @@ def _tokens(item: str | tuple[int, ...], name: str, model: ServedModel) -> tuple
 
 
 def _encoded(text: str, model: ServedModel) -> tuple[int, ...]:
-    """The tokens of a whole text: with the first token, and the last one if the model was trained with it."""
+    """The tokens of a whole text: BOS where the model has one, and EOS if it was trained with it."""
     tokens = model.prompter.literal(text, param="input")
     ends = model.info.metadata.get("tokenizer.ggml.add_eos_token") == "true"
     return (*tokens, model.tokenizer.eos) if ends and model.tokenizer.eos is not None else tokens

@@ -1,4 +1,4 @@
-"""The form that an answer is held to: what its body asks for, as one grammar over the model's vocabulary.
+"""The form of an answer: the constraints in its body, as one grammar over the model's vocabulary.
 
 A JSON schema is closed first (`decoding/schema.py`) and written with the white space that the model was trained on.
 """
@@ -21,14 +21,14 @@ from .model import ServedModel
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
-    """The grammar of an answer; where it may hold calls, how these are written and the control tokens in its text."""
+    """The grammar of an answer; if it may hold calls, their format and the control tokens kept in its text."""
 
     grammar: Grammar
     calls: ToolFormat | None = None
     spelled: tuple[int, ...] = ()
 
     def hold(self, requests: Sequence[Request]) -> tuple[Request, ...]:
-        """The requests, held to the form."""
+        """The requests with the grammar, and with the control tokens that stay in the text."""
         params = (structs.replace(request.params, grammar=self.grammar, spelled=self.spelled) for request in requests)
         return tuple(structs.replace(request, params=params) for request, params in zip(requests, params, strict=True))
 
@@ -36,7 +36,7 @@ class AnswerForm:
 def prepare_form(body: Body, model: ServedModel) -> AnswerForm | None:
     """Find the form that the body asks for and compile its grammar; None if it asks for none.
 
-    Raises InvalidRequest for what cannot be used.
+    Raises InvalidRequest if the model cannot write in this form.
     """
     form = _with_calls(body, model) if isinstance(body, ChatBody) and body.callable_tools else _plain(body, model)
     if form is not None:
@@ -67,7 +67,7 @@ def _plain(body: Body, model: ServedModel) -> AnswerForm | None:
 
 
 def _with_calls(body: ChatBody, model: ServedModel) -> AnswerForm:
-    """Calls to the body's tools, or a text. Raises InvalidRequest if the model writes calls in an unknown way."""
+    """The form of calls to the body's tools. Raises InvalidRequest if the model writes calls in an unknown format."""
     form = recognise(*example_call(model.prompter), model.prompter.template_text)
     if form is None:
         message = f"model {model.name!r} cannot call tools here: its chat template writes calls in an unknown format"
@@ -77,7 +77,7 @@ def _with_calls(body: ChatBody, model: ServedModel) -> AnswerForm:
     functions = [tool.function for tool in body.callable_tools if choice.allows(tool.function.name)]
     grammar = tool_grammar(
         form,
-        # Chat templates write JSON with white space, whatever the model's own examples do.
+        # Chat templates write JSON with white space, even if the model's own examples do not.
         {function.name: closed(function.text_of_arguments) for function in functions},
         control,
         must_call=choice.mode == "required",

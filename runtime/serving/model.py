@@ -26,7 +26,7 @@ class ServedModel:
     """One model under one name. Its engine runs until `supervisor.stop()`.
 
     With an adapter, `adapter` is the name its requests carry, `manifest` is the adapter's own and `base` that of the
-    weights; supervisor, tokenizer and grammars are shared with whatever else is served from the same base.
+    weights; supervisor, tokenizer and grammars are shared by all models served from the same base.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the weights and the backend: a seed repeats its answer only under the same one."""
+        """An identifier of the weights and the backend: a seed repeats its answer only under the same one."""
         weights = [made.artefacts[0].sha256[:12] for made in (self.base, self.manifest) if made and made.artefacts]
         return "-".join(["deskside", *(weights or [self.name]), self.info.backend.split(" ", maxsplit=1)[0].lower()])
 
@@ -88,9 +88,10 @@ def under_name(wanted: ModelRef, loaded: ServedModel) -> ServedModel:
 
 
 def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path] | None = None) -> ServedModel:
-    """Load a model, and with it LoRA adapters (name -> GGUF file), in a process of its own, and take requests.
+    """Load a model and its LoRA adapters (name -> GGUF file) in an engine process, which then takes requests.
 
-    This process reads the vocabulary meanwhile, and never the weights. Blocks. Raises LoadFailed or TemplateFailed.
+    Meanwhile this process reads the vocabulary; it never reads the weights. Blocks. Raises LoadFailed or
+    TemplateFailed.
     """
     require_weights(stored)
     # An engine silent this long is hung: ten minutes, plus one second for each token of a step.
@@ -101,7 +102,7 @@ def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str
         supervisor.launch()
         tokenizer = load_tokenizer(stored.gguf)
         info = supervisor.start()
-        # Beyond its trained length a model writes nonsense, whatever the size of the KV cache.
+        # Beyond its trained length a model writes nonsense, even if the KV cache is larger.
         prompter = Prompter(tokenizer, info.chat_template, min(info.n_ctx, info.n_ctx_train or info.n_ctx))
         grammars = Grammars(tokenizer)
         return ServedModel(stored.name, stored.manifest, supervisor, prompter, tokenizer, info, grammars)

@@ -1,4 +1,4 @@
-"""Offline batches without an engine: every line ends in exactly one place, whatever stops the run and how often."""
+"""Offline batches without an engine: every line ends in exactly one place, no matter how often the run is stopped."""
 
 import asyncio
 import errno
@@ -42,7 +42,7 @@ def reason(failed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Echo:
-    """Answers with what was asked. `failing` custom_ids fail; after `lives` answers the engine is gone."""
+    """Answers with the request itself. `failing` custom_ids fail; after `lives` answers the engine is gone."""
 
     def __init__(self, *, failing: Sequence[str] = (), lives: int | None = None, model: str = "m") -> None:
         self.failing = set(failing)

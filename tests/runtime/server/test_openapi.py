@@ -127,13 +127,13 @@ def document(toy: Running) -> Any:
 
 
 def fault(document: Any, schema: Any, value: object) -> str | None:
-    """The first thing that is wrong with `value` by a schema of the document."""
+    """The first error of `value` by a schema of the document; None if it is valid."""
     errors = Draft202012Validator(schema | {"components": document["components"]}).iter_errors(value)
     return next((f"{list(error.absolute_path)}: {error.message:.300}" for error in errors), None)
 
 
 def check(document: Any, path: str, response: httpx.Response, method: str = "post") -> None:
-    """The response has a documented status, and every part of it the documented form."""
+    """Require that the response has a documented status, and every part of it the documented form."""
     documented = document["paths"][path][method]["responses"]
     assert str(response.status_code) in documented, (path, response.status_code)
     kind = response.headers["content-type"].partition(";")[0]

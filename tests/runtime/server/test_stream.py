@@ -23,7 +23,7 @@ STEPS: tuple[tuple[Event, ...], ...] = (
 
 
 async def bodies(steps: Sequence[Sequence[Event]]) -> list[bytes]:
-    """What is sent when the events of each step come together, and the next only when all was sent."""
+    """The pieces sent when the events of a step arrive together, and each step after the last was sent."""
     stream = Stream(["c-0"], lambda _: None)
     left, sent, gone = list(steps), list[bytes](), asyncio.Event()
 

@@ -21,7 +21,7 @@ from tests.support.runtime.toy_engine import FakeRecipe
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRecipe:
-    """Of the engine that stands for the real one."""
+    """The recipe of a fake engine, used instead of the real one."""
     recipe = FakeRecipe(tmp_path)
     monkeypatch.setattr(served, "recipe_of", lambda *_: recipe)
     monkeypatch.setattr(served, "load_tokenizer", lambda _: FakeTokenizer())
