@@ -19,9 +19,9 @@ from runtime.pool.pool import ModelPool
 from runtime.serving.model import ServedModel
 from runtime.serving.routes import ROUTES, Prepare
 
-from .guard import Guard, require_json
 from .http import (
     Counted,
+    Guard,
     Holding,
     NearPaths,
     add_error_table,
@@ -31,6 +31,7 @@ from .http import (
     off_loop,
     parse_json,
     read_body,
+    require_json,
 )
 from .models import Health, Model, ModelList, front_page, health, list_models, samples, show_model
 from .native import NATIVE_ROUTES

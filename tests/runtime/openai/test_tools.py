@@ -14,7 +14,7 @@ from runtime.openai.tool_calls import FORMATS, CallDelta, ToolCallReader, ToolFo
 from runtime.openai.tools import MAX_CALL_ID_CHARS, MAX_CALLS, MAX_TOOLS, ToolChoice
 from runtime.prompt.prompter import Prompter
 from runtime.prompt.template import ChatTemplate
-from runtime.serving.form import example_call
+from runtime.serving.chat import example_call
 from tests.support.runtime import tool_templates as templates
 from tests.support.runtime.fakes import FakeTokenizer
 

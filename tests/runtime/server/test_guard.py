@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 
 from runtime.config import RuntimeConfig
 from runtime.errors import Forbidden
-from runtime.server.guard import Guard, host_name
+from runtime.server.http import Guard, host_name
 from tests.support.runtime.serving import Running, serving
 
 CHAT = "/v1/chat/completions"
