@@ -133,7 +133,13 @@ def test_other_packings_are_a_415_that_names_those_that_are_read(toy: Running, e
 
 @pytest.mark.parametrize(
     "packed",
-    [RAW, gzip.compress(RAW, mtime=0)[:-9], gzip.compress(RAW, mtime=0) + b"x", b"", gzip.compress(RAW, mtime=0)[:8] + b"\xff" * 40],
+    [
+        RAW,
+        gzip.compress(RAW, mtime=0)[:-9],
+        gzip.compress(RAW, mtime=0) + b"x",
+        b"",
+        gzip.compress(RAW, mtime=0)[:8] + b"\xff" * 40,
+    ],
     ids=["plain", "cut", "longer", "empty", "broken"],
 )
 def test_a_broken_packing_is_a_400(toy: Running, packed: bytes) -> None:
