@@ -27,8 +27,8 @@ from runtime.openai.chat import (
     to_requests,
     token_limit,
 )
-from runtime.openai.responses import Origins, parse_response
-from runtime.openai.responses_stream import ResponseAnswer, ResponseCall
+from runtime.openai.responses.answer import ResponseAnswer, ResponseCall
+from runtime.openai.responses.request import Origins, parse_response
 from runtime.openai.tool_calls import ToolFormat, probe, recognise, tool_grammar
 from runtime.openai.wire import Endpoint
 from runtime.prompt.prompter import Prompter

@@ -8,8 +8,8 @@ from runtime.openai.answer_types import ChatChunk, ChatCompletion, Completion
 from runtime.openai.chat import ChatBody, CompletionBody
 from runtime.openai.decisions import Decision, DecisionBody
 from runtime.openai.embeddings import EmbeddingBody, EmbeddingList
-from runtime.openai.responses import ResponseBody
-from runtime.openai.responses_stream import Response, ResponseChunk
+from runtime.openai.responses.answer import Response, ResponseChunk
+from runtime.openai.responses.request import ResponseBody
 from runtime.openai.wire import TableBody
 
 from .call import Call

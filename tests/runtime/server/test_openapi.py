@@ -18,7 +18,7 @@ from runtime.errors import DecodeFailed, InvalidRequest
 from runtime.openai.chat import parse
 from runtime.openai.decisions import parse_decision
 from runtime.openai.embeddings import parse_embedding
-from runtime.openai.responses import parse_response
+from runtime.openai.responses.request import parse_response
 from runtime.serving.routes import ROUTES
 from tests.support.runtime import tool_templates as templates
 from tests.support.runtime.fakes import FAKE_WIDTH, FakeLlama

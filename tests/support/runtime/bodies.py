@@ -7,7 +7,7 @@ from typing import Any
 from runtime.openai.chat import parse
 from runtime.openai.decisions import parse_decision
 from runtime.openai.embeddings import parse_embedding
-from runtime.openai.responses import parse_response
+from runtime.openai.responses.request import parse_response
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]

@@ -8,7 +8,7 @@ import pytest
 from runtime.errors import InvalidRequest
 from runtime.openai.chat import MAX_MESSAGES, ChatBody, parse
 from runtime.openai.fields import LOGPROBS, RESPONSE_FIELDS, FieldRule, below
-from runtime.openai.responses import (
+from runtime.openai.responses.request import (
     MAX_METADATA,
     MAX_METADATA_VALUE_CHARS,
     PASSED,

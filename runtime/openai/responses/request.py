@@ -14,12 +14,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from typing_extensions import TypedDict
 
 from runtime.errors import InvalidRequest
-
-from .chat import MAX_MESSAGES, ChatBody
-from .fields import LOGPROBS, RESPONSE_FIELDS, Table, below, read_fields, without_unused
-from .grammar import FormatSchema, ObjectFormat, TextFormat
-from .tools import MAX_CALL_ID_CHARS, MAX_TOOLS, CalledFunction, Function
-from .wire import TEXT_PARTS, RefusalPart, TableBody, WireModel, checked_later_as, invalid_request, plain_text
+from runtime.openai.chat import MAX_MESSAGES, ChatBody
+from runtime.openai.fields import LOGPROBS, RESPONSE_FIELDS, Table, below, read_fields, without_unused
+from runtime.openai.grammar import FormatSchema, ObjectFormat, TextFormat
+from runtime.openai.tools import MAX_CALL_ID_CHARS, MAX_TOOLS, CalledFunction, Function
+from runtime.openai.wire import (
+    TEXT_PARTS,
+    RefusalPart,
+    TableBody,
+    WireModel,
+    checked_later_as,
+    invalid_request,
+    plain_text,
+)
 
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARS, MAX_METADATA_VALUE_CHARS = 64, 512

@@ -9,13 +9,13 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from runtime.openai.answer import AnswerChunk, TextCall, WireAnswer, call_reader, to_chat_token
+from runtime.openai.answer_types import ChatToken, InputOutputUsage, to_input_output_usage
+from runtime.openai.tool_calls import CallDelta, ToolDelta
+from runtime.openai.wire import answer_type
 from runtime.requests import Event, Failed, Finished, FinishReason, TextDelta, Usage
 
-from .answer import AnswerChunk, TextCall, WireAnswer, call_reader, to_chat_token
-from .answer_types import ChatToken, InputOutputUsage, to_input_output_usage
-from .responses import ParsedResponse
-from .tool_calls import CallDelta, ToolDelta
-from .wire import answer_type
+from .request import ParsedResponse
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
