@@ -63,7 +63,7 @@ class Speech:
     def showing(self, texts: Iterable[str]) -> "Speech":
         """Return this speech with the special tokens that `texts` are made of as tokens that are read and shown."""
         given = list(texts)
-        if visible := visible_tokens(self.header, self.chat.template, given):
+        if given and (visible := visible_tokens(self.header, self.chat.template, given)):
             told = f"{len(visible)} special tokens are read and shown like text, as the examples or labels have them: "
             header = replace(self.header, fields=with_visible(self.header.fields, visible))
             return replace(self, header=header, warnings=(*self.warnings, told + shown(visible)))

@@ -66,11 +66,8 @@ def _control(header: Header, template: str | None) -> dict[str, int]:
     """Text -> id of the control tokens that have no role and that the template does not write."""
     if TOKENS not in header.fields or _TYPES not in header.fields:
         return {}
-    texts, kinds = header.fields[TOKENS].strings or [], header.fields[_TYPES].numbers or ()
+    texts, kinds = header.fields[TOKENS].strings or [], np.asarray(header.fields[_TYPES].numbers or ())
     roles = {field.value for key, field in header.fields.items() if _ROLE.fullmatch(key)}
-    control = {
-        text.decode(errors="replace"): index
-        for index, (text, kind) in enumerate(zip(texts, kinds, strict=True))
-        if kind == TokenType.CONTROL and text.strip() and index not in roles
-    }
+    indices = [index for index in np.flatnonzero(kinds == TokenType.CONTROL).tolist() if index not in roles]
+    control = {texts[index].decode(errors="replace"): index for index in indices if texts[index].strip()}
     return {text: index for text, index in control.items() if text not in ENDS_BY_TEXT and text not in (template or "")}
