@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from models.common.file_kinds import file_kind
 from models.common.files import write_atomic
 from models.common.machine import describe_cpu, logical_cores, physical_memory_bytes
 from models.common.record import Record
@@ -135,6 +136,9 @@ def load_run(path: Path) -> BenchRun:
 
 def load_record(path: Path, kind: type[AnyRecord], fault: str) -> AnyRecord:
     """Read a file that holds a `kind`. Raises BadRecord with the file, `fault` and the first wrong field."""
+    given = file_kind(path)
+    if given.kind not in {"json", "json lines", "missing", "empty"}:
+        raise BadRecord(f"{str(path)!r} {fault}: it is {given.name}")
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:

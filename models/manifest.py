@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
+from models.common.file_kinds import file_kind
 from models.common.record import Record
 
 from .errors import BadManifest
@@ -186,6 +187,9 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        given = file_kind(file)
+        if given.kind not in {"missing", "text", "empty"}:
+            raise BadManifest(f"{str(file)!r} is {given.name}, not a manifest (TOML)") from error
         raise BadManifest(f"{str(file)!r} cannot be read: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

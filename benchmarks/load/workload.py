@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.errors import BadWorkload
 from models.common.chat_records import ChatRecord, answers_repeat, read_chat_records
+from models.common.file_kinds import file_kind
 from models.errors import BadExamples
 from models.manifest import Prompt
 
@@ -60,6 +61,9 @@ def read_prompt(path: Path, name: str | None = None) -> PromptTemplate:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        given = file_kind(path)
+        if given.kind not in {"missing", "text"}:
+            raise BadWorkload(f"prompt file {str(path)!r} is {given.name}, not a text in UTF-8") from error
         raise BadWorkload(f"prompt file {str(path)!r} cannot be read: {error}") from error
     if (count := sum(map(text.count, PLACEHOLDERS))) != 1:
         raise BadWorkload(f"prompt file {str(path)!r} must hold {PLACEHOLDERS[0]} exactly once, found {count} times")

@@ -14,10 +14,11 @@ import numpy as np
 
 from convert.checkpoint.safetensors import SafetensorsFile
 from convert.errors import CLASSIFICATION_HEAD, AdapterInvalid, SourceInvalid
+from models.common.file_kinds import file_kind
 from models.common.files import sha256_file
 
 from .changes import Lora, ReplaceRows, SavedTensor
-from .config import LoraConfig, read_config
+from .config import ADAPTER_CONFIG_FILE, LoraConfig, read_config
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -76,6 +77,18 @@ class PeftAdapter:
 
 def read_adapter(folder: Path) -> PeftAdapter:
     """Read a PEFT folder. Raises AdapterInvalid naming the file, the setting or the tensor that is wrong."""
+    if folder.is_file():
+        given = file_kind(folder)
+        own = given.kind in {"safetensors", "json", "json lines"} and (folder.parent / ADAPTER_WEIGHTS_FILE).is_file()
+        hint = f": give {str(folder.parent)!r}" if own else ""
+        if given.kind == "gguf":
+            hint = "; an adapter in GGUF cannot be read, give the PEFT folder that it was made from"
+        elif given.kind == "csv":
+            hint = "; examples are given by --examples"
+        raise AdapterInvalid(
+            f"{str(folder)!r} is {given.name}, not the folder of a PEFT adapter ({ADAPTER_CONFIG_FILE} and "
+            f"{ADAPTER_WEIGHTS_FILE}){hint}"
+        )
     config = read_config(folder)
     path = folder / ADAPTER_WEIGHTS_FILE
     if not path.is_file():

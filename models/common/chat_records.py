@@ -2,22 +2,30 @@
 
     {"id": "…", "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
+What other tools write is read too: `{"prompt": …, "completion": …}`, both a text or messages, and ShareGPT's
+`{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}`.
+
 Conversion and benchmarks share this reader: both accept the same files and refuse others with the same message.
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from models.errors import BadExamples
 
+from .file_kinds import Kind, file_kind, is_gzip
+
 # Limits of a record, and of the unpacked file: a gzip file of a few kilobytes can hold gigabytes.
 MAX_LINE_BYTES = 16 << 20
 MAX_FILE_BYTES = 1 << 30
+# JSON that is cut, spread over lines or malformed is judged line by line.
+_READABLE: frozenset[Kind] = frozenset({"json lines", "json", "text", "gzip", "missing", "empty"})
+_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 # The limit of /v1/decisions: more labels cannot be served as a decision.
 MAX_LABELS = 255
 
@@ -46,8 +54,15 @@ class ChatRecord:
 def read_chat_records(path: Path) -> tuple[ChatRecord, ...]:
     """Read a .jsonl or .jsonl.gz file in file order; empty lines are skipped.
 
-    Raises BadExamples naming the line and what is wrong with it.
+    Raises BadExamples naming the line and what is wrong with it, or what the file is if it is something else.
     """
+    given = file_kind(path)
+    if given.kind not in _READABLE:
+        names = sorted(one.name for one in path.glob("*.jsonl*"))[:3] if given.kind == "folder" else []
+        hint = f"; give one of its files: {', '.join(names)}" if names else ""
+        if command := given.to_records():
+            hint = f". This makes chat records of it:\n  {command}"
+        raise BadExamples(f"examples {str(path)!r} are {given.name}, not JSON lines of chat records{hint}")
     try:
         with _opened(path) as file:
             records = tuple(_record(path, number, line) for number, line in _lines(path, file))
@@ -69,7 +84,7 @@ def answers_repeat(answers: Sequence[str]) -> bool:
 
 
 def _opened(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
+    if path.suffix == ".gz" or is_gzip(path):
         return gzip.open(path, "rb")  # type: ignore[return-value]
     return path.open("rb")
 
@@ -99,9 +114,12 @@ def _record(path: Path, number: int, line: bytes) -> ChatRecord:
 
 def _parsed(number: int, line: bytes) -> ChatRecord:
     record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    messages = record.get("messages") if isinstance(record, dict) else None
+    messages = _messages(record) if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise ValueError('expected an object {"messages": [{"role": …, "content": …}, …]}')
+        raise ValueError(
+            'expected an object {"messages": [{"role": …, "content": …}, …]}, {"prompt": …, "completion": …} or '
+            'ShareGPT\'s {"conversations": [{"from": …, "value": …}, …]}'
+        )
     *prompt, answer = [_message(place, message) for place, message in enumerate(messages)]
     if answer.role != "assistant":
         raise ValueError(f"the last message must be the assistant's, who is to be measured, got role {answer.role!r}")
@@ -111,6 +129,27 @@ def _parsed(number: int, line: bytes) -> ChatRecord:
         raise ValueError("there is no message before the assistant's answer")
     given = record.get("id")
     return ChatRecord(str(number if given is None else given), number, tuple(prompt), answer.content.strip())
+
+
+def _messages(record: Mapping[str, object]) -> object:
+    """The messages of a record in any of the forms that are read."""
+    if (said := record.get("messages")) is not None:
+        return said
+    if isinstance(turns := record.get("conversations"), list):
+        return [_turn(turn) for turn in turns]
+    prompt, completion = record.get("prompt"), record.get("completion")
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return [*before, *after] if isinstance(before, list) and isinstance(after, list) else None
+
+
+def _turn(turn: object) -> object:
+    """A ShareGPT turn as a message; one that is none is left to be refused as such."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    speaker = turn["from"]
+    role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {"role": role, "content": turn.get("value")}
 
 
 def _message(place: int, message: object) -> ChatMessage:

@@ -5,6 +5,7 @@ The input is read once, in order, with a bounded window of requests in flight; a
 """
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from models.common.console import ProgressBars
+from models.common.file_kinds import file_kind, first_line
 from models.store.store import Store
 from runtime.config import RuntimeConfig
 from runtime.errors import BatchRefused, EngineError, InvalidRequest, RequestError
@@ -187,7 +189,9 @@ def open_files(job: BatchJob) -> Iterator[BatchFiles]:
 def check_files(source: Path, output: Path) -> None:
     """Raise BatchRefused unless `source` can be read twice and `output` is a file of its own."""
     if not source.is_file():
-        raise BatchRefused(f"input {str(source)!r} is not a regular file (a resumed run reads it again)")
+        found = "a folder" if source.is_dir() else "not a regular file"
+        raise BatchRefused(f"input {str(source)!r} is {found} (a resumed run reads it again); give a file of requests")
+    _require_requests(source)
     for target in (output, errors_path(output)):
         if target.exists() and not target.is_file():
             raise BatchRefused(f"output {str(target)!r} is not a regular file")
@@ -197,6 +201,26 @@ def check_files(source: Path, output: Path) -> None:
         raise BatchRefused(f"the folder of output {str(output)!r} does not exist")
     if not os.access(output.parent, os.W_OK):
         raise BatchRefused(f"the folder of output {str(output)!r} cannot be written")
+
+
+def _require_requests(source: Path) -> None:
+    """Raise BatchRefused if `source` holds something else than requests, as a whole: every line would fail."""
+    given, name = file_kind(source), str(source)
+    if given.kind not in {"json lines", "json", "text", "empty"}:
+        command = given.to_requests()
+        hint = f". This makes requests of it:\n  {command}" if command else ""
+        raise BatchRefused(f"input {name!r} is {given.name}, not JSON lines of requests{hint}")
+    try:
+        first = json.loads(first_line(source))
+    except (ValueError, RecursionError):
+        return
+    if isinstance(first, dict) and not first.keys() & {"custom_id", "url", "body"}:
+        form = next((form for form in ("messages", "conversations", "prompt") if form in first), None)
+        if form is not None:
+            raise BatchRefused(
+                f"input {name!r} holds records with {form!r}, as for examples, not requests; a line of a batch is "
+                '{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": […]}}'
+            )
 
 
 @contextmanager

@@ -354,3 +354,22 @@ def test_an_adapter_with_a_classification_head_is_told_what_to_train(tmp_path: P
         read_adapter(folder)
     plain = write_adapter(tmp_path / "plain", task_type="SEQ_CLS")
     assert len(read_adapter(plain).loras) == 14, "a flag is not believed over the tensors"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("text,label\na,b\n", "is a CSV file, not the folder of a PEFT adapter.*given by --examples"),
+        ("GGUF", "is a GGUF file.*give the PEFT folder"),
+    ],
+)
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "given").write_text(content)
+    with pytest.raises(AdapterInvalid, match=says):
+        read_adapter(tmp_path / "given")
+
+
+def test_the_weights_file_leads_to_its_folder(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter")
+    with pytest.raises(AdapterInvalid, match=r"give '.*adapter'"):
+        read_adapter(folder / "adapter_model.safetensors")

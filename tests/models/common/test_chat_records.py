@@ -33,6 +33,27 @@ def test_records_are_read_plain_and_packed(tmp_path: Path) -> None:
     assert read_chat_records(tmp_path / "e.jsonl.gz") == expected
 
 
+FORMS = {
+    "prompt and completion": {"prompt": "Buy", "completion": " spam"},
+    "of messages": {
+        "prompt": [{"role": "user", "content": "Buy"}],
+        "completion": [{"role": "assistant", "content": "spam"}],
+    },
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Buy"}, {"from": "gpt", "value": "spam"}]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_other_tools_write_is_read(tmp_path: Path, form: str) -> None:
+    (tmp_path / "e.jsonl").write_text(json.dumps(FORMS[form]))
+    assert read_chat_records(tmp_path / "e.jsonl") == (ChatRecord("1", 1, (ChatMessage("user", "Buy"),), "spam"),)
+
+
+def test_a_packed_file_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "e.jsonl").write_bytes(gzip.compress(GOOD.encode()))
+    assert read_chat_records(tmp_path / "e.jsonl")[0].answer == "ham"
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -40,6 +61,8 @@ def test_records_are_read_plain_and_packed(tmp_path: Path) -> None:
         ("[" * 100_000, "not a chat record"),
         ("[]", "expected an object"),
         ('{"messages": []}', "expected an object"),
+        ('{"prompt": "a", "completion": 3}', "expected an object"),
+        ('{"conversations": [{"from": "human"}, 3]}', r"messages\[0\] needs a role"),
         ('{"messages": ["Hi"]}', r"messages\[0\] is str"),
         (record(("user", "Hi"), ("assistant", None)), r"messages\[1\] needs a role and a content"),
         (record(("user", "Hi")), "must be the assistant's.*got role 'user'"),

@@ -366,6 +366,23 @@ def test_a_foreign_file_is_refused_and_untouched(source: Path, output: Path, whi
     assert target.read_text() == content
 
 
+WRONG_INPUTS = {
+    "csv": (b"text,label\na,b\nc,d\n", "is a CSV file.*python3 -c"),
+    "array": (b'[{"custom_id": "a"}]', "is one JSON array.*python3 -c"),
+    "gzip": (b"\x1f\x8b\x08\x00", "is a gzip file.*gunzip -c"),
+    "examples": (b'{"messages": []}\n', "holds records with 'messages', as for examples"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+def test_an_input_that_is_something_else_is_named_and_nothing_written(tmp_path: Path, output: Path, name: str) -> None:
+    content, says = WRONG_INPUTS[name]
+    (tmp_path / "in").write_bytes(content)
+    with pytest.raises(BatchRefused, match=f"(?s){says}"):
+        run(tmp_path / "in", output)
+    assert not output.exists()
+
+
 def test_paths_that_cannot_work_are_refused(source: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.jsonl"
     link.symlink_to(source)
