@@ -48,7 +48,7 @@ class Price:
 
 def load_prices(path: Path = PRICES) -> tuple[Price, ...]:
     """The price table, in file order."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         return tuple(_price(row) for row in csv.DictReader(file))
 
 

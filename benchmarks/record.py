@@ -7,6 +7,7 @@ statistics are in milliseconds.
 
 import json
 import platform
+from codecs import BOM_UTF8
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -140,7 +141,7 @@ def load_record(path: Path, kind: type[AnyRecord], fault: str) -> AnyRecord:
     if given.kind not in {"json", "json lines", "missing", "empty"}:
         raise BadRecord(f"{str(path)!r} {fault}: it is {given.name}")
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes().removeprefix(BOM_UTF8))
     except OSError as error:
         raise BadRecord(f"{str(path)!r} cannot be read: {error}") from error
     except ValidationError as error:

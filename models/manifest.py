@@ -185,7 +185,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read `model.toml` (the file, or the folder that holds it). Raises BadManifest naming the file and the field."""
     file = path / MANIFEST_FILE if path.is_dir() else path
     try:
-        return Manifest.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        return Manifest.model_validate(tomllib.loads(file.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         given = file_kind(file)
         if given.kind not in {"missing", "text", "empty"}:

@@ -145,7 +145,7 @@ def read_quality(folder: Path) -> Quality:
     """Read a model folder's `quality.json`. Raises BadManifest naming the file and the field."""
     file = folder / QUALITY_FILE
     try:
-        return Quality.model_validate_json(file.read_text(encoding="utf-8"))
+        return Quality.model_validate_json(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadManifest(f"{str(file)!r} cannot be read: {error}") from error
     except ValidationError as error:

@@ -59,7 +59,7 @@ class Recording:
 
 def load_recording(task: str = "classification", path: Path = RECORDINGS) -> Recording:
     """Read the recording of `task`. Raises BadWorkload with the recorded tasks."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = {row["task"]: row for row in csv.DictReader(file)}
     if task not in rows:
         raise BadWorkload(f"no recorded hosted latency for task {task!r}; there is {sorted(rows)}")

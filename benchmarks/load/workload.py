@@ -59,7 +59,7 @@ class PromptTemplate:
 def read_prompt(path: Path, name: str | None = None) -> PromptTemplate:
     """Read a prompt file that holds `{text}` exactly once. Raises BadWorkload if not."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         given = file_kind(path)
         if given.kind not in {"missing", "text"}:

@@ -92,7 +92,7 @@ def load_catalog(path: Path | None = None) -> Catalog:
     """Read a catalogue, by default the one that comes with Deskside. Raises BadCatalog naming the entry and field."""
     file = path if path is not None else _HERE / "catalog.toml"
     try:
-        document = _Document.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        document = _Document.model_validate(tomllib.loads(file.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadCatalog(f"{str(file)!r} cannot be read: {error}") from error
     except ValidationError as error:

@@ -200,4 +200,4 @@ def _read_line(prompt: str) -> str:
     if prompt and not sys.stdout.isatty():
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
-    return input(prompt)
+    return input(prompt).removeprefix("\ufeff")  # a piped file may begin with a byte order mark

@@ -1,12 +1,13 @@
 """Cost against sums done by hand."""
 
 from datetime import date
+from pathlib import Path
 
 import pytest
 
 from benchmarks.cost import Assumptions, break_even, check, local_cost, make_bill
 from benchmarks.errors import BadAssumption
-from benchmarks.prices import Price, RequestTokens, current, library_cost, load_prices, table_cost
+from benchmarks.prices import PRICES, Price, RequestTokens, current, library_cost, load_prices, table_cost
 
 DAY = date(2026, 11, 22)
 TOKENS = RequestTokens(prompt=2000, shared=1500, completion=20)
@@ -39,6 +40,12 @@ def test_the_known_sums_of_november_2026() -> None:
     plain = RequestTokens(prompt=2000, shared=0, completion=20)
     assert 10_000 * table_cost(rows["gpt-6-luna"], plain, "standard") == pytest.approx(2.1)
     assert 10_000 * table_cost(rows["gpt-4.1"], plain, "standard") == pytest.approx(41.6)
+
+
+def test_a_price_table_saved_by_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    saved = tmp_path / "prices.csv"
+    saved.write_text(PRICES.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert load_prices(saved) == load_prices()
 
 
 def test_the_table_and_the_library_agree_on_every_current_model() -> None:

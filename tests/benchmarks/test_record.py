@@ -111,6 +111,8 @@ def test_a_record_is_read_as_it_was_saved(
     assert read(path) == record
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file is left"
     kept = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(kept), encoding="utf-8-sig")
+    assert read(path) == record, "a byte order mark, as some editors write it"
     path.write_text(json.dumps(kept | {"no_such_field": 1}), encoding="utf-8")
     with pytest.raises(BadRecord, match="no_such_field: Extra"):
         read(path)

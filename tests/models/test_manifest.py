@@ -94,6 +94,13 @@ def test_a_malformed_manifest_is_refused_by_its_field(tmp_path: Path, text: str,
     assert repr(str(file)) in str(refused.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_manifest_saved_on_windows_is_read(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "model.toml"
+    file.write_text((GOOD + ARTEFACT).replace("\n", "\r\n"), encoding=encoding, newline="")
+    assert read_manifest(file).artefacts[0].file == "a.gguf"
+
+
 def test_a_missing_manifest_is_refused_by_its_path(tmp_path: Path) -> None:
     with pytest.raises(BadManifest, match=r"model\.toml"):
         read_manifest(tmp_path / "model.toml")

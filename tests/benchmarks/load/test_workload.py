@@ -120,6 +120,8 @@ def test_prompts_need_their_placeholder_once(tmp_path: Path) -> None:
     path.write_text("{mail} {mail}")
     with pytest.raises(BadWorkload, match="found 2 times"):
         read_prompt(path)
+    path.write_bytes(b"\xef\xbb\xbfTicket: {text}\r\nTeam:")
+    assert read_prompt(path).render("a") == "Ticket: a\nTeam:", "as Windows writes it"
     assert template_prompt("t", Prompt(template="<{text}>")).render("x") == "<x>"
 
 
