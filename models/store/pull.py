@@ -7,14 +7,14 @@ from pathlib import Path, PurePosixPath
 
 from models.card.card import render_card
 from models.common.files import Progress, check_free, copy_file, sha256_file, write_atomic
-from models.errors import DownloadFailed, HashMismatch, ModelError, StoreError
+from models.errors import DownloadFailed, HashMismatch, ModelError, ModelNotFound, StoreError
 from models.gguf.header import has_chat_template, is_gguf, read_meta
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest
 
 from .catalog import Catalog, CatalogEntry, load_catalog
 from .hub import fetch, look_up
 from .sources import HubFile, parse_source
-from .store import Store, StoredModel, check_name
+from .store import Store, StoredModel, check_name, wrong_path
 
 Build = Callable[[CatalogEntry, Store], StoredModel]
 """Builds a catalogue entry that is a recipe and installs it. The caller passes it: `models` cannot convert."""
@@ -64,6 +64,9 @@ def pull(
     path = Path(name_or_uri).expanduser()
     if name_or_uri not in {*known.names(), *store.names()} and path.is_file():
         return _install_file(path, name if name is not None else name_of(path.name), store, progress)
+    if "/" in name_or_uri:
+        whole = f"{name_or_uri!r} is a model's folder; it can be served as it is: deskside serve {name_or_uri}"
+        raise ModelNotFound(whole if (path / MANIFEST_FILE).is_file() else wrong_path(name_or_uri))
     target = check_name(name_or_uri)
     if name is not None and name != target:
         raise StoreError(f"--name {name!r} is for files and hf:// addresses; {target!r} keeps its name")
@@ -87,7 +90,7 @@ def name_of(path: str) -> str:
 def _install_file(path: Path, name: str, store: Store, progress: Progress | None) -> StoredModel:
     """Install a copy of a GGUF file of this disk, as it is. Raises DownloadFailed, BadGguf or StoreError."""
     if not is_gguf(path):
-        raise DownloadFailed(f"{str(path)!r} is not a GGUF file; to make a model of a checkpoint: deskside convert")
+        raise DownloadFailed(wrong_path(str(path)))
     meta = read_meta(path)
     if meta.is_adapter:
         raise DownloadFailed(f"{str(path)!r} is a LoRA adapter and no model; to apply it: deskside convert --hot")
@@ -115,7 +118,7 @@ def _install_file(path: Path, name: str, store: Store, progress: Progress | None
                 ),
             )
             write_atomic(folder / MANIFEST_FILE, dump_manifest(manifest))
-            write_atomic(folder / "README.md", render_card(manifest))
+            write_atomic(folder / "README.md", render_card(manifest, chats=has_chat_template(file)))
     return store.get(name)
 
 

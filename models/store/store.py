@@ -7,6 +7,7 @@
 
 import os
 import re
+import shlex
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from platformdirs import user_data_path
 
+from models.common.file_kinds import file_kind
 from models.common.files import Progress, discard, sha256_file, sync
 from models.common.names import did_you_mean, nearest
 from models.errors import BadManifest, HashMismatch, ModelNotFound, StoreError
@@ -31,6 +33,37 @@ def default_home() -> Path:
     """`$DESKSIDE_HOME`, else the platform's folder for user data."""
     chosen = os.environ.get("DESKSIDE_HOME")
     return Path(chosen).expanduser() if chosen else user_data_path("deskside", appauthor=False)
+
+
+def wrong_path(given: str) -> str:
+    """Say what lies at a path that is no model, with the command for it; empty if `given` looks like a name."""
+    path, quoted = Path(given).expanduser(), shlex.quote(given)
+    if "://" in given:
+        verb = "pull" if given.partition("@")[0].lower().endswith(".gguf") else "convert"
+        return f"{given!r} is an address, not an installed model; try: deskside {verb} {quoted}"
+    found = file_kind(path)
+    if found.kind == "folder":
+        return f"{given!r} is a folder {_folder_without_model(path, quoted)}"
+    if found.kind != "missing":
+        whole = (path.parent / "config.json").is_file()
+        return f"{given!r} is {found.name}, not a GGUF file" + (
+            f"; to make a model of its checkpoint: deskside convert {shlex.quote(str(path.parent))}" if whole else ""
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", given) and given[0] not in ".~" and not given.lower().endswith(".gguf"):
+        return f"there is no file or folder {given!r}; for a model of the Hub: deskside convert hf://{given}"
+    if "/" in given or given.lower().endswith(".gguf"):
+        return f"there is no file or folder {given!r}"
+    return ""
+
+
+def _folder_without_model(folder: Path, quoted: str) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return f"with a LoRA adapter; to make a model of it: deskside convert BASE --adapter {quoted}"
+    if (folder / "config.json").is_file():
+        return f"with a checkpoint; to make a model of it: deskside convert {quoted}"
+    if names := sorted(path.name for path in folder.glob("*.gguf"))[:3]:
+        return f"without {MANIFEST_FILE}; give its file: {', '.join(names)}"
+    return f"without {MANIFEST_FILE} and GGUF file"
 
 
 def check_name(name: str) -> str:
@@ -91,10 +124,9 @@ class Store:
             return StoredModel(path.stem, path.parent, None, path)
         if (path / MANIFEST_FILE).is_file():
             return _open_folder(path)
-        raise ModelNotFound(
-            f"{text!r} is neither an installed model, nor a model folder, nor a GGUF file; "
-            f"{self._installed()}{self._way_to(text)}"
-        )
+        if found := wrong_path(text):
+            raise ModelNotFound(f"{found}; {self._installed()}")
+        raise ModelNotFound(f"no model named {text!r} is installed; {self._installed()}{self._way_to(text)}")
 
     @contextmanager
     def staging(self, name: str, *, replace: bool = False, read_back: Collection[str] = frozenset()) -> Iterator[Path]:
@@ -157,8 +189,6 @@ class Store:
         known = load_catalog().names()
         if name in known:
             return f"; try: deskside pull {name}"
-        if "/" in name:
-            return ""
         near = nearest(name, [*self.names(), *known])
         if near is None:
             return f"; the catalogue has {', '.join(known)} (deskside pull NAME)"

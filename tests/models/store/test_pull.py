@@ -94,7 +94,7 @@ def test_a_file_that_is_not_gguf_is_refused(store: Store, hub: Hub) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "X Y"])
 def test_hostile_names_are_refused_before_any_request(hub: Hub, store: Store, name: str) -> None:
-    with pytest.raises(StoreError, match="not a model name"):
+    with pytest.raises((StoreError, ModelNotFound), match=r"not a model name|no file or folder"):
         pull(name, store)
     with pytest.raises(StoreError, match="not a model name"):
         pull(URI, store, name=name)
@@ -200,6 +200,10 @@ def test_a_file_of_this_disk_is_installed_as_it_is(store: Store, tmp_path: Path)
     assert stored.manifest.artefacts[0].quantization == "Q4_1"
     assert stored.manifest.licence == "tiny-licence"
     store.verify(stored.name)
+    assert "deskside chat" not in (stored.folder / "README.md").read_text(), "it has no chat template"
+    chats = pull(str(write_model(tmp_path / "chats.gguf", template="{{ messages }}")), store)
+    assert "deskside chat chats" in (chats.folder / "README.md").read_text()
+    store.remove("chats")
     assert pull(str(file), store, name="Mails").name == "Mails"
     assert pull(str(file), store, name="Mails") == store.get("Mails")
     other = write_model(tmp_path / "other.gguf", "llama")
@@ -207,6 +211,13 @@ def test_a_file_of_this_disk_is_installed_as_it_is(store: Store, tmp_path: Path)
         pull(str(other), store, name="Mails")
     words = tmp_path / "words.txt"
     words.write_text("no model")
-    with pytest.raises(DownloadFailed, match="is not a GGUF file; to make a model of a checkpoint: deskside convert"):
+    with pytest.raises(DownloadFailed, match=r"words\.txt' is a text file, not a GGUF file$"):
         pull(str(words), store)
+    for given, said in {
+        str(tmp_path): "is a folder without model.toml; give its file: chats.gguf, other.gguf$",
+        str(tmp_path / "gone.gguf"): r"there is no file or folder .*gone\.gguf'$",
+        str(stored.folder): "is a model's folder; it can be served as it is: deskside serve /",
+    }.items():
+        with pytest.raises(ModelNotFound, match=said):
+            pull(given, store)
     assert store.names() == ["Mails", "my-mails-q4_1"]

@@ -68,7 +68,7 @@ def test_a_gguf_file_is_known_by_its_content(store: Store, tmp_path: Path, name:
     assert store.resolve(file).name == file.stem
     other = tmp_path / "words.bin"
     other.write_bytes(b"GGU, but no model")
-    with pytest.raises(ModelNotFound, match="nor a GGUF file"):
+    with pytest.raises(ModelNotFound, match="is a text file, not a GGUF file"):
         store.resolve(other)
 
 
@@ -97,6 +97,32 @@ def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(store: Store, n
     install(store)
     with pytest.raises(ModelNotFound, match=said):
         store.resolve(name)
+
+
+def test_a_wrong_path_is_answered_with_what_lies_there(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapter/adapter_config.json", "trained/config.json", "files/a.gguf", "empty/x.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "trained/model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (tmp_path / "mail.csv").write_text("text,label\na,b\n")
+    for given, said in {
+        "adapter": "with a LoRA adapter; to make a model of it: deskside convert BASE --adapter adapter;",
+        "trained": "with a checkpoint; to make a model of it: deskside convert trained;",
+        "files": "'files' is a folder without model.toml; give its file: a.gguf;",
+        "empty": "'empty' is a folder without model.toml and GGUF file;",
+        "mail.csv": "'mail.csv' is a CSV file, not a GGUF file;",
+        "trained/model.safetensors": "is a safetensors file, not a GGUF file; .*: deskside convert trained;",
+        "gone.gguf": "there is no file or folder 'gone.gguf';",
+        "./gone/away": "there is no file or folder './gone/away';",
+        "google/gemma-3-270m": "for a model of the Hub: deskside convert hf://google/gemma-3-270m;",
+        "hf://a/b/c.gguf": "is an address, not an installed model; try: deskside pull hf://a/b/c.gguf;",
+        "hf://a/b@main": "try: deskside convert hf://a/b@main;",
+    }.items():
+        with pytest.raises(ModelNotFound, match=said + " no model is installed$"):
+            store.resolve(given)
 
 
 def test_removing_suggests_what_is_installed_only(store: Store) -> None:

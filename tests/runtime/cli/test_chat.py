@@ -117,7 +117,7 @@ def test_an_answer_that_is_left_is_cancelled_and_forgotten() -> None:
 
 def test_from_a_pipe_lines_become_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with chatting(FakeLlama(script="ham"), manifest=SORTER) as chat:
-        piped(monkeypatch, chat, '\ufefffirst\n\n"""two\nlines"""\n/reset\nlast\n/exit\nnot reached\n')
+        piped(monkeypatch, chat, '\ufeff/reset\nfirst\n\n"""two\nlines"""\n/reset\nlast\n/exit\nnot reached\n')
     assert capsys.readouterr() == ("ham\nham\nham\n", "")
 
 
