@@ -15,6 +15,7 @@ from runtime.openai.embeddings import MAX_INPUTS, parse_embedding
 from runtime.openai.fields import EMBEDDING_FIELDS
 from runtime.serving.embeddings import MAX_TOKENS
 from tests.support.runtime.fakes import BOS, FAKE_WIDTH, FakeLlama
+from tests.support.runtime.observed import Observed
 from tests.support.runtime.serving import Gate, Running, serving, wait_until
 
 WIDTH = FAKE_WIDTH
@@ -150,6 +151,7 @@ def test_an_error_of_the_engine_reaches_the_client() -> None:
 def test_a_client_that_leaves_frees_the_engine() -> None:
     gate = Gate()
     with serving(FakeLlama(on_embed=gate)) as toy:
+        observed = Observed(toy.supervisor)
 
         async def leave() -> None:
             async with openai.AsyncOpenAI(base_url=f"{toy.url}/v1", api_key="none") as client:
@@ -159,6 +161,7 @@ def test_a_client_that_leaves_frees_the_engine() -> None:
                 await asyncio.wait([asking])
 
         asyncio.run(leave())
+        wait_until(lambda: len(observed.cancelled) == 1)
         gate.open(3)
         wait_until(lambda: toy.supervisor.live == 0)
         gate.open()
