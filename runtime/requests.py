@@ -26,11 +26,14 @@ class Grammar(PipeStruct, frozen=True):
     """A constraint on an answer, which the client gave in the wire field `param`.
 
     `source` is a JSON schema, a Lark grammar, a regular expression, or a JSON list of texts of which the answer is one.
+    `strict`: the client wants a schema enforced whole or not at all. `text` is the meaning of a Lark grammar's `@text`.
     """
 
     kind: GrammarKind
     source: str
     param: str
+    strict: bool = False
+    text: "Grammar | None" = None
 
 
 class SamplingParams(PipeStruct, frozen=True):
@@ -38,7 +41,8 @@ class SamplingParams(PipeStruct, frozen=True):
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs` is the number of alternatives to
     report for each token (0: the drawn token only; None: no log-probabilities). `logit_bias` adds to raw logits by
-    token id. `grammar` allows only tokens that lead to an answer it describes. The text of an answer leaves control
+    token id. `grammar` allows only tokens that lead to an answer it describes. No `stop` ends an answer that holds
+    `call_mark`, or begins with it if `calls_first`: it is a call. The text of an answer leaves control
     tokens out, except those of `spelled`. `seed` is always set: the server draws it when the client gave none, so that
     a request can be repeated. With `prompt_logprobs` the first delta begins with the log-probabilities of the prompt's
     tokens, from its second one on; the whole prompt is computed for that.
@@ -59,6 +63,8 @@ class SamplingParams(PipeStruct, frozen=True):
     grammar: Grammar | None = None
     spelled: tuple[int, ...] = ()
     prompt_logprobs: bool = False
+    call_mark: str = ""
+    calls_first: bool = False
 
 
 class Request(PipeStruct, frozen=True, tag=True):

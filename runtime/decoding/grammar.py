@@ -14,16 +14,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cached_property, lru_cache
 from threading import Lock
 from typing import TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from runtime.errors import GrammarFailed, InvalidRequest
 from runtime.llama.interface import TokenizerLike
 from runtime.requests import Grammar
+
+from .patterns import ascii_lark, ascii_regex
 
 KEPT_GRAMMARS = 32
 # A state of the lexer takes 1-2 kB, and each answer has its own.
@@ -43,7 +46,16 @@ _NAMES = {
     "choice": "a list of choices",
 }
 
+# What llguidance says of a token that it was given and does not allow; its other errors on the way are limits met.
+_NOT_ALLOWED = "doesn't satisfy the grammar"
+# Tokens that a new grammar is tried with: one that grows without end shows it, before an answer is begun.
+TRIED_TOKENS = 64
+
 T = TypeVar("T")
+
+
+# The name of a Lark grammar's rule for an answer that is text, where another grammar says what that is.
+TEXT_RULE = "text"
 
 
 class Grammars:
@@ -56,7 +68,11 @@ class Grammars:
 
     def compile(self, grammar: Grammar) -> "GrammarState":
         """The grammar at its beginning, for one answer. Raises InvalidRequest, with its `param`, if it is unusable."""
-        return GrammarState(self._matcher(grammar).deep_copy(), self._source)
+        return GrammarState(self._matcher(grammar).deep_copy(), self._source, grammar.param)
+
+    def not_enforced(self, grammar: Grammar) -> tuple[str, ...]:
+        """The parts of a compiled grammar that llguidance cannot enforce, in its words."""
+        return tuple(self._matcher(grammar).get_grammar_warnings())
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
         with self._lock:
@@ -64,7 +80,7 @@ class Grammars:
                 self._compiled.move_to_end(grammar)
                 return self._compiled[grammar]
             tokenizer = self._tokenizer
-        matcher = on_large_stack(lambda: _compile(grammar, tokenizer))
+        matcher = on_large_stack(lambda: _compile(grammar, tokenizer, self._source.end_tokens))
         with self._lock:
             self._compiled[grammar] = matcher
             while len(self._compiled) > KEPT_GRAMMARS:
@@ -80,7 +96,8 @@ class Grammars:
 class GrammarState:
     """One answer's place in its grammar. Not thread-safe: one thread at a time."""
 
-    def __init__(self, matcher: LLMatcher, tokenizer: TokenizerLike) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: TokenizerLike, param: str) -> None:
+        self._param = param
         self._matcher = matcher
         self._n_vocab = tokenizer.n_vocab
         self._is_end = tokenizer.is_end
@@ -93,13 +110,14 @@ class GrammarState:
     def allowed(self) -> np.ndarray:
         """The tokens that may come next, bool of shape (n_vocab,); end tokens among them where the answer may end.
 
-        Raises GrammarFailed if the grammar leaves no token, or meets a limit.
+        Raises InvalidRequest if the grammar is too large to be followed further, or leaves no token.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._raise_if_failed()
         allowed = np.unpackbits(bits, count=self._n_vocab, bitorder="little").view(np.bool_)
         if not allowed.any():
-            raise GrammarFailed("the grammar allows no token here")
+            message = f"{self._param}: no token of this model can follow what was written so far"
+            raise InvalidRequest(message, param=self._param, code="invalid_grammar")
         return allowed
 
     def forced(self) -> list[int]:
@@ -109,14 +127,20 @@ class GrammarState:
         return tokens[:ends]
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """Advance by `tokens`. Raises GrammarFailed if the grammar does not allow them."""
+        """Advance by `tokens`.
+
+        Raises GrammarFailed if the grammar does not allow them, InvalidRequest if it is too large to be followed.
+        """
         if not self._matcher.consume_tokens(list(tokens)):
             self._raise_if_failed()
             raise GrammarFailed(f"the grammar does not allow the tokens {tokens!r}")
 
     def _raise_if_failed(self) -> None:
-        if self._matcher.is_error():
+        if not self._matcher.is_error():
+            return
+        if _NOT_ALLOWED in self._matcher.get_error():
             raise GrammarFailed(f"the grammar failed while the answer was written: {_reason(self._matcher)}")
+        raise _too_large(self._param, self._matcher)
 
 
 class _Vocabulary:
@@ -146,7 +170,7 @@ class _Vocabulary:
         return self._source.encode(text, add_special=False, parse_special=False)
 
 
-def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
+def _compile(grammar: Grammar, tokenizer: LLTokenizer, ends: Sequence[int]) -> LLMatcher:
     limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
     try:
         matcher = LLMatcher(tokenizer, _translated(grammar), log_level=0, limits=limits)
@@ -156,15 +180,56 @@ def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     if matcher.is_error():
         message = f"{grammar.param} cannot be used as {_NAMES[grammar.kind]}: {_reason(matcher)}"
         raise InvalidRequest(message, param=grammar.param, code="invalid_grammar")
+    if grammar.kind != "choice":
+        _try(grammar, matcher.deep_copy(), ends)
     return matcher
+
+
+def _try(grammar: Grammar, matcher: LLMatcher, ends: Sequence[int]) -> None:
+    """Write the beginning of an answer. Raises InvalidRequest if the grammar becomes too large meanwhile."""
+    for _ in range(TRIED_TOKENS):
+        allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if matcher.is_error():
+            raise _too_large(grammar.param, matcher)
+        allowed[list(ends)] = 0
+        token = int(allowed.argmax())
+        if not allowed[token] or not matcher.consume_token(token):
+            return
+
+
+def _too_large(param: str, matcher: LLMatcher) -> InvalidRequest:
+    message = f"{param} is too large to be followed while an answer is written: {_reason(matcher)}; make it smaller"
+    return InvalidRequest(message, param=param, code="grammar_too_large")
+
+
+@lru_cache(KEPT_GRAMMARS)
+def judge_schema(schema: str) -> tuple[str | None, tuple[str, ...]]:
+    """The reason why a schema cannot be used, or None; and the parts that cannot be enforced, in llguidance's words."""
+
+    def judge() -> tuple[bool, list[str]]:
+        return LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_json_schema(schema))
+
+    refused, said = on_large_stack(judge)
+    return (said[0].split("<state>")[0].strip()[:_REASON_CHARS], ()) if refused else (None, tuple(said))
+
+
+def is_regex(pattern: str) -> bool:
+    """True if the pattern can be enforced."""
+    refused, _ = judge_schema(json.dumps({"type": "string", "pattern": pattern}))
+    return refused is None
 
 
 def _translated(grammar: Grammar) -> str:
     """The grammar in llguidance's own form."""
     if grammar.kind == "lark":
-        return LLMatcher.grammar_from_lark(grammar.source)
+        lark = LLMatcher.grammar_from_lark(ascii_lark(_lark(grammar)))
+        if grammar.text is None:
+            return lark
+        text = _translated(grammar.text)
+        part = {"lark_grammar": text} if grammar.text.kind in ("lark", "choice") else json.loads(text)["grammars"][0]
+        return json.dumps({"grammars": [{"lark_grammar": lark}, part | {"name": TEXT_RULE}]})
     if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(grammar.source)
+        return LLMatcher.grammar_from_regex(ascii_regex(grammar.source))
     if grammar.kind == "choice":
         texts = json.loads(grammar.source)
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, texts)))
@@ -173,6 +238,17 @@ def _translated(grammar: Grammar) -> str:
     return LLMatcher.grammar_from_json_schema(
         grammar.source, defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     )
+
+
+def _lark(grammar: Grammar) -> str:
+    """The source in Lark, also where the client wrote it in llama.cpp's form (GBNF). Raises InvalidRequest."""
+    if "::=" not in grammar.source:
+        return grammar.source
+    try:
+        return any_to_lark(grammar.source)
+    except (GbnfToLarkError, RecursionError, ValueError) as error:
+        message = f"{grammar.param} cannot be read as GBNF: {str(error)[:_REASON_CHARS]}"
+        raise InvalidRequest(message, param=grammar.param, code="invalid_grammar") from None
 
 
 def _reason(matcher: LLMatcher) -> str:

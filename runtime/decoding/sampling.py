@@ -42,7 +42,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, end_tokens: Iterable[int] = ()) -> None:
         self.params = params
-        self._masked = list(end_tokens) if params.ignore_eos else []
+        self._masked = list(end_tokens) if params.ignore_eos and params.grammar is None else []
+        self._put_off = list(end_tokens) if params.ignore_eos and params.grammar is not None else []
         self._bias = list(params.logit_bias), np.fromiter(params.logit_bias.values(), np.float32)
         self._penalises = bool(params.presence_penalty or params.frequency_penalty)
         self._edits_rows = bool(self._masked or params.logit_bias or self._penalises)
@@ -65,6 +66,7 @@ class Sampler:
         if likeliest is None:
             row = self._edited(logits) if self._edits_rows else logits
             if allowed is not None:
+                allowed = self._going_on(allowed)
                 row = np.where(allowed, row, np.float32(-np.inf))
             likeliest = int(row.argmax())
         if not np.isfinite(row[likeliest]):
@@ -80,6 +82,14 @@ class Sampler:
         """Count the answer's next token: a sampled one, or one that a grammar forced."""
         self._drawn[token] += 1
         self._n_drawn += 1
+
+    def _going_on(self, allowed: np.ndarray) -> np.ndarray:
+        """The allowed tokens; with `ignore_eos` those that end the answer only where no other may come."""
+        if not self._put_off:
+            return allowed
+        others = allowed.copy()
+        others[self._put_off] = False
+        return others if others.any() else allowed
 
     def _unmoved(self, logits: np.ndarray) -> int | None:
         """The greedy token, where no edit can change it: copying a row would cost more than the search."""

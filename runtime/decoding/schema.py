@@ -11,7 +11,7 @@ to the keys of all. A part that lies behind a `$ref` is copied there, within lim
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -59,6 +59,23 @@ def closed(source: str, *, compact: bool = False, strict: bool = False) -> str:
     own = schema.get("x-guidance", {})
     schema["x-guidance"] = {**options, **own, "lenient": not strict} if isinstance(own, dict) else own
     return json.dumps(schema, ensure_ascii=False)
+
+
+def without_unusable(source: str, usable: Callable[[str], bool]) -> tuple[str, list[str]]:
+    """The schema without patterns that are not `usable` and references to other documents, and what was left out."""
+    root = json.loads(source)
+    lost: dict[str, None] = {}
+    for node in _objects(root):
+        if isinstance(pattern := node.get("pattern"), str) and not usable(pattern):
+            del node["pattern"]
+            lost[f"pattern {pattern[:40]}"] = None
+        for pattern in [name for name in _object(node, "patternProperties") if not usable(name)]:
+            del node["patternProperties"][pattern]
+            lost[f"patternProperties {pattern[:40]}"] = None
+        if isinstance(reference := node.get("$ref"), str) and not reference.startswith("#"):
+            del node["$ref"]
+            lost[f"$ref {reference[:40]}"] = None
+    return json.dumps(root, ensure_ascii=False), list(lost)
 
 
 @dataclass(slots=True)

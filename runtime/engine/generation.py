@@ -106,7 +106,7 @@ def begin_grammar(
 
 def _room_before_end(state: GrammarState, params: SamplingParams, token_bytes: Callable[[int], bytes]) -> int:
     """The number of forced tokens before one that would end the answer: by length, stop string or grammar."""
-    text = TextStream(token_bytes, params.stop)
+    text = TextStream(token_bytes, params.stop, params.call_mark, calls_first=params.calls_first)
     forced = state.forced()[: params.max_tokens - 1]
     for place, token in enumerate(forced):
         text.push(token)

@@ -140,7 +140,7 @@ class Writer:
         sampler = Sampler(params, self._tokenizer.end_tokens)
         for token in forced:
             sampler.note(token)
-        text = TextStream(token_bytes, params.stop)
+        text = TextStream(token_bytes, params.stop, params.call_mark, calls_first=params.calls_first)
         return Generation(request, sequence, sampler, text, grammar=state, unsent=forced)
 
     def _emit(self, generation: Generation, sampled: SampledToken) -> Iterator[Event]:

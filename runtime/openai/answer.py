@@ -99,8 +99,9 @@ class EchoedPrompt:
 class TextCall:
     """A prepared chat or completion: `choices_per_prompt` requests for each prompt, in order of choice index.
 
-    `tools` is the format of the model's tool calls; None if it may make none. `echo` holds the prompts that the answers
-    begin with, if they do; with `echo_only`, nothing follows them.
+    `tools` is the format of the model's tool calls; None if it may make none. `calls_first` is as in `ToolCallReader`.
+    `not_enforced` names the parts of schemas that the answer may break. `echo` holds the prompts that the answers begin
+    with, if they do; with `echo_only`, nothing follows them.
     """
 
     id: str
@@ -116,6 +117,8 @@ class TextCall:
     continuous_usage: bool = False
     echo: tuple[EchoedPrompt, ...] = ()
     echo_only: bool = False
+    calls_first: bool = False
+    not_enforced: tuple[str, ...] = ()
 
     @property
     def logprobs(self) -> bool:
@@ -307,7 +310,9 @@ def to_choice(call: TextCall, choice: AnswerChoice) -> dict[str, Any]:
 
 def call_reader(call: TextCall, index: int) -> ToolCallReader | None:
     """The reader that splits tool calls from the text of a choice; None if the model may make none."""
-    return None if call.tools is None else ToolCallReader(call.tools, call.requests[index].id)
+    if call.tools is None:
+        return None
+    return ToolCallReader(call.tools, call.requests[index].id, calls_first=call.calls_first)
 
 
 def finish_reason(reason: FinishReason, reader: ToolCallReader | None) -> str:

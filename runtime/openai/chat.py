@@ -241,8 +241,6 @@ def _check_together(body: Body) -> None:
     if len(grammars) > 1:
         names = " and ".join(grammar.param for grammar in grammars)
         raise InvalidRequest(f"{names} cannot be combined; give one of them", param=grammars[-1].param)
-    if grammars and body.ignore_eos:
-        raise InvalidRequest(f"ignore_eos cannot be combined with {grammars[0].param}", param="ignore_eos")
     if isinstance(body, CompletionBody):
         if body.max_tokens == 0 and not body.echo:
             raise InvalidRequest("max_tokens must be at least 1 without echo, got 0", param="max_tokens")
@@ -250,26 +248,15 @@ def _check_together(body: Body) -> None:
             got = f"{len(body.prompt)} prompts with n {body.n}"
             raise InvalidRequest(f"prompts times n must be at most {MAX_ANSWERS_PER_CALL}, got {got}", param="prompt")
         return
-    _check_tools(body, grammars)
+    if body.tools or body.tool_choice.mode == "required":
+        check_tools(body.tools, body.tool_choice)
+    _check_turns(body.messages)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs true", param="top_logprobs")
     both = (body.max_tokens, body.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         message = f"max_tokens ({both[0]}) and max_completion_tokens ({both[1]}) differ; give one of them"
         raise InvalidRequest(message, param="max_completion_tokens")
-
-
-def _check_tools(body: ChatBody, grammars: Sequence[Grammar]) -> None:
-    if body.tools or body.tool_choice.mode == "required":
-        check_tools(body.tools, body.tool_choice)
-    _check_turns(body.messages)
-    if not body.callable_tools:
-        return
-    # Each of these could cut a call short, or forbid it.
-    clashing = [grammar.param for grammar in grammars]
-    clashing += [name for name in ("stop", "ignore_eos") if getattr(body, name)]
-    if clashing:
-        raise InvalidRequest(f"{clashing[0]} cannot be combined with tools; give one of them", param=clashing[0])
 
 
 def _check_turns(messages: Sequence[Message]) -> None:

@@ -53,7 +53,7 @@ class SchemaFormat(TypedDict):
 
 
 def format_grammar(value: object) -> Grammar | None:
-    """Read OpenAI's `response_format`; None for plain text. A schema is enforced, `strict` or not."""
+    """Read OpenAI's `response_format`; None for plain text. `strict` refuses a schema that cannot be enforced whole."""
     fields = _object(value, "an object with a type")
     kind = fields.get("type")
     if not isinstance(kind, str) or kind not in _FORMATS:
@@ -62,12 +62,14 @@ def format_grammar(value: object) -> Grammar | None:
     if kind == "text":
         return None
     schema: object = {"type": "object"} if fields.get("schema") is None else _object(fields["schema"], "a JSON schema")
+    strict = False
     if kind == "json_schema":
         described = _object(fields.get("json_schema"), "json_schema with a schema")
         _no_others(described, _SCHEMA_FIELDS)
         schema = _object(described.get("schema"), "json_schema.schema, a JSON schema")
+        strict = described.get("strict") is True
     bound_depth(schema)
-    return _bounded(Grammar("json_schema", json.dumps(schema, ensure_ascii=False), "response_format"))
+    return _bounded(Grammar("json_schema", json.dumps(schema, ensure_ascii=False), "response_format", strict))
 
 
 def lark_grammar(value: object) -> Grammar:

@@ -7,6 +7,7 @@ model to that form and to each function's schema, so that every call that is rea
 import hashlib
 import json
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,6 +55,7 @@ class ToolFormat:
 PROBE_NAME, PROBE_ARGUMENTS = "get_weather", '{"city": "Oslo"}'
 # Some templates require nine letters or digits.
 _PROBE_ID = "abcdefghi"
+_PART = "urn:deskside:"
 _NAME, _ARGUMENTS, _PARAMETERS = '{"name": "', '", "arguments": ', '", "parameters": '
 
 FORMATS: tuple[ToolFormat, ...] = (
@@ -97,13 +99,22 @@ def recognise(conversation: str, turn: str, template_text: str) -> ToolFormat | 
 
 
 def tool_grammar(
-    form: ToolFormat, schemas: Mapping[str, str], control: Mapping[str, int], *, must_call: bool, parallel: bool
+    form: ToolFormat,
+    schemas: Mapping[str, str],
+    control: Mapping[str, int],
+    *,
+    must_call: bool,
+    parallel: bool,
+    text: Grammar | None = None,
 ) -> Grammar:
-    """The grammar of an answer: calls, or unless `must_call`, any text.
+    """The grammar of an answer: calls, or unless `must_call`, a text, which the grammar `text` may constrain.
 
     `schemas` maps each function's name to the schema of its arguments, as llguidance takes it; `control` maps control
     tokens' texts to ids.
     """
+    text = None if must_call else text
+    if text is not None and not form.marker and text.kind == "json_schema":
+        return _either(form, schemas, text)
     rules = [f"one: {_terms(form.lead, control)} called {_terms(form.tail, control)}"]
     called = []
     for number, (name, schema) in enumerate(schemas.items()):
@@ -112,12 +123,29 @@ def tool_grammar(
     rules.append(f"called: {' | '.join(called)}")
     more = f"({_terms(form.between, control)} one)*" if parallel and form.between is not None else ""
     rules.append(f"calls: {_terms(form.opening, control)} one {more} {_terms(form.closing, control)}")
-    return Grammar("lark", "\n".join([*_start(form, control, must_call=must_call), *rules]), "tools")
+    start = _start(form, control, must_call=must_call, fits=text is not None)
+    return Grammar("lark", "\n".join([*start, *rules]), "tools", text=text)
 
 
-def _start(form: ToolFormat, control: Mapping[str, int], *, must_call: bool) -> list[str]:
+def _either(form: ToolFormat, schemas: Mapping[str, str], text: Grammar) -> Grammar:
+    """Calls in plain JSON, or a text that is JSON too: one schema, since both begin alike."""
+    arguments = json.loads(form.lead + PROBE_NAME + form.middle + "{}" + form.tail)
+    argument_field = next(name for name in arguments if name != "name")
+    parts = [{"$id": f"{_PART}text", **json.loads(text.source)}]
+    for number, (name, schema) in enumerate(schemas.items()):
+        # With an address of its own a part's references mean the part.
+        fields = {"name": {"const": name}, argument_field: {"$id": f"{_PART}{number}", **json.loads(schema)}}
+        call = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+        parts.append(call)
+    options = json.loads(next(iter(schemas.values()))).get("x-guidance", {}) | {"lenient": True}
+    return Grammar("json_schema", json.dumps({"anyOf": parts, "x-guidance": options}, ensure_ascii=False), "tools")
+
+
+def _start(form: ToolFormat, control: Mapping[str, int], *, must_call: bool, fits: bool) -> list[str]:
     if must_call:
         return [f"start: {_terms(form.marker, control)} calls"]
+    if fits:
+        return [f"start: @text | {_terms(form.marker, control)} calls"]
     if not form.marker:
         return ["start: TEXT | calls", r"TEXT: /(\s*[^{\s](.|\n)*)?/"]
     mark = re.escape(form.marker).replace("/", r"\/")
@@ -137,6 +165,7 @@ def _terms(text: str | None, control: Mapping[str, int]) -> str:
 
 
 _SPACE = " \t\r\n"
+_NAME_CHARACTERS = string.ascii_letters + string.digits + "_-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +187,14 @@ class ToolDelta:
 
 
 class ToolCallReader:
-    """Splits the text of one answer into content and calls. Feed it every piece, then `finish`."""
+    """Splits the text of one answer into content and calls. Feed it every piece, then `finish`.
 
-    def __init__(self, form: ToolFormat, request_id: str) -> None:
+    With `calls_first`, an answer with calls begins with the first of them, and any other answer is text throughout.
+    """
+
+    def __init__(self, form: ToolFormat, request_id: str, *, calls_first: bool = False) -> None:
         self._form = form
+        self._calls_first = calls_first
         self._request_id = request_id
         self._state: Literal["text", "only text", "head", "arguments"] = "text"
         self._buffer = ""
@@ -193,6 +226,12 @@ class ToolCallReader:
         marker = self._form.marker
         if self._state == "only text":
             return self._take(len(self._buffer))
+        if self._calls_first:
+            begins = self._begins_a_call()
+            if begins is not None:
+                self._state = "head" if begins else "only text"
+                self._take(len(marker) if begins else 0)
+            return ""
         if not marker:
             if self._buffer:
                 self._state = "head" if self._buffer[0] == "{" else "only text"
@@ -207,6 +246,19 @@ class ToolCallReader:
         keep = next((n for n in range(longest, 0, -1) if marker.startswith(self._buffer[-n:])), 0)
         # White space before a call belongs neither to the text nor to the call.
         return self._take(len(self._buffer[: len(self._buffer) - keep].rstrip(_SPACE)))
+
+    def _begins_a_call(self) -> bool | None:
+        """True if the buffer, which is all of the answer so far, begins with a call; None if that is still open."""
+        text, marker, lead, middle = self._buffer, self._form.marker, self._form.lead, self._form.middle
+        opening = marker or lead
+        if len(text) < len(opening):
+            return None if opening.startswith(text) else False
+        if marker or not text.startswith(lead):
+            return text.startswith(opening)
+        if self._head.match(text):
+            return True
+        rest = text[len(lead) :].lstrip(_NAME_CHARACTERS)
+        return None if middle.startswith(rest) else False
 
     def _read_head(self, deltas: dict[int, CallDelta]) -> None:
         found = self._head.search(self._buffer)

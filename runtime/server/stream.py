@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -14,6 +15,10 @@ from runtime.openai.answer import AnswerChunk
 from runtime.openai.wire import to_json
 from runtime.serving.call import Call
 from runtime.worker.inflight import Stream
+
+# Names the parts of the request's schemas that the answer need not keep to.
+NOT_ENFORCED = "deskside-not-enforced"
+MAX_HEADER_CHARS = 1024
 
 # Made once: making one takes a third of the time of encoding a chunk.
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -39,11 +44,19 @@ class JsonBytes(Response):
 
 async def respond(http: Request, call: Call, events: Stream) -> Response:
     """Answer a submitted call. Raises Cancelled if the client disconnects before a whole answer is sent."""
+    headers = {NOT_ENFORCED: _header_text("; ".join(call.not_enforced))} if call.not_enforced else {}
     if call.streams:
-        return ServerSentEvents(call, events)
+        return ServerSentEvents(call, events, headers)
     async with cancelled_on_disconnect(http.receive, events):
         answer = await call.fold(events)
-        return await asyncio.to_thread(JsonBytes, answer) if call.large else JsonBytes(answer)
+        if call.large:
+            return await asyncio.to_thread(JsonBytes, answer, headers=headers)
+        return JsonBytes(answer, headers=headers)
+
+
+def _header_text(text: str) -> str:
+    """The text as a header may hold it: printable ASCII, and not too long."""
+    return re.sub("[^ -~]", "?", text)[:MAX_HEADER_CHARS]
 
 
 class ServerSentEvents(Response):
@@ -51,8 +64,8 @@ class ServerSentEvents(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, call: Call, events: Stream) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(self, call: Call, events: Stream, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._call = call
         self._events = events

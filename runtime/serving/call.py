@@ -20,7 +20,8 @@ class Call:
     """A prepared request of any endpoint: `work` is valid, tokenised, known to fit the context, and submitted together.
 
     `answer` makes a new, empty wire answer. `streams`: the client asked for chunks. `large`: the answer may be tens of
-    megabytes, so it is built and encoded in a thread.
+    megabytes, so it is built and encoded in a thread. `not_enforced` names the parts of the request's schemas that it
+    need not keep to.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Call:
     answer: Callable[[], WireAnswer]
     streams: bool = False
     large: bool = False
+    not_enforced: tuple[str, ...] = ()
 
     async def fold(self, events: Stream) -> dict[str, Any]:
         """Return the whole answer. Raises the error of the first request that failed, and cancels the others."""

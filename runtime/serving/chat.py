@@ -6,15 +6,11 @@ A body becomes requests that are valid, tokenised and known to fit the context, 
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from msgspec import structs
-
-from runtime.decoding.schema import closed
 from runtime.errors import ContextTooLong, InvalidRequest, ModelUnknown, TemplateFailed
-from runtime.llama.interface import TokenizerLike
 from runtime.openai.answer import EchoedPrompt, TextAnswer, TextCall
 from runtime.openai.chat import (
     Body,
@@ -29,107 +25,12 @@ from runtime.openai.chat import (
 )
 from runtime.openai.responses.answer import ResponseAnswer, ResponseCall
 from runtime.openai.responses.request import Origins, parse_response
-from runtime.openai.tool_calls import ToolFormat, probe, recognise, tool_grammar
 from runtime.openai.wire import Endpoint
 from runtime.prompt.prompter import Prompter
-from runtime.requests import Grammar, Request
 
 from .call import Call
+from .form import prepare_form
 from .model import ServedModel
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerForm:
-    """The grammar of an answer; if it may hold calls, their format and the control tokens kept in its text."""
-
-    grammar: Grammar
-    calls: ToolFormat | None = None
-    spelled: tuple[int, ...] = ()
-
-    def hold(self, requests: Sequence[Request]) -> tuple[Request, ...]:
-        """The requests with the grammar, and with the control tokens that stay in the text."""
-        params = (structs.replace(request.params, grammar=self.grammar, spelled=self.spelled) for request in requests)
-        return tuple(structs.replace(request, params=params) for request, params in zip(requests, params, strict=True))
-
-
-def prepare_form(body: Body, model: ServedModel) -> AnswerForm | None:
-    """Find the form that the body asks for and compile its grammar; None if it asks for none.
-
-    Raises InvalidRequest if the model cannot write in this form.
-    """
-    form = _with_calls(body, model) if isinstance(body, ChatBody) and body.callable_tools else _plain(body, model)
-    if form is not None:
-        model.grammars.compile(form.grammar)
-    return form
-
-
-def require_tools(body: ChatBody, model: ServedModel) -> None:
-    """Raise InvalidRequest if the body names tools or calls, and the model's chat template has no place for them."""
-    tools = body.callable_tools
-    names_a_call = next(
-        (n for n, message in enumerate(body.messages) if message.tool_calls or message.tool_call_id), None
-    )
-    if (tools or names_a_call is not None) and not model.prompter.takes_tools:
-        message = f"model {model.name!r} cannot call tools: its chat template has no place for them"
-        param = "tools" if tools else f"messages[{names_a_call}]"
-        raise InvalidRequest(message, param=param, code="unsupported_parameter")
-
-
-def _plain(body: Body, model: ServedModel) -> AnswerForm | None:
-    grammar = grammar_of(body)
-    if grammar is None:
-        return None
-    if grammar.kind == "json_schema":
-        compact = model.manifest is not None and model.manifest.compact_json
-        grammar = structs.replace(grammar, source=closed(grammar.source, compact=compact))
-    return AnswerForm(grammar)
-
-
-def _with_calls(body: ChatBody, model: ServedModel) -> AnswerForm:
-    """The form of calls to the body's tools. Raises InvalidRequest if the model writes calls in an unknown format."""
-    form = recognise(*example_call(model.prompter), model.prompter.template_text)
-    if form is None:
-        message = f"model {model.name!r} cannot call tools here: its chat template writes calls in an unknown format"
-        raise InvalidRequest(message, param="tools", code="unsupported_parameter")
-    control = control_tokens(form, model.tokenizer)
-    choice = body.tool_choice
-    functions = [tool.function for tool in body.callable_tools if choice.allows(tool.function.name)]
-    grammar = tool_grammar(
-        form,
-        # Chat templates write JSON with white space, even if the model's own examples do not.
-        {function.name: closed(function.text_of_arguments) for function in functions},
-        control,
-        must_call=choice.mode == "required",
-        parallel=body.parallel_tool_calls and not choice.named,
-    )
-    return AnswerForm(grammar, form, tuple(control.values()))
-
-
-def example_call(prompter: Prompter) -> tuple[str, str]:
-    """Render a conversation with a call: all of it, and the part that begins with the model's turn.
-
-    Both are empty if the chat template cannot write one.
-    """
-    turns, tools = probe()
-    extra = {"tools": tools}
-    try:
-        before = prompter.render(turns[:1], extra=extra)
-        whole = prompter.render(turns, extra=extra, add_generation_prompt=False)
-    except (InvalidRequest, TemplateFailed):
-        return "", ""
-    return whole, whole.removeprefix(before.rstrip())
-
-
-def control_tokens(form: ToolFormat, tokenizer: TokenizerLike) -> dict[str, int]:
-    """The texts of a format that are control tokens of this model: text -> token id."""
-    found = {}
-    for text in tokenizer.special_texts:
-        if any(text in piece for piece in form.pieces):
-            tokens = tokenizer.encode(text, add_special=False, parse_special=True)
-            if len(tokens) == 1 and not tokenizer.token_bytes(tokens[0]):
-                found[text] = tokens[0]
-    return found
-
 
 T = TypeVar("T")
 
@@ -177,7 +78,13 @@ def prepare_response(payload: object, model: ServedModel) -> Call:
             renamed = ContextTooLong(message, param=renamed.param, code=renamed.code)
         raise renamed from None
     response = ResponseCall(chat, body)
-    return Call(response.id, chat.requests, partial(ResponseAnswer, response, time.time), streams=chat.stream)
+    return Call(
+        response.id,
+        chat.requests,
+        partial(ResponseAnswer, response, time.time),
+        streams=chat.stream,
+        not_enforced=tuple(_renamed_note(note, body.origins) for note in chat.not_enforced),
+    )
 
 
 def require_model(asked: str | None, served: str) -> None:
@@ -193,8 +100,20 @@ def require_chat(model: ServedModel) -> None:
         raise InvalidRequest(message, param="messages", code="not_a_chat_model")
 
 
+def require_tools(body: ChatBody, model: ServedModel) -> None:
+    """Raise InvalidRequest if the body names tools or calls, and the model's chat template has no place for them."""
+    tools = body.callable_tools
+    names_a_call = next(
+        (n for n, message in enumerate(body.messages) if message.tool_calls or message.tool_call_id), None
+    )
+    if (tools or names_a_call is not None) and not model.prompter.takes_tools:
+        message = f"model {model.name!r} cannot call tools: its chat template has no place for them"
+        param = "tools" if tools else f"messages[{names_a_call}]"
+        raise InvalidRequest(message, param=param, code="unsupported_parameter")
+
+
 def _text(call: TextCall) -> Call:
-    return Call(call.id, call.requests, partial(TextAnswer, call), streams=call.stream)
+    return Call(call.id, call.requests, partial(TextAnswer, call), streams=call.stream, not_enforced=call.not_enforced)
 
 
 def _chat(payload: object, model: ServedModel) -> TextCall:
@@ -233,7 +152,8 @@ def _text_call(body: Body, prompts: Sequence[tuple[int, ...]], model: ServedMode
     """Check the lengths of prompts and answers, prepare the grammar and make the requests."""
     _check_ids(body, prompts, model.tokenizer.n_vocab)
     tokenized = [TokenizedPrompt(prompt, _limit(body, prompt, model)) for prompt in prompts]
-    form = prepare_form(body, model)
+    constrained = grammar_of(body) is not None or (isinstance(body, ChatBody) and bool(body.callable_tools))
+    form = prepare_form(body, model) if constrained else None
     drawn = [secrets.randbits(64) for _ in range(len(prompts) * body.n)]
     endpoint: Endpoint = "chat" if isinstance(body, ChatBody) else "completion"
     call_id = _ID_PREFIX[endpoint] + secrets.token_hex(12)
@@ -250,6 +170,8 @@ def _text_call(body: Body, prompts: Sequence[tuple[int, ...]], model: ServedMode
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         continuous_usage=body.stream_options is not None and body.stream_options.continuous_usage_stats,
         tools=form.calls if form else None,
+        calls_first=form is not None and form.calls_first,
+        not_enforced=form.not_enforced if form else (),
     )
 
 
@@ -276,3 +198,8 @@ def _renamed(error: InvalidRequest | ContextTooLong, origins: Origins) -> Invali
         return error
     param = origins.rename(error.param)
     return type(error)(str(error).replace(error.param, param, 1), param=param, code=error.code)
+
+
+def _renamed_note(note: str, origins: Origins) -> str:
+    param, colon, rest = note.partition(":")
+    return origins.rename(param) + colon + rest

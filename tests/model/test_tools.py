@@ -11,7 +11,7 @@ from runtime.engine.engine import Engine
 from runtime.llama.model import Llama
 from runtime.openai.tool_calls import FORMATS, ToolCallReader, tool_grammar
 from runtime.requests import Event, Finished, Request, SamplingParams, TextDelta
-from runtime.serving.chat import control_tokens
+from runtime.serving.form import control_tokens
 
 pytestmark = pytest.mark.model
 

@@ -241,3 +241,58 @@ def test_a_tokenizer_that_puts_a_space_in_front_is_seen_through() -> None:
 
     state: GrammarState = Grammars(Spaced()).compile(grammar("choice", ["spam"]))
     assert bytes(state.forced()) == b"spam"
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("regex", r"\d\w[\s\d]"),
+        ("regex", r"[\d-]\w[^\S]"),
+        ("lark", 'start: "//" /\\d\\w[\\s\\d]/ // "a /\\d/'),
+        ("lark", 'start: D "\\\\d"\nD: /\\d/'),
+        ("json_schema", {"type": "string", "pattern": r"^\d\w$"}),
+    ],
+)
+def test_classes_are_ascii_as_in_a_schemas_pattern(kind: GrammarKind, source: object) -> None:
+    answers = [walk(grammar(kind, source), seed, forcing=True) for seed in range(30)]
+    assert all(answer.isascii() for answer in answers)
+    assert len(set(answers)) > 5
+
+
+def test_scripts_that_are_asked_for_are_not_taken_away() -> None:
+    answers = {walk(grammar("regex", r"[\p{Greek}\D]"), seed, forcing=True) for seed in range(30)}
+    assert not all(answer.isascii() for answer in answers)
+    assert walk(grammar("lark", 'start: "\\\\d é"'), 0, forcing=True) == "\\d é"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["((a{1,100}){1,100}){1,100}", "x((a{1,100}){1,100}){1,100}"],
+)
+def test_a_grammar_that_becomes_too_large_is_refused_at_the_door(source: str) -> None:
+    for kind, text in (("regex", source), ("lark", f"start: /{source}/")):
+        with pytest.raises(InvalidRequest) as caught:
+            GRAMMARS.compile(grammar(kind, text))  # type: ignore[arg-type]
+        assert caught.value.param == ("regex" if kind == "regex" else "grammar")
+
+
+def test_a_grammar_that_becomes_too_large_later_is_the_requests_fault() -> None:
+    asked = grammar("regex", "x{70}((a{1,100}){1,100}){1,100}")
+    state = GRAMMARS.compile(asked)
+
+    def write() -> None:
+        for character in b"x" * 70 + b"a" * 100:
+            state.accept([character])
+            state.allowed()
+
+    with pytest.raises(InvalidRequest, match="too large") as caught:
+        write()
+    assert caught.value.param == "regex"
+
+
+def test_gbnf_is_read_too() -> None:
+    asked = grammar("lark", 'root ::= "a" word\nword ::= "b" | "c"')
+    assert {walk(asked, seed, forcing=True) for seed in range(9)} == {"ab", "ac"}
+    with pytest.raises(InvalidRequest) as caught:
+        GRAMMARS.compile(grammar("lark", "root ::= ((("))
+    assert caught.value.param == "grammar"

@@ -113,9 +113,8 @@ def test_the_depth_of_a_schema_is_bounded() -> None:
     refusal("chat", response_format=formatted(deep(900)))
 
 
-def test_one_grammar_at_a_time_and_none_that_may_never_end() -> None:
+def test_one_grammar_at_a_time() -> None:
     error = refusal("chat", regex="a", choice=["a"])
     assert (error.param, "regex" in str(error)) == ("choice", True)
     assert refusal("chat", response_format={"type": "json_object"}, grammar="start: /a/").param == "grammar"
     assert grammars_of("chat", response_format={"type": "text"}, regex="a") == [Grammar("regex", "a", "regex")]
-    assert refusal("completion", regex="a", ignore_eos=True).param == "ignore_eos"

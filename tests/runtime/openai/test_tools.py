@@ -14,7 +14,7 @@ from runtime.openai.tool_calls import FORMATS, CallDelta, ToolCallReader, ToolFo
 from runtime.openai.tools import MAX_CALL_ID_CHARS, MAX_CALLS, MAX_TOOLS, ToolChoice
 from runtime.prompt.prompter import Prompter
 from runtime.prompt.template import ChatTemplate
-from runtime.serving.chat import example_call
+from runtime.serving.form import example_call
 from tests.support.runtime import tool_templates as templates
 from tests.support.runtime.fakes import FakeTokenizer
 
@@ -156,10 +156,6 @@ BAD_TOOLS: list[tuple[dict[str, Any], str]] = [
         "tool_choice",
     ),
     ({"tools": [F], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
-    ({"tools": [F], "stop": "x"}, "stop"),
-    ({"tools": [F], "ignore_eos": True}, "ignore_eos"),
-    ({"tools": [F], "regex": "a"}, "regex"),
-    ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": {"name": "f"}}, "function_call"),
 ]

@@ -303,7 +303,7 @@ def test_control_tokens_in_tools_and_results_are_mere_text() -> None:
                     {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "x"}}}}}
                 ]
             },
-            "tools",
+            "tools[0].function.parameters",
             "cannot be used",
         ),
     ],
@@ -341,3 +341,141 @@ def test_arguments_are_the_functions_own_and_their_numbers_end() -> None:
             arguments = json.loads(text)
             assert (set(arguments), set(arguments["o"]) <= {"k"}) == ({"n", "o"}, True)
             assert len(text) < 80
+
+
+TEXT = {"type": "json_schema", "json_schema": {"name": "t", "schema": {"properties": {"name": {"type": "string"}}}}}
+SAID = '{"name": "Anna <tool_call> [TOOL_CALLS]"}'
+
+
+@pytest.mark.parametrize("template", templates.TWO_CALLS)
+def test_beside_tools_an_answer_is_calls_or_a_text_that_fits(template: str) -> None:
+    calls = templates.TWO_CALLS[template]
+    for script, text in ((SAID, SAID), (calls, None)):
+        with serving(model(template, script)) as toy:
+            body = {"messages": [USER], "tools": [F, G], "response_format": TEXT, "temperature": 0}
+            whole = toy.http.post(CHAT, json=body).raise_for_status().json()["choices"][0]
+            lines = toy.http.post(CHAT, json=body | {"stream": True}).text.splitlines()
+        deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line.startswith("data: {")]
+        assert whole["message"]["content"] == text
+        assert ("".join(delta.get("content") or "" for delta in deltas) or None) == text
+        named = [call["function"]["name"] for call in whole["message"].get("tool_calls", [])]
+        news = [call["function"].get("name") for delta in deltas for call in delta.get("tool_calls", [])]
+        expected = [] if text else ["f", "g"][: 1 if calls[0] == "{" else 2]
+        assert (named, [name for name in news if name]) == (expected, expected)
+        assert whole["finish_reason"] == ("stop" if text else "tool_calls")
+
+
+FITTING: list[tuple[dict[str, Any], str]] = [
+    ({"regex": "[a-c]{2}"}, "ab"),
+    ({"choice": ["spam", "ham"]}, "ham"),
+    ({"grammar": 'start: "one" | "two"'}, "two"),
+    ({"response_format": {"type": "json_object"}}, '{"a": 1}'),
+]
+
+
+@pytest.mark.parametrize("template", [templates.HERMES, templates.LLAMA], ids=["marked", "plain"])
+@pytest.mark.parametrize(("fields", "text"), FITTING, ids=lambda value: json.dumps(value)[:30])
+def test_each_form_goes_with_tools(template: str, fields: dict[str, Any], text: str) -> None:
+    for script in (text, templates.TWO_CALLS[template]):
+        with serving(model(template, script)) as toy:
+            body = {"messages": [USER], "tools": [F, G], "temperature": 0} | fields
+            choice = toy.http.post(CHAT, json=body).raise_for_status().json()["choices"][0]
+        assert choice["message"]["content"] == (text if script == text else None)
+        assert choice["finish_reason"] == ("stop" if script == text else "tool_calls")
+
+
+def test_a_form_beside_a_call_that_must_come_is_not_in_its_way() -> None:
+    with serving(model(templates.HERMES)) as toy:
+        body: dict[str, Any] = {"messages": [USER], "tools": [F], "tool_choice": "required", "response_format": TEXT}
+        body |= {"parallel_tool_calls": False, "seed": 3}
+        message = toy.http.post(CHAT, json=body).raise_for_status().json()["choices"][0]["message"]
+        assert json.loads(message["tool_calls"][0]["function"]["arguments"])["city"] in CITIES
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["text", "control tokens"])
+@pytest.mark.parametrize("template", templates.TWO_CALLS)
+def test_a_stop_string_ends_a_text_and_no_call(template: str, control: bool) -> None:
+    calls = templates.TWO_CALLS[template]
+    for script in (calls, "It is cold. Oslo"):
+        with serving(model(template, script, control)) as toy:
+            body = {"messages": [USER], "tools": [F, G], "temperature": 0, "stop": ["Oslo", "}"]}
+            choice = toy.http.post(CHAT, json=body).raise_for_status().json()["choices"][0]
+        if script == calls:
+            assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": "Oslo"}
+        else:
+            assert (choice["message"]["content"], choice["finish_reason"]) == ("It is cold. ", "stop")
+
+
+def test_ignore_eos_goes_on_as_long_as_the_form_allows() -> None:
+    with serving(model(templates.HERMES)) as toy:
+        asked: dict[str, Any] = {"messages": [USER], "ignore_eos": True, "seed": 1}
+        call = toy.http.post(CHAT, json=asked | {"tools": [G], "tool_choice": "required", "max_tokens": 200})
+        assert call.raise_for_status().json()["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "g"
+        text = toy.http.post(CHAT, json=asked | {"regex": "ab?", "temperature": 2}).raise_for_status().json()
+        assert text["choices"][0]["message"]["content"] == "ab"
+        long = toy.http.post(CHAT, json=asked | {"regex": "[a-c]*", "max_tokens": 30}).raise_for_status().json()
+        assert long["choices"][0]["finish_reason"] == "length"
+
+
+UNUSUAL: list[tuple[dict[str, Any], str]] = [
+    ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True, "maxItems": 2}, "uniqueItems"),
+    ({"type": "string", "format": "byte", "maxLength": 3}, "format byte"),
+    ({"type": "string", "format": "pass\r\nword", "maxLength": 3}, "format pass??word"),
+    ({"type": "string", "pattern": "^(?=a)b*$", "maxLength": 3}, "pattern ^(?=a)b*$"),
+    ({"if": {"type": "string"}, "then": {"maxLength": 3}, "type": "boolean"}, "if, then"),
+    ({"type": "boolean", "$ref": "https://example.org/other.json"}, "$ref https://example.org/other.json"),
+    ({"oneOf": [{"type": "boolean"}, {"enum": [True]}]}, "oneOf (taken as anyOf)"),
+]
+
+
+@pytest.mark.parametrize(("schema", "named"), UNUSUAL, ids=[named for _, named in UNUSUAL])
+def test_what_is_not_strict_is_enforced_as_far_as_can_be_and_the_rest_is_named(
+    schema: dict[str, Any], named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+    tool: dict[str, Any] = {"type": "function", "function": {"name": "h", "parameters": parameters}}
+    formatted = {"name": "t", "schema": parameters}
+    asked: list[tuple[str, dict[str, Any], str]] = [
+        (CHAT, {"messages": [USER], "tools": [F, tool], "tool_choice": "required"}, "tools[1].function.parameters"),
+        (
+            CHAT,
+            {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": formatted}},
+            "response_format",
+        ),
+        ("/v1/responses", {"input": "x", "text": {"format": {"type": "json_schema", **formatted}}}, "text.format"),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", **tool["function"]}]}, "tools[0].parameters"),
+    ]
+    with serving(model(templates.HERMES)) as toy:
+        for path, body, param in asked:
+            for more in ({}, {"stream": True}):
+                response = toy.http.post(path, json=body | more | {"seed": 2})
+                assert response.status_code == 200, response.text
+                assert response.headers["deskside-not-enforced"] == f"{param}: {named}"
+    assert named.replace("?", "") in caplog.text.replace("?", "").replace("\r\n", "")
+
+
+def test_what_is_strict_is_enforced_whole_or_refused_by_name() -> None:
+    parameters = {"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}
+    strict: dict[str, Any] = {"type": "function", "function": {"name": "h", "parameters": parameters, "strict": True}}
+    formatted = {"name": "t", "schema": parameters, "strict": True}
+    with serving(model(templates.HERMES)) as toy:
+        for path, body, param in (
+            (CHAT, {"messages": [USER], "tools": [F, strict]}, "tools[1].function.parameters"),
+            (
+                "/v1/responses",
+                {"input": "x", "tools": [{"type": "function", **strict["function"]}]},
+                "tools[0].parameters",
+            ),
+            (
+                CHAT,
+                {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": formatted}},
+                "response_format",
+            ),
+        ):
+            response = toy.http.post(path, json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, param)
+            assert "uniqueItems" in error["message"]
+            assert "Lark" not in error["message"]
+        plain = toy.http.post(CHAT, json={"messages": [USER], "tools": [F], "max_tokens": 3})
+        assert "deskside-not-enforced" not in plain.headers
