@@ -3,9 +3,9 @@
 A new setting is one new field here, and nothing else.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from models.common.options import AutoFloat, AutoInt, AutoOffInt, Flag
 from models.common.record import Record
@@ -41,6 +41,18 @@ class EngineConfig(Record):
         le=64,
         description="Most speculative tokens per step where an answer copies; auto: as many as pay.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Repeat an answer bit for bit, whatever is cached or asked beside it: one request at a time.",
+    )
+
+    @model_validator(mode="after")
+    def _no_drafts_beside_deterministic(self) -> Self:
+        if self.deterministic and self.speculate:
+            raise ValueError(
+                f"--deterministic computes no speculative tokens, but --speculate is {self.speculate}; leave that out"
+            )
+        return self
 
 
 class RuntimeConfig(EngineConfig):

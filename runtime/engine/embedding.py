@@ -51,11 +51,15 @@ class _Piece:
 
 
 class Embedder:
-    """The job of all `Embedding`s. It makes steps of its own: the scheduler knows nothing of them."""
+    """The job of all `Embedding`s, at most `at_once` texts of which share a batch.
 
-    def __init__(self, llama: LlamaLike, counts: TokenCounts) -> None:
+    It makes steps of its own: the scheduler knows nothing of them.
+    """
+
+    def __init__(self, llama: LlamaLike, counts: TokenCounts, at_once: int) -> None:
         self._llama = llama
         self._counts = counts
+        self._at_once = at_once
         self._turns: deque[_LiveEmbedding] = deque()
         self._suspects: deque[_LiveEmbedding] = deque()
         self._begun: _ActiveText | None = None
@@ -121,7 +125,7 @@ class Embedder:
             count = min(len(text.tokens) - text.n_computed, room)
             pieces.append(_Piece(text, count))
             room -= count
-            if room == 0 or len(pieces) == self._llama.info.embed_n_seq_max:
+            if room == 0 or len(pieces) == self._at_once:
                 break
         return pieces
 

@@ -53,22 +53,26 @@ class Engine:
         options = options or EngineOptions()
         info = llama.info
         self._llama = llama
-        self._cache = PrefixCache(info.n_ctx, info.n_seq_max, options.idle_bound(info.n_ctx))
+        n_ids = 1 if options.deterministic else info.n_seq_max
+        step_tokens = min(options.step_tokens, info.n_batch)
+        self._cache = PrefixCache(info.n_ctx, n_ids, options.idle_bound(info.n_ctx))
         self._scheduler = scheduler = Scheduler(
             self._cache,
-            step_tokens=min(options.step_tokens, info.n_batch),
-            max_running=min(options.max_running, info.n_seq_max),
+            step_tokens=step_tokens,
+            max_running=min(options.at_once, info.n_seq_max),
             max_rows=info.n_seq_max,  # a model gives no fewer in one decode
             mix_cells=options.mix_bound(info.gpu_layers),
+            whole_chunk=options.whole_chunk(step_tokens),
         )
         self._counts = counts = TokenCounts()
         arrivals = count(step=ARRIVALS)
-        self._drafts = None if options.max_drafts == 0 else Drafts(options.max_drafts)
+        drafts = options.max_drafts != 0 and not options.deterministic
+        self._drafts = Drafts(options.max_drafts) if drafts else None
         self._writer = Writer(llama, scheduler, arrivals, counts, grammars, self._drafts)
-        self._embedder = Embedder(llama, counts)
+        self._embedder = Embedder(llama, counts, at_once=1 if options.deterministic else info.embed_n_seq_max)
         self._jobs: dict[type, Job[Any]] = {
             Request: self._writer,
-            Scoring: Scorer(info, scheduler, arrivals, counts, at_once=max(1, options.max_running // 2)),
+            Scoring: Scorer(info, scheduler, arrivals, counts, at_once=max(1, options.at_once // 2)),
             Embedding: self._embedder,
         }
         self._embedded_last = False

@@ -17,6 +17,8 @@ IDLE_SHARE = 0.25
 # hold 128 cells, 0.85 … 1.25 (1.03) at 512, 0.88 … 1.99 (1.41) at 2k; 1.05 … 1.45 at 1k. Steps of more rows than 16 are
 # dearer (choices to score), so theirs break even later: with 640, 16 clients' decisions are planned as if always mixed.
 MIX_CELLS = 640
+# Tokens of a prompt's chunk in a deterministic engine: a prompt that shares a prefix computes at most so many again.
+WHOLE_CHUNK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,11 @@ class EngineOptions:
     them needs a sequence id too, so load the model with `n_seq_max` ids. An answer that copies its input has at most
     `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay). Answers that hold more than
     `mix_cells` cells in all share no step with prompts (None: the measured bound; none on a GPU).
+
+    A `deterministic` engine gives the same request the same logits, bit for bit, on one machine with one model and
+    these options: requests are answered one after another, each alone in the KV cache but for the whole chunks of the
+    prompt before that it shares, and in chunks that depend on its own tokens alone (see `Scheduler`). It makes no
+    drafts, and embeds one text at a time.
     """
 
     step_tokens: int = 512
@@ -35,15 +42,26 @@ class EngineOptions:
     idle_cells: int | None = None
     max_drafts: int | None = 0
     mix_cells: int | None = None
+    deterministic: bool = False
 
     @property
     def n_seq_max(self) -> int:
         """Sequence ids the model should be loaded with: the running ones and as many idle prefixes."""
         return min(2 * self.max_running, 256)
 
+    @property
+    def at_once(self) -> int:
+        """Sequences that are computed at the same time."""
+        return 1 if self.deterministic else self.max_running
+
     def idle_bound(self, n_ctx: int) -> int:
-        """The cells, of `n_ctx`, that finished prompts may keep."""
-        return int(n_ctx * IDLE_SHARE) if self.idle_cells is None else self.idle_cells
+        """The cells, of `n_ctx`, that finished prompts may keep. A deterministic engine's steps never read them."""
+        share = 1.0 if self.deterministic else IDLE_SHARE
+        return int(n_ctx * share) if self.idle_cells is None else self.idle_cells
+
+    def whole_chunk(self, step_tokens: int) -> int | None:
+        """The scheduler's `whole_chunk`, where a step has room for `step_tokens`."""
+        return min(WHOLE_CHUNK, step_tokens) if self.deterministic else None
 
     def mix_bound(self, gpu_layers: int) -> int | None:
         """The cells that answers may hold in all while they share a step with prompts; None: any number.

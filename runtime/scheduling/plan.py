@@ -35,7 +35,7 @@ class ScheduledSequence:
     while it waits, or is pre-empted), computed under LoRA `adapter` (None: the bare model). `n_cached` of the prompt's
     tokens were in the cache already when it joined. `n_ahead` tokens after the prompt were forced by a grammar before
     any was sampled. Logits are wanted after token `first_row` and every later one (None: after the last token only,
-    which is all that writing needs).
+    which is all that writing needs). The first `n_whole` tokens were computed in whole chunks (see `Scheduler`).
     """
 
     owner: Owner
@@ -50,6 +50,7 @@ class ScheduledSequence:
     n_cached: int = 0
     n_ahead: int = 0
     first_row: int | None = None
+    n_whole: int = 0
 
     @property
     def n_generated(self) -> int:

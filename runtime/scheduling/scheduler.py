@@ -51,6 +51,11 @@ class Scheduler:
     `max_running`. Rows and prompts share a step of `TILE_TOKENS` or more only while the rows' sequences hold at most
     `mix_cells` cells in all (None: always).
 
+    A logit's last bits depend on how many tokens are computed together, and on what else the cache holds. With
+    `whole_chunk`, `max_running` and the cache's ids must be one, and a step depends on its sequence alone: every chunk
+    ends at a multiple of `whole_chunk` or with the known tokens, and only whole chunks are kept for others to share, so
+    that a prompt found in the cache was computed in the chunks in which it would be computed now.
+
     Follow each `plan` with `commit` (computed), `shrink` (no room in the real cache) or `isolate` (malformed).
     """
 
@@ -62,12 +67,14 @@ class Scheduler:
         max_running: int,
         max_rows: int | None = None,
         mix_cells: int | None = None,
+        whole_chunk: int | None = None,
     ) -> None:
         self._cache = cache
         self._step_tokens = step_tokens
         self._max_running = max_running
         self._max_rows = step_tokens if max_rows is None else max_rows
         self._mix_cells = mix_cells
+        self._whole_chunk = whole_chunk
         self._limit = step_tokens
         self._tokens: dict[int, np.ndarray] = {}
         self._promised = RadixTree()  # by arrival: the running sequences' tokens, computed already or soon
@@ -116,6 +123,8 @@ class Scheduler:
             assert chunk.sequence.seq_id is not None
             self._cache.extend(chunk.sequence.seq_id, chunk.count)
             chunk.sequence.n_computed += chunk.count
+            if chunk.start == chunk.sequence.n_whole and chunk.count == self._whole_chunk:
+                chunk.sequence.n_whole += chunk.count
 
     def trim(self, sequence: ScheduledSequence, length: int) -> None:
         """Take back the computed tokens of a running sequence after its first `length`, if there are any."""
@@ -145,21 +154,30 @@ class Scheduler:
 
     def finish(self, sequence: ScheduledSequence) -> None:
         """End a complete sequence; its computed tokens stay in the cache for others to share."""
-        assert sequence.seq_id is not None
-        self.trim(sequence, len(sequence.tokens))
-        self._cache.retire(sequence.seq_id, np.asarray(sequence.tokens[: sequence.n_computed], np.int32))
+        self._retire(sequence)
         self._forget(sequence)
 
     def drop(self, sequence: ScheduledSequence) -> None:
-        """End a sequence that failed or was cancelled, waiting or running; its cells are free with the next edits."""
+        """End a sequence that failed or was cancelled, waiting or running; its cells are free with the next edits.
+
+        Whole chunks are kept all the same: with one sequence id, no other resident holds the beginning that it shared.
+        """
         if sequence.seq_id is not None:
-            self._cache.release(sequence.seq_id)
+            if self._whole_chunk is None:
+                self._cache.release(sequence.seq_id)
+            else:
+                self._retire(sequence)
         self._forget(sequence)
 
     def clear(self) -> None:
         """Forget all sequences: the engine is dead, and plans nothing more."""
         self.waiting.clear()
         self.running.clear()
+
+    def _retire(self, sequence: ScheduledSequence) -> None:
+        assert sequence.seq_id is not None
+        self.trim(sequence, len(sequence.tokens) if self._whole_chunk is None else sequence.n_whole)
+        self._cache.retire(sequence.seq_id, np.asarray(sequence.tokens[: sequence.n_computed], np.int32))
 
     def _forget(self, sequence: ScheduledSequence) -> None:
         (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
@@ -240,6 +258,8 @@ class Scheduler:
         without_rows = max(_first_row(sequence) - start, 0)
         rows_left = self._max_rows - sum(chunk.n_rows for chunk in others)
         wanted = min(len(sequence.tokens) - start, self._limit - planned, without_rows + rows_left)
+        if self._whole_chunk is not None:
+            wanted = min(wanted, self._whole_chunk - start % self._whole_chunk)
         count = self._cache.make_room(planned + wanted) - planned
         return Chunk(sequence, start, count, max(count - without_rows, 0)) if count > 0 else None
 
@@ -247,6 +267,9 @@ class Scheduler:
         """The cached prefix that `sequence` would start from; None if a running one is computing a much longer one."""
         tokens = self._tokens[sequence.arrival][: _first_row(sequence) + 1]
         match = self._cache.match(tokens, sequence.adapter)
+        if self._whole_chunk is not None:
+            whole = match.length - match.length % self._whole_chunk
+            match = Match(match.source, whole) if whole else Match(None, 0)
         _, promised = self._promised.match(tokens[:-1], sequence.adapter)
         return match if promised - match.length < HOLD_BACK_TOKENS else None
 
@@ -262,7 +285,7 @@ class Scheduler:
         self._promised.add(sequence.arrival, tokens, adapter)
         found = min(match.length, sequence.n_prompt)
         sequence.n_cached = found if sequence.n_generated == sequence.n_ahead else min(found, sequence.n_cached)
-        sequence.seq_id, sequence.n_computed = seq_id, match.length
+        sequence.seq_id, sequence.n_computed, sequence.n_whole = seq_id, match.length, match.length
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_arrival)
         return True

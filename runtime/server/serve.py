@@ -173,10 +173,11 @@ def _describe(slot: ModelSlot, ref: ModelRef, config: RuntimeConfig, url: str) -
 
 def _describe_loaded(loaded: LoadedModel, config: RuntimeConfig, url: str) -> str:
     served, info = loaded.base, loaded.base.info
+    slots = "one answer at a time (deterministic)" if config.deterministic else f"{config.slots} slots"
     gpu = f", GPU layers {'all' if info.gpu_layers < 0 else info.gpu_layers}" if info.gpu_layers else ""
     return (
         f"{served.name} ({served.quantization}, {mebibytes(info.size_bytes)}) on {info.backend}{gpu}, "
-        f"{info.n_threads} threads, {config.slots} slots, context {info.n_ctx}, loaded in {loaded.load_seconds:.1f} s: "
+        f"{info.n_threads} threads, {slots}, context {info.n_ctx}, loaded in {loaded.load_seconds:.1f} s: "
         f"{url}/v1"
     )
 

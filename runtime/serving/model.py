@@ -26,7 +26,8 @@ class ServedModel:
     """One model under one name. Its engine runs until `supervisor.stop()`.
 
     With an adapter, `adapter` is the name its requests carry, `manifest` is the adapter's own and `base` that of the
-    weights; supervisor, tokenizer and grammars are shared by all models served from the same base.
+    weights; supervisor, tokenizer and grammars are shared by all models served from the same base. `deterministic` is
+    the engine's mode.
     """
 
     name: str
@@ -38,12 +39,15 @@ class ServedModel:
     grammars: Grammars
     adapter: str | None = None
     base: Manifest | None = None
+    deterministic: bool = False
 
     @property
     def fingerprint(self) -> str:
-        """An identifier of the weights and the backend: a seed repeats its answer only under the same one."""
+        """An identifier of weights, backend and mode: a seed repeats its answer only under the same one."""
         weights = [made.artefacts[0].sha256[:12] for made in (self.base, self.manifest) if made and made.artefacts]
-        return "-".join(["deskside", *(weights or [self.name]), self.info.backend.split(" ", maxsplit=1)[0].lower()])
+        backend = self.info.backend.split(" ", maxsplit=1)[0].lower()
+        mode = ["deterministic"] if self.deterministic else []
+        return "-".join(["deskside", *(weights or [self.name]), backend, *mode])
 
     @property
     def quantization(self) -> str:
@@ -105,7 +109,16 @@ def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str
         # Beyond its trained length a model writes nonsense, even if the KV cache is larger.
         prompter = Prompter(tokenizer, info.chat_template, min(info.n_ctx, info.n_ctx_train or info.n_ctx))
         grammars = Grammars(tokenizer)
-        return ServedModel(stored.name, stored.manifest, supervisor, prompter, tokenizer, info, grammars)
+        return ServedModel(
+            name=stored.name,
+            manifest=stored.manifest,
+            supervisor=supervisor,
+            prompter=prompter,
+            tokenizer=tokenizer,
+            info=info,
+            grammars=grammars,
+            deterministic=config.deterministic,
+        )
     except BaseException:  # an interrupt too must leave no process behind
         supervisor.stop()
         raise
@@ -113,7 +126,12 @@ def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str
 
 def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str, Path]) -> EngineRecipe:
     """The recipe of the engine for a model."""
-    options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots, max_drafts=config.speculate)
+    options = EngineOptions(
+        step_tokens=config.step_tokens,
+        max_running=config.slots,
+        max_drafts=config.speculate,
+        deterministic=config.deterministic,
+    )
     load = LoadOptions(
         n_ctx=config.context,
         n_batch=config.step_tokens,

@@ -53,6 +53,10 @@ def test_a_flag_wins_over_its_variable_and_both_over_the_default() -> None:
         (["--port", "http"], "--port takes INTEGER, got 'http'"),
         (["--threads", "many"], "--threads takes auto|N, got 'many'"),
         (["--speculate", "on"], "--speculate takes auto|off|N, got 'on'"),
+        (
+            ["--deterministic", "--speculate", "8"],
+            "--deterministic computes no speculative tokens, but --speculate is 8",
+        ),
         (["--speculate", "65"], "--speculate must lie between 0 and 64, got 65"),
         (["--drain-seconds", "nan"], "--drain-seconds must lie between 0 and 86400, got nan"),
         (["--memory-budget", "all"], "--memory-budget takes auto|GIB, got 'all'"),

@@ -46,7 +46,7 @@ class Timed:
 
     def engine(self, llama: FakeLlama, max_drafts: int | None = 15, **options: int) -> Engine:
         llama.on_decode = self.passes
-        return Engine(llama, EngineOptions(max_drafts=max_drafts, **options), clock=lambda: self.now)
+        return Engine(llama, EngineOptions(max_drafts=max_drafts, **options), clock=lambda: self.now)  # type: ignore[arg-type]
 
 
 def accepted(engine: Engine) -> int:

@@ -9,9 +9,11 @@ import pytest
 from models.manifest import Artefact, Base, Manifest
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
+from runtime.engine.recipe import LlamaRecipe
 from runtime.errors import ContextTooLong, LoadFailed
 from runtime.serving import model as served
 from runtime.serving.chat import prepare_chat
+from runtime.serving.model import recipe_of
 from runtime.serving.names import ModelRef
 from runtime.worker.supervisor import EngineSupervisor
 from tests.support.runtime.engine_process import alive
@@ -45,6 +47,16 @@ def test_no_answer_grows_beyond_the_cache_or_the_trained_length(
     assert model.prompter.limit([1] * 10, None, param="max_tokens") == holds - 10
     with pytest.raises(ContextTooLong, match=f"context length is {holds} tokens"):
         model.prompter.limit([1] * holds, None, param="max_tokens")
+
+
+def test_the_deterministic_mode_reaches_the_engine_and_shows_in_the_fingerprint(recipe: FakeRecipe) -> None:
+    config = RuntimeConfig(deterministic=True)
+    made = recipe_of(stored(recipe.folder), config, {})
+    assert isinstance(made, LlamaRecipe)
+    assert made.engine.deterministic
+    model = served.load_model(stored(recipe.folder), config)
+    model.supervisor.stop()
+    assert model.fingerprint == "deskside-toy-fake-deterministic"
 
 
 def test_a_model_without_a_vocabulary_leaves_no_process(recipe: FakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
