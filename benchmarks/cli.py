@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import Field
-from rich.console import Console
 
 from benchmarks.comparison.arms import base_arm, fine_tune_arm
 from benchmarks.comparison.evaluate import EvaluationTask, evaluate, score_evaluation, score_texts
@@ -22,7 +21,7 @@ from benchmarks.peers.report import peers_command
 from benchmarks.report.plots import latency_picture
 from benchmarks.report.terminal import render, render_score
 from benchmarks.soak.soak import soak_command
-from models.common.console import show_progress
+from models.common.console import page, show_progress
 from models.common.options import JsonOption, with_options
 from models.common.record import Record
 from models.errors import SOME_FAILED
@@ -157,5 +156,4 @@ def _show(
     if as_json:
         print(json.dumps(derived.model_dump(mode="json", exclude={"arms"}), ensure_ascii=False, indent=2))
         return
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=190, soft_wrap=True)
-    render(derived, statistics, bill, console)
+    render(derived, statistics, bill, page())

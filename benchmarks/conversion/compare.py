@@ -21,7 +21,7 @@ from typing import Any, Literal
 from benchmarks.errors import ServerFailed
 from benchmarks.load.process_memory import PeakWatch
 from benchmarks.record import now_text, results_file, save_json, this_machine
-from models.common.console import NamedProgress, show_progress
+from models.common.console import NamedProgress, page, show_progress
 from models.common.machine import load_average, mebibytes
 from models.common.options import JsonOption, ReportOption, with_options
 from models.gguf.header import read_header
@@ -232,16 +232,17 @@ def _hashes(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def _print(run: ConvertRun, aims: Sequence[ConversionAim]) -> None:
-    machine = run.machine
-    print(f"{run.checkpoint}, {run.parameters / 1e6:.0f} M parameters, {mebibytes(run.checkpoint_bytes)}, to F16")
-    print(f"{machine.cpu}, {machine.logical_cores} cores, {machine.system}, Python {machine.python}")
-    for need in run.needs:
-        versions = ", ".join(f"{name} {version}" for name, version in need.versions.items())
-        print(f"  {need.converter}: {run.commands[need.converter]} ({versions})")
-    print(f"{run.equal_tensors} of {run.tensors} tensors are equal byte for byte")
+    out = page()
     for aim in aims:
         said = f"{aim.deskside:.2f} {aim.unit} against {aim.llama_cpp:.2f} {aim.unit}"
         verdict = "reached" if aim.reached else "MISSED"
-        print(f"  {aim.name}: {said}, {aim.ratio:.2f}x (aim: at most {aim.limit:g}x, {verdict})")
+        out.print(f"  {aim.name}: {said}, {aim.ratio:.2f}x (aim: at most {aim.limit:g}x, {verdict})")
+    machine = run.machine
+    out.print(f"{run.checkpoint}, {run.parameters / 1e6:.0f} M parameters, {mebibytes(run.checkpoint_bytes)}, to F16")
+    out.print(f"{machine.cpu}, {machine.logical_cores} cores, {machine.system}, Python {machine.python}")
+    for need in run.needs:
+        versions = ", ".join(f"{name} {version}" for name, version in need.versions.items())
+        out.print(f"  {need.converter}: {run.commands[need.converter]} ({versions})")
+    out.print(f"{run.equal_tensors} of {run.tensors} tensors are equal byte for byte")
     repetitions = sum(one.converter == "deskside" for one in run.conversions)
-    print(f"Times and memory are medians of {repetitions} runs each, in turn, the checkpoint in the page cache.")
+    out.print(f"Times and memory are medians of {repetitions} runs each, in turn, the checkpoint in the page cache.")

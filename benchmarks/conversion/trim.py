@@ -12,7 +12,7 @@ from pydantic import Field
 from benchmarks.errors import BadRecord, ServerFailed
 from benchmarks.load.model_file import RECIPE, ModelFile, converted, recipe_file
 from benchmarks.record import MachineRecord, load_record, now_text, results_file, save_json, this_machine
-from models.common.console import NamedProgress, show_progress
+from models.common.console import NamedProgress, page, show_progress
 from models.common.machine import mebibytes
 from models.common.options import JsonOption, ReportOption, with_options
 from models.common.record import Record
@@ -194,14 +194,14 @@ def _timed(job: dict[str, object]) -> dict[str, Any]:
 
 
 def _print(run: TrimRun) -> None:
-    machine = run.machine
+    machine, out = run.machine, page()
     weights = "; weights as they lie in the file, not repacked" if run.as_stored else ""
-    print(f"{machine.cpu}, {machine.logical_cores} cores, {machine.system}; {run.backend}{weights}")
     for trimmed, whole, found in ratios(run):
         sizes = f"{mebibytes(trimmed.size_bytes)} of {mebibytes(whole.size_bytes)}"
-        print(f"{trimmed.kind}: {trimmed.tokens} of {whole.tokens} tokens, {sizes}")
+        out.print(f"{trimmed.kind}: {trimmed.tokens} of {whole.tokens} tokens, {sizes}")
         for one in found:
             verdict = {None: "", True: ", aim reached", False: ", aim MISSED"}[one.reached]
-            print(f"  {one.name}: {one.value:.3f} of the whole vocabulary's{verdict}")
+            out.print(f"  {one.name}: {one.value:.3f} of the whole vocabulary's{verdict}")
+    out.print(f"{machine.cpu}, {machine.logical_cores} cores, {machine.system}; {run.backend}{weights}")
     shape = f"{run.prompt_tokens} tokens of prompt"
-    print(f"Medians of {run.repetitions} repetitions in turns, each file in a process of its own; {shape}.")
+    out.print(f"Medians of {run.repetitions} repetitions in turns, each file in a process of its own; {shape}.")

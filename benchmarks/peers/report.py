@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from models.common.console import show_progress
+from models.common.console import page, show_progress
 from models.common.machine import mebibytes
 from models.common.options import JsonOption, ReportOption, with_options
 from models.errors import SOME_FAILED
@@ -20,7 +20,8 @@ from .plan import compare_peers
 from .record import PeerRun, PeerSettings, load_peer_run
 from .tasks import DESKSIDE
 
-COLUMNS = ("n", "errors", "req/s", "range", "ours / it", "TTFT p50 ms", "p95", "E2E p50 ms", "right")
+RATE_COLUMNS = ("n", "errors", "req/s [range]", "ours / it [range]")
+LATENCY_COLUMNS = ("TTFT p50", "p95", "E2E p50", "right")
 
 
 @with_options(settings=PeerSettings)
@@ -38,13 +39,18 @@ def peers_command(settings: PeerSettings, as_json: JsonOption = False, report: R
 
 
 def render_peers(run: PeerRun, figures: PeerFigures, aims: Sequence[PeerAim], console: Console) -> None:
-    """Print machine and versions, every row, the aims, and notes on how to read them."""
+    """Print the aims, machine and versions, every row, and notes on how to read them."""
+    console.print(_aims_table(aims))
+    console.print()
     for line in _heading(run):
         console.print(Text(line))
-    console.print(_online_table(figures))
+    for table in _online_tables(figures):
+        console.print()
+        console.print(table)
     if figures.offline:
+        console.print()
         console.print(_offline_table(figures.offline))
-    console.print(_aims_table(aims))
+    console.print()
     for line in _notes(run, figures):
         console.print(Text(f"- {line}"))
 
@@ -57,8 +63,7 @@ def _show(run: PeerRun, *, as_json: bool) -> None:
         shown |= {"figures": figures.model_dump(mode="json"), "aims": [aim.model_dump(mode="json") for aim in aims]}
         print(json.dumps(shown, ensure_ascii=False, indent=2))
         return
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=190, soft_wrap=True)
-    render_peers(run, figures, aims, console)
+    render_peers(run, figures, aims, page())
 
 
 def _heading(run: PeerRun) -> Iterator[str]:
@@ -70,29 +75,36 @@ def _heading(run: PeerRun) -> Iterator[str]:
         yield "--quick: few requests; this checks that everything works and measures nothing well"
 
 
-def _online_table(figures: PeerFigures) -> Table:
-    table = Table(title="Requests per second and latency", title_justify="left")
-    table.add_column("task, way", overflow="fold")
-    table.add_column("server", overflow="fold")
-    for name in COLUMNS:
-        table.add_column(name, justify="right")
-    tasks = dict.fromkeys((row.task, row.way) for row in figures.rows)
-    for task, way in tasks:
+def _online_tables(figures: PeerFigures) -> Iterator[Table]:
+    """Requests per second, then latency, of each task and way."""
+    for task, way in dict.fromkeys((row.task, row.way) for row in figures.rows):
         rows = [row for row in figures.rows if (row.task, row.way) == (task, way)]
         ours = next((row for row in rows if row.server.startswith(f"{DESKSIDE},")), None)
-        for number, row in enumerate(rows):
-            table.add_row("" if number else f"{task}, {way}", row.server, *_cells(row, ours))
-        table.add_section()
+        rates = _table(f"{task}, {way}: requests per second", RATE_COLUMNS)
+        latency = _table(f"{task}, {way}: latency in ms, and right answers", LATENCY_COLUMNS)
+        for row in rows:
+            rates.add_row(row.server, *_rate_cells(row, ours))
+            latency.add_row(row.server, *_latency_cells(row))
+        yield from (rates, latency)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("server", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right")
     return table
 
 
-def _cells(row: OnlineRow, ours: OnlineRow | None) -> Iterator[str]:
+def _rate_cells(row: OnlineRow, ours: OnlineRow | None) -> Iterator[str]:
     yield str(row.requests)
     yield str(row.errors)
-    yield f"{row.rate:.2f}"
-    yield f"[{min(row.rates):.2f}, {max(row.rates):.2f}]"
+    yield f"{row.rate:.2f} [{min(row.rates):.2f}, {max(row.rates):.2f}]"
     found = None if row.server.startswith(f"{DESKSIDE},") else ratio(ours, row)
     yield f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]" if found else ""
+
+
+def _latency_cells(row: OnlineRow) -> Iterator[str]:
     for value in (row.ttft_p50_ms, row.ttft_p95_ms, row.e2e_p50_ms):
         yield "–" if value is None else f"{value:.0f}"
     yield f"{row.right} of {row.judged}" if row.judged else _lengths(row)
@@ -103,25 +115,24 @@ def _lengths(row: OnlineRow) -> str:
 
 
 def _offline_table(rows: Sequence[OfflineRow]) -> Table:
-    table = Table(title="Offline: a file of mails, without the process's start and load", title_justify="left")
-    for name in ("server", "way", "mails/s", "range", "right"):
-        table.add_column(name)
+    title = "Offline: a file of mails, without the process's start and load"
+    table = _table(title, ("way", "mails/s [range]", "right"))
     for row in rows:
         if not row.rates:
             why = (row.error or "start and load took longer than all mails: too few mails, or a busy machine")[:100]
-            table.add_row(row.server, row.way, "–", "", why)
+            table.add_row(row.server, row.way, "–", why)
             continue
         spread = f"[{min(row.rates):.2f}, {max(row.rates):.2f}]"
-        table.add_row(row.server, row.way, f"{row.rate:.2f}", spread, f"{row.right} of {row.judged}")
+        table.add_row(row.server, row.way, f"{row.rate:.2f} {spread}", f"{row.right} of {row.judged}")
     return table
 
 
 def _aims_table(aims: Sequence[PeerAim]) -> Table:
-    table = Table(title="Aims", title_justify="left")
-    for name in ("aim", "wanted", "found", "verdict"):
+    table = Table(title="Aims", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("verdict", "aim", "wanted", "found"):
         table.add_column(name, overflow="fold")
     for aim in aims:
-        table.add_row(aim.name, aim.wanted, aim.found, aim.verdict)
+        table.add_row(aim.verdict, aim.name, aim.wanted, aim.found)
     return table
 
 

@@ -1,4 +1,4 @@
-"""The terminal report: tables and notes computed from a run's file, so that `bench report` shows the same again.
+"""The terminal report in 80 columns: the verdict, then tables and notes, all computed from a run's file.
 
 Replayed and assumed figures are marked as such everywhere.
 """
@@ -13,34 +13,54 @@ from benchmarks.comparison.figures import ArmAccuracy, ArmFigures, LevelFigures,
 from benchmarks.comparison.scoring import OTHER, ClassificationScore, WritingScore
 from benchmarks.cost import Bill, Offer
 from benchmarks.record import Arm, BenchRun
+from models.common.console import page
 
 NEVER = "never"
-SPEED_COLUMNS = (
-    *("users", "n", "errors", "TTFT p50 ms", "p90", "TPOT p50 ms", "p90", "E2E p50 ms", "p90"),
-    *("req/s", "tok/s out"),
-)
+LATENCY_COLUMNS = ("users", "TTFT p50", "p90", "E2E p50", "p90")
+RATE_COLUMNS = ("users", "n", "errors", "TPOT p50", "p90", "req/s", "tok/s out")
 
 
 def render(run: BenchRun, statistics: Statistics, bill: Bill | None, console: Console) -> None:
-    """Print the machine and workload, the latency table, accuracy, cost, notes and warnings."""
-    for line in _heading(run):
+    """Print the verdict, the machine and workload, latency, cost, notes and warnings."""
+    for line in verdict_lines(run, statistics, bill):
         console.print(Text(line))
-    console.print(speed_table(run, statistics))
-    for line in accuracy_lines(statistics):
-        console.print(Text(line))
-    if bill is not None:
-        console.print(cost_table(bill))
-        for line in cost_lines(bill):
-            console.print(Text(line))
-    for line in notes(run, statistics):
-        console.print(Text(f"- {line}"))
     for warning in run.warnings:
         console.print(Text(f"warning: {warning}"))
+    console.print()
+    for line in _heading(run):
+        console.print(Text(line))
+    for table in speed_tables(statistics):
+        console.print()
+        console.print(table)
+    if bill is not None:
+        console.print()
+        console.print(cost_table(bill))
+        for line in cost_lines(bill):
+            console.print(Text(f"- {line}"))
+    console.print()
+    for line in notes(run, statistics):
+        console.print(Text(f"- {line}"))
+
+
+def verdict_lines(run: BenchRun, statistics: Statistics, bill: Bill | None) -> Iterator[str]:
+    """The findings of the run in sentences: cost, time to an answer, accuracy."""
+    if bill is not None:
+        yield from _verdict(bill)
+    for users in run.workload.concurrency[:1]:
+        times = [
+            f"{arm.name} {level.e2e.p50_ms:.0f} ms"
+            for arm in statistics.arms
+            for level in arm.levels
+            if level.concurrency == users and level.e2e.p50_ms is not None
+        ]
+        if times:
+            yield f"median time to a whole answer at {users} user{'s' * (users > 1)}: {', '.join(times)}"
+    yield from accuracy_lines(statistics)
 
 
 def render_score(model: str, score: ClassificationScore | WritingScore, console: Console | None = None) -> None:
     """Print the measures with their intervals; for labels, also one row each."""
-    console = console or Console(soft_wrap=True)
+    console = console or page()
     if isinstance(score, WritingScore):
         chrf, exact = score.chrf, score.exact
         console.print(
@@ -59,7 +79,7 @@ def render_score(model: str, score: ClassificationScore | WritingScore, console:
             f"macro-F1 {macro.estimate:.3f} [{macro.low:.3f}, {macro.high:.3f}] (bootstrap 95 %)"
         )
     )
-    table = Table("label")
+    table = _table("By label", "label")
     for name in ("n", "precision", "recall", "F1", "mostly taken for"):
         table.add_column(name, justify="right")
     for i, row in enumerate(score.classes):
@@ -68,15 +88,24 @@ def render_score(model: str, score: ClassificationScore | WritingScore, console:
     console.print(table)
 
 
-def speed_table(run: BenchRun, statistics: Statistics) -> Table:
-    """One row per arm and concurrency: p50 with its 95 % interval, p90 from 64 requests on."""
-    table = Table(title="Latency and throughput", title_justify="left")
-    table.add_column("arm", min_width=16, overflow="fold")
-    for name in SPEED_COLUMNS:
-        table.add_column(name, justify="right")
-    for arm, figures in zip(run.arms, statistics.arms, strict=True):
-        for level in figures.levels:
-            table.add_row(_arm_name(arm), *_cells(level))
+def speed_tables(statistics: Statistics) -> tuple[Table, Table]:
+    """Latency and throughput, a row per arm and concurrency: p50 with its 95 % interval, p90 from 64 requests on."""
+    latency, rates = _table("Latency, ms", "arm"), _table("Throughput; TPOT in ms", "arm")
+    for table, columns in ((latency, LATENCY_COLUMNS), (rates, RATE_COLUMNS)):
+        for name in columns:
+            table.add_column(name, justify="right")
+    for figures in statistics.arms:
+        for place, level in enumerate(figures.levels):
+            name = "" if place else figures.name
+            latency.add_row(name, *_latency_cells(level))
+            rates.add_row(name, *_rate_cells(level))
+    return latency, rates
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold")
     return table
 
 
@@ -106,9 +135,9 @@ def format_accuracy(accuracy: ArmAccuracy) -> str:
 def cost_table(bill: Bill) -> Table:
     """Dollars per 1,000 requests of each hosted model, and the requests until the fine-tune breaks even."""
     title = f"Few-shot prompt, hosted: $ per 1,000 requests, priced {bill.priced_on}; break-even in requests (assumed)"
-    table = Table(title=title, title_justify="left")
-    table.add_column("model")
-    for name in ("standard", "cached", "batch", "break-even standard", "cached", "batch"):
+    table = _table(title)
+    table.add_column("model", no_wrap=True)
+    for name in ("standard", "cached", "batch", "break-even standard", "break-even cached", "break-even batch"):
         table.add_column(name, justify="right")
     rows: dict[str, dict[str, Offer]] = {}
     for offer in bill.offers:
@@ -138,7 +167,6 @@ def cost_lines(bill: Bill) -> Iterator[str]:
     )
     yield f"prices of {bill.priced_on} from {' and '.join(sorted({offer.source for offer in bill.offers}))}"
     yield "a prompt without examples costs even less; prices say nothing about a hosted model's accuracy with either"
-    yield from _verdict(bill)
     for line in bill.disagreements:
         yield f"prices disagree: {line}"
 
@@ -146,7 +174,7 @@ def cost_lines(bill: Bill) -> Iterator[str]:
 def notes(run: BenchRun, statistics: Statistics) -> Iterator[str]:
     """Notes on the tables: sources, definitions, and why figures are absent."""
     for arm, figures in zip(run.arms, statistics.arms, strict=True):
-        yield f"{arm.name}: {arm.source}{_start(arm)}{_cached(figures)}"
+        yield f"{_arm_name(arm)}; {arm.source}{_start(arm)}{_cached(figures)}"
         if arm.kind == "replayed":
             yield (
                 f"{arm.name}: whole-call times of another prompt, so TTFT, TPOT and accuracy are not measured; "
@@ -170,18 +198,15 @@ def _arm_name(arm: Arm) -> str:
     return f"{arm.name}: {arm.model} ({details})"
 
 
-def _cells(level: LevelFigures) -> Iterable[str]:
+def _latency_cells(level: LevelFigures) -> Iterable[str]:
+    e2e = (_p50(level.e2e), _p90(level.e2e))
+    return (str(level.concurrency), _p50(level.ttft), _p90(level.ttft), *e2e)
+
+
+def _rate_cells(level: LevelFigures) -> Iterable[str]:
     rate = level.completion_tokens_per_s
     return (
-        str(level.concurrency),
-        str(level.requests),
-        str(level.errors),
-        _p50(level.ttft),
-        _p90(level.ttft),
-        _p50(level.tpot),
-        _p90(level.tpot),
-        _p50(level.e2e),
-        _p90(level.e2e),
+        *(str(level.concurrency), str(level.requests), str(level.errors), _p50(level.tpot), _p90(level.tpot)),
         f"{level.requests_per_s:.2f}",
         "–" if rate is None else f"{rate:.1f}",
     )

@@ -20,7 +20,7 @@ from benchmarks.load.model_file import recipe_file
 from benchmarks.load.servers import RunningServer, free_port, read_counters, serve_command, serving
 from benchmarks.load.workload import labels_of, read_examples
 from benchmarks.record import now_text, results_file, save_json, this_machine
-from models.common.console import NamedProgress, show_progress
+from models.common.console import NamedProgress, page, show_progress
 from models.common.options import JsonOption, with_options
 from models.common.record import Record
 from models.store.catalog import DEFAULT_MODEL
@@ -207,11 +207,12 @@ class _Soak:
 
 
 def _print(run: SoakRun, checks: Sequence[SoakCheck]) -> None:
+    out = page()
+    for line in checks:
+        out.print(f"{MARKS[line.passed]:<12}{line.name}: {line.found}")
     clients = f"{run.clients} clients at a capacity of {run.capacity}"
-    print(f"{run.model}, {run.minutes:g} minutes, {clients}, seed {run.seed}")
+    out.print(f"{run.model}, {run.minutes:g} minutes, {clients}, seed {run.seed}")
     kinds = Counter((outcome.kind, outcome.end) for outcome in run.outcomes)
     for kind in sorted({kind for kind, _ in kinds}):
         ends = ", ".join(f"{number} {end}" for (name, end), number in sorted(kinds.items()) if name == kind)
-        print(f"  {kind}: {ends}")
-    for line in checks:
-        print(f"{MARKS[line.passed]:<12}{line.name}: {line.found}")
+        out.print(f"  {kind}: {ends}")

@@ -22,6 +22,11 @@ NamedProgress = Callable[[str, int, int], None]
 """Called with a task's name, the amount done so far and the total."""
 
 
+def page() -> Console:
+    """A console for reports on stdout: texts wrap at the terminal's width, 80 columns where there is none."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
 class ProgressBars:
     """One bar for each task, moved at most ten times a second. `draws` None: only where stderr is a terminal.
 
