@@ -28,6 +28,7 @@ def convert_command(request: ConvertRequest, as_json: JsonOption = False) -> Non
     With --hot the adapter stays a file of its own, which the server applies to the untouched SOURCE: no change of the
     fine-tune is rounded away, and many adapters share one SOURCE in memory.
     """
+    from models.common.console import page
     from models.store.store import Store
 
     stored = _run(request, Store())
@@ -36,7 +37,7 @@ def convert_command(request: ConvertRequest, as_json: JsonOption = False) -> Non
         typer.echo(json.dumps({"name": stored.name, "gguf": str(stored.gguf), "manifest": shown}))
     else:
         for line in summary(stored):
-            print(line, file=sys.stderr)
+            page(stderr=True).print(line)
         typer.echo(f"{stored.name}\t{stored.gguf}")
 
 

@@ -1,7 +1,6 @@
 """`deskside models …` and `deskside pull`: data on stdout, progress on stderr. `runtime.cli.main` reports errors."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -47,9 +46,10 @@ def list_command(as_json: _Json = False) -> None:
 
 
 def show_command(name: _NameArgument, as_json: _Json = False) -> None:
-    """Show a model's card: purpose, prompt, licence, files and measured quality."""
-    from models.card.card import render_card
+    """Show a model: purpose, measured quality, how to run and ask it, files, origin and licence."""
+    from models.card.terminal import print_model
     from models.gguf.header import has_chat_template
+    from models.quality import QUALITY_FILE, read_quality
     from models.store.store import Store
 
     stored = Store().resolve(name)
@@ -59,11 +59,9 @@ def show_command(name: _NameArgument, as_json: _Json = False) -> None:
         typer.echo(f"{stored.gguf}: a GGUF file without a manifest, {stored.gguf.stat().st_size} bytes")
     else:
         card = stored.folder / "README.md"
-        _print_markdown(
-            card.read_text(encoding="utf-8")
-            if card.is_file()
-            else render_card(stored.manifest, chats=has_chat_template(stored.gguf))
-        )
+        quality = read_quality(stored.folder) if (stored.folder / QUALITY_FILE).is_file() else None
+        where = str(card) if card.is_file() else ""
+        print_model(stored.manifest, quality, where, chats=has_chat_template(stored.gguf))
 
 
 def verify_command(
@@ -168,16 +166,6 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         table.add_row(row["name"], row["state"], row["kind"] or "", row["quantization"] or "", size, row["description"])
     # Descriptions are other people's text: square brackets in them are no markup.
     Console(markup=False).print(table)
-
-
-def _print_markdown(text: str) -> None:
-    if not sys.stdout.isatty():
-        typer.echo(text, nl=False)
-        return
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    Console().print(Markdown(text))
 
 
 def _print_json(value: Any) -> None:

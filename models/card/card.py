@@ -37,7 +37,7 @@ def render_card(manifest: Manifest, measured: Quality | None = None, *, chats: b
 def render_quality(quality: Quality) -> str:
     """The card's section about the choice of the file, without its heading."""
     parts = [
-        _summary(quality),
+        choice_summary(quality),
         f"![Speed, loss and size of each file]({PLOT_FILE})" if _has_plot(quality) else "",
         table(_LOSS_HEAD, _loss_rows(quality)),
         _speed_table(quality),
@@ -54,7 +54,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
 
 
-def _summary(quality: Quality) -> str:
+def choice_summary(quality: Quality) -> str:
+    """The reason for the choice, in one sentence of Markdown."""
     chosen = next(one for one in quality.candidates if one.name == quality.chosen)
     work = {"classify": "classifying", "write": "writing"}[quality.work]
     if quality.overruled:
@@ -183,14 +184,18 @@ def _sentence(reason: str) -> str:
     return reason + "." if reason and not reason.endswith(".") else reason
 
 
-def _run(manifest: Manifest, *, chats: bool) -> str:
+def run_commands(manifest: Manifest, *, chats: bool) -> list[str]:
+    """The commands that run the model."""
     base = manifest.base.name if manifest.kind == "adapter" and manifest.base is not None else ""
     name = f"{base}:{manifest.name}" if base else manifest.name
     commands = [f"deskside serve {name}     # an OpenAI-compatible server on 127.0.0.1:8080"]
     if chats:
         commands.append(f"deskside chat {name}      # in the terminal")
-    commands.append(f"deskside batch in.jsonl out.jsonl --model {name}")
-    text = "## Run it\n\n" + _fenced("\n".join(commands), "sh")
+    return [*commands, f"deskside batch in.jsonl out.jsonl --model {name}"]
+
+
+def _run(manifest: Manifest, *, chats: bool) -> str:
+    text = "## Run it\n\n" + _fenced("\n".join(run_commands(manifest, chats=chats)), "sh")
     if chats:
         return text
     return f"{text}\n\nIt has no chat template: it continues texts (`/v1/completions`), and answers no messages."

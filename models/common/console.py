@@ -22,9 +22,9 @@ NamedProgress = Callable[[str, int, int], None]
 """Called with a task's name, the amount done so far and the total."""
 
 
-def page() -> Console:
-    """A console for reports on stdout: texts wrap at the terminal's width, 80 columns where there is none."""
-    return Console(highlight=False, markup=False, emoji=False)
+def page(*, stderr: bool = False) -> Console:
+    """A console for reports: texts wrap at the terminal's width, at 80 columns where there is none."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 class ProgressBars:

@@ -15,7 +15,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from models.common.console import page
 from models.common.machine import (
     available_memory_bytes,
     describe_cpu,
@@ -190,18 +192,17 @@ def _check_default(models: list[StoredModel]) -> Iterator[Check]:
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print facts, models and checks to stdout; each failed check is followed by its fix."""
-    console = console or Console(soft_wrap=True, highlight=False)
+    console = console or page()
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(report).items():
         facts.add_row(name, value)
     console.print(facts)
     console.print()
     for check in report.checks:
-        mark = "[green]ok     [/]" if check.ok else "[red]missing[/]"
-        console.print(f"{mark}  {check.name}: ", end="")
-        console.print(check.detail, markup=False)
+        mark = ("ok     ", "green") if check.ok else ("missing", "red")
+        console.print(Text.assemble(mark, f"  {check.name}: {check.detail}"))
         if not check.ok:
-            console.print(f"         fix: {check.fix}", markup=False)
+            console.print(Text(f"         fix: {check.fix}"))
 
 
 def _facts(report: Report) -> dict[str, str]:

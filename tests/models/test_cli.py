@@ -57,13 +57,17 @@ def test_one_damaged_model_does_not_hide_the_others(home: Store) -> None:
     assert rows["tiny"]["state"] == "installed"
 
 
-def test_show_prints_the_card_or_the_manifest(home: Store, tmp_path: Path) -> None:
-    assert "# tiny" in run("show", "tiny").stdout
-    shown = run_json("show", "tiny")
-    assert shown["gguf"] == str(home.get("tiny").gguf)
-    assert shown["manifest"]["artefacts"][0]["sha256"] == artefact().sha256
-    (home.get("tiny").folder / "README.md").write_text("# the card that came with it\n")
-    assert run("show", "tiny").stdout == "# the card that came with it\n"
+def test_show_prints_the_model_and_where_its_card_is(home: Store, tmp_path: Path) -> None:
+    shown = run("show", "tiny").stdout
+    assert shown.startswith("tiny\n\nA tiny model\n")
+    assert "deskside batch in.jsonl out.jsonl --model tiny" in shown
+    assert "its card" not in shown, "it has none"
+    described = run_json("show", "tiny")
+    assert described["gguf"] == str(home.get("tiny").gguf)
+    assert described["manifest"]["artefacts"][0]["sha256"] == artefact().sha256
+    card = home.get("tiny").folder / "README.md"
+    card.write_text("# the card that came with it\n")
+    assert run("show", "tiny").stdout.endswith(f"in its card:\n{card}\n")
     bare = tmp_path / "bare.gguf"
     bare.write_bytes(CONTENT)
     assert f"{len(CONTENT)} bytes" in run("show", str(bare)).stdout
