@@ -12,18 +12,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 ENGINE = "llama-cpp-python"
-# Minutes that one core takes to compile llama.cpp: with AVX-512 and alone, and with AVX2 on a shared machine.
+# Minutes that one core takes to compile llama.cpp, if it does nothing else: with AVX-512, and with AVX2.
 _CORE_MINUTES = (6, 21)
 _NINJA = re.compile(r"\s*\[(\d+)/(\d+)\] ")
 _MAKE = re.compile(r"\s*\[ *(\d+)%\] ")
-_COLLECTED = re.compile(r"\s*Collecting ([\w.-]+)")
+# pip collects a package from an index, takes its file from a folder, or passes over what is for other machines.
+_COLLECTED = re.compile(r"(?:Collecting |Processing \S*/|Ignoring )([A-Za-z0-9._]+(?:-[A-Za-z][\w.]*)*)")
+_COLLECTED_ALL = "Installing collected packages"
 # Compiling has just begun: a rate would be a guess.
 _FIRST_ESTIMATE_SHARE = 0.03
+# Files differ, and a machine has other work: the estimate goes by the last minute.
+_RATE_S = 60.0
 _LAST_LINES = 25
 
 ShareDone = Callable[[str], float | None]
@@ -57,23 +62,34 @@ class Told:
         self._started_s = self._phase_s = clock()
         self._in_place = out.isatty()
         self._tenths = 0
+        self._seen: deque[tuple[float, float]] = deque([(self._phase_s, 0.0)])
 
     def phase(self, text: str) -> None:
         """Begin a phase."""
         self._phase_s, self._tenths = self._clock(), 0
+        self._seen = deque([(self._phase_s, 0.0)])
         self._line(text)
 
     def progress(self, share: float) -> None:
         """Tell how far the phase is, and when it will be done: at once on a terminal, else at each tenth."""
-        passed_s = self._clock() - self._phase_s
         text = f"{share:4.0%} of it"
         if share >= _FIRST_ESTIMATE_SHARE:
-            text += f", about {minutes(passed_s * (1 - share) / share)} left"
+            text += f", about {minutes(self._left_s(share))} left"
         if self._in_place:
             print(f"\r==> {self._time()}     {text}\x1b[K", end="", file=self._out, flush=True)
         elif int(share * 10) > self._tenths:
             self._tenths = int(share * 10)
             self._line(f"    {text}")
+
+    def _left_s(self, share: float) -> float:
+        now_s = self._clock()
+        self._seen.append((now_s, share))
+        while self._seen[1][0] <= now_s - _RATE_S:
+            self._seen.popleft()
+        since_s, before = self._seen[0]
+        if share <= before:
+            since_s, before = self._phase_s, 0.0
+        return (1 - share) * (now_s - since_s) / (share - before)
 
     def _line(self, text: str) -> None:
         start = "\r\x1b[K" if self._in_place else ""
@@ -102,11 +118,11 @@ def install(venv: Path, lock: Path, told: Told, *, rebuild: bool = False) -> Non
         subprocess.run([*pip, "cache", "remove", "-q", ENGINE.replace("-", "_")], capture_output=True, check=False)
     there = has_engine(python, pinned_version(engine)) or engine_is_cached(pip, pinned_version(engine))
     if rebuild or not there:
-        told.phase(f"llama.cpp has to be compiled for this processor, once: {compile_estimate(cores())}")
+        told.phase(f"llama.cpp is to be compiled, once: {compile_estimate(cores())}")
     if not rebuild:
         n_packages = len(re.findall(r"^[\w.-]+==", others, re.MULTILINE))
         told.phase(f"Installing {n_packages} packages of requirements.lock, each checked by its hash")
-        run([*fetch, str(others_file)], log, told, collected(n_packages))
+        run([*fetch, str(others_file)], log, told, collected(n_packages), unpacks=True)
     told.phase("Compiling llama.cpp" if rebuild or not there else "Installing llama.cpp, compiled earlier")
     again = ["--force-reinstall"] if rebuild else []
     run([*fetch, str(engine_file), "--no-deps", "-v", *again], log, told, compiled)
@@ -158,7 +174,7 @@ def compile_estimate(n_cores: int) -> str:
     """The estimated time of the compile, in words."""
     least, most = (max(1, round(core_minutes / n_cores)) for core_minutes in _CORE_MINUTES)
     span = f"{least} to {most} minutes" if most > least else "about a minute"
-    return f"{span} on {n_cores} core{'s' if n_cores > 1 else ''}"
+    return f"{span} on {n_cores} idle core{'s' if n_cores > 1 else ''}"
 
 
 def minutes(seconds: float) -> str:
@@ -188,8 +204,18 @@ def collected(n_packages: int) -> ShareDone:
     return share
 
 
-def run(command: Sequence[str], log: Path, told: Told | None = None, progress: ShareDone = lambda _: None) -> None:
-    """Run a command, its output to the end of `log`. Raises PhaseFailed with the end of the output."""
+def run(
+    command: Sequence[str],
+    log: Path,
+    told: Told | None = None,
+    progress: ShareDone = lambda _: None,
+    *,
+    unpacks: bool = False,
+) -> None:
+    """Run a command, its output to the end of `log`. Raises PhaseFailed with the end of the output.
+
+    `unpacks`: a phase of its own begins once pip has collected everything; pip does not tell how far that is.
+    """
     last: list[str] = []
     with (
         log.open("a") as kept,
@@ -206,6 +232,9 @@ def run(command: Sequence[str], log: Path, told: Told | None = None, progress: S
         for line in _lines(process.stdout or ()):
             if line is not None:
                 kept.write(line)
+                if unpacks and told is not None and line.startswith(_COLLECTED_ALL):
+                    told.phase("Unpacking them")
+                    done, progress = None, _untold
                 last = [*last, line][-_LAST_LINES:]
                 share = progress(line)
                 done = done if share is None else share
@@ -216,6 +245,10 @@ def run(command: Sequence[str], log: Path, told: Told | None = None, progress: S
         raise PhaseFailed(
             f"{' '.join(command[:4])} … ended with {process.returncode}; all it said is in {log}:\n{shown}"
         )
+
+
+def _untold(_: str) -> float | None:
+    return None
 
 
 def _lines(source: Iterable[str]) -> Iterator[str | None]:

@@ -80,11 +80,45 @@ def test_ninja_and_make_tell_how_far_the_compile_is(line: str, share: float | No
 def test_collected_packages_are_counted_once() -> None:
     lines = ("Collecting a==1", "  Downloading a.whl", "Collecting a==1", "Collecting b")
     assert list(map(collected(4), lines)) == [0.25, None, 0.25, 0.5]
+    parts = ("Processing /w/big_part-1.0-py3-none-any.whl", "Processing ./x-y-2.tar.gz", "Ignoring z: markers 's'")
+    assert list(map(collected(4), parts)) == [0.25, 0.5, 0.75], "files of a folder, and what is for other machines"
+
+
+def test_the_time_left_goes_by_the_last_minute() -> None:
+    clock, out = Clock(), io.StringIO()
+    told = Told(out, clock)
+    told.phase("Compiling")
+    for now_s, share in ((60, 0.25), (120, 0.36), (240, 0.36)):  # other work slows it, then stops it
+        clock.now_s = now_s
+        told.progress(share)
+    clock.now_s = 300
+    told.progress(0.46)
+    assert [line.rpartition("about ")[2] for line in out.getvalue().splitlines()[1:]] == [
+        "3 min left",
+        "6 min left",
+        "5 min left",
+    ]
+
+
+def test_unpacking_is_a_phase_of_its_own(tmp_path: Path) -> None:
+    out = io.StringIO()
+    script = "print('Collecting a'); print('Installing collected packages: a'); print('Collecting b')"
+    run([sys.executable, "-c", script], tmp_path / "log", Told(out), collected(2), unpacks=True)
+    assert [line[9:] for line in out.getvalue().splitlines()] == ["     50% of it, about 1 s left", "Unpacking them"]
+
+
+@pytest.mark.parametrize("n_cores", [1, 2, 128])
+def test_its_lines_fit_80_columns(n_cores: int) -> None:
+    assert len(f"==> 10:06 llama.cpp is to be compiled, once: {compile_estimate(n_cores)}") <= 80
 
 
 @pytest.mark.parametrize(
     ("n_cores", "said"),
-    [(1, "6 to 21 minutes on 1 core"), (2, "3 to 10 minutes on 2 cores"), (32, "about a minute on 32 cores")],
+    [
+        (1, "6 to 21 minutes on 1 idle core"),
+        (2, "3 to 10 minutes on 2 idle cores"),
+        (32, "about a minute on 32 idle cores"),
+    ],
 )
 def test_the_first_estimate_spans_fast_and_slow_processors(n_cores: int, said: str) -> None:
     assert compile_estimate(n_cores) == said
