@@ -1,9 +1,11 @@
 """A first use on a terminal of 80 columns: no line is wider, the verdict stands first, and nothing needed is cut."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from benchmarks.conversion.record import ConverterSample, ConvertRun, InstallSize
 from benchmarks.peers.record import save_peer_run
 from benchmarks.peers.tasks import DESKSIDE
 from benchmarks.record import save_json, save_run
@@ -14,7 +16,7 @@ from models.quality import QUALITY_FILE
 from models.store.store import Store
 from runtime.cli.main import VERBS, main
 from tests.support.benchmarks.examples import arm, run_of, sample
-from tests.support.benchmarks.peer_examples import made, offline, peer_run
+from tests.support.benchmarks.peer_examples import MACHINE, made, offline, peer_run
 from tests.support.models.build import artefact, fill, manifest
 from tests.support.models.ladder import ladder
 
@@ -111,6 +113,30 @@ def test_a_comparison_with_peers_begins_with_its_aims(capsys: pytest.CaptureFixt
     assert text.split()[0] == "Aims"
     assert best in text
     assert "2.00 [2.00, 2.00]" in text
+
+
+def test_a_comparison_of_converters_begins_with_its_aims(capsys: pytest.CaptureFixture[str]) -> None:
+    names: tuple[Literal["deskside", "llama.cpp"], ...] = ("deskside", "llama.cpp")
+    versions = {f"package-{n}": "1.2.3" for n in range(9)}
+    run = ConvertRun(
+        started_at="2026-11-22T12:00:00+00:00",
+        machine=MACHINE,
+        checkpoint="a checkpoint of random numbers in the shape of Gemma 3",
+        parameters=270_000_000,
+        checkpoint_bytes=1 << 29,
+        commands={name: f"python -m {name} /a/long/folder --outfile out.gguf --outtype f16" for name in names},
+        needs=tuple(InstallSize(converter=n, versions=versions, loaded_bytes=1, installed_bytes=2) for n in names),
+        tensors=236,
+        equal_tensors=236,
+        conversions=tuple(
+            ConverterSample(converter=name, wall_s=1.5, cpu_s=1.0, peak_bytes=3 << 20, load_before=0.5)
+            for name in names
+        ),
+    )
+    save_json(Path("convert.json"), run.model_dump(mode="json"))
+    text = shown(capsys, "bench", "convert", "--report", "convert.json")
+    assert text.index("(aim: at most") < text.index("236 of 236 tensors are equal")
+    assert text.startswith("  wall time: ")
 
 
 def test_the_summary_of_a_conversion_fits(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
