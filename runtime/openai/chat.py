@@ -6,6 +6,7 @@ Pure: no server, tokenizer or clock. `fields` says which fields there are, and w
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Self, overload
 
 from annotated_types import Len
@@ -17,7 +18,18 @@ from runtime.errors import InvalidRequest
 from runtime.requests import Grammar, Request, SamplingParams
 
 from .fields import CHAT_FIELDS, COMPLETION_FIELDS, below
-from .grammar import ObjectFormat, SchemaFormat, TextFormat, choice_grammar, format_grammar, lark_grammar, regex_grammar
+from .grammar import (
+    ObjectFormat,
+    SchemaFormat,
+    StructuredOutputs,
+    TextFormat,
+    choice_grammar,
+    format_grammar,
+    lark_grammar,
+    regex_grammar,
+    schema_grammar,
+    structured_grammar,
+)
 from .tools import MAX_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice, ToolChoiceBody, check_tools, parse_tool_choice
 from .wire import Endpoint, RefusalPart, TableBody, TextPart, WireModel, nullable, plain_text
 
@@ -180,6 +192,21 @@ class TextBody(TableBody):
     grammar: Annotated[Grammar | None, PlainValidator(lark_grammar, json_schema_input_type=str)] = None
     regex: Annotated[Grammar | None, PlainValidator(regex_grammar, json_schema_input_type=str)] = None
     choice: Annotated[Grammar | None, PlainValidator(choice_grammar, json_schema_input_type=list[str])] = None
+    guided_json: Annotated[
+        Grammar | None, PlainValidator(schema_grammar, json_schema_input_type=dict[str, Any] | str)
+    ] = None
+    guided_regex: Annotated[
+        Grammar | None, PlainValidator(partial(regex_grammar, param="guided_regex"), json_schema_input_type=str)
+    ] = None
+    guided_choice: Annotated[
+        Grammar | None, PlainValidator(partial(choice_grammar, param="guided_choice"), json_schema_input_type=list[str])
+    ] = None
+    guided_grammar: Annotated[
+        Grammar | None, PlainValidator(partial(lark_grammar, param="guided_grammar"), json_schema_input_type=str)
+    ] = None
+    structured_outputs: Annotated[
+        Grammar | None, PlainValidator(structured_grammar, json_schema_input_type=StructuredOutputs)
+    ] = None
 
 
 class ChatBody(TextBody):
@@ -288,7 +315,9 @@ def _check_turns(messages: Sequence[Message]) -> None:
 
 def _grammars(body: Body) -> list[Grammar]:
     formatted = body.response_format if isinstance(body, ChatBody) else None
-    return [grammar for grammar in (formatted, body.grammar, body.regex, body.choice) if grammar is not None]
+    own = (formatted, body.grammar, body.regex, body.choice)
+    guided = (body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar, body.structured_outputs)
+    return [grammar for grammar in (*own, *guided) if grammar is not None]
 
 
 def grammar_of(body: Body) -> Grammar | None:

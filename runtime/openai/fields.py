@@ -78,6 +78,8 @@ _TEXT_WRITING = (
     *_ignored("stream_options.include_obfuscation", note="no padding is sent"),
     *_used("stream_options.continuous_usage_stats", note="token counts in every chunk", ours=True),
     *_used("top_k min_p ignore_eos grammar regex choice", ours=True),
+    *_used("structured_outputs guided_json guided_regex guided_choice guided_grammar", note="of vLLM", ours=True),
+    *_ignored("guided_decoding_backend", note="there is one", ours=True),
     *_ignored("user", note=_NO_STORE),
     *_refused("cache_prompt", True, ours=True),
 )

@@ -1,11 +1,11 @@
-"""The body fields that constrain an answer: `response_format`, and `grammar`, `regex` and `choice`. Pure.
+"""The body fields that constrain an answer: `response_format`, `grammar`, `regex` and `choice`, and vLLM's names. Pure.
 
 Sizes and depths are bounded here, before llguidance compiles anything.
 """
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
@@ -20,6 +20,8 @@ _FORMATS = {
     "json_object": {"type", "schema"},
     "json_schema": {"type", "json_schema"},
 }
+# How vLLM is to enforce a form; here there is no free white space, and no key beyond a schema's.
+_VLLM_SETTINGS = ("disable_fallback", "disable_any_whitespace", "disable_additional_properties")
 _SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
 
 
@@ -30,6 +32,16 @@ class FormatSchema(TypedDict):
     description: NotRequired[Any]
     schema: dict[str, Any]
     strict: NotRequired[Any]
+
+
+class StructuredOutputs(TypedDict):
+    """One form of an answer, as vLLM's clients send it."""
+
+    json: NotRequired[dict[str, Any] | str]
+    json_object: NotRequired[bool]
+    regex: NotRequired[str]
+    choice: NotRequired[list[str]]
+    grammar: NotRequired[str]
 
 
 class TextFormat(TypedDict):
@@ -72,27 +84,68 @@ def format_grammar(value: object) -> Grammar | None:
     return _bounded(Grammar("json_schema", json.dumps(schema, ensure_ascii=False), "response_format", strict))
 
 
-def lark_grammar(value: object) -> Grammar:
-    """Read `grammar`: a grammar in llguidance's dialect of Lark."""
+def lark_grammar(value: object, param: str = "grammar") -> Grammar:
+    """Read `grammar`: a grammar in llguidance's dialect of Lark, or in GBNF."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError("must be the text of a Lark grammar, which defines the rule start")
-    return _bounded(Grammar("lark", value, "grammar"))
+    return _bounded(Grammar("lark", value, param))
 
 
-def regex_grammar(value: object) -> Grammar:
+def regex_grammar(value: object, param: str = "regex") -> Grammar:
     """Read `regex`: a regular expression that the whole answer matches."""
     if not isinstance(value, str) or not value:
         raise ValueError("must be a regular expression")
-    return _bounded(Grammar("regex", value, "regex"))
+    return _bounded(Grammar("regex", value, param))
 
 
-def choice_grammar(value: object) -> Grammar:
+def choice_grammar(value: object, param: str = "choice") -> Grammar:
     """Read `choice`: the texts of which the answer is one."""
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
         raise ValueError("must be a non-empty list of non-empty strings")
     if len(value) > MAX_CHOICE_TEXTS:
         raise ValueError(f"takes at most {MAX_CHOICE_TEXTS} strings, got {len(value)}")
-    return _bounded(Grammar("choice", json.dumps(value, ensure_ascii=False), "choice"))
+    return _bounded(Grammar("choice", json.dumps(value, ensure_ascii=False), param))
+
+
+def schema_grammar(value: object, param: str = "guided_json") -> Grammar:
+    """Read vLLM's `guided_json`: a JSON schema, or the text of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError("must hold a JSON schema") from None
+    schema = _object(value, "a JSON schema")
+    bound_depth(schema)
+    return _bounded(Grammar("json_schema", json.dumps(schema, ensure_ascii=False), param))
+
+
+def structured_grammar(value: object) -> Grammar | None:
+    """Read vLLM's `structured_outputs`: an object with one of json, json_object, regex, choice and grammar."""
+    fields = _object(value, "an object")
+    given = {name: item for name, item in fields.items() if item is not None and name not in _VLLM_SETTINGS}
+    if given.get("json_object") is False:
+        del given["json_object"]
+    if not given:
+        return None
+    name, form = next(iter(given.items()))
+    if len(given) > 1 or name not in _STRUCTURED:
+        raise ValueError(f"takes one of {', '.join(_STRUCTURED)}, got {', '.join(map(reprlib.repr, given))}")
+    return _STRUCTURED[name](form, "structured_outputs")
+
+
+def _any_object(value: object, param: str) -> Grammar:
+    if value is not True:
+        raise ValueError("takes true or false as json_object")
+    return Grammar("json_schema", '{"type": "object"}', param)
+
+
+_STRUCTURED: Mapping[str, Callable[[object, str], Grammar]] = {
+    "json": schema_grammar,
+    "json_object": _any_object,
+    "regex": regex_grammar,
+    "choice": choice_grammar,
+    "grammar": lark_grammar,
+}
 
 
 def _object(value: object, what: str) -> Mapping[str, Any]:

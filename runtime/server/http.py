@@ -183,7 +183,7 @@ def held_by(request: Request) -> AsyncExitStack:
 # Larger bodies are parsed, rendered and tokenised in a thread, so as not to block the event loop.
 INLINE_BYTES = 8 << 10
 # So are bodies with a grammar: it is compiled, and the first one waits for llguidance to read the vocabulary.
-NAMES_GRAMMAR = re.compile(rb'"(response_format|grammar|regex|choice|tools|format)"')
+NAMES_GRAMMAR = re.compile(rb'"(response_format|grammar|regex|choice|tools|format|structured_outputs|guided_[a-z]+)"')
 MAX_OBJECT_FIELDS = 4096
 ENCODINGS = ("identity", "gzip", "x-gzip", "deflate")
 # The number of bodies read at once is bounded: a client that never ends its own must not keep a place.

@@ -118,3 +118,53 @@ def test_one_grammar_at_a_time() -> None:
     assert (error.param, "regex" in str(error)) == ("choice", True)
     assert refusal("chat", response_format={"type": "json_object"}, grammar="start: /a/").param == "grammar"
     assert grammars_of("chat", response_format={"type": "text"}, regex="a") == [Grammar("regex", "a", "regex")]
+
+
+VLLM: list[tuple[str, Any, str, str]] = [
+    ("guided_json", SCHEMA, "json_schema", json.dumps(SCHEMA, ensure_ascii=False)),
+    ("guided_json", json.dumps(SCHEMA), "json_schema", json.dumps(SCHEMA, ensure_ascii=False)),
+    ("guided_regex", "a+", "regex", "a+"),
+    ("guided_choice", ["a", "b"], "choice", '["a", "b"]'),
+    ("guided_grammar", 'start: "a"', "lark", 'start: "a"'),
+    ("structured_outputs", {"json": SCHEMA, "regex": None}, "json_schema", json.dumps(SCHEMA, ensure_ascii=False)),
+    ("structured_outputs", {"json_object": True}, "json_schema", '{"type": "object"}'),
+    ("structured_outputs", {"regex": "a+", "disable_any_whitespace": True, "json_object": False}, "regex", "a+"),
+    ("structured_outputs", {"choice": ["a"]}, "choice", '["a"]'),
+    ("structured_outputs", {"grammar": 'start: "a"'}, "lark", 'start: "a"'),
+]
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize(("field", "value", "becomes", "source"), VLLM)
+def test_what_vllms_clients_send_is_taken_as_our_own(
+    kind: Endpoint, field: str, value: Any, becomes: Any, source: str
+) -> None:
+    assert grammars_of(kind, **{field: value}) == [Grammar(becomes, source, field)]
+    assert refusal(kind, **{field: value}, regex="x").param == field
+
+
+def test_a_form_of_vllms_that_asks_for_nothing_is_none() -> None:
+    assert grammars_of("chat", structured_outputs={}, guided_json=None, guided_decoding_backend="xgrammar") == [None]
+    assert grammars_of("chat", structured_outputs={"json": None, "json_object": False}) == [None]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("guided_json", "{"),
+        ("guided_json", 7),
+        ("guided_json", "[" * 100_000),
+        ("guided_regex", ""),
+        ("guided_choice", []),
+        ("guided_grammar", 7),
+        ("structured_outputs", "a"),
+        ("structured_outputs", {"json": {}, "regex": "a"}),
+        ("structured_outputs", {"structural_tag": "x"}),
+        ("structured_outputs", {"whitespace_pattern": " "}),
+        ("structured_outputs", {"json_object": 1}),
+        ("structured_outputs", {"choice": [[]]}),
+    ],
+)
+def test_a_malformed_form_of_vllms_is_refused_by_name(field: str, value: Any) -> None:
+    error = refusal("chat", **{field: value})
+    assert (error.param, error.code) == (field, "invalid_value")

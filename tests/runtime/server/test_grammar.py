@@ -65,6 +65,33 @@ def test_a_stop_string_works_within_a_grammar(noisy: Running) -> None:
     assert (answer["text"] in ("abc", "abd"), answer["finish_reason"]) == (True, "stop")
 
 
+NUMBER = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("form", "answers"),
+    [
+        ({"guided_json": NUMBER}, {'{"n": 7}'}),
+        ({"guided_json": json.dumps(NUMBER)}, {'{"n": 7}'}),
+        ({"guided_regex": "[ab]c"}, {"ac", "bc"}),
+        ({"guided_choice": LISTS, "guided_decoding_backend": "outlines"}, set(LISTS)),
+        ({"guided_grammar": 'root ::= "a" | "b"'}, {"a", "b"}),
+        ({"structured_outputs": {"json": NUMBER, "regex": None}}, {'{"n": 7}'}),
+        ({"structured_outputs": {"grammar": 'root ::= "a" | "b"'}}, {"a", "b"}),
+        ({"structured_outputs": {"choice": LISTS}}, set(LISTS)),
+    ],
+)
+def test_a_form_under_vllms_names_holds(noisy: Running, form: dict[str, Any], answers: set[str], stream: bool) -> None:
+    chat = noisy.client().chat.completions
+    if stream:
+        chunks = chat.create(model="toy", messages=MESSAGES, seed=3, stream=True, extra_body=form)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    else:
+        text = chat.create(model="toy", messages=MESSAGES, seed=3, extra_body=form).choices[0].message.content or ""
+    assert text in answers
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -72,6 +99,8 @@ def test_a_stop_string_works_within_a_grammar(noisy: Running) -> None:
         (CHAT, {"messages": MESSAGES, "grammar": "start: missing"}, "grammar"),
         (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}, "choice": ["a"]}, "choice"),
         ("/v1/completions", {"prompt": "x", "choice": []}, "choice"),
+        (CHAT, {"messages": MESSAGES, "guided_json": {"type": "objekt"}}, "guided_json"),
+        (CHAT, {"messages": MESSAGES, "structured_outputs": {"regex": "(a"}}, "structured_outputs"),
         ("/v1/completions", {"prompt": "x", "regex": "a" * 70_000}, "regex"),
         (
             CHAT,
