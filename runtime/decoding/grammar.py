@@ -68,7 +68,9 @@ class Grammars:
 
     def compile(self, grammar: Grammar) -> "GrammarState":
         """The grammar at its beginning, for one answer. Raises InvalidRequest, with its `param`, if it is unusable."""
-        return GrammarState(self._matcher(grammar).deep_copy(), self._source, grammar.param)
+        matcher = self._matcher(grammar).deep_copy()
+        closers = self._closers if grammar.kind == "json_schema" else None
+        return GrammarState(matcher, self._source, grammar.param, closers)
 
     def not_enforced(self, grammar: Grammar) -> tuple[str, ...]:
         """The parts of a compiled grammar that llguidance cannot enforce, in its words."""
@@ -92,13 +94,51 @@ class Grammars:
         source = self._source
         return LLTokenizer(TokenizerWrapper(_Vocabulary(source)), source.n_vocab, list(source.end_tokens))
 
+    @cached_property
+    def _closers(self) -> "JsonClosers":
+        return JsonClosers(self._source)
+
+
+class JsonClosers:
+    """The tokens that end a JSON value which a model has nothing more to write in.
+
+    A model that was trained on other answers wants to end before the JSON is complete. If it may not, its next choices
+    mean nothing, and it fills a string with them until the answer is too long.
+    """
+
+    def __init__(self, tokenizer: TokenizerLike) -> None:
+        self._ends = np.asarray(tokenizer.end_tokens, np.int64)
+        first = np.zeros(tokenizer.n_vocab, np.uint8)
+        for token in range(tokenizer.n_vocab):
+            if raw := tokenizer.token_bytes(token):
+                first[token] = raw[0]
+        self._quotes = first == ord('"')
+        self._brackets = (first == ord("}")) | (first == ord("]"))
+        self._commas = first == ord(",")
+        self._letters = first == ord("z")  # begins no value and no literal: only a string takes it
+
+    def narrow(self, allowed: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """The allowed tokens; only those that close what is open if the likeliest token would end the answer.
+
+        Both are of shape (n_vocab,), bool and float32. Where nothing can be closed, all allowed tokens stay.
+        """
+        likeliest = int(logits.argmax())
+        if likeliest not in self._ends or allowed[likeliest]:
+            return allowed
+        wanted = (self._quotes,) if (allowed & self._letters).any() else (self._brackets, self._commas)
+        narrowed = (np.logical_and(allowed, closing) for closing in wanted)
+        return next((closing for closing in narrowed if closing.any()), allowed)
+
 
 class GrammarState:
     """One answer's place in its grammar. Not thread-safe: one thread at a time."""
 
-    def __init__(self, matcher: LLMatcher, tokenizer: TokenizerLike, param: str) -> None:
+    def __init__(
+        self, matcher: LLMatcher, tokenizer: TokenizerLike, param: str, closers: JsonClosers | None = None
+    ) -> None:
         self._param = param
         self._matcher = matcher
+        self.closers = closers
         self._n_vocab = tokenizer.n_vocab
         self._is_end = tokenizer.is_end
 

@@ -77,6 +77,12 @@ class Generation:
             allowed[forced[0]] = True
         return allowed
 
+    def narrowed(self, mask: np.ndarray | None, logits: np.ndarray) -> np.ndarray | None:
+        """The grammar's mask; only what closes JSON if the model wants to end the answer before it is complete."""
+        if mask is None or self.grammar is None or self.grammar.closers is None or self.request.params.ignore_eos:
+            return mask
+        return self.grammar.closers.narrow(mask, logits)
+
     def _accept(self, grammar: GrammarState, token: int) -> list[int]:
         """The grammar accepts the sampled `token`; the tokens that it forces next, accepted too."""
         grammar.accept([token])

@@ -109,7 +109,7 @@ class Writer:
             return
         n_known = len(sequence.tokens)
         for row, draft in zip(logits[-1 - len(chunk.drafts) :], (*chunk.drafts, None), strict=True):
-            sampled = generation.sampler.draw(row, mask)
+            sampled = generation.sampler.draw(row, generation.narrowed(mask, row))
             if sampled.token != draft:
                 self._scheduler.trim(sequence, len(sequence.tokens))
             yield from self._emit(generation, sampled)

@@ -14,7 +14,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import BatchInvalid, GrammarFailed, InvalidRequest, NoKvSlot
 from runtime.requests import Event, Failed, Finished, Grammar, Request, SamplingParams, TextDelta
-from tests.support.runtime.fakes import FakeLlama, FakeTokenizer
+from tests.support.runtime.fakes import EOS, FakeLlama, FakeTokenizer
 
 GRAMMARS = Grammars(FakeTokenizer())
 LISTS = Grammar("choice", '["exmh-users", "exmh-workers"]', "choice")
@@ -83,6 +83,37 @@ def test_an_answer_under_a_schema_parses_whatever_the_logits(
     assert answer["label"] in ("spam", "exmh-users", "exmh-workers")
     assert isinstance(answer["urgent"], bool)
     assert len(answer["reason"]) <= 5
+
+
+OPEN = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "user": {"type": "object", "properties": {"id": {"type": "integer"}}, "required": ["id"]},
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "price": {"type": "number"},
+    },
+    "required": ["name", "user", "tags", "price"],
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_model_that_wants_to_end_closes_what_is_open(temperature: float, seed: int) -> None:
+    """Strings and lists have no bound here: without closing, their content would be noise until the length limit."""
+    params = SamplingParams(300, temperature, seed=seed, grammar=Grammar("json_schema", json.dumps(OPEN), "format"))
+    llama = FakeLlama(n_ctx=1024, script=lambda history: EOS)
+    text, reason = said(run(llama, asked("a", params, f"mail {seed}")), "a")
+    answer = json.loads(text)
+    assert reason == "stop"
+    assert (answer["name"], answer["tags"]) == ("", [])
+    assert len(text) < 100
+
+
+def test_an_answer_that_may_end_is_left_to_its_model() -> None:
+    written = '{"name": "Anna, ]} or", "user": {"id": 31}, "tags": ["a", "b"], "price": 2.5}'
+    params = SamplingParams(300, 0, grammar=Grammar("json_schema", json.dumps(OPEN), "format"))
+    assert said(run(FakeLlama(n_ctx=1024, script=written), asked("a", params)), "a") == (written, "stop")
 
 
 def test_forced_tokens_take_no_step_and_count_as_completion_tokens() -> None:
