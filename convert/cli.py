@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -77,7 +78,7 @@ def build_recipe(entry: "CatalogEntry", store: "Store") -> "StoredModel":
         if entry.name not in store.names():
             return _run(ConvertRequest(source=entry.name), store)
         stored, recipe = store.get(entry.name), read_manifest(entry.recipe_folder())
-        if _is_outdated(stored, recipe):
+        if _is_outdated(stored, recipe) or _has_old_template(stored, entry.recipe_folder(), store):
             print(f"{entry.name!r} was built by an older recipe; rebuilding", file=sys.stderr)
             return _run(ConvertRequest(source=entry.name, replace=True), store)
     if _weights(recipe) != _weights(stored.manifest):
@@ -90,9 +91,29 @@ def build_recipe(entry: "CatalogEntry", store: "Store") -> "StoredModel":
 def _is_outdated(stored: "StoredModel", recipe: "Manifest") -> bool:
     """True if the model is the recipe's own, of the same weights, but converted with older settings."""
     made = stored.manifest
+    return made is not None and _is_its_own(made, recipe) and made.conversion != recipe.conversion
+
+
+def _is_its_own(made: "Manifest", recipe: "Manifest") -> bool:
     # only a build with the recipe's own settings carries its figures
-    is_its_own = made is not None and bool(made.quality) and _weights(made) == _weights(recipe)
-    return is_its_own and made is not None and made.conversion != recipe.conversion
+    return bool(made.quality) and _weights(made) == _weights(recipe)
+
+
+def _has_old_template(stored: "StoredModel", folder: Path, store: "Store") -> bool:
+    """True if the model is the recipe's own, but has another chat template than a build would give it now."""
+    from convert.tokenizer.chat_template import TEMPLATE_FIELD, choose_format, gemma_turns
+    from models.gguf.header import read_header, read_meta
+    from models.manifest import read_manifest
+
+    recipe, made = read_manifest(folder), stored.manifest
+    if made is None or not _is_its_own(made, recipe) or recipe.base is None or recipe.adapter is None:
+        return False
+    template = read_meta(stored.gguf).text(TEMPLATE_FIELD)
+    # A base's header takes long to read, and nearly every recipe's template is Gemma's.
+    if template == gemma_turns() or recipe.base.name not in store.names():
+        return False
+    wanted = choose_format(read_header(store.get(recipe.base.name).gguf), folder / recipe.adapter.path)
+    return template != (wanted.template or "")
 
 
 def _weights(manifest: "Manifest | None") -> tuple[str | None, str | None]:

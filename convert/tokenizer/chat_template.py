@@ -47,13 +47,20 @@ def choose_format(header: Header, adapter: Path | None) -> ChatFormat:
     if chosen is None and TEMPLATE_FIELD in header.fields:
         chosen = ChatFormat(header.text(TEMPLATE_FIELD), None, "the source GGUF")
     if chosen is None and all(header.token_id(mark) is not None for mark in _GEMMA_TURNS):
-        gemma = files("convert").joinpath("templates/gemma.jinja").read_text(encoding="utf-8").strip()
-        chosen = ChatFormat(gemma, None, "Gemma's turns (neither the adapter nor the source has a template)")
+        chosen = ChatFormat(gemma_turns(), None, "Gemma's turns (neither the adapter nor the source has a template)")
     if chosen is None or chosen.template is None:
         warning = "no chat template was found: the model can complete text, but not answer chat messages"
         return ChatFormat(None, _known_end(header), "nowhere", (warning,))
     _check_syntax(chosen.template, chosen.origin)
     return replace(chosen, end_of_turn=_end_of_turn(header, chosen.template))
+
+
+def gemma_turns() -> str:
+    """The chat template for a Gemma model that has none.
+
+    Neighbours of one role share a turn, and a system text is part of the user's turn that it precedes.
+    """
+    return files("convert").joinpath("templates/gemma.jinja").read_text(encoding="utf-8").strip()
 
 
 def template_environment() -> ImmutableSandboxedEnvironment:

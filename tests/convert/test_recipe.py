@@ -13,6 +13,7 @@ from convert.lora.adapter import read_adapter
 from convert.pipeline import convert
 from convert.planning.request import ConvertRequest
 from convert.quantize.imatrix import IMATRIX_FILE, Imatrix, ImatrixEntry, write_imatrix
+from convert.tokenizer import chat_template
 from models.common.files import sha256_file
 from models.errors import BadExamples, BadManifest, HashMismatch, ModelError
 from models.gguf.header import read_header, read_meta
@@ -214,7 +215,7 @@ def test_a_hot_adapter_of_a_recipe_that_cuts_leaves_the_base_whole(store: Store,
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no such file": ({"trim": "data/none.jsonl"}, BadExamples, r"none\.jsonl.*cannot be read"),
-    "a folder": ({"trim": "data"}, BadExamples, "cannot be read"),
+    "a folder": ({"trim": "data"}, BadExamples, "are a folder"),
     "above its folder": ({"trim": "../train.jsonl"}, BadManifest, r"inside the recipe's folder, .*'\.\./train"),
     "absolute": ({"trim": "/etc/passwd"}, BadManifest, "inside the recipe's folder, .*'/etc/passwd'"),
     "backslashes": ({"trim": "..\\train.jsonl"}, BadManifest, "inside the recipe's folder"),
@@ -258,6 +259,35 @@ def test_a_build_of_an_older_recipe_is_rebuilt_once(
     capsys.readouterr()
     assert read_meta(build_recipe(entry, store).gguf).n_vocab == KEEP
     assert "'email-triage' was built by an older recipe; rebuilding" in capsys.readouterr().err
+    build_recipe(entry, store)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_build_with_an_older_chat_template_is_rebuilt_once(
+    store: Store, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trimming(recipe)
+    earlier = recipe / "adapter" / "chat_template.jinja"
+    earlier.write_text("<start_of_turn>{{ messages }}<end_of_turn>")
+    entry = load_catalog().get("email-triage")
+    assert read_meta(build_recipe(entry, store).gguf).text(chat_template.TEMPLATE_FIELD) == earlier.read_text()
+    earlier.unlink()
+    capsys.readouterr()
+    template = read_meta(build_recipe(entry, store).gguf).text(chat_template.TEMPLATE_FIELD)
+    assert template == chat_template.gemma_turns()
+    assert "'email-triage' was built by an older recipe; rebuilding" in capsys.readouterr().err
+    build_recipe(entry, store)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_build_with_its_adapters_own_template_is_kept(
+    store: Store, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trimming(recipe)
+    (recipe / "adapter" / "chat_template.jinja").write_text("<start_of_turn>{{ messages }}<end_of_turn>")
+    entry = load_catalog().get("email-triage")
+    build_recipe(entry, store)
+    capsys.readouterr()
     build_recipe(entry, store)
     assert capsys.readouterr().err == ""
 

@@ -55,14 +55,34 @@ def test_a_system_message_goes_into_the_first_user_turn(header: Header) -> None:
     )
 
 
+_USER, _MODEL, _END = "<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>\n"
+
+
+@pytest.mark.parametrize(
+    ("roles", "written"),
+    [
+        ("u u", f"{_USER}u0\n\nu1{_END}"),
+        ("s", f"{_USER}s0{_END}"),
+        ("s s u", f"{_USER}s0\n\ns1\n\nu2{_END}"),
+        ("u s", f"{_USER}u0\n\ns1{_END}"),
+        ("u s u", f"{_USER}u0\n\ns1\n\nu2{_END}"),
+        ("u a s", f"{_USER}u0{_END}{_MODEL}a1{_END}{_USER}s2{_END}"),
+        ("u s a", f"{_USER}u0\n\ns1{_END}{_MODEL}a2{_END}"),
+        ("u a a u", f"{_USER}u0{_END}{_MODEL}a1\n\na2{_END}{_USER}u3{_END}"),
+        ("a u", f"{_MODEL}a0{_END}{_USER}u1{_END}"),
+    ],
+)
+def test_gemmas_turns_alternate_whatever_the_conversation(header: Header, roles: str, written: str) -> None:
+    names = {"u": "user", "a": "assistant", "s": "system"}
+    turns = [message(names[role], f"{role}{place}") for place, role in enumerate(roles.split())]
+    assert render(header, turns) == f"<bos>{written}{_MODEL}"
+    assert render(header, turns, prompt=False) == f"<bos>{written}"
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
         ([message("tool")], "Unknown role tool"),
-        ([message("assistant")], "Roles must alternate"),
-        ([message("user"), message("user")], "Roles must alternate"),
-        ([message("user"), message("system")], "Unknown role system"),
-        ([message("system")], "needs a user message"),
         ([message("user", [{"type": "text", "text": "x"}])], "must be text"),
     ],
 )
