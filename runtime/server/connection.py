@@ -1,4 +1,4 @@
-"""Connections: how many there may be, how long one may idle, and clients that end their side before they have read.
+"""Connections: how many there may be, how long one may idle, how one ends before either side has read what was sent.
 
 Each connection takes a file descriptor. When none is left, every `accept` fails while the socket stays ready, so the
 number of connections is bounded below the limit of the process. Beyond it the one that has idled longest is closed; if
@@ -11,6 +11,7 @@ import logging
 import resource
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ MOST_CONNECTIONS, FEWEST_CONNECTIONS = 8192, 16
 # Descriptors for engines, model files and logs, and for connections that are accepted and not counted yet.
 _RESERVED = 64 + TOLD + 4 * ACCEPTED_AT_ONCE
 _IDLE_SECONDS = 1.0
+# A client that was refused before its body was whole may send more: so much is read, for so long at most, and for so
+# long after the last of it.
+LINGER_BYTES, LINGER_SECONDS, LINGER_QUIET_SECONDS = 64 << 20, 10.0, 2.0
 _SAID_AGAIN_SECONDS = 60.0
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -86,8 +90,81 @@ class Connections(ServerState):
             loop.default_exception_handler(context)
 
 
+class Lingering(asyncio.Transport):
+    """A connection's transport. Its `close` first reads what the client still sends, if `more` says that it may.
+
+    A system that closes a socket with bytes unread, or gets some after, sends a reset, at which the client's system
+    drops the answer that the client has not read yet.
+    """
+
+    def __init__(self, inner: asyncio.Transport, loop: asyncio.AbstractEventLoop, more: Callable[[], bool]) -> None:
+        super().__init__()
+        self._inner = inner
+        self._loop = loop
+        self._more = more
+        self._closing = False
+        self._left_bytes = LINGER_BYTES
+        self._until_s = 0.0
+        self._quiet: asyncio.TimerHandle | None = None
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send, unless the transport was closed."""
+        if not self._closing:
+            self._inner.write(data)
+
+    def close(self) -> None:
+        """End this side once all is sent; close when the client has ended its own, or one of the bounds is reached."""
+        if self._closing:
+            return
+        self._closing = True
+        if self._inner.is_closing() or not self._more() or not self._inner.can_write_eof():
+            self._inner.close()
+            return
+        self._inner.write_eof()
+        self._inner.resume_reading()
+        self._until_s = self._loop.time() + LINGER_SECONDS
+        self._quiet = self._loop.call_later(LINGER_QUIET_SECONDS, self._inner.close)
+
+    def drop(self, n_bytes: int) -> None:
+        """Count what came after `close`."""
+        self._left_bytes -= n_bytes
+        self.end()
+        if self._left_bytes < 0 or self._loop.time() > self._until_s:
+            self._inner.close()
+        else:
+            self._quiet = self._loop.call_later(LINGER_QUIET_SECONDS, self._inner.close)
+
+    def end(self) -> None:
+        """Stop waiting for the client to be quiet."""
+        if self._quiet is not None:
+            self._quiet.cancel()
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        self._closing = True
+        self._inner.abort()
+
+    def is_closing(self) -> bool:
+        """True once `close` or `abort` was called, or the client left."""
+        return self._closing or self._inner.is_closing()
+
+    def pause_reading(self) -> None:
+        """Leave what comes with the system."""
+        self._inner.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Take what comes again."""
+        self._inner.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """A fact of the connection from the transport beneath."""
+        return self._inner.get_extra_info(name, default)
+
+
 class Connection(H11Protocol):
     """A client's connection."""
+
+    transport: Lingering
 
     def __init__(
         self,
@@ -102,7 +179,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take the connection in, close another for it, or refuse it."""
-        super().connection_made(transport)
+        super().connection_made(Lingering(transport, self.loop, self._may_get_more))
         self._all.idle[self] = time.monotonic()
         self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE_SECONDS, self.timeout_keep_alive_handler)
         beyond = len(self.connections) - self._all.limit
@@ -110,32 +187,47 @@ class Connection(H11Protocol):
             self._all.say(f"{self._all.limit} connections are open, the limit; others are refused")
             self.app = _answer_full
             if beyond > TOLD:
-                transport.abort()
+                self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._all.idle.pop(self, None)
+        self.transport.end()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sends. Part of a request's head does not count as a request."""
+        if self.transport.is_closing():
+            self.transport.drop(len(data))
+            return
         super().data_received(data)
-        if self._busy:
+        if self._busy and not self.transport.is_closing():
             self._all.idle.pop(self, None)
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         super().on_response_complete()
-        if not self._busy and not self.transport.is_closing():
+        if not self._busy:
             self._all.idle[self] = time.monotonic()
 
     def leave(self) -> None:
-        """Close an idle connection."""
+        """Close an idle connection, or one that was closed and lingers."""
         self._all.idle.pop(self, None)
-        self.timeout_keep_alive_handler()
+        if self.transport.is_closing():
+            self.transport.abort()
+        else:
+            self.timeout_keep_alive_handler()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are no HTTP in the shape of every other error."""
+        """Answer bytes that are no HTTP in the shape of every other error, unless the request has its answer."""
+        if self._busy:
+            # For its handler, a client that broke its request has left.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self._all.idle[self] = time.monotonic()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
         body = encode(error_body(msg, "invalid_request_error", None, "invalid_http"))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         head = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=b"Bad Request")
@@ -173,6 +265,11 @@ class Connection(H11Protocol):
         else:
             pause_s = min(2 * waited_s, 1.0)
             self.loop.call_later(pause_s, self._look, pause_s)
+
+    def _may_get_more(self) -> bool:
+        """True unless all that the client sent was read, and the request that it sent is whole."""
+        whole = self.conn.their_state in (h11.IDLE, h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
+        return not whole or bool(self.conn.trailing_data[0])
 
     @property
     def _busy(self) -> bool:

@@ -60,8 +60,10 @@ async def _ours(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    # Starlette raises the error again after this answer, and the server logs it.
-    return error_response(error)
+    # Starlette raises the error again after this answer; the server logs it, and closes the connection.
+    response = error_response(error)
+    response.headers["connection"] = "close"
+    return response
 
 
 async def _routing(request: Request, error: Exception) -> Response:

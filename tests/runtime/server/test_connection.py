@@ -1,4 +1,4 @@
-"""Connections: more of them than fit, idle ones, and clients that end their side of one."""
+"""Connections: more of them than fit, idle ones, clients that end their side of one, and those that still send."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from runtime.config import RuntimeConfig
-from runtime.server import connection
+from runtime.server import app, connection
 from runtime.server.connection import FEWEST_CONNECTIONS, KEEP_ALIVE_SECONDS, connection_limit
 from tests.support.runtime.connection import answered, asked
 from tests.support.runtime.fakes import FakeLlama
@@ -172,3 +172,104 @@ def test_what_is_no_http_is_refused_in_the_shape_of_every_error() -> None:
         status, kind, body = answered(client)
         assert (status, kind) == (400, "application/json")
         assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}
+
+
+# An early answer, and the head that gets it.
+REFUSALS = {
+    401: "POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n",
+    404: "POST /nothing HTTP/1.1\r\nHost: a\r\n",
+    413: "POST /tokenize HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer key\r\nContent-Type: application/json\r\n",
+    415: "POST /tokenize HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer key\r\nContent-Type: text/plain\r\n",
+    400: "POST\r\n",
+}
+# More than the buffers of both systems hold.
+PART, N_PARTS = b"x" * (1 << 20), 30
+
+
+def refused(client: socket.socket, head: bytes, status: int) -> None:
+    """Send a body to its end after the answer is there, as clients do that read only then; and read it."""
+    client.sendall(head + PART)
+    assert client.recv(1, socket.MSG_PEEK)
+    for _ in range(N_PARTS):
+        client.sendall(PART)
+    got, kind, body = answered(client)
+    assert (got, kind) == (status, "application/json")
+    assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Iterator[Running]:
+    with serving(config=RuntimeConfig(api_key="key")) as running:
+        yield running
+
+
+@pytest.mark.parametrize("more", ["Connection: close\r\n", "Connection: close\r\nExpect: 100-continue\r\n", ""])
+@pytest.mark.parametrize("status", REFUSALS)
+def test_a_client_that_is_refused_before_it_has_sent_all_may_send_it_and_reads_why(
+    keyed: Running, status: int, more: str
+) -> None:
+    head = f"{REFUSALS[status]}{more}Content-Length: {(N_PARTS + 1) * len(PART)}\r\n\r\n"
+    with connected(keyed) as client:
+        refused(client, head.encode(), status)
+        if not more and status != 400:  # the connection is good for another request
+            client.sendall(HEALTH)
+            assert answered(client)[0] == 200
+        else:
+            assert client.recv(1) == b""
+    wait_until(lambda: not keyed.server.connections.idle)
+
+
+def test_a_client_beyond_the_limit_may_send_its_body() -> None:
+    with bounded(1) as (running, _), asked(running.url, CHAT, BODY), connected(running) as late:
+        wait_until(lambda: running.supervisor.live == 1)
+        refused(late, f"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: {99 << 20}\r\n\r\n".encode(), 503)
+
+
+def test_a_body_that_breaks_within_is_refused_once(keyed: Running, caplog: pytest.LogCaptureFixture) -> None:
+    head = f"{REFUSALS[413]}Transfer-Encoding: chunked\r\n\r\n2\r\n[]\r\n".encode()
+    with connected(keyed) as client:
+        refused(client, head + b"no number\r\n", 400)
+    with connected(keyed) as client:  # after its answer
+        client.sendall(head.replace(b"application/json", b"text/plain"))
+        assert answered(client)[0] == 415
+        client.sendall(b"no number\r\n" + PART)
+        assert client.recv(1) == b""
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("bound", ["LINGER_BYTES", "LINGER_SECONDS", "LINGER_QUIET_SECONDS"])
+def test_what_a_refused_client_sends_is_read_within_bounds(monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    monkeypatch.setattr(connection, bound, 0)
+    with serving() as running, connected(running) as client:
+        client.sendall(
+            f"POST /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {9**15}\r\n\r\n".encode()
+        )
+        assert answered(client)[0] == 404
+        if bound != "LINGER_QUIET_SECONDS":
+            client.sendall(b"x")
+        wait_until(lambda: not running.server.connections.connections)
+
+
+def test_a_refused_client_that_is_silent_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(connection, "LINGER_QUIET_SECONDS", 1000.0)
+    with bounded(1) as (running, _), connected(running) as client:
+        client.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 9\r\n\r\n")
+        assert answered(client)[0] == 404
+        with connected(running) as late:
+            late.sendall(HEALTH)
+            assert answered(late)[0] == 200
+
+
+def test_an_answer_after_which_the_server_closes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the client's next request on that connection meets a reset."""
+
+    def broken(_: object) -> object:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(app, "asked_model", broken)
+    with serving() as running:
+        response = running.http.post("/tokenize", json={"content": "hi"})
+        assert (response.status_code, response.headers["connection"]) == (500, "close")
+        monkeypatch.undo()
+        assert running.http.post("/tokenize", json={"content": "hi"}).status_code == 200
