@@ -18,6 +18,7 @@ from benchmarks.conversion.trim import trim_command
 from benchmarks.load.model_file import recipe_file
 from benchmarks.load.workload import read_examples, read_prompt, template_prompt
 from benchmarks.peers.report import peers_command
+from benchmarks.prefill.race import prefill_command
 from benchmarks.report.plots import latency_picture
 from benchmarks.report.terminal import render, render_score
 from benchmarks.soak.soak import soak_command
@@ -62,6 +63,7 @@ def create_app() -> typer.Typer:
     app.command("soak")(soak_command)
     app.command("convert")(convert_speed_command)
     app.command("trim")(trim_command)
+    app.command("prefill")(prefill_command)
     return app
 
 

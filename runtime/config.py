@@ -41,6 +41,11 @@ class EngineConfig(Record):
         le=64,
         description="Most speculative tokens per step where an answer copies; auto: as many as pay.",
     )
+    prefill: Annotated[Literal["auto", "stock", "own"], Flag(metavar="auto|stock|own")] = Field(
+        default="stock",
+        description="Matrix products of prompts: llama.cpp's (stock), Deskside's (own); auto: those that win a race "
+        "at the first load.",
+    )
     deterministic: bool = Field(
         default=False,
         description="Repeat an answer bit for bit, whatever is cached or asked beside it: one request at a time.",

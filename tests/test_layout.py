@@ -27,6 +27,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "runtime": (
         ("errors", "config", "requests"),
+        ("prefill",),
         ("llama", "openai", "monitoring"),
         ("scheduling", "decoding", "prompt", "worker"),
         ("engine",),
@@ -51,7 +52,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("prices",),
         ("cost",),
         ("load",),
-        ("comparison", "conversion", "peers", "soak"),
+        ("comparison", "conversion", "peers", "prefill", "soak"),
         ("report",),
         ("cli",),
     ),
@@ -72,6 +73,8 @@ EXCEPTIONS = {
     "runtime.cli.main": {f"{house}.{part}" for house in HOUSES for part in ("cli", "errors")},
     # Measures the engine without HTTP, in a process of its own.
     "benchmarks.peers.scripts.bare_loop": {"runtime"},
+    # Times the products of prompts, in a process of its own.
+    "benchmarks.prefill.race_child": {"runtime.llama"},
 }
 # These decide or translate only: of ours they import each other and the nouns, of Python nothing that acts.
 PURE = ("runtime.openai", "runtime.scheduling", "runtime.decoding.choice_tree", "runtime.decoding.prompt_lookup")

@@ -65,6 +65,7 @@ class Report:
     llama_cpp_python: str
     backend: str
     gpu_offload: bool
+    prompts: str
     store: str
     disk_free_bytes: int
     models: tuple[dict[str, Any], ...]
@@ -92,6 +93,7 @@ def examine(store: Store) -> Report:
         llama_cpp_python=_version("llama-cpp-python"),
         backend=backend,
         gpu_offload=gpu_offload,
+        prompts="unknown" if trouble else _prompts(),
         store=str(store.home),
         disk_free_bytes=disk_free,
         models=tuple(_model_row(model) for model in models),
@@ -148,6 +150,12 @@ def llama_cpp_state() -> tuple[str, bool, str]:
         return "unknown", False, f"llama-cpp-python cannot be loaded: {error}"
 
 
+def _prompts() -> str:
+    from runtime.llama.model import describe_prompts
+
+    return describe_prompts()
+
+
 def _slow_amx(backend: str) -> str:
     return ": built without the AMX patch; run `make rebuild`" if "AMX unused" in backend else ""
 
@@ -164,9 +172,16 @@ def _installed(store: Store) -> tuple[list[StoredModel], list[Check]]:
 
 
 def _model_row(model: StoredModel) -> dict[str, Any]:
+    from runtime.prefill.prompts import extra_bytes
+
     artefacts = model.manifest.artefacts if model.manifest else ()
     quantization = artefacts[0].quantization if artefacts else ""
-    return {"name": model.name, "quantization": quantization, "size_bytes": model.gguf.stat().st_size}
+    return {
+        "name": model.name,
+        "quantization": quantization,
+        "size_bytes": model.gguf.stat().st_size,
+        "panel_bytes": extra_bytes(model.gguf),
+    }
 
 
 def _check_python() -> Check:
@@ -209,7 +224,11 @@ def _facts(report: Report) -> dict[str, str]:
     machine = report.machine
     memory = f"{human_bytes(machine.memory_bytes)}, {human_bytes(machine.memory_available_bytes)} available"
     offload = "yes" if report.gpu_offload else f"no ({GPU_HELP})"
-    models = [f"{model['name']} {model['quantization']} {human_bytes(model['size_bytes'])}" for model in report.models]
+    models = [
+        f"{model['name']} {model['quantization']} {human_bytes(model['size_bytes'])}"
+        + (f" (+ {human_bytes(model['panel_bytes'])} if Deskside computes prompts)" if model["panel_bytes"] else "")
+        for model in report.models
+    ]
     return {
         "system": machine.system,
         "cpu": f"{machine.cpu}, {machine.physical_cores} physical cores, {machine.logical_cores} logical",
@@ -218,6 +237,7 @@ def _facts(report: Report) -> dict[str, str]:
         "deskside": report.deskside,
         "llama-cpp-python": f"{report.llama_cpp_python}, {report.backend}",
         "gpu offload": offload,
+        "prompts": report.prompts,
         "store": f"{report.store}, {human_bytes(report.disk_free_bytes)} free",
         "models": "; ".join(models) or "none",
     }

@@ -93,8 +93,9 @@ class ModelHandle:
             self.pointer: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise LoadFailed(f"{str(path)!r} cannot be loaded: {reason(errors)}")
+        self.before_free: list[Callable[[], None]] = []
         # Not at interpreter exit: a thread may still be decoding then, and the system takes the memory back anyway.
-        weakref.finalize(self, llama_cpp.llama_model_free, self.pointer).atexit = False
+        weakref.finalize(self, _free, self.pointer, self.before_free).atexit = False
 
     @property
     def n_ctx_train(self) -> int:
@@ -120,6 +121,12 @@ class ModelHandle:
     def description(self) -> str:
         """llama.cpp's own description: family, size, quantization."""
         return _text(llama_cpp.llama_model_desc, self.pointer)
+
+
+def _free(pointer: object, before: Iterable[Callable[[], None]]) -> None:
+    for step in before:
+        step()
+    llama_cpp.llama_model_free(pointer)
 
 
 def system_info() -> str:

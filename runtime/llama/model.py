@@ -5,25 +5,35 @@ shared by all sequences, so that sharing a prefix moves no data (`llama_memory_s
 the process when the cache is not unified), and sliding-window layers keep every cell, so that prefixes can be reused.
 """
 
+import logging
+import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import llama_cpp as binding
 import numpy as np
 from llama_cpp import llama_cpp
 
 from models.common.machine import physical_cores
 from runtime.errors import BatchInvalid, EngineError, LoadFailed
+from runtime.prefill.build import Unavailable
+from runtime.prefill.library import OFF
+from runtime.prefill.prompts import MIN_ROWS, Prefill, Prompts, describe, prepare
 
 from .decode import BatchArrays, decode_error
 from .embeddings import EmbedContext, embed_info
+from .ggml import Ggml
 from .handle import AMX_UNUSED, ModelHandle, system_info
 from .interface import Batch, ModelInfo
 from .lora import Adapters
 from .tokenizer import Tokenizer
 
+_log = logging.getLogger("deskside.llama")
+
 MAX_SEQUENCES = 256
+PROBE_TOKENS = 96
 _NOTABLE_FEATURES = (
     *("AVX2", "AVX512", "AVX512_VNNI", "AVX_VNNI", "AMX_INT8", AMX_UNUSED, "FMA"),
     *("NEON", "DOTPROD", "SVE", "BLAS"),
@@ -39,7 +49,8 @@ class LoadOptions:
     the physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
     `repack` lets llama.cpp copy weights into the form its fast kernels want. `long_prompts` lets it
     choose the rotary embeddings for long prompts where a model has two sets (see `rotations`). `adapters` are LoRA GGUF
-    files for this model, by the name under which requests ask for them.
+    files for this model, by the name under which requests ask for them. `prefill` chooses the matrix products of
+    prompts: llama.cpp's ("stock"), Deskside's ("own"), or those that win a race ("auto").
     """
 
     n_ctx: int = 8192
@@ -52,6 +63,7 @@ class LoadOptions:
     repack: bool = True
     long_prompts: bool = False
     adapters: Mapping[str, Path] = field(default_factory=dict)
+    prefill: Prefill = "stock"
 
 
 class Llama:
@@ -162,7 +174,62 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
         long_prompts=options.long_prompts,
     )
     _require_decoder(model, path)
-    return Llama(model, path, options, gpu_layers)
+    prompts = _own_products(path, options, gpu_layers)
+    if prompts is None:
+        return Llama(model, path, options, gpu_layers)
+    model.before_free.append(prompts.panels.close)
+    with prompts.panels.binding():
+        llama = Llama(model, path, options, gpu_layers)
+    if prompts.decide(lambda own: _prompt_seconds(llama, prompts, own=own)):
+        llama.info = replace(llama.info, backend=f"{llama.info.backend}, prompts by Deskside")
+    else:
+        _decode_in_order(llama, 1)  # no graph with its products is left to be computed again
+        llama.clear()
+        prompts.panels.close()
+    return llama
+
+
+def _own_products(path: Path, options: LoadOptions, gpu_layers: int) -> Prompts | None:
+    """Panels for the prompts' products, if they are wanted and can be made. Raises LoadFailed if they must be made."""
+    if options.prefill == "stock":
+        return None
+    try:
+        if gpu_layers != 0:
+            raise Unavailable("layers are offloaded to a GPU")
+        if "AMX_INT8 = 1" in system_info():
+            raise Unavailable("llama.cpp uses AMX here")
+        return prepare(
+            path,
+            options.prefill,
+            llama_cpp._lib,
+            lambda: Ggml(llama_cpp._lib).mul_mat,
+            version=binding.__version__,
+            n_threads=options.n_threads or physical_cores(),
+        )
+    except (Unavailable, EngineError) as error:
+        if options.prefill == "own":
+            raise LoadFailed(f"prefill is 'own', but {error}; set it to auto or stock") from error
+        _log.info("llama.cpp computes prompts: %s", error)
+        return None
+
+
+def _prompt_seconds(llama: Llama, prompts: Prompts, *, own: bool) -> float:
+    """The seconds of one prompt, in an empty cache, with or without our own products."""
+    prompts.panels.take_over(MIN_ROWS if own else OFF)
+    _decode_in_order(llama, 1)  # another shape, so that the prompt's graph is built again
+    llama.clear()
+    start = time.perf_counter()
+    _decode_in_order(llama, min(PROBE_TOKENS, llama.info.n_batch, llama.info.n_ctx))
+    took = time.perf_counter() - start
+    llama.clear()
+    return took
+
+
+def _decode_in_order(llama: Llama, n_tokens: int) -> None:
+    positions = np.arange(n_tokens, dtype=np.int32)
+    wanted = np.zeros(n_tokens, bool)
+    wanted[-1] = True
+    llama.decode(Batch(positions * 7919 % llama.info.n_vocab, positions, np.zeros(n_tokens, np.int32), wanted))
 
 
 def require_servable(path: Path) -> None:
@@ -233,3 +300,10 @@ def describe_build() -> tuple[str, bool]:
     """(the backend a model would run on, True if layers can be offloaded to a GPU)."""
     offloads = bool(llama_cpp.llama_supports_gpu_offload())
     return backend_name(system_info(), offloads=offloads), offloads
+
+
+def describe_prompts() -> str:
+    """The matrix products that compute prompts on this machine, in one line."""
+    if llama_cpp.llama_supports_gpu_offload() or "AMX_INT8 = 1" in system_info():
+        return "by llama.cpp: it uses a GPU or AMX here"
+    return describe(binding.__version__)

@@ -22,6 +22,7 @@ from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
 from runtime.engine.options import EngineOptions
 from runtime.errors import EngineDown, EngineError, LoadFailed, ModelUnknown, NoRoom, Overloaded, ShuttingDown
+from runtime.prefill.prompts import extra_bytes
 from runtime.serving.model import ServedModel, load_model, under_name
 from runtime.serving.names import ModelRef, find
 
@@ -337,4 +338,6 @@ def _slot(refs: tuple[ModelRef, ...], config: RuntimeConfig) -> ModelSlot:
     files = {stored.gguf, *(path for ref in refs for path in ref.adapters.values())}
     options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots)
     size_bytes = sum(file.stat().st_size for file in files)
-    return ModelSlot(stored, refs, model_need(meta, size_bytes, n_ctx=config.context, n_rows=options.n_seq_max), meta)
+    panels = 0 if config.prefill == "stock" else extra_bytes(stored.gguf)
+    need = model_need(meta, size_bytes, n_ctx=config.context, n_rows=options.n_seq_max, panels=panels)
+    return ModelSlot(stored, refs, need, meta)

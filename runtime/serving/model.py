@@ -140,5 +140,6 @@ def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str,
         gpu_layers=config.gpu_layers,
         long_prompts=config.long_prompts,
         adapters=adapters,
+        prefill=config.prefill,
     )
     return LlamaRecipe(stored.gguf, load, options)

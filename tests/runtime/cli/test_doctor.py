@@ -56,7 +56,7 @@ def test_a_store_with_the_default_model_is_healthy(home: Path, install: Install)
     install(DEFAULT_MODEL)
     report = examine(Store(home))
     assert report.healthy
-    assert report.models == ({"name": DEFAULT_MODEL, "quantization": "Q8_0", "size_bytes": 7},)
+    assert report.models == ({"name": DEFAULT_MODEL, "quantization": "Q8_0", "size_bytes": 7, "panel_bytes": 0},)
 
 
 def test_facts_are_of_this_machine(home: Path) -> None:

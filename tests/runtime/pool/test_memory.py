@@ -30,3 +30,10 @@ def test_heads_may_differ_from_layer_to_layer_and_default_to_the_width() -> None
 def test_a_file_that_says_nothing_counts_by_its_size() -> None:
     need = model_need(GgufMeta({}, {}), 5000, n_ctx=8192, n_rows=32)
     assert need.total == 5000 + OVERHEAD_BYTES
+
+
+def test_the_second_form_of_the_weights_counts() -> None:
+    need, with_panels = (model_need(meta(), 1000, n_ctx=64, n_rows=1, panels=panels) for panels in (0, 5 << 20))
+    assert with_panels.total == need.total + (5 << 20)
+    assert "5 MiB for the products of prompts" in str(with_panels)
+    assert "products" not in str(need)

@@ -1,0 +1,52 @@
+"""Times prompts in one process, in turns: a job as JSON on stdin, raw seconds as JSON on stdout."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.llama.interface import Batch
+from runtime.llama.model import Llama, LoadOptions, load
+
+Step = list[list[int]]  # (sequence, tokens) of each part
+
+
+def main() -> None:
+    """Load the file with both products and compute each step with one after the other."""
+    job: dict[str, Any] = json.load(sys.stdin)
+    cells = max(sum(n for _, n in step) for step in job["steps"].values())
+    options: dict[str, Any] = {"n_ctx": 2 * cells, "n_batch": cells, "n_seq_max": 16, "n_threads": job["threads"]}
+    models = {kind: load(Path(job["gguf"]), LoadOptions(**options, prefill=kind)) for kind in ("stock", "own")}
+    rng = np.random.default_rng(0)
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for name, step in job["steps"].items():
+        seconds[name] = {kind: [] for kind in models}
+        for number in range(job["repetitions"] + 1):
+            batch = _batch(step, rng.integers(0, models["own"].info.n_vocab, sum(n for _, n in step)))
+            for kind in ("stock", "own") if number % 2 else ("own", "stock"):
+                took = _timed(models[kind], batch)
+                if number > 0:
+                    seconds[name][kind].append(took)
+    info = models["own"].info
+    json.dump({"seconds": seconds, "backend": info.backend, "threads": info.n_threads}, sys.stdout)
+
+
+def _batch(step: Step, tokens: np.ndarray) -> Batch:
+    positions = np.concatenate([np.arange(n) for _, n in step]).astype(np.int32)
+    sequences = np.concatenate([np.full(n, seq) for seq, n in step]).astype(np.int32)
+    last = np.concatenate([np.arange(n) == n - 1 for _, n in step])
+    return Batch(tokens.astype(np.int32), positions, sequences, last)
+
+
+def _timed(llama: Llama, batch: Batch) -> float:
+    llama.clear()
+    start = time.perf_counter()
+    llama.decode(batch)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+// An ACCEL backend of ggml that computes the products of prompts: MUL_MAT of many rows with a model's weight matrices.
+//
+// The weights that decode few rows stay as llama.cpp holds them, repacked or not. For these products panels are made from
+// the file's own bytes, so a tensor's data is never read: a weight is known by its address, which is bound to its
+// panels, by name, type and shape, while a context is made between `deskside_prefill_bind(model)` and
+// `deskside_prefill_bind(nullptr)` on the same thread. What is not bound is llama.cpp's, without a change.
+#include <omp.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "ggml_abi.h"
+#include "kernel.h"
+
+static Functions ggml;
+static int op_mul_mat;
+
+struct Free {
+    void operator()(void * data) const { free(data); }
+};
+template <typename T> using Memory = std::unique_ptr<T[], Free>;
+template <typename T> static Memory<T> allocate(size_t count) {
+    void * data = aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+    if (!data) throw std::bad_alloc();
+    return Memory<T>((T *) data);
+}
+template <typename T> struct Scratch {  // grows, keeps no content
+    Memory<T> data;
+    size_t size = 0;
+    T * room(size_t count) {
+        if (count > size) data.reset(), data = allocate<T>(count), size = count;
+        return data.get();
+    }
+};
+
+struct Weights {
+    int type;
+    int64_t n_k, n_cols;
+    Memory<PanelBlock> panels;  // [columns / COLS][k / BLOCK]
+
+    int64_t n_panels() const { return (n_cols + COLS - 1) / COLS; }
+};
+
+struct Model {
+    std::unordered_map<std::string, std::unique_ptr<Weights>> weights;
+    std::atomic<int> min_rows{1 << 30};
+    std::atomic<int64_t> n_products{0};
+};
+
+struct Bound {
+    Model * model;
+    const Weights * weights;
+};
+
+static std::shared_mutex lock;
+static std::unordered_map<const void *, Bound> bound;  // by a tensor's data
+static thread_local Model * binding = nullptr;
+
+// The step between the numbers of a block where its first bytes say it and int8 holds them all; 0: unknown.
+static float exact_step(int type, const void * block) {
+    if (type != TYPE_Q8_0 && type != TYPE_Q4_0 && type != TYPE_Q5_0 && type != TYPE_IQ4_NL) return 0;
+    uint16_t half;
+    memcpy(&half, block, sizeof half);
+    return half_to_float(half);
+}
+
+static void quantize_block(const float * row, float step, PanelBlock & block, int column) {
+    float peak = 0;
+    for (int k = 0; k < BLOCK; k++) peak = fmaxf(peak, fabsf(row[k]));
+    const uint16_t half = float_to_half(step != 0 ? step : peak / 127);
+    const float inverse = half_to_float(half) != 0 ? 1 / half_to_float(half) : 0;
+    block.scale[column] = half;
+    for (int k = 0; k < BLOCK; k++) {
+        const float q = fminf(127, fmaxf(-127 - (step != 0), nearbyintf(row[k] * inverse)));
+        block.q[k / 2][column][k & 1] = (int8_t) q;
+    }
+}
+
+static void make_panels(Weights & w, const char * bytes, int n_threads) {
+    const TypeTraits * traits = ggml.type_traits(w.type);
+    const int64_t n_blocks = w.n_k / BLOCK, row_bytes = w.n_k / traits->block * traits->bytes;
+    w.panels = allocate<PanelBlock>(w.n_panels() * n_blocks);
+#pragma omp parallel num_threads(n_threads)
+    {
+        std::vector<float> row(w.n_k);
+#pragma omp for
+        for (int64_t panel = 0; panel < w.n_panels(); panel++)
+            for (int j = 0; j < COLS; j++) {
+                const int64_t column = panel * COLS + j;
+                const char * source = bytes + column * row_bytes;
+                if (column < w.n_cols) traits->to_float(source, row.data(), w.n_k);
+                else std::fill(row.begin(), row.end(), 0.f);
+                for (int64_t b = 0; b < n_blocks; b++) {
+                    const float step = column < w.n_cols && traits->block == BLOCK ? exact_step(w.type, source + b * traits->bytes) : 0;
+                    quantize_block(&row[b * BLOCK], step, w.panels[panel * n_blocks + b], j);
+                }
+            }
+    }
+}
+
+struct Rows {  // [m][k], float32
+    const char * data;
+    size_t stride;
+    int64_t count;
+    const float * at(int64_t m) const { return (const float *) (data + m * stride); }
+};
+
+struct Context {  // of a backend: what a product needs
+    int n_threads = 1;
+    Scratch<int16_t> quantized;  // [m / ROWS][k / 2][ROWS][2]
+    Scratch<float> scales;       // [m]
+    Scratch<int16_t> rows;       // [thread][k]
+    Scratch<WideBlock> wide;     // [thread][CHUNK_BLOCKS]
+};
+
+static void pack(Context & ctx, const Rows & x, int64_t n_k, int64_t tile, int16_t * row) {
+    int32_t * to = (int32_t *) (ctx.quantized.data.get() + tile * n_k * ROWS);
+    for (int r = 0; r < ROWS; r++) {
+        const int64_t m = tile * ROWS + r;
+        if (m < x.count) ctx.scales.data[m] = quantize_row(x.at(m), n_k, row);
+        else memset(row, 0, n_k * sizeof *row);
+        for (int64_t p = 0; p < n_k / 2; p++) memcpy(to + p * ROWS + r, row + 2 * p, 4);
+    }
+}
+
+// One panel's columns of the product, chunk by chunk of k; between chunks the sums lie in the result.
+static void multiply_panel(const Context & ctx, const Weights & w, const Rows & x, const Rows & y, int64_t panel, WideBlock * wide) {
+    const int64_t first = panel * COLS, tiles = (x.count + ROWS - 1) / ROWS, n_blocks = w.n_k / BLOCK;
+    const int width = (int) (w.n_cols - first < COLS ? w.n_cols - first : COLS);
+    alignas(64) float sums[ROWS * COLS];
+    for (int64_t block = 0; block < n_blocks; block += CHUNK_BLOCKS) {
+        const int n = (int) (n_blocks - block < CHUNK_BLOCKS ? n_blocks - block : CHUNK_BLOCKS);
+        widen(&w.panels[panel * n_blocks + block], wide, n);
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            const int height = (int) (x.count - tile * ROWS < ROWS ? x.count - tile * ROWS : ROWS);
+            memset(sums, 0, sizeof sums);
+            if (block > 0)
+                for (int r = 0; r < height; r++) memcpy(sums + r * COLS, y.at(tile * ROWS + r) + first, width * sizeof(float));
+            multiply_blocks(n, ctx.quantized.data.get() + (tile * w.n_k + block * BLOCK) * ROWS, wide, sums);
+            for (int r = 0; r < height; r++) {
+                float * row = sums + r * COLS;
+                if (block + n == n_blocks)
+                    for (int c = 0; c < COLS; c++) row[c] *= ctx.scales.data[tile * ROWS + r];
+                memcpy((float *) y.at(tile * ROWS + r) + first, row, width * sizeof(float));
+            }
+        }
+    }
+}
+
+static void multiply(Context & ctx, const Weights & w, const Rows & x, const Rows & y, bool packed) {
+    const int64_t tiles = (x.count + ROWS - 1) / ROWS;
+    ctx.quantized.room(tiles * w.n_k * ROWS), ctx.scales.room(tiles * ROWS), ctx.rows.room(ctx.n_threads * w.n_k);
+    ctx.wide.room(ctx.n_threads * CHUNK_BLOCKS);
+#pragma omp parallel num_threads(ctx.n_threads)
+    {
+        const int thread = omp_get_thread_num();
+        if (!packed) {
+#pragma omp for schedule(static)
+            for (int64_t tile = 0; tile < tiles; tile++) pack(ctx, x, w.n_k, tile, ctx.rows.data.get() + thread * w.n_k);
+        }
+#pragma omp for schedule(dynamic, 2)
+        for (int64_t panel = 0; panel < w.n_panels(); panel++)
+            multiply_panel(ctx, w, x, y, panel, ctx.wide.data.get() + thread * CHUNK_BLOCKS);
+    }
+}
+
+// The weights' panels, if `op` is a product of theirs; binds them while a context is made.
+static Bound find(const Tensor * op) {
+    if (op->op != op_mul_mat) return {};
+    const Tensor *w = op->src[0], *x = op->src[1];
+    if (w->op != OP_NONE || !w->buffer || !w->data || w->view_src || w->ne[2] * w->ne[3] * x->ne[2] * x->ne[3] != 1) return {};
+    if (x->type != TYPE_F32 || x->nb[0] != 4 || op->type != TYPE_F32 || op->nb[0] != 4 || op->op_params[1]) return {};
+    {
+        std::shared_lock<std::shared_mutex> guard(lock);
+        const auto known = bound.find(w->data);
+        if (known != bound.end()) return known->second;
+        if (!binding) return {};
+    }
+    const auto named = binding->weights.find(w->name);
+    if (named == binding->weights.end()) return {};
+    const Weights & weights = *named->second;
+    if (weights.type != w->type || weights.n_k != w->ne[0] || weights.n_cols != w->ne[1]) return {};
+    std::unique_lock<std::shared_mutex> guard(lock);
+    return bound.emplace(w->data, Bound{binding, &weights}).first->second;
+}
+
+static const char * backend_name(Backend *) { return "Deskside"; }
+static void backend_free(Backend * backend) {
+    delete (Context *) backend->context;
+    delete backend;
+}
+static int backend_compute(Backend * backend, Graph * graph) try {
+    Context & ctx = *(Context *) backend->context;
+    const Tensor * before = nullptr;  // whose rows are packed
+    for (int i = 0; i < ggml.graph_n_nodes(graph); i++) {
+        Tensor * y = ggml.graph_node(graph, i);
+        if (!(y->flags & FLAG_COMPUTE) || y->op != op_mul_mat) continue;
+        const Bound found = find(y);
+        if (!found.weights) return STATUS_FAILED;
+        const Tensor * x = y->src[1];
+        multiply(ctx, *found.weights, {(const char *) x->data, x->nb[1], x->ne[1]},
+                 {(const char *) y->data, y->nb[1], x->ne[1]}, before == x);
+        before = x;
+        found.model->n_products++;
+    }
+    return STATUS_SUCCESS;
+} catch (const std::bad_alloc &) {
+    return STATUS_FAILED;
+}
+
+static Backend * device_init(Device * device, const char *) {
+    static const uint8_t id[16] = {'d', 'e', 's', 'k', 's', 'i', 'd', 'e', ' ', 'p', 'r', 'e', 'f', 'i', 'l', 'l'};
+    BackendInterface table = {};
+    table.get_name = backend_name;
+    table.free = backend_free;
+    table.graph_compute = backend_compute;
+    return new Backend{&id, table, device, new Context};
+}
+static const char * device_name(Device *) { return "Deskside"; }
+static void device_memory(Device *, size_t * free_bytes, size_t * total) { *free_bytes = *total = 0; }
+static int device_type(Device *) { return DEVICE_ACCEL; }
+static void device_properties(Device *, DeviceProperties * p) {
+    *p = {};
+    p->name = p->description = "Deskside";
+    p->type = DEVICE_ACCEL;
+    p->caps = {false, false, true, false, true};
+}
+static BufferType * device_buffer_type(Device *) { return ggml.cpu_buffer_type(); }
+static Buffer * device_buffer(Device *, void * data, size_t size, size_t) { return ggml.cpu_buffer_from_ptr(data, size); }
+static bool device_supports_op(Device *, const Tensor * op) {
+    const Bound found = find(op);
+    return found.weights && op->src[1]->ne[1] >= found.model->min_rows;
+}
+static bool device_supports_buffer(Device *, BufferType * type) {
+    return ggml.buffer_type_is_host(type) || strcmp(ggml.buffer_type_name(type), "CPU_REPACK") == 0;
+}
+
+static void set_threads(Backend * backend, int n) { ((Context *) backend->context)->n_threads = n; }
+static const char * registry_name(Registry *) { return "Deskside"; }
+static size_t registry_count(Registry *) { return 1; }
+static Device * registry_device(Registry * registry, size_t) {
+    static Device device = {};
+    device.iface.get_name = device.iface.get_description = device_name;
+    device.iface.get_memory = device_memory;
+    device.iface.get_type = device_type;
+    device.iface.get_props = device_properties;
+    device.iface.init_backend = device_init;
+    device.iface.get_buffer_type = device_buffer_type;
+    device.iface.buffer_from_host_ptr = device_buffer;
+    device.iface.supports_op = device_supports_op;
+    device.iface.supports_buft = device_supports_buffer;
+    device.reg = registry;
+    return &device;
+}
+static void * registry_function(Registry *, const char * name) {
+    return strcmp(name, "ggml_backend_set_n_threads") == 0 ? (void *) set_threads : nullptr;
+}
+
+extern "C" {
+// Register the device: contexts made from now on ask it. Once per process.
+void deskside_prefill_register(const Functions * functions, int mul_mat) {
+    static Registry registry = {BACKEND_API_VERSION, registry_name, registry_count, registry_device, registry_function, nullptr};
+    ggml = *functions;
+    op_mul_mat = mul_mat;
+    ggml.backend_register(&registry);
+}
+
+Model * deskside_prefill_new() { return new Model; }
+
+// Make panels of a matrix of `n_cols` rows of `n_k` numbers in the file, whose bytes are needed during the call only.
+// The panels' bytes; -1 if it cannot be multiplied here, -2 without memory.
+int64_t deskside_prefill_add(Model * model, const char * name, int type, int64_t n_k, int64_t n_cols, const void * bytes, int n_threads) try {
+    const TypeTraits * traits = ggml.type_traits(type);
+    if (n_k % BLOCK || n_k <= 0 || n_cols <= 0 || !traits || !traits->to_float || traits->block <= 0 || n_k % traits->block) return -1;
+    auto w = std::make_unique<Weights>();
+    w->type = type, w->n_k = n_k, w->n_cols = n_cols;
+    make_panels(*w, (const char *) bytes, n_threads);
+    const int64_t size = w->n_panels() * (n_k / BLOCK) * (int64_t) sizeof(PanelBlock);
+    model->weights[name] = std::move(w);
+    return size;
+} catch (const std::bad_alloc &) {
+    return -2;
+}
+
+// Bind the weights of contexts that this thread makes to the panels of `model`, until it is called with null.
+void deskside_prefill_bind(Model * model) { binding = model; }
+
+// Take over products of at least `n` rows in graphs that are built from now on.
+void deskside_prefill_min_rows(Model * model, int n) { model->min_rows = n; }
+
+int64_t deskside_prefill_products(const Model * model) { return model->n_products; }
+
+// Forget the model's weights and free its panels, before the weights themselves are freed.
+void deskside_prefill_free(Model * model) {
+    {
+        std::unique_lock<std::shared_mutex> guard(lock);
+        for (auto at = bound.begin(); at != bound.end();) at = at->second.model == model ? bound.erase(at) : std::next(at);
+    }
+    delete model;
+}
+
+// y[m][n_cols] = x[m][n_k] · weights, outside of any graph; 0, or -1 if the weights are not there.
+int deskside_prefill_multiply(const Model * model, const char * name, const float * x, int64_t m, float * y, int n_threads) try {
+    const auto found = model->weights.find(name);
+    if (found == model->weights.end()) return -1;
+    const Weights & w = *found->second;
+    Context ctx;
+    ctx.n_threads = n_threads;
+    multiply(ctx, w, {(const char *) x, w.n_k * sizeof(float), m}, {(const char *) y, w.n_cols * sizeof(float), m}, false);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return -1;
+}
+}
