@@ -51,6 +51,13 @@ class EngineConfig(Record):
         description="Repeat an answer bit for bit, whatever is cached or asked beside it: one request at a time.",
     )
 
+    prefix_memory: GibiBytes = Field(
+        default=None,
+        ge=0,
+        le=1 << 20,
+        description="Memory for prefixes that left the KV cache, in GiB; auto: 1, or a tenth of what is free; 0: none.",
+    )
+
     @model_validator(mode="after")
     def _no_drafts_beside_deterministic(self) -> Self:
         if self.deterministic and self.speculate:

@@ -14,7 +14,7 @@ batch is taken apart to find the guilty sequence. Only a fatal code ends all req
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
 from types import TracebackType
 from typing import Any
@@ -22,12 +22,22 @@ from typing import Any
 import numpy as np
 
 from runtime.decoding.grammar import Grammars
-from runtime.errors import BatchInvalid, Cancelled, DecodeAborted, DecodeFailed, InvalidRequest, ModelUnknown, NoKvSlot
+from runtime.errors import (
+    BatchInvalid,
+    Cancelled,
+    DecodeAborted,
+    DecodeFailed,
+    EngineError,
+    InvalidRequest,
+    ModelUnknown,
+    NoKvSlot,
+)
 from runtime.llama.interface import Batch, LlamaLike
 from runtime.requests import Embedding, EngineStats, Event, Failed, Request, Scoring, Work
-from runtime.scheduling.plan import Copy, Edit, ScheduledSequence, StepPlan
+from runtime.scheduling.plan import Copy, Edit, Restore, Save, ScheduledSequence, StepPlan
 from runtime.scheduling.prefix_cache import PrefixCache
 from runtime.scheduling.scheduler import Scheduler
+from runtime.scheduling.snapshots import Snapshots
 
 from .drafts import Drafts
 from .embedding import Embedder
@@ -55,7 +65,9 @@ class Engine:
         self._llama = llama
         n_ids = 1 if options.deterministic else info.n_seq_max
         step_tokens = min(options.step_tokens, info.n_batch)
-        self._cache = PrefixCache(info.n_ctx, n_ids, options.idle_bound(info.n_ctx))
+        self._snapshots = snapshots = _snapshots(options, info.cut_limit)
+        self._saved: dict[int, np.ndarray] = {}
+        self._cache = PrefixCache(info.n_ctx, n_ids, options.idle_bound(info.n_ctx), snapshots)
         self._scheduler = scheduler = Scheduler(
             self._cache,
             step_tokens=step_tokens,
@@ -171,7 +183,8 @@ class Engine:
         plan = self._scheduler.plan()
         if plan is None:
             return []
-        self._edit(plan.edits)
+        if not self._edit(plan.edits):
+            return []
         if self._drafts is not None:
             plan = self._drafts.extend(plan, self._scheduler, self._writer.live)
         events = self._compute(plan)
@@ -223,12 +236,51 @@ class Engine:
         sequence.owner.drop(sequence.request_id)
         return Failed(sequence.request_id, error)
 
-    def _edit(self, edits: Iterable[Edit]) -> None:
+    def _edit(self, edits: Sequence[Edit]) -> bool:
+        """Carry out the edits. False if a sequence's cells are not whole after them: it is computed again."""
+        lost: dict[int, tuple[int | None, int | None]] = {}
+        wanted = {edit.snapshot for edit in edits if isinstance(edit, Restore)}
         for edit in edits:
-            if isinstance(edit, Copy):
-                self._llama.copy_prefix(edit.source, edit.target, edit.length)
+            if isinstance(edit, Save):
+                self._save(edit, wanted)
+            elif isinstance(edit, Restore):
+                data = self._saved.get(edit.snapshot)
+                if data is None or not self._llama.restore(edit.seq_id, data, edit.length):
+                    lost[edit.seq_id] = (edit.snapshot, None)
+            elif isinstance(edit, Copy):
+                if edit.source not in lost:
+                    self._llama.copy_prefix(edit.source, edit.target, edit.length)
+                if edit.source in lost or not self._llama.is_whole(edit.target, edit.length):
+                    lost[edit.target] = (None, edit.source)
             else:
                 self._llama.remove(edit.seq_id, edit.start)
+                lost.pop(edit.seq_id, None)
+                if edit.start and not self._llama.is_whole(edit.seq_id, edit.start):
+                    lost[edit.seq_id] = (None, None)
+        for seq_id, (snapshot, source) in lost.items():
+            self._scheduler.lose(seq_id, snapshot, source)
+        if self._snapshots is not None and len(self._saved) > len(self._snapshots):
+            self._saved = {key: data for key, data in self._saved.items() if key in self._snapshots}
+        if lost:
+            self._edit(self._cache.take_edits())
+        return not lost
+
+    def _save(self, save: Save, wanted: set[int]) -> None:
+        """Take a snapshot, if it still counts or is to be restored at once."""
+        assert self._snapshots is not None
+        if save.snapshot not in self._snapshots and save.snapshot not in wanted:
+            return
+        try:
+            if not self._llama.is_whole(save.seq_id, save.length):
+                raise EngineError("cells that left the window are gone")
+            self._saved[save.snapshot] = data = self._llama.save(save.seq_id)
+        except (EngineError, MemoryError):
+            self._snapshots.drop(save.snapshot)
+            return
+        self._snapshots.note_size(save.snapshot, data.nbytes)
+        for key in self._snapshots.bound():
+            if key not in wanted:
+                self._saved.pop(key, None)
 
     def _die(self, error: Exception) -> list[Event]:
         if not isinstance(error, DecodeFailed):
@@ -249,6 +301,11 @@ class Engine:
     def _raise_if_dead(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+
+def _snapshots(options: EngineOptions, cut_limit: int | None) -> Snapshots | None:
+    n_bytes = options.snapshot_bound
+    return Snapshots(n_bytes, cut_limit) if n_bytes and cut_limit is not None else None
 
 
 class Stopwatch:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from models.common.machine import machine_budget
+
 # Part of the cache that finished prompts may keep by default. Every step reads every cell up to the last used one.
 # Measured with Gemma 3 270M, Q8_0, on 2 nearly idle Xeon cores with AMX (30 steps at each size, taken in turns,
 # medians): 1k / 2k / 4k / 8k idle cells slow a step of 16 rows (37 ms) by 3 / 2 / 10 / 28 %, one of 1 row (18 ms) by no
@@ -21,6 +23,19 @@ MIX_CELLS = 640
 WHOLE_CHUNK = 64
 
 
+# Memory for snapshots by default: at most so many bytes, and at most this share of what models may take.
+SNAPSHOT_BYTES = 1 << 30
+SNAPSHOT_SHARE = 0.1
+
+
+def snapshot_bytes(prefix_memory: float | None, memory_budget: float | None) -> int:
+    """Bytes for snapshots by the two settings, in GiB; None is "auto"."""
+    if prefix_memory is not None:
+        return int(prefix_memory * 2**30)
+    budget = machine_budget() if memory_budget is None else int(memory_budget * 2**30)
+    return SNAPSHOT_BYTES if budget is None else min(SNAPSHOT_BYTES, int(SNAPSHOT_SHARE * budget))
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Bounds of one engine.
@@ -35,6 +50,9 @@ class EngineOptions:
     these options: requests are answered one after another, each alone in the KV cache but for the whole chunks of the
     prompt before that it shares, and in chunks that depend on its own tokens alone (see `Scheduler`). It makes no
     drafts, and embeds one text at a time.
+
+    Evicted prefixes are kept as snapshots in at most `snapshot_bytes` of memory (0: none; a deterministic engine takes
+    none, since restored cells lie in another order, which changes the last bits).
     """
 
     step_tokens: int = 512
@@ -43,11 +61,17 @@ class EngineOptions:
     max_drafts: int | None = 0
     mix_cells: int | None = None
     deterministic: bool = False
+    snapshot_bytes: int = 0
 
     @property
     def n_seq_max(self) -> int:
         """Sequence ids the model should be loaded with: the running ones and as many idle prefixes."""
         return min(2 * self.max_running, 256)
+
+    @property
+    def snapshot_bound(self) -> int:
+        """Bytes of snapshots that are kept in memory."""
+        return 0 if self.deterministic else self.snapshot_bytes
 
     @property
     def at_once(self) -> int:

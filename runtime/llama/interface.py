@@ -22,6 +22,8 @@ class ModelInfo:
     The `embed_…` fields bound `LlamaLike.embed` alike; a text of at most `embed_n_ctx` tokens can be embedded.
     `pooling` says which of a text's rows, each `n_embd` wide, make up its vector.
     `adapters` are the names of the LoRA adapters that are loaded with it.
+    A snapshot of at most `cut_limit` tokens can be restored cut shorter, a longer one at its own length only (None:
+    there are no snapshots).
     """
 
     n_vocab: int
@@ -44,6 +46,7 @@ class ModelInfo:
     embed_n_batch: int = 0
     pooling: Pooling = "mean"
     adapters: tuple[str, ...] = ()
+    cut_limit: int | None = None
 
 
 class TokenizerLike(Protocol):
@@ -136,6 +139,22 @@ class LlamaLike(Protocol):
 
     def remove(self, seq_id: int, start: int = 0, end: int = -1) -> None:
         """Take `seq_id` out of its cells at positions start … end-1 (-1: to the end)."""
+
+    def is_whole(self, seq_id: int, length: int) -> bool:
+        """True if `seq_id` holds the first `length` tokens, so that the next can be computed.
+
+        Cells that no later token looks at, since they left the window, may be overwritten; they are missed when the
+        sequence is cut shorter.
+        """
+
+    def save(self, seq_id: int) -> np.ndarray:
+        """A snapshot of a sequence: bytes, as uint8. Raises EngineError, or MemoryError."""
+
+    def restore(self, seq_id: int, data: np.ndarray, length: int) -> bool:
+        """Fill `seq_id`, an empty sequence, from a snapshot cut to `length`. False, and still empty, if it is refused.
+
+        Takes free cells for the whole snapshot.
+        """
 
     def clear(self) -> None:
         """Empty the KV cache."""

@@ -5,6 +5,7 @@ shared by all sequences, so that sharing a prefix moves no data (`llama_memory_s
 the process when the cache is not unified), and sliding-window layers keep every cell, so that prefixes can be reused.
 """
 
+import ctypes
 import logging
 import time
 import weakref
@@ -81,6 +82,7 @@ class Llama:
         self._n_outputs = n_outputs
         self.tokenizer = Tokenizer(model)
         self.info = _info(model, self._context, options, gpu_layers)
+        self._window = llama_cpp.llama_model_n_swa(model.pointer)  # 0: every layer looks at every token
         self._arrays = BatchArrays(options.n_batch)
         self._model = model
         self._embedder: EmbedContext | None = None
@@ -135,6 +137,34 @@ class Llama:
         self._require_open()
         llama_cpp.llama_memory_seq_rm(self._memory, seq_id, start, end)
 
+    def is_whole(self, seq_id: int, length: int) -> bool:
+        """True if `seq_id` holds the first `length` tokens, or all of them that the next one looks at."""
+        self._require_open()
+        if length == 0:
+            return True
+        last = llama_cpp.llama_memory_seq_pos_max(self._memory, seq_id)
+        first = llama_cpp.llama_memory_seq_pos_min(self._memory, seq_id)
+        return bool(last == length - 1 and 0 <= first <= max(0, length - (self._window or length) + 1))
+
+    def save(self, seq_id: int) -> np.ndarray:
+        """A snapshot of a sequence: bytes, as uint8. Raises EngineError, or MemoryError."""
+        self._require_open()
+        n_bytes = llama_cpp.llama_state_seq_get_size(self._context, seq_id)
+        data = np.empty(n_bytes, np.uint8)
+        if not n_bytes or llama_cpp.llama_state_seq_get_data(self._context, _bytes(data), n_bytes, seq_id) != n_bytes:
+            raise EngineError(f"llama.cpp did not save sequence {seq_id} of {n_bytes} bytes")
+        return data
+
+    def restore(self, seq_id: int, data: np.ndarray, length: int) -> bool:
+        """Fill `seq_id`, an empty sequence, from a snapshot cut to `length`. False, and still empty, if refused."""
+        self._require_open()
+        if llama_cpp.llama_state_seq_set_data(self._context, _bytes(data), len(data), seq_id) == len(data):
+            self.remove(seq_id, length)
+            if self.is_whole(seq_id, length):
+                return True
+        self.remove(seq_id)
+        return False
+
     def clear(self) -> None:
         """Empty the KV cache."""
         self._require_open()
@@ -148,6 +178,10 @@ class Llama:
     def _require_open(self) -> None:
         if not self._finalizer.alive:
             raise EngineError("the model is closed")
+
+
+def _bytes(data: np.ndarray) -> object:
+    return ctypes.cast(data.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
 
 
 def load(path: Path, options: LoadOptions | None = None) -> Llama:
@@ -282,6 +316,7 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
         chat_template=metadata.get("tokenizer.chat_template"),
         metadata=metadata,
         adapters=tuple(options.adapters),
+        cut_limit=llama_cpp.llama_model_n_swa(model.pointer) or llama_cpp.llama_n_ctx(context),
         **embed_info(model, metadata, options.n_batch),
     )
 

@@ -18,7 +18,8 @@ LOGIT_BYTES = 4
 class MemoryNeed:
     """Memory of a loaded model: its files, the KV cache of `n_ctx` tokens, `n_rows` rows of logits, and the rest.
 
-    `panels` is the second form of its weights that Deskside's own products of prompts read.
+    `prefixes` is the most that prefixes take which left the KV cache, `panels` the second form of its weights that
+    Deskside's own products of prompts read.
     """
 
     files: int
@@ -26,28 +27,33 @@ class MemoryNeed:
     cache: int
     n_rows: int
     logits: int
+    prefixes: int = 0
     overhead: int = OVERHEAD_BYTES
     panels: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.files + self.cache + self.logits + self.overhead + self.panels
+        return self.files + self.cache + self.logits + self.prefixes + self.overhead + self.panels
 
     def __str__(self) -> str:
         return (
             f"about {mebibytes(self.total)}: {mebibytes(self.files)} of files, {mebibytes(self.cache)} of KV cache for "
             f"{self.n_ctx} tokens, {mebibytes(self.logits)} for {self.n_rows} rows of logits, "
+            f"{mebibytes(self.prefixes)} for prefixes, "
             f"{mebibytes(self.overhead)} for the engine"
             + (f", {mebibytes(self.panels)} for the products of prompts (--prefill)" if self.panels else "")
         )
 
 
-def model_need(meta: GgufMeta, files_bytes: int, *, n_ctx: int, n_rows: int, panels: int = 0) -> MemoryNeed:
+def model_need(
+    meta: GgufMeta, files_bytes: int, *, n_ctx: int, n_rows: int, prefixes: int = 0, panels: int = 0
+) -> MemoryNeed:
     """Estimate the memory of the model described by `meta`. A file without its shape counts by its size alone."""
     # llama.cpp holds the logits twice: as the graph computes them, and as they are handed out.
     logits = 2 * n_rows * meta.n_vocab * LOGIT_BYTES
-    return MemoryNeed(files_bytes, n_ctx, n_ctx * _cache_bytes_per_token(meta), n_rows, logits, panels=panels)
+    cache = n_ctx * _cache_bytes_per_token(meta)
+    return MemoryNeed(files_bytes, n_ctx, cache, n_rows, logits, prefixes, panels=panels)
 
 
 def _cache_bytes_per_token(meta: GgufMeta) -> int:

@@ -20,7 +20,7 @@ from models.common.names import did_you_mean
 from models.gguf.header import read_meta
 from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
-from runtime.engine.options import EngineOptions
+from runtime.engine.options import EngineOptions, snapshot_bytes
 from runtime.errors import EngineDown, EngineError, LoadFailed, ModelUnknown, NoRoom, Overloaded, ShuttingDown
 from runtime.prefill.prompts import extra_bytes
 from runtime.serving.model import ServedModel, load_model, under_name
@@ -338,6 +338,9 @@ def _slot(refs: tuple[ModelRef, ...], config: RuntimeConfig) -> ModelSlot:
     files = {stored.gguf, *(path for ref in refs for path in ref.adapters.values())}
     options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots)
     size_bytes = sum(file.stat().st_size for file in files)
+    prefixes = 0 if config.deterministic else snapshot_bytes(config.prefix_memory, config.memory_budget)
     panels = 0 if config.prefill == "stock" else extra_bytes(stored.gguf)
-    need = model_need(meta, size_bytes, n_ctx=config.context, n_rows=options.n_seq_max, panels=panels)
+    need = model_need(
+        meta, size_bytes, n_ctx=config.context, n_rows=options.n_seq_max, prefixes=prefixes, panels=panels
+    )
     return ModelSlot(stored, refs, need, meta)

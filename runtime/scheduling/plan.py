@@ -85,10 +85,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest known prefix of a prompt: `length` tokens, held by sequence id `source` (None: no match)."""
+    """The longest known prefix of a prompt: `length` tokens, held by sequence id `source` or in a `snapshot`.
+
+    Both are None if nothing matches.
+    """
 
     source: int | None
     length: int
+    snapshot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,25 @@ class Remove:
     start: int = 0
 
 
-Edit = Copy | Remove
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Take a snapshot, number `snapshot`, of the `length` tokens that `seq_id` holds."""
+
+    seq_id: int
+    snapshot: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Give `seq_id`, an empty sequence, cells of its own with the first `length` tokens of a snapshot."""
+
+    snapshot: int
+    seq_id: int
+    length: int
+
+
+Edit = Copy | Remove | Save | Restore
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,11 @@ class _Node:
 
 @dataclass(slots=True)
 class _End:
-    """The end of a sequence: its last node, and its length in tokens."""
+    """The end of a sequence: its last node, its length in tokens, and the shortest beginning it can be cut to."""
 
     node: _Node
     length: int
+    floor: int
 
 
 class RadixTree:
@@ -56,22 +57,47 @@ class RadixTree:
         return np.concatenate([np.empty(0, np.int32), *reversed(edges)])
 
     def match(self, tokens: np.ndarray, adapter: str | None) -> tuple[int | None, int]:
-        """(the newest sequence that begins with most of `tokens`, how many they share); (None, 0) if none does."""
-        node = self._roots.get(adapter)
-        holder, length = None, 0
+        """(the newest sequence that begins with most of `tokens`, how many they share); (None, 0) if none does.
+
+        A sequence counts only where it shares its floor at least.
+        """
+        for node, length in reversed(self._path(tokens, adapter)):
+            for key in reversed(node.holders):
+                if self._ends[key].floor <= length:
+                    return key, length
+        return None, 0
+
+    def shared(self, tokens: np.ndarray, adapter: str | None) -> int:
+        """The number of first `tokens` that some sequence begins with, at any floor."""
+        path = self._path(tokens, adapter)
+        return path[-1][1] if path else 0
+
+    def _path(self, tokens: np.ndarray, adapter: str | None) -> list[tuple[_Node, int]]:
+        """The nodes that `tokens` lead through, each with the number of tokens that it shares up to there."""
+        node, length = self._roots.get(adapter), 0
+        path: list[tuple[_Node, int]] = []
         while node is not None and length < len(tokens):
             node = node.children.get(int(tokens[length]))
             if node is not None:
                 shared = common_prefix(node.edge, tokens[length:])
-                holder, length = next(reversed(node.holders)), length + shared
+                length += shared
+                path.append((node, length))
                 node = node if shared == len(node.edge) else None
-        return holder, length
+        return path
 
-    def add(self, key: int, tokens: np.ndarray, adapter: str | None) -> None:
-        """Add a sequence that begins with `tokens`."""
+    def add(self, key: int, tokens: np.ndarray, adapter: str | None, floor: int = 0) -> None:
+        """Add a sequence that begins with `tokens`; with a `floor` no shorter beginning of it can be shared."""
         root = self._roots.setdefault(adapter, _Node(np.empty(0, np.int32), None))
-        self._ends[key] = _End(root, 0)
+        self._ends[key] = _End(root, 0, floor)
         self.extend(key, tokens)
+
+    def floor(self, key: int) -> int:
+        """The shortest beginning of sequence `key` that can be shared."""
+        return self._ends[key].floor
+
+    def raise_floor(self, key: int, floor: int) -> None:
+        """Share no beginning of sequence `key` that is shorter than `floor`."""
+        self._ends[key].floor = max(self._ends[key].floor, floor)
 
     def extend(self, key: int, tokens: np.ndarray) -> None:
         """Append `tokens` to the known tokens of sequence `key`."""

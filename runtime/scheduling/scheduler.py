@@ -152,6 +152,13 @@ class Scheduler:
         self._suspects = deque(chunk.sequence for chunk in plan.chunks)
         return True
 
+    def lose(self, seq_id: int, snapshot: int | None = None, source: int | None = None) -> None:
+        """Compute again what is not whole in the cells of `seq_id`, which came from `snapshot` or `source`."""
+        for sequence in self.running[:]:
+            if sequence.seq_id == seq_id:
+                self._preempt(sequence)
+        self._cache.lose(seq_id, snapshot, source)
+
     def finish(self, sequence: ScheduledSequence) -> None:
         """End a complete sequence; its computed tokens stay in the cache for others to share."""
         self._retire(sequence)
@@ -244,7 +251,7 @@ class Scheduler:
             match = self._match(sequence)
             if match is None:
                 n_held_back += 1
-            elif not self._join(sequence, match):
+            elif not self._join(sequence, match, _planned(chunks)):
                 break
             elif sequence.adapter == adapter:
                 if not (chunk := self._chunk(sequence, chunks)):
@@ -273,16 +280,17 @@ class Scheduler:
         _, promised = self._promised.match(tokens[:-1], sequence.adapter)
         return match if promised - match.length < HOLD_BACK_TOKENS else None
 
-    def _join(self, sequence: ScheduledSequence, match: Match) -> bool:
+    def _join(self, sequence: ScheduledSequence, match: Match, planned: int) -> bool:
         """Move `sequence` to the running if there is an id and, unless it would run alone, room for all its tokens."""
-        needed = len(sequence.tokens) - match.length + sum(map(_outstanding, self.running))
+        shared = 0 if match.source is None else match.length
+        needed = len(sequence.tokens) - shared + sum(map(_outstanding, self.running))
         if self.running and not self._cache.can_hold(needed, match):
             return False
         tokens, adapter = self._tokens[sequence.arrival], sequence.adapter
-        seq_id = self._cache.admit(tokens, match, adapter)
+        seq_id = self._cache.admit(tokens, match, adapter, planned=planned)
         if seq_id is None:
             return False
-        self._promised.add(sequence.arrival, tokens, adapter)
+        self._promised.add(sequence.arrival, tokens, adapter, self._cache.floor(seq_id))
         found = min(match.length, sequence.n_prompt)
         sequence.n_cached = found if sequence.n_generated == sequence.n_ahead else min(found, sequence.n_cached)
         sequence.seq_id, sequence.n_computed, sequence.n_whole = seq_id, match.length, match.length

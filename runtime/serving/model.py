@@ -9,7 +9,7 @@ from models.manifest import Manifest
 from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
 from runtime.decoding.grammar import Grammars
-from runtime.engine.options import EngineOptions
+from runtime.engine.options import EngineOptions, snapshot_bytes
 from runtime.engine.recipe import LlamaRecipe
 from runtime.llama.interface import ModelInfo, TokenizerLike
 from runtime.llama.model import LoadOptions, load_tokenizer
@@ -131,6 +131,7 @@ def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str,
         max_running=config.slots,
         max_drafts=config.speculate,
         deterministic=config.deterministic,
+        snapshot_bytes=snapshot_bytes(config.prefix_memory, config.memory_budget),
     )
     load = LoadOptions(
         n_ctx=config.context,

@@ -59,6 +59,18 @@ class RecordingLlama:
         """Free cells."""
         self._keep(self._llama.remove, seq_id, start, end)
 
+    def is_whole(self, seq_id: int, length: int) -> bool:
+        """Look at the cells."""
+        return self._llama.is_whole(seq_id, length)
+
+    def save(self, seq_id: int) -> np.ndarray:
+        """Take a snapshot."""
+        return self._keep(self._llama.save, seq_id)  # type: ignore[no-any-return]
+
+    def restore(self, seq_id: int, data: np.ndarray, length: int) -> bool:
+        """Restore a snapshot."""
+        return self._keep(self._llama.restore, seq_id, data, length)  # type: ignore[no-any-return]
+
     def clear(self) -> None:
         """Empty the cache."""
         self._keep(self._llama.clear)

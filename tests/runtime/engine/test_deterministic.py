@@ -50,7 +50,7 @@ class RoundingLlama(FakeLlama):
         ):
             cells = self._sequences.setdefault(seq_id, [])
             before = tuple(cell.rounding for cell in cells if isinstance(cell, _RoundedCell))
-            cells.append(_RoundedCell(token, self.adapter, {seq_id}, hash((before, place, shape)) % 2**31))
+            cells.append(_RoundedCell(token, self.adapter, {seq_id}, rounding=hash((before, place, shape)) % 2**31))
             if wanted:
                 history = adapted(tuple(cell.token for cell in cells), self.adapter)
                 rounding = hash((before, place, shape, int(batch.wants_logits.sum()))) % 2**31

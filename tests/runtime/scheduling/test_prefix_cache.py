@@ -181,6 +181,7 @@ class AgainstRealCells(RuleBasedStateMachine):
             if isinstance(edit, Copy):
                 self.llama.copy_prefix(edit.source, edit.target, edit.length)
             else:
+                assert isinstance(edit, Remove), "there are no snapshots here"
                 self.llama.remove(edit.seq_id, edit.start)
 
     def held(self, seq_id: int) -> tuple[int, ...]:

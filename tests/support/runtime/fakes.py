@@ -74,6 +74,7 @@ def fake_info(
     n_batch: int = 512,
     n_vocab: int = FAKE_VOCAB,
     adapters: tuple[str, ...] = (),
+    cut_limit: int | None = None,
 ) -> ModelInfo:
     """What the fake says of itself."""
     return ModelInfo(
@@ -95,6 +96,7 @@ def fake_info(
         embed_n_seq_max=8,
         embed_n_batch=32,
         adapters=adapters,
+        cut_limit=n_ctx if cut_limit is None else cut_limit,
     )
 
 
@@ -108,6 +110,7 @@ class _Cell:
     token: int
     adapter: str | None
     sequences: set[int] = field(default_factory=set)
+    hollow: bool = False
 
 
 class FakeLlama:
@@ -121,6 +124,10 @@ class FakeLlama:
     comes unforeseen. Logits depend on the adapter too, and a cell that was computed under another one than is applied
     must not be read. `applied` tells each decode's adapter. `template` is its chat template, `more_specials`
     are control tokens of its own. Where `script` is a text, control tokens are written out in it.
+
+    Snapshots are good at every length up to `window` tokens (None: always), longer ones at their own length only: the
+    cells before the window come back hollow, and a token that looks at one fails the test. `snapshots_refused` makes
+    `restore` fail. `saved` and `restored` count.
     """
 
     def __init__(
@@ -135,9 +142,13 @@ class FakeLlama:
         adapters: tuple[str, ...] = (),
         template: str = FAKE_TEMPLATE,
         more_specials: Sequence[str] = (),
+        window: int | None = None,
     ) -> None:
+        self.window = n_ctx if window is None else window
+        self.snapshots_refused = False
+        self.saved = self.restored = 0
         self.tokenizer = FakeTokenizer(more_specials)
-        info = fake_info(n_ctx, n_seq_max, n_batch, self.tokenizer.n_vocab, adapters)
+        info = fake_info(n_ctx, n_seq_max, n_batch, self.tokenizer.n_vocab, adapters, window)
         self.info = replace(info, chat_template=template)
         self.script = script
         self.fail_at = dict(fail_at or {})
@@ -201,6 +212,7 @@ class FakeLlama:
         rows = []
         for token, seq_id, wanted in list(zip(batch.tokens, batch.seq_ids, batch.wants_logits, strict=True))[:count]:
             cells = self._sequences.setdefault(int(seq_id), [])
+            assert self.is_whole(int(seq_id), len(cells)), f"sequence {seq_id} looks at cells that are gone"
             cells.append(_Cell(int(token), self.adapter, {int(seq_id)}))
             if wanted:
                 rows.append(self.logits(adapted(tuple(cell.token for cell in cells), self.adapter)))
@@ -265,6 +277,33 @@ class FakeLlama:
         for cell in held[start:]:
             cell.sequences.discard(seq_id)
         self._sequences[seq_id] = held[:start]
+
+    def is_whole(self, seq_id: int, length: int) -> bool:
+        cells = self._sequences.get(seq_id, [])
+        return len(cells) == length and not any(cell.hollow for cell in cells[max(0, length - self.window) :])
+
+    def save(self, seq_id: int) -> np.ndarray:
+        cells = self._sequences[seq_id]
+        assert self.is_whole(seq_id, len(cells))
+        self.saved += 1
+        numbers = {None: -1} | {name: place for place, name in enumerate(self.info.adapters)}
+        return np.array([(cell.token, numbers[cell.adapter]) for cell in cells], np.int32).view(np.uint8).ravel()
+
+    def restore(self, seq_id: int, data: np.ndarray, length: int) -> bool:
+        assert not self._sequences.get(seq_id), f"{seq_id} is not empty"
+        pairs = data.view(np.int32).reshape(-1, 2).tolist()
+        if self.snapshots_refused or self.used_cells + len(pairs) > self.info.n_ctx - self.cells_hidden:
+            return False
+        names = (*self.info.adapters, None)
+        n_hollow = max(0, len(pairs) - self.window)
+        cells = [_Cell(token, names[a], {seq_id}, i < n_hollow) for i, (token, a) in enumerate(pairs)]
+        self._sequences[seq_id] = cells
+        self.remove(seq_id, length)
+        if not self.is_whole(seq_id, length):
+            self.remove(seq_id)
+            return False
+        self.restored += 1
+        return True
 
     def clear(self) -> None:
         self._sequences.clear()
