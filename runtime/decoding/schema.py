@@ -113,7 +113,7 @@ class _Closing:
         if schema is not self._root:
             schema = {name: self._root[name] for name in _ROOT_ONLY & set(self._root)} | schema
         if self._shared:
-            schema["$defs"] = schema.get("$defs", {}) | {name: json.loads(text) for text, name in self._shared.items()}
+            schema["$defs"] = _object(schema, "$defs") | {name: json.loads(text) for text, name in self._shared.items()}
         return schema
 
     def _close(self, node: Any, beside: _Keys | None, depth: int) -> Any:
@@ -227,7 +227,7 @@ class _Closing:
     def _bounded(self, node: Schema) -> Schema:
         """The node with bounds on its numbers."""
         kinds = _kinds(node)
-        if not {"integer", "number"} & set(kinds) or "enum" in node or "const" in node:
+        if not {"integer", "number"} & kinds or "enum" in node or "const" in node:
             return node
         largest = min(self._limit, _LARGEST_INTEGER) if "integer" in kinds else self._limit
         for bound, exclusive, value in (
@@ -298,9 +298,9 @@ def _all(several: Iterable[_Keys]) -> _Keys:
     return together
 
 
-def _kinds(node: Schema) -> Sequence[Any]:
-    kinds = node.get("type", ())
-    return kinds if isinstance(kinds, list) else (kinds,)
+def _kinds(node: Schema) -> set[str]:
+    kinds = node.get("type")
+    return {kind for kind in (kinds if isinstance(kinds, list) else (kinds,)) if isinstance(kind, str)}
 
 
 def _object(node: Any, name: str) -> Schema:

@@ -137,7 +137,9 @@ def _either(form: ToolFormat, schemas: Mapping[str, str], text: Grammar) -> Gram
         fields = {"name": {"const": name}, argument_field: {"$id": f"{_PART}{number}", **json.loads(schema)}}
         call = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
         parts.append(call)
-    options = json.loads(next(iter(schemas.values()))).get("x-guidance", {}) | {"lenient": True}
+    options = json.loads(next(iter(schemas.values()))).get("x-guidance", {})
+    if isinstance(options, dict):  # llguidance refuses anything else
+        options = options | {"lenient": True}
     return Grammar("json_schema", json.dumps({"anyOf": parts, "x-guidance": options}, ensure_ascii=False), "tools")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from runtime.decoding.grammar import Grammars
 from runtime.decoding.schema import MAX_COPIES, closed
-from runtime.errors import GrammarFailed
+from runtime.errors import GrammarFailed, InvalidRequest
 from runtime.requests import Grammar
 from tests.support.runtime.fakes import FakeTokenizer
 
@@ -161,3 +161,14 @@ def test_references_that_multiply_cost_no_more_than_the_limits(count: int) -> No
 )
 def test_what_makes_no_sense_is_left_for_llguidance_to_judge(schema: Any) -> None:
     json.loads(closed(json.dumps(schema)))
+
+
+@pytest.mark.parametrize("kinds", [[[]], [{}], {"a": 1}, [None], 7])
+def test_types_that_are_no_names_are_left_for_llguidance_to_refuse(kinds: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        takes({"type": kinds}, "1")
+
+
+@pytest.mark.parametrize("definitions", [None, [[]], 7, "x", True])
+def test_definitions_that_are_none_do_not_keep_a_schema_from_having_shared_ones(definitions: Any) -> None:
+    assert takes({"properties": {"a": INTEGER}, "$defs": definitions}, '{"a": 1}')
