@@ -21,13 +21,14 @@ from .lora_gguf import write_adapter
 
 pytestmark = pytest.mark.model
 
-FLAGS = {"slots": "2", "context": "1024", "threads": "1"}
+# By default the memory for prefixes follows the memory budget, which a test here sets to what the models need.
+FLAGS = {"slots": "2", "context": "1024", "threads": "1", "prefix_memory": "0"}
 
 
 @contextmanager
 def serve(names: list[str], *more: str, home: Path | None = None) -> Iterator[tuple[httpx.Client, str]]:
     """A `deskside serve` of `names`, with what it says at its start, up to the line about the last of them."""
-    flags = [word for name, value in FLAGS.items() for word in (f"--{name}", value)]
+    flags = [word for name, value in FLAGS.items() for word in (f"--{name.replace('_', '-')}", value)]
     command = [sys.executable, "-m", "runtime.cli.main", "serve", *names, "--port", "0", *flags, *more]
     environment = os.environ | ({} if home is None else {"DESKSIDE_HOME": str(home)})
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
