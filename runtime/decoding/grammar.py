@@ -69,7 +69,7 @@ class Grammars:
     def compile(self, grammar: Grammar) -> "GrammarState":
         """The grammar at its beginning, for one answer. Raises InvalidRequest, with its `param`, if it is unusable."""
         matcher = self._matcher(grammar).deep_copy()
-        closers = self._closers if grammar.kind == "json_schema" else None
+        closers = self._vocabulary[1] if grammar.kind == "json_schema" else None
         return GrammarState(matcher, self._source, grammar.param, closers)
 
     def not_enforced(self, grammar: Grammar) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ class Grammars:
             if grammar in self._compiled:
                 self._compiled.move_to_end(grammar)
                 return self._compiled[grammar]
-            tokenizer = self._tokenizer
+            tokenizer, _ = self._vocabulary
         matcher = on_large_stack(lambda: _compile(grammar, tokenizer, self._source.end_tokens))
         with self._lock:
             self._compiled[grammar] = matcher
@@ -90,13 +90,11 @@ class Grammars:
         return matcher
 
     @cached_property
-    def _tokenizer(self) -> LLTokenizer:
-        source = self._source
-        return LLTokenizer(TokenizerWrapper(_Vocabulary(source)), source.n_vocab, list(source.end_tokens))
-
-    @cached_property
-    def _closers(self) -> "JsonClosers":
-        return JsonClosers(self._source)
+    def _vocabulary(self) -> "tuple[LLTokenizer, JsonClosers]":
+        """The vocabulary as grammars use it, spelled once for both."""
+        source, spelled = self._source, _Vocabulary(self._source)
+        tokenizer = LLTokenizer(TokenizerWrapper(spelled), source.n_vocab, list(source.end_tokens))
+        return tokenizer, JsonClosers(spelled.tokens, source.end_tokens)
 
 
 class JsonClosers:
@@ -106,12 +104,9 @@ class JsonClosers:
     mean nothing, and it fills a string with them until the answer is too long.
     """
 
-    def __init__(self, tokenizer: TokenizerLike) -> None:
-        self._ends = np.asarray(tokenizer.end_tokens, np.int64)
-        first = np.zeros(tokenizer.n_vocab, np.uint8)
-        for token in range(tokenizer.n_vocab):
-            if raw := tokenizer.token_bytes(token):
-                first[token] = raw[0]
+    def __init__(self, spelled: Sequence[bytes], end_tokens: Sequence[int]) -> None:
+        self._ends = np.asarray(end_tokens, np.int64)
+        first = np.frombuffer(b"".join(raw[:1] or b"\0" for raw in spelled), np.uint8)
         self._quotes = first == ord('"')
         self._brackets = (first == ord("}")) | (first == ord("]"))
         self._commas = first == ord(",")
