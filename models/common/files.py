@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from models.errors import StoreError
@@ -32,16 +32,18 @@ def sha256_file(path: Path, progress: Progress | None = None) -> str:
     return digest.hexdigest()
 
 
-def copy_file(source: Path, target: Path, progress: Progress | None = None) -> str:
-    """Copy a file's content and return its sha256, in chunks of 1 MiB."""
-    digest, done, total = hashlib.sha256(), 0, source.stat().st_size
-    with source.open("rb") as read, target.open("wb") as written:
-        while chunk := read.read(CHUNK_BYTES):
-            written.write(chunk)
-            digest.update(chunk)
-            done += len(chunk)
-            if progress is not None:
-                progress(done, total)
+def copy_files(sources: Sequence[Path], target: Path, progress: Progress | None = None) -> str:
+    """Write the content of `sources`, one after another, to `target` and return its sha256, in chunks of 1 MiB."""
+    digest, done, total = hashlib.sha256(), 0, sum(source.stat().st_size for source in sources)
+    with target.open("wb") as written:
+        for source in sources:
+            with source.open("rb") as read:
+                while chunk := read.read(CHUNK_BYTES):
+                    written.write(chunk)
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if progress is not None:
+                        progress(done, total)
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from models.card.card import render_card
-from models.common.files import Progress, check_free, copy_file, sha256_file, write_atomic
+from models.common.files import Progress, check_free, copy_files, sha256_file, write_atomic
 from models.errors import DownloadFailed, HashMismatch, ModelError, ModelNotFound, StoreError
 from models.gguf.header import has_chat_template, is_gguf, read_meta
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest
@@ -102,7 +102,7 @@ def _install_file(path: Path, name: str, store: Store, progress: Progress | None
         check_free(store.home if store.home.is_dir() else path.parent, path.stat().st_size)
         with store.staging(name) as folder:
             file = folder / f"{name}.gguf"
-            sha256 = copy_file(path, file, progress)
+            sha256 = copy_files([path], file, progress)
             found = _QUANTIZATION.search(path.stem)
             manifest = Manifest(
                 name=name,

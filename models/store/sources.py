@@ -5,13 +5,12 @@ hf://owner/name@revision                          a whole checkpoint, to be conv
 dist://distribution/path/in/it dist://…           data files of installed Python distributions, joined in this order
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-from models.common.files import CHUNK_BYTES, Progress
+from models.common.files import Progress, copy_files
 from models.errors import DownloadFailed
 
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)/(?P<path>[^@\s]+?)(?:@(?P<revision>[\w./-]+))?")
@@ -98,19 +97,7 @@ def join_parts(source: DistributionFiles, destination: Path, progress: Progress 
 
     Raises DownloadFailed naming every distribution that is not installed, or the file that one of them lacks.
     """
-    files = _locate(source)
-    total = sum(file.stat().st_size for file in files)
-    digest, done = hashlib.sha256(), 0
-    with destination.open("wb") as out:
-        for file in files:
-            with file.open("rb") as part:
-                while chunk := part.read(CHUNK_BYTES):
-                    out.write(chunk)
-                    digest.update(chunk)
-                    done += len(chunk)
-                    if progress is not None:
-                        progress(done, total)
-    return digest.hexdigest()
+    return copy_files(_locate(source), destination, progress)
 
 
 def _locate(source: DistributionFiles) -> list[Path]:
