@@ -74,6 +74,8 @@ class EngineLoop:
     def _add(self, order: Add) -> list[Event]:
         try:
             self._engine.add(order.request)
+        except RequestError as error:  # the client's own fault, which its answer tells
+            return [Failed(order.request.id, error)]
         except Exception as error:  # noqa: BLE001 - a request the engine cannot take harms no other
             _log.exception("the engine refused request %r", order.request.id)
             return [Failed(order.request.id, error)]
