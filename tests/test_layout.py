@@ -27,7 +27,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "runtime": (
         ("errors", "config", "requests"),
-        ("prefill",),
+        ("prefill", "prefixes"),
         ("llama", "openai", "monitoring"),
         ("scheduling", "decoding", "prompt", "worker"),
         ("engine",),
@@ -76,6 +76,8 @@ EXCEPTIONS = {
     # Times the products of prompts, in a process of its own.
     "benchmarks.prefill.race_child": {"runtime.llama"},
 }
+# room -> all of ours that it may import, beyond itself
+NOTHING_ELSE = {"runtime.prefixes": {"runtime.errors", "models.common"}}
 # These decide or translate only: of ours they import each other and the nouns, of Python nothing that acts.
 PURE = ("runtime.openai", "runtime.scheduling", "runtime.decoding.choice_tree", "runtime.decoding.prompt_lookup")
 NOUNS = {"runtime.errors", "runtime.requests"}
@@ -95,6 +97,7 @@ DOORS = {
     "starlette": {"runtime.server", "benchmarks.load.replay"},
     "huggingface_hub": {"models.store.hub"},
     "genai_prices": {"benchmarks.prices"},
+    "xxhash": {"runtime.prefixes.snapshot_file"},
     "yaml": {"convert.checkpoint.card"},
     "torch": {"models.email_triage"},
     "transformers": {"models.email_triage"},
@@ -180,6 +183,14 @@ def test_rooms_import_strictly_downward(path: Path) -> None:
         assert module not in HOUSES, f"{module}/__init__.py imports {imported}"
         same_unit = imported.split(".")[1] == module.split(".")[1]
         assert same_unit or level(imported) < level(module), f"{module} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize("room", NOTHING_ELSE)
+def test_a_room_that_stands_alone_imports_nothing_else(room: str) -> None:
+    paths = [path for path in FILES if within(module_name(path), {room})]
+    ours = {imported for path in paths for imported in imports(path) if house(imported) in HOUSES}
+    assert ours, room
+    assert {name for name in ours if not within(name, NOTHING_ELSE[room] | {room})} == set()
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if within(module_name(p), set(PURE))], ids=module_name)
