@@ -44,6 +44,7 @@ VERBS: Mapping[str, Verb] = {
     "batch": Verb("runtime.cli.commands", "batch_command", "Answer a file of requests; resumable, nothing lost."),
     "chat": Verb("runtime.cli.commands", "chat_command", "Talk to a model in the terminal."),
     "bench": Verb("benchmarks.cli", "create_app", "Measure speed and cost, compared with a hosted prompt."),
+    "cache": Verb("runtime.cli.cache", "create_app", "List and clear the prefixes that servers keep on disk."),
     "doctor": Verb("runtime.cli.commands", "doctor_command", "Show what this machine has and what is missing."),
 }
 
