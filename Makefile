@@ -64,7 +64,7 @@ batch: model ## Run the requests in IN=file.jsonl through MODEL, answers to OUT=
 bench: setup ## Measure the fine-tune against the base and a hosted prompt; ARGS are passed on
 	@$(DESKSIDE) bench $(ARGS)
 
-bench-peers: setup ## Measure Deskside beside llama-server, llama_cpp.server and CTranslate2, in a venv of their own
+bench-peers: setup ## Measure Deskside beside llama-server, llama_cpp.server, CTranslate2 and ik_llama.cpp, in a venv of their own
 	@$(DESKSIDE) bench peers $(ARGS)
 
 soak: setup ## Load a server at twice its capacity for MINUTES (30), killing its engine on the way, and check it

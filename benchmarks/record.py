@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from models.common.file_kinds import file_kind
 from models.common.files import write_atomic
-from models.common.machine import describe_cpu, logical_cores, physical_memory_bytes
+from models.common.machine import describe_cpu, logical_cores, physical_memory_bytes, processor_kind
 from models.common.record import Record
 
 from .errors import BadRecord
@@ -95,10 +95,11 @@ class Workload(Record):
 
 
 class MachineRecord(Record):
-    """The machine that a run was measured on."""
+    """The machine that a run was measured on. `processor` is AMX, AVX-512 or AVX2; empty where it has none of them."""
 
     system: str
     cpu: str
+    processor: str = ""
     logical_cores: int
     memory_bytes: int | None
     python: str
@@ -165,6 +166,7 @@ def this_machine() -> MachineRecord:
     return MachineRecord(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=describe_cpu(),
+        processor=processor_kind(),
         logical_cores=logical_cores(),
         memory_bytes=physical_memory_bytes(),
         python=platform.python_version(),

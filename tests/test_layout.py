@@ -88,6 +88,7 @@ DOORS = {
     "llama_cpp": {"runtime.llama", "*_child", "benchmarks.peers.scripts"},
     "xllamacpp": {"benchmarks.peers.scripts"},
     "ctranslate2": {"benchmarks.peers.scripts"},
+    "ik_llama_cpp": {"benchmarks.peers.scripts"},
     "llguidance": {"runtime.decoding.grammar"},
     # The judges of a vocabulary: our own code reads what is converted.
     "tokenizers": {"convert.proof.reference"},

@@ -147,3 +147,15 @@ def draw(
     ends = range(per_level, per_level * len(concurrency) + 1, per_level)
     levels = {level: tuple(order[end - per_level : end]) for level, end in zip(concurrency, ends, strict=True)}
     return DrawnExamples(levels, tuple(order[need - warmup : need]))
+
+
+def long_prompts(examples: Sequence[LabelledExample], chars: int) -> tuple[LabelledExample, ...]:
+    """Prompts of `chars` characters, each of different mails; they have no right answer."""
+    prompts: list[LabelledExample] = []
+    text = ""
+    for example in examples:
+        text += f"{example.text}\n\n"
+        if len(text) >= chars:
+            prompts.append(LabelledExample(f"long-{len(prompts)}", text[:chars], ""))
+            text = ""
+    return tuple(prompts)

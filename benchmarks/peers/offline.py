@@ -1,11 +1,12 @@
-"""Measurements without HTTP: a file of mails labelled offline, and the engine beside a bare decode loop.
+"""Measurements without HTTP: a file of mails labelled offline, the engine beside a bare decode loop, prompts alone.
 
 `deskside batch` and CTranslate2 int8 each label the file as one process. Start and model load are measured with a file
 of one mail and subtracted, for both alike. CTranslate2 gets token ids, so its time lacks the tokenizing that Deskside's
-includes.
+includes. Prompts are timed beside ik_llama.cpp, which brings no server.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,13 +22,17 @@ from benchmarks.load.model_file import ModelFile
 from benchmarks.load.servers import deskside_command, free_port, serve_command, serving
 from benchmarks.load.workload import LabelledExample
 
-from .record import BarePass, OfflinePass
+from .record import BarePass, OfflinePass, PromptPass
 from .run import PeerSession, Slices
 from .servers import PeerFiles, end_tokens, script
 from .tasks import CHAT, CONSTRAINED, DECISIONS, DESKSIDE, LABEL, LABEL_TOKENS, REPLY, REPLY_TOKENS, asking
 
 CTRANSLATE2 = "ctranslate2 int8"
 BATCH = 16
+PROMPT_STEPS = {"one prompt of 110 tokens": [[0, 110]], "5 prompts of 100 tokens": [[seq, 100] for seq in range(5)]}
+PROMPT_TIMINGS = 5
+# What Deskside's own timings are called in its answer, and in the report.
+PRODUCTS = {"stock": f"{DESKSIDE}, --prefill stock", "auto": f"{DESKSIDE}, --prefill auto"}
 ARRIVAL, SORTED = "in order of arrival", "sorted by length"
 Labeller = Callable[[Sequence[LabelledExample]], list[str]]
 
@@ -84,6 +89,42 @@ def run_bare(file: ModelFile, threads: int, session: PeerSession) -> None:
         raise ServerFailed(f"the bare loop failed (exit {done.returncode}): {done.stderr[-1000:]}")
     session.file.add(bare=tuple(BarePass.model_validate_json(line) for line in done.stdout.splitlines()))
     session.progress("engine beside a bare loop", 1, 1)
+
+
+def run_prompts(files: Sequence[ModelFile], threads: int, peers_python: Path, session: PeerSession) -> None:
+    """Time steps of prompts in our engine and in ik_llama.cpp, in turns: one process each for every repetition.
+
+    Raises ServerFailed with the end of the child's stderr.
+    """
+    engines = [
+        [sys.executable, "-P", "-m", "benchmarks.prefill.race_child"],
+        [str(peers_python), "-P", script("time_ik_llama.py")],
+    ]
+    for repetition in range(session.workload.repetitions):
+        for file in files:
+            what = f"prompts: {file.title or file.quantization}, repetition {repetition + 1}"
+            session.progress(what, 0, 1)
+            job = {"gguf": str(file.path), "steps": PROMPT_STEPS, "threads": threads, "kinds": list(PRODUCTS)}
+            for command in engines if repetition % 2 == 0 else engines[::-1]:
+                done = _run_timings(command, job | {"repetitions": PROMPT_TIMINGS})
+                session.file.add(prompts=prompt_passes(done, file.title or file.quantization, repetition))
+            session.progress(what, 1, 1)
+
+
+def prompt_passes(answer: str, file: str, repetition: int) -> tuple[PromptPass, ...]:
+    """The passes in a child's answer: `{"seconds": {step: {engine: [seconds, …]}}, …}`."""
+    return tuple(
+        PromptPass(
+            file=file,
+            step=step,
+            engine=PRODUCTS.get(engine, engine),
+            tokens=sum(n for _, n in PROMPT_STEPS[step]),
+            repetition=repetition,
+            seconds=tuple(seconds),
+        )
+        for step, engines in json.loads(answer)["seconds"].items()
+        for engine, seconds in engines.items()
+    )
 
 
 def batch_lines(examples: Sequence[LabelledExample], way: str, labels: Sequence[str]) -> str:
@@ -153,6 +194,15 @@ def _ctranslate2(work: OfflineWork, way: str, tokens: TokenizedMails) -> Labelle
         return [texts[example.id] for example in examples]
 
     return label
+
+
+def _run_timings(command: Sequence[str], job: dict[str, object]) -> str:
+    # As the server sets it: threads that spin for ever take the time of those that they wait for.
+    environment = {"GOMP_SPINCOUNT": "1000", **os.environ}
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise ServerFailed(f"{Path(command[-1]).name} failed (exit {done.returncode}): {done.stderr[-1000:]}")
+    return done.stdout
 
 
 def _run(command: Sequence[str], text: str | None = None) -> str:

@@ -6,21 +6,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.load.conversations import CONVERSATION_CELLS, conversation_turns
 from benchmarks.load.model_file import recipe_file
 from benchmarks.load.servers import deskside_command
-from benchmarks.load.workload import LabelledExample, PromptTemplate, labels_of, read_examples, read_prompt
+from benchmarks.load.workload import (
+    LabelledExample,
+    PromptTemplate,
+    labels_of,
+    long_prompts,
+    read_examples,
+    read_prompt,
+)
 from benchmarks.record import now_text, results_file, this_machine
 from models.common.console import NamedProgress
 from models.common.machine import logical_cores
 from models.store.store import Store
 
-from .offline import OfflineWork, run_bare, run_offline
+from .offline import OfflineWork, run_bare, run_offline, run_prompts
 from .record import PeerRun, PeerSettings
 from .run import PeerRunFile, PeerSession, PeerWorkload, Slices, Stage, run_stage
 from .servers import (
     BEST,
-    RAM,
+    CANDIDATES,
     SHIPPED,
+    SPLIT,
+    UNIFIED,
     PeerFiles,
     ServerPlan,
     deskside_plan,
@@ -31,7 +41,21 @@ from .servers import (
     prepare_files,
     script,
 )
-from .tasks import BURST, FEW_SHOT, HOP, LABEL, LABEL_ALONE, REPLY, REPLY_ALONE, PeerTask, deal, long_prompts, tasks
+from .tasks import (
+    BURST,
+    CHAT,
+    CONVERSATIONS,
+    FEW_SHOT,
+    HOP,
+    LABEL,
+    LABEL_ALONE,
+    REPLY,
+    REPLY_ALONE,
+    REPLY_CHARS,
+    PeerTask,
+    deal,
+    tasks,
+)
 
 HOP_REQUESTS = 30
 
@@ -66,6 +90,8 @@ def compare_peers(settings: PeerSettings, progress: NamedProgress) -> tuple[Peer
         run_offline(OfflineWork(offline, files, threads, python), session)
     if "bare" in wanted:
         run_bare(files.tuned, threads, session)
+    if "prompts" in wanted:
+        run_prompts([files.tuned, files.tuned_q4], threads, python, session)
     session.file.add(finished_at=now_text())
     return session.file.run, out
 
@@ -81,7 +107,7 @@ def deal_examples(
     sizes |= {REPLY: settings.reply_requests, REPLY_ALONE: settings.alone}
     sizes |= {FEW_SHOT: settings.requests, BURST: settings.burst}
     tuned, base = (LABEL, LABEL_ALONE), (FEW_SHOT,)
-    replies = long_prompts(train[: -HOP_REQUESTS * n - settings.warmup])
+    replies = long_prompts(train[: -HOP_REQUESTS * n - settings.warmup], REPLY_CHARS)
     spare = [replace(example, label="") for example in train[-HOP_REQUESTS * n - settings.warmup : -settings.warmup]]
     slices = {
         **_deal(test + validation, [everything[name] for name in tuned], sizes, n, settings.seed),
@@ -92,6 +118,8 @@ def deal_examples(
     # Every burst goes to a new process, so all bursts may have the same mails.
     burst = deal(test + validation, {BURST: (1, settings.burst)}, settings.seed + 2)[BURST]
     slices |= {(BURST, way): burst * n for way in everything[BURST].ways}
+    # Those who converse meet a new process too.
+    slices |= {(CONVERSATIONS, CHAT): [conversation_turns(train, settings.people, settings.turns)] * n}
     offline = deal(test + validation, {"offline": (1, settings.offline)}, settings.seed + 3)["offline"][0]
     return labels_of(test), slices, train[-settings.warmup :], offline
 
@@ -128,10 +156,9 @@ def _deal(
 def _stages(m: _Material) -> list[tuple[str, Stage]]:
     files, threads = m.files, m.threads
     ours, f16, ours_q4 = (deskside_plan(file, threads) for file in (files.tuned, files.tuned_f16, files.tuned_q4))
-    best, ram, shipped, q4 = (
-        llama_server_plan(file, threads, profile, m.python)
-        for file, profile in ((files.tuned, BEST), (files.tuned, RAM), (files.tuned, SHIPPED), (files.tuned_q4, BEST))
-    )
+    peers = [llama_server_plan(files.tuned, threads, profile, m.python) for profile in CANDIDATES]
+    peers_q4 = [llama_server_plan(files.tuned_q4, threads, profile, m.python) for profile in (UNIFIED, SPLIT)]
+    shipped = llama_server_plan(files.tuned, threads, SHIPPED, m.python)
     python, python_shipped = (llama_cpp_plan(files.tuned, threads, profile, m.python) for profile in (BEST, SHIPPED))
     everything = tasks(m.settings.burst)
 
@@ -139,21 +166,25 @@ def _stages(m: _Material) -> list[tuple[str, Stage]]:
         return [(everything[name], frozenset(plan.name for plan in plans)) for name, plans in rows]
 
     tuned = work(
-        (LABEL, (ours, f16, ours_q4, best, ram, shipped, q4, python, python_shipped)),
-        (REPLY, (ours, ours_q4, best, shipped, python)),
-        (LABEL_ALONE, (ours, best, python)),
-        (REPLY_ALONE, (ours, best, python)),
+        (LABEL, (ours, f16, ours_q4, *peers, *peers_q4, shipped, python, python_shipped)),
+        (REPLY, (ours, ours_q4, *peers, shipped, python)),
+        (LABEL_ALONE, (ours, *peers, python)),
+        (REPLY_ALONE, (ours, *peers, python)),
         (HOP, (ours,)),
     )
     base = [deskside_plan(files.base, threads)]
-    base += [llama_server_plan(files.base, threads, profile, m.python) for profile in (BEST, SHIPPED)]
+    base += [llama_server_plan(files.base, threads, profile, m.python) for profile in (*CANDIDATES, SHIPPED)]
+    talkers = [ours]
+    talkers += [llama_server_plan(files.tuned, threads, p, m.python, CONVERSATION_CELLS) for p in CANDIDATES]
     prompt = read_prompt(recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
     bare = PromptTemplate("bare mail")
-    fine_tune = Stage((ours, best, f16, ours_q4, q4, ram, shipped, python, python_shipped), tuned, bare, m.warmup)
+    servers = (ours, *peers, f16, ours_q4, *peers_q4, shipped, python, python_shipped)
+    fine_tune = Stage(servers, tuned, bare, m.warmup)
     return [
         ("fine-tune", fine_tune),
         ("base", Stage(base, work((FEW_SHOT, base)), prompt, m.warmup)),
         ("cold", Stage(base, work((BURST, base)), prompt, (), cold=True)),
+        ("conversations", Stage(talkers, work((CONVERSATIONS, talkers)), bare, (), cold=True)),
     ]
 
 

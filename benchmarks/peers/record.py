@@ -9,19 +9,24 @@ from benchmarks.record import MachineRecord, RequestSample, load_record, save_js
 from models.common.record import Record
 
 QUICK = {"repetitions": 2, "requests": 16, "reply_requests": 8, "burst": 24, "alone": 4, "offline": 32}
-STAGES = ("fine-tune", "base", "cold", "offline", "bare")
+QUICK |= {"people": 6, "turns": 3}
+STAGES = ("fine-tune", "base", "cold", "conversations", "offline", "bare", "prompts")
 
 
 class PeerSettings(Record):
     """The options of `deskside bench peers`. `quick` changes the defaults that make it long."""
 
     repetitions: int = Field(
-        default=3, ge=2, description="Times each pass is measured, in alternating order (a burst: at most 2)."
+        default=3,
+        ge=2,
+        description="Times each pass is measured, in alternating order (a burst and conversations: at most 2).",
     )
     requests: int = Field(default=48, ge=2, description="Mails labelled in one pass by 16 clients.")
     reply_requests: int = Field(default=24, ge=2, description="64-token replies in one pass by 16 clients.")
     burst: int = Field(default=200, ge=2, description="Mails sent at once to a cold server.")
     alone: int = Field(default=12, ge=2, description="Requests in one pass by one client.")
+    people: int = Field(default=12, ge=1, description="People who converse in turn, one request at a time.")
+    turns: int = Field(default=4, ge=2, description="Turns of each conversation, with 600 tokens of new text each.")
     warmup: int = Field(default=16, ge=1, description="Requests that warm a server up, for each way of asking.")
     offline: int = Field(default=128, ge=2, description="Mails in a file labelled offline.")
     stages: str = Field(default=",".join(STAGES), description="Parts to run.")
@@ -87,6 +92,17 @@ class BarePass(Record):
     bare_s: tuple[float, ...]
 
 
+class PromptPass(Record):
+    """Seconds in which an engine computed a step of prompts, several times in one process; without a server."""
+
+    file: str
+    step: str
+    engine: str
+    tokens: int
+    repetition: int
+    seconds: tuple[float, ...]
+
+
 class PeerRun(Record):
     """One run of `deskside bench peers`."""
 
@@ -105,6 +121,7 @@ class PeerRun(Record):
     passes: tuple[Pass, ...] = ()
     offline: tuple[OfflinePass, ...] = ()
     bare: tuple[BarePass, ...] = ()
+    prompts: tuple[PromptPass, ...] = ()
 
 
 def save_peer_run(path: Path, run: PeerRun) -> None:

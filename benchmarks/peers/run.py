@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.errors import ServerFailed
 from benchmarks.load.client import ApiTarget, OpenAiClient
+from benchmarks.load.conversations import Talks
 from benchmarks.load.loop import closed_loop
 from benchmarks.load.servers import RunningServer, get_local, read_counters
 from benchmarks.load.workload import LabelledExample, PromptTemplate
@@ -22,12 +23,13 @@ from models.common.machine import load_average
 
 from .record import Pass, PeerRun, Server, save_peer_run
 from .servers import ServerPlan
-from .tasks import DESKSIDE, FEW_SHOT, HOP, LABEL, PeerTask, asking
+from .tasks import CONVERSATIONS, DESKSIDE, FEW_SHOT, HOP, LABEL, PeerTask, asking
 
 Slices = Mapping[tuple[str, str], Sequence[Sequence[LabelledExample]]]
 SLOW_SHARE = 3
 TIMEOUT_S = 1800.0
-# A burst of 200 keeps llama-server busy for eleven minutes, and is long enough to be steady.
+# A burst of 200 keeps llama-server busy for eleven minutes, twelve conversations for one and a half: long enough to be
+# steady.
 COLD_REPETITIONS = 2
 COUNTERS = ("deskside_step_seconds_total", "deskside_decode_seconds_total", "deskside_steps_total")
 
@@ -188,6 +190,8 @@ async def _ask_all(
     target = ApiTarget(address, _served_name(address))
     client = OpenAiClient(target, clock, timeout_s=TIMEOUT_S, keep_alive=planned.task.name == HOP)
     send = {"chat": client.chat, "completions": client.complete, "decisions": client.decide}[endpoint]
+    if planned.task.name == CONVERSATIONS:
+        send = Talks(client.chat).turn
 
     async def ask(example: LabelledExample, scheduled: float) -> RequestSample:
         return await send(example, prompt.render(example.text), scheduled, **fields)

@@ -20,17 +20,23 @@ from models.store.store import Store
 from .record import Server
 from .tasks import DESKSIDE, LLAMA_CPP_SERVER, LLAMA_SERVER
 
-BEST, RAM, SHIPPED = "best", "best with RAM cache", "as shipped"
+UNIFIED, SPLIT, RAM, BEST, SHIPPED = "unified", "split", "ram", "best", "as shipped"
 # The title of the file that Deskside chose for the fine-tune, of any quantization.
 CHOSEN = "chosen"
 # The other conversions. Q4_K_M with its whole vocabulary is the file that a user would serve elsewhere.
 MADE = {"F16": (), "Q4_K_M": ("--whole-vocab",)}
-LLAMA_SERVER_PROFILES = {BEST: "best", RAM: "ram", SHIPPED: "shipped"}
+# The profiles of llama-server, each a candidate for the best at every row; the one as shipped is no candidate.
+CANDIDATES = (UNIFIED, SPLIT, RAM)
+_SLOTS = "16 slots, {} cells, swa-full, continuous batching, prompts kept in the slots{}, warm"
+LLAMA_SERVER_ARGUMENTS = {UNIFIED: "unified", SPLIT: "split", RAM: "split-ram", SHIPPED: "shipped"}
 LLAMA_SERVER_SETTINGS = {
-    BEST: "16 slots, unified KV cache of 32,768 cells, swa-full, continuous batching, prompt cache in the slots, warm",
-    RAM: "the same with the cache of prompts in RAM (8 GiB)",
-    SHIPPED: "llama-server's own defaults: 4 slots, unified KV cache, sliding-window cache, prompt cache in RAM",
+    UNIFIED: _SLOTS.format("one KV cache of 16 × {cells}", ""),
+    SPLIT: _SLOTS.format("a KV stream each of {cells}", ""),
+    RAM: _SLOTS.format("a KV stream each of {cells}", " and in memory (8 GiB)"),
+    SHIPPED: "llama-server's own defaults: 4 slots, unified KV cache, sliding-window cache, prompts kept in memory",
 }
+# The longest few-shot prompt has about 1,900 tokens.
+SLOT_CELLS = 2048
 # Its defaults keep the logits of every prompt token (a MiB each with Gemma's whole vocabulary) and abort a stream when
 # another request arrives: as shipped, most of 16 clients get no whole answer.
 LLAMA_CPP_FLAGS = {
@@ -88,16 +94,16 @@ def deskside_plan(file: ModelFile, threads: int) -> ServerPlan:
     return ServerPlan(_facts(DESKSIDE, "default", "default settings", file), DESKSIDE, start)
 
 
-def llama_server_plan(file: ModelFile, threads: int, profile: str, python: Path) -> ServerPlan:
-    """llama-server from the `xllamacpp` wheel, in one of LLAMA_SERVER_SETTINGS."""
+def llama_server_plan(file: ModelFile, threads: int, profile: str, python: Path, cells: int = SLOT_CELLS) -> ServerPlan:
+    """llama-server from the `xllamacpp` wheel, in one of LLAMA_SERVER_SETTINGS, with `cells` for each slot."""
 
     def start(log: Path) -> AbstractContextManager[RunningServer]:
         port = free_port()
-        arguments = [str(file.path), str(port), str(threads), LLAMA_SERVER_PROFILES[profile]]
+        arguments = [str(file.path), str(port), str(threads), LLAMA_SERVER_ARGUMENTS[profile], str(cells)]
         return serving([str(python), "-P", script("serve_xllamacpp.py"), *arguments], port, log_file=log)
 
-    facts = _facts(LLAMA_SERVER, profile, LLAMA_SERVER_SETTINGS[profile], file)
-    return ServerPlan(facts, LLAMA_SERVER, start, slow=profile != BEST, once=profile == SHIPPED)
+    facts = _facts(LLAMA_SERVER, profile, LLAMA_SERVER_SETTINGS[profile].format(cells=f"{cells:,}"), file)
+    return ServerPlan(facts, LLAMA_SERVER, start, slow=profile == SHIPPED, once=profile == SHIPPED)
 
 
 def llama_cpp_plan(file: ModelFile, threads: int, profile: str, python: Path) -> ServerPlan:
@@ -161,7 +167,7 @@ def install_peers(folder: Path) -> Path:
 
 def peer_versions(python: Path) -> dict[str, str]:
     """Distribution -> version, from the peers' own Python."""
-    names = ("xllamacpp", SHARED, "ctranslate2")
+    names = ("xllamacpp", SHARED, "ctranslate2", "ik-llama-cpp-python")
     code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
     done = subprocess.run([str(python), "-c", code, *names], capture_output=True, text=True, check=True)
     return dict(zip(names, done.stdout.split(), strict=True))

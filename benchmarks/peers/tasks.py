@@ -14,14 +14,18 @@ from benchmarks.load.workload import LabelledExample
 
 PeerEndpoint = Literal["chat", "completions", "decisions"]
 DESKSIDE, LLAMA_SERVER, LLAMA_CPP_SERVER = "deskside", "llama-server", "llama_cpp.server"
+IK_LLAMA = "ik_llama.cpp"
 
 LABEL_TOKENS = 12
 REPLY_TOKENS = 64
+TURN_TOKENS = 24
+# Gemma: about 300 tokens.
 REPLY_CHARS = 1000
 INSTRUCTIONS = "Which list was this mail sent to, or is it spam?"
 
 LABEL, REPLY, FEW_SHOT, BURST = "label", "64-token reply", "few-shot label", "cold burst"
 LABEL_ALONE, REPLY_ALONE, HOP = "label, one client", "64-token reply, one client", "one token, one client"
+CONVERSATIONS = "conversations"
 CHAT, CONSTRAINED, DECISIONS, COMPLETION = "chat", "constrained", "decisions", "completion"
 
 
@@ -44,6 +48,7 @@ def tasks(burst: int) -> dict[str, PeerTask]:
         PeerTask(HOP, 1, (CHAT,)),
         PeerTask(FEW_SHOT, 16, (COMPLETION,)),
         PeerTask(BURST, burst, (COMPLETION,)),
+        PeerTask(CONVERSATIONS, 1, (CHAT,)),
     )
     return {task.name: task for task in made}
 
@@ -58,8 +63,9 @@ def asking(
     greedy: dict[str, Any] = {"temperature": 0}
     if task == HOP:
         return "chat", greedy | {"max_tokens": 1}
-    if task in (REPLY, REPLY_ALONE):
-        return "chat", greedy | {"max_tokens": REPLY_TOKENS} | _no_end(peer, ends)
+    if task in (REPLY, REPLY_ALONE, CONVERSATIONS):
+        limit = TURN_TOKENS if task == CONVERSATIONS else REPLY_TOKENS
+        return "chat", greedy | {"max_tokens": limit} | _no_end(peer, ends)
     if way == COMPLETION:
         return "completions", greedy | {"max_tokens": LABEL_TOKENS, "stop": ["\n"]}
     if way == DECISIONS:
@@ -102,15 +108,3 @@ def deal(
         rows = [chance.sample(mine[start : start + slices], slices) for start in range(0, len(mine), slices or 1)]
         dealt[name] = [chance.sample(column, size) for column in map(list, zip(*rows, strict=True))]
     return dealt
-
-
-def long_prompts(examples: Sequence[LabelledExample], chars: int = REPLY_CHARS) -> tuple[LabelledExample, ...]:
-    """Prompts of `chars` characters (Gemma: about 300 tokens), each of different mails; they have no right answer."""
-    prompts: list[LabelledExample] = []
-    text = ""
-    for example in examples:
-        text += f"{example.text}\n\n"
-        if len(text) >= chars:
-            prompts.append(LabelledExample(f"long-{len(prompts)}", text[:chars], ""))
-            text = ""
-    return tuple(prompts)

@@ -12,25 +12,27 @@ from runtime.llama.interface import Batch
 from runtime.llama.model import Llama, LoadOptions, load
 
 Step = list[list[int]]  # (sequence, tokens) of each part
+KINDS = ("stock", "own")
 
 
 def main() -> None:
-    """Load the file with both products and compute each step with one after the other."""
+    """Load the file once for each of the job's `kinds` of products and compute each step with all of them in turn."""
     job: dict[str, Any] = json.load(sys.stdin)
+    kinds: tuple[str, ...] = tuple(job.get("kinds", KINDS))
     cells = max(sum(n for _, n in step) for step in job["steps"].values())
     options: dict[str, Any] = {"n_ctx": 2 * cells, "n_batch": cells, "n_seq_max": 16, "n_threads": job["threads"]}
-    models = {kind: load(Path(job["gguf"]), LoadOptions(**options, prefill=kind)) for kind in ("stock", "own")}
+    models = {kind: load(Path(job["gguf"]), LoadOptions(**options, prefill=kind)) for kind in kinds}
+    info = models[kinds[-1]].info
     rng = np.random.default_rng(0)
     seconds: dict[str, dict[str, list[float]]] = {}
     for name, step in job["steps"].items():
         seconds[name] = {kind: [] for kind in models}
         for number in range(job["repetitions"] + 1):
-            batch = _batch(step, rng.integers(0, models["own"].info.n_vocab, sum(n for _, n in step)))
-            for kind in ("stock", "own") if number % 2 else ("own", "stock"):
+            batch = _batch(step, rng.integers(0, info.n_vocab, sum(n for _, n in step)))
+            for kind in kinds if number % 2 else kinds[::-1]:
                 took = _timed(models[kind], batch)
                 if number > 0:
                     seconds[name][kind].append(took)
-    info = models["own"].info
     json.dump({"seconds": seconds, "backend": info.backend, "threads": info.n_threads}, sys.stdout)
 
 

@@ -34,6 +34,17 @@ def describe_cpu(root: Path = ROOT) -> str:
     return name or _sysctl("machdep.cpu.brand_string") or platform.processor() or "unknown processor"
 
 
+def processor_kind(root: Path = ROOT) -> str:
+    """The widest vectors of an x86 processor: AMX, AVX-512 or AVX2; empty for others, and where it is not told."""
+    return next((vector_kind(line) for line in _lines(root / "proc/cpuinfo") if line.startswith("flags")), "")
+
+
+def vector_kind(features: str) -> str:
+    """The same of the features in a text: the processor's flags, or those that llama.cpp was built for."""
+    marks = (("AMX_INT8", "AMX"), ("AVX512", "AVX-512"), ("AVX2", "AVX2"))
+    return next((kind for mark, kind in marks if mark in features.upper()), "")
+
+
 def logical_cores() -> int:
     """Logical cores of the whole machine."""
     return os.cpu_count() or 1

@@ -1,12 +1,13 @@
 """llama-server from the `xllamacpp` wheel, as one process. Run by the peers' Python, not by Deskside's.
 
-    python serve_xllamacpp.py MODEL PORT THREADS best|ram|shipped
+    python serve_xllamacpp.py MODEL PORT THREADS PROFILE CELLS
     python serve_xllamacpp.py --system-info
 
-`shipped` has the defaults of the llama-server command (4 slots over one unified cache, sliding-window cache); the
-wheel's own default is a single slot. `best` has 16 slots with reusable prefixes and no prompt cache in host memory:
-that cache copies finished slots, which pays only where whole prompts repeat, and here none does. `ram` is `best` with
-that cache, so that the choice is measured as well.
+PROFILE is one of PROFILES, CELLS the length of a slot. `unified` and `split` have 16 slots with reusable prefixes; in
+`split` each has a KV stream of its own and looks at nobody else's cells. With `-ram` finished slots are also copied to
+a cache of prompts in host memory, which pays where a prompt comes back, and costs where none does. `shipped` has the
+defaults of the llama-server command (4 slots over one unified cache, sliding-window cache, that cache of prompts); the
+wheel's own default is a single slot.
 """
 
 import signal
@@ -14,23 +15,27 @@ import sys
 
 import xllamacpp
 
-SLOTS = {"best": 16, "ram": 16, "shipped": 4}
-CONTEXT = 32768
+SLOTS, SHIPPED_SLOTS = 16, 4
+PROFILES = ("unified", "unified-ram", "split", "split-ram", "shipped")
 
 
-def settings(model: str, port: int, threads: int, profile: str) -> "xllamacpp.CommonParams":
-    """The parameters of one profile."""
+def settings(model: str, port: int, threads: int, profile: str, cells: int) -> "xllamacpp.CommonParams":
+    """The parameters of one profile. Raises ValueError when it is not one of PROFILES."""
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; there are {', '.join(PROFILES)}")
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.port = port
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.n_parallel = SLOTS[profile]
-    params.kv_unified = True
     params.cont_batching = params.cache_prompt = params.warmup = True
-    if profile != "shipped":
-        params.swa_full = True
-        params.n_ctx = CONTEXT
-    if profile == "best":
+    params.kv_unified = not profile.startswith("split")
+    if profile == "shipped":
+        params.n_parallel = SHIPPED_SLOTS
+        return params
+    params.n_parallel = SLOTS
+    params.n_ctx = SLOTS * cells
+    params.swa_full = True
+    if not profile.endswith("-ram"):
         params.cache_ram_mib = 0
     return params
 
@@ -40,8 +45,8 @@ def main() -> None:
     if sys.argv[1] == "--system-info":
         print(xllamacpp.get_system_info())
         return
-    model, port, threads, profile = sys.argv[1:]
-    server = xllamacpp.Server(settings(model, int(port), int(threads), profile))
+    model, port, threads, profile, cells = sys.argv[1:]
+    server = xllamacpp.Server(settings(model, int(port), int(threads), profile, int(cells)))
     print(server.listening_address, flush=True)
     signal.pause()
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.errors import BadWorkload
 from benchmarks.load.servers import RunningServer, read_counters
-from benchmarks.load.workload import LabelledExample, PromptTemplate
+from benchmarks.load.workload import LabelledExample, PromptTemplate, long_prompts
 from benchmarks.peers.offline import batch_answers, batch_lines
 from benchmarks.peers.plan import deal_examples
 from benchmarks.peers.record import PeerSettings, Server
@@ -30,7 +30,6 @@ from benchmarks.peers.tasks import (
     asking,
     deal,
     gbnf,
-    long_prompts,
     tasks,
 )
 
@@ -141,6 +140,6 @@ def test_one_entry_of_a_lock_file_is_left_out_with_its_hashes() -> None:
 
 def test_the_lock_file_pins_every_peer_and_names_no_index() -> None:
     lock = Path(str(Path(__file__).parents[3] / "benchmarks" / "peers.lock")).read_text(encoding="utf-8")
-    for name in ("ctranslate2", "xllamacpp", "llama-cpp-python", "gguf"):
+    for name in ("ctranslate2", "xllamacpp", "llama-cpp-python", "gguf", "ik-llama-cpp-python"):
         assert f"\n{name}==" in f"\n{lock}"
     assert "http" not in lock

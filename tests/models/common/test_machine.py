@@ -20,6 +20,8 @@ from models.common.machine import (
     mebibytes,
     physical_cores,
     physical_memory_bytes,
+    processor_kind,
+    vector_kind,
 )
 
 GIB = 1 << 30
@@ -40,6 +42,27 @@ def test_processor_cores_and_backend_are_named(tmp_path: Path) -> None:
     assert line.startswith("AMD EPYC 7B13, ")
     assert "logical cores" in line
     assert line.endswith(", CPU (AVX2)")
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ("fpu sse2 avx avx2 fma", "AVX2"),
+        ("avx2 avx512f avx512_vnni", "AVX-512"),
+        ("avx2 avx512f amx_bf16 amx_tile amx_int8", "AMX"),
+        ("fpu sse2", ""),
+    ],
+)
+def test_the_widest_vectors_of_a_processor(tmp_path: Path, flags: str, kind: str) -> None:
+    assert processor_kind(write(tmp_path, {"proc/cpuinfo": f"model name\t: avx2\nflags\t\t: {flags}\n"})) == kind
+    assert processor_kind(tmp_path / "elsewhere") == ""
+
+
+def test_the_vectors_that_llama_cpp_was_built_for() -> None:
+    assert vector_kind("CPU : SSE3 = 1 | AVX2 = 1 | FMA = 1") == "AVX2"
+    assert vector_kind("CPU (AVX2, AVX512, AMX_INT8, FMA)") == "AMX"
+    assert vector_kind("CPU (AVX2, AVX512, AMX unused, FMA)") == "AVX-512"
+    assert vector_kind("CPU : NEON = 1") == ""
 
 
 def test_an_unknown_processor_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ from benchmarks.record import MachineRecord, RequestSample
 
 from .examples import sample
 
-MACHINE = MachineRecord(system="Linux", cpu="test cpu", logical_cores=2, memory_bytes=None, python="3.11", packages={})
+MACHINE = MachineRecord(
+    system="Linux", cpu="test cpu", processor="AVX2", logical_cores=2, memory_bytes=None, python="3.11", packages={}
+)
 
 
 def made(
