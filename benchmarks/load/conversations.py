@@ -43,7 +43,7 @@ def person_and_turn(example_id: str) -> tuple[str, int]:
 
 
 class Talks:
-    """What everybody and one server have said so far. A turn that fails leaves what had arrived of its answer."""
+    """Everybody's conversation with one server so far. A turn that fails leaves what had arrived of its answer."""
 
     def __init__(self, chat: Callable[..., Awaitable[RequestSample]]) -> None:
         self._chat = chat

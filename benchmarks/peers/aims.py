@@ -10,7 +10,7 @@ from typing import Literal
 from models.common.record import Record
 
 from .figures import OnlineRow, PeerFigures, RateRatio, TalkRow, ratio, sooner
-from .servers import BEST, CHOSEN, SHIPPED
+from .servers import BEST, CHOSEN
 from .tasks import (
     BURST,
     CHAT,
@@ -62,14 +62,18 @@ class Contenders(Record):
 
 
 def best_peer(figures: PeerFigures, task: str, ways: Sequence[str], file: str) -> OnlineRow | None:
-    """The fastest of llama-server's profiles with that file, in its fastest way; None if none was measured."""
-    rows = [row for row in figures.rows if row.task == task and row.way in ways and _is_candidate(row.server, file)]
-    return max(rows, key=lambda row: row.rate, default=None)
+    """The fastest of llama-server's profiles with that file, in its fastest way; None if none was measured.
+
+    A profile that answered fewer requests, as the one as shipped does, had fewer clients at a time: no candidate.
+    """
+    rows = [row for row in figures.rows if row.task == task and row.way in ways and _is_peer(row.server, file)]
+    most = max((row.requests / len(row.rates) for row in rows), default=0)
+    return max((row for row in rows if row.requests / len(row.rates) == most), key=lambda row: row.rate, default=None)
 
 
 def best_listener(figures: PeerFigures, file: str) -> TalkRow | None:
     """llama-server's profile with the soonest first token of a conversation's later turns; None if not measured."""
-    rows = [row for row in figures.talks if row.later_ms and _is_candidate(row.server, file)]
+    rows = [row for row in figures.talks if row.later_ms and _is_peer(row.server, file)]
     return min(rows, key=lambda row: row.later, default=None)
 
 
@@ -78,9 +82,8 @@ def profile(server: str) -> str:
     return server.partition(",")[0].partition(" ")[2]
 
 
-def _is_candidate(server: str, file: str) -> bool:
-    """False for llama-server as shipped, which answers fewer requests."""
-    return server.startswith(f"{LLAMA_SERVER} ") and server.endswith(f", {file}") and profile(server) != SHIPPED
+def _is_peer(server: str, file: str) -> bool:
+    return server.startswith(f"{LLAMA_SERVER} ") and server.endswith(f", {file}")
 
 
 def judge(figures: PeerFigures) -> tuple[PeerAim, ...]:

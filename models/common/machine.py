@@ -35,7 +35,7 @@ def describe_cpu(root: Path = ROOT) -> str:
 
 
 def processor_kind(root: Path = ROOT) -> str:
-    """The widest vectors of an x86 processor: AMX, AVX-512 or AVX2; empty for others, and where it is not told."""
+    """The widest vectors of an x86 processor: AMX, AVX-512 or AVX2; empty for others."""
     return next((vector_kind(line) for line in _lines(root / "proc/cpuinfo") if line.startswith("flags")), "")
 
 

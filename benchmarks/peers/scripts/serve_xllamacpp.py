@@ -4,7 +4,7 @@
     python serve_xllamacpp.py --system-info
 
 PROFILE is one of PROFILES, CELLS the length of a slot. `unified` and `split` have 16 slots with reusable prefixes; in
-`split` each has a KV stream of its own and looks at nobody else's cells. With `-ram` finished slots are also copied to
+`split` each has a KV stream of its own and looks at its own cells only. With `-ram` finished slots are also copied to
 a cache of prompts in host memory, which pays where a prompt comes back, and costs where none does. `shipped` has the
 defaults of the llama-server command (4 slots over one unified cache, sliding-window cache, that cache of prompts); the
 wheel's own default is a single slot.
