@@ -15,8 +15,8 @@ from .workload import LabelledExample, long_prompts
 
 # About 600 tokens of Gemma's.
 TURN_CHARS = 2100
-# Cells for one conversation of four turns, with their answers: about 2,800.
-CONVERSATION_CELLS = 4096
+# With an answer of 24 tokens and the roles a turn has less than 700; the rest is to spare.
+TURN_CELLS = 800
 _TURN = ", turn "
 
 
@@ -34,6 +34,11 @@ def conversation_turns(
         LabelledExample(f"person {number % people + 1}{_TURN}{number // people + 1}", text.text, "")
         for number, text in enumerate(texts[:need])
     ]
+
+
+def conversation_cells(turns: int) -> int:
+    """Enough cells for one whole conversation, a multiple of 1,024."""
+    return -(-turns * TURN_CELLS // 1024) * 1024
 
 
 def person_and_turn(example_id: str) -> tuple[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.load.conversations import CONVERSATION_CELLS, conversation_turns
+from benchmarks.load.conversations import conversation_cells, conversation_turns
 from benchmarks.load.model_file import recipe_file
 from benchmarks.load.servers import deskside_command
 from benchmarks.load.workload import (
@@ -175,7 +175,8 @@ def _stages(m: _Material) -> list[tuple[str, Stage]]:
     base = [deskside_plan(files.base, threads)]
     base += [llama_server_plan(files.base, threads, profile, m.python) for profile in (*CANDIDATES, SHIPPED)]
     talkers = [ours]
-    talkers += [llama_server_plan(files.tuned, threads, p, m.python, CONVERSATION_CELLS) for p in CANDIDATES]
+    cells = conversation_cells(m.settings.turns)
+    talkers += [llama_server_plan(files.tuned, threads, profile, m.python, cells) for profile in CANDIDATES]
     prompt = read_prompt(recipe_file("prompts", "few_shot.txt"), "few-shot prompt")
     bare = PromptTemplate("bare mail")
     servers = (ours, *peers, f16, ours_q4, *peers_q4, shipped, python, python_shipped)

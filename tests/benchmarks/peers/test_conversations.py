@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.errors import BadWorkload
-from benchmarks.load.conversations import Talks, conversation_turns, person_and_turn
+from benchmarks.load.conversations import Talks, conversation_cells, conversation_turns, person_and_turn
 from benchmarks.load.servers import RunningServer
 from benchmarks.load.workload import LabelledExample, PromptTemplate
 from benchmarks.peers.figures import figures_of
@@ -48,6 +48,10 @@ def test_the_default_models_mails_suffice(settings: PeerSettings) -> None:
     assert len(parts) == settings.repetitions
     people = Counter(person_and_turn(turn.id)[0] for turn in parts[0])
     assert (len(people), set(people.values())) == (settings.people, {settings.turns})
+
+
+def test_a_slot_holds_a_whole_conversation() -> None:
+    assert [conversation_cells(turns) for turns in (2, 4, 8)] == [2048, 4096, 7168]
 
 
 def test_a_turn_is_sent_after_all_that_was_said() -> None:
