@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.errors import ServerFailed
 from benchmarks.load.model_file import ModelFile
-from benchmarks.peers import offline, servers
+from benchmarks.peers import servers
 from benchmarks.peers.offline import PROMPT_STEPS, run_prompts
 from benchmarks.peers.run import PeerRunFile, PeerSession, PeerWorkload
 from benchmarks.peers.tasks import IK_LLAMA
@@ -156,7 +156,7 @@ def test_prompts_are_timed_in_turns_and_saved(monkeypatch: pytest.MonkeyPatch, t
         failed = job["gguf"].endswith("bad.gguf")
         return subprocess.CompletedProcess(command, int(failed), json.dumps({"seconds": seconds}), "no such file")
 
-    monkeypatch.setattr(offline.subprocess, "run", answer)
+    monkeypatch.setattr("benchmarks.peers.offline.subprocess.run", answer)
     file = ModelFile(Path("m.gguf"), Path(), "Q8_0", "0" * 64, "chosen")
     session = PeerSession(PeerWorkload({}, (), 2), PeerRunFile(peer_run(), tmp_path / "run.json"), lambda *_: None)
     run_prompts([file], 2, Path("peers-python"), session)
