@@ -21,7 +21,7 @@ def main() -> None:
     kinds: tuple[str, ...] = tuple(job.get("kinds", KINDS))
     cells = max(sum(n for _, n in step) for step in job["steps"].values())
     options: dict[str, Any] = {"n_ctx": 2 * cells, "n_batch": cells, "n_seq_max": 16, "n_threads": job["threads"]}
-    models = {kind: load(Path(job["gguf"]), LoadOptions(**options, prefill=kind)) for kind in kinds}
+    models = {kind: load(Path(job["gguf"]), LoadOptions(**options | {"prefill": kind})) for kind in kinds}
     info = models[kinds[-1]].info
     rng = np.random.default_rng(0)
     seconds: dict[str, dict[str, list[float]]] = {}
