@@ -1,7 +1,8 @@
-"""The files a batch writes: answers are appended whole, so that a run killed at any moment can be resumed.
+"""The files of a batch: answers are appended whole, so that a run killed at any moment can be resumed.
 
 The answers file is its own journal. Each line's id is made from the request it answers and from the model's files, so
 a resumed run can tell what is done, and can refuse to mix the answers of another input or another model into it.
+Files that cannot be used together are refused before anything is loaded.
 """
 
 import fcntl
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from models.common.file_kinds import file_kind, first_line
 from runtime.errors import BatchRefused
 from runtime.openai.wire import to_json
 
@@ -24,6 +26,43 @@ def errors_path(output: Path) -> Path:
     """The file of the failed lines: `answers.jsonl` -> `answers.errors.jsonl`."""
     name = output.name.removesuffix(".jsonl")
     return output.with_name(f"{name}.errors.jsonl")
+
+
+def check_files(source: Path, output: Path) -> None:
+    """Raise BatchRefused unless `source` can be read twice and `output` is a file of its own."""
+    if not source.is_file():
+        found = "a folder" if source.is_dir() else "not a regular file"
+        raise BatchRefused(f"input {str(source)!r} is {found} (a resumed run reads it again); give a file of requests")
+    _require_requests(source)
+    for target in (output, errors_path(output)):
+        if target.exists() and not target.is_file():
+            raise BatchRefused(f"output {str(target)!r} is not a regular file")
+        if target.exists() and source.samefile(target):
+            raise BatchRefused(f"input and output are the same file, {str(source)!r}; choose another output file")
+    if not output.parent.is_dir():
+        raise BatchRefused(f"the folder of output {str(output)!r} does not exist")
+    if not os.access(output.parent, os.W_OK):
+        raise BatchRefused(f"the folder of output {str(output)!r} cannot be written")
+
+
+def _require_requests(source: Path) -> None:
+    """Raise BatchRefused if `source` holds something else than requests, as a whole: every line would fail."""
+    given, name = file_kind(source), str(source)
+    if given.kind not in {"json lines", "json", "text", "empty"}:
+        command = given.to_requests()
+        hint = f". This makes requests of it:\n  {command}" if command else ""
+        raise BatchRefused(f"input {name!r} is {given.name}, not JSON lines of requests{hint}")
+    try:
+        first = json.loads(first_line(source))
+    except (ValueError, RecursionError):
+        return
+    if isinstance(first, dict) and not first.keys() & {"custom_id", "url", "body"}:
+        form = next((form for form in ("messages", "conversations", "prompt") if form in first), None)
+        if form is not None:
+            raise BatchRefused(
+                f"input {name!r} holds records with {form!r}, as for examples, not requests; a line of a batch is "
+                '{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": […]}}'
+            )
 
 
 def answer_record(line: BatchLine, weights: str, body: Mapping[str, Any]) -> dict[str, Any]:

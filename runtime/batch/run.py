@@ -5,9 +5,7 @@ The input is read once, in order, with a bounded window of requests in flight; a
 """
 
 import asyncio
-import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -20,19 +18,33 @@ from typing import Any, Protocol
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from models.common.console import ProgressBars
-from models.common.file_kinds import file_kind, first_line
 from models.store.store import Store
 from runtime.config import RuntimeConfig
-from runtime.errors import BatchRefused, EngineError, InvalidRequest, RequestError
+from runtime.errors import EngineError, InvalidRequest, Overloaded, RequestError
+from runtime.openai.chat import MAX_ANSWERS_PER_CALL
 from runtime.openai.wire import to_error
+from runtime.requests import Work
 from runtime.serving.model import ServedModel, load_model, under_name
 from runtime.serving.names import find
+from runtime.serving.routes import ROUTES
+from runtime.worker.inflight import Stream
 
-from .answers import EngineAnswerer, queue_for
-from .journal import ErrorsFile, JsonlFile, answer_record, error_record, errors_path, require_same_input, resume
+from .journal import (
+    ErrorsFile,
+    JsonlFile,
+    answer_record,
+    check_files,
+    error_record,
+    errors_path,
+    require_same_input,
+    resume,
+)
 from .lines import BadLine, BatchLine, count_lines, read_lines
 
 MAX_LINE_BYTES = 4 << 20
+LINES_PER_SLOT = 4
+# The routes that take a seed.
+_SEEDED = ("/v1/chat/completions", "/v1/completions")
 
 _log = logging.getLogger("deskside.batch")
 
@@ -93,6 +105,41 @@ class Answerer(Protocol):
 
     def require_alive(self) -> None:
         """Raise EngineError if no request will be answered any more."""
+
+
+class EngineAnswerer:
+    """Answers batch lines through a model's engine, on the event loop that calls it."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._ended = asyncio.Event()
+
+    async def answer(self, line: BatchLine) -> dict[str, Any]:
+        """Return OpenAI's response body. When cancelled, cancel the line's requests."""
+        call = ROUTES[line.url].prepare(_body(line), self._model)
+        try:
+            return await call.fold(await self._submit(call.work))
+        finally:
+            self._ended.set()
+
+    async def _submit(self, work: tuple[Work, ...]) -> Stream:
+        while True:
+            self._ended.clear()
+            try:
+                return self._model.supervisor.submit(*work, whole=True)
+            except Overloaded:
+                await self._ended.wait()
+
+    def require_alive(self) -> None:
+        """Raise EngineDown or ShuttingDown if the supervisor takes no requests any more."""
+        self._model.supervisor.require_room(0)
+
+
+def _body(line: BatchLine) -> dict[str, Any]:
+    """The line's body. A missing seed is derived from the line, so that a batch run twice gives the same answers."""
+    if line.url not in _SEEDED or line.body.get("seed") is not None:
+        return dict(line.body)
+    return {**line.body, "seed": int(line.fingerprint[:15], 16)}
 
 
 class BatchRun:
@@ -186,43 +233,6 @@ def open_files(job: BatchJob) -> Iterator[BatchFiles]:
             yield BatchFiles(answers, errors, done)
 
 
-def check_files(source: Path, output: Path) -> None:
-    """Raise BatchRefused unless `source` can be read twice and `output` is a file of its own."""
-    if not source.is_file():
-        found = "a folder" if source.is_dir() else "not a regular file"
-        raise BatchRefused(f"input {str(source)!r} is {found} (a resumed run reads it again); give a file of requests")
-    _require_requests(source)
-    for target in (output, errors_path(output)):
-        if target.exists() and not target.is_file():
-            raise BatchRefused(f"output {str(target)!r} is not a regular file")
-        if target.exists() and source.samefile(target):
-            raise BatchRefused(f"input and output are the same file, {str(source)!r}; choose another output file")
-    if not output.parent.is_dir():
-        raise BatchRefused(f"the folder of output {str(output)!r} does not exist")
-    if not os.access(output.parent, os.W_OK):
-        raise BatchRefused(f"the folder of output {str(output)!r} cannot be written")
-
-
-def _require_requests(source: Path) -> None:
-    """Raise BatchRefused if `source` holds something else than requests, as a whole: every line would fail."""
-    given, name = file_kind(source), str(source)
-    if given.kind not in {"json lines", "json", "text", "empty"}:
-        command = given.to_requests()
-        hint = f". This makes requests of it:\n  {command}" if command else ""
-        raise BatchRefused(f"input {name!r} is {given.name}, not JSON lines of requests{hint}")
-    try:
-        first = json.loads(first_line(source))
-    except (ValueError, RecursionError):
-        return
-    if isinstance(first, dict) and not first.keys() & {"custom_id", "url", "body"}:
-        form = next((form for form in ("messages", "conversations", "prompt") if form in first), None)
-        if form is not None:
-            raise BatchRefused(
-                f"input {name!r} holds records with {form!r}, as for examples, not requests; a line of a batch is "
-                '{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": […]}}'
-            )
-
-
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[BatchCounts], None]]:
     """Draw done, failed, tokens/s and time left; `total` counts lines."""
@@ -269,7 +279,9 @@ def closing_line(summary: dict[str, Any]) -> str:
     return f"interrupted: {line}; rerun the same command to resume" if summary["interrupted"] else line
 
 
-LINES_PER_SLOT = 4
+def queue_for(window: int) -> int:
+    """The queue length at which a line of the most choices fits beside `window` others."""
+    return window + MAX_ANSWERS_PER_CALL
 
 
 def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> dict[str, Any]:

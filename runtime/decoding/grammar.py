@@ -10,6 +10,7 @@ and they are compiled on a large stack. Nothing is fetched: a `$ref` to another 
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -25,8 +26,6 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from runtime.errors import GrammarFailed, InvalidRequest
 from runtime.llama.interface import TokenizerLike
 from runtime.requests import Grammar
-
-from .patterns import ascii_lark, ascii_regex
 
 KEPT_GRAMMARS = 32
 # A state of the lexer takes 1-2 kB, and each answer has its own.
@@ -50,6 +49,18 @@ _NAMES = {
 _NOT_ALLOWED = "doesn't satisfy the grammar"
 # Tokens that a new grammar is tried with: one that grows without end shows it, before an answer is begun.
 TRIED_TOKENS = 64
+
+# Regular expressions as schemas' patterns read them: `\d`, `\w` and `\s` are ASCII, not any script's.
+_CLASSES = {
+    "d": "[0-9]",
+    "D": "[^0-9]",
+    "w": "[0-9A-Za-z_]",
+    "W": "[^0-9A-Za-z_]",
+    "s": r"[ \t\n\r\f\v]",
+    "S": r"[^ \t\n\r\f\v]",
+}
+# A string, a comment or a regular expression of a Lark grammar.
+_LARK = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|(/(?:\\.|[^/\\])+/)', re.DOTALL)
 
 T = TypeVar("T")
 
@@ -257,14 +268,14 @@ def is_regex(pattern: str) -> bool:
 def _translated(grammar: Grammar) -> str:
     """The grammar in llguidance's own form."""
     if grammar.kind == "lark":
-        lark = LLMatcher.grammar_from_lark(ascii_lark(_lark(grammar)))
+        lark = LLMatcher.grammar_from_lark(_ascii_lark(_lark(grammar)))
         if grammar.text is None:
             return lark
         text = _translated(grammar.text)
         part = {"lark_grammar": text} if grammar.text.kind in ("lark", "choice") else json.loads(text)["grammars"][0]
         return json.dumps({"grammars": [{"lark_grammar": lark}, part | {"name": TEXT_RULE}]})
     if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(ascii_regex(grammar.source))
+        return LLMatcher.grammar_from_regex(_ascii_regex(grammar.source))
     if grammar.kind == "choice":
         texts = json.loads(grammar.source)
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, texts)))
@@ -308,3 +319,13 @@ def on_large_stack(call: Callable[[], T]) -> T:
         finally:
             threading.stack_size(before)
     return done.result()
+
+
+def _ascii_regex(pattern: str) -> str:
+    """The pattern with ASCII classes. They nest in brackets too, as the dialect allows."""
+    return re.sub(r"\\(.)", lambda found: _CLASSES.get(found[1], found[0]), pattern, flags=re.DOTALL)
+
+
+def _ascii_lark(source: str) -> str:
+    """A Lark grammar with ASCII classes in its regular expressions."""
+    return _LARK.sub(lambda found: _ascii_regex(found[0]) if found[1] else found[0], source)

@@ -26,8 +26,7 @@ from runtime.prefill.prompts import extra_bytes
 from runtime.serving.model import ServedModel, load_model, under_name
 from runtime.serving.names import ModelRef, find
 
-from .memory import model_need
-from .slot import LoadedModel, MemoryBudget, ModelSlot
+from .slot import LoadedModel, MemoryBudget, ModelSlot, model_need
 
 ModelLoader = Callable[[StoredModel, Mapping[str, Path]], ServedModel]
 """Loads a base model with adapters (name -> file). Blocks. Raises EngineError."""

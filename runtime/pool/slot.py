@@ -1,4 +1,7 @@
-"""The slot of one base model in the pool, loaded or not, and the memory budget of all slots."""
+"""The slot of one base model in the pool, loaded or not; the memory that its model needs; the budget of all slots.
+
+The need is an estimate, made before anything is loaded, and decides which models may be loaded side by side.
+"""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -14,9 +17,44 @@ from runtime.llama.interface import ModelInfo
 from runtime.serving.model import ServedModel
 from runtime.serving.names import ModelRef
 
-from .memory import MemoryNeed
-
 SlotState = Literal["unloaded", "loading", "ready", "unloading", "failed"]
+
+# llama.cpp's compute buffers, the engine's own tables and those of the grammars, as measured on models below 1 GiB.
+OVERHEAD_BYTES = 256 << 20
+CACHE_BYTES_PER_VALUE = 2
+LOGIT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Bytes of a loaded model: its files, the KV cache of `n_ctx` tokens, `n_rows` rows of logits, and the rest.
+
+    `prefixes` is the most that prefixes take which left the KV cache, `panels` the second form of its weights that
+    Deskside's own products of prompts read.
+    """
+
+    files: int
+    n_ctx: int
+    cache: int
+    n_rows: int
+    logits: int
+    prefixes: int = 0
+    overhead: int = OVERHEAD_BYTES
+    panels: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.files + self.cache + self.logits + self.prefixes + self.overhead + self.panels
+
+    def __str__(self) -> str:
+        return (
+            f"about {mebibytes(self.total)}: {mebibytes(self.files)} of files, {mebibytes(self.cache)} of KV cache for "
+            f"{self.n_ctx} tokens, {mebibytes(self.logits)} for {self.n_rows} rows of logits, "
+            f"{mebibytes(self.prefixes)} for prefixes, "
+            f"{mebibytes(self.overhead)} for the engine"
+            + (f", {mebibytes(self.panels)} for the products of prompts (--prefill)" if self.panels else "")
+        )
 
 
 @dataclass
@@ -124,3 +162,26 @@ class MemoryBudget:
     def _has_room(self, slot: ModelSlot, beside: Sequence[ModelSlot]) -> bool:
         needed_bytes = slot.need.total + sum(other.need.total for other in beside)
         return self._limit_bytes is None or needed_bytes <= self._limit_bytes
+
+
+def model_need(
+    meta: GgufMeta, files_bytes: int, *, n_ctx: int, n_rows: int, prefixes: int = 0, panels: int = 0
+) -> MemoryNeed:
+    """Estimate the memory of the model described by `meta`. A file without its shape counts by its size alone."""
+    # llama.cpp holds the logits twice: as the graph computes them, and as they are handed out.
+    logits = 2 * n_rows * meta.n_vocab * LOGIT_BYTES
+    cache = n_ctx * _cache_bytes_per_token(meta)
+    return MemoryNeed(files_bytes, n_ctx, cache, n_rows, logits, prefixes, panels=panels)
+
+
+def _cache_bytes_per_token(meta: GgufMeta) -> int:
+    """Keys and values of one token in all layers; sliding-window layers keep every token here, like the others."""
+    family = meta.architecture
+    n_layers = meta.number(f"{family}.block_count")
+    n_heads = meta.number(f"{family}.attention.head_count")
+    width = meta.number(f"{family}.embedding_length") // max(n_heads, 1)
+    key = meta.number(f"{family}.attention.key_length") or width
+    value = meta.number(f"{family}.attention.value_length") or width
+    kv_heads = meta.numbers(f"{family}.attention.head_count_kv", n_layers)
+    n_kv_heads = sum(kv_heads) or n_heads * n_layers
+    return n_kv_heads * (key + value) * CACHE_BYTES_PER_VALUE

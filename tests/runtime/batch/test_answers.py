@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from runtime.batch.answers import EngineAnswerer, queue_for
 from runtime.batch.lines import URLS
-from runtime.batch.run import BatchCounts, BatchJob, BatchRun, open_files
+from runtime.batch.run import BatchCounts, BatchJob, BatchRun, EngineAnswerer, open_files, queue_for
 from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions

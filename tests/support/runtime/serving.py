@@ -17,9 +17,8 @@ from runtime.config import RuntimeConfig
 from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
-from runtime.pool.memory import MemoryNeed
 from runtime.pool.pool import ModelPool, PoolOptions
-from runtime.pool.slot import ModelSlot
+from runtime.pool.slot import MemoryNeed, ModelSlot
 from runtime.prompt.prompter import Prompter
 from runtime.requests import Work
 from runtime.server.app import create_app

@@ -1,7 +1,7 @@
 """The memory that a model needs, estimated from its header."""
 
 from models.gguf.header import GgufMeta, Value
-from runtime.pool.memory import OVERHEAD_BYTES, model_need
+from runtime.pool.slot import OVERHEAD_BYTES, model_need
 from tests.support.models.gguf_heads import GEMMA
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from models.manifest import Manifest
-from runtime.serving.capabilities import capabilities
+from runtime.server.models import capabilities
 from tests.support.runtime import tool_templates as templates
 from tests.support.runtime.fakes import FAKE_TEMPLATE, FakeLlama
 from tests.support.runtime.serving import serving
