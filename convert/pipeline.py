@@ -30,9 +30,8 @@ from convert.planning.plan import (
 )
 from convert.planning.request import ConvertRequest
 from convert.planning.speech import check_speakable, speech_folders, speech_of
-from convert.proof.adapter import verify_adapter
 from convert.proof.proof import Proof
-from convert.proof.runs import check_kind, verify_runs
+from convert.proof.runs import check_kind, verify_adapter, verify_runs
 from convert.quantize.imatrix import IMATRIX_FILE
 from convert.quantize.quantize import HALF_PRECISION, disk_need, quantize, spec_named
 from convert.selection.by_examples import Built, choose_by_examples

@@ -15,8 +15,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
 
 from convert.errors import CLASSIFICATION_HEAD, SourceInvalid
-from convert.families.base import Family, Weight
-from convert.families.names import interleave_halves
+from convert.families.base import Family, Weight, interleave_halves
 from convert.tokenizer.read import VocabularyFields
 from convert.tokenizer.spacing import general_name
 from models.gguf.fields import Field
@@ -24,9 +23,8 @@ from models.gguf.header import DEFAULT_ALIGNMENT, Header, TensorInfo
 
 from .card import general_fields
 from .config import FolderConfig, read_config
-from .quantized import check_plain
 from .safetensors import READABLE
-from .shards import Place, Shards
+from .shards import Place, Shards, check_plain
 
 _FILE_TYPE_F16 = 1
 _F32 = GGMLQuantizationType.F32

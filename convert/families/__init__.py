@@ -6,10 +6,8 @@ from types import MappingProxyType
 from .base import Family
 from .gemma import Gemma2Family, Gemma3Family
 from .llama import GraniteFamily, LlamaFamily, MistralFamily
-from .olmo2 import Olmo2Family
-from .phi3 import Phi3Family
+from .others import Olmo2Family, Phi3Family, StableLmFamily
 from .qwen import Qwen2Family, Qwen3Family
-from .stablelm import StableLmFamily
 
 BY_CLASS: Mapping[str, Family] = MappingProxyType(
     {

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 from models.gguf.fields import Field
 
-from .base import Family
+from .base import ATTENTION, MLP, QK_NORMS, Family
 from .config import MAX_CONTEXT, Config
-from .names import ATTENTION, MLP, QK_NORMS
 from .rope import FULL, SLIDING, Rope, read_rope
 
 _NORMS: Mapping[str, str] = {

@@ -10,9 +10,8 @@ import numpy as np
 
 from models.gguf.fields import Field
 
-from .base import Family, window_warning
+from .base import ATTENTION, MLP, Family, window_warning
 from .config import Config
-from .names import ATTENTION, MLP
 from .rope import llama3_factors
 
 _SCALES = {

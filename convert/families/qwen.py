@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .base import Family
+from .base import ATTENTION, MLP, PRE_NORMS, QK_NORMS, Family
 from .config import MAX_LAYERS, Config
-from .names import ATTENTION, MLP, PRE_NORMS, QK_NORMS
 from .rope import SLIDING
 
 _QKV = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})

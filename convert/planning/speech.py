@@ -2,8 +2,13 @@
 
 A fine-tune that adds tokens (`<|im_start|>`, labels) or gives reserved ones a text saves its tokenizer beside its
 adapter. With the base's tokenizer those tokens would be read as letters, and none of them would end an answer.
+
+Special tokens that answers are made of (labels and marks) become user-defined ones, which are read and shown, as one
+token. llama.cpp neither shows a control token nor reads one in a message: an answer that is one would be empty, and a
+label would be spelled in letters, which the model never learned.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +23,10 @@ from convert.tokenizer.chat_template import END_OF_TURN_FIELD, ChatFormat, choos
 from convert.tokenizer.pieces import SPACE_MARK, TokenType, read_object
 from convert.tokenizer.read import GENERATION_CONFIG, BaseFormat, has_tokenizer, read_vocabulary
 from convert.tokenizer.spacing import general_name
+from convert.tokenizer.special import ENDS_BY_TEXT
 from convert.trim.fields import KEPT_FIELD
 from models.gguf.fields import TOKENS, Field
 from models.gguf.header import Header
-
-from .visible import shown, unexplained_tokens, visible_tokens, with_visible
 
 _TYPES = "tokenizer.ggml.token_type"
 _PREFIX = "tokenizer."
@@ -30,6 +34,12 @@ _MARK = SPACE_MARK.encode()
 _END_FIELDS = ("tokenizer.ggml.eos_token_id", END_OF_TURN_FIELD, "tokenizer.ggml.eom_token_id")
 # Kinds of token that a text is made of; texts of other kinds may be changed by a fine-tune.
 _ORDINARY = (TokenType.NORMAL, TokenType.BYTE)
+_ROLE = re.compile(r"tokenizer\.ggml\.\w+_token_id")
+# Kinds of special token that published vocabularies have at their end, none of them an answer.
+_USUAL = re.compile(
+    r"<\|.*\|>|<｜.*｜>|.*(image|audio|video|vision|soft_token|fim|pad|mask|unused|reserved|extra_id).*", re.I
+)
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -63,14 +73,14 @@ class Speech:
     def showing(self, texts: Iterable[str]) -> "Speech":
         """Return this speech with the special tokens that `texts` are made of as tokens that are read and shown."""
         given = list(texts)
-        if given and (visible := visible_tokens(self.header, self.chat.template, given)):
+        if given and (visible := _visible_tokens(self.header, self.chat.template, given)):
             told = f"{len(visible)} special tokens are read and shown like text, as the examples or labels have them: "
-            header = replace(self.header, fields=with_visible(self.header.fields, visible))
-            return replace(self, header=header, warnings=(*self.warnings, told + shown(visible)))
-        if not given and (unexplained := unexplained_tokens(self.header, self.chat.template)):
+            header = replace(self.header, fields=_with_visible(self.header.fields, visible))
+            return replace(self, header=header, warnings=(*self.warnings, told + _shown(visible)))
+        if not given and (unexplained := _unexplained_tokens(self.header, self.chat.template)):
             told = (
                 f"{len(unexplained)} special tokens at the end of the vocabulary are used by nothing "
-                f"({shown(unexplained)}), and answers never show special tokens: if these are answers, give "
+                f"({_shown(unexplained)}), and answers never show special tokens: if these are answers, give "
                 "--examples, or a --manifest with them as labels"
             )
             return replace(self, warnings=(*self.warnings, told))
@@ -109,7 +119,7 @@ def speech_of(header: Header, source: Checkpoint | None, adapter: Path | None) -
     spoken = replace(header, fields=fields)
     warnings = list(vocabulary.warnings)
     if added:
-        warnings.append(f"{len(added)} tokens are the adapter's own, as its tokenizer spells them: {shown(added)}")
+        warnings.append(f"{len(added)} tokens are the adapter's own, as its tokenizer spells them: {_shown(added)}")
     return Speech(spoken, choose_format(spoken, None), added, tuple(warnings))
 
 
@@ -118,11 +128,12 @@ def check_speakable(speech: Speech, adapter: Path, labels: Sequence[str]) -> Non
     if speech.added:
         raise AdapterInvalid(
             f"the tokenizer in {str(adapter)!r} has {len(speech.added)} tokens that the base lacks "
-            f"({shown(speech.added)}), which is served with its own: only a merged model can have them: leave out --hot"
+            f"({_shown(speech.added)}), which is served with its own: only a merged model can have them: "
+            "leave out --hot"
         )
-    if hidden := visible_tokens(speech.header, speech.chat.template, labels):
+    if hidden := _visible_tokens(speech.header, speech.chat.template, labels):
         raise AdapterInvalid(
-            f"{len(hidden)} labels are special tokens of the base ({shown(hidden)}), which answers never show: only a "
+            f"{len(hidden)} labels are special tokens of the base ({_shown(hidden)}), which answers never show: only a "
             "merged model can show them: leave out --hot"
         )
 
@@ -151,3 +162,53 @@ def _added(header: Header, fields: Mapping[str, Field], adapter: Path) -> dict[i
             )
         changed = [index for index in changed if kinds[1][index] != TokenType.UNUSED]
     return {index: after[index].decode(errors="replace") for index in changed}
+
+
+def _visible_tokens(header: Header, template: str | None, texts: Iterable[str]) -> dict[int, str]:
+    """The control tokens, by id, that `texts` are made of; none of the chat template's, and none with a role."""
+    special = _control(header, template)
+    if not special:
+        return {}
+    found = set[str]().union(*(_spelled(text, special) for text in texts))
+    return {special[text]: text for text in sorted(found, key=special.__getitem__)}
+
+
+def _unexplained_tokens(header: Header, template: str | None) -> dict[int, str]:
+    """The control tokens at the end of the vocabulary that nothing uses: maybe labels."""
+    kinds = np.asarray(header.fields[_TYPES].numbers or ()) if _TYPES in header.fields else np.empty(0)
+    last = max(np.flatnonzero(kinds == TokenType.NORMAL), default=-1)
+    special = _control(header, template)
+    return {index: text for text, index in special.items() if index > last and not _USUAL.fullmatch(text)}
+
+
+def _with_visible(fields: Mapping[str, Field], tokens: Iterable[int]) -> dict[str, Field]:
+    """`fields` with `tokens` as user-defined ones."""
+    kinds = np.array(fields[_TYPES].numbers or (), np.int32)
+    kinds[list(tokens)] = TokenType.USER_DEFINED
+    return {**fields, _TYPES: Field.int32_array(kinds.tolist())}
+
+
+def _shown(tokens: Mapping[int, str]) -> str:
+    """The texts of `tokens` for a message."""
+    texts = [repr(text) for text in tokens.values()]
+    return ", ".join(texts[:_SHOWN]) + (" …" if len(texts) > _SHOWN else "")
+
+
+def _spelled(text: str, special: Mapping[str, int]) -> set[str]:
+    """The special tokens in `text`. One look-up for each length: a vocabulary may have thousands of them."""
+    lengths = sorted({len(token) for token in special}, reverse=True)
+    first = {token[0] for token in special}
+    places = (place for place, character in enumerate(text) if character in first)
+    ends = ((place, place + length) for place in places for length in lengths)
+    return {text[start:end] for start, end in ends if text[start:end] in special}
+
+
+def _control(header: Header, template: str | None) -> dict[str, int]:
+    """Text -> id of the control tokens that have no role and that the template does not write."""
+    if TOKENS not in header.fields or _TYPES not in header.fields:
+        return {}
+    texts, kinds = header.fields[TOKENS].strings or [], np.asarray(header.fields[_TYPES].numbers or ())
+    roles = {field.value for key, field in header.fields.items() if _ROLE.fullmatch(key)}
+    indices = [index for index in np.flatnonzero(kinds == TokenType.CONTROL).tolist() if index not in roles]
+    control = {texts[index].decode(errors="replace"): index for index in indices if texts[index].strip()}
+    return {text: index for text, index in control.items() if text not in ENDS_BY_TEXT and text not in (template or "")}

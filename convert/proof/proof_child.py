@@ -13,10 +13,9 @@ from pydantic import TypeAdapter
 from convert.child import read_job, tell
 from convert.errors import TokenizerInvalid, VerifyFailed
 
-from .parity import TokenizerPair, check_tokenizer, open_pair
+from .parity import TokenizerPair, check_template, check_tokenizer, open_pair
 from .proof import DIFFERENT, UNREADABLE, ProofResult
 from .reference import open_reference
-from .templates import check_template
 
 
 def main() -> int:

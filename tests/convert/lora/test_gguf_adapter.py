@@ -12,7 +12,7 @@ import pytest
 from convert.errors import AdapterInvalid, RequestInvalid, VerifyFailed
 from convert.pipeline import convert
 from convert.planning.request import ConvertRequest
-from convert.proof.adapter import verify_adapter
+from convert.proof.runs import verify_adapter
 from models.common.files import sha256_file
 from models.errors import StoreError
 from models.manifest import MANIFEST_FILE, Base, Manifest, dump_manifest
