@@ -15,7 +15,7 @@ from benchmarks.comparison.figures import derive
 from benchmarks.comparison.run import BenchSettings, make_plan, require_labels, run
 from benchmarks.conversion.compare import convert_speed_command
 from benchmarks.conversion.trim import trim_command
-from benchmarks.load.model_file import recipe_file
+from benchmarks.load.servers import recipe_file
 from benchmarks.load.workload import read_examples, read_prompt, template_prompt
 from benchmarks.peers.report import peers_command
 from benchmarks.prefill.race import prefill_command

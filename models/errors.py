@@ -1,4 +1,4 @@
-"""The errors of `models`, and the exit codes of every command.
+"""The errors of `models`, suggestions for a mistyped name, and the exit codes of every command.
 
 Each message names the thing, the value found and, where there is one, the fix.
 
@@ -12,6 +12,9 @@ ModelError
 ├── DownloadFailed     no source could deliver the file
 └── StoreError         the store cannot be written, or the name is taken or not allowed
 """
+
+import difflib
+from collections.abc import Iterable
 
 DONE, FAILED, USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -50,3 +53,26 @@ class DownloadFailed(ModelError):
 
 class StoreError(ModelError):
     """The store cannot be written, or the name is taken or not allowed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The name in `known` that `name` is nearest to; None if none is near. Case, hyphens and the like do not count."""
+    by_letters = {_letters(one): one for one in known}
+    letters = _letters(name[:64])
+    if not letters:
+        return None
+    if near := difflib.get_close_matches(letters, by_letters, n=1, cutoff=0.7):
+        return by_letters[near[0]]
+    # The beginning of one name only: `gemma` for gemma-3-270m.
+    begun = [one for one in by_letters if len(letters) >= 3 and (one.startswith(letters) or letters.startswith(one))]
+    return by_letters[begun[0]] if len(begun) == 1 else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: a question, or nothing."""
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near is not None else ""
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())

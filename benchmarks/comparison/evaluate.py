@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.errors import ServerFailed
-from benchmarks.load.client import OpenAiClient
+from benchmarks.load.client import OpenAiClient, closed_loop
 from benchmarks.load.label_scoring import LabelScorer
-from benchmarks.load.loop import closed_loop
 from benchmarks.load.workload import LabelledExample, answer_limit, labels_of, read_examples
 from benchmarks.record import MachineRecord, load_record, save_json, this_machine
 from models.common.console import NamedProgress

@@ -11,8 +11,7 @@ Pure functions of the recorded samples: the same file gives the same figures.
 from collections.abc import Iterator, Sequence
 from datetime import date
 
-from benchmarks.cost import Assumptions, Bill, make_bill
-from benchmarks.prices import RequestTokens
+from benchmarks.cost import Assumptions, Bill, RequestTokens, make_bill
 from benchmarks.record import Arm, BenchRun, Level, RequestSample
 from models.common.record import Record
 from models.common.stats import NEEDED, percentile, quantile, wilson

@@ -12,9 +12,8 @@ from typing import Any
 from pydantic import Field
 
 from benchmarks.errors import BadWorkload, ServerFailed
-from benchmarks.load.client import OpenAiClient
-from benchmarks.load.loop import closed_loop
-from benchmarks.load.model_file import recipe_file
+from benchmarks.load.client import OpenAiClient, closed_loop
+from benchmarks.load.servers import recipe_file
 from benchmarks.load.workload import (
     DrawnExamples,
     LabelledExample,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from benchmarks.errors import BadRecord, ServerFailed
-from benchmarks.load.model_file import RECIPE, ModelFile, converted, recipe_file
+from benchmarks.load.servers import RECIPE, ModelFile, converted, recipe_file
 from benchmarks.record import MachineRecord, load_record, now_text, results_file, save_json, this_machine
 from models.common.console import NamedProgress, page, show_progress
 from models.common.machine import mebibytes

@@ -1,15 +1,17 @@
-"""A timed client of OpenAI-compatible servers.
+"""A timed client of OpenAI-compatible servers, and the closed loop of users who send with it.
 
 TTFT counts from the *scheduled* send, so that time lost before the bytes go out stays visible. A fault of the server,
-of the connection or of the stream becomes the sample's `error` and does not stop the run.
+of the connection or of the stream becomes the sample's `error` and does not stop the run. The loop measures latency at
+a steady concurrency, as a team's own jobs see it. Arrivals faster than the server can answer need an open loop, which
+is another experiment.
 """
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from httpx_sse import EventSource
@@ -21,6 +23,8 @@ from .workload import LabelledExample
 
 MAX_EVENT_BYTES = 1 << 20
 ERROR_CHARS = 300
+WorkItem = TypeVar("WorkItem")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,3 +223,27 @@ class _StreamedAnswer:
 
 def _describe(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}"[: ERROR_CHARS + 40]
+
+
+async def closed_loop(
+    items: Sequence[WorkItem],
+    concurrency: int,
+    send: Callable[[WorkItem, float], Awaitable[Result]],
+    clock: Callable[[], float],
+) -> tuple[Result, ...]:
+    """Send every item once, at most `concurrency` at a time; results in the order of `items`.
+
+    `send(item, scheduled)` gets the moment its user became free, on `clock`. It must turn faults of the server into
+    results: an exception stops the loop and is raised in an ExceptionGroup.
+    """
+    results: dict[int, Result] = {}
+    remaining = iter(enumerate(items))
+
+    async def user() -> None:
+        for index, item in remaining:
+            results[index] = await send(item, clock())
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(concurrency, len(items))):
+            group.create_task(user())
+    return tuple(results[index] for index in range(len(items)))

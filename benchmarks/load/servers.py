@@ -1,4 +1,7 @@
-"""A server started for the time of a benchmark with the command a user would type, and stopped by its process id."""
+"""A server started for the time of a benchmark with the command a user would type, and stopped by its process id.
+
+It serves model files of the default model's recipe, converted when missing.
+"""
 
 import os
 import shutil
@@ -12,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from types import FrameType
 
@@ -19,10 +23,13 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.errors import ServerFailed
+from models.store.catalog import DEFAULT_MODEL
+from models.store.store import Store, StoredModel
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.05
+RECIPE, BASE = DEFAULT_MODEL, "gemma-3-270m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,3 +148,49 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _tail(descriptor: int, limit: int = 2000) -> str:
     size = os.fstat(descriptor).st_size
     return os.pread(descriptor, limit, max(0, size - limit)).decode("utf-8", "replace").strip()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A GGUF file to serve, its model's folder (with the manifest), and its facts.
+
+    `title` names it among the files of a comparison; empty: its quantization does.
+    """
+
+    path: Path
+    folder: Path
+    quantization: str
+    sha256: str
+    title: str = ""
+
+
+def recipe_file(*parts: str) -> Path:
+    """A file of the default model's folder in the `models` package."""
+    return Path(str(resources.files("models"))).joinpath("email_triage", *parts)
+
+
+def converted(store: Store, name: str, *options: str) -> ModelFile:
+    """The store's model `name`, converted from the recipe with `options` when missing. Raises ServerFailed."""
+    if name not in store.names():
+        command = deskside_command("convert", RECIPE, *options, "--name", name)
+        run_to_end(command, {"DESKSIDE_HOME": str(store.home)})
+    return model_file(store.get(name))
+
+
+def model_file(stored: StoredModel, prefix: str = "") -> ModelFile:
+    """The file that `deskside serve` loads for an installed model, titled `prefix` + quantization.
+
+    Raises ServerFailed when the manifest does not list the file.
+    """
+    for artefact in stored.manifest.artefacts if stored.manifest else ():
+        if stored.folder / artefact.file == stored.gguf:
+            kind = artefact.quantization
+            return ModelFile(stored.gguf, stored.folder, kind, artefact.sha256, prefix + kind)
+    raise ServerFailed(f"the manifest of {stored.name!r} does not list {stored.gguf.name!r}: install the model again")
+
+
+def run_to_end(command: list[str], environment: dict[str, str]) -> None:
+    """Run `command` with these variables added. Raises ServerFailed with the end of its stderr when it fails."""
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ServerFailed(f"{' '.join(command[:4])} … failed (exit {done.returncode}):\n{done.stderr[-2000:]}")

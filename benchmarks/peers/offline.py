@@ -18,8 +18,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.errors import ServerFailed
-from benchmarks.load.model_file import ModelFile
-from benchmarks.load.servers import deskside_command, free_port, serve_command, serving
+from benchmarks.load.servers import ModelFile, deskside_command, free_port, serve_command, serving
 from benchmarks.load.workload import LabelledExample
 
 from .record import BarePass, OfflinePass, PromptPass

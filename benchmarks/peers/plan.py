@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.load.conversations import conversation_cells, conversation_turns
-from benchmarks.load.model_file import recipe_file
-from benchmarks.load.servers import deskside_command
+from benchmarks.load.servers import deskside_command, recipe_file
 from benchmarks.load.workload import (
     LabelledExample,
     PromptTemplate,

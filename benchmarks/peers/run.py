@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.errors import ServerFailed
-from benchmarks.load.client import ApiTarget, OpenAiClient
+from benchmarks.load.client import ApiTarget, OpenAiClient, closed_loop
 from benchmarks.load.conversations import Talks
-from benchmarks.load.loop import closed_loop
 from benchmarks.load.servers import RunningServer, get_local, read_counters
 from benchmarks.load.workload import LabelledExample, PromptTemplate
 from benchmarks.record import RequestSample

@@ -11,8 +11,18 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from benchmarks.errors import ServerFailed
-from benchmarks.load.model_file import BASE, RECIPE, ModelFile, converted, model_file, run_to_end
-from benchmarks.load.servers import RunningServer, free_port, serve_command, serving
+from benchmarks.load.servers import (
+    BASE,
+    RECIPE,
+    ModelFile,
+    RunningServer,
+    converted,
+    free_port,
+    model_file,
+    run_to_end,
+    serve_command,
+    serving,
+)
 from models.common.files import sha256_file
 from models.gguf.header import read_meta
 from models.store.store import Store

@@ -27,7 +27,7 @@ from benchmarks.comparison.evaluate import (
     score_evaluation,
 )
 from benchmarks.comparison.scoring import ClassificationScore, compare
-from benchmarks.load.model_file import recipe_file
+from benchmarks.load.servers import recipe_file
 from benchmarks.load.workload import PromptTemplate, labels_of, read_examples, read_prompt
 from benchmarks.record import save_json
 from models.card.card import render_quality

@@ -16,8 +16,7 @@ import httpx
 import typer
 from pydantic import Field
 
-from benchmarks.load.model_file import recipe_file
-from benchmarks.load.servers import RunningServer, free_port, read_counters, serve_command, serving
+from benchmarks.load.servers import RunningServer, free_port, read_counters, recipe_file, serve_command, serving
 from benchmarks.load.workload import labels_of, read_examples
 from benchmarks.record import now_text, results_file, save_json, this_machine
 from models.common.console import NamedProgress, page, show_progress

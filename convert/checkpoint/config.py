@@ -1,4 +1,9 @@
-"""Read the config.json of a Hugging Face folder: the model family, and the values of its text model."""
+"""Read the small files of a Hugging Face folder: config.json, the model card and generation_config.json.
+
+config.json gives the model family and the values of its text model; card and configs give the `general.*` fields of a
+GGUF (authorship, sampling defaults). The rules that split a model's name into parts are llama.cpp's, from the `gguf`
+library.
+"""
 
 import json
 import re
@@ -7,13 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+from gguf import GGUFWriter, size_label
+from gguf.constants import GGUFValueType
+from gguf.metadata import Metadata
+
 from convert.errors import CLASSIFICATION_HEAD, ArchitectureUnknown, SourceInvalid, inner_folder, json_fault
 from convert.families import BY_CLASS
 from convert.families.base import Family
 from convert.families.config import Config
+from models.gguf.fields import Field
 
 CONFIG_FILE = "config.json"
 MAX_JSON_BYTES = 64 << 20
+CARD_FILE = "README.md"
+GENERATION_FILE = "generation_config.json"
+MAX_CARD_BYTES = 1 << 20
+# The library's errors on unexpected cards.
+_UNUSABLE = (SourceInvalid, yaml.YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -90,3 +106,51 @@ def _family(path: Path, raw: Mapping[str, Any]) -> Family:
     if family is None:
         raise ArchitectureUnknown(f"{str(path)!r} names the architecture {name!r}{_unknown(str(name))}")
     return family
+
+
+def general_fields(folder: Path, n_parameters: int) -> tuple[dict[str, Field], tuple[str, ...]]:
+    """The fields, and warnings about unusable files: a bad card is no reason to refuse a model."""
+    try:
+        return _general(_load_card(folder, n_parameters), folder, n_parameters), ()
+    except _UNUSABLE as error:
+        warning = f"{str(folder)!r}: neither its card nor {GENERATION_FILE!r} is used: {error}"
+        return _general(Metadata(), folder, n_parameters), (warning,)
+
+
+def _load_card(folder: Path, n_parameters: int) -> Any:
+    card, generation = folder / CARD_FILE, folder / GENERATION_FILE
+    if card.is_file() and (size := card.stat().st_size) > MAX_CARD_BYTES:
+        raise SourceInvalid(f"{CARD_FILE!r} has {size} bytes, the limit is {MAX_CARD_BYTES}")
+    sampling = read_json(generation) if generation.is_file() else {}
+    metadata = Metadata.load(None, folder.resolve(), None, n_parameters)
+    # llama.cpp's converter reads this, the library's released version does not yet
+    if metadata.sampling_penalty_repeat is None:
+        metadata.sampling_penalty_repeat = sampling.get("repetition_penalty")
+    return metadata
+
+
+def _general(metadata: Any, folder: Path, n_parameters: int) -> dict[str, Field]:
+    if metadata.name is None:
+        metadata.name = folder.resolve().name
+    if metadata.size_label is None:
+        metadata.size_label = size_label(n_parameters, n_parameters, 0, 0)
+    writer = GGUFWriter(path=None, arch="")
+    metadata.set_gguf_meta_model(writer)
+    fields = {key: _as_field(entry.type, entry.value) for key, entry in writer.kv_data[0].items()}
+    return {key: field for key, field in fields.items() if field is not None and key != "general.architecture"}
+
+
+def _as_field(kind: Any, value: Any) -> Field | None:
+    """The value as a field, None if its type does not fit `kind`: a card may hold anything."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 31
+    if kind == GGUFValueType.STRING and isinstance(value, str):
+        return Field.string(value)
+    if kind == GGUFValueType.UINT32 and is_number and value == int(value) >= 0:
+        return Field.uint32(int(value))
+    if kind == GGUFValueType.INT32 and is_number and value == int(value):
+        return Field.int32(int(value))
+    if kind == GGUFValueType.FLOAT32 and is_number:
+        return Field.float32(value)
+    if kind == GGUFValueType.ARRAY and isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return Field.string_array([text.encode() for text in value])
+    return None

@@ -21,8 +21,7 @@ from convert.tokenizer.spacing import general_name
 from models.gguf.fields import Field
 from models.gguf.header import DEFAULT_ALIGNMENT, Header, TensorInfo
 
-from .card import general_fields
-from .config import FolderConfig, read_config
+from .config import FolderConfig, general_fields, read_config
 from .safetensors import READABLE
 from .shards import Place, Shards, check_plain
 

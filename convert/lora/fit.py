@@ -1,4 +1,4 @@
-"""Fit an adapter to a base: assign each change to a tensor of the GGUF, with rows in the GGUF's order.
+"""Fit an adapter to a base: assign each change to a tensor of the GGUF, with rows in the GGUF's order; merge it.
 
 A base of another shape, with fewer layers or other modules is refused before anything is written. If the base ties its
 output head to the embedding and the adapter trained one of them alone, the head becomes a tensor of its own, as in
@@ -6,16 +6,17 @@ training. (PEFT's merge_and_unload works in place and changes both then.)
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from convert.checkpoint.source import Checkpoint
 from convert.errors import AdapterInvalid, ArchitectureUnknown
 from convert.families import BY_ARCHITECTURE
 from convert.families.base import Family
 from convert.families.gemma import Gemma1Family
-from models.gguf.header import Header
+from models.gguf.header import Header, TensorInfo
 
 from .adapter import PeftAdapter
 from .changes import AddBias, Change, Lora, Replace, ReplaceRows, SavedTensor
@@ -238,3 +239,37 @@ def _stem(name: str) -> str:
     while len(words) > 1 and _STORAGE.fullmatch(words[-1]):
         words.pop()
     return "".join(words)
+
+
+class MergedCheckpoint:
+    """`source` with the changes of `fitted` applied, a slab of rows at a time. Closing it closes `source`."""
+
+    def __init__(self, source: Checkpoint, fitted: Fitted) -> None:
+        self._source = source
+        self._changes = fitted.changes
+        self._header = merged_header(source.header, fitted)
+
+    @property
+    def header(self) -> Header:
+        """The source's header, with an output head if the adapter unties it."""
+        return self._header
+
+    def slabs(self, tensor: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, float32 array of shape (rows, n_in)) of the merged tensor until it is read."""
+        # a head that was tied starts as the embedding
+        origin = self._source.header.tensors.get(tensor.name) or self._source.header.tensors[EMBEDDING]
+        for start, rows in self._source.slabs(origin):
+            for change in self._changes.get(tensor.name, ()):
+                rows = change.apply(start, rows)
+            yield start, rows
+
+    def close(self) -> None:
+        """Close the source."""
+        self._source.close()
+
+
+def merged_header(header: Header, fitted: Fitted) -> Header:
+    """`header`, with an output head of the embedding's shape and type if `fitted` unties it."""
+    if not fitted.unties:
+        return header
+    return replace(header, tensors={**header.tensors, HEAD: replace(header.tensors[EMBEDDING], name=HEAD)})

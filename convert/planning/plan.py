@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import LlamaFileType
+from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from convert.checkpoint.source import Checkpoint, GgufCheckpoint
+from convert.errors import SourceInvalid
 from convert.gguf_writer import Layout, OutTensor, Rows, write_gguf
-from convert.lora.fit import Fitted, fit
-from convert.lora.merge import MergedCheckpoint, file_rows, half_precision_kind, merged_header
+from convert.lora.fit import Fitted, MergedCheckpoint, fit, merged_header
 from convert.measure.examples import texts_of
 from convert.quantize.quantize import HALF_PRECISION, QUANTIZATIONS
 from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat
@@ -23,7 +23,8 @@ from convert.trim.plan import TrimPlan, plan_trim, tokenizer_of
 from convert.trim.source import TrimmedCheckpoint
 from models.common.console import Reporter
 from models.gguf.fields import Field
-from models.gguf.header import Header
+from models.gguf.header import Header, TensorInfo
+from runtime.llama.ggml import to_half
 
 from .inputs import Inputs
 from .speech import speech_of
@@ -139,6 +140,30 @@ def write_kept(
     return _write(rows, layout, target, "write the weights as they are", report, watch)
 
 
+def half_precision_kind(tensor: TensorInfo) -> GGMLQuantizationType:
+    """F16 for matrices, F32 for tensors that llama.cpp keeps in it: one-dimensional ones, norms, expert routers."""
+    stays = len(tensor.shape) == 1 or tensor.name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
+    return GGMLQuantizationType.F32 if stays else GGMLQuantizationType.F16
+
+
+def file_rows(source: Checkpoint, tensor: TensorInfo, kind: GGMLQuantizationType | None = None) -> Iterator[np.ndarray]:
+    """Yield the tensor's rows as `kind` (F16 or F32), by default `half_precision_kind`.
+
+    Raises SourceInvalid when a value is not finite or too large for float16.
+    """
+    wanted = half_precision_kind(tensor) if kind is None else kind
+    dtype = np.float16 if wanted == GGMLQuantizationType.F16 else np.float32
+    for _, rows in source.slabs(tensor):
+        out = to_half(rows) if dtype == np.float16 else rows
+        if not _is_finite(out):
+            worst = float(np.abs(rows).max())
+            raise SourceInvalid(
+                f"tensor {tensor.name!r} cannot be written as {np.dtype(dtype).name}: "
+                f"its largest magnitude is {worst:g}, the limit is {float(np.finfo(dtype).max):g}"
+            )
+        yield out
+
+
 def _file_type(header: Header) -> str:
     """The name of the file's quantization: as it says, else the kind that most of its weights have."""
     field = header.fields.get(_FILE_TYPE)
@@ -186,3 +211,10 @@ def _fields(header: Header, name: str, chat: ChatFormat) -> dict[str, Field]:
     if chat.end_of_turn is not None:
         fields[END_OF_TURN_FIELD] = Field.uint32(chat.end_of_turn)
     return fields
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """False if any exponent is all ones; many times faster than numpy's isfinite on half floats."""
+    if values.dtype == np.float16:
+        return int((values.view(np.uint16) & np.uint16(0x7C00)).max()) != 0x7C00
+    return int((values.view(np.uint32) & np.uint32(0x7F80_0000)).max()) != 0x7F80_0000

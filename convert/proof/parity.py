@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.errors import VerifyFailed
-from convert.tokenizer.chat_template import TEMPLATE_FIELD, folder_format
+from convert.tokenizer.chat_template import (
+    SPACE_FIRST,
+    TEMPLATE_FIELD,
+    ChatMessages,
+    folder_format,
+    named_tokens,
+    renderer,
+)
 from convert.tokenizer.pieces import TokenType, read_tokenizer_config
 from convert.tokenizer.pre_tokenizer import APPROXIMATE
-from convert.tokenizer.served_template import SPACE_FIRST, ChatMessages, named_tokens, renderer
 from models.errors import BadGguf
 from models.gguf.fields import Field, read_fields
 from runtime.errors import EngineError, RequestError

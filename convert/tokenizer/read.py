@@ -12,7 +12,15 @@ from convert.errors import TokenizerInvalid
 from models.common.machine import gc_paused
 from models.gguf.fields import Field
 
-from .chat_template import END_OF_TURN_MARKS, TEMPLATE_FIELD, ChatFormat, folder_format
+from .chat_template import (
+    AS_IT_IS,
+    END_OF_TURN_MARKS,
+    TEMPLATE_FIELD,
+    ChatFormat,
+    TemplateRules,
+    folder_format,
+    named_tokens,
+)
 from .pieces import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
@@ -25,7 +33,6 @@ from .pieces import (
     token_table,
     with_config_tokens,
 )
-from .served_template import AS_IT_IS, TemplateRules, named_tokens
 from .spacing import NAME_THAT_STRIPS
 from .special import TokenizerFiles, special_fields
 from .tokenizer_json import read_json

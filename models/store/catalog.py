@@ -6,9 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from models.common.names import did_you_mean
 from models.common.record import Record
-from models.errors import BadCatalog, DownloadFailed, ModelNotFound
+from models.errors import BadCatalog, DownloadFailed, ModelNotFound, did_you_mean
 from models.manifest import Artefact, Name
 
 from .sources import parse_source

@@ -19,8 +19,7 @@ from platformdirs import user_data_path
 
 from models.common.file_kinds import file_kind
 from models.common.files import Progress, discard, sha256_file, sync
-from models.common.names import did_you_mean, nearest
-from models.errors import BadManifest, HashMismatch, ModelNotFound, StoreError
+from models.errors import BadManifest, HashMismatch, ModelNotFound, StoreError, did_you_mean, nearest
 from models.gguf.header import is_gguf
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, read_manifest
 

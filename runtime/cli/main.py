@@ -21,8 +21,7 @@ from typer.main import get_command
 
 from benchmarks.errors import BenchError
 from convert.errors import ConvertError, RequestInvalid
-from models.common.names import nearest
-from models.errors import FAILED, INTERRUPTED, USAGE, ModelError
+from models.errors import FAILED, INTERRUPTED, USAGE, ModelError, nearest
 from runtime.errors import BatchRefused, EngineError, RequestError
 
 

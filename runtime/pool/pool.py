@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.common.machine import machine_budget
-from models.common.names import did_you_mean
+from models.errors import did_you_mean
 from models.gguf.header import read_meta
 from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig

@@ -14,9 +14,8 @@ from runtime.openai.wire import TableBody
 
 from .call import Call
 from .chat import prepare_chat, prepare_completion, prepare_response
-from .decisions import prepare_decision
-from .embeddings import prepare_embedding
 from .model import ServedModel
+from .reading import prepare_decision, prepare_embedding
 
 Prepare = Callable[[object, ServedModel], Call]
 """Makes a call of a parsed JSON body. Raises RequestError, TokenizeFailed or TemplateFailed."""

@@ -5,9 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cost import Assumptions, break_even, check, local_cost, make_bill
+from benchmarks.cost import (
+    PRICES,
+    Assumptions,
+    Price,
+    RequestTokens,
+    break_even,
+    check,
+    current,
+    library_cost,
+    load_prices,
+    local_cost,
+    make_bill,
+    table_cost,
+)
 from benchmarks.errors import BadAssumption
-from benchmarks.prices import PRICES, Price, RequestTokens, current, library_cost, load_prices, table_cost
 
 DAY = date(2026, 11, 22)
 TOKENS = RequestTokens(prompt=2000, shared=1500, completion=20)

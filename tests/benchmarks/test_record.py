@@ -13,7 +13,7 @@ from benchmarks.conversion.record import ConverterSample, ConvertRun, InstallSiz
 from benchmarks.conversion.trim import TrimFile, TrimRun, load_trim_run
 from benchmarks.cost import Assumptions
 from benchmarks.errors import BadRecord
-from benchmarks.load.model_file import recipe_file
+from benchmarks.load.servers import recipe_file
 from benchmarks.peers.record import BarePass, load_peer_run, save_peer_run
 from benchmarks.peers.tasks import CHAT, LABEL
 from benchmarks.record import RequestSample, load_record, load_run, save_json, save_run

@@ -17,8 +17,8 @@ from runtime.llama.interface import Batch
 from runtime.llama.model import LoadOptions, load
 from runtime.requests import Scored, Scoring, ScoringPrompt
 from runtime.serving.chat import prepare_chat
-from runtime.serving.decisions import prepare_decision
 from runtime.serving.model import ServedModel, load_model
+from runtime.serving.reading import prepare_decision
 
 pytestmark = pytest.mark.model
 

@@ -18,9 +18,8 @@ from runtime.llama.model import LoadOptions, load
 from runtime.requests import Event, Request, SamplingParams, TextDelta
 from runtime.serving.call import Call
 from runtime.serving.chat import prepare_chat
-from runtime.serving.decisions import prepare_decision
-from runtime.serving.embeddings import prepare_embedding
 from runtime.serving.model import ServedModel, load_model
+from runtime.serving.reading import prepare_decision, prepare_embedding
 
 pytestmark = pytest.mark.model
 

@@ -16,8 +16,8 @@ from runtime.llama.handle import ModelHandle
 from runtime.llama.interface import Batch
 from runtime.llama.model import Llama
 from runtime.serving.chat import prepare_completion
-from runtime.serving.embeddings import prepare_embedding
 from runtime.serving.model import ServedModel, load_model
+from runtime.serving.reading import prepare_embedding
 
 pytestmark = pytest.mark.model
 

@@ -9,7 +9,7 @@ from gguf.constants import GGMLQuantizationType
 
 from convert.checkpoint.source import Checkpoint, open_checkpoint
 from convert.gguf_writer import Layout, OutTensor, write_gguf
-from convert.lora.merge import file_rows, half_precision_kind
+from convert.planning.plan import file_rows, half_precision_kind
 from models.gguf.fields import Field
 from models.gguf.header import TensorInfo, read_header
 

@@ -7,8 +7,7 @@ import pytest
 
 from convert.checkpoint.source import open_checkpoint
 from convert.lora.adapter import read_adapter
-from convert.lora.fit import fit
-from convert.lora.merge import MergedCheckpoint
+from convert.lora.fit import MergedCheckpoint, fit
 
 from .families import ADAPTERS, AdapterCase
 from .ours import read_tensors, write

@@ -9,8 +9,8 @@ from benchmarks.cli import create_app
 from benchmarks.conversion import trim as trim_speed
 from benchmarks.conversion.trim import TrimFile, TrimRun, TrimSettings, ratios
 from benchmarks.errors import ServerFailed
-from benchmarks.load import model_file as model_files
-from benchmarks.load.model_file import recipe_file
+from benchmarks.load import servers
+from benchmarks.load.servers import recipe_file
 from benchmarks.peers import servers as peer_servers
 from benchmarks.peers.servers import CHOSEN, prepare_files
 from benchmarks.record import save_json, this_machine
@@ -86,8 +86,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if command[0] == "deskside":
             convert_with(command, environment)
 
-    monkeypatch.setattr(model_files, "deskside_command", lambda *arguments: ["deskside", *arguments])
-    for module in (model_files, peer_servers):
+    monkeypatch.setattr(servers, "deskside_command", lambda *arguments: ["deskside", *arguments])
+    for module in (servers, peer_servers):
         monkeypatch.setattr(module, "run_to_end", run)
     return asked
 

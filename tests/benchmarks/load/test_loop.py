@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from benchmarks.load.loop import closed_loop
+from benchmarks.load.client import closed_loop
 
 
 class Users:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.errors import BadWorkload
-from benchmarks.load.model_file import recipe_file
+from benchmarks.load.servers import recipe_file
 from benchmarks.load.workload import (
     LabelledExample,
     answer_limit,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from convert.checkpoint.card import general_fields
+from convert.checkpoint.config import general_fields
 
 CARD = """---
 license: apache-2.0

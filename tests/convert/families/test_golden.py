@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from convert.checkpoint.folder import HfCheckpoint
-from convert.lora.merge import half_precision_kind
+from convert.planning.plan import half_precision_kind
 from tests.support.convert.hf_tiny import CLASSES, open_tiny, write_folder, write_shards
 
 GOLDEN: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "golden.json").read_text())

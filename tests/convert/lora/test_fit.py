@@ -15,8 +15,7 @@ from convert.errors import AdapterInvalid, ArchitectureUnknown
 from convert.families import BY_ARCHITECTURE
 from convert.lora.adapter import read_adapter
 from convert.lora.changes import AddBias, Lora, Replace, ReplaceRows
-from convert.lora.fit import Fitted, family_of, fit
-from convert.lora.merge import MergedCheckpoint
+from convert.lora.fit import Fitted, MergedCheckpoint, family_of, fit
 from models.gguf.fields import Field
 from models.gguf.header import Header, read_header
 from tests.support.convert.tiny import (

@@ -15,8 +15,8 @@ from convert.checkpoint.source import GgufCheckpoint
 from convert.errors import SourceInvalid, VerifyFailed
 from convert.gguf_writer import Layout, OutTensor, check_written, write_gguf
 from convert.lora.adapter import read_adapter
-from convert.lora.fit import Fitted, fit
-from convert.lora.merge import MergedCheckpoint, file_rows, half_precision_kind
+from convert.lora.fit import Fitted, MergedCheckpoint, fit
+from convert.planning.plan import file_rows, half_precision_kind
 from models.gguf.fields import Field
 from tests.support.convert.tiny import (
     MODULES,

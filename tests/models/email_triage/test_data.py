@@ -8,18 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from models.email_triage.data.clean import BODY_CHARACTERS, body_of, normalise, parse, subject_of, without_list
 from models.email_triage.data.prepare import (
+    BODY_CHARACTERS,
     CAP_PER_CLASS,
     LABELS,
     MINIMUM_WORDS,
     SPLITS,
     CleanMail,
+    body_of,
     capped,
     examples_of,
     label_of,
+    normalise,
+    parse,
     read_mails,
+    subject_of,
     without_duplicates,
+    without_list,
     write_jsonl_gz,
 )
 from models.email_triage.data.prompts import EXAMPLES, few_shot, zero_shot

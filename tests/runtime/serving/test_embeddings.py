@@ -13,7 +13,7 @@ from runtime.errors import InvalidRequest, LoadFailed
 from runtime.llama.interface import Batch
 from runtime.openai.embeddings import MAX_INPUTS, parse_embedding
 from runtime.openai.fields import EMBEDDING_FIELDS
-from runtime.serving.embeddings import MAX_TOKENS
+from runtime.serving.reading import MAX_EMBEDDING_TOKENS
 from tests.support.runtime.fakes import BOS, FAKE_WIDTH, FakeLlama
 from tests.support.runtime.observed import Observed
 from tests.support.runtime.serving import Gate, Running, serving, wait_until
@@ -96,7 +96,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"input": [65, 260]}, "input", "token id 260, the vocabulary has 260"),
     ({"input": ["x", "y" * 600]}, "input", "context length is 512 tokens. However, input[1] has 601"),
     ({"input": "y" * 100_000}, "input", "maximum context length is 1024 tokens"),
-    ({"input": [[65] * 512] * 600}, "input", f"limit {MAX_TOKENS}"),
+    ({"input": [[65] * 512] * 600}, "input", f"limit {MAX_EMBEDDING_TOKENS}"),
     ({"encoding_format": "int8"}, "encoding_format", "'float' or 'base64'"),
     ({"dimensions": 8}, "dimensions", f"have {WIDTH} and cannot be cut, got 8"),
     ({"dimensions": "16"}, "dimensions", "integer"),

@@ -1,4 +1,8 @@
-"""Preparation of `/v1/decisions`: a body becomes one scoring request, with a prompt for each question."""
+"""Preparation of calls that read texts and write none: `/v1/decisions` and `/v1/embeddings`.
+
+A body of decisions becomes one scoring request, with a prompt for each question, a body of embeddings one embedding
+request.
+"""
 
 import reprlib
 import secrets
@@ -8,8 +12,9 @@ from models.manifest import Manifest
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.openai.answer import WholeAnswer
 from runtime.openai.decisions import Choice, ParsedDecision, Question, options, parse_decision, to_decision
+from runtime.openai.embeddings import parse_embedding, to_embeddings
 from runtime.prompt.prompter import ANSWER_MARK, input_text, question_text, too_long
-from runtime.requests import Scored, Scoring, ScoringPrompt
+from runtime.requests import Embedded, Embedding, Scored, Scoring, ScoringPrompt
 
 from .call import Call
 from .chat import require_model
@@ -18,6 +23,8 @@ from .model import ServedModel
 # Of all questions of a call together: bounds the memory that waiting calls take.
 MAX_PROMPT_TOKENS = 1 << 19
 _SHOWN_LABELS = 12
+# Of all inputs of a call together, as OpenAI bounds them.
+MAX_EMBEDDING_TOKENS = 300_000
 
 
 def prepare_decision(payload: object, model: ServedModel) -> Call:
@@ -103,3 +110,43 @@ def _require_trained(question: Question, param: str, texts: Sequence[str], name:
     if (other := next((text for text in texts if text not in manifest.labels), None)) is not None:
         message = f"{param}.choices: {trained}; {reprlib.repr(other)} is none of them"
         raise InvalidRequest(message, param=f"{param}.choices", code="invalid_value")
+
+
+def prepare_embedding(payload: object, model: ServedModel) -> Call:
+    """Prepare a body of `/v1/embeddings`. Raises InvalidRequest, ModelUnknown, ContextTooLong or TokenizeFailed."""
+    body = parse_embedding(payload, model.info.n_embd)
+    require_model(body.model, model.name)
+    prompts: list[tuple[int, ...]] = []
+    n_tokens = 0
+    for place, item in enumerate(body.input):
+        prompts.append(_embedding_tokens(item, f"input[{place}]", model))
+        n_tokens += len(prompts[-1])
+        if n_tokens > MAX_EMBEDDING_TOKENS:
+            message = f"the first {place + 1} inputs have {n_tokens} tokens, limit {MAX_EMBEDDING_TOKENS} a call"
+            raise ContextTooLong(f"{message}; send fewer", param="input", code="context_length_exceeded")
+    embedding = Embedding(f"embedding-{secrets.token_hex(12)}", tuple(prompts), model.adapter)
+
+    def answer() -> WholeAnswer[Embedded]:
+        return WholeAnswer(Embedded, lambda embedded: to_embeddings(model.name, embedded, body.encoding_format))
+
+    return Call(embedding.id, (embedding,), answer, large=True)
+
+
+def _embedding_tokens(item: str | tuple[int, ...], name: str, model: ServedModel) -> tuple[int, ...]:
+    info = model.info
+    tokens = item if isinstance(item, tuple) else _encoded(item, model)
+    if len(tokens) > info.embed_n_ctx:
+        message = too_long(f"{name} has {len(tokens)} tokens; split it", info.embed_n_ctx)
+        raise ContextTooLong(message, param="input", code="context_length_exceeded")
+    if not tokens:
+        raise InvalidRequest(f"{name} has no tokens", param="input")
+    if max(tokens) >= info.n_vocab:
+        raise InvalidRequest(f"{name} holds token id {max(tokens)}, the vocabulary has {info.n_vocab}", param="input")
+    return tokens
+
+
+def _encoded(text: str, model: ServedModel) -> tuple[int, ...]:
+    """The tokens of a whole text: BOS where the model has one, and EOS if it was trained with it."""
+    tokens = model.prompter.literal(text, param="input")
+    ends = model.info.metadata.get("tokenizer.ggml.add_eos_token") == "true"
+    return (*tokens, model.tokenizer.eos) if ends and model.tokenizer.eos is not None else tokens

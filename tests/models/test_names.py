@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.common.names import did_you_mean, nearest
+from models.errors import did_you_mean, nearest
 
 KNOWN = ["email-triage", "gemma-3-270m", "llama-a", "llama-b"]
 
