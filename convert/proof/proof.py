@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
@@ -16,8 +17,10 @@ from convert.errors import TokenizerInvalid, VerifyFailed
 from convert.gguf_writer import write_head
 from convert.measure.examples import messages_of
 from models.common.chat_records import ChatRecord
-from models.common.console import Reporter
 from models.gguf.header import Header
+
+if TYPE_CHECKING:
+    from models.common.console import Reporter
 
 # Each example is tokenized twice; more of them add time, not certainty.
 MAX_EXAMPLES = 1000
@@ -69,12 +72,12 @@ class Proof:
         job = {"vocabulary": str(vocabulary), "texts": texts, "conversations": conversations}
         self._child.give(job | {"result": str(self._result)})
 
-    def check(self, report: Reporter) -> None:
+    def check(self, report: "Reporter") -> None:
         """Raise as `end` does if the comparison has failed already; does not wait."""
         if self._child.has_failed:
             self.end(report)
 
-    def end(self, report: Reporter) -> None:
+    def end(self, report: "Reporter") -> None:
         """Wait for the result and report it. Raises VerifyFailed with the first difference, TokenizerInvalid."""
         assert self._result is not None, "begin() comes first"
         report.stage("compare the tokenizer with Hugging Face's")

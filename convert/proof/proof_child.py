@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from convert.child import read_job, tell
 from convert.errors import TokenizerInvalid, VerifyFailed
+from models.common.machine import give_back_freed
 
 from .parity import TokenizerPair, check_template, check_tokenizer, open_pair
 from .proof import DIFFERENT, UNREADABLE, ProofResult
@@ -24,6 +25,7 @@ def main() -> int:
         first = read_job()
         folder = Path(first["folder"])
         reference = open_reference(folder)
+        give_back_freed()  # the library read a large file
         job = read_job()
         found = _compare(open_pair(Path(job["vocabulary"]), folder, reference), Path(first["template"]), job)
         Path(job["result"]).write_bytes(TypeAdapter(ProofResult).dump_json(found))

@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +23,8 @@ from convert.tokenizer.pieces import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
     TokenizerKind,
-    entries,
-    is_token,
-    part,
-    read_object,
+    config_tokens,
     read_tokenizer_config,
-    with_config_tokens,
 )
 from convert.tokenizer.special import token_text
 from convert.tokenizer.tokenizer_model import added_in_folder, read_protobuf
@@ -84,7 +81,7 @@ class _TokenizerJson:
         except Exception as error:  # the library raises bare Exceptions
             raise TokenizerInvalid(f"{str(folder / TOKENIZER_JSON)!r} cannot be loaded: {error}") from error
         config = read_tokenizer_config(folder)
-        self._add(with_config_tokens(read_object(folder / TOKENIZER_JSON), config), config)
+        self._add(config)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._composes = "NFC" in {step.get("type") for step in _steps(self._tokenizer.normalizer, "normalizers")}
@@ -94,14 +91,17 @@ class _TokenizerJson:
         self._bos = token_text(config.get("bos_token"))
         self._before = ""
 
-    def _add(self, merged: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Add the tokens of tokenizer_config.json, as transformers does."""
-        named = {entry["content"] for entry in part(config, "added_tokens_decoder").values() if is_token(entry)}
-        for entry in entries(merged, "added_tokens"):
-            if is_token(entry) and entry["content"] in named:
-                flags = {flag: bool(entry.get(flag)) for flag in TOKEN_FLAGS}
-                add = self._tokenizer.add_special_tokens if flags["special"] else self._tokenizer.add_tokens
-                add([tokenizers.AddedToken(entry["content"], **flags)])
+    def _add(self, config: Mapping[str, Any]) -> None:
+        """Add the tokens of tokenizer_config.json, as transformers does, neighbours of one kind in one call."""
+        known = self._tokenizer.get_added_tokens_decoder()
+        added = [{"id": at, "content": one.content, **_flags(one)} for at, one in known.items()]
+        for special, group in groupby(config_tokens(added, config), lambda entry: bool(entry.get("special"))):
+            tokens = [
+                tokenizers.AddedToken(entry["content"], **{flag: bool(entry.get(flag)) for flag in TOKEN_FLAGS})
+                for entry in group
+            ]
+            # each call builds the library's search for all of them again
+            (self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens)(tokens)
 
     def match_spacing(self, *, space_prefix: bool) -> None:
         self._before = self._bos if self._scheme == "first" and not space_prefix else ""
@@ -204,6 +204,10 @@ class _SentencePiece:
 
     def encode_whole(self, text: str) -> list[int] | None:
         return None
+
+
+def _flags(token: tokenizers.AddedToken) -> dict[str, bool]:
+    return {flag: getattr(token, flag) for flag in TOKEN_FLAGS}
 
 
 def _steps(stage: Any, inner: str) -> list[Mapping[str, Any]]:

@@ -17,7 +17,6 @@ from convert.child import Child, read_job, tell
 from convert.errors import SourceInvalid, VerifyFailed
 from convert.families import BY_ARCHITECTURE
 from models.gguf.header import Header
-from runtime.config import RuntimeConfig
 from runtime.errors import EngineError
 from runtime.llama.decode import last_logits
 from runtime.llama.model import Llama, LoadOptions, load, require_servable
@@ -75,6 +74,8 @@ def check_runs(path: Path, template: str | None, end_of_turn: int | None) -> Non
     finally:
         llama.close()
     if short_set(path) is not None:
+        from runtime.config import RuntimeConfig  # the child needs no settings for any other file
+
         _check_context(path, replace(options, n_ctx=RuntimeConfig().context), logits)
 
 

@@ -188,24 +188,32 @@ def with_config_tokens(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) 
 
     transformers adds them when it loads the two. Raises TokenizerInvalid for an entry that is no token.
     """
-    listed = {entry["content"]: entry for entry in entries(tokenizer, "added_tokens") if is_token(entry)}
+    given = entries(tokenizer, "added_tokens")
+    extra = config_tokens(given, config)
+    if not extra:
+        return dict(tokenizer)
+    spelled = {entry["content"] for entry in extra}
+    kept = [
+        entry for entry in entries(tokenizer, "added_tokens") if not is_token(entry) or entry["content"] not in spelled
+    ]
+    return {**tokenizer, "added_tokens": kept + extra}
+
+
+def config_tokens(added: Sequence[Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens of tokenizer_config.json that are not in `added`, as tokenizer.json has them, or not like that.
+
+    Raises TokenizerInvalid for an entry that is no token.
+    """
+    listed = {entry["content"]: entry for entry in added if is_token(entry)}
     extra: dict[str, dict[str, Any]] = {}
     for number, entry in part(config, "added_tokens_decoder").items():
         if not number.isdecimal() or not is_token(entry):
             raise TokenizerInvalid(f"{TOKENIZER_CONFIG!r} has the added token {number!r}: {entry!r:.120}")
         known = listed.get(entry["content"])
         if known is None or any(entry.get(flag, known.get(flag)) != known.get(flag) for flag in TOKEN_FLAGS):
-            extra[entry["content"]] = {
-                **(known or {}),
-                **entry,
-                "id": known.get("id") if known is not None else int(number),
-            }
-    if not extra:
-        return dict(tokenizer)
-    kept = [
-        entry for entry in entries(tokenizer, "added_tokens") if not is_token(entry) or entry["content"] not in extra
-    ]
-    return {**tokenizer, "added_tokens": kept + list(extra.values())}
+            place = known.get("id") if known is not None else int(number)
+            extra[entry["content"]] = {**(known or {}), **entry, "id": place}
+    return list(extra.values())
 
 
 def is_token(entry: object) -> TypeGuard[dict[str, Any]]:

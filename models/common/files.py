@@ -1,4 +1,4 @@
-"""Atomic writes, hashes, and room on the disk."""
+"""Atomic writes, hashes, room on the disk, and the folder of all that Deskside keeps."""
 
 import hashlib
 import os
@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from platformdirs import user_data_path
 
 from models.errors import StoreError
 
@@ -17,6 +19,12 @@ MARGIN_BYTES = 16 << 20
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes done so far and the total in bytes (None when it is not known)."""
+
+
+def default_home() -> Path:
+    """`$DESKSIDE_HOME`, else the platform's folder for user data."""
+    chosen = os.environ.get("DESKSIDE_HOME")
+    return Path(chosen).expanduser() if chosen else user_data_path("deskside", appauthor=False)
 
 
 def sha256_file(path: Path, progress: Progress | None = None) -> str:

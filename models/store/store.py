@@ -5,7 +5,6 @@
 <home>/staging/.lock     held while folders are renamed
 """
 
-import os
 import re
 import shlex
 import uuid
@@ -15,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from platformdirs import user_data_path
 
 from models.common.file_kinds import file_kind
-from models.common.files import Progress, discard, sha256_file, sync
+from models.common.files import Progress, default_home, discard, sha256_file, sync
 from models.errors import BadManifest, HashMismatch, ModelNotFound, StoreError, did_you_mean, nearest
 from models.gguf.header import is_gguf
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, read_manifest
@@ -26,12 +24,6 @@ from models.manifest import MANIFEST_FILE, Artefact, Manifest, read_manifest
 from .catalog import load_catalog
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def default_home() -> Path:
-    """`$DESKSIDE_HOME`, else the platform's folder for user data."""
-    chosen = os.environ.get("DESKSIDE_HOME")
-    return Path(chosen).expanduser() if chosen else user_data_path("deskside", appauthor=False)
 
 
 def wrong_path(given: str) -> str:

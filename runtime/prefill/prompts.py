@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from models.store.store import default_home
+from models.common.files import default_home
 
 from .build import Host, Unavailable, find_compiler, library, require_host
 from .library import OFF, Panels, open_library

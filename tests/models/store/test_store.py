@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from models.common.files import default_home
 from models.errors import BadManifest, HashMismatch, ModelError, ModelNotFound, StoreError
 from models.manifest import MANIFEST_FILE
-from models.store.store import Store, default_home
+from models.store.store import Store
 from tests.support.convert.tiny import write_model
 from tests.support.models.build import CONTENT, fill
 
