@@ -169,15 +169,24 @@ def _visible_tokens(header: Header, template: str | None, texts: Iterable[str]) 
     special = _control(header, template)
     if not special:
         return {}
-    found = set[str]().union(*(_spelled(text, special) for text in texts))
+    # one look-up for each length: a vocabulary may have thousands of special tokens
+    lengths, first = sorted({len(token) for token in special}, reverse=True), {token[0] for token in special}
+    found: set[str] = set()
+    for text in texts:
+        places = (place for place, character in enumerate(text) if character in first)
+        ends = ((place, place + length) for place in places for length in lengths)
+        found |= {text[start:end] for start, end in ends if text[start:end] in special}
     return {special[text]: text for text in sorted(found, key=special.__getitem__)}
 
 
 def _unexplained_tokens(header: Header, template: str | None) -> dict[int, str]:
     """The control tokens at the end of the vocabulary that nothing uses: maybe labels."""
-    kinds = np.asarray(header.fields[_TYPES].numbers or ()) if _TYPES in header.fields else np.empty(0)
-    last = max(np.flatnonzero(kinds == TokenType.NORMAL), default=-1)
     special = _control(header, template)
+    if not special:
+        return {}
+    kinds = np.asarray(header.fields[_TYPES].numbers or ())
+    normal = np.flatnonzero(kinds == TokenType.NORMAL)
+    last = normal[-1] if normal.size else -1
     return {index: text for text, index in special.items() if index > last and not _USUAL.fullmatch(text)}
 
 
@@ -194,21 +203,13 @@ def _shown(tokens: Mapping[int, str]) -> str:
     return ", ".join(texts[:_SHOWN]) + (" …" if len(texts) > _SHOWN else "")
 
 
-def _spelled(text: str, special: Mapping[str, int]) -> set[str]:
-    """The special tokens in `text`. One look-up for each length: a vocabulary may have thousands of them."""
-    lengths = sorted({len(token) for token in special}, reverse=True)
-    first = {token[0] for token in special}
-    places = (place for place, character in enumerate(text) if character in first)
-    ends = ((place, place + length) for place in places for length in lengths)
-    return {text[start:end] for start, end in ends if text[start:end] in special}
-
-
 def _control(header: Header, template: str | None) -> dict[str, int]:
     """Text -> id of the control tokens that have no role and that the template does not write."""
     if TOKENS not in header.fields or _TYPES not in header.fields:
         return {}
-    texts, kinds = header.fields[TOKENS].strings or [], np.asarray(header.fields[_TYPES].numbers or ())
+    kinds = np.asarray(header.fields[_TYPES].numbers or ())
     roles = {field.value for key, field in header.fields.items() if _ROLE.fullmatch(key)}
     indices = [index for index in np.flatnonzero(kinds == TokenType.CONTROL).tolist() if index not in roles]
-    control = {texts[index].decode(errors="replace"): index for index in indices if texts[index].strip()}
+    texts = header.fields[TOKENS].strings_at(indices)
+    control = {text.decode(errors="replace"): index for index, text in texts.items() if text.strip()}
     return {text: index for text, index in control.items() if text not in ENDS_BY_TEXT and text not in (template or "")}

@@ -155,9 +155,10 @@ def _check_ends(pair: TokenizerPair) -> None:
 
 def _special(fields: Mapping[str, Field]) -> list[str]:
     """The texts of special tokens, at most MAX_SPECIAL, from both ends of the vocabulary."""
-    texts, kinds = fields["tokenizer.ggml.tokens"].strings or [], fields["tokenizer.ggml.token_type"].numbers or ()
+    kinds = fields["tokenizer.ggml.token_type"].numbers or ()
     wanted = {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN}
-    special = [text.decode() for text, kind in zip(texts, kinds, strict=True) if kind in wanted and text.strip()]
+    texts = fields["tokenizer.ggml.tokens"].strings_at(index for index, kind in enumerate(kinds) if kind in wanted)
+    special = [text.decode() for text in texts.values() if text.strip()]
     half = MAX_SPECIAL // 2
     return special if len(special) <= MAX_SPECIAL else special[:half] + special[-half:]
 

@@ -137,6 +137,25 @@ class Field:
         """The elements of an array of strings, which need not be UTF-8; None for anything else."""
         return list(self._each_string()) if self._elements[0] == _STRING else None
 
+    def strings_at(self, places: Iterable[int]) -> dict[int, bytes]:
+        """The elements of an array of strings at `places`, in ascending order; the others are passed over.
+
+        Raises IndexError for a place that the array has not, and for any if it is not an array of strings.
+        """
+        length = self._elements[1] if self._elements[0] == _STRING else 0
+        at, raw, length_at = _ARRAY_HEAD.size, self.raw, _LENGTH.unpack_from
+        found: dict[int, bytes] = {}
+        passed = 0
+        for place in sorted(set(places)):
+            if not 0 <= place < length:
+                raise IndexError(f"string {place} of {length}")
+            for _ in range(place - passed):  # of a vocabulary, hundreds of thousands
+                at += _LENGTH_BYTES + length_at(raw, at)[0]
+            start = at + _LENGTH_BYTES
+            at = start + length_at(raw, at)[0]
+            found[place], passed = raw[start:at], place + 1
+        return found
+
     def find(self, text: bytes) -> int | None:
         """The index of the first string of the array that equals `text`; None without a match, and for other fields."""
         if self._elements[0] != _STRING or _LENGTH.pack(len(text)) + text not in self.raw:

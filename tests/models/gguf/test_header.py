@@ -51,6 +51,15 @@ def test_arrays_are_decoded_when_asked_for(model: Path) -> None:
     assert (Field.uint32(2).numbers, Field.uint32(2).strings, Field.uint32(2).length) == (None, None, None)
 
 
+def test_single_strings_of_an_array_are_decoded_alone() -> None:
+    field = Field.string_array([b"a", b"", "▁b".encode(), b"c"])
+    assert field.strings_at([3, 0, 2, 0]) == {0: b"a", 2: "▁b".encode(), 3: b"c"}
+    assert field.strings_at([]) == {}
+    for other, place in ((field, 4), (field, -1), (Field.uint32(2), 0), (Field.int32_array([1]), 0)):
+        with pytest.raises(IndexError):
+            other.strings_at([place])
+
+
 def test_the_vocabulary_finds_tokens_by_their_spelling(model: Path) -> None:
     header = read_header(model)
     assert header.n_vocab == len(TOKENS)
