@@ -17,10 +17,9 @@ from models.common.files import sha256_file
 from models.errors import HashMismatch
 from models.gguf.header import read_meta
 from models.manifest import MANIFEST_FILE, Base, Manifest
-from models.store.catalog import load_catalog
+from models.store.catalog import load_catalog, parse_repo
 from models.store.hub import fetch_checkpoint
 from models.store.pull import pull
-from models.store.sources import parse_repo
 from models.store.store import Store, StoredModel
 
 # The files that identify a folder: the weights, and all that decides their conversion.

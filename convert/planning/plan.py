@@ -19,8 +19,7 @@ from convert.measure.examples import texts_of
 from convert.quantize.quantize import HALF_PRECISION, QUANTIZATIONS
 from convert.tokenizer.chat_template import END_OF_TURN_FIELD, TEMPLATE_FIELD, ChatFormat
 from convert.tokenizer.spacing import general_name, name_part
-from convert.trim.plan import TrimPlan, plan_trim, tokenizer_of
-from convert.trim.source import TrimmedCheckpoint
+from convert.trim.plan import TrimmedCheckpoint, TrimPlan, plan_trim, tokenizer_of
 from models.common.console import Reporter
 from models.gguf.fields import Field
 from models.gguf.header import Header, TensorInfo

@@ -12,8 +12,7 @@ from convert.planning.plan import ConversionPlan
 from convert.quantize.imatrix import IMATRIX_FILE, collect
 from convert.quantize.layouts import ladder
 from convert.quantize.quantize import spec_named
-from convert.trim.plan import tokenizer_of
-from convert.trim.source import coverage, greedy_agreement
+from convert.trim.plan import coverage, greedy_agreement, tokenizer_of
 from models.common.chat_records import ChatRecord
 from models.common.console import Reporter
 from models.common.files import sha256_file

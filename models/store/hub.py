@@ -17,7 +17,7 @@ from typing import Any
 from models.common.files import PICKLE_SUFFIXES, Progress, check_free, sha256_file
 from models.errors import DownloadFailed, HashMismatch
 
-from .sources import HubFile, HubRepo, join_parts, parse_source
+from .catalog import HubFile, HubRepo, join_parts, parse_source
 
 __all__ = ["HubFacts", "Progress", "fetch", "look_up"]
 
@@ -41,7 +41,7 @@ def fetch(
     size_bytes: int | None,
     progress: Progress | None = None,
 ) -> Path:
-    """Fetch the file of `source` (see models/store/sources.py) to `destination` and return that path.
+    """Fetch the file of `source` (see models/store/catalog.py) to `destination` and return that path.
 
     It is written beside `destination` and renamed once its hash is verified; a failure leaves nothing behind.
     Raises DownloadFailed, HashMismatch, or StoreError when the disk is too small for `size_bytes`.

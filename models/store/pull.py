@@ -11,9 +11,8 @@ from models.errors import DownloadFailed, HashMismatch, ModelError, ModelNotFoun
 from models.gguf.header import has_chat_template, is_gguf, read_meta
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, dump_manifest
 
-from .catalog import Catalog, CatalogEntry, load_catalog
+from .catalog import Catalog, CatalogEntry, HubFile, load_catalog, parse_source
 from .hub import fetch, look_up
-from .sources import HubFile, parse_source
 from .store import Store, StoredModel, check_name, wrong_path
 
 Build = Callable[[CatalogEntry, Store], StoredModel]

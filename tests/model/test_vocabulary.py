@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.checkpoint.source import GgufCheckpoint
-from convert.trim.plan import TrimPlan, plan_trim, tokenizer_of
-from convert.trim.source import TrimmedCheckpoint, coverage
+from convert.trim.plan import TrimmedCheckpoint, TrimPlan, coverage, plan_trim, tokenizer_of
 from models.gguf.header import Header, read_header
 from runtime.llama.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.errors import ServerFailed
-from benchmarks.load.model_file import ModelFile
+from benchmarks.load.servers import ModelFile
 from benchmarks.peers import servers
 from benchmarks.peers.offline import PROMPT_STEPS, run_prompts
 from benchmarks.peers.run import PeerRunFile, PeerSession, PeerWorkload

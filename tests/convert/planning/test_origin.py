@@ -7,7 +7,7 @@ import pytest
 from convert.errors import RequestInvalid
 from convert.planning.origin import find_origin, folder_digest
 from models.errors import ModelNotFound
-from models.store.sources import HubRepo
+from models.store.catalog import HubRepo
 from models.store.store import Store
 from tests.convert.test_pipeline import Notes
 from tests.support.convert.hf_tiny import write_folder, write_shards

@@ -3,8 +3,7 @@
 import pytest
 
 from convert.errors import RequestInvalid
-from convert.trim.plan import plan_trim
-from convert.trim.source import coverage, greedy_agreement
+from convert.trim.plan import coverage, greedy_agreement, plan_trim
 from tests.support.convert.vocabularies import sentencepiece
 from tests.support.runtime.fakes import FakeLlama
 

@@ -13,8 +13,7 @@ from convert.checkpoint.source import Checkpoint, GgufCheckpoint
 from convert.errors import TrimImpossible
 from convert.gguf_writer import Layout, OutTensor, write_gguf
 from convert.trim.fields import KEPT_FIELD
-from convert.trim.plan import TrimPlan, plan_trim
-from convert.trim.source import TrimmedCheckpoint
+from convert.trim.plan import TrimmedCheckpoint, TrimPlan, plan_trim
 from models.gguf.header import Header, TensorInfo, read_header
 from runtime.llama.decode import last_logits
 from runtime.llama.model import LoadOptions, load

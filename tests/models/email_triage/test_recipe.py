@@ -15,8 +15,7 @@ pytest.importorskip("peft", reason="needs the extra `finetune`")
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 
 from convert.checkpoint.source import GgufCheckpoint  # noqa: E402
-from convert.trim.plan import plan_trim  # noqa: E402
-from convert.trim.source import TrimmedCheckpoint  # noqa: E402
+from convert.trim.plan import TrimmedCheckpoint, plan_trim  # noqa: E402
 from models.email_triage import recipe  # noqa: E402
 from models.email_triage.data.prepare import LABELS, CleanMail, write_jsonl_gz  # noqa: E402
 from models.email_triage.gemma import (  # noqa: E402

@@ -6,8 +6,7 @@ import pytest
 
 from models.errors import BadCatalog, DownloadFailed, ModelNotFound
 from models.manifest import read_manifest
-from models.store.catalog import load_catalog
-from models.store.sources import DistributionFiles, DistributionPart, HubFile, parse_source
+from models.store.catalog import DistributionFiles, DistributionPart, HubFile, load_catalog, parse_source
 
 ENTRY = """
 [[models]]

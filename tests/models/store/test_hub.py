@@ -12,8 +12,8 @@ import pytest
 
 from models.common import files
 from models.errors import DownloadFailed, HashMismatch, StoreError
+from models.store.catalog import HubFile
 from models.store.hub import fetch, look_up
-from models.store.sources import HubFile
 from tests.support.models.hub import COMMIT, FILE, REPO, Hub
 
 SOURCE = f"hf://{REPO}/{FILE}@main"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from models.errors import DownloadFailed, HashMismatch
+from models.store.catalog import HubRepo, parse_repo
 from models.store.hub import fetch_checkpoint
-from models.store.sources import HubRepo, parse_repo
 from tests.support.models.hub import COMMIT, REPO, Hub
 
 SOURCE = HubRepo(REPO)
