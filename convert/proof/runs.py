@@ -64,6 +64,7 @@ def check_runs(path: Path, template: str | None, end_of_turn: int | None) -> Non
     # Repacked weights would be in memory twice.
     options = LoadOptions(n_ctx=256, n_batch=64, n_seq_max=1, n_threads=1, gpu_layers=0, repack=False)
     try:
+        rotates_by_length = short_set(path) is not None  # reads the head: before the weights are in memory
         llama = load(path, options)
     except EngineError as error:
         raise VerifyFailed(f"the converted file cannot be loaded: {error}") from error
@@ -73,7 +74,7 @@ def check_runs(path: Path, template: str | None, end_of_turn: int | None) -> Non
         raise VerifyFailed(f"the converted file cannot be run: {error}") from error
     finally:
         llama.close()
-    if short_set(path) is not None:
+    if rotates_by_length:
         from runtime.config import RuntimeConfig  # the child needs no settings for any other file
 
         _check_context(path, replace(options, n_ctx=RuntimeConfig().context), logits)
