@@ -39,16 +39,17 @@ class EngineConfig(Record):
         default=None,
         ge=0,
         le=64,
-        description="Most speculative tokens per step where an answer copies; auto: as many as pay.",
+        description="Most speculative tokens per step where an answer copies, with --fast; auto: as many as pay.",
     )
     prefill: Annotated[Literal["auto", "stock", "own"], Flag(metavar="auto|stock|own")] = Field(
         default="stock",
         description="Matrix products of prompts: llama.cpp's (stock), Deskside's (own); auto: those that win a race "
         "at the first load.",
     )
-    deterministic: bool = Field(
+    fast: bool = Field(
         default=False,
-        description="Repeat an answer bit for bit, whatever is cached or asked beside it: one request at a time.",
+        description="Faster, but an answer may differ in its last bits from time to time; for answers that copy, "
+        "conversations and embeddings.",
     )
 
     prefix_memory: GibiBytes = Field(
@@ -59,10 +60,10 @@ class EngineConfig(Record):
     )
 
     @model_validator(mode="after")
-    def _no_drafts_beside_deterministic(self) -> Self:
-        if self.deterministic and self.speculate:
+    def _speculates_only_if_fast(self) -> Self:
+        if self.speculate and not self.fast:
             raise ValueError(
-                f"--deterministic computes no speculative tokens, but --speculate is {self.speculate}; leave that out"
+                f"--speculate is {self.speculate}, but speculative tokens change an answer's last bits; add --fast"
             )
         return self
 

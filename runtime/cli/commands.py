@@ -60,7 +60,7 @@ class ChatOptions(Record):
     top_p: float = Field(default=1.0, ge=0.01, le=1, description="Sample from the tokens with this probability mass.")
     max_tokens: int | None = Field(default=None, ge=1, description="Length limit of an answer, in tokens.")
     seed: int | None = Field(
-        default=None, ge=0, description="The same random numbers again; with --deterministic, the same answers."
+        default=None, ge=0, description="The same random numbers, and with them the same answers, again."
     )
     system: str | None = Field(default=None, description="System message of the conversation.")
 

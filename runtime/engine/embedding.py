@@ -62,6 +62,7 @@ class Embedder:
         self._at_once = at_once
         self._turns: deque[_LiveEmbedding] = deque()
         self._suspects: deque[_LiveEmbedding] = deque()
+        self._blamed: _LiveEmbedding | None = None  # failed alone just now
         self._begun: _ActiveText | None = None
         self.live: dict[str, _LiveEmbedding] = {}
 
@@ -110,7 +111,7 @@ class Embedder:
         except Exception as error:  # noqa: BLE001 - at most one of these requests is to blame
             return self._take_apart(pieces, error)
         events: list[Event] = []
-        self._begun = None
+        self._begun = self._blamed = None
         for piece, part in zip(pieces, np.split(rows, np.cumsum([piece.count for piece in pieces])[:-1]), strict=True):
             events += self._advance(piece, part)
         if suspect in self._suspects and self._begun is None:
@@ -164,12 +165,13 @@ class Embedder:
         return Embedded(live.embedding.id, (live.vectors / lengths).astype(np.float32), Usage(n_tokens, 0, 0))
 
     def _take_apart(self, pieces: list[_Piece], error: Exception) -> list[Event]:
-        """Fail the request of a failed batch if it is the only one; else let each begin its texts again, alone."""
+        """Let each request of a failed batch begin its texts again, alone; one that fails twice alone has failed."""
         self._begun = None
         requests = list(dict.fromkeys(piece.text.live for piece in pieces))
-        if len(requests) == 1:
+        if len(requests) == 1 and requests[0] is self._blamed:
             self.drop(requests[0].embedding.id)
             return [Failed(requests[0].embedding.id, error)]
+        self._blamed = requests[0] if len(requests) == 1 else None
         for piece in reversed(pieces):
             piece.text.live.todo.appendleft(piece.text.place)
             piece.text.live.vectors[piece.text.place] = 0

@@ -63,28 +63,25 @@ class Engine:
         options = options or EngineOptions()
         info = llama.info
         self._llama = llama
-        n_ids = 1 if options.deterministic else info.n_seq_max
-        step_tokens = min(options.step_tokens, info.n_batch)
         self._snapshots = snapshots = _snapshots(options, info.cut_limit)
         self._saved: dict[int, np.ndarray] = {}
-        self._cache = PrefixCache(info.n_ctx, n_ids, options.idle_bound(info.n_ctx), snapshots)
+        self._cache = PrefixCache(info.n_ctx, info.n_seq_max, info.cut_limit, snapshots)
         self._scheduler = scheduler = Scheduler(
             self._cache,
-            step_tokens=step_tokens,
-            max_running=min(options.at_once, info.n_seq_max),
-            max_rows=info.n_seq_max,  # a model gives no fewer in one decode
-            mix_cells=options.mix_bound(info.gpu_layers),
-            whole_chunk=options.whole_chunk(step_tokens),
+            step_tokens=min(options.step_tokens, info.n_batch),
+            max_running=min(options.max_running, info.n_seq_max),
+            max_rows=options.max_rows,
+            keep_prompts=options.keep_prefixes,
+            keep_answers=options.fast,
         )
         self._counts = counts = TokenCounts()
         arrivals = count(step=ARRIVALS)
-        drafts = options.max_drafts != 0 and not options.deterministic
-        self._drafts = Drafts(options.max_drafts) if drafts else None
+        self._drafts = Drafts(options.max_drafts) if options.fast and options.max_drafts != 0 else None
         self._writer = Writer(llama, scheduler, arrivals, counts, grammars, self._drafts)
-        self._embedder = Embedder(llama, counts, at_once=1 if options.deterministic else info.embed_n_seq_max)
+        self._embedder = Embedder(llama, counts, at_once=info.embed_n_seq_max if options.fast else 1)
         self._jobs: dict[type, Job[Any]] = {
             Request: self._writer,
-            Scoring: Scorer(info, scheduler, arrivals, counts, at_once=max(1, options.at_once // 2)),
+            Scoring: Scorer(info, scheduler, arrivals, counts, at_once=max(1, options.max_running // 2)),
             Embedding: self._embedder,
         }
         self._embedded_last = False
@@ -170,6 +167,12 @@ class Engine:
         assert running <= residents.keys(), "a running sequence is not in the cache"
         assert {seq_id: n_cells for seq_id, n_cells in residents.items() if n_cells} == held, "the real cache differs"
 
+    def rest(self) -> None:
+        """Give the KV cache's memory back while there is nothing to do; what it holds is kept as snapshots."""
+        if not self.has_work and self._failure is None and self._cache.evict_idle():
+            self._edit(self._cache.take_edits())
+            self._llama.clear()
+
     def close(self) -> None:
         """Free the model. Cancel live requests first: closing emits no events."""
         self._writer.close()
@@ -198,6 +201,9 @@ class Engine:
             self._llama.use_adapter(plan.adapter)
             with self._decoding:
                 logits = self._llama.decode(batch)
+                for chunk in plan.chunks:
+                    if chunk.n_pad:
+                        self._llama.remove(chunk.seq_id, chunk.start + chunk.count)
         except (NoKvSlot, BatchInvalid, DecodeAborted) as error:
             return self._retry(plan, error)
         if self._drafts is not None:
@@ -304,7 +310,7 @@ class Engine:
 
 
 def _snapshots(options: EngineOptions, cut_limit: int | None) -> Snapshots | None:
-    n_bytes = options.snapshot_bound
+    n_bytes = options.snapshot_bytes
     return Snapshots(n_bytes, cut_limit) if n_bytes and cut_limit is not None else None
 
 
@@ -330,12 +336,15 @@ class Stopwatch:
 
 def batch_of(plan: StepPlan) -> Batch:
     """The arrays of the plan's decode."""
-    counts = [chunk.count for chunk in plan.chunks]
-    tokens = [[*chunk.sequence.tokens[chunk.start : chunk.start + chunk.count], *chunk.drafts] for chunk in plan.chunks]
+    counts = [chunk.count + chunk.n_pad for chunk in plan.chunks]
+    tokens = [
+        (*chunk.sequence.tokens[chunk.start : chunk.start + chunk.count], *chunk.drafts, *[0] * chunk.n_pad)
+        for chunk in plan.chunks
+    ]
     ends = np.cumsum(counts)
     wants_logits = np.zeros(ends[-1], np.int8)
     for end, chunk in zip(ends, plan.chunks, strict=True):
-        wants_logits[end - chunk.n_rows : end] = 1
+        wants_logits[end - chunk.n_pad - chunk.n_rows : end - chunk.n_pad] = 1
     starts = np.repeat([chunk.start for chunk in plan.chunks] - (ends - counts), counts)
     return Batch(
         tokens=np.fromiter(chain.from_iterable(tokens), np.int32, ends[-1]),

@@ -165,6 +165,7 @@ class Scorer:
             tokens=list(tokens),
             n_prompt=len(prompt.prompt),
             max_tokens=max(map(len, prompt.choices)),
+            n_base=len(prompt.prompt),
             adapter=live.scoring.adapter,
             first_row=first_row,
         )

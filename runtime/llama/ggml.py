@@ -1,13 +1,25 @@
-"""The parts of ggml that llama-cpp-python does not bind: tensors of a running computation, and float16 conversion.
+"""The parts of ggml that llama-cpp-python does not bind: tensors of a running computation, float16, lazy buffers.
 
 `struct ggml_tensor` may change from release to release, so its layout is proved on tensors made for the purpose before
 any other is read; ggml itself copies the numbers out, from the CPU's memory or a device's.
 
 ggml converts float32 to float16 by its own loop, with the processor's instruction for it: 0.2 ns a number against
 numpy's 2.9. Both round to the nearest, ties to even, so the bytes are the same.
+
+llama.cpp allocates a KV cache for the longest sequences in every stream and writes zeros over all of it. Pages of
+memory that were never written to cost nothing and read as zeros, so a lazy buffer is cleared by giving its pages back
+(Linux: `madvise(MADV_DONTNEED)`), when it is made and whenever the whole cache is cleared. ggml calls both functions
+through tables of pointers: `alloc_buffer` of the CPU's buffer type, replaced while a context is made, and `clear` of
+each large buffer. The tables may change from release to release, so their layout is proved on a small buffer first. If
+it is another, or the system is, everything stays as it is.
 """
 
 import ctypes
+import functools
+import mmap
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import llama_cpp
@@ -15,6 +27,14 @@ import numpy as np
 
 from runtime.errors import EngineError
 
+# Smaller buffers may lie in memory that is shared with others, and are not worth it.
+LARGE_BYTES = 64 << 20
+_POINTER = ctypes.sizeof(ctypes.c_void_p)
+_ALLOC_PLACE = 1  # get_name, alloc_buffer …
+_CLEAR_PLACES = (9, 7)  # free_buffer, get_base, init_tensor, memset/set/get_tensor, (set/get_2d,) cpy_tensor, clear …
+_DONT_NEED, _NO_HUGE_PAGES = 4, 15
+_ALLOC = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_CLEAR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint8)
 _CONVERT = "ggml_cpu_fp32_to_fp16"
 F32, _I32 = 0, 26
 _DTYPES = {F32: np.dtype("<f4"), _I32: np.dtype("<i4")}
@@ -130,3 +150,103 @@ def _require(holds: bool) -> None:
         raise EngineError(
             "this llama.cpp lays out tensors differently: importance matrices cannot be collected with it"
         )
+
+
+@contextmanager
+def lazy_buffers(*, wanted: bool) -> Iterator[bool]:
+    """Make the CPU's large buffers that are allocated in the block lazy. Gives True if they will be."""
+    tables = _buffer_tables() if wanted else None
+    if tables is None:
+        yield False
+        return
+    place = ctypes.c_void_p.from_address(tables.buffer_type + _ALLOC_PLACE * _POINTER)
+    before = place.value or 0
+    allocate = _ALLOC(before)
+
+    def allocate_lazy(buffer_type: int, n_bytes: int) -> int | None:
+        buffer: int | None = allocate(buffer_type, n_bytes)
+        if buffer and n_bytes >= LARGE_BYTES:
+            tables.make_lazy(buffer, n_bytes)
+        return buffer
+
+    replacement = _ALLOC(allocate_lazy)
+    place.value = ctypes.cast(replacement, ctypes.c_void_p).value
+    try:
+        yield True
+    finally:
+        place.value = before
+
+
+class _BufferTables:
+    """ggml's functions for buffers, and the place of `clear` in their tables."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Raises AttributeError if the library lacks a function, LookupError if its tables are not as expected."""
+        self._base = _function(library.ggml_backend_buffer_get_base, ctypes.c_void_p, ctypes.c_void_p)
+        self._clear = _function(library.ggml_backend_buffer_clear, None, ctypes.c_void_p, ctypes.c_uint8)
+        self._allocate = _function(
+            library.ggml_backend_buft_alloc_buffer, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+        )
+        self._free = _function(library.ggml_backend_buffer_free, None, ctypes.c_void_p)
+        self.buffer_type: int = _function(library.ggml_backend_cpu_buffer_type, ctypes.c_void_p)()
+        self._madvise = _function(
+            ctypes.CDLL(None).madvise, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        )
+        self._place = self._proved_place()
+        self._callback = _CLEAR(self._clear_lazy)
+        self._sizes: dict[int, int] = {}
+
+    def make_lazy(self, buffer: int, n_bytes: int) -> None:
+        """Clear `buffer` from now on by giving its pages back."""
+        self._sizes[buffer] = n_bytes
+        start, end = self._pages(buffer)
+        self._madvise(start, end - start, _NO_HUGE_PAGES)
+        self._slot(buffer, self._place).value = ctypes.cast(self._callback, ctypes.c_void_p).value
+
+    def _clear_lazy(self, buffer: int, value: int) -> None:
+        base: int = self._base(buffer)
+        start, end = self._pages(buffer)
+        if value == 0 and self._madvise(start, end - start, _DONT_NEED) == 0:
+            ctypes.memset(base, 0, start - base)
+            ctypes.memset(end, 0, base + self._sizes[buffer] - end)
+        else:
+            ctypes.memset(base, value, self._sizes[buffer])
+
+    def _pages(self, buffer: int) -> tuple[int, int]:
+        """Addresses at which the whole pages of a buffer begin and end."""
+        base: int = self._base(buffer)
+        return -(-base // mmap.PAGESIZE) * mmap.PAGESIZE, (base + self._sizes[buffer]) // mmap.PAGESIZE * mmap.PAGESIZE
+
+    def _proved_place(self) -> int:
+        """The place that `ggml_backend_buffer_clear` calls: each candidate is replaced in a small buffer, and tried."""
+        for place in _CLEAR_PLACES:
+            calls: list[tuple[int, int]] = []
+            replacement = _CLEAR(lambda buffer, value, calls=calls: calls.append((buffer, value)))
+            buffer: int = self._allocate(self.buffer_type, 64)
+            slot = self._slot(buffer, place)
+            before, slot.value = slot.value, ctypes.cast(replacement, ctypes.c_void_p).value
+            self._clear(buffer, 7)  # if it is another's place, this fills 64 bytes
+            slot.value = before
+            self._free(buffer)
+            if calls == [(buffer, 7)]:
+                return place
+        raise LookupError("ggml's table of a buffer has another layout")
+
+    def _slot(self, buffer: int, place: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p.from_address(buffer + place * _POINTER)
+
+
+@functools.cache
+def _buffer_tables() -> _BufferTables | None:
+    """The functions, where they and the system are as expected."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return _BufferTables(llama_cpp.llama_cpp._lib)
+    except (AttributeError, LookupError):
+        return None
+
+
+def _function(function: Any, result: Any, *arguments: Any) -> Callable[..., Any]:
+    function.restype, function.argtypes = result, arguments
+    return function  # type: ignore[no-any-return]

@@ -1,8 +1,13 @@
 """The door to llama.cpp: load a model, decode batches, edit the KV cache. Its return codes become our errors here.
 
-The low-level binding is used, since the package's own `Llama` class serialises requests. One unified KV cache is
-shared by all sequences, so that sharing a prefix moves no data (`llama_memory_seq_cp` of a part of a sequence aborts
-the process when the cache is not unified), and sliding-window layers keep every cell, so that prefixes can be reused.
+The low-level binding is used, since the package's own `Llama` class serialises requests. Sliding-window layers keep
+every cell, so that prefixes can be reused.
+
+With `streams` each sequence has a KV cache of its own, as long as the context, so that its attention reads no other's
+cells. It takes memory for the cells in use only (`lazy_buffers`). Flash attention is off then: it computes in two ways
+on a CPU, and without it a token's bits do not depend on who is beside it. Where pages cannot be given back, or layers
+are on a GPU, the cache stays unified: sequences share it, and copying a prefix moves no data
+(`llama_memory_seq_cp` of a part of a sequence aborts the process when the cache is not unified).
 """
 
 import ctypes
@@ -25,7 +30,7 @@ from runtime.prefill.prompts import MIN_ROWS, Prefill, Prompts, describe, prepar
 
 from .decode import BatchArrays, decode_error
 from .embeddings import EmbedContext, embed_info
-from .ggml import Ggml
+from .ggml import Ggml, lazy_buffers
 from .handle import AMX_UNUSED, ModelHandle, system_info
 from .interface import Batch, ModelInfo
 from .lora import Adapters
@@ -45,9 +50,10 @@ _NOTABLE_FEATURES = (
 class LoadOptions:
     """The settings to load a model with.
 
-    `n_ctx` cells are shared by at most `n_seq_max` sequences; a decode computes at most `n_batch` tokens and gives at
-    most `n_outputs` rows of logits (at least one for each sequence), for which memory is reserved. `n_threads` None is
-    the physical cores; `gpu_layers` None is all of them if llama.cpp was built with a GPU backend, else none.
+    `n_ctx` cells are shared by at most `n_seq_max` sequences, or each has as many (`streams`, see above); a decode
+    computes at most `n_batch` tokens and gives at most `n_outputs` rows of logits (at least one for each sequence), for
+    which memory is reserved. `n_threads` None is the physical cores; `gpu_layers` None is all of them if llama.cpp was
+    built with a GPU backend, else none.
     `repack` lets llama.cpp copy weights into the form its fast kernels want. `long_prompts` lets it
     choose the rotary embeddings for long prompts where a model has two sets (see `rotations`). `adapters` are LoRA GGUF
     files for this model, by the name under which requests ask for them. `prefill` chooses the matrix products of
@@ -65,6 +71,7 @@ class LoadOptions:
     long_prompts: bool = False
     adapters: Mapping[str, Path] = field(default_factory=dict)
     prefill: Prefill = "stock"
+    streams: bool = False
 
 
 class Llama:
@@ -75,7 +82,8 @@ class Llama:
         # llama.cpp aborts the process if it may not give each sequence a row.
         n_outputs = max(options.n_outputs or 0, options.n_seq_max)
         self._adapters = Adapters(model, options.adapters)
-        self._context = _new_context(model, path, options, n_outputs)
+        with lazy_buffers(wanted=options.streams and gpu_layers == 0) as self._lazy:
+            self._context = _new_context(model, path, options, n_outputs, streams=self._lazy)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._finalizer = weakref.finalize(self, llama_cpp.llama_free, self._context)
         self._finalizer.atexit = False
@@ -86,6 +94,7 @@ class Llama:
         self._arrays = BatchArrays(options.n_batch)
         self._model = model
         self._embedder: EmbedContext | None = None
+        self._copied: tuple[int, np.ndarray] | None = None
 
     def decode(self, batch: Batch) -> np.ndarray:
         """Compute `batch`; the logits, float32 of shape (rows that want logits, n_vocab), valid until the next decode.
@@ -100,6 +109,7 @@ class Llama:
             raise BatchInvalid(f"a batch of {n_tokens} tokens, limit {self.info.n_batch}")
         if n_rows > self._n_outputs:
             raise BatchInvalid(f"a batch with {n_rows} rows of logits, limit {self._n_outputs}")
+        self._copied = None
         code = llama_cpp.llama_decode(self._context, self._arrays.fill(batch))
         if code != 0:
             raise decode_error(code, n_tokens)
@@ -128,13 +138,20 @@ class Llama:
         self._adapters.apply(self._context, name)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Let `target`, an empty sequence, share the first `length` cells of `source`. Moves no data."""
+        """Give `target`, an empty sequence, the first `length` tokens of `source`; the caller checks `is_whole`."""
         self._require_open()
-        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, length)
+        if not self._lazy:
+            llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, length)
+            return
+        if self._copied is None or self._copied[0] != source:
+            self._copied = (source, self.save(source))
+        self._fill(target, self._copied[1], length)
 
     def remove(self, seq_id: int, start: int = 0, end: int = -1) -> None:
         """Take `seq_id` out of its cells at positions start … end-1 (-1: to the end)."""
         self._require_open()
+        if self._copied is not None and self._copied[0] == seq_id:
+            self._copied = None
         llama_cpp.llama_memory_seq_rm(self._memory, seq_id, start, end)
 
     def is_whole(self, seq_id: int, length: int) -> bool:
@@ -158,17 +175,21 @@ class Llama:
     def restore(self, seq_id: int, data: np.ndarray, length: int) -> bool:
         """Fill `seq_id`, an empty sequence, from a snapshot cut to `length`. False, and still empty, if refused."""
         self._require_open()
-        if llama_cpp.llama_state_seq_set_data(self._context, _bytes(data), len(data), seq_id) == len(data):
-            self.remove(seq_id, length)
-            if self.is_whole(seq_id, length):
-                return True
+        if self._fill(seq_id, data, length) and self.is_whole(seq_id, length):
+            return True
         self.remove(seq_id)
         return False
 
+    def _fill(self, seq_id: int, data: np.ndarray, length: int) -> bool:
+        taken = llama_cpp.llama_state_seq_set_data(self._context, _bytes(data), len(data), seq_id)
+        self.remove(seq_id, length)
+        return bool(taken == len(data))
+
     def clear(self) -> None:
-        """Empty the KV cache."""
+        """Empty the KV cache; with `streams` its memory goes back to the system."""
         self._require_open()
-        llama_cpp.llama_memory_clear(self._memory, False)
+        self._copied = None
+        llama_cpp.llama_memory_clear(self._memory, self._lazy)
 
     def close(self) -> None:
         """Free the context; the weights follow with the last reference to the tokenizer. Closing twice is harmless."""
@@ -285,14 +306,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(ModelHandle(path, vocab_only=True))
 
 
-def _new_context(model: ModelHandle, path: Path, options: LoadOptions, n_outputs: int) -> object:
+def _new_context(model: ModelHandle, path: Path, options: LoadOptions, n_outputs: int, *, streams: bool) -> object:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = options.n_ctx
+    if streams:
+        params.n_ctx = options.n_ctx * options.n_seq_max
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.n_batch = params.n_ubatch = options.n_batch
     params.n_seq_max = options.n_seq_max
     params.n_outputs_max = n_outputs
     params.n_threads = params.n_threads_batch = options.n_threads or physical_cores()
-    params.kv_unified = True
+    params.kv_unified = not streams
     params.swa_full = True
     params.offload_kqv = True
     return model.context(params, repr(str(path)))
@@ -302,7 +326,7 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
     metadata = model.metadata()
     return ModelInfo(
         n_vocab=llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model.pointer)),
-        n_ctx=llama_cpp.llama_n_ctx(context),
+        n_ctx=llama_cpp.llama_n_ctx_seq(context),
         n_ctx_train=model.n_ctx_train,
         n_seq_max=options.n_seq_max,
         n_batch=llama_cpp.llama_n_batch(context),
@@ -316,7 +340,7 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
         chat_template=metadata.get("tokenizer.chat_template"),
         metadata=metadata,
         adapters=tuple(options.adapters),
-        cut_limit=llama_cpp.llama_model_n_swa(model.pointer) or llama_cpp.llama_n_ctx(context),
+        cut_limit=llama_cpp.llama_model_n_swa(model.pointer) or llama_cpp.llama_n_ctx_seq(context),
         **embed_info(model, metadata, options.n_batch),
     )
 

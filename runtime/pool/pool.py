@@ -337,9 +337,15 @@ def _slot(refs: tuple[ModelRef, ...], config: RuntimeConfig) -> ModelSlot:
     files = {stored.gguf, *(path for ref in refs for path in ref.adapters.values())}
     options = EngineOptions(step_tokens=config.step_tokens, max_running=config.slots)
     size_bytes = sum(file.stat().st_size for file in files)
-    prefixes = 0 if config.deterministic else snapshot_bytes(config.prefix_memory, config.memory_budget)
+    prefixes = snapshot_bytes(config.prefix_memory, config.memory_budget)
     panels = 0 if config.prefill == "stock" else extra_bytes(stored.gguf)
     need = model_need(
-        meta, size_bytes, n_ctx=config.context, n_rows=options.n_seq_max, prefixes=prefixes, panels=panels
+        meta,
+        size_bytes,
+        n_ctx=config.context,
+        n_rows=options.max_rows,
+        n_streams=config.slots,
+        prefixes=prefixes,
+        panels=panels,
     )
     return ModelSlot(stored, refs, need, meta)

@@ -23,6 +23,7 @@ SlotState = Literal["unloaded", "loading", "ready", "unloading", "failed"]
 OVERHEAD_BYTES = 256 << 20
 CACHE_BYTES_PER_VALUE = 2
 LOGIT_BYTES = 4
+PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +166,27 @@ class MemoryBudget:
 
 
 def model_need(
-    meta: GgufMeta, files_bytes: int, *, n_ctx: int, n_rows: int, prefixes: int = 0, panels: int = 0
+    meta: GgufMeta,
+    files_bytes: int,
+    *,
+    n_ctx: int,
+    n_rows: int,
+    n_streams: int = 0,
+    prefixes: int = 0,
+    panels: int = 0,
 ) -> MemoryNeed:
     """Estimate the memory of the model described by `meta`. A file without its shape counts by its size alone."""
     # llama.cpp holds the logits twice: as the graph computes them, and as they are handed out.
     logits = 2 * n_rows * meta.n_vocab * LOGIT_BYTES
-    cache = n_ctx * _cache_bytes_per_token(meta)
+    keys, values = _cache_values_per_token(meta)
+    # A stream's values lie row by row: a value of every token, in pages of memory of which one is used at least.
+    begun = n_streams * values * min(PAGE_BYTES, n_ctx * CACHE_BYTES_PER_VALUE)
+    cache = n_ctx * (keys + values) * CACHE_BYTES_PER_VALUE + begun
     return MemoryNeed(files_bytes, n_ctx, cache, n_rows, logits, prefixes, panels=panels)
 
 
-def _cache_bytes_per_token(meta: GgufMeta) -> int:
-    """Keys and values of one token in all layers; sliding-window layers keep every token here, like the others."""
+def _cache_values_per_token(meta: GgufMeta) -> tuple[int, int]:
+    """Numbers in the keys and in the values of one token in all layers; sliding-window layers keep every token here."""
     family = meta.architecture
     n_layers = meta.number(f"{family}.block_count")
     n_heads = meta.number(f"{family}.attention.head_count")
@@ -184,4 +195,4 @@ def _cache_bytes_per_token(meta: GgufMeta) -> int:
     value = meta.number(f"{family}.attention.value_length") or width
     kv_heads = meta.numbers(f"{family}.attention.head_count_kv", n_layers)
     n_kv_heads = sum(kv_heads) or n_heads * n_layers
-    return n_kv_heads * (key + value) * CACHE_BYTES_PER_VALUE
+    return n_kv_heads * key, n_kv_heads * value

@@ -5,12 +5,24 @@ choices. The scheduler knows sequences only, and nothing of their owners.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
 
 from runtime.requests import Event
+
+# Chunks of at most so many tokens are computed together. A longer one keeps the processor busy alone.
+SHORT_TOKENS = 16
+
+
+class StepKind(IntEnum):
+    """Kinds of steps, in the order in which they take turns."""
+
+    LONG = 0
+    SHORT = 1
+    ROWS = 2
 
 
 class Owner(Protocol):
@@ -35,7 +47,10 @@ class ScheduledSequence:
     while it waits, or is pre-empted), computed under LoRA `adapter` (None: the bare model). `n_cached` of the prompt's
     tokens were in the cache already when it joined. `n_ahead` tokens after the prompt were forced by a grammar before
     any was sampled. Logits are wanted after token `first_row` and every later one (None: after the last token only,
-    which is all that writing needs). The first `n_whole` tokens were computed in whole chunks (see `Scheduler`).
+    which is all that writing needs).
+
+    The first `n_base` tokens are computed as a prompt is, in chunks of two tokens or more; what follows them in the
+    chunks in which it came, each of which ends at one of `cuts`, so that it is computed again in the same ones.
     """
 
     owner: Owner
@@ -50,19 +65,55 @@ class ScheduledSequence:
     n_cached: int = 0
     n_ahead: int = 0
     first_row: int | None = None
-    n_whole: int = 0
+    n_base: int = 0
+    cuts: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.n_base = self.n_base or len(self.tokens)
 
     @property
     def n_generated(self) -> int:
         """Tokens after the prompt."""
         return len(self.tokens) - self.n_prompt
 
+    @property
+    def is_prompt(self) -> bool:
+        """True while the next token is computed as a prompt's."""
+        return self.n_computed < self.n_base
+
+    @property
+    def n_wanted(self) -> int:
+        """The tokens of its next chunk, were there no bounds: one never goes from the prompt into the answer."""
+        if self.is_prompt:
+            return self.n_base - self.n_computed
+        return next((cut for cut in self.cuts if cut > self.n_computed), len(self.tokens)) - self.n_computed
+
+    def leaving_two(self, wanted: int, most: int) -> int:
+        """At most `most` of a prompt's next `wanted` tokens: two or more, that leave none or two; else 0."""
+        size, left = min(wanted, most), self.n_base - self.n_computed
+        if left - size == 1 and left > 1:
+            size = size - 1 if size > 2 else left if left <= most else 0
+        return size if size > 1 or size == left else 0
+
+    @property
+    def kind(self) -> StepKind:
+        """The kind of step that its next chunk belongs to."""
+        return (
+            StepKind.ROWS if self.n_wanted == 1 else StepKind.SHORT if self.n_wanted <= SHORT_TOKENS else StepKind.LONG
+        )
+
+    @property
+    def row_from(self) -> int:
+        """Place of the first token that needs logits. A cached token gives none, so a match must end before it."""
+        return len(self.tokens) - 1 if self.first_row is None else self.first_row
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Tokens `start … start+count-1` of `sequence`, to be computed, with the logits of the last `n_rows` of them.
 
-    The last `len(drafts)` of them are speculative tokens: not part of the sequence yet, verified in this step.
+    The last `len(drafts)` of them are speculative tokens: not part of the sequence yet, verified in this step. `n_pad`
+    tokens of no meaning follow, which are taken back: a step's chunks have the same number of tokens with them.
     """
 
     sequence: ScheduledSequence
@@ -70,6 +121,7 @@ class Chunk:
     count: int
     n_rows: int
     drafts: tuple[int, ...] = ()
+    n_pad: int = 0
 
     @property
     def seq_id(self) -> int:
@@ -97,7 +149,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Share the first `length` cells of `source` with `target` (both sequence ids)."""
+    """Give `target`, an empty sequence, cells of its own with the first `length` tokens of `source`."""
 
     source: int
     target: int
@@ -106,7 +158,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """Take `seq_id` out of the cells at positions `start` and up; cells that no sequence holds any more become free."""
+    """Free the cells of `seq_id` at positions `start` and up."""
 
     seq_id: int
     start: int = 0
@@ -143,5 +195,5 @@ class StepPlan:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in the decode."""
+        """Tokens in the decode, but for those of no meaning."""
         return sum(chunk.count for chunk in self.chunks)

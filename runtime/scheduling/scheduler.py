@@ -1,25 +1,30 @@
 """The policy of a step: which sequences compute, and how many tokens of each. Pure: no binding, clock, thread or wire.
 
-    step_tokens   ├─ decode rows ─┼─ chunks of running prompts ─┼─ waiting sequences that join ─┤
-                   one token each      first come first served        while slots and cells last
+    step   LONG    one prompt, the first that came, up to `step_tokens` of it
+    step   SHORT   a few tokens of many: ends of prompts, choices to score, tokens that a grammar forced
+    step   ROWS    the next token of every answer
 
-Where one step for rows and prompts costs more than two (`mix_cells`), they take turns instead: an answer waits for one
-prefill at most, a prompt for one step of rows. When cells run out the step does less; when nothing at all fits, the
-newest sequence is pre-empted and its tokens are computed again later. The oldest always advances, so every sequence
-ends.
+The kinds of steps take turns: an answer waits for one of each other kind at most. Every sequence computes in a stream
+of its own, so prompts gain nothing from being computed together unless they are short. When cells run out the step does
+less; when nothing at all fits, the newest sequence is pre-empted and its tokens are computed again later. The oldest
+always advances, so every sequence ends.
 
-A step computes under one LoRA adapter; the adapters take turns (`AdapterRotation`). Slots and cells are given first
-come first served, regardless of the adapter: a request joins in order, and computes when its adapter's turn comes.
+The same sequence is computed in the same way beside any others: a prompt in chunks of two tokens or more, what
+follows it in the chunks in which it came. (llama.cpp computes one token of a stream by other arithmetic than several.)
+Chunks of a step have the same number of tokens, filled up with some of no meaning: llama.cpp would cut them all at the
+shortest.
+
+A step computes under one LoRA adapter; the adapters take turns (`AdapterRotation`). Streams are given first come first
+served, regardless of the adapter: a request joins in order, and computes when its adapter's turn comes.
 """
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .plan import Chunk, Match, ScheduledSequence, StepPlan
+from .plan import Chunk, Match, ScheduledSequence, StepKind, StepPlan
 from .prefix_cache import PrefixCache
 from .radix_tree import RadixTree
 
@@ -30,12 +35,8 @@ HOLD_BACK_TOKENS = 32
 LOOK_PAST = 8
 # Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
 HEADROOM_TOKENS = 16
-# A sequence with at most this many tokens to compute counts as rows, not as a prompt: a sampled token with those that a
-# grammar forces after it, a choice to score, the end of a prompt. It holds many cells for so few tokens.
-FEW_TOKENS = 16
-# llama.cpp's CPU attention goes through a step of fewer tokens cell by cell and reads only a row's own; through a
-# larger one in tiles of this many tokens, each of which reads every cell that any of its rows holds.
-TILE_TOKENS = 64
+# Where the real cache has room for fewer tokens than this, they are computed as they fit. Their last bits may differ.
+SMALL_STEP = 3
 # An adapter's turn lasts until this many tokens were computed, a step counting as `STEP_TOKENS` at least: four steps of
 # a few rows, two of sixteen, one that prefills. A change of adapter makes llama.cpp reserve its buffers again (4-5 ms,
 # Gemma 3 270M, Q4_K_M, on 2 idle Xeon cores, a third of a step of one row; 7-9 ms in all before one of sixteen, a sixth
@@ -48,13 +49,8 @@ class Scheduler:
     """Plans steps of at most `step_tokens` tokens for at most `max_running` sequences at a time.
 
     A step gives at most `max_rows` rows of logits (None: as many as it has tokens), which must be at least
-    `max_running`. Rows and prompts share a step of `TILE_TOKENS` or more only while the rows' sequences hold at most
-    `mix_cells` cells in all (None: always).
-
-    A logit's last bits depend on how many tokens are computed together, and on what else the cache holds. With
-    `whole_chunk`, `max_running` and the cache's ids must be one, and a step depends on its sequence alone: every chunk
-    ends at a multiple of `whole_chunk` or with the known tokens, and only whole chunks are kept for others to share, so
-    that a prompt found in the cache was computed in the chunks in which it would be computed now.
+    `max_running`. What a finished sequence computed as a prompt is kept for others to share (`keep_prompts`), and what
+    it computed as an answer if `keep_answers`: that differs in its last bits from the same tokens in a prompt.
 
     Follow each `plan` with `commit` (computed), `shrink` (no room in the real cache) or `isolate` (malformed).
     """
@@ -66,20 +62,26 @@ class Scheduler:
         step_tokens: int,
         max_running: int,
         max_rows: int | None = None,
-        mix_cells: int | None = None,
-        whole_chunk: int | None = None,
+        keep_prompts: bool = True,
+        keep_answers: bool = False,
     ) -> None:
         self._cache = cache
         self._step_tokens = step_tokens
         self._max_running = max_running
         self._max_rows = step_tokens if max_rows is None else max_rows
-        self._mix_cells = mix_cells
-        self._whole_chunk = whole_chunk
+        self._keep_prompts = keep_prompts
+        self._keep_answers = keep_answers
         self._limit = step_tokens
         self._tokens: dict[int, np.ndarray] = {}
-        self._promised = RadixTree()  # by arrival: the running sequences' tokens, computed already or soon
+        self._promised = RadixTree()  # by arrival: the running sequences' prompts, computed already or soon
+        self._by_arrival: dict[int, ScheduledSequence] = {}
+        self._stops: dict[int, int] = {}  # by arrival: where a prompt is cut, so that others can copy what it holds
         self._suspects: deque[ScheduledSequence] = deque()
+        self._blamed: ScheduledSequence | None = None
+        self._full = False  # the real cache had no room for all that ran
         self._rotation = AdapterRotation()
+        self._last_step: dict[int, int] = {}  # by arrival: the step that computed it last
+        self._n_steps = 0
         self.waiting: list[ScheduledSequence] = []
         self.running: list[ScheduledSequence] = []
         self.n_preemptions = 0
@@ -117,14 +119,16 @@ class Scheduler:
     def commit(self, plan: StepPlan) -> None:
         """Note that the plan was computed."""
         self._limit = min(self._step_tokens, self._limit * 2)
-        prefilled = not all(_has_few_left(chunk.sequence) for chunk in plan.chunks)
-        self._rotation.computed(plan.adapter, plan.n_tokens, prefilled=prefilled)
+        self._n_steps += 1
+        self._blamed = None
+        self._rotation.computed(plan.adapter, plan.n_tokens, plan.chunks[0].sequence.kind)
         for chunk in plan.chunks:
-            assert chunk.sequence.seq_id is not None
-            self._cache.extend(chunk.sequence.seq_id, chunk.count)
-            chunk.sequence.n_computed += chunk.count
-            if chunk.start == chunk.sequence.n_whole and chunk.count == self._whole_chunk:
-                chunk.sequence.n_whole += chunk.count
+            sequence = chunk.sequence
+            self._last_step[sequence.arrival] = self._n_steps
+            if not sequence.is_prompt and chunk.start == (sequence.cuts or [sequence.n_base])[-1]:
+                sequence.cuts.append(chunk.start + chunk.count)
+            self._cache.extend(chunk.seq_id, chunk.count)
+            sequence.n_computed += chunk.count
 
     def trim(self, sequence: ScheduledSequence, length: int) -> None:
         """Take back the computed tokens of a running sequence after its first `length`, if there are any."""
@@ -132,6 +136,8 @@ class Scheduler:
             assert sequence.seq_id is not None
             self._cache.trim(sequence.seq_id, length)
             sequence.n_computed = length
+            while sequence.cuts and sequence.cuts[-1] > length:
+                sequence.cuts[-1] = length
 
     def shrink(self, plan: StepPlan) -> bool:
         """Plan less next time, since the real cache had no room for the plan. False if nothing less is possible."""
@@ -142,13 +148,21 @@ class Scheduler:
             return True
         if len(self.running) > 1:
             self._preempt(self.running[-1])
+            self._full = True
             return True
         return False
 
     def isolate(self, plan: StepPlan) -> bool:
-        """Run the failed plan's sequences one by one next, to find the guilty one. False if there was only one."""
+        """Run the failed plan's sequences one by one next, to find the guilty one: it fails twice alone.
+
+        False if that is what it did.
+        """
         if len(plan.chunks) == 1:
-            return False
+            guilty = plan.chunks[0].sequence
+            again, self._blamed = self._blamed is not guilty, guilty
+            if again:
+                self._suspects.appendleft(guilty)
+            return again
         self._suspects = deque(chunk.sequence for chunk in plan.chunks)
         return True
 
@@ -160,20 +174,19 @@ class Scheduler:
         self._cache.lose(seq_id, snapshot, source)
 
     def finish(self, sequence: ScheduledSequence) -> None:
-        """End a complete sequence; its computed tokens stay in the cache for others to share."""
-        self._retire(sequence)
+        """End a complete sequence; its prompt stays in the cache for others to share."""
+        assert sequence.seq_id is not None
+        if not self._keep_prompts:
+            self.drop(sequence)
+            return
+        self.trim(sequence, len(sequence.tokens) if self._keep_answers else sequence.n_base)
+        self._cache.retire(sequence.seq_id, np.asarray(sequence.tokens[: sequence.n_computed], np.int32))
         self._forget(sequence)
 
     def drop(self, sequence: ScheduledSequence) -> None:
-        """End a sequence that failed or was cancelled, waiting or running; its cells are free with the next edits.
-
-        Whole chunks are kept all the same: with one sequence id, no other resident holds the beginning that it shared.
-        """
+        """End a sequence that failed or was cancelled, waiting or running; its cells are free with the next edits."""
         if sequence.seq_id is not None:
-            if self._whole_chunk is None:
-                self._cache.release(sequence.seq_id)
-            else:
-                self._retire(sequence)
+            self._cache.release(sequence.seq_id)
         self._forget(sequence)
 
     def clear(self) -> None:
@@ -181,17 +194,20 @@ class Scheduler:
         self.waiting.clear()
         self.running.clear()
 
-    def _retire(self, sequence: ScheduledSequence) -> None:
-        assert sequence.seq_id is not None
-        self.trim(sequence, len(sequence.tokens) if self._whole_chunk is None else sequence.n_whole)
-        self._cache.retire(sequence.seq_id, np.asarray(sequence.tokens[: sequence.n_computed], np.int32))
-
     def _forget(self, sequence: ScheduledSequence) -> None:
         (self.waiting if sequence.seq_id is None else self.running).remove(sequence)
-        self._promised.discard(sequence.arrival)
+        self._full = self._full and sequence.seq_id is None
+        self._leave(sequence)
         self._rotation.leave(sequence.adapter)
         sequence.seq_id = None
         del self._tokens[sequence.arrival]
+
+    def _leave(self, sequence: ScheduledSequence) -> None:
+        """Forget what is noted of a running sequence."""
+        self._promised.discard(sequence.arrival)
+        self._by_arrival.pop(sequence.arrival, None)
+        self._stops.pop(sequence.arrival, None)
+        self._last_step.pop(sequence.arrival, None)
 
     def _next_suspect(self) -> list[Chunk]:
         while self._suspects:
@@ -203,97 +219,110 @@ class Scheduler:
 
     def _in_rotation(self, *, join: bool) -> list[Chunk]:
         """The chunks of the first adapter in the rotation that has something to compute."""
+        if join:
+            self._join_waiting()
         for adapter in self._rotation.order:
-            if chunks := self._chunks(adapter, join=join):
+            if chunks := self._chunks(adapter):
                 return chunks
-            join = False  # every sequence that could join has joined
         return []
 
-    def _chunks(self, adapter: str | None, *, join: bool) -> list[Chunk]:
-        """The next chunks under `adapter`: rows and prompts together, or only the kind that is due.
-
-        Prompts are planned beside the rows even if they are computed alone, so that there are cells for both.
-        """
+    def _chunks(self, adapter: str | None) -> list[Chunk]:
+        """The next chunks under `adapter`, of the kind that is due."""
         mine = [sequence for sequence in self.running if sequence.adapter == adapter]
-        chunks = self._fill(sorted(filter(_has_few_left, mine), key=_is_prefilling), [])
-        chunks = self._fill([sequence for sequence in mine if not _has_few_left(sequence)], chunks)
-        if join:
-            chunks = self._with_waiting(chunks, adapter)
-        rows = [chunk for chunk in chunks if _has_few_left(chunk.sequence)]
-        if len(rows) in (0, len(chunks)) or self._mixes(rows, _planned(chunks)):
-            return chunks
-        if self._rotation.prefilled(adapter):
-            return rows
-        return [chunk for chunk in chunks if not _has_few_left(chunk.sequence)]
+        last = self._rotation.kind(adapter)
+        for kind in sorted(StepKind, key=lambda kind: (kind <= last, kind)):
+            some = [sequence for sequence in mine if sequence.kind is kind]
+            if chunks := self._long_chunk(some) if kind is StepKind.LONG else self._short_chunks(some):
+                return chunks
+        return []
 
-    def _mixes(self, rows: list[Chunk], n_tokens: int) -> bool:
-        """True if one step of `n_tokens` with these rows costs no more than two, one for rows and one for prompts."""
-        if self._mix_cells is None or n_tokens < TILE_TOKENS:
-            return True
-        seq_ids = [chunk.sequence.seq_id for chunk in rows if chunk.sequence.seq_id is not None]
-        return self._cache.cells_held(seq_ids) <= self._mix_cells
+    def _long_chunk(self, sequences: list[ScheduledSequence]) -> list[Chunk]:
+        """A chunk of the oldest that fits."""
+        return [chunk] if (chunk := next(filter(None, (self._chunk(one, []) for one in sequences)), None)) else []
 
-    def _fill(self, sequences: Iterable[ScheduledSequence], others: list[Chunk]) -> list[Chunk]:
-        """The `others`, followed by a chunk of each running sequence, as far as there is room."""
-        chunks = others[:]
-        for sequence in sequences:
+    def _short_chunks(self, sequences: list[ScheduledSequence]) -> list[Chunk]:
+        """The next chunk of as many as fit, those that wait longest first, filled up to the longest of them."""
+        chunks: list[Chunk] = []
+        for sequence in sorted(sequences, key=lambda sequence: self._last_step.get(sequence.arrival, 0)):
+            widths = [sequence.n_wanted, *(chunk.count for chunk in chunks)]
+            if max(widths) > 2 * min(widths) + 2 or (chunks and len(widths) * max(widths) > self._limit):
+                continue
             if chunk := self._chunk(sequence, chunks):
                 chunks.append(chunk)
-        return chunks
+        longest = max((chunk.count for chunk in chunks), default=0)
+        return [replace(chunk, n_pad=longest - chunk.count) for chunk in chunks]
 
-    def _with_waiting(self, others: list[Chunk], adapter: str | None) -> list[Chunk]:
-        """The `others`, followed by chunks of waiting sequences, which join as slots and cells allow."""
-        chunks = others[:]
+    def _join_waiting(self) -> None:
+        """Move waiting sequences to the running, as streams and cells allow; one if the real cache was full."""
         n_held_back = 0
+        self._full = self._full and bool(self.running)
+        most = 1 if self._full or self._limit < self._step_tokens else self._max_running
         for sequence in self.waiting[:]:
-            if _planned(chunks) >= self._limit or len(self.running) >= self._max_running or n_held_back >= LOOK_PAST:
+            if len(self.running) >= most or n_held_back >= LOOK_PAST:
                 break
             match = self._match(sequence)
             if match is None:
                 n_held_back += 1
-            elif not self._join(sequence, match, _planned(chunks)):
+            elif not self._join(sequence, match):
                 break
-            elif sequence.adapter == adapter:
-                if not (chunk := self._chunk(sequence, chunks)):
-                    break
-                chunks.append(chunk)
-        return chunks
 
     def _chunk(self, sequence: ScheduledSequence, others: list[Chunk]) -> Chunk | None:
-        """The largest chunk of `sequence` beside the `others` that tokens, rows and cells allow; None if none fits."""
-        start, planned = sequence.n_computed, _planned(others)
-        without_rows = max(_first_row(sequence) - start, 0)
+        """The next chunk of `sequence` beside the `others`; None if it does not fit."""
+        start, planned = sequence.n_computed, sum(chunk.count for chunk in others)
+        without_rows = max(sequence.row_from - start, 0)
         rows_left = self._max_rows - sum(chunk.n_rows for chunk in others)
-        wanted = min(len(sequence.tokens) - start, self._limit - planned, without_rows + rows_left)
-        if self._whole_chunk is not None:
-            wanted = min(wanted, self._whole_chunk - start % self._whole_chunk)
-        count = self._cache.make_room(planned + wanted) - planned
-        return Chunk(sequence, start, count, max(count - without_rows, 0)) if count > 0 else None
+        room = self._cache.make_room(planned + min(self._limit, sequence.n_wanted)) - planned
+        most = min(self._limit - planned, without_rows + rows_left, room)
+        if not sequence.is_prompt:
+            size = min(sequence.n_wanted, self._limit, without_rows + self._max_rows)
+            size = size if size <= most else 0
+        elif self._limit < SMALL_STEP:
+            size = min(most, sequence.n_wanted)
+        else:
+            size = sequence.leaving_two(self._up_to_stop(sequence, sequence.n_wanted), most)
+        return Chunk(sequence, start, size, max(size - without_rows, 0)) if size > 0 else None
+
+    def _up_to_stop(self, sequence: ScheduledSequence, wanted: int) -> int:
+        stop = self._stops.get(sequence.arrival, 0) - sequence.n_computed
+        return min(wanted, stop) if stop > 1 else wanted
 
     def _match(self, sequence: ScheduledSequence) -> Match | None:
         """The cached prefix that `sequence` would start from; None if a running one is computing a much longer one."""
-        tokens = self._tokens[sequence.arrival][: _first_row(sequence) + 1]
+        tokens = self._shareable(sequence)
         match = self._cache.match(tokens, sequence.adapter)
-        if self._whole_chunk is not None:
-            whole = match.length - match.length % self._whole_chunk
-            match = Match(match.source, whole) if whole else Match(None, 0)
-        _, promised = self._promised.match(tokens[:-1], sequence.adapter)
-        return match if promised - match.length < HOLD_BACK_TOKENS else None
+        source, promised = self._promised.match(tokens, sequence.adapter)
+        if source is None or promised - match.length < HOLD_BACK_TOKENS:
+            return match
+        other = self._by_arrival[source]
+        if other.n_computed >= promised:
+            return match
+        if not self._cache.can_cut(other.n_base):
+            stop = self._cache.aligned(promised)
+            if stop - match.length < HOLD_BACK_TOKENS or other.n_computed >= stop:
+                return match
+            self._stops[source] = stop
+        return None
 
-    def _join(self, sequence: ScheduledSequence, match: Match, planned: int) -> bool:
-        """Move `sequence` to the running if there is an id and, unless it would run alone, room for all its tokens."""
-        shared = 0 if match.source is None else match.length
-        needed = len(sequence.tokens) - shared + sum(map(_outstanding, self.running))
-        if self.running and not self._cache.can_hold(needed, match):
+    def _shareable(self, sequence: ScheduledSequence) -> np.ndarray:
+        """The tokens that `sequence` may find in the cache: of a prompt, two are left, and all with logits."""
+        tokens = self._tokens[sequence.arrival]
+        prompt = sequence.n_base if len(tokens) > sequence.n_base else sequence.n_base - 2
+        return tokens[: max(0, min(prompt, sequence.row_from))]
+
+    def _join(self, sequence: ScheduledSequence, match: Match) -> bool:
+        """Move `sequence` to the running if there is a stream and, unless it would run alone, room for its tokens."""
+        needed = len(sequence.tokens) + sum(map(_outstanding, self.running))
+        if self.running and not self._cache.can_hold(needed):
             return False
-        tokens, adapter = self._tokens[sequence.arrival], sequence.adapter
-        seq_id = self._cache.admit(tokens, match, adapter, planned=planned)
+        tokens = self._tokens[sequence.arrival][: sequence.n_base]
+        seq_id = self._cache.admit(tokens, match, sequence.adapter)
         if seq_id is None:
             return False
-        self._promised.add(sequence.arrival, tokens, adapter, self._cache.floor(seq_id))
+        self._promised.add(sequence.arrival, tokens, sequence.adapter, self._cache.floor(seq_id))
+        self._by_arrival[sequence.arrival] = sequence
         found = min(match.length, sequence.n_prompt)
         sequence.n_cached = found if sequence.n_generated == sequence.n_ahead else min(found, sequence.n_cached)
-        sequence.seq_id, sequence.n_computed, sequence.n_whole = seq_id, match.length, match.length
+        sequence.seq_id, sequence.n_computed = seq_id, match.length
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_arrival)
         return True
@@ -301,7 +330,7 @@ class Scheduler:
     def _preempt(self, sequence: ScheduledSequence) -> None:
         assert sequence.seq_id is not None
         self._cache.release(sequence.seq_id)
-        self._promised.discard(sequence.arrival)
+        self._leave(sequence)
         self.running.remove(sequence)
         sequence.seq_id, sequence.n_computed = None, 0
         self.n_preemptions += 1
@@ -318,7 +347,7 @@ class _AdapterGroup:
 
     live: int = 0
     spent: int = 0
-    prefilled: bool = False
+    kind: StepKind = StepKind.ROWS
 
 
 class AdapterRotation:
@@ -345,14 +374,14 @@ class AdapterRotation:
         if self._groups[adapter].live == 0:
             del self._groups[adapter]
 
-    def prefilled(self, adapter: str | None) -> bool:
-        """True if the last step under `adapter` computed prompts."""
-        return self._groups[adapter].prefilled
+    def kind(self, adapter: str | None) -> StepKind:
+        """The kind of the last step under `adapter`."""
+        return self._groups[adapter].kind
 
-    def computed(self, adapter: str | None, n_tokens: int, *, prefilled: bool) -> None:
-        """Charge a step of `n_tokens` to `adapter`'s turn; `prefilled` if prompts were among them."""
+    def computed(self, adapter: str | None, n_tokens: int, kind: StepKind) -> None:
+        """Charge a step of `n_tokens` to `adapter`'s turn."""
         group = self._groups[adapter]
-        group.prefilled = prefilled
+        group.kind = kind
         group.spent += max(n_tokens, STEP_TOKENS)
         if group.spent >= TURN_TOKENS:
             group.spent = 0
@@ -361,23 +390,6 @@ class AdapterRotation:
 
 def _arrival(sequence: ScheduledSequence) -> int:
     return sequence.arrival
-
-
-def _first_row(sequence: ScheduledSequence) -> int:
-    """Place of the first token that needs logits. A cached token gives none, so a match must end before it."""
-    return len(sequence.tokens) - 1 if sequence.first_row is None else sequence.first_row
-
-
-def _planned(chunks: list[Chunk]) -> int:
-    return sum(chunk.count for chunk in chunks)
-
-
-def _is_prefilling(sequence: ScheduledSequence) -> bool:
-    return len(sequence.tokens) - sequence.n_computed > 1
-
-
-def _has_few_left(sequence: ScheduledSequence) -> bool:
-    return len(sequence.tokens) - sequence.n_computed <= FEW_TOKENS
 
 
 def _outstanding(sequence: ScheduledSequence) -> int:

@@ -65,10 +65,10 @@ class Snapshots:
         return self._tree.shared(tokens, adapter)
 
     def use(self, key: int) -> None:
-        """Note that a snapshot was worth restoring."""
-        snapshot = self._held[key]
-        snapshot.n_uses += 1
-        self._value(snapshot)
+        """Note that a snapshot was worth restoring, if it is known."""
+        if snapshot := self._held.get(key):
+            snapshot.n_uses += 1
+            self._value(snapshot)
 
     def add(self, tokens: np.ndarray, adapter: str | None) -> int | None:
         """The number of a new snapshot of `tokens`; None if those known already give almost as much."""

@@ -173,7 +173,7 @@ def _describe(slot: ModelSlot, ref: ModelRef, config: RuntimeConfig, url: str) -
 
 def _describe_loaded(loaded: LoadedModel, config: RuntimeConfig, url: str) -> str:
     served, info = loaded.base, loaded.base.info
-    slots = "one answer at a time (deterministic)" if config.deterministic else f"{config.slots} slots"
+    slots = f"{config.slots} slots{' (fast)' if config.fast else ''}"
     gpu = f", GPU layers {'all' if info.gpu_layers < 0 else info.gpu_layers}" if info.gpu_layers else ""
     return (
         f"{served.name} ({served.quantization}, {mebibytes(info.size_bytes)}) on {info.backend}{gpu}, "

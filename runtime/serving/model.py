@@ -26,8 +26,8 @@ class ServedModel:
     """One model under one name. Its engine runs until `supervisor.stop()`.
 
     With an adapter, `adapter` is the name its requests carry, `manifest` is the adapter's own and `base` that of the
-    weights; supervisor, tokenizer and grammars are shared by all models served from the same base. `deterministic` is
-    the engine's mode.
+    weights; supervisor, tokenizer and grammars are shared by all models served from the same base. `fast` is the
+    engine's mode.
     """
 
     name: str
@@ -39,14 +39,14 @@ class ServedModel:
     grammars: Grammars
     adapter: str | None = None
     base: Manifest | None = None
-    deterministic: bool = False
+    fast: bool = False
 
     @property
     def fingerprint(self) -> str:
         """An identifier of weights, backend and mode: a seed repeats its answer only under the same one."""
         weights = [made.artefacts[0].sha256[:12] for made in (self.base, self.manifest) if made and made.artefacts]
         backend = self.info.backend.split(" ", maxsplit=1)[0].lower()
-        mode = ["deterministic"] if self.deterministic else []
+        mode = ["fast"] if self.fast else []
         return "-".join(["deskside", *(weights or [self.name]), backend, *mode])
 
     @property
@@ -117,7 +117,7 @@ def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str
             tokenizer=tokenizer,
             info=info,
             grammars=grammars,
-            deterministic=config.deterministic,
+            fast=config.fast,
         )
     except BaseException:  # an interrupt too must leave no process behind
         supervisor.stop()
@@ -130,17 +130,19 @@ def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str,
         step_tokens=config.step_tokens,
         max_running=config.slots,
         max_drafts=config.speculate,
-        deterministic=config.deterministic,
+        fast=config.fast,
         snapshot_bytes=snapshot_bytes(config.prefix_memory, config.memory_budget),
     )
     load = LoadOptions(
         n_ctx=config.context,
         n_batch=config.step_tokens,
-        n_seq_max=options.n_seq_max,
+        n_seq_max=options.max_running,
+        n_outputs=options.max_rows,
         n_threads=config.threads or physical_cores(),
         gpu_layers=config.gpu_layers,
         long_prompts=config.long_prompts,
         adapters=adapters,
         prefill=config.prefill,
+        streams=True,
     )
     return LlamaRecipe(stored.gguf, load, options)

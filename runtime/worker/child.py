@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import BinaryIO, NoReturn
 
 from runtime.errors import EngineError, LoadFailed, RequestError, encodable
@@ -35,6 +35,8 @@ from .messages import (
 )
 
 EXIT_DIED = 1
+# An engine without work for so long gives memory back. What it computed comes back from snapshots in milliseconds.
+REST_SECONDS = 10.0
 
 _log = logging.getLogger("deskside.worker")
 
@@ -50,9 +52,11 @@ class EngineLoop:
     def turn(self) -> Stepped | None:
         """Handle the orders that came, then compute a step; waits while the engine has no work. None at the end.
 
+        An engine that waits long gives memory back.
+
         Raises the engine's fatal error, without the events of that step: the supervisor knows which requests are live.
         """
-        orders = [] if self._engine.has_work else [self._inbox.get()]
+        orders = [] if self._engine.has_work else [self._wait()]
         while not self._inbox.empty():
             orders.append(self._inbox.get())
         events: list[Event] = []
@@ -65,6 +69,13 @@ class EngineLoop:
             if self._engine.failure is not None:
                 raise self._engine.failure
         return Stepped(tuple(events), self._engine.stats())
+
+    def _wait(self) -> Order | None:
+        try:
+            return self._inbox.get(timeout=REST_SECONDS)
+        except Empty:
+            self._engine.rest()
+            return self._inbox.get()
 
     def _handle(self, order: Order) -> list[Event]:
         if isinstance(order, Add):

@@ -52,6 +52,9 @@ class EngineLike(Protocol):
     def step(self) -> list[Event]:
         """Compute one step."""
 
+    def rest(self) -> None:
+        """Give back memory that an engine without work needs no more."""
+
     def stats(self) -> EngineStats:
         """Counts and totals after the last step."""
 

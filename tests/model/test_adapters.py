@@ -104,8 +104,8 @@ def test_a_prefix_is_found_under_its_own_adapter_only(llama: Llama) -> None:
     for name, adapter, found in (
         ("1", None, 0),
         ("2", TRIAGE, 0),
-        ("3", TRIAGE, n_prompt - 1),
-        ("4", None, n_prompt - 1),
+        ("3", TRIAGE, n_prompt - 2),
+        ("4", None, n_prompt - 2),
     ):
         assert cached(run(engine, ask(llama, name, mail, adapter)), name) == found
 

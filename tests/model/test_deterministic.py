@@ -1,4 +1,4 @@
-"""`--deterministic` on the real model: the same request, the same answer, bit for bit, in any state of the cache."""
+"""The same request, the same answer, bit for bit, on the real model, in any state of the cache."""
 
 import asyncio
 import gzip
@@ -39,7 +39,7 @@ def mails() -> list[str]:
 
 @pytest.fixture(scope="module")
 def served(email_triage: StoredModel) -> Iterator[ServedModel]:
-    model = load_model(email_triage, RuntimeConfig(slots=4, context=2048, threads=1, deterministic=True))
+    model = load_model(email_triage, RuntimeConfig(slots=4, context=2048, threads=1))
     yield model
     model.supervisor.stop()
 
@@ -98,17 +98,18 @@ def test_decisions_and_embeddings_repeat_alone_and_beside_others(
     assert asyncio.run(at_once(asked, some)) == first
 
 
-def test_the_base_models_mixed_file_repeats_after_any_other_prompt(base_gguf: Path, mails: list[str]) -> None:
-    """Q4_K_M, whose products of one row and of many round apart: here chunks alone make the difference."""
-    options = EngineOptions(max_running=4, deterministic=True)
-    llama = load(base_gguf, LoadOptions(n_ctx=1024, n_batch=256, n_seq_max=options.n_seq_max, n_threads=1))
+def test_prompts_beyond_the_window_repeat_after_any_other(email_triage: StoredModel, mails: list[str]) -> None:
+    options = EngineOptions(max_running=4, snapshot_bytes=1 << 28)
+    load_options = LoadOptions(n_ctx=2048, n_batch=256, n_seq_max=4, n_outputs=8, n_threads=1, streams=True)
+    llama = load(email_triage.gguf, load_options)
     engine = Engine(llama, options)
     params = SamplingParams(8, temperature=0.7, seed=7, logprobs=3, ignore_eos=True)
-    prompts = [f"{mails[0]}\n\n{mail}" for mail in mails[:3]]
+    prompts = ["\n\n".join([*mails[:6], mail]) for mail in mails[:3]]
     asked = [
         Request(str(i), tuple(llama.tokenizer.encode(prompt, add_special=True, parse_special=False)), params)
         for i, prompt in enumerate(prompts)
     ]
+    assert all(600 < len(request.prompt) < 2000 for request in asked)
     try:
         alone = [answers(engine, request) for request in asked]
         llama.clear()

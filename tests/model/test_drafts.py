@@ -23,7 +23,7 @@ def answered(llama: Llama, max_drafts: int, *requests: Request) -> tuple[list[Ev
     """The answers from an empty cache. Every step takes as long as any other, so that drafts always pay."""
     llama.clear()
     ticks: Callable[[], float] = count().__next__
-    engine = Engine(llama, EngineOptions(max_running=4, idle_cells=0, max_drafts=max_drafts), clock=ticks)
+    engine = Engine(llama, EngineOptions(max_running=4, max_drafts=max_drafts, fast=True), clock=ticks)
     return run(engine, *requests), engine
 
 
@@ -36,7 +36,6 @@ def test_a_copy_takes_fewer_steps_and_says_the_same(base: Llama) -> None:
     stats = engine.stats()
     assert stats.steps_total < plain.stats().steps_total - 6
     assert stats.draft_tokens_accepted_total > 6
-    assert stats.kv_cells_used == 0
 
 
 def test_drafts_in_company_change_nobodys_answer(base: Llama) -> None:

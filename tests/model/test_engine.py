@@ -105,18 +105,18 @@ def test_a_shared_prefix_changes_nothing_and_is_reported(base: Llama) -> None:
     prompts = [instruction + prompt for prompt in PROMPTS[:3]]
     alone = [written(run_alone(base, prompt), "x") for prompt in prompts]
     base.clear()
-    engine = Engine(base, EngineOptions(idle_cells=128))
+    engine = Engine(base, EngineOptions())
     events = run(engine, *(ask(base, str(i), prompt) for i, prompt in enumerate(prompts)))
     assert all(agree(a, written(events, str(i))) for i, a in enumerate(alone))
     shared = len(ask(base, "", instruction).prompt) - 2
     assert [cached(events, str(i)) >= shared for i in range(3)] == [False, True, True]
     again = run(engine, ask(base, "again", prompts[2]))
-    assert cached(again, "again") == len(ask(base, "", prompts[2]).prompt) - 1
+    assert cached(again, "again") == len(ask(base, "", prompts[2]).prompt) - 2
     assert agree(alone[2], written(again, "again"))
 
 
 def test_cancel_frees_the_cells_and_leaves_the_neighbour_alone(base: Llama, alone: list[list[TokenLogprob]]) -> None:
-    engine = Engine(base, EngineOptions(idle_cells=0))
+    engine = Engine(base, EngineOptions())
     for name, prompt in (("kept", PROMPTS[0]), ("gone", PROMPTS[1])):
         engine.add(ask(base, name, prompt))
     events = engine.step() + engine.step()
@@ -126,12 +126,13 @@ def test_cancel_frees_the_cells_and_leaves_the_neighbour_alone(base: Llama, alon
     while engine.has_work:
         events += engine.step()
     assert agree(alone[0], written(events, "kept"))
+    engine.rest()
     assert engine.stats().kv_cells_used == 0
 
 
 def test_no_kv_slot_still_answers_everyone(base: Llama, alone: list[list[TokenLogprob]]) -> None:
     occupy(base, seq_id=7, n_tokens=216)  # behind the engine's back: llama_decode will really return 1
-    engine = Engine(base, EngineOptions(max_running=4, idle_cells=0))
+    engine = Engine(base, EngineOptions(max_running=4))
     events = run(engine, *(ask(base, str(i), prompt) for i, prompt in enumerate(PROMPTS)))
     assert all(agree(a, written(events, str(i))) for i, a in enumerate(alone))
     assert engine.stats().preemptions_total > 0

@@ -89,11 +89,11 @@ def test_cells_that_left_the_window_may_be_overwritten_and_are_missed(llama: Lla
 
 
 def test_prompts_in_turn_are_answered_as_if_each_were_alone(llama: Llama) -> None:
-    """Each of three has more than a quarter of the cells, so that nothing is found but snapshots."""
+    """There are cells for three, and one more waits at the second turn: it is found where it was or as a snapshot."""
     params = SamplingParams(8, temperature=0, ignore_eos=True)
     engine = Engine(llama, EngineOptions(snapshot_bytes=1 << 28, max_running=2))
     for turn in range(2):
-        for seed in range(3):
+        for seed in range(4):
             prompt = (*tokens(600, seed).tolist(), *(tokens(40, 9).tolist() if turn else ()))
             engine.add(Request("x", tuple(prompt), params))
             events = []
@@ -101,5 +101,5 @@ def test_prompts_in_turn_are_answered_as_if_each_were_alone(llama: Llama) -> Non
                 events += engine.step()
             assert not [event for event in events if isinstance(event, Failed)]
             end = next(event for event in events if isinstance(event, Finished))
-            assert end.usage.cached_tokens == (599 if turn else 0)
+            assert end.usage.cached_tokens in ((576, 600) if turn else (0,))
             assert sum(len(event.token_ids) for event in events if isinstance(event, TextDelta)) == 8

@@ -74,11 +74,13 @@ def naive(llama: FakeLlama, request: Request) -> list[int]:
     return answer
 
 
-def nothing_left(engine: Engine, llama: FakeLlama, idle_cells: int) -> None:
+def nothing_left(engine: Engine, llama: FakeLlama) -> None:
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
-    assert stats.kv_cells_used == llama.used_cells <= idle_cells
+    assert stats.kv_cells_used == llama.used_cells
     engine.check({seq_id: len(tokens) for seq_id, tokens in llama.sequences.items()})
+    engine.rest()
+    assert engine.stats().kv_cells_used == llama.used_cells == 0
 
 
 def test_a_scripted_answer_ends_with_stop_and_counts_its_tokens() -> None:
@@ -151,11 +153,11 @@ def test_a_preempted_answer_goes_on_where_it_was_and_says_nothing_twice() -> Non
     llama = FakeLlama(n_ctx=64)
     params = SamplingParams(40, temperature=1, seed=5, ignore_eos=True, stop=("\x00\x01\x02",))
     requests = [asked(str(i), f"mail {i}", params) for i in range(4)]
-    engine = Engine(llama, EngineOptions(idle_cells=0))
+    engine = Engine(llama, EngineOptions())
     events = run(engine, *requests)
     assert engine.stats().preemptions_total > 0
     assert {r.id: ids_of(events, r.id) for r in requests} == {r.id: naive(llama, r) for r in requests}
-    nothing_left(engine, llama, 0)
+    nothing_left(engine, llama)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
@@ -172,7 +174,7 @@ def test_cancel_frees_at_once_wherever_the_request_is(steps: int) -> None:
         "b": ShuttingDown,
     }
     assert not engine.has_work
-    nothing_left(engine, llama, 0)
+    nothing_left(engine, llama)
     assert engine.cancel("a") == []
 
 
@@ -210,7 +212,7 @@ def test_a_poisonous_sequence_fails_alone(error: Exception) -> None:
     assert isinstance(bad, Failed)
     assert bad.error is error
     assert [text_of(events, name) for name in "abc"] == ["fine", "", "fine"]
-    nothing_left(engine, llama, 128)
+    nothing_left(engine, llama)
 
 
 def test_cells_that_vanish_cost_time_not_answers() -> None:
@@ -277,7 +279,7 @@ def test_a_stage_that_breaks_for_one_answer_fails_that_one(break_it: Callable[[F
     assert isinstance(bad, Failed)
     assert isinstance(bad.error, RuntimeError | EngineError)
     assert text_of(events, "b") == "kind"
-    nothing_left(engine, llama, 128)
+    nothing_left(engine, llama)
 
 
 @pytest.mark.parametrize(
@@ -315,12 +317,11 @@ class Traffic(RuleBasedStateMachine):
         step_tokens=st.integers(1, 40) | st.just(100),
         running=st.integers(1, 6),
         ids=st.integers(0, 6),
-        mix_cells=st.sampled_from([0, 60, None]),
+        fast=st.booleans(),
     )
-    def begin(self, n_ctx: int, step_tokens: int, running: int, ids: int, mix_cells: int | None = 0) -> None:
+    def begin(self, n_ctx: int, step_tokens: int, running: int, ids: int, *, fast: bool = True) -> None:
         self.llama = FakeLlama(n_ctx=n_ctx, n_seq_max=running + ids, adapters=("a", "b"))
-        self.idle_cells = n_ctx // 4
-        self.engine = Engine(self.llama, EngineOptions(step_tokens, running, self.idle_cells, mix_cells=mix_cells))
+        self.engine = Engine(self.llama, EngineOptions(step_tokens, running, fast=fast))
         self.requests: dict[str, Request] = {}
         self.events: list[Event] = []
 
@@ -377,7 +378,7 @@ class Traffic(RuleBasedStateMachine):
                 assert isinstance(end, Failed)
                 assert isinstance(end.error, Cancelled | NoKvSlot | DecodeAborted | BatchInvalid)
                 assert answer == whole[: len(answer)]
-        nothing_left(self.engine, self.llama, self.idle_cells)
+        nothing_left(self.engine, self.llama)
 
 
 TestTraffic = Traffic.TestCase

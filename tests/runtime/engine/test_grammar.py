@@ -37,7 +37,7 @@ def asked(name: str, params: SamplingParams, text: str = "a mail") -> Request:
 
 
 def run(llama: FakeLlama, *requests: Request, options: EngineOptions | None = None) -> list[Event]:
-    engine = Engine(llama, options or EngineOptions(idle_cells=0), GRAMMARS)
+    engine = Engine(llama, options or EngineOptions(keep_prefixes=False), GRAMMARS)
     for request in requests:
         engine.add(request)
     events: list[Event] = []
@@ -192,7 +192,7 @@ def test_together_in_small_steps_and_few_cells_as_each_alone() -> None:
         for i in range(12)
     ]
     requests = [asked(str(i), one, "mail " * (i % 4)) for i, one in enumerate(params)]
-    crowded = EngineOptions(step_tokens=16, max_running=5, idle_cells=0)
+    crowded = EngineOptions(step_tokens=16, max_running=5, keep_prefixes=False)
     together = run(FakeLlama(n_ctx=160), *requests, options=crowded)
     for request in requests:
         assert said(together, request.id) == said(run(FakeLlama(), request), request.id)
@@ -235,7 +235,7 @@ class Breaking(Grammars):
 )
 def test_a_grammar_that_fails_ends_its_answer_and_no_other(where: str, after: int, heard: str) -> None:
     llama = FakeLlama(script="no!!!!!!!!")
-    engine = Engine(llama, EngineOptions(idle_cells=0), Breaking(where, after))
+    engine = Engine(llama, EngineOptions(keep_prefixes=False), Breaking(where, after))
     broken = asked("broken", SamplingParams(20, 0, grammar=YES_NO))
     neighbours = [asked("plain", SamplingParams(8, 0)), asked("label", SamplingParams(60, 1, grammar=LABEL))]
     for request in (neighbours[0], broken, neighbours[1]):
@@ -254,7 +254,7 @@ def test_a_grammar_that_fails_ends_its_answer_and_no_other(where: str, after: in
 
 def test_cancelling_in_the_midst_frees_everything() -> None:
     llama = FakeLlama()
-    engine = Engine(llama, EngineOptions(idle_cells=0), GRAMMARS)
+    engine = Engine(llama, EngineOptions(keep_prefixes=False), GRAMMARS)
     engine.add(asked("a", SamplingParams(300, 1, grammar=LABEL)))
     engine.step()
     assert [type(event) for event in engine.cancel("a")] == [Failed]

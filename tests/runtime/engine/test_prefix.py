@@ -53,7 +53,7 @@ def test_a_preempted_answer_counts_only_what_its_first_start_found() -> None:
     llama = FakeLlama(n_ctx=700, script="a story that is so long that there is no room for all of it" * 3)
     params = SamplingParams(150, temperature=0)
     requests = [Request(str(i), mail(str(i)).prompt, params) for i in range(4)]
-    engine = Engine(llama, EngineOptions(idle_cells=0))
+    engine = Engine(llama, EngineOptions())
     events = run(engine, *requests)
     assert engine.stats().preemptions_total > 0
     assert cached(events) == {"0": 0, "1": 300, "2": 300, "3": 300}

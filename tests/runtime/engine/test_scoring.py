@@ -107,7 +107,9 @@ def error_of(end: Scored | Finished | Failed) -> Exception:
 def nothing_left(engine: Engine, llama: FakeLlama) -> None:
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
-    assert stats.kv_cells_used == llama.used_cells <= llama.info.n_ctx // 4
+    assert stats.kv_cells_used == llama.used_cells
+    engine.rest()
+    assert llama.used_cells == 0
 
 
 choice_lists = st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=12, unique=True).map(tuple)
@@ -152,7 +154,7 @@ def test_the_prompt_is_prefilled_once_and_all_branches_share_one_decode() -> Non
     assert isinstance(end, Scored)
     assert llama.decodes <= 3
     computed = sum(len(batch.tokens) for batch in llama.batches)
-    assert computed == len(asked.prompt) + end.usage.completion_tokens
+    assert 0 <= computed - len(asked.prompt) - end.usage.completion_tokens < len(asked.choices)  # filled up
     assert (end.usage.prompt_tokens, end.usage.cached_tokens) == (len(asked.prompt), 0)
 
 
@@ -245,7 +247,7 @@ def test_the_same_question_again_finds_its_prompt_and_the_same_sums() -> None:
     second = run(engine, Scoring("s", (asked,)))["s"]
     assert isinstance(second, Scored)
     assert second.logprobs == scores(first)
-    assert second.usage.cached_tokens == len(asked.prompt) - 1
+    assert second.usage.cached_tokens == len(asked.prompt) - 2
 
 
 def test_a_call_of_hundreds_of_questions_does_not_hold_up_a_later_chat() -> None:

@@ -37,3 +37,11 @@ def test_the_second_form_of_the_weights_counts() -> None:
     assert with_panels.total == need.total + (5 << 20)
     assert "5 MiB for the products of prompts" in str(with_panels)
     assert "products" not in str(need)
+
+
+def test_every_stream_has_begun_a_page_of_each_row_of_values() -> None:
+    one, sixteen = (model_need(meta(), 0, n_ctx=8192, n_rows=0, n_streams=n).cache for n in (1, 16))
+    none = model_need(meta(), 0, n_ctx=8192, n_rows=0).cache
+    assert sixteen - none == 16 * (one - none)
+    short = [model_need(meta(), 0, n_ctx=n, n_rows=0, n_streams=1).cache for n in (64, 8192)]
+    assert one - none == 4096 * (short[0] - model_need(meta(), 0, n_ctx=64, n_rows=0).cache) // 128

@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.scheduling.plan import StepKind
 from runtime.scheduling.scheduler import STEP_TOKENS, TURN_TOKENS, AdapterRotation
 
 
@@ -25,26 +26,26 @@ def test_a_new_adapter_comes_last_and_one_without_sequences_is_forgotten() -> No
 def test_a_turn_is_a_few_small_steps_or_one_large() -> None:
     made = turns("a", "b")
     for _ in range(TURN_TOKENS // STEP_TOKENS - 1):
-        made.computed("a", 1, prefilled=False)
+        made.computed("a", 1, StepKind.ROWS)
         assert made.order == ("a", "b")
-    made.computed("a", 1, prefilled=False)
+    made.computed("a", 1, StepKind.ROWS)
     assert made.order == ("b", "a")
-    made.computed("b", TURN_TOKENS, prefilled=False)
+    made.computed("b", TURN_TOKENS, StepKind.ROWS)
     assert made.order == ("a", "b")
 
 
-def test_each_adapter_remembers_whether_it_prefilled_last() -> None:
+def test_each_adapter_remembers_what_it_computed_last() -> None:
     made = turns("a", "b")
-    made.computed("a", 500, prefilled=True)
-    made.computed("b", 5, prefilled=False)
-    assert (made.prefilled("a"), made.prefilled("b")) == (True, False)
-    made.computed("a", 5, prefilled=False)
-    assert not made.prefilled("a")
+    made.computed("a", 500, StepKind.LONG)
+    made.computed("b", 5, StepKind.ROWS)
+    assert (made.kind("a"), made.kind("b")) == (StepKind.LONG, StepKind.ROWS)
+    made.computed("a", 5, StepKind.ROWS)
+    assert made.kind("a") is StepKind.ROWS
 
 
 def test_who_is_passed_over_keeps_the_place() -> None:
     made = turns("a", "b", "c")
-    made.computed("b", 500, prefilled=False)
+    made.computed("b", 500, StepKind.ROWS)
     assert made.order == ("a", "c", "b")
 
 
@@ -56,7 +57,7 @@ def test_everyone_with_work_computes_within_a_turn_of_each_other(steps: list[tup
     for n_tokens, other in steps:
         made.join(other)
         now = made.order[0]
-        made.computed(now, n_tokens, prefilled=False)
+        made.computed(now, n_tokens, StepKind.ROWS)
         waits = {adapter: 0 if adapter == now else wait + 1 for adapter, wait in waits.items()}
         assert max(waits.values()) <= 2 * (TURN_TOKENS // STEP_TOKENS)
         made.leave(other)

@@ -115,6 +115,7 @@ def test_without_cells_the_newest_of_all_gives_way_and_the_oldest_finishes() -> 
     assert sorted(order) == list(range(6))
     assert order[0] == 0
     assert office.scheduler.n_preemptions > 0
+    office.cache.evict_idle()
     assert office.cache.used_cells == 0
 
 

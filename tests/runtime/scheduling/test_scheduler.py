@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from runtime.requests import Event
-from runtime.scheduling.plan import Chunk, Copy, Remove, ScheduledSequence, StepPlan
+from runtime.scheduling.plan import Chunk, Remove, ScheduledSequence, StepPlan
 from runtime.scheduling.prefix_cache import PrefixCache
 from runtime.scheduling.scheduler import HOLD_BACK_TOKENS, Scheduler
 
@@ -30,11 +30,10 @@ class Desk:
         n_cells: int = 1000,
         step_tokens: int = 100,
         max_running: int = 4,
-        idle_cells: int = 0,
-        mix_cells: int | None = None,
+        cut_limit: int | None = 1000,
     ) -> None:
-        self.cache = PrefixCache(n_cells, max_running + 2, idle_cells)
-        self.scheduler = Scheduler(self.cache, step_tokens=step_tokens, max_running=max_running, mix_cells=mix_cells)
+        self.cache = PrefixCache(n_cells, max_running + 2, cut_limit)
+        self.scheduler = Scheduler(self.cache, step_tokens=step_tokens, max_running=max_running)
         self.n = 0
 
     def ask(self, n_prompt: int, *, max_tokens: int = 50, shared: int = 0) -> ScheduledSequence:
@@ -67,21 +66,74 @@ def test_nothing_to_do_is_no_plan() -> None:
     assert Desk().scheduler.plan() is None
 
 
-def test_prompts_are_prefilled_in_chunks_first_come_first_served() -> None:
+def test_prompts_are_prefilled_in_chunks_one_by_one_first_come_first_served() -> None:
     desk = Desk(step_tokens=100)
     desk.ask(150), desk.ask(30), desk.ask(60)
-    assert desk.step() == [(0, 100)]
-    assert desk.step() == [(0, 50), (1, 30), (2, 20)]
-    assert desk.step() == [(0, 1), (1, 1), (2, 40)]
+    assert [desk.step() for _ in range(2)] == [[(0, 100)], [(0, 50)]]
+    assert desk.step() == [(0, 1)]
+    assert desk.step() == [(1, 30)]
+    assert desk.step() == [(0, 1), (1, 1)]
+    assert desk.step() == [(2, 60)]
 
 
-def test_rows_that_decode_come_before_older_prompts() -> None:
-    desk = Desk(step_tokens=10)
+def test_answers_and_prompts_take_turns() -> None:
+    desk = Desk(step_tokens=20)
     desk.ask(5)
     desk.step()
-    desk.ask(50)
-    assert desk.step() == [(0, 1), (1, 9)]
-    assert desk.step() == [(0, 1), (1, 9)]
+    desk.ask(90)
+    assert [desk.step() for _ in range(4)] == [[(0, 1)], [(1, 20)], [(0, 1)], [(1, 20)]]
+
+
+def test_short_ends_of_prompts_are_computed_together_and_filled_up() -> None:
+    desk = Desk()
+    desk.ask(10), desk.ask(4), desk.ask(7)
+    plan = desk.plan()
+    assert [(chunk.count, chunk.n_pad) for chunk in plan.chunks] == [(10, 0), (4, 6), (7, 3)]
+
+
+def test_one_much_longer_than_the_others_is_computed_alone() -> None:
+    desk = Desk()
+    desk.ask(3), desk.ask(15), desk.ask(4)
+    assert desk.step() == [(0, 3), (2, 4)]
+    assert desk.step() == [(0, 1), (2, 1)]
+    assert desk.step() == [(1, 15)]
+
+
+@pytest.mark.parametrize("n_prompt", range(1, 60))
+@pytest.mark.parametrize("step_tokens", [3, 4, 16])
+def test_no_token_of_a_prompt_is_computed_alone(n_prompt: int, step_tokens: int) -> None:
+    desk = Desk(step_tokens=step_tokens)
+    sequence = desk.ask(n_prompt)
+    sizes = []
+    while sequence.n_computed < n_prompt:
+        sizes += [count for _, count in desk.step()]
+    assert sum(sizes) == n_prompt
+    assert min(sizes) > 1 or sizes == [1] == [n_prompt]
+
+
+def test_what_follows_a_prompt_is_computed_again_in_the_chunks_in_which_it_came() -> None:
+    desk = Desk(n_cells=200)
+    sequence = desk.ask(20)
+    desk.step()
+    sizes = []
+    for forced in ([], [8, 8, 8], [], [9] * 20):
+        sequence.tokens += forced
+        sizes += [count for _, count in desk.step()]
+    assert sizes == [1, 4, 1, 21]
+    assert sequence.seq_id is not None
+    desk.scheduler.lose(sequence.seq_id)
+    again: list[int] = []
+    while len(again) < 5:
+        again += [count for _, count in desk.step()]
+    assert again == [20, *sizes]
+
+
+def test_beyond_the_limit_a_prompt_is_cut_where_another_can_copy_it() -> None:
+    desk = Desk(cut_limit=50)
+    first, second = desk.ask(190, shared=150), desk.ask(190, shared=150)
+    sizes = [desk.step() for _ in range(3)]
+    assert sizes[:2] == [[(0, 100)], [(0, 28)]], "at a multiple of 64"
+    assert (first.n_cached, second.n_cached) == (0, 128)
 
 
 def test_only_the_last_token_of_what_is_known_is_sampled() -> None:
@@ -97,7 +149,7 @@ def test_slots_bound_who_runs_and_the_next_joins_when_one_leaves() -> None:
     first, _, third = desk.ask(5), desk.ask(5), desk.ask(5)
     assert [arrival for arrival, _ in desk.step()] == [0, 1]
     desk.scheduler.finish(first)
-    assert [arrival for arrival, _ in desk.step()] == [1, 2]
+    assert [arrival for arrival, _ in [*desk.step(), *desk.step()]] == [1, 2]
     assert third.seq_id is not None
 
 
@@ -129,7 +181,8 @@ def test_without_cells_the_newest_is_preempted_and_comes_back() -> None:
     while old.n_generated < 30:
         desk.step()
     desk.scheduler.finish(old)
-    assert desk.step() == [(1, len(kept))], "its written tokens are computed again with its prompt"
+    assert desk.step() == [(1, 10)]
+    assert [desk.step() for _ in range(len(kept) - 10)] == [[(1, 1)]] * (len(kept) - 10), "as they were written"
     assert new.tokens[: len(kept)] == kept
 
 
@@ -160,23 +213,23 @@ def test_a_full_cache_still_lets_the_oldest_finish() -> None:
 
 
 def test_a_shared_prefix_is_copied_and_the_rest_computed() -> None:
-    desk = Desk(idle_cells=500)
+    desk = Desk()
     first = desk.ask(60, shared=50)
     desk.step()
     desk.scheduler.finish(first)
     second = desk.ask(70, shared=50)
     plan = desk.plan()
-    assert plan.edits == (Copy(0, 1, 50),)
+    assert plan.edits == (Remove(0, 50),), "the stream is taken over"
     assert [(c.start, c.count) for c in plan.chunks] == [(50, 20)]
     assert second.n_cached == 50
 
 
-def test_the_whole_prompt_known_still_computes_its_last_token() -> None:
-    desk = Desk(idle_cells=500)
+def test_the_whole_prompt_known_still_computes_its_last_two_tokens() -> None:
+    desk = Desk()
     desk.scheduler.finish(_written(desk, desk.ask(40, shared=40)))
     again = desk.ask(40, shared=40)
-    assert [(c.start, c.count, c.samples) for c in desk.plan().chunks] == [(39, 1, True)]
-    assert again.n_cached == 39
+    assert [(c.start, c.count, c.samples) for c in desk.plan().chunks] == [(38, 2, True)]
+    assert again.n_cached == 38
 
 
 def _written(desk: Desk, sequence: ScheduledSequence) -> ScheduledSequence:
@@ -188,7 +241,7 @@ def test_arrivals_with_one_new_prefix_compute_it_once() -> None:
     desk = Desk(step_tokens=100, max_running=8)
     together = [desk.ask(90, shared=80) for _ in range(5)]
     assert desk.step() == [(0, 90)]
-    assert desk.step() == [(0, 1), *((n, 10) for n in range(1, 5))]
+    assert desk.step() == [(n, 10) for n in range(1, 5)]
     assert [s.n_cached for s in together] == [0, 80, 80, 80, 80]
 
 
@@ -197,8 +250,10 @@ def test_others_overtake_one_that_is_held_back_but_not_for_ever() -> None:
     desk.ask(190, shared=180)
     held, other = desk.ask(190, shared=180), desk.ask(5)
     assert desk.step() == [(0, 100)]
-    assert desk.step() == [(0, 90), (2, 5)]
-    assert desk.step() == [(0, 1), (2, 1), (1, 10)]
+    assert desk.step() == [(2, 5)]
+    assert desk.step() == [(2, 1)]
+    assert desk.step() == [(0, 90)]
+    assert desk.step() == [(1, 10)]
     assert (held.n_cached, other.n_cached) == (180, 0)
 
 
@@ -206,11 +261,12 @@ def test_a_short_common_beginning_is_not_waited_for() -> None:
     desk = Desk()
     for _ in range(2):
         desk.ask(40, shared=HOLD_BACK_TOKENS - 1)
-    assert desk.step() == [(0, 40), (1, 40)]
+    assert desk.step() == [(0, 40)]
+    assert len(desk.scheduler.running) == 2
 
 
 def test_no_room_in_the_real_cache_evicts_then_halves_then_preempts() -> None:
-    desk = Desk(idle_cells=500)
+    desk = Desk()
     desk.scheduler.finish(_written(desk, desk.ask(20)))
     desk.ask(8), desk.ask(8)
     plan = desk.plan()
@@ -239,7 +295,7 @@ def test_after_success_steps_grow_again() -> None:
 
 
 def test_what_a_decoding_step_leaves_over_is_spare_and_a_prefilling_one_leaves_nothing() -> None:
-    desk = Desk(n_cells=40, step_tokens=20, idle_cells=10)
+    desk = Desk(n_cells=40, step_tokens=20)
     desk.scheduler.finish(_written(desk, desk.ask(5)))
     desk.ask(8), desk.ask(8)
     assert desk.scheduler.spare(desk.plan()) == 0
@@ -273,7 +329,7 @@ def test_nothing_is_spare_while_a_guilty_one_is_looked_for() -> None:
 
 
 def test_trimming_takes_back_cells_and_finishing_trims_to_what_was_written() -> None:
-    desk = Desk(idle_cells=500)
+    desk = Desk()
     sequence = desk.ask(10)
     desk.step()
     plan = desk.plan()
@@ -285,8 +341,8 @@ def test_trimming_takes_back_cells_and_finishing_trims_to_what_was_written() -> 
     desk.scheduler.trim(sequence, 14)
     assert (sequence.n_computed, desk.cache.used_cells) == (13, 13)
     desk.scheduler.finish(sequence)
-    assert desk.cache.used_cells == len(sequence.tokens) == 11
-    assert desk.cache.take_edits() == (Remove(0, 13), Remove(0, 11))
+    assert desk.cache.used_cells == 10, "its prompt"
+    assert desk.cache.take_edits() == (Remove(0, 13), Remove(0, 10))
 
 
 def test_a_failed_batch_is_taken_apart() -> None:
@@ -294,6 +350,9 @@ def test_a_failed_batch_is_taken_apart() -> None:
     sequences = [desk.ask(5), desk.ask(6), desk.ask(7)]
     assert desk.scheduler.isolate(desk.plan())
     assert desk.step() == [(0, 5)]
+    guilty = desk.plan()
+    assert [c.sequence for c in guilty.chunks] == [sequences[1]]
+    assert desk.scheduler.isolate(guilty), "once may be an accident"
     guilty = desk.plan()
     assert [c.sequence for c in guilty.chunks] == [sequences[1]]
     assert not desk.scheduler.isolate(guilty)

@@ -288,7 +288,7 @@ def test_the_start_up_lines_name_every_model() -> None:
     slots = [toys.slot("toy"), toys.slot("other", needs=7 << 20)]
     with serving_toys(toys, slots, budget_bytes=7 << 20) as running:
         lines = describe(running.pool, RuntimeConfig(), "http://here").splitlines()
-        exact = describe(running.pool, RuntimeConfig(deterministic=True), "http://here")
+        fast = describe(running.pool, RuntimeConfig(fast=True), "http://here")
     assert lines[0].startswith("toy (Q8_0, 0 MiB) on fake, 1 threads, 16 slots, context 512, loaded in ")
-    assert ", 1 threads, one answer at a time (deterministic), context 512, " in exact
+    assert ", 1 threads, 16 slots (fast), context 512, " in fast
     assert lines[1:] == ["other is loaded on its first request (needs about 7 MiB): http://here/v1"]

@@ -105,7 +105,7 @@ def test_a_classifier_answers_its_own_question_from_the_bare_mail() -> None:
         assert "user\nMail: a mail\nmodel\n" in prompts_of(llama)
         assert "anything" not in prompts_of(llama)
         toy.client().decisions.create(model="toy", input="Mail: more", questions=[asked])
-        assert "|more\nmodel\n" in prompts_of(llama), "the prompt is not put around itself"
+        assert "user\nMail: more\nmodel\n" in prompts_of(llama), "the prompt is not put around itself"
 
 
 def test_a_fine_tune_is_given_its_system_message_and_conversations_as_they_are() -> None:
@@ -117,7 +117,7 @@ def test_a_fine_tune_is_given_its_system_message_and_conversations_as_they_are()
         toy.client().decisions.create(model="toy", input="a mail", questions=[asked])
         assert "system\nSort mail." in prompts_of(llama)
         toy.client().decisions.create(model="toy", input=messages, questions=[asked])
-        assert "|.\nuser\na mail\nmodel" in prompts_of(llama), "the shared beginning is cached"
+        assert "system\nSort.\nuser\na mail\nmodel" in prompts_of(llama)
 
 
 FINE_TUNED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {

@@ -49,14 +49,14 @@ def test_no_answer_grows_beyond_the_cache_or_the_trained_length(
         model.prompter.limit([1] * holds, None, param="max_tokens")
 
 
-def test_the_deterministic_mode_reaches_the_engine_and_shows_in_the_fingerprint(recipe: FakeRecipe) -> None:
-    config = RuntimeConfig(deterministic=True)
+def test_the_fast_mode_reaches_the_engine_and_shows_in_the_fingerprint(recipe: FakeRecipe) -> None:
+    config = RuntimeConfig(fast=True)
     made = recipe_of(stored(recipe.folder), config, {})
     assert isinstance(made, LlamaRecipe)
-    assert made.engine.deterministic
+    assert made.engine.fast
     model = served.load_model(stored(recipe.folder), config)
     model.supervisor.stop()
-    assert model.fingerprint == "deskside-toy-fake-deterministic"
+    assert model.fingerprint == "deskside-toy-fake-fast"
 
 
 def test_a_model_without_a_vocabulary_leaves_no_process(recipe: FakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

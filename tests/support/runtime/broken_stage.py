@@ -114,11 +114,10 @@ Trouble = Callable[["Scene", int], Exception | None]
 class Scene:
     """A server on whose engine trouble waits.
 
-    It may be played on again. `idle_cells` are those that finished prompts may keep (None: what is usual): without any
-    the same call takes the same steps each time.
+    It may be played on again. No prompt is kept, so the same call takes the same steps each time.
     """
 
-    def __init__(self, *, idle_cells: int | None = None, **llama: Any) -> None:
+    def __init__(self, **llama: Any) -> None:
         self.llama = FakeLlama(n_ctx=4096, n_batch=64, **llama)
         self.llama.on_decode, self.llama.on_embed = self._before_decode, self._before_embed
         self.victims: list[str] = []
@@ -128,7 +127,6 @@ class Scene:
         self._curtain = threading.Event()
         self._stands = threading.Event()
         self._engines: list[Engine] = []
-        self._idle_cells = idle_cells
         self.arm(None, 0)
 
     def arm(self, trouble: Trouble | None, nth: int, *, lasting: bool = False) -> None:
@@ -141,7 +139,7 @@ class Scene:
         """Serve until the block ends."""
 
         def noting(llama: FakeLlama, options: EngineOptions, grammars: Grammars) -> Engine:
-            options = replace(options, idle_cells=self._idle_cells)
+            options = replace(options, keep_prefixes=False)
             self._engines.append(Engine(llama, options, grammars))
             return self._engines[-1]
 

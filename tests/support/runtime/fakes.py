@@ -6,8 +6,8 @@ bug of the engine. It keeps real cells, and raises what llama.cpp would return o
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -109,7 +109,6 @@ def adapted(history: tuple[int, ...], adapter: str | None) -> tuple[int, ...]:
 class _Cell:
     token: int
     adapter: str | None
-    sequences: set[int] = field(default_factory=set)
     hollow: bool = False
 
 
@@ -165,17 +164,13 @@ class FakeLlama:
 
     @property
     def used_cells(self) -> int:
-        """Cells that at least one sequence holds."""
-        return len({id(cell) for cells in self._sequences.values() for cell in cells})
+        """Cells that sequences hold."""
+        return sum(map(len, self._sequences.values()))
 
     @property
     def sequences(self) -> dict[int, tuple[int, ...]]:
         """The tokens that each sequence id holds; empty ones are left out."""
         return {seq_id: tuple(cell.token for cell in cells) for seq_id, cells in self._sequences.items() if cells}
-
-    def cells_of(self, seq_ids: Iterable[int], length: int | None = None) -> set[int]:
-        """A number for each cell that one of the sequences holds, or holds among its first `length`."""
-        return {id(cell) for seq_id in seq_ids for cell in self._sequences.get(seq_id, [])[:length]}
 
     def decode(self, batch: Batch) -> np.ndarray:
         number, self.decodes = self.decodes, self.decodes + 1
@@ -213,7 +208,7 @@ class FakeLlama:
         for token, seq_id, wanted in list(zip(batch.tokens, batch.seq_ids, batch.wants_logits, strict=True))[:count]:
             cells = self._sequences.setdefault(int(seq_id), [])
             assert self.is_whole(int(seq_id), len(cells)), f"sequence {seq_id} looks at cells that are gone"
-            cells.append(_Cell(int(token), self.adapter, {int(seq_id)}))
+            cells.append(_Cell(int(token), self.adapter))
             if wanted:
                 rows.append(self.logits(adapted(tuple(cell.token for cell in cells), self.adapter)))
         return np.stack(rows) if rows else np.empty((0, self.info.n_vocab), np.float32)
@@ -267,15 +262,12 @@ class FakeLlama:
         assert source != target
         assert length <= len(held), f"copy {length} of {len(held)} cells"
         assert not self._sequences.get(target), f"target {target} is not empty"
-        for cell in held[:length]:
-            cell.sequences.add(target)
-        self._sequences[target] = held[:length]
+        n_hollow = max(0, len(held) - self.window)
+        self._sequences[target] = [replace(cell, hollow=i < n_hollow) for i, cell in enumerate(held[:length])]
 
     def remove(self, seq_id: int, start: int = 0, end: int = -1) -> None:
         held = self._sequences.get(seq_id, [])
         assert end in (-1, len(held)), "the fake removes tails only"
-        for cell in held[start:]:
-            cell.sequences.discard(seq_id)
         self._sequences[seq_id] = held[:start]
 
     def is_whole(self, seq_id: int, length: int) -> bool:
@@ -296,7 +288,7 @@ class FakeLlama:
             return False
         names = (*self.info.adapters, None)
         n_hollow = max(0, len(pairs) - self.window)
-        cells = [_Cell(token, names[a], {seq_id}, i < n_hollow) for i, (token, a) in enumerate(pairs)]
+        cells = [_Cell(token, names[a], i < n_hollow) for i, (token, a) in enumerate(pairs)]
         self._sequences[seq_id] = cells
         self.remove(seq_id, length)
         if not self.is_whole(seq_id, length):

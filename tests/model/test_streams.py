@@ -1,0 +1,114 @@
+"""Streams on the real model: a token's bits depend on its own sequence alone, and memory is taken for tokens only.
+
+The default model's file: of Q8_0 and Q4_0 weights llama.cpp computes one row and several alike, bit for bit.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import psutil
+import pytest
+
+from models.store.store import StoredModel
+from runtime.llama.interface import Batch
+from runtime.llama.model import Llama, LoadOptions, load
+from runtime.scheduling.prefix_cache import ALIGN
+
+pytestmark = pytest.mark.model
+
+WINDOW = 512  # Gemma 3's
+
+
+@pytest.fixture(scope="module")
+def loaded(email_triage: StoredModel) -> Llama:
+    return load(email_triage.gguf, LoadOptions(n_ctx=8192, n_batch=256, n_seq_max=8, n_threads=1, streams=True))
+
+
+@pytest.fixture
+def llama(loaded: Llama) -> Llama:
+    loaded.clear()
+    return loaded
+
+
+def tokens(n_tokens: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1000, 12000, n_tokens).astype(np.int32)
+
+
+def decode(llama: Llama, *parts: tuple[int, int, np.ndarray]) -> np.ndarray:
+    """The logits after the last token of each part: (sequence id, position, tokens)."""
+    batch = Batch(
+        np.concatenate([part for _, _, part in parts]),
+        np.concatenate([np.arange(start, start + len(part), dtype=np.int32) for _, start, part in parts]),
+        np.concatenate([np.full(len(part), seq_id, np.int32) for seq_id, _, part in parts]),
+        np.concatenate([np.arange(len(part)) == len(part) - 1 for _, _, part in parts]),
+    )
+    return np.array(llama.decode(batch))
+
+
+def compute(llama: Llama, seq_id: int, start: int, part: np.ndarray, cuts: Iterable[int] = ()) -> np.ndarray:
+    """The logits after `part`, computed in pieces that end at `cuts` and at every 256 tokens."""
+    ends = sorted({*cuts, *range(256, len(part), 256), len(part)})
+    for at, end in zip([0, *ends], ends, strict=False):
+        logits = decode(llama, (seq_id, start + at, part[at:end]))
+    return np.array(logits[0])
+
+
+@pytest.mark.parametrize("cuts", [(2,), (100, 102), (298,), (128, 256)])
+def test_a_prompt_has_the_same_bits_however_it_is_cut_and_wherever_it_lies(llama: Llama, cuts: tuple[int, ...]) -> None:
+    prompt = tokens(300)
+    expected = compute(llama, 0, 0, prompt)
+    compute(llama, 1, 0, tokens(200, 1))
+    assert np.array_equal(compute(llama, 5, 0, prompt, cuts), expected)
+
+
+def test_an_answer_has_the_same_bits_beside_others(llama: Llama) -> None:
+    prompt, said = tokens(100), tokens(3, 1)
+    compute(llama, 0, 0, prompt)
+    alone = [decode(llama, (0, 100 + k, said[k : k + 1]))[0] for k in range(3)]
+    for seq_id in range(8):
+        compute(llama, seq_id, 0 if seq_id else 103, prompt if seq_id == 4 else tokens(40 + seq_id, seq_id))
+    for k, others in enumerate(([2, 3, 5], [], [0, 1, 2, 3, 5, 6, 7])):
+        at = {seq_id: 40 + seq_id if seq_id else 143 for seq_id in others}
+        for seq_id in others:
+            llama.remove(seq_id, at[seq_id])
+        rows = sorted([(4, 100 + k, said[k : k + 1]), *((s, at[s], tokens(1, s)) for s in others)], key=lambda r: r[0])
+        place = [row[0] for row in rows].index(4)
+        assert np.array_equal(decode(llama, *rows)[place], alone[k])
+
+
+@pytest.mark.parametrize(("whole", "length"), [(300, 300), (WINDOW, 290), (600, 576), (1000, 960)])
+def test_a_copy_and_a_snapshot_continue_with_the_same_bits(llama: Llama, whole: int, length: int) -> None:
+    prompt, more = tokens(whole), tokens(20, 1)
+    compute(llama, 0, 0, prompt)
+    if whole > WINDOW:
+        assert length % ALIGN == 0
+        llama.remove(0, length)
+    llama.copy_prefix(0, 3, length)
+    assert llama.is_whole(3, length)
+    assert llama.restore(6, llama.save(0), length)
+    llama.remove(0, length)
+    expected = compute(llama, 0, length, more)
+    assert np.array_equal(compute(llama, 3, length, more), expected)
+    assert np.array_equal(compute(llama, 6, length, more), expected)
+
+
+def test_a_copy_follows_what_its_source_has_become(llama: Llama) -> None:
+    compute(llama, 0, 0, tokens(100))
+    llama.copy_prefix(0, 1, 100)
+    llama.remove(0, 50)
+    compute(llama, 0, 50, tokens(30, 1))
+    llama.copy_prefix(0, 2, 80)
+    more = tokens(10, 2)
+    assert np.array_equal(compute(llama, 2, 80, more), compute(llama, 0, 80, more))
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="pages are given back on Linux only")
+def test_eight_streams_of_8192_cells_take_memory_for_their_tokens_only(llama: Llama) -> None:
+    every_cell = 8 * 8192 * 18 * 2 * 256 * 2  # layers, keys and values, width, float16
+    before = psutil.Process().memory_info().rss
+    for seq_id in range(8):
+        compute(llama, seq_id, 0, tokens(64, seq_id))
+    held = psutil.Process().memory_info().rss
+    llama.clear()
+    assert held - before < every_cell / 4
+    assert psutil.Process().memory_info().rss < before + (held - before) / 2
