@@ -71,6 +71,7 @@ class Engine:
             step_tokens=min(options.step_tokens, info.n_batch),
             max_running=min(options.max_running, info.n_seq_max),
             max_rows=options.max_rows,
+            row_group=1 if options.fast else info.row_group,
             keep_prompts=options.keep_prefixes,
             keep_answers=options.fast,
         )

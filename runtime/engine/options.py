@@ -26,7 +26,7 @@ class EngineOptions:
     snapshots in at most `snapshot_bytes` of memory (0: none).
 
     The same request gets the same logits, bit for bit, on one machine with one model and these options, beside any
-    others and with anything cached (for the weights that README names, on a CPU, in streams). A `fast` engine
+    others and with anything cached, where the model computes in streams on a CPU. A `fast` engine
     gives it up: later prompts begin with cells computed as an answer's, texts are embedded together, and an answer that
     copies its input has at most `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay).
     """

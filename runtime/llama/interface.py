@@ -22,6 +22,7 @@ class ModelInfo:
     The `embed_…` fields bound `LlamaLike.embed` alike; a text of at most `embed_n_ctx` tokens can be embedded.
     `pooling` says which of a text's rows, each `n_embd` wide, make up its vector.
     `adapters` are the names of the LoRA adapters that are loaded with it.
+    A chunk of several tokens has the same bits however it is cut if it is filled up to a multiple of `row_group`.
     A snapshot of at most `cut_limit` tokens can be restored cut shorter, a longer one at its own length only (None:
     there are no snapshots).
     """
@@ -47,6 +48,7 @@ class ModelInfo:
     pooling: Pooling = "mean"
     adapters: tuple[str, ...] = ()
     cut_limit: int | None = None
+    row_group: int = 1
 
 
 class TokenizerLike(Protocol):

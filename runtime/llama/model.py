@@ -28,7 +28,7 @@ from runtime.prefill.build import Unavailable
 from runtime.prefill.library import OFF
 from runtime.prefill.prompts import MIN_ROWS, Prefill, Prompts, describe, prepare
 
-from .decode import BatchArrays, decode_error
+from .decode import BatchArrays, decode_error, neighbour, row_group, rows_can_be_alone, with_company
 from .embeddings import EmbedContext, embed_info
 from .ggml import Ggml, lazy_buffers
 from .handle import AMX_UNUSED, ModelHandle, system_info
@@ -40,6 +40,8 @@ _log = logging.getLogger("deskside.llama")
 
 MAX_SEQUENCES = 256
 PROBE_TOKENS = 96
+# Cells of a stream beyond the context, for tokens that fill up a chunk at its end.
+SPARE_CELLS = 256
 _NOTABLE_FEATURES = (
     *("AVX2", "AVX512", "AVX512_VNNI", "AVX_VNNI", "AMX_INT8", AMX_UNUSED, "FMA"),
     *("NEON", "DOTPROD", "SVE", "BLAS"),
@@ -82,17 +84,18 @@ class Llama:
         # llama.cpp aborts the process if it may not give each sequence a row.
         n_outputs = max(options.n_outputs or 0, options.n_seq_max)
         self._adapters = Adapters(model, options.adapters)
-        with lazy_buffers(wanted=options.streams and gpu_layers == 0) as self._lazy:
-            self._context = _new_context(model, path, options, n_outputs, streams=self._lazy)
+        with lazy_buffers(wanted=options.streams and gpu_layers == 0) as self.has_streams:
+            self._context = _new_context(model, path, options, n_outputs, streams=self.has_streams)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._finalizer = weakref.finalize(self, llama_cpp.llama_free, self._context)
         self._finalizer.atexit = False
         self._n_outputs = n_outputs
         self.tokenizer = Tokenizer(model)
-        self.info = _info(model, self._context, options, gpu_layers)
+        self.info = _info(model, self._context, options, gpu_layers, spare=SPARE_CELLS if self.has_streams else 0)
         self._window = llama_cpp.llama_model_n_swa(model.pointer)  # 0: every layer looks at every token
         self._arrays = BatchArrays(options.n_batch)
         self._model = model
+        self.lone_rows = True
         self._embedder: EmbedContext | None = None
         self._copied: tuple[int, np.ndarray] | None = None
 
@@ -110,9 +113,15 @@ class Llama:
         if n_rows > self._n_outputs:
             raise BatchInvalid(f"a batch with {n_rows} rows of logits, limit {self._n_outputs}")
         self._copied = None
+        company = None if self.lone_rows or n_tokens > 1 else neighbour(int(batch.seq_ids[0]), self.info.n_seq_max)
+        if company is not None:
+            n_held = llama_cpp.llama_memory_seq_pos_max(self._memory, company) + 1
+            batch = with_company(batch, company, n_held)
         code = llama_cpp.llama_decode(self._context, self._arrays.fill(batch))
         if code != 0:
             raise decode_error(code, n_tokens)
+        if company is not None:
+            self.remove(company, n_held)
         if n_rows == 0:
             return np.empty((0, self.info.n_vocab), np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (n_rows, self.info.n_vocab))
@@ -140,7 +149,7 @@ class Llama:
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Give `target`, an empty sequence, the first `length` tokens of `source`; the caller checks `is_whole`."""
         self._require_open()
-        if not self._lazy:
+        if not self.has_streams:
             llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, length)
             return
         if self._copied is None or self._copied[0] != source:
@@ -189,7 +198,7 @@ class Llama:
         """Empty the KV cache; with `streams` its memory goes back to the system."""
         self._require_open()
         self._copied = None
-        llama_cpp.llama_memory_clear(self._memory, self._lazy)
+        llama_cpp.llama_memory_clear(self._memory, self.has_streams)
 
     def close(self) -> None:
         """Free the context; the weights follow with the last reference to the tokenizer. Closing twice is harmless."""
@@ -231,7 +240,12 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
     _require_decoder(model, path)
     prompts = _own_products(path, options, gpu_layers)
     if prompts is None:
-        return Llama(model, path, options, gpu_layers)
+        llama = Llama(model, path, options, gpu_layers)
+        if llama.has_streams:
+            llama.info = replace(llama.info, row_group=row_group(llama))
+            llama.lone_rows = options.n_seq_max == 1 or rows_can_be_alone(llama)
+            llama.clear()
+        return llama
     model.before_free.append(prompts.panels.close)
     with prompts.panels.binding():
         llama = Llama(model, path, options, gpu_layers)
@@ -310,7 +324,7 @@ def _new_context(model: ModelHandle, path: Path, options: LoadOptions, n_outputs
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = options.n_ctx
     if streams:
-        params.n_ctx = options.n_ctx * options.n_seq_max
+        params.n_ctx = (options.n_ctx + SPARE_CELLS) * options.n_seq_max
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.n_batch = params.n_ubatch = options.n_batch
     params.n_seq_max = options.n_seq_max
@@ -322,11 +336,11 @@ def _new_context(model: ModelHandle, path: Path, options: LoadOptions, n_outputs
     return model.context(params, repr(str(path)))
 
 
-def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers: int) -> ModelInfo:
+def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers: int, *, spare: int) -> ModelInfo:
     metadata = model.metadata()
     return ModelInfo(
         n_vocab=llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model.pointer)),
-        n_ctx=llama_cpp.llama_n_ctx_seq(context),
+        n_ctx=llama_cpp.llama_n_ctx_seq(context) - spare,
         n_ctx_train=model.n_ctx_train,
         n_seq_max=options.n_seq_max,
         n_batch=llama_cpp.llama_n_batch(context),

@@ -13,6 +13,8 @@ import numpy as np
 
 from runtime.requests import Event
 
+# Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
+HEADROOM_TOKENS = 16
 # Chunks of at most so many tokens are computed together. A longer one keeps the processor busy alone.
 SHORT_TOKENS = 16
 
@@ -101,6 +103,12 @@ class ScheduledSequence:
         return (
             StepKind.ROWS if self.n_wanted == 1 else StepKind.SHORT if self.n_wanted <= SHORT_TOKENS else StepKind.LONG
         )
+
+    @property
+    def n_outstanding(self) -> int:
+        """Cells that it will soon need: the rest of its prompt and a bit of its answer."""
+        answer = self.max_tokens - self.n_generated
+        return len(self.tokens) - self.n_computed + min(answer, HEADROOM_TOKENS)
 
     @property
     def row_from(self) -> int:

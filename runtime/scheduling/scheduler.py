@@ -33,8 +33,6 @@ from .radix_tree import RadixTree
 HOLD_BACK_TOKENS = 32
 # Held-back sequences that others may overtake in one step: bounds the look-ups.
 LOOK_PAST = 8
-# Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
-HEADROOM_TOKENS = 16
 # Where the real cache has room for fewer tokens than this, they are computed as they fit. Their last bits may differ.
 SMALL_STEP = 3
 # An adapter's turn lasts until this many tokens were computed, a step counting as `STEP_TOKENS` at least: four steps of
@@ -49,8 +47,9 @@ class Scheduler:
     """Plans steps of at most `step_tokens` tokens for at most `max_running` sequences at a time.
 
     A step gives at most `max_rows` rows of logits (None: as many as it has tokens), which must be at least
-    `max_running`. What a finished sequence computed as a prompt is kept for others to share (`keep_prompts`), and what
-    it computed as an answer if `keep_answers`: that differs in its last bits from the same tokens in a prompt.
+    `max_running`. Chunks of several tokens are filled up to a multiple of `row_group`. What a finished sequence
+    computed as a prompt is kept for others to share (`keep_prompts`), and what it computed as an answer if
+    `keep_answers`: that differs in its last bits from the same tokens in a prompt.
 
     Follow each `plan` with `commit` (computed), `shrink` (no room in the real cache) or `isolate` (malformed).
     """
@@ -62,16 +61,18 @@ class Scheduler:
         step_tokens: int,
         max_running: int,
         max_rows: int | None = None,
+        row_group: int = 1,
         keep_prompts: bool = True,
         keep_answers: bool = False,
     ) -> None:
         self._cache = cache
-        self._step_tokens = step_tokens
+        self._step_tokens = max(step_tokens - step_tokens % row_group, min(step_tokens, SMALL_STEP))
+        self._row_group = row_group
         self._max_running = max_running
         self._max_rows = step_tokens if max_rows is None else max_rows
         self._keep_prompts = keep_prompts
         self._keep_answers = keep_answers
-        self._limit = step_tokens
+        self._limit = self._step_tokens
         self._tokens: dict[int, np.ndarray] = {}
         self._promised = RadixTree()  # by arrival: the running sequences' prompts, computed already or soon
         self._by_arrival: dict[int, ScheduledSequence] = {}
@@ -238,19 +239,26 @@ class Scheduler:
 
     def _long_chunk(self, sequences: list[ScheduledSequence]) -> list[Chunk]:
         """A chunk of the oldest that fits."""
-        return [chunk] if (chunk := next(filter(None, (self._chunk(one, []) for one in sequences)), None)) else []
+        chunk = next(filter(None, (self._chunk(sequence, []) for sequence in sequences)), None)
+        return [] if chunk is None else self._filled([chunk])
 
     def _short_chunks(self, sequences: list[ScheduledSequence]) -> list[Chunk]:
         """The next chunk of as many as fit, those that wait longest first, filled up to the longest of them."""
         chunks: list[Chunk] = []
         for sequence in sorted(sequences, key=lambda sequence: self._last_step.get(sequence.arrival, 0)):
             widths = [sequence.n_wanted, *(chunk.count for chunk in chunks)]
-            if max(widths) > 2 * min(widths) + 2 or (chunks and len(widths) * max(widths) > self._limit):
+            if max(widths) > 2 * min(widths) + 2 or (chunks and len(widths) * self._width(max(widths)) > self._limit):
                 continue
             if chunk := self._chunk(sequence, chunks):
                 chunks.append(chunk)
-        longest = max((chunk.count for chunk in chunks), default=0)
-        return [replace(chunk, n_pad=longest - chunk.count) for chunk in chunks]
+        return self._filled(chunks)
+
+    def _filled(self, chunks: list[Chunk]) -> list[Chunk]:
+        width = self._width(max((chunk.count for chunk in chunks), default=1))
+        return [replace(chunk, n_pad=width - chunk.count) for chunk in chunks]
+
+    def _width(self, count: int) -> int:
+        return count if count == 1 else -(-count // self._row_group) * self._row_group
 
     def _join_waiting(self) -> None:
         """Move waiting sequences to the running, as streams and cells allow; one if the real cache was full."""
@@ -311,7 +319,7 @@ class Scheduler:
 
     def _join(self, sequence: ScheduledSequence, match: Match) -> bool:
         """Move `sequence` to the running if there is a stream and, unless it would run alone, room for its tokens."""
-        needed = len(sequence.tokens) + sum(map(_outstanding, self.running))
+        needed = len(sequence.tokens) + sum(running.n_outstanding for running in self.running)
         if self.running and not self._cache.can_hold(needed):
             return False
         tokens = self._tokens[sequence.arrival][: sequence.n_base]
@@ -390,9 +398,3 @@ class AdapterRotation:
 
 def _arrival(sequence: ScheduledSequence) -> int:
     return sequence.arrival
-
-
-def _outstanding(sequence: ScheduledSequence) -> int:
-    """Cells that a running sequence will soon need: the rest of its prompt and a bit of its answer."""
-    answer = sequence.max_tokens - sequence.n_generated
-    return len(sequence.tokens) - sequence.n_computed + min(answer, HEADROOM_TOKENS)

@@ -98,10 +98,14 @@ def test_decisions_and_embeddings_repeat_alone_and_beside_others(
     assert asyncio.run(at_once(asked, some)) == first
 
 
-def test_prompts_beyond_the_window_repeat_after_any_other(email_triage: StoredModel, mails: list[str]) -> None:
+@pytest.mark.parametrize("name", ["email-triage", "gemma-3-270m"])
+def test_prompts_beyond_the_window_repeat_after_any_other(
+    name: str, email_triage: StoredModel, base_gguf: Path, mails: list[str]
+) -> None:
+    """The base's file is Q4_K_M, whose products of one row and of many round apart."""
     options = EngineOptions(max_running=4, snapshot_bytes=1 << 28)
-    load_options = LoadOptions(n_ctx=2048, n_batch=256, n_seq_max=4, n_outputs=8, n_threads=1, streams=True)
-    llama = load(email_triage.gguf, load_options)
+    load_options = LoadOptions(n_ctx=4096, n_batch=256, n_seq_max=4, n_outputs=8, n_threads=1, streams=True)
+    llama = load(email_triage.gguf if name == "email-triage" else base_gguf, load_options)
     engine = Engine(llama, options)
     params = SamplingParams(8, temperature=0.7, seed=7, logprobs=3, ignore_eos=True)
     prompts = ["\n\n".join([*mails[:6], mail]) for mail in mails[:3]]
@@ -109,7 +113,7 @@ def test_prompts_beyond_the_window_repeat_after_any_other(email_triage: StoredMo
         Request(str(i), tuple(llama.tokenizer.encode(prompt, add_special=True, parse_special=False)), params)
         for i, prompt in enumerate(prompts)
     ]
-    assert all(600 < len(request.prompt) < 2000 for request in asked)
+    assert all(512 < len(request.prompt) < 4000 for request in asked)
     try:
         alone = [answers(engine, request) for request in asked]
         llama.clear()

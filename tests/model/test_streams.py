@@ -1,9 +1,11 @@
 """Streams on the real model: a token's bits depend on its own sequence alone, and memory is taken for tokens only.
 
-The default model's file: of Q8_0 and Q4_0 weights llama.cpp computes one row and several alike, bit for bit.
+Of the default model's Q8_0 and Q4_0 weights llama.cpp computes any number of rows alike; of the base's Q4_K and Q6_K
+it does so in groups of 16, up to which chunks are filled.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -19,9 +21,12 @@ pytestmark = pytest.mark.model
 WINDOW = 512  # Gemma 3's
 
 
-@pytest.fixture(scope="module")
-def loaded(email_triage: StoredModel) -> Llama:
-    return load(email_triage.gguf, LoadOptions(n_ctx=8192, n_batch=256, n_seq_max=8, n_threads=1, streams=True))
+OPTIONS = LoadOptions(n_ctx=8192, n_batch=256, n_seq_max=8, n_threads=1, streams=True)
+
+
+@pytest.fixture(scope="module", params=["email-triage", "base"])
+def loaded(request: pytest.FixtureRequest, email_triage: StoredModel, base_gguf: Path) -> Llama:
+    return load(email_triage.gguf if request.param == "email-triage" else base_gguf, OPTIONS)
 
 
 @pytest.fixture
@@ -35,14 +40,24 @@ def tokens(n_tokens: int, seed: int = 0) -> np.ndarray:
 
 
 def decode(llama: Llama, *parts: tuple[int, int, np.ndarray]) -> np.ndarray:
-    """The logits after the last token of each part: (sequence id, position, tokens)."""
+    """The logits after the last token of each part: (sequence id, position, tokens), filled up as the engine does."""
+    group = llama.info.row_group
+    widths = [len(part) if len(part) == 1 else -(-len(part) // group) * group for _, _, part in parts]
     batch = Batch(
-        np.concatenate([part for _, _, part in parts]),
-        np.concatenate([np.arange(start, start + len(part), dtype=np.int32) for _, start, part in parts]),
-        np.concatenate([np.full(len(part), seq_id, np.int32) for seq_id, _, part in parts]),
-        np.concatenate([np.arange(len(part)) == len(part) - 1 for _, _, part in parts]),
+        np.concatenate([np.resize(part, width) for (_, _, part), width in zip(parts, widths, strict=True)]),
+        np.concatenate([np.arange(p[1], p[1] + width, dtype=np.int32) for p, width in zip(parts, widths, strict=True)]),
+        np.concatenate([np.full(width, p[0], np.int32) for p, width in zip(parts, widths, strict=True)]),
+        np.concatenate([np.arange(width) == len(p[2]) - 1 for p, width in zip(parts, widths, strict=True)]),
     )
-    return np.array(llama.decode(batch))
+    logits = np.array(llama.decode(batch))
+    for seq_id, start, part in parts:
+        llama.remove(seq_id, start + len(part))
+    return logits
+
+
+def test_the_rows_computed_together_are_found_out(loaded: Llama, email_triage: StoredModel) -> None:
+    assert loaded.info.row_group == (1 if loaded.info.size_bytes < email_triage.gguf.stat().st_size else 16)
+    assert loaded.lone_rows
 
 
 def compute(llama: Llama, seq_id: int, start: int, part: np.ndarray, cuts: Iterable[int] = ()) -> np.ndarray:
@@ -67,7 +82,11 @@ def test_an_answer_has_the_same_bits_beside_others(llama: Llama) -> None:
     alone = [decode(llama, (0, 100 + k, said[k : k + 1]))[0] for k in range(3)]
     for seq_id in range(8):
         compute(llama, seq_id, 0 if seq_id else 103, prompt if seq_id == 4 else tokens(40 + seq_id, seq_id))
-    for k, others in enumerate(([2, 3, 5], [], [0, 1, 2, 3, 5, 6, 7])):
+    # Of K-quants, four rows and more round apart from fewer.
+    many: tuple[list[int], ...] = (
+        ([2, 3, 5], [], [0, 1, 2, 3, 5, 6, 7]) if llama.info.row_group == 1 else ([3, 5], [], [5])
+    )
+    for k, others in enumerate(many):
         at = {seq_id: 40 + seq_id if seq_id else 143 for seq_id in others}
         for seq_id in others:
             llama.remove(seq_id, at[seq_id])

@@ -130,7 +130,7 @@ def test_spread_rows_are_different_and_begin_with_the_first() -> None:
 def test_rows_are_the_models_after_exactly_those_tokens(work: TaskKind, shape: tuple[int, int, int]) -> None:
     together, n_ctx, n_batch = shape
     tasks = tasks_for(work)
-    llama = FakeLlama(n_ctx=n_ctx, n_seq_max=2 * together, n_batch=n_batch)
+    llama = FakeLlama(unified=True, n_ctx=n_ctx, n_seq_max=2 * together, n_batch=n_batch)
     answers, seen = passed(llama, tasks, together)
     rows = plan_rows(tasks)
     assert seen.keys() == {row.number for row in rows}
@@ -139,13 +139,13 @@ def test_rows_are_the_models_after_exactly_those_tokens(work: TaskKind, shape: t
         assert np.array_equal(seen[row.number], llama.logits(history))
     # llama.cpp aborts on more rows of logits than were reserved
     assert max(np.count_nonzero(batch.wants_logits) for batch in llama.batches) <= 2 * together
-    alone, _ = passed(FakeLlama(n_ctx=512, n_seq_max=2), tasks, 1)
+    alone, _ = passed(FakeLlama(unified=True, n_ctx=512, n_seq_max=2), tasks, 1)
     assert answers == alone
 
 
 def test_the_label_that_wins_is_the_likeliest_whole() -> None:
     tasks = tasks_for("classify")
-    llama = FakeLlama(n_ctx=4096)
+    llama = FakeLlama(unified=True, n_ctx=4096)
     answers, _ = passed(llama, tasks)
     for task, answer in zip(tasks.tasks, answers, strict=True):
         assert answer == ModelAnswer(max(LABELS, key=lambda label: logprob(llama, task.prompt, label)))
@@ -169,18 +169,18 @@ def share(llama: FakeLlama, history: tuple[int, ...]) -> np.ndarray:
 
 
 def test_what_is_written_is_greedy_and_ends_with_the_turn() -> None:
-    answers, _ = passed(FakeLlama(n_ctx=4096, script="Dear Ann,\nyes."), tasks_for("write"))
+    answers, _ = passed(FakeLlama(unified=True, n_ctx=4096, script="Dear Ann,\nyes."), tasks_for("write"))
     assert set(answers) == {ModelAnswer("Dear Ann,\nyes.")}
 
 
 def test_what_goes_on_for_ever_is_cut_off() -> None:
-    answers, _ = passed(FakeLlama(n_ctx=4096, script=lambda history: ord("a")), tasks_for("write"))
+    answers, _ = passed(FakeLlama(unified=True, n_ctx=4096, script=lambda history: ord("a")), tasks_for("write"))
     assert set(answers) == {ModelAnswer("a" * MAX_WRITTEN, cut_off=True)}
 
 
 def test_a_prompt_is_computed_once() -> None:
     tasks = tasks_for("classify")
-    llama = FakeLlama(n_ctx=4096)
+    llama = FakeLlama(unified=True, n_ctx=4096)
     passed(llama, tasks)
     n_computed = sum(len(batch.tokens) for batch in llama.batches)
     n_prompts = sum(len(task.prompt) for task in tasks.tasks)
@@ -198,14 +198,16 @@ def test_a_row_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return logits(self, history)
 
     monkeypatch.setattr(FakeLlama, "logits", counted)
-    passed(FakeLlama(n_ctx=4096), tasks)
+    passed(FakeLlama(unified=True, n_ctx=4096), tasks)
     assert len(asked) == len(set(asked)) > len(plan_rows(tasks))
 
 
 def test_an_example_as_long_as_the_context_fits() -> None:
     some = [replace(record, prompt=(ChatMessage("user", "x" * 150),)) for record in records()]
     tasks = tasks_for("write", some)
-    llama = FakeLlama(n_ctx=max(map(tasks.room, tasks.tasks)), n_seq_max=2, script=lambda history: ord("a"))
+    llama = FakeLlama(
+        unified=True, n_ctx=max(map(tasks.room, tasks.tasks)), n_seq_max=2, script=lambda history: ord("a")
+    )
     answers, _ = passed(llama, tasks)
     assert len(answers) == MIN_EXAMPLES
 
@@ -213,7 +215,12 @@ def test_an_example_as_long_as_the_context_fits() -> None:
 def test_progress_ends_with_all() -> None:
     told: list[tuple[int, int]] = []
     run_pass(
-        FakeLlama(n_ctx=4096), tasks_for("classify"), (), lambda row, logits: None, 8, lambda *step: told.append(step)
+        FakeLlama(unified=True, n_ctx=4096),
+        tasks_for("classify"),
+        (),
+        lambda row, logits: None,
+        8,
+        lambda *step: told.append(step),
     )
     assert told == [(0, 20), (8, 20), (16, 20), (20, 20)]
 
@@ -222,14 +229,14 @@ def test_progress_ends_with_all() -> None:
 def test_logits_that_are_no_numbers_are_an_error(work: TaskKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeLlama, "logits", lambda self, history: np.full(260, np.nan, np.float32))
     with pytest.raises(Exception, match="not numbers"):
-        run_pass(FakeLlama(n_ctx=4096), tasks_for(work), (), lambda row, logits: None)
+        run_pass(FakeLlama(unified=True, n_ctx=4096), tasks_for(work), (), lambda row, logits: None)
 
 
 def test_another_vocabulary_is_refused() -> None:
     with pytest.raises(MeasureFailed, match="the model has 261 tokens, the tasks were made for 260"):
-        run_pass(FakeLlama(more_specials=["<x>"]), tasks_for("write"), (), lambda row, logits: None)
+        run_pass(FakeLlama(unified=True, more_specials=["<x>"]), tasks_for("write"), (), lambda row, logits: None)
 
 
 def test_a_failed_decode_is_no_answer() -> None:
     with pytest.raises(DecodeFailed):
-        passed(FakeLlama(n_ctx=4096, fail_at={1: DecodeFailed("-3")}), tasks_for("classify"))
+        passed(FakeLlama(unified=True, n_ctx=4096, fail_at={1: DecodeFailed("-3")}), tasks_for("classify"))

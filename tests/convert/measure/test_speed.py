@@ -47,7 +47,7 @@ class Clock:
 )
 def test_every_example_is_computed_whole_and_in_order(work: LoadShape, limits: StepLimits) -> None:
     """The fake refuses a position out of order; here every cell, row and limit is counted."""
-    llama = FakeLlama(n_ctx=10_000, n_batch=limits.n_batch)
+    llama = FakeLlama(unified=True, n_ctx=10_000, n_batch=limits.n_batch)
     begun = rows = tokens = 0
     for step in itertools.islice(packed_steps(work, limits, llama.info.n_vocab), 40):
         for seq_id in step.begun:
@@ -71,7 +71,7 @@ def test_steps_are_filled() -> None:
 
 
 def test_rates_are_work_by_time() -> None:
-    llama = FakeLlama(n_ctx=2048, n_batch=110)
+    llama = FakeLlama(unified=True, n_ctx=2048, n_batch=110)
     meter = Meter(llama, 1.0, Clock(llama))
     assert meter.tokens_per_s(50, 4) == pytest.approx(110 / 120)
     assert meter.examples_per_s(LoadShape(50, 5), 4) == pytest.approx(110 / 120 / 55)
@@ -80,7 +80,7 @@ def test_rates_are_work_by_time() -> None:
 
 
 def test_a_measurement_goes_on_until_its_time_is_over_but_not_for_ever() -> None:
-    llama = FakeLlama(n_ctx=2048, n_batch=64)
+    llama = FakeLlama(unified=True, n_ctx=2048, n_batch=64)
     meter = Meter(llama, 100.0, Clock(llama))
     meter.tokens_per_s(50, 4)
     assert llama.decodes == 2
@@ -95,7 +95,7 @@ def test_a_measurement_goes_on_until_its_time_is_over_but_not_for_ever() -> None
 @pytest.mark.parametrize("seconds", [50.0, 400.0])
 def test_a_faster_file_is_not_timed_on_longer_texts(seconds: float) -> None:
     """A step takes the fake 14 s, so the time is over in the second answer, or in a much later one."""
-    llama = FakeLlama(n_ctx=2048, n_batch=80)
+    llama = FakeLlama(unified=True, n_ctx=2048, n_batch=80)
     meter = Meter(llama, 0.0, Clock(llama))
     meter.tokens_per_s(20, 4)
     held, before = llama.sequences, llama.decodes
@@ -111,7 +111,7 @@ def test_a_faster_file_is_not_timed_on_longer_texts(seconds: float) -> None:
 def test_every_shape_fits_the_cells(prompt: int, answer: int) -> None:
     """Of the widest decoding to the narrowest, with as many steps as there may be: the fake counts the cells."""
     how = ServingLoad("classify", prompt, answer)
-    llama = FakeLlama(n_ctx=how.context, n_batch=how.step_tokens, n_seq_max=2 * how.sequences)
+    llama = FakeLlama(unified=True, n_ctx=how.context, n_batch=how.step_tokens, n_seq_max=2 * how.sequences)
     meter = Meter(llama, 1e6, Clock(llama))
     meter._seconds = 1.0
     meter.warm_up()
@@ -125,7 +125,7 @@ def test_every_shape_fits_the_cells(prompt: int, answer: int) -> None:
 
 
 def test_one_round_measures_all_there_is() -> None:
-    llama = FakeLlama(n_ctx=8192)
+    llama = FakeLlama(unified=True, n_ctx=8192)
     prefill, examples, decode = measure(Meter(llama, 1.0, Clock(llama)), LoadShape(20, 2), 16, 3, (1, 8, 16))
     assert prefill > 0
     assert examples is not None

@@ -39,19 +39,21 @@ class _RoundedCell(_Cell):
 class RoundingLlama(FakeLlama):
     """Logits that depend on the arithmetic of the whole computation, as llama.cpp's do on a CPU with streams.
 
-    A token that is alone in its stream is computed in another way than several, and a batch is cut so that each
-    sequence has as many tokens as the shortest. Cells that come back from a snapshot beyond the window are summed up in
-    another order, unless they moved by a multiple of 64. An embedding depends on its batch's width and its place.
+    A token that is alone in its stream is computed in another way than several, and those of several beyond whole
+    groups of `row_group` rows in a third; a batch is cut so that each sequence has as many tokens as the shortest.
+    Cells that come back from a snapshot beyond the window are summed up in another order, unless they moved by a
+    multiple of 64. An embedding depends on its batch's width and its place.
     """
 
     def _store(self, batch: Batch, count: int) -> np.ndarray:
         rows = []
         tokens = list(zip(batch.tokens.tolist(), batch.seq_ids.tolist(), batch.wants_logits, strict=True))[:count]
-        for (token, seq_id, wanted), width in zip(tokens, widths(batch.seq_ids.tolist()), strict=False):
+        kinds = arithmetic(batch.seq_ids.tolist(), self.info.row_group)
+        for (token, seq_id, wanted), kind in zip(tokens, kinds, strict=False):
             cells = self._sequences.setdefault(seq_id, [])
             assert self.is_whole(seq_id, len(cells)), f"sequence {seq_id} looks at cells that are gone"
             before = cells[-1].rounding if cells and isinstance(cells[-1], _RoundedCell) else 0
-            rounding = hash((before, token, width > 1)) % 2**31
+            rounding = hash((before, token, kind)) % 2**31
             cells.append(_RoundedCell(token, self.adapter, rounding=rounding))
             if wanted:
                 history = adapted(tuple(cell.token for cell in cells), self.adapter)
@@ -83,14 +85,16 @@ class RoundingLlama(FakeLlama):
         return rows
 
 
-def widths(seq_ids: list[int]) -> list[int]:
-    """The tokens of the same sequence that each token of a batch is computed together with."""
+def arithmetic(seq_ids: list[int], row_group: int) -> list[int]:
+    """The way in which each token of a batch is computed: 0 alone, 1 in a whole group of rows, 2 beyond those."""
     left = Counter(seq_ids)
     found: dict[int, list[int]] = {seq_id: [] for seq_id in left}
     while left:
         shortest = min(left.values())
-        for seq_id in left:
-            found[seq_id] += [shortest] * shortest
+        n_rows = shortest * len(left)
+        for place, seq_id in enumerate(left):
+            rows = range(place * shortest, (place + 1) * shortest)
+            found[seq_id] += [0 if shortest == 1 else 1 + (row >= n_rows - n_rows % row_group) for row in rows]
         left = Counter({seq_id: n - shortest for seq_id, n in left.items() if n > shortest})
     return [found[seq_id].pop(0) for seq_id in seq_ids]
 
@@ -107,9 +111,15 @@ def scoring(name: str, *texts: str) -> Scoring:
 
 
 def engine_of(
-    *, fast: bool = False, step_tokens: int = 512, n_ctx: int = 2048, window: int | None = None, slots: int = 16
+    *,
+    fast: bool = False,
+    step_tokens: int = 512,
+    n_ctx: int = 2048,
+    window: int | None = None,
+    slots: int = 16,
+    row_group: int = 1,
 ) -> Engine:
-    llama = RoundingLlama(n_ctx=n_ctx, n_seq_max=slots, adapters=("a",), window=window)
+    llama = RoundingLlama(n_ctx=n_ctx, n_seq_max=slots, adapters=("a",), window=window, row_group=row_group)
     return Engine(llama, EngineOptions(step_tokens, slots, max_drafts=None, fast=fast, snapshot_bytes=1 << 20))
 
 
@@ -158,14 +168,14 @@ NEIGHBOURS: list[Work] = [
 ]
 
 
-@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize(("window", "row_group"), [(None, 1), (64, 1), (64, 16)])
 @pytest.mark.parametrize("slots", [3, 16])
 @pytest.mark.parametrize("asked", WORKS)
 def test_the_same_request_gets_the_same_answer_whatever_is_cached_or_beside_it(
-    asked: Work, slots: int, window: int | None
+    asked: Work, slots: int, window: int | None, row_group: int
 ) -> None:
-    first = answer(engine_of(window=window), asked)
-    engine = engine_of(window=window, slots=slots)
+    first = answer(engine_of(window=window, row_group=row_group), asked)
+    engine = engine_of(window=window, slots=slots, row_group=row_group)
     for _ in range(2):
         assert answer(engine, asked) == first
     for neighbour in NEIGHBOURS:  # what each leaves in the cache, and each beside it
@@ -207,13 +217,14 @@ def test_a_fast_engine_goes_on_from_cells_that_were_computed_as_an_answer() -> N
     texts=st.lists(st.text("ab", max_size=150), min_size=1, max_size=5),
     step_tokens=st.sampled_from([16, 40, 512]),
     window=st.sampled_from([None, 0, 64]),
+    row_group=st.sampled_from([1, 16]),
 )
 def test_any_order_of_any_prompts_gives_each_its_own_answer(
-    texts: list[str], step_tokens: int, window: int | None
+    texts: list[str], step_tokens: int, window: int | None, row_group: int
 ) -> None:
     asked = [mail(str(i), text or "a", shared=7) for i, text in enumerate(texts)]
-    alone = [answer(engine_of(window=window), one) for one in asked]
-    engine = engine_of(step_tokens=step_tokens, window=window)
+    alone = [answer(engine_of(window=window, row_group=row_group), one) for one in asked]
+    engine = engine_of(step_tokens=step_tokens, window=window, row_group=row_group)
     for one in asked:
         engine.add(one)
     events = finish(engine)

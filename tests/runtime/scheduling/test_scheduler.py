@@ -91,6 +91,24 @@ def test_short_ends_of_prompts_are_computed_together_and_filled_up() -> None:
     assert [(chunk.count, chunk.n_pad) for chunk in plan.chunks] == [(10, 0), (4, 6), (7, 3)]
 
 
+def test_chunks_are_filled_up_to_whole_groups_of_rows_within_a_step() -> None:
+    desk = Desk()
+    desk.scheduler = Scheduler(desk.cache, step_tokens=100, max_running=4, row_group=16)
+    long, *_ = desk.ask(150), desk.ask(4), desk.ask(7)
+    plan = desk.plan()
+    assert [(chunk.count, chunk.n_pad) for chunk in plan.chunks] == [(96, 0)], "100 holds six groups"
+    desk.scheduler.commit(plan)
+    plan = desk.plan()
+    assert [(chunk.count, chunk.n_pad) for chunk in plan.chunks] == [(4, 12), (7, 9)]
+    desk.scheduler.commit(plan)
+    for chunk in plan.chunks:
+        chunk.sequence.tokens.append(7)
+    assert [(chunk.count, chunk.n_pad) for chunk in desk.plan().chunks] == [(1, 0), (1, 0)]
+    desk.scheduler.commit(desk.plan())
+    assert [(chunk.count, chunk.n_pad) for chunk in desk.plan().chunks] == [(54, 10)]
+    assert long.n_computed == 96
+
+
 def test_one_much_longer_than_the_others_is_computed_alone() -> None:
     desk = Desk()
     desk.ask(3), desk.ask(15), desk.ask(4)

@@ -219,7 +219,7 @@ def test_killed_from_outside_while_it_decodes(tmp_path: Path) -> None:
     recipe = FakeRecipe(tmp_path, slots=2)
 
     async def work() -> None:
-        running = supervisor.submit(request("a", "W"), request("b"), request("c"))
+        running = supervisor.submit(request("a", "Wbc"), request("b"), request("c"))
         await until((tmp_path / "waits").exists)
         (tmp_path / "die").touch()
         os.kill(recipe.pids[0], signal.SIGKILL)

@@ -142,13 +142,16 @@ class FakeLlama:
         template: str = FAKE_TEMPLATE,
         more_specials: Sequence[str] = (),
         window: int | None = None,
+        row_group: int = 1,
+        unified: bool = False,
     ) -> None:
         self.window = n_ctx if window is None else window
+        self.unified = unified
         self.snapshots_refused = False
         self.saved = self.restored = 0
         self.tokenizer = FakeTokenizer(more_specials)
         info = fake_info(n_ctx, n_seq_max, n_batch, self.tokenizer.n_vocab, adapters, window)
-        self.info = replace(info, chat_template=template)
+        self.info = replace(info, chat_template=template, row_group=row_group)
         self.script = script
         self.fail_at = dict(fail_at or {})
         self.on_decode = on_decode
@@ -164,8 +167,8 @@ class FakeLlama:
 
     @property
     def used_cells(self) -> int:
-        """Cells that sequences hold."""
-        return sum(map(len, self._sequences.values()))
+        """Cells that sequences hold; a copy shares those of its source only if the cache is `unified`."""
+        return len({id(cell) for cells in self._sequences.values() for cell in cells})
 
     @property
     def sequences(self) -> dict[int, tuple[int, ...]]:
@@ -262,6 +265,9 @@ class FakeLlama:
         assert source != target
         assert length <= len(held), f"copy {length} of {len(held)} cells"
         assert not self._sequences.get(target), f"target {target} is not empty"
+        if self.unified:
+            self._sequences[target] = held[:length]
+            return
         n_hollow = max(0, len(held) - self.window)
         self._sequences[target] = [replace(cell, hollow=i < n_hollow) for i, cell in enumerate(held[:length])]
 
