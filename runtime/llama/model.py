@@ -59,7 +59,8 @@ class LoadOptions:
     `repack` lets llama.cpp copy weights into the form its fast kernels want. `long_prompts` lets it
     choose the rotary embeddings for long prompts where a model has two sets (see `rotations`). `adapters` are LoRA GGUF
     files for this model, by the name under which requests ask for them. `prefill` chooses the matrix products of
-    prompts: llama.cpp's ("stock"), Deskside's ("own"), or those that win a race ("auto").
+    prompts: llama.cpp's ("stock"), Deskside's ("own"), or those that win a race ("auto"). Streams that are not `exact`
+    use flash attention, which is faster.
     """
 
     n_ctx: int = 8192
@@ -74,6 +75,7 @@ class LoadOptions:
     adapters: Mapping[str, Path] = field(default_factory=dict)
     prefill: Prefill = "stock"
     streams: bool = False
+    exact: bool = True
 
 
 class Llama:
@@ -241,7 +243,7 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
     prompts = _own_products(path, options, gpu_layers)
     if prompts is None:
         llama = Llama(model, path, options, gpu_layers)
-        if llama.has_streams:
+        if llama.has_streams and options.exact:
             llama.info = replace(llama.info, row_group=row_group(llama))
             llama.lone_rows = options.n_seq_max == 1 or rows_can_be_alone(llama)
             llama.clear()
@@ -325,7 +327,8 @@ def _new_context(model: ModelHandle, path: Path, options: LoadOptions, n_outputs
     params.n_ctx = options.n_ctx
     if streams:
         params.n_ctx = (options.n_ctx + SPARE_CELLS) * options.n_seq_max
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if options.exact:
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.n_batch = params.n_ubatch = options.n_batch
     params.n_seq_max = options.n_seq_max
     params.n_outputs_max = n_outputs

@@ -144,5 +144,6 @@ def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str,
         adapters=adapters,
         prefill=config.prefill,
         streams=True,
+        exact=not config.fast,
     )
     return LlamaRecipe(stored.gguf, load, options)

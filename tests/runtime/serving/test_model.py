@@ -54,6 +54,7 @@ def test_the_fast_mode_reaches_the_engine_and_shows_in_the_fingerprint(recipe: F
     made = recipe_of(stored(recipe.folder), config, {})
     assert isinstance(made, LlamaRecipe)
     assert made.engine.fast
+    assert not made.load.exact
     model = served.load_model(stored(recipe.folder), config)
     model.supervisor.stop()
     assert model.fingerprint == "deskside-toy-fake-fast"
