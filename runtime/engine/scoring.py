@@ -5,7 +5,7 @@
                        └─ (the prompt's own sequence computes the first branch)
 
 A prompt begins as one sequence. Once that is computed it continues as the first branch, and the others join as
-sequences of their own, which share the prompt's cells like any request with that prefix: the scheduler sees nothing but
+sequences of their own, which copy the prompt's cells like any request with that prefix: the scheduler sees nothing but
 sequences. `ChoiceTree` decides which branches to compute, and reads the choices' probabilities from their logits. A
 request's prompts run a few at a time and queue behind requests that came meanwhile, so a request of hundreds delays no
 other for long.

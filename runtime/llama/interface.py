@@ -17,7 +17,7 @@ Pooling = Literal["mean", "cls", "last"]
 class ModelInfo:
     """A loaded model and its bounds. Sizes in tokens, except where a name gives another unit.
 
-    `n_ctx` counts the cells of the unified KV cache: all sequences together hold no more tokens than that.
+    `n_ctx` counts the cells of the KV cache: all sequences together hold no more tokens than that.
     `n_seq_max` bounds sequence ids (0 … n_seq_max-1), `n_batch` the tokens of one decode. `gpu_layers` -1 is all.
     The `embed_…` fields bound `LlamaLike.embed` alike; a text of at most `embed_n_ctx` tokens can be embedded.
     `pooling` says which of a text's rows, each `n_embd` wide, make up its vector.
@@ -137,7 +137,7 @@ class LlamaLike(Protocol):
         """
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Let `target`, an empty sequence, share the first `length` cells of `source`. Moves no data."""
+        """Give `target`, an empty sequence, the first `length` tokens of `source`; `is_whole` tells if it has them."""
 
     def remove(self, seq_id: int, start: int = 0, end: int = -1) -> None:
         """Take `seq_id` out of its cells at positions start … end-1 (-1: to the end)."""
