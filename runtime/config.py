@@ -3,9 +3,10 @@
 A new setting is one new field here, and nothing else.
 """
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from models.common.options import AutoFloat, AutoInt, AutoOffInt, Flag
 from models.common.record import Record
@@ -16,6 +17,10 @@ LogLevel = Annotated[
     Flag(metavar="LEVEL"),
 ]
 GibiBytes = Annotated[AutoFloat, Flag(metavar="auto|GIB", shown="auto")]
+
+
+def _expanded(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser()
 
 
 class EngineConfig(Record):
@@ -57,6 +62,13 @@ class EngineConfig(Record):
         ge=0,
         le=1 << 20,
         description="Memory for prefixes that left the KV cache, in GiB; auto: 1, or a tenth of what is free; 0: none.",
+    )
+    prefix_disk: Annotated[Path | None, AfterValidator(_expanded), Flag(metavar="DIR")] = Field(
+        default=None,
+        description="Folder for prefixes that outlive a restart; it may serve several servers. None by default.",
+    )
+    prefix_disk_size: Annotated[float, Flag(metavar="GIB")] = Field(
+        default=4.0, ge=0.001, le=1 << 20, description="Size of that folder, in GiB; least recently used prefixes go."
     )
 
     @model_validator(mode="after")

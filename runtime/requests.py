@@ -189,7 +189,8 @@ class EngineStats(PipeStruct, frozen=True):
 
     `step_seconds_total` is the wall-clock time of all steps; `decode_seconds_total` of it went into the model's decode,
     the rest into planning, sampling and emitting. `draft_tokens_total` speculative tokens were verified and
-    `draft_tokens_accepted_total` of them accepted. The supervisor counts `engine_restarts_total`.
+    `draft_tokens_accepted_total` of them accepted. Prefixes that left the KV cache take `snapshot_bytes`; on disk some
+    were `dropped` instead of written. The supervisor counts `engine_restarts_total`.
     """
 
     running: int = 0
@@ -205,4 +206,10 @@ class EngineStats(PipeStruct, frozen=True):
     step_seconds_total: float = 0.0
     draft_tokens_total: int = 0
     draft_tokens_accepted_total: int = 0
+    snapshot_bytes: int = 0
+    snapshots_restored_total: int = 0
+    disk_prefixes_written_total: int = 0
+    disk_prefixes_loaded_total: int = 0
+    disk_prefixes_dropped_total: int = 0
+    disk_prefixes_damaged_total: int = 0
     engine_restarts_total: int = 0

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from models.common.machine import mebibytes
-from models.common.options import JsonOption
+from models.common.options import JsonOption, variable
 from models.errors import DONE, SOME_FAILED
+from runtime.config import EngineConfig
 
-VARIABLE = "DESKSIDE_PREFIX_DISK"
+VARIABLE = str(variable(EngineConfig, "prefix_disk"))
 FolderArgument = Annotated[
     Path | None,
     typer.Argument(metavar="DIR", envvar=VARIABLE, help="The folder of `--prefix-disk`.", show_default=False),

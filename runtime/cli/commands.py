@@ -31,6 +31,7 @@ def serve_command(config: RuntimeConfig, models: ModelsArgument = None) -> None:
     """
     from runtime.server.serve import serve
 
+    _make_folder(config)
     serve(config, models or [DEFAULT_MODEL])
 
 
@@ -45,6 +46,7 @@ def batch_command(
     """Answer a file of requests. Rerun the same command to resume. Failed lines go to OUT.errors.jsonl (exit 3)."""
     from runtime.batch.run import run_files
 
+    _make_folder(engine)
     summary = run_files(source, output, model, RuntimeConfig(**dict(engine)))
     if as_json:
         print(json.dumps(summary), flush=True)
@@ -70,7 +72,16 @@ def chat_command(engine: EngineConfig, options: ChatOptions, model: ModelArgumen
     """Talk to a model. From a pipe: one message per line in, one answer per line out."""
     from .chat import chat_with
 
+    _make_folder(engine)
     chat_with(model, RuntimeConfig(**dict(engine)), options)
+
+
+def _make_folder(config: EngineConfig) -> None:
+    """Make the folder of `--prefix-disk` before anything is loaded. Raises LoadFailed if it cannot be written."""
+    if config.prefix_disk is not None:
+        from runtime.prefixes.folder import prepare
+
+        prepare(config.prefix_disk)
 
 
 def doctor_command(as_json: JsonOption = False) -> None:

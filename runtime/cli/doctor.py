@@ -143,7 +143,7 @@ def _existing(path: Path) -> Path:
 def llama_cpp_state() -> tuple[str, bool, str]:
     """(backend, True if it can offload to a GPU, the reason why llama.cpp cannot be loaded or an empty text)."""
     try:
-        from runtime.llama.model import describe_build
+        from runtime.llama.handle import describe_build
 
         return *describe_build(), ""
     except (ImportError, OSError, RuntimeError) as error:
@@ -151,7 +151,7 @@ def llama_cpp_state() -> tuple[str, bool, str]:
 
 
 def _prompts() -> str:
-    from runtime.llama.model import describe_prompts
+    from runtime.llama.handle import describe_prompts
 
     return describe_prompts()
 

@@ -27,14 +27,14 @@ from runtime.errors import (
     Cancelled,
     DecodeAborted,
     DecodeFailed,
-    EngineError,
     InvalidRequest,
     ModelUnknown,
     NoKvSlot,
 )
 from runtime.llama.interface import Batch, LlamaLike
+from runtime.prefixes.disk import DiskStore
 from runtime.requests import Embedding, EngineStats, Event, Failed, Request, Scoring, Work
-from runtime.scheduling.plan import Copy, Edit, Restore, Save, ScheduledSequence, StepPlan
+from runtime.scheduling.plan import Edit, ScheduledSequence, StepPlan
 from runtime.scheduling.prefix_cache import PrefixCache
 from runtime.scheduling.scheduler import Scheduler
 from runtime.scheduling.snapshots import Snapshots
@@ -42,6 +42,7 @@ from runtime.scheduling.snapshots import Snapshots
 from .drafts import Drafts
 from .embedding import Embedder
 from .job import ARRIVALS, Job, TokenCounts
+from .kv_cache import KvCache
 from .options import EngineOptions
 from .scoring import Scorer
 from .writing import Writer
@@ -50,7 +51,8 @@ from .writing import Writer
 class Engine:
     """Continuous batching over one `LlamaLike`; without `grammars` it takes no request with a grammar.
 
-    `clock`, in seconds, times steps and decodes: whether drafts pay depends on it, the text of an answer does not.
+    `clock`, in seconds, times steps and decodes: whether drafts pay depends on it, the text of an answer does not. With
+    `disk` prefixes outlive the engine, which closes it.
     """
 
     def __init__(
@@ -59,12 +61,13 @@ class Engine:
         options: EngineOptions | None = None,
         grammars: Grammars | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        disk: DiskStore | None = None,
     ) -> None:
         options = options or EngineOptions()
         info = llama.info
         self._llama = llama
-        self._snapshots = snapshots = _snapshots(options, info.cut_limit)
-        self._saved: dict[int, np.ndarray] = {}
+        self._snapshots = snapshots = _snapshots(options, info.cut_limit, keeps=disk is not None)
+        self._kv = KvCache(llama, snapshots, disk)
         self._cache = PrefixCache(info.n_ctx, info.n_seq_max, info.cut_limit, snapshots)
         self._scheduler = scheduler = Scheduler(
             self._cache,
@@ -94,6 +97,11 @@ class Engine:
     def has_work(self) -> bool:
         """True if `step` has something to do."""
         return any(job.live for job in self._jobs.values())
+
+    @property
+    def keeps(self) -> bool:
+        """True if prefixes outlive this engine, on disk."""
+        return self._kv.on_disk
 
     @property
     def failure(self) -> DecodeFailed | None:
@@ -155,6 +163,9 @@ class Engine:
             draft_tokens_accepted_total=0 if self._drafts is None else self._drafts.n_accepted,
             decode_seconds_total=self._decoding.total_s,
             step_seconds_total=self._stepping.total_s,
+            snapshot_bytes=0 if self._snapshots is None else self._snapshots.n_bytes,
+            snapshots_restored_total=self._kv.n_restored,
+            **self._kv.counts,
         )
 
     def check(self, held: Mapping[int, int]) -> None:
@@ -163,6 +174,7 @@ class Engine:
         `held` are the cells that each sequence id holds there; ids without any are left out.
         """
         self._cache.check()
+        self._kv.check()
         running = {sequence.seq_id for sequence in self._scheduler.running}
         residents = self._cache.residents
         assert running <= residents.keys(), "a running sequence is not in the cache"
@@ -172,10 +184,14 @@ class Engine:
         """Give the KV cache's memory back while there is nothing to do; what it holds is kept as snapshots."""
         if not self.has_work and self._failure is None and self._cache.evict_idle():
             self._edit(self._cache.take_edits())
-            self._llama.clear()
+            self._kv.clear()
 
     def close(self) -> None:
-        """Free the model. Cancel live requests first: closing emits no events."""
+        """Free the model. Cancel live requests first: closing emits no events. What is idle is kept on disk, if any."""
+        if self._failure is None and self.keeps:
+            self._cache.evict_idle()
+            self._edit(self._cache.take_edits())
+        self._kv.close()
         self._writer.close()
         self._llama.close()
 
@@ -245,49 +261,12 @@ class Engine:
 
     def _edit(self, edits: Sequence[Edit]) -> bool:
         """Carry out the edits. False if a sequence's cells are not whole after them: it is computed again."""
-        lost: dict[int, tuple[int | None, int | None]] = {}
-        wanted = {edit.snapshot for edit in edits if isinstance(edit, Restore)}
-        for edit in edits:
-            if isinstance(edit, Save):
-                self._save(edit, wanted)
-            elif isinstance(edit, Restore):
-                data = self._saved.get(edit.snapshot)
-                if data is None or not self._llama.restore(edit.seq_id, data, edit.length):
-                    lost[edit.seq_id] = (edit.snapshot, None)
-            elif isinstance(edit, Copy):
-                if edit.source not in lost:
-                    self._llama.copy_prefix(edit.source, edit.target, edit.length)
-                if edit.source in lost or not self._llama.is_whole(edit.target, edit.length):
-                    lost[edit.target] = (None, edit.source)
-            else:
-                self._llama.remove(edit.seq_id, edit.start)
-                lost.pop(edit.seq_id, None)
-                if edit.start and not self._llama.is_whole(edit.seq_id, edit.start):
-                    lost[edit.seq_id] = (None, None)
+        lost = self._kv.apply(edits)
         for seq_id, (snapshot, source) in lost.items():
             self._scheduler.lose(seq_id, snapshot, source)
-        if self._snapshots is not None and len(self._saved) > len(self._snapshots):
-            self._saved = {key: data for key, data in self._saved.items() if key in self._snapshots}
         if lost:
             self._edit(self._cache.take_edits())
         return not lost
-
-    def _save(self, save: Save, wanted: set[int]) -> None:
-        """Take a snapshot, if it still counts or is to be restored at once."""
-        assert self._snapshots is not None
-        if save.snapshot not in self._snapshots and save.snapshot not in wanted:
-            return
-        try:
-            if not self._llama.is_whole(save.seq_id, save.length):
-                raise EngineError("cells that left the window are gone")
-            self._saved[save.snapshot] = data = self._llama.save(save.seq_id)
-        except (EngineError, MemoryError):
-            self._snapshots.drop(save.snapshot)
-            return
-        self._snapshots.note_size(save.snapshot, data.nbytes)
-        for key in self._snapshots.bound():
-            if key not in wanted:
-                self._saved.pop(key, None)
 
     def _die(self, error: Exception) -> list[Event]:
         if not isinstance(error, DecodeFailed):
@@ -310,9 +289,9 @@ class Engine:
             raise self._failure
 
 
-def _snapshots(options: EngineOptions, cut_limit: int | None) -> Snapshots | None:
+def _snapshots(options: EngineOptions, cut_limit: int | None, *, keeps: bool) -> Snapshots | None:
     n_bytes = options.snapshot_bytes
-    return Snapshots(n_bytes, cut_limit) if n_bytes and cut_limit is not None else None
+    return Snapshots(n_bytes, cut_limit) if (n_bytes or keeps) and cut_limit is not None else None
 
 
 class Stopwatch:

@@ -2,11 +2,16 @@
 
 llama.cpp multiplies matrices by other sums where other numbers of rows are computed together: K-quants in groups of 16,
 the rest in other ways; float16 one row in another way than several. So that a token's bits do not depend on its
-company, chunks are filled up to such groups, and a row alone is given a neighbour. A few tokens show what is needed.
+company, chunks are filled up to such groups, and rows of answers to pairs of streams. A few tokens show what it takes.
+Four answers and more under K-quants differ from fewer all the same: to compute eight rows for one would cost too much.
+
+Where each sequence has a stream, llama.cpp computes together what lies in consecutive streams, in their order, and the
+next such run after it: the rows of a step come sorted, and small gaps between them are filled.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
 
 import numpy as np
 from llama_cpp import llama_cpp
@@ -51,9 +56,14 @@ def decode_error(code: int, n_tokens: int) -> EngineError:
     return kinds.get(code, DecodeFailed)(f"llama_decode gave {code} for a batch of {n_tokens} tokens")
 
 
-# Tried as `row_group`, and the tokens to try it with.
+# Tried as `row_group` and as `row_block`, and the tokens and rows to try them with.
 ROW_GROUPS = (1, 16)
+ROW_BLOCKS = (1, 2)
 TRIED_TOKENS = 19
+TRIED_ROWS = 2
+# Streams between two rows that are computed for nothing, sooner than to go through the weights twice: a step of one row
+# takes 15 ms, each more 3 ms (email-triage, two AVX2 cores).
+MAX_GAP = 3
 
 
 def row_group(llama: LlamaLike) -> int:
@@ -64,27 +74,55 @@ def row_group(llama: LlamaLike) -> int:
     return 1
 
 
-def rows_can_be_alone(llama: LlamaLike) -> bool:
-    """True if a row alone has the bits that it has beside another. Empties the cache."""
+def row_block(llama: LlamaLike, n_streams: int) -> int:
+    """The block of streams in which a row has the same bits alone and beside another. Empties the cache."""
+    streams = range(min(TRIED_ROWS, n_streams))
+    for block in ROW_BLOCKS:
+        alone, *beside = (*_rows(llama, streams[:1], block, n_streams), *_rows(llama, streams, block, n_streams))
+        if all(np.array_equal(row, alone) for row in beside):
+            return block
+    return 1
+
+
+def fillers(seq_ids: Sequence[int], block: int, n_streams: int) -> list[int]:
+    """The streams to compute beside those of a step's rows: the rest of their blocks, and small gaps between them."""
+    whole = sorted(
+        {
+            stream
+            for seq_id in seq_ids
+            for stream in range(seq_id - seq_id % block, min(seq_id - seq_id % block + block, n_streams))
+        }
+    )
+    gaps = [range(before + 1, after) for before, after in pairwise(whole) if after - before - 1 <= MAX_GAP]
+    return sorted({*whole, *chain.from_iterable(gaps)} - set(seq_ids))
+
+
+def with_company(batch: Batch, company: Mapping[int, int]) -> Batch:
+    """The batch of rows in the order of streams, with those at a position of other streams, which give no logits."""
+    added = np.fromiter(company, np.int32, len(company))
+    nothing = np.zeros(len(company), np.int32)
+    seq_ids = np.concatenate([batch.seq_ids, added])
+    order = np.argsort(seq_ids, kind="stable")
+    tokens = np.concatenate([batch.tokens, nothing])
+    positions = np.concatenate([batch.positions, np.fromiter(company.values(), np.int32, len(company))])
+    wants_logits = np.concatenate([batch.wants_logits, nothing])
+    return Batch(*(array[order] for array in (tokens, positions, seq_ids, wants_logits)))
+
+
+def _rows(llama: LlamaLike, streams: Sequence[int], block: int, n_streams: int) -> np.ndarray:
+    """The logits of the same row in each of the streams, computed together in whole blocks."""
     cut = TRIED_TOKENS - 1
-    alone = _last_row(llama, (cut,), 1)
-    _last_row(llama, (cut,), 1, end=cut)
-    token, place = np.array([cut * 7919 % llama.info.n_vocab], np.int32), np.array([cut], np.int32)
-    batch = with_company(Batch(token, place, np.zeros(1, np.int32), np.ones(1, np.int8)), 1, 0)
-    return np.array_equal(llama.decode(batch)[0], alone)
+    llama.clear()
+    for stream in streams:
+        places = np.arange(cut, dtype=np.int32)
+        llama.decode(Batch(_tried(llama, places), places, np.full(cut, stream, np.int32), places == cut - 1))
+    place = np.full(len(streams), cut, np.int32)
+    batch = Batch(_tried(llama, place), place, np.array(streams, np.int32), np.ones(len(streams), np.int8))
+    return np.array(llama.decode(with_company(batch, dict.fromkeys(fillers(streams, block, n_streams), 0))))
 
 
-def neighbour(seq_id: int, n_seq_max: int) -> int | None:
-    """A stream beside that of `seq_id`, with which it can be computed at once; None if there is only one."""
-    return seq_id + 1 if seq_id + 1 < n_seq_max else seq_id - 1 if seq_id else None
-
-
-def with_company(batch: Batch, seq_id: int, position: int) -> Batch:
-    """The batch of one row with a row of sequence `seq_id` at `position` beside it, which gives no logits."""
-    before = seq_id < batch.seq_ids[0]
-    added = (0, position, seq_id, 0)
-    arrays = (batch.tokens, batch.positions, batch.seq_ids, batch.wants_logits)
-    return Batch(*(np.insert(array, 0 if before else 1, value) for array, value in zip(arrays, added, strict=True)))
+def _tried(llama: LlamaLike, places: np.ndarray) -> np.ndarray:
+    return places * 7919 % llama.info.n_vocab
 
 
 def _last_row(llama: LlamaLike, cuts: Sequence[int], group: int, end: int = TRIED_TOKENS) -> np.ndarray:
@@ -97,7 +135,7 @@ def _last_row(llama: LlamaLike, cuts: Sequence[int], group: int, end: int = TRIE
         width = count if count == 1 else -(-count // group) * group
         places = np.arange(start, start + width, dtype=np.int32)
         wanted = places == stop - 1
-        batch = Batch(places * 7919 % llama.info.n_vocab, places, np.zeros(width, np.int32), wanted)
+        batch = Batch(_tried(llama, places), places, np.zeros(width, np.int32), wanted)
         row = np.array(llama.decode(batch)[0])
         llama.remove(0, stop)
     return row

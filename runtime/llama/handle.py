@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import llama_cpp as binding
 from llama_cpp import llama_cpp
 
 from runtime.errors import LoadFailed
+from runtime.prefill.prompts import describe
 
 from .rotations import keep_short, short_set
 
@@ -63,6 +65,10 @@ _GGUF_MAGIC = b"GGUF"
 _BUILT_FOR_AMX = "AMX_INT8 = 1"
 _AMX_MENDED = "deskside_amx_mended"  # the symbol that `amx.h` leaves in a library
 AMX_UNUSED = "AMX unused"
+_NOTABLE_FEATURES = (
+    *("AVX2", "AVX512", "AVX512_VNNI", "AVX_VNNI", "AMX_INT8", AMX_UNUSED, "FMA"),
+    *("NEON", "DOTPROD", "SVE", "BLAS"),
+)
 
 
 class ModelHandle:
@@ -164,3 +170,31 @@ def _text(function: Callable[..., int], *arguments: object) -> str:
         if length < room:
             return buffer.value.decode(errors="replace")
         room = length + 1
+
+
+def backend_name(line: str, *, offloads: bool) -> str:
+    """`CPU (AVX2, FMA)` or `CUDA + CPU (…)` from llama.cpp's line: `CPU : SSE3 = 1 | AVX2 = 1 | …`."""
+    fields = [field.strip() for field in line.split("|")]
+    devices = [field.partition(" : ")[0] for field in fields if " : " in field]
+    on = {field.rpartition(" : ")[2].removesuffix(" = 1") for field in fields if field.endswith(" = 1")}
+    features = ", ".join(feature for feature in _NOTABLE_FEATURES if feature in on)
+    gpus = [device for device in devices if device != "CPU"] if offloads else []
+    return " + ".join([*gpus, f"CPU ({features})" if features else "CPU"])
+
+
+def library_release() -> str:
+    """The library that computes, and its release."""
+    return f"llama-cpp-python {binding.__version__}"
+
+
+def describe_build() -> tuple[str, bool]:
+    """(the backend a model would run on, True if layers can be offloaded to a GPU)."""
+    offloads = bool(llama_cpp.llama_supports_gpu_offload())
+    return backend_name(system_info(), offloads=offloads), offloads
+
+
+def describe_prompts() -> str:
+    """The matrix products that compute prompts on this machine, in one line."""
+    if llama_cpp.llama_supports_gpu_offload() or "AMX_INT8 = 1" in system_info():
+        return "by llama.cpp: it uses a GPU or AMX here"
+    return describe(binding.__version__)

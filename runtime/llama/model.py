@@ -14,7 +14,7 @@ import ctypes
 import logging
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,12 +26,12 @@ from models.common.machine import physical_cores
 from runtime.errors import BatchInvalid, EngineError, LoadFailed
 from runtime.prefill.build import Unavailable
 from runtime.prefill.library import OFF
-from runtime.prefill.prompts import MIN_ROWS, Prefill, Prompts, describe, prepare
+from runtime.prefill.prompts import FEWEST_ROWS, MIN_ROWS, Prefill, Prompts, prepare
 
-from .decode import BatchArrays, decode_error, neighbour, row_group, rows_can_be_alone, with_company
+from .decode import ROW_BLOCKS, BatchArrays, decode_error, fillers, row_block, row_group, with_company
 from .embeddings import EmbedContext, embed_info
 from .ggml import Ggml, lazy_buffers
-from .handle import AMX_UNUSED, ModelHandle, system_info
+from .handle import ModelHandle, backend_name, system_info
 from .interface import Batch, ModelInfo
 from .lora import Adapters
 from .tokenizer import Tokenizer
@@ -42,10 +42,6 @@ MAX_SEQUENCES = 256
 PROBE_TOKENS = 96
 # Cells of a stream beyond the context, for tokens that fill up a chunk at its end.
 SPARE_CELLS = 256
-_NOTABLE_FEATURES = (
-    *("AVX2", "AVX512", "AVX512_VNNI", "AVX_VNNI", "AMX_INT8", AMX_UNUSED, "FMA"),
-    *("NEON", "DOTPROD", "SVE", "BLAS"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +79,13 @@ class Llama:
 
     def __init__(self, model: ModelHandle, path: Path, options: LoadOptions, gpu_layers: int) -> None:
         """Make a context. Use `load`, which also opens the model. Raises LoadFailed."""
-        # llama.cpp aborts the process if it may not give each sequence a row.
-        n_outputs = max(options.n_outputs or 0, options.n_seq_max)
         self._adapters = Adapters(model, options.adapters)
         with lazy_buffers(wanted=options.streams and gpu_layers == 0) as self.has_streams:
-            self._context = _new_context(model, path, options, n_outputs, streams=self.has_streams)
+            # Whole blocks, so that each row can have company.
+            self.n_streams = -(-options.n_seq_max // ROW_BLOCKS[-1]) * ROW_BLOCKS[-1] if self.has_streams else 0
+            n_seqs = self.n_streams or options.n_seq_max
+            n_outputs = max(options.n_outputs or 0, n_seqs)  # llama.cpp aborts the process if a sequence has no row
+            self._context = _new_context(model, path, options, n_seqs, n_outputs, streams=self.has_streams)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._finalizer = weakref.finalize(self, llama_cpp.llama_free, self._context)
         self._finalizer.atexit = False
@@ -95,9 +93,10 @@ class Llama:
         self.tokenizer = Tokenizer(model)
         self.info = _info(model, self._context, options, gpu_layers, spare=SPARE_CELLS if self.has_streams else 0)
         self._window = llama_cpp.llama_model_n_swa(model.pointer)  # 0: every layer looks at every token
-        self._arrays = BatchArrays(options.n_batch)
+        self._arrays = BatchArrays(max(options.n_batch, n_seqs))
         self._model = model
-        self.lone_rows = True
+        self.row_block = 1
+        self.take_over: Callable[[int], None] | None = None
         self._embedder: EmbedContext | None = None
         self._copied: tuple[int, np.ndarray] | None = None
 
@@ -115,18 +114,25 @@ class Llama:
         if n_rows > self._n_outputs:
             raise BatchInvalid(f"a batch with {n_rows} rows of logits, limit {self._n_outputs}")
         self._copied = None
-        company = None if self.lone_rows or n_tokens > 1 else neighbour(int(batch.seq_ids[0]), self.info.n_seq_max)
-        if company is not None:
-            n_held = llama_cpp.llama_memory_seq_pos_max(self._memory, company) + 1
-            batch = with_company(batch, company, n_held)
+        rows = n_tokens == 1 or batch.seq_ids[0] != batch.seq_ids[1]
+        if self.take_over is not None:
+            self.take_over(OFF if rows else FEWEST_ROWS)
+        company = self._company(batch) if rows and self.has_streams else {}
+        if company:
+            batch = with_company(batch, company)
         code = llama_cpp.llama_decode(self._context, self._arrays.fill(batch))
+        for seq_id, position in company.items():
+            self.remove(seq_id, position)
         if code != 0:
             raise decode_error(code, n_tokens)
-        if company is not None:
-            self.remove(company, n_held)
         if n_rows == 0:
             return np.empty((0, self.info.n_vocab), np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (n_rows, self.info.n_vocab))
+
+    def _company(self, batch: Batch) -> dict[int, int]:
+        """By stream: where a row of no meaning is computed beside those of the batch."""
+        streams = fillers(batch.seq_ids.tolist(), self.row_block, self.n_streams)
+        return {stream: llama_cpp.llama_memory_seq_pos_max(self._memory, stream) + 1 for stream in streams}
 
     def embed(self, batch: Batch, adapter: str | None = None) -> np.ndarray:
         """The last layer's rows for `batch`, float32 of shape (tokens, n_embd), as `LlamaLike.embed` says.
@@ -137,6 +143,8 @@ class Llama:
         self._require_open()
         if self._embedder is None:
             self._embedder = EmbedContext(self._model, self.info, self._adapters.again())
+        if self.take_over is not None:
+            self.take_over(FEWEST_ROWS)
         try:
             return self._embedder.embed(batch, adapter)
         except EngineError:
@@ -243,21 +251,27 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
     prompts = _own_products(path, options, gpu_layers)
     if prompts is None:
         llama = Llama(model, path, options, gpu_layers)
-        if llama.has_streams and options.exact:
-            llama.info = replace(llama.info, row_group=row_group(llama))
-            llama.lone_rows = options.n_seq_max == 1 or rows_can_be_alone(llama)
-            llama.clear()
-        return llama
-    model.before_free.append(prompts.panels.close)
-    with prompts.panels.binding():
-        llama = Llama(model, path, options, gpu_layers)
+    else:
+        model.before_free.append(prompts.panels.close)
+        with prompts.panels.binding():
+            llama = Llama(model, path, options, gpu_layers)
+        _decide(llama, prompts, exact=options.exact)
+    if llama.has_streams and options.exact:
+        llama.info = replace(llama.info, row_group=row_group(llama))
+        llama.row_block = row_block(llama, llama.n_streams)
+        llama.clear()
+    return llama
+
+
+def _decide(llama: Llama, prompts: Prompts, *, exact: bool) -> None:
+    """Keep the panels if they win. In an exact model a token's products follow from the kind of its batch."""
     if prompts.decide(lambda own: _prompt_seconds(llama, prompts, own=own)):
         llama.info = replace(llama.info, backend=f"{llama.info.backend}, prompts by Deskside")
+        llama.take_over = prompts.panels.take_over if exact and llama.has_streams else None
     else:
         _decode_in_order(llama, 1)  # no graph with its products is left to be computed again
         llama.clear()
         prompts.panels.close()
-    return llama
 
 
 def _own_products(path: Path, options: LoadOptions, gpu_layers: int) -> Prompts | None:
@@ -322,15 +336,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(ModelHandle(path, vocab_only=True))
 
 
-def _new_context(model: ModelHandle, path: Path, options: LoadOptions, n_outputs: int, *, streams: bool) -> object:
+def _new_context(
+    model: ModelHandle, path: Path, options: LoadOptions, n_seqs: int, n_outputs: int, *, streams: bool
+) -> object:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = options.n_ctx
     if streams:
-        params.n_ctx = (options.n_ctx + SPARE_CELLS) * options.n_seq_max
+        params.n_ctx = (options.n_ctx + SPARE_CELLS) * n_seqs
         if options.exact:
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.n_batch = params.n_ubatch = options.n_batch
-    params.n_seq_max = options.n_seq_max
+    params.n_batch = params.n_ubatch = max(options.n_batch, n_seqs)
+    params.n_seq_max = n_seqs
     params.n_outputs_max = n_outputs
     params.n_threads = params.n_threads_batch = options.n_threads or physical_cores()
     params.kv_unified = not streams
@@ -346,7 +362,7 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
         n_ctx=llama_cpp.llama_n_ctx_seq(context) - spare,
         n_ctx_train=model.n_ctx_train,
         n_seq_max=options.n_seq_max,
-        n_batch=llama_cpp.llama_n_batch(context),
+        n_batch=min(options.n_batch, llama_cpp.llama_n_batch(context)),
         n_params=llama_cpp.llama_model_n_params(model.pointer),
         size_bytes=llama_cpp.llama_model_size(model.pointer),
         description=model.description(),
@@ -360,26 +376,3 @@ def _info(model: ModelHandle, context: object, options: LoadOptions, gpu_layers:
         cut_limit=llama_cpp.llama_model_n_swa(model.pointer) or llama_cpp.llama_n_ctx_seq(context),
         **embed_info(model, metadata, options.n_batch),
     )
-
-
-def backend_name(line: str, *, offloads: bool) -> str:
-    """`CPU (AVX2, FMA)` or `CUDA + CPU (…)` from llama.cpp's line: `CPU : SSE3 = 1 | AVX2 = 1 | …`."""
-    fields = [field.strip() for field in line.split("|")]
-    devices = [field.partition(" : ")[0] for field in fields if " : " in field]
-    on = {field.rpartition(" : ")[2].removesuffix(" = 1") for field in fields if field.endswith(" = 1")}
-    features = ", ".join(feature for feature in _NOTABLE_FEATURES if feature in on)
-    gpus = [device for device in devices if device != "CPU"] if offloads else []
-    return " + ".join([*gpus, f"CPU ({features})" if features else "CPU"])
-
-
-def describe_build() -> tuple[str, bool]:
-    """(the backend a model would run on, True if layers can be offloaded to a GPU)."""
-    offloads = bool(llama_cpp.llama_supports_gpu_offload())
-    return backend_name(system_info(), offloads=offloads), offloads
-
-
-def describe_prompts() -> str:
-    """The matrix products that compute prompts on this machine, in one line."""
-    if llama_cpp.llama_supports_gpu_offload() or "AMX_INT8 = 1" in system_info():
-        return "by llama.cpp: it uses a GPU or AMX here"
-    return describe(binding.__version__)

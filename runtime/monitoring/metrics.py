@@ -19,6 +19,7 @@ _GAUGES = {
     "waiting": "Answers waiting for a slot in the engine",
     "kv_cells_used": "KV cache cells in use",
     "kv_cells_total": "KV cache cells in total",
+    "snapshot_bytes": "Memory of prefixes that left the KV cache",
 }
 _COUNTERS = {
     "prompt_tokens_total": "Prompt tokens of all answers",
@@ -30,6 +31,11 @@ _COUNTERS = {
     "draft_tokens_accepted_total": "Speculative tokens that were accepted",
     "decode_seconds_total": "Seconds inside the model's decode",
     "step_seconds_total": "Seconds inside engine steps: decode, planning, sampling and emitting",
+    "snapshots_restored_total": "Prefixes put back into the KV cache, from memory or disk",
+    "disk_prefixes_written_total": "Prefixes written to disk",
+    "disk_prefixes_loaded_total": "Prefixes read from disk",
+    "disk_prefixes_dropped_total": "Prefixes that could not be written to disk in time, or at all",
+    "disk_prefixes_damaged_total": "Damaged prefixes on disk, ignored and deleted",
     "engine_restarts_total": "Restarts of the engine's process",
 }
 _MODEL_COUNTERS = {

@@ -17,6 +17,8 @@ Prefill = Literal["auto", "stock", "own"]
 
 MIN_ROWS = 32
 """Products of fewer rows are llama.cpp's: its repacked kernels are as fast there, and answers are written so."""
+FEWEST_ROWS = 2
+"""Of products that are ours in all prompts, however they are cut: a row's bits do not depend on the others."""
 FOLDER = "prefill"
 
 _log = logging.getLogger("deskside.prefill")

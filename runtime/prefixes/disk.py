@@ -1,6 +1,6 @@
 """Snapshots of computed prefixes that outlive the process: a bounded folder, written by one thread in the background.
 
-    engine's thread ── save, ask, load, index ──▶ DiskStore ── queue ──▶ its thread ──▶ files
+    engine's thread ── save, load, index ──▶ DiskStore ── queue ──▶ its thread ──▶ files
 
 No error of the disk reaches the engine: a snapshot that cannot be written is dropped, one that cannot be read is not
 there, and the log has one line about it. A snapshot is given only if its file is whole and its tokens, compared
@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -162,18 +161,6 @@ class DiskStore:
         self._count("missed" if payload is None else "loaded")
         return payload
 
-    def ask(self, key: str) -> "Future[np.ndarray | None]":
-        """Read a snapshot's payload in the background, before anything is written; the result is that of `load`."""
-        wanted: Future[np.ndarray | None] = Future()
-        with self._lock:
-            if not self._closing and len(self._tasks) < 2 * MAX_WAITING:
-                self._tasks.appendleft(partial(self._answer, key, wanted))
-                self._lock.notify_all()
-                return wanted
-        self._count("missed")
-        wanted.set_result(None)
-        return wanted
-
     def take_gone(self) -> list[str]:
         """The keys of snapshots that went since the last call: evicted, deleted by others, damaged, never written."""
         with self._lock:
@@ -181,11 +168,11 @@ class DiskStore:
         return gone
 
     def drain(self, timeout_s: float) -> bool:
-        """Wait until nothing waits to be read or written. False if that takes longer."""
+        """Wait until nothing waits to be written. False if that takes longer."""
         with self._lock:
             return self._lock.wait_for(lambda: not (self._tasks or self._busy), timeout_s)
 
-    def close(self, timeout_s: float = 5.0) -> None:
+    def close(self, timeout_s: float = 2.0) -> None:
         """Write what waits, within `timeout_s`, and drop the rest. Closing twice is harmless."""
         with self._lock:
             self._closing = True
@@ -214,10 +201,6 @@ class DiskStore:
         except Exception:  # noqa: BLE001  (a bug: the thread must live, or the queue stays full)
             _log.exception("the store of prefixes on disk broke")
         return True
-
-    def _answer(self, key: str, wanted: "Future[np.ndarray | None]") -> None:
-        if wanted.set_running_or_notify_cancel():
-            wanted.set_result(None if self._abandoned else self.load(key))
 
     def _write(self, key: str, head: SnapshotHead, payload: np.ndarray) -> None:
         written = False

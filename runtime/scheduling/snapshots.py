@@ -2,7 +2,8 @@
 
 A snapshot holds what a model computed for the tokens of one sequence. It is taken when the KV cache needs the cells of
 an idle sequence, and put back when a prompt begins with the same tokens: a few milliseconds where computing takes
-seconds. Tokens are compared themselves, under the same adapter; there is no hash to collide.
+seconds. Tokens are compared themselves, under the same adapter; there is no hash to collide. Some snapshots are on disk
+as well, or only there: these take no memory, and stay known when the memory is needed.
 
 A plain KV cache can be cut at any length. Layers with a sliding window keep only their last cells, so a snapshot that
 is longer than the window is good at its own length only, and state that is no sequence of cells at any length.
@@ -21,9 +22,11 @@ MIN_GAIN = 32
 
 @dataclass(slots=True)
 class _Snapshot:
-    """`worth` is 0 until the bytes are known."""
+    """`n_bytes` and `worth` are 0 while it takes no memory: its bytes are not known yet, or on disk only."""
 
     length: int
+    adapter: str | None
+    on_disk: bool = False
     n_bytes: int = 0
     n_uses: int = 1
     worth: float = 0.0
@@ -43,6 +46,7 @@ class Snapshots:
         self._tree = RadixTree()
         self._next_key = 0
         self._inflation = 0.0
+        self._dropped: list[int] = []
         self.n_bytes = 0
 
     def __len__(self) -> int:
@@ -51,6 +55,10 @@ class Snapshots:
     def length(self, key: int) -> int:
         """The tokens of a snapshot."""
         return self._held[key].length
+
+    def content(self, key: int) -> tuple[np.ndarray, str | None]:
+        """The tokens of a snapshot, and the adapter that it was computed under."""
+        return self._tree.tokens(key), self._held[key].adapter
 
     def floor(self, length: int) -> int:
         """The shortest beginning that can be cut from a snapshot of `length` tokens."""
@@ -77,34 +85,56 @@ class Snapshots:
             return None
         floor = self.floor(len(tokens))
         key, self._next_key = self._next_key, self._next_key + 1
-        self._held[key] = _Snapshot(len(tokens))
+        self._held[key] = _Snapshot(len(tokens), adapter)
         self._tree.add(key, tokens, adapter, floor)
         if known is not None and self._held[known].length == length and floor == 0:
             self.drop(known)  # the new one gives all that it could
         return key
 
+    def in_memory(self, key: int) -> bool:
+        """True if the snapshot is known and takes memory."""
+        return key in self._held and self._held[key].n_bytes > 0
+
     def note_size(self, key: int, n_bytes: int) -> None:
-        """Note the bytes of a new snapshot."""
-        if key in self._held:
-            self._held[key].n_bytes = n_bytes
-            self.n_bytes += n_bytes
-            self._value(self._held[key])
+        """Note the bytes of a snapshot that is in memory now."""
+        if snapshot := self._held.get(key):
+            self.n_bytes += n_bytes - snapshot.n_bytes
+            snapshot.n_bytes = n_bytes
+            self._value(snapshot)
+
+    def note_disk(self, key: int, *, on_disk: bool) -> None:
+        """Note that a snapshot is on disk, or no more: one that takes no memory is dropped then."""
+        if snapshot := self._held.get(key):
+            snapshot.on_disk = on_disk
+            if not on_disk and not snapshot.n_bytes:
+                self.drop(key)
 
     def bound(self) -> list[int]:
-        """Drop the least worth until the others are within the bound. Returns those dropped."""
-        dropped = []
+        """Take the least worth out of memory until the others are within the bound. Returns those taken out."""
+        taken = []
         while self.n_bytes > self._max_bytes:
             key = min((key for key, held in self._held.items() if held.n_bytes), key=lambda key: self._held[key].worth)
-            self._inflation = self._held[key].worth
-            self.drop(key)
-            dropped.append(key)
-        return dropped
+            snapshot = self._held[key]
+            self._inflation = snapshot.worth
+            taken.append(key)
+            if snapshot.on_disk:
+                self.n_bytes -= snapshot.n_bytes
+                snapshot.n_bytes, snapshot.worth = 0, 0.0
+            else:
+                self.drop(key)
+        return taken
 
     def drop(self, key: int) -> None:
         """Forget a snapshot, if it is known."""
         if snapshot := self._held.pop(key, None):
             self.n_bytes -= snapshot.n_bytes
             self._tree.discard(key)
+            self._dropped.append(key)
+
+    def take_dropped(self) -> list[int]:
+        """The snapshots that were forgotten since the last call."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
 
     def __contains__(self, key: int) -> bool:
         return key in self._held

@@ -10,7 +10,6 @@ from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
 from runtime.decoding.grammar import Grammars
 from runtime.engine.options import EngineOptions, snapshot_bytes
-from runtime.engine.recipe import LlamaRecipe
 from runtime.llama.interface import ModelInfo, TokenizerLike
 from runtime.llama.model import LoadOptions, load_tokenizer
 from runtime.prompt.prompter import Prompter
@@ -19,6 +18,7 @@ from runtime.worker.process import EngineProcess
 from runtime.worker.supervisor import EngineSupervisor, SupervisorLimits
 
 from .names import ModelRef, find, require_weights
+from .recipe import LlamaRecipe, PrefixFolder
 
 
 @dataclass(frozen=True)
@@ -146,4 +146,7 @@ def recipe_of(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str,
         streams=True,
         exact=not config.fast,
     )
-    return LlamaRecipe(stored.gguf, load, options)
+    prefixes = None
+    if config.prefix_disk is not None:
+        prefixes = PrefixFolder(config.prefix_disk, int(config.prefix_disk_size * 2**30), stored.name)
+    return LlamaRecipe(stored.gguf, load, options, prefixes)

@@ -1,8 +1,9 @@
 """The engine's process, started by `runtime.worker.process` as `python -m runtime.worker.child NAME`.
 
 It reads messages from its standard input and writes messages to its original standard output. It lives no longer than
-its parent: the end of its input ends it, even in the middle of a decode. The parent decides when to stop, so the
-signals that a terminal or a service manager sends to both are ignored here.
+its parent: the end of its input ends it, even in the middle of a decode; one that keeps prefixes on disk has
+LAST_SECONDS to write them. The parent decides when to stop, so the signals that a terminal or a service manager sends
+to both are ignored here.
 """
 
 import faulthandler
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import BinaryIO, NoReturn
@@ -37,6 +39,8 @@ from .messages import (
 EXIT_DIED = 1
 # An engine without work for so long gives memory back. What it computed comes back from snapshots in milliseconds.
 REST_SECONDS = 10.0
+# For the last step and for what is written to disk at the end; less than a parent's grace period.
+LAST_SECONDS = 3.0
 
 _log = logging.getLogger("deskside.worker")
 
@@ -135,10 +139,12 @@ def main() -> NoReturn:
     logging.basicConfig(handlers=[_Forward(outbox)], format="%(message)s")
     for name, level in start.log_levels.items():
         logging.getLogger(name).setLevel(level)
-    arrived: SimpleQueue[Order] = SimpleQueue()
-    threading.Thread(target=_read, args=(source, arrived), name="deskside-reader", daemon=True).start()
+    arrived: SimpleQueue[Order | None] = SimpleQueue()
+    keeps = threading.Event()
+    threading.Thread(target=_read, args=(source, arrived, keeps), name="deskside-reader", daemon=True).start()
     try:
-        _run(start, arrived, outbox)
+        _run(start, arrived, outbox, keeps)
+        _exit_now(0)
     except Exception as error:  # noqa: BLE001 - the parent must get the reason of every end
         if not isinstance(error, EngineError):
             _log.critical("the engine broke: %s", error, exc_info=error)
@@ -156,8 +162,11 @@ def _take_pipes() -> tuple[BinaryIO, Outbox]:
     return source, Outbox(target)
 
 
-def _read(source: BinaryIO, arrived: "SimpleQueue[Order]") -> NoReturn:
-    """Queue the parent's orders. Exits at the end of the input, even while other threads work."""
+def _read(source: BinaryIO, arrived: "SimpleQueue[Order | None]", keeps: threading.Event) -> NoReturn:
+    """Queue the parent's orders. Exits at the end of the input, even while other threads work.
+
+    If the engine `keeps` prefixes, its loop ends first, in LAST_SECONDS at most.
+    """
     try:
         while True:
             message = read_to_engine(source)
@@ -165,26 +174,32 @@ def _read(source: BinaryIO, arrived: "SimpleQueue[Order]") -> NoReturn:
                 raise MessageInvalid("a second Start")
             arrived.put(message)
     except EOFError:
+        if keeps.is_set():
+            arrived.put(None)
+            time.sleep(LAST_SECONDS)
         _exit_now(0)
     except BaseException:  # noqa: BLE001 - an engine that gets no orders must not live on
         _log.critical("the engine cannot read its messages", exc_info=True)
         _exit_now(EXIT_DIED)
 
 
-def _run(start: Start, arrived: "SimpleQueue[Order]", outbox: Outbox) -> None:
+def _run(start: Start, arrived: "SimpleQueue[Order | None]", outbox: Outbox, keeps: threading.Event) -> None:
     try:
         engine, info = unpack_recipe(start).build()
     except (EngineError, MemoryError) as error:
         raise LoadFailed(str(error) or "not enough memory to load the model") from error
+    if engine.keeps:
+        keeps.set()
     inbox: SimpleQueue[Order | None] = SimpleQueue()
     threading.Thread(target=_prepare, args=(engine, arrived, inbox), name="deskside-prepare", daemon=True).start()
     outbox.send(Ready(info, engine.stats()))
     loop = EngineLoop(engine, inbox)
     while (stepped := loop.turn()) is not None:
         outbox.send(Stepped(tuple(map(_sanitised, stepped.events)), stepped.stats))
+    engine.close()
 
 
-def _prepare(engine: EngineLike, arrived: "SimpleQueue[Order]", inbox: "SimpleQueue[Order | None]") -> NoReturn:
+def _prepare(engine: EngineLike, arrived: "SimpleQueue[Order | None]", inbox: "SimpleQueue[Order | None]") -> NoReturn:
     """Forward orders in their sequence, compiling grammars here so that the engine loop never waits for one."""
     while True:
         order = arrived.get()

@@ -40,6 +40,10 @@ class EngineLike(Protocol):
     def failure(self) -> Exception | None:
         """The fatal error that ended the engine, if one did."""
 
+    @property
+    def keeps(self) -> bool:
+        """True if something is kept on disk at the end, by `close`."""
+
     def prepare(self, request: Work) -> None:
         """Do the slow part of `add` (compiling a grammar) ahead of it. Any thread."""
 
@@ -59,7 +63,7 @@ class EngineLike(Protocol):
         """Counts and totals after the last step."""
 
     def close(self) -> None:
-        """Free the model."""
+        """Write to disk what is kept there, and free the model."""
 
 
 class EngineRecipe(Protocol):

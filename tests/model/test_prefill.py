@@ -12,8 +12,9 @@ from llama_cpp import llama_cpp
 
 from models.store.store import StoredModel
 from runtime.errors import LoadFailed
+from runtime.llama.handle import describe_prompts
 from runtime.llama.interface import Batch
-from runtime.llama.model import Llama, LoadOptions, describe_prompts, load
+from runtime.llama.model import Llama, LoadOptions, load
 from runtime.prefill import prompts
 from runtime.prefill.probe import Race
 

@@ -57,7 +57,7 @@ def decode(llama: Llama, *parts: tuple[int, int, np.ndarray]) -> np.ndarray:
 
 def test_the_rows_computed_together_are_found_out(loaded: Llama, email_triage: StoredModel) -> None:
     assert loaded.info.row_group == (1 if loaded.info.size_bytes < email_triage.gguf.stat().st_size else 16)
-    assert loaded.lone_rows
+    assert loaded.row_block == 1
 
 
 def compute(llama: Llama, seq_id: int, start: int, part: np.ndarray, cuts: Iterable[int] = ()) -> np.ndarray:

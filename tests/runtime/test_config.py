@@ -1,5 +1,6 @@
 """The configuration: text forms, limits, and the flags and variables generated from it."""
 
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -60,6 +61,7 @@ def test_a_flag_wins_over_its_variable_and_both_over_the_default() -> None:
         (["--speculate", "65"], "--speculate must lie between 0 and 64, got 65"),
         (["--drain-seconds", "nan"], "--drain-seconds must lie between 0 and 86400, got nan"),
         (["--memory-budget", "all"], "--memory-budget takes auto|GIB, got 'all'"),
+        (["--prefix-disk-size", "0"], "--prefix-disk-size must lie between 0.001 and 1048576, got 0"),
         (["--log-level", "loud"], "--log-level must be one of debug, info, warning, error, got 'loud'"),
     ],
 )
@@ -81,6 +83,13 @@ def test_the_environment_alone_makes_a_configuration() -> None:
         DESKSIDE_THREADS="auto", DESKSIDE_DRAIN_SECONDS="1.5", DESKSIDE_HOST="", DESKSIDE_LOG_LEVEL="INFO"
     )
     assert (config.threads, config.drain_seconds, config.bind, config.log_level) == (None, 1.5, "127.0.0.1", "info")
+
+
+def test_the_folder_of_prefixes_is_a_path_in_the_home_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert configured().prefix_disk is None
+    config = configured("--prefix-disk-size", "0.5", DESKSIDE_PREFIX_DISK="~/prefixes")
+    assert (config.prefix_disk, config.prefix_disk_size) == (Path("/home/someone/prefixes"), 0.5)
 
 
 def test_the_address_is_given_as_host() -> None:

@@ -22,11 +22,11 @@ from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
-from runtime.engine.recipe import LlamaRecipe
 from runtime.llama.interface import Batch, LlamaLike
 from runtime.llama.model import load
 from runtime.requests import Finished, Request, SamplingParams
 from runtime.serving.model import recipe_of
+from runtime.serving.recipe import LlamaRecipe
 
 CLIENTS = 16
 

@@ -122,6 +122,16 @@ def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "Usage: deskside" in err
 
 
+@pytest.mark.parametrize("verb", [("serve",), ("batch", "in", "out", "--model", "m"), ("chat",)], ids=" ".join)
+def test_a_folder_of_prefixes_that_cannot_be_made_is_refused_before_anything_is_loaded(
+    verb: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, out, err = run(*verb, "--prefix-disk", str(tmp_path / "file" / "x"), capsys=capsys)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: prefixes cannot be kept in {str(tmp_path / 'file' / 'x')!r}: Not a directory")
+
+
 def test_a_misspelled_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'batch'" in run("bacth", capsys=capsys)[2]
 

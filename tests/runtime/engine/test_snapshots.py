@@ -121,7 +121,8 @@ def test_different_prompts_leave_the_memory_flat() -> None:
     engine = with_store(llama, 20_000)
     for k in range(300):
         ask(engine, (k % 200, k // 200, *text(k % 200, 60)))
-        assert sum(data.nbytes for data in engine._saved.values()) <= 20_000
+        assert engine.stats().snapshot_bytes <= 20_000
+        engine.check({seq_id: len(tokens) for seq_id, tokens in llama.sequences.items()})
     assert llama.saved > 200
 
 

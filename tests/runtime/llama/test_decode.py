@@ -3,18 +3,17 @@
 import numpy as np
 import pytest
 
-from runtime.llama.decode import neighbour, row_group, rows_can_be_alone, with_company
+from runtime.llama.decode import MAX_GAP, fillers, row_block, row_group, with_company
 from runtime.llama.interface import Batch
 from tests.support.runtime.fakes import FakeLlama
 
 
 class RowsRound(FakeLlama):
-    """Rounds by the number of rows: K-quants in groups of 16 and the rest apart, float16 one row apart from several."""
+    """Rounds by the number of rows: those beyond whole groups, or beyond whole blocks of streams, in another way."""
 
-    def __init__(self, *, group: int = 1, lone_row_differs: bool = False) -> None:
+    def __init__(self, *, group: int = 1, block: int = 1) -> None:
         super().__init__()
-        self._group = group
-        self._lone_row_differs = lone_row_differs
+        self._group = group if group > 1 else block
         self._roundings: dict[int, tuple[int, ...]] = {}
 
     def decode(self, batch: Batch) -> np.ndarray:
@@ -23,7 +22,7 @@ class RowsRound(FakeLlama):
         for place, (position, seq_id, wanted) in enumerate(
             zip(batch.positions.tolist(), batch.seq_ids.tolist(), batch.wants_logits, strict=True)
         ):
-            kind = place >= n_rows - n_rows % self._group or (self._lone_row_differs and n_rows == 1)
+            kind = place >= n_rows - n_rows % self._group
             self._roundings[seq_id] = (*self._roundings.get(seq_id, ())[:position], kind * (position + 1))
             if wanted:
                 rows.append(next(logits) + sum(self._roundings[seq_id]))
@@ -35,21 +34,41 @@ def test_the_group_of_rows_that_keeps_the_bits(group: int) -> None:
     assert row_group(RowsRound(group=group)) == group
 
 
-@pytest.mark.parametrize("differs", [False, True])
-def test_a_row_alone_beside_one_in_company(differs: bool) -> None:
-    assert rows_can_be_alone(RowsRound(lone_row_differs=differs)) is not differs
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_block_of_streams_in_which_rows_keep_their_bits(block: int) -> None:
+    assert row_block(RowsRound(block=block), 16) == block
 
 
-def test_company_is_in_the_next_stream_or_the_one_before() -> None:
-    assert [neighbour(seq_id, 3) for seq_id in range(3)] == [1, 2, 1]
-    assert neighbour(0, 1) is None
+@pytest.mark.parametrize("n_streams", [1, 2])
+def test_where_there_are_few_streams_few_are_tried(n_streams: int) -> None:
+    assert row_block(RowsRound(), n_streams) == 1
 
 
-@pytest.mark.parametrize(("company", "order"), [(4, [4, 5]), (6, [5, 6])])
-def test_company_comes_in_the_order_of_streams_and_gives_no_logits(company: int, order: list[int]) -> None:
-    one = Batch(np.array([7], np.int32), np.array([30], np.int32), np.array([5], np.int32), np.ones(1, np.int8))
-    both = with_company(one, company, 12)
-    assert both.seq_ids.tolist() == order
-    mine = order.index(5)
-    assert (both.tokens[mine], both.positions[mine], both.wants_logits[mine]) == (7, 30, 1)
-    assert (both.positions[1 - mine], both.wants_logits[1 - mine]) == (12, 0)
+@pytest.mark.parametrize(
+    ("seq_ids", "block", "n_streams", "added"),
+    [
+        ([3], 1, 16, []),
+        ([3], 2, 16, [2]),
+        ([3], 4, 16, [0, 1, 2]),
+        ([0, 2, 3, 5], 1, 16, [1, 4]),
+        ([0, MAX_GAP + 1], 1, 16, list(range(1, MAX_GAP + 1))),
+        ([0, MAX_GAP + 2], 1, 16, []),
+        ([1, 4], 2, 16, [0, 2, 3, 5]),
+        ([0, 9], 4, 16, [1, 2, 3, 8, 10, 11]),
+        ([4], 4, 5, []),
+        ([0, 1, 2], 4, 4, [3]),
+    ],
+)
+def test_blocks_and_small_gaps_are_filled(seq_ids: list[int], block: int, n_streams: int, added: list[int]) -> None:
+    assert fillers(seq_ids, block, n_streams) == added
+
+
+def test_company_comes_in_the_order_of_streams_and_gives_no_logits() -> None:
+    rows = Batch(
+        np.array([7, 8], np.int32), np.array([30, 40], np.int32), np.array([2, 5], np.int32), np.array([1, 1], np.int8)
+    )
+    filled = with_company(rows, {1: 12, 3: 13, 4: 14})
+    assert filled.seq_ids.tolist() == [1, 2, 3, 4, 5]
+    assert filled.positions.tolist() == [12, 30, 13, 14, 40]
+    assert filled.wants_logits.tolist() == [0, 1, 0, 0, 1]
+    assert (filled.tokens[1], filled.tokens[4]) == (7, 8)

@@ -48,8 +48,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_snapshots_outlive_the_store(tmp_path: Path, background: bool) -> None:
+def test_snapshots_outlive_the_store(tmp_path: Path) -> None:
     before = store(tmp_path)
     saved = {
         before.save(tokens(name), adapter, payload(tokens(name))): (adapter, name)
@@ -63,7 +62,7 @@ def test_snapshots_outlive_the_store(tmp_path: Path, background: bool) -> None:
         entry = found[str(key)]
         assert (entry.adapter, entry.n_bytes) == (adapter, 2000)
         assert np.array_equal(entry.tokens, tokens(name))
-        loaded = after.ask(entry.key).result(60) if background else after.load(entry.key)
+        loaded = after.load(entry.key)
         assert loaded is not None
         assert np.array_equal(loaded, payload(tokens(name)))
     assert (before.counts.written, after.counts.loaded, after.counts.missed) == (4, 4, 0)
@@ -135,52 +134,17 @@ def test_the_queue_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(files(tmp_path)) == 4
 
 
-def test_reads_go_before_what_waits_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = store(tmp_path)
-    [key] = keep(disk, 1)
-    seen: list[str] = []
-    with stalled(disk, monkeypatch):
-        write, load = disk._write, disk.load
-
-        def noted_write(*args: Any) -> None:
-            seen.append("write")
-            write(*args)
-
-        def noted_load(key: str) -> np.ndarray | None:
-            seen.append("read")
-            return load(key)
-
-        monkeypatch.setattr(disk, "_write", noted_write)
-        monkeypatch.setattr(disk, "load", noted_load)
-        disk.save(tokens(2), None, payload(tokens(2)))
-        wanted = disk.ask(key)
-    assert wanted.result(60) is not None
-    assert seen == ["read", "write"]
-    disk.close()
-
-
 def test_close_drops_what_the_disk_does_not_take_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = store(tmp_path)
     [kept] = keep(disk, 1)
     with stalled(disk, monkeypatch):
         key = disk.save(tokens(2), None, payload(tokens(2)))
-        wanted = disk.ask(kept)
         disk.close(timeout_s=0)
         assert disk.save(tokens(3), None, payload(tokens(3))) is None
-        assert disk.ask(kept).result(0) is None
-    assert wanted.result(60) is None
+    assert disk.load(kept) is not None
     assert key in disk.take_gone()
     disk.close()
     assert (disk.counts.written, disk.counts.dropped) == (2, 2)
-
-
-def test_a_read_that_is_cancelled_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = store(tmp_path)
-    [key] = keep(disk, 1)
-    with stalled(disk, monkeypatch):
-        assert disk.ask(key).cancel()
-    assert disk.counts.loaded == 0
-    disk.close()
 
 
 @pytest.mark.parametrize("place", ["header", "tokens", "payload", "checksum", "end"])

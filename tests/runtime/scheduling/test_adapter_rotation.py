@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.scheduling.adapter_rotation import STEP_TOKENS, TURN_TOKENS, AdapterRotation
 from runtime.scheduling.plan import StepKind
-from runtime.scheduling.scheduler import STEP_TOKENS, TURN_TOKENS, AdapterRotation
 
 
 def turns(*adapters: str | None) -> AdapterRotation:

@@ -2,8 +2,8 @@
 
 from itertools import groupby
 
+from runtime.scheduling.adapter_rotation import STEP_TOKENS, TURN_TOKENS
 from runtime.scheduling.plan import ScheduledSequence, StepPlan
-from runtime.scheduling.scheduler import STEP_TOKENS, TURN_TOKENS
 
 from .test_scheduler import Desk
 

@@ -68,6 +68,22 @@ def test_what_is_known_is_not_saved_again() -> None:
     assert snapshots.add(np.zeros(100, np.int32), "mails") is not None
 
 
+def test_one_on_disk_stays_known_when_it_leaves_memory_and_is_forgotten_with_its_file() -> None:
+    snapshots = Snapshots(max_bytes=100, cut_limit=1000)
+    first, second = (snapshots.add(np.full(100, k, np.int32), None) for k in range(2))
+    assert first is not None
+    assert second is not None
+    snapshots.note_disk(first, on_disk=True)
+    snapshots.note_size(first, 60)
+    snapshots.note_size(second, 50)
+    assert snapshots.bound() == [first]
+    assert (snapshots.n_bytes, snapshots.in_memory(first), snapshots.take_dropped()) == (50, False, [])
+    assert snapshots.match(np.zeros(99, np.int32), None) == (first, 99)
+    snapshots.note_disk(first, on_disk=False)
+    assert snapshots.match(np.zeros(99, np.int32), None) == (None, 0)
+    assert snapshots.take_dropped() == [first]
+
+
 class AgainstAllTokens(RuleBasedStateMachine):
     """A match must be true, cut only where it may be, and the longest that any snapshot can give."""
 
@@ -76,6 +92,7 @@ class AgainstAllTokens(RuleBasedStateMachine):
         self.snapshots = Snapshots(max_bytes, cut_limit)
         self.cut_limit, self.max_bytes = cut_limit, max_bytes
         self.held: dict[int, tuple[np.ndarray, str | None]] = {}
+        self.on_disk: set[int] = set()
 
     def best(self, tokens: np.ndarray, adapter: str | None) -> int:
         lengths = [0]
@@ -102,7 +119,25 @@ class AgainstAllTokens(RuleBasedStateMachine):
         self.snapshots.note_size(key, len(tokens) * per)
         dropped = self.snapshots.bound()
         self.held = {key: held for key, held in self.held.items() if key in self.snapshots}
-        assert not set(dropped) & set(self.held)
+        assert {key for key in dropped if key in self.held} <= self.on_disk
+
+    @rule(data=st.data(), on_disk=st.booleans())
+    def write_or_delete(self, data: st.DataObject, on_disk: bool) -> None:
+        if self.held:
+            key = data.draw(st.sampled_from(sorted(self.held)))
+            self.snapshots.note_disk(key, on_disk=on_disk)
+            (self.on_disk.add if on_disk else self.on_disk.discard)(key)
+            if not on_disk and not self.snapshots.in_memory(key):
+                del self.held[key]
+
+    @rule(data=st.data(), n_bytes=st.integers(1, 500))
+    def load(self, data: st.DataObject, n_bytes: int) -> None:
+        """The bytes of one on disk are in memory again."""
+        absent = sorted(key for key in self.held if not self.snapshots.in_memory(key))
+        if absent:
+            self.snapshots.note_size(data.draw(st.sampled_from(absent)), n_bytes)
+            self.snapshots.bound()
+            self.held = {key: held for key, held in self.held.items() if key in self.snapshots}
 
     @rule(parts=st.lists(st.integers(0, 2), max_size=7), adapter=st.sampled_from(ADAPTERS), uses=st.booleans())
     def look_up(self, parts: list[int], adapter: str | None, uses: bool) -> None:

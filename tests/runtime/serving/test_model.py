@@ -9,12 +9,12 @@ import pytest
 from models.manifest import Artefact, Base, Manifest
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
-from runtime.engine.recipe import LlamaRecipe
 from runtime.errors import ContextTooLong, LoadFailed
 from runtime.serving import model as served
 from runtime.serving.chat import prepare_chat
 from runtime.serving.model import recipe_of
 from runtime.serving.names import ModelRef
+from runtime.serving.recipe import LlamaRecipe
 from runtime.worker.supervisor import EngineSupervisor
 from tests.support.runtime.engine_process import alive
 from tests.support.runtime.fakes import FakeTokenizer

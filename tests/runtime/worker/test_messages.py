@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.engine.options import EngineOptions
-from runtime.engine.recipe import LlamaRecipe
 from runtime.errors import DecodeFailed, InvalidRequest, Overloaded
 from runtime.llama.model import LoadOptions
 from runtime.requests import (
@@ -32,6 +31,7 @@ from runtime.requests import (
     TokenLogprob,
     Usage,
 )
+from runtime.serving.recipe import LlamaRecipe
 from runtime.worker import messages
 from runtime.worker.messages import (
     MAX_FRAME_BYTES,

@@ -39,6 +39,7 @@ from runtime.worker.inflight import Stream
 from runtime.worker.process import EngineProcess, cause_of_death
 from runtime.worker.supervisor import EngineSupervisor, RestartPolicy, SupervisorLimits
 from tests.support.runtime.engine_process import alive, processing
+from tests.support.runtime.prefixes import files
 from tests.support.runtime.serving import PATIENCE_S, wait_until
 from tests.support.runtime.toy_engine import EXIT_CODE, FakeRecipe
 
@@ -428,21 +429,40 @@ async def work():
     supervisor.submit(request("a", "WS"))
     await asyncio.sleep(1000)
 
-with processing(FakeRecipe(Path(sys.argv[1]))) as supervisor:
+kept = Path(sys.argv[2]) if sys.argv[2:] else None
+with processing(FakeRecipe(Path(sys.argv[1]), prefixes=kept)) as supervisor:
     asyncio.run(work())
 """
 
 
-def test_the_engine_exits_when_its_parent_is_killed(tmp_path: Path) -> None:
-    """Even in the middle of a decode that does not return."""
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_engine_exits_when_its_parent_is_killed(tmp_path: Path, keeps: bool) -> None:
+    """Even in the middle of a decode that does not return, and with prefixes to write."""
     root = Path(__file__).parents[3]
-    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], cwd=root) as parent:
+    kept = [str(tmp_path / "kept")] if keeps else []
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), *kept], cwd=root) as parent:
         wait_until((tmp_path / "waits").exists)
         (tmp_path / "go").touch()
         [child] = FakeRecipe(tmp_path).pids
         assert alive(child)
         parent.kill()
     wait_until(lambda: not alive(child))
+
+
+def test_what_an_engine_computed_is_on_disk_at_its_end_and_found_by_the_next(tmp_path: Path) -> None:
+    recipe = FakeRecipe(tmp_path, prefixes=tmp_path / "kept")
+
+    async def work() -> None:
+        last = end(await collect(supervisor.submit(request("a", "abcdefghij" * 10))), "a")
+        assert isinstance(last, Finished)
+        found.append(last.usage.cached_tokens)
+
+    found: list[int] = []
+    for _ in range(2):
+        with processing(recipe) as supervisor:
+            run(work)
+        assert len(files(tmp_path / "kept")) == 1
+    assert found == [0, 98]
 
 
 def test_the_parent_logs_and_prints_what_the_engine_does(

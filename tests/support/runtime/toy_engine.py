@@ -23,6 +23,7 @@ from runtime.errors import DecodeFailed, LoadFailed
 from runtime.llama.interface import Batch, ModelInfo
 
 from .fakes import FakeLlama
+from .prefixes import store
 
 EXIT_CODE = 7
 
@@ -76,11 +77,15 @@ ORDERS: dict[str, Callable[[], None]] = {
 
 @dataclass(frozen=True)
 class FakeRecipe:
-    """An `EngineRecipe` over FakeLlama. In `folder` it leaves the ids of its processes and looks for orders."""
+    """An `EngineRecipe` over FakeLlama. In `folder` it leaves the ids of its processes and looks for orders.
+
+    It keeps prefixes under `prefixes`.
+    """
 
     folder: Path
     script: str = "hello"
     slots: int = 4
+    prefixes: Path | None = None
 
     def build(self) -> tuple[Engine, ModelInfo]:
         """Obey the order for the start, if there is one: `die`, `hold` or `refuse`."""
@@ -95,7 +100,8 @@ class FakeRecipe:
         print("printed", flush=True)  # by C or Python, it must not get between the messages
         logging.getLogger("deskside.llama").warning("a warning of llama.cpp")
         llama = FakeLlama(n_ctx=4096, script=self.script, on_decode=self._obey)
-        engine = Engine(llama, EngineOptions(max_running=self.slots), Grammars(llama.tokenizer))
+        disk = None if self.prefixes is None else store(self.prefixes)
+        engine = Engine(llama, EngineOptions(max_running=self.slots), Grammars(llama.tokenizer), disk=disk)
         return engine, replace(llama.info, description="toy")
 
     def _obey(self, _: int, batch: Batch) -> None:
