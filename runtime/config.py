@@ -47,7 +47,7 @@ class EngineConfig(Record):
         description="Most speculative tokens per step where an answer copies, with --fast; auto: as many as pay.",
     )
     prefill: Annotated[Literal["auto", "stock", "own"], Flag(metavar="auto|stock|own")] = Field(
-        default="stock",
+        default="auto",
         description="Matrix products of prompts: llama.cpp's (stock), Deskside's (own); auto: those that win a race "
         "at the first load.",
     )

@@ -11,7 +11,7 @@ next such run after it: the rows of a step come sorted, and small gaps between t
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 from llama_cpp import llama_cpp
@@ -64,6 +64,8 @@ TRIED_ROWS = 2
 # Streams between two rows that are computed for nothing, sooner than to go through the weights twice: a step of one row
 # takes 15 ms, each more 3 ms (email-triage, two AVX2 cores).
 MAX_GAP = 3
+# So many rows are multiplied by K-quants in another way than fewer.
+SEVERAL = 4
 
 
 def row_group(llama: LlamaLike) -> int:
@@ -85,16 +87,19 @@ def row_block(llama: LlamaLike, n_streams: int) -> int:
 
 
 def fillers(seq_ids: Sequence[int], block: int, n_streams: int) -> list[int]:
-    """The streams to compute beside those of a step's rows: the rest of their blocks, and small gaps between them."""
-    whole = sorted(
-        {
-            stream
-            for seq_id in seq_ids
-            for stream in range(seq_id - seq_id % block, min(seq_id - seq_id % block + block, n_streams))
-        }
-    )
-    gaps = [range(before + 1, after) for before, after in pairwise(whole) if after - before - 1 <= MAX_GAP]
-    return sorted({*whole, *chain.from_iterable(gaps)} - set(seq_ids))
+    """The streams to compute beside those of a step's rows: the rest of their blocks, and small gaps between them.
+
+    Fewer answers than SEVERAL stay fewer rows.
+    """
+    begins = {seq_id - seq_id % block for seq_id in seq_ids}
+    whole = sorted({stream for at in begins for stream in range(at, min(at + block, n_streams))})
+    ends = [place for place, (one, next_) in enumerate(pairwise(whole), 1) if next_ - one - 1 > MAX_GAP]
+    together = set(whole)
+    for start, end in pairwise([0, *ends, len(whole)]):
+        span = range(whole[start], whole[end - 1] + 1)
+        if len(span) < SEVERAL or len(set(span) & set(seq_ids)) >= SEVERAL:
+            together.update(span)
+    return sorted(together - set(seq_ids))
 
 
 def with_company(batch: Batch, company: Mapping[int, int]) -> Batch:

@@ -41,7 +41,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ),
     ),
 }
-_registered: dict[Path, "Library"] = {}
+_registered: dict[str, "Library"] = {}  # by the file's name, a hash of what it was made of
 
 
 class Library:
@@ -69,7 +69,7 @@ def open_library(path: Path, ggml: ctypes.CDLL, mul_mat: int) -> Library:
 
     Raises Unavailable if it cannot be loaded, or if ggml lacks a function.
     """
-    if path not in _registered:
+    if path.name not in _registered:
         if _registered:
             raise Unavailable("another build of them is loaded in this process")
         try:
@@ -78,8 +78,8 @@ def open_library(path: Path, ggml: ctypes.CDLL, mul_mat: int) -> Library:
         except (OSError, AttributeError) as error:
             raise Unavailable(f"the compiled library cannot be loaded: {error}") from error
         library.register((ctypes.c_void_p * len(addresses))(*addresses), mul_mat)
-        _registered[path] = library
-    return _registered[path]
+        _registered[path.name] = library
+    return _registered[path.name]
 
 
 class Panels:

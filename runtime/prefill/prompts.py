@@ -17,8 +17,9 @@ Prefill = Literal["auto", "stock", "own"]
 
 MIN_ROWS = 32
 """Products of fewer rows are llama.cpp's: its repacked kernels are as fast there, and answers are written so."""
-FEWEST_ROWS = 2
-"""Of products that are ours in all prompts, however they are cut: a row's bits do not depend on the others."""
+FEWEST_ROWS = 1
+"""Of products that are ours in all prompts, however they are cut: a row's bits do not depend on the others. In the last
+layer llama.cpp computes the rows only that give logits."""
 FOLDER = "prefill"
 
 _log = logging.getLogger("deskside.prefill")
@@ -80,7 +81,7 @@ def describe(version: str) -> str:
         compiler = find_compiler()
     except Unavailable as error:
         return f"by llama.cpp: {error}"
-    return f"by llama.cpp; by Deskside with --prefill auto (if it wins a race) or own, compiled by {compiler}"
+    return f"by Deskside where it wins a race at a model's first load, compiled by {compiler}; else by llama.cpp"
 
 
 def extra_bytes(path: Path) -> int:

@@ -49,14 +49,14 @@ def test_where_there_are_few_streams_few_are_tried(n_streams: int) -> None:
     [
         ([3], 1, 16, []),
         ([3], 2, 16, [2]),
-        ([3], 4, 16, [0, 1, 2]),
         ([0, 2, 3, 5], 1, 16, [1, 4]),
-        ([0, MAX_GAP + 1], 1, 16, list(range(1, MAX_GAP + 1))),
-        ([0, MAX_GAP + 2], 1, 16, []),
-        ([1, 4], 2, 16, [0, 2, 3, 5]),
-        ([0, 9], 4, 16, [1, 2, 3, 8, 10, 11]),
-        ([4], 4, 5, []),
-        ([0, 1, 2], 4, 4, [3]),
+        ([0, 2], 1, 16, [1]),
+        ([0, 3], 1, 16, []),
+        ([0, 2, 3], 1, 16, []),
+        ([0, 1, 2, MAX_GAP + 3], 1, 16, list(range(3, MAX_GAP + 3))),
+        ([0, 1, 2, 3, MAX_GAP + 5, 9, 10, 12], 1, 16, [11]),
+        ([1, 5], 2, 16, [0, 4]),
+        ([4], 2, 5, []),
     ],
 )
 def test_blocks_and_small_gaps_are_filled(seq_ids: list[int], block: int, n_streams: int, added: list[int]) -> None:
