@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.errors import ServerFailed
-from benchmarks.load.process_memory import PeakWatch
+from benchmarks.load.servers import PeakWatch
 from benchmarks.record import now_text, results_file, save_json, this_machine
 from models.common.console import NamedProgress, page, show_progress
 from models.common.machine import load_average, mebibytes

@@ -8,7 +8,7 @@ TTFT   first text chunk - scheduled send, over all repetitions; of conversations
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks.load.conversations import person_and_turn
+from benchmarks.load.workload import person_and_turn
 from benchmarks.record import RequestSample
 from models.common.record import Record
 from models.common.stats import quantile

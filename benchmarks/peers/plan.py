@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.load.conversations import conversation_cells, conversation_turns
 from benchmarks.load.servers import deskside_command, recipe_file
 from benchmarks.load.workload import (
     LabelledExample,
     PromptTemplate,
+    conversation_cells,
+    conversation_turns,
     labels_of,
     long_prompts,
     read_examples,

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from benchmarks.errors import ServerFailed
 from benchmarks.load.client import ApiTarget, OpenAiClient, closed_loop
-from benchmarks.load.conversations import Talks
 from benchmarks.load.servers import RunningServer, get_local, read_counters
-from benchmarks.load.workload import LabelledExample, PromptTemplate
+from benchmarks.load.workload import LabelledExample, PromptTemplate, Talks
 from benchmarks.record import RequestSample
 from models.common.console import NamedProgress
 from models.common.machine import load_average

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.llama.interface import Batch
-from runtime.llama.model import Llama, LoadOptions, load
+from runtime.llama.interface import Batch, LoadOptions
+from runtime.llama.model import Llama, load
 
 Step = list[list[int]]  # (sequence, tokens) of each part
 KINDS = ("stock", "own")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.load.process_memory import children, resident_bytes
+from benchmarks.load.servers import children, resident_bytes
 from benchmarks.record import MachineRecord
 from models.common.machine import mebibytes
 from models.common.record import Record

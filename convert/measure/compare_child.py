@@ -15,8 +15,8 @@ from pydantic import TypeAdapter
 from convert.child import StepProgress, read_job, tell
 from convert.errors import ConvertError
 from runtime.errors import EngineError, RequestError
-from runtime.llama.interface import LlamaLike
-from runtime.llama.model import LoadOptions, load
+from runtime.llama.interface import LlamaLike, LoadOptions
+from runtime.llama.model import load
 
 from .compare import MeasureJob, MeasureOrder, MeasureResult, RowSet
 from .forward import N_SEQ_MAX, cells_needed, run_pass

@@ -219,7 +219,8 @@ def main() -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", _SPINCOUNT)
     # OpenMP reads the environment when llama.cpp is loaded
     from runtime.errors import EngineError
-    from runtime.llama.model import LoadOptions, load
+    from runtime.llama.interface import LoadOptions
+    from runtime.llama.model import load
 
     try:
         llama = load(Path(job["gguf"]), LoadOptions(**job["load"]))

@@ -19,8 +19,9 @@ from convert.families import BY_ARCHITECTURE
 from models.gguf.header import Header
 from runtime.errors import EngineError
 from runtime.llama.decode import last_logits
-from runtime.llama.model import Llama, LoadOptions, load, require_servable
-from runtime.llama.rotations import short_set
+from runtime.llama.handle import short_set
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import Llama, load, require_servable
 
 if TYPE_CHECKING:
     from convert.tokenizer.chat_template import ChatFormat

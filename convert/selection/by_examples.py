@@ -19,7 +19,8 @@ from models.common.files import sha256_file
 from models.gguf.header import read_header
 from models.manifest import Prompt
 from models.quality import LossBudget, Quality, Trim
-from runtime.llama.model import LoadOptions, load, load_tokenizer
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import load, load_tokenizer
 
 from .cache import digest
 from .ladder import LadderInputs, Provenance, run_ladder

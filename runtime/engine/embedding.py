@@ -15,7 +15,7 @@ from runtime.errors import ContextTooLong, EngineError, InvalidRequest
 from runtime.llama.interface import Batch, LlamaLike, Pooling
 from runtime.requests import Embedded, Embedding, Event, Failed, Usage
 
-from .job import TokenCounts
+from .options import TokenCounts
 
 
 @dataclass(eq=False, slots=True)

@@ -4,7 +4,7 @@
             ▲                                                                        │
             └─────── owner.advance(chunk, logits) ─► events ◄────────────────────────┘
 
-Each type of request is a `Job` (`runtime/engine/job.py`): `Writer`, `Scorer` or `Embedder`. Writer and Scorer share
+Each type of request is a `Job`: `Writer`, `Scorer` or `Embedder`. Writer and Scorer share
 steps: the scheduler plans their sequences, and each chunk's logits go to the owner of its sequence. The Embedder makes
 steps of its own, every other one while there is text to compute.
 
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -41,11 +41,36 @@ from runtime.scheduling.snapshots import Snapshots
 
 from .drafts import Drafts
 from .embedding import Embedder
-from .job import ARRIVALS, Job, TokenCounts
 from .kv_cache import KvCache
-from .options import EngineOptions
+from .options import ARRIVALS, EngineOptions, TokenCounts
 from .scoring import Scorer
 from .writing import Writer
+
+RequestT = TypeVar("RequestT", contravariant=True)
+
+
+class Job(Protocol[RequestT]):
+    """All live requests of one type. The engine keeps one `Job` for each, and asks only that.
+
+    Jobs that compute sequences are their `Owner` too (`runtime/scheduling/plan.py`), so that a step's logits find their
+    way back without a table.
+    """
+
+    @property
+    def live(self) -> Mapping[str, object]:
+        """The requests without a terminal event yet, by id."""
+
+    def check(self, request: RequestT) -> None:
+        """Raise InvalidRequest or ContextTooLong for a request that the edge should have refused."""
+
+    def add(self, request: RequestT) -> None:
+        """Begin a request that was checked. Raises InvalidRequest if its grammar cannot be used."""
+
+    def drop(self, request_id: str) -> None:
+        """Forget a live request; its cells are free with the next edits."""
+
+    def clear(self) -> None:
+        """Forget all requests of an engine that is dead."""
 
 
 class Engine:

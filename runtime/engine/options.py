@@ -1,12 +1,15 @@
-"""The bounds of one engine."""
+"""The bounds of one engine, and its counts of tokens."""
 
 from dataclasses import dataclass
 
 from models.common.machine import machine_budget
+from runtime.requests import MAX_SCORED_CHOICES
 
 # Memory for snapshots by default: at most so many bytes, and at most this share of what models may take.
 SNAPSHOT_BYTES = 1 << 30
 SNAPSHOT_SHARE = 0.1
+# Arrival numbers that one prompt may give its sequences: its own, and one for each choice that may fork off.
+ARRIVALS = MAX_SCORED_CHOICES + 1
 
 
 def snapshot_bytes(prefix_memory: float | None, memory_budget: float | None) -> int:
@@ -42,3 +45,12 @@ class EngineOptions:
     def max_rows(self) -> int:
         """Rows of logits that a step may give: more than one for each answer, since each token of a choice has one."""
         return min(2 * self.max_running, 256)
+
+
+@dataclass(slots=True)
+class TokenCounts:
+    """Tokens of all requests since the engine began; `cached` of the `prompt` tokens were never computed."""
+
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0

@@ -23,7 +23,7 @@ from runtime.requests import MAX_SCORED_CHOICES, Event, Scored, Scoring, Scoring
 from runtime.scheduling.plan import Chunk, ScheduledSequence
 from runtime.scheduling.scheduler import Scheduler
 
-from .job import TokenCounts
+from .options import TokenCounts
 
 
 @dataclass(eq=False, slots=True)

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from runtime.decoding.detokenize import TextStream
 from runtime.decoding.grammar import Grammars
 from runtime.decoding.sampling import SampledToken, Sampler, with_logprobs
+from runtime.engine.generation import TextStream
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.llama.interface import LlamaLike, TokenizerLike
 from runtime.requests import Event, Finished, Request, TextDelta, TokenLogprob, Usage
@@ -23,7 +23,7 @@ from runtime.scheduling.scheduler import Scheduler
 
 from .drafts import Drafts
 from .generation import Generation, begin_grammar
-from .job import TokenCounts
+from .options import TokenCounts
 
 
 class Writer:

@@ -16,9 +16,8 @@ from llama_cpp import llama_cpp
 from runtime.errors import BatchInvalid
 
 from .decode import BatchArrays, decode_error
-from .handle import ModelHandle
+from .handle import Adapters, ModelHandle
 from .interface import Batch, ModelInfo, Pooling
-from .lora import Adapters
 
 # Bounds the cells of the context, and with them the texts it takes.
 MAX_CELLS = 2048

@@ -36,7 +36,7 @@ _DONT_NEED, _NO_HUGE_PAGES = 4, 15
 _ALLOC = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _CLEAR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint8)
 _CONVERT = "ggml_cpu_fp32_to_fp16"
-F32, _I32 = 0, 26
+F32, _F16, _I32 = 0, 1, 26
 _DTYPES = {F32: np.dtype("<f4"), _I32: np.dtype("<i4")}
 _OBJECT_BYTES = 32  # sizeof(struct ggml_object), which ggml_tensor_overhead() includes
 
@@ -81,7 +81,7 @@ class _InitParams(ctypes.Structure):
 
 
 class Ggml:
-    """The functions used here, and the numbers of the two operations that multiply by weights."""
+    """The functions used here, and the numbers of the operations that multiply by weights, and of attention."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         """Bind the functions and prove the layout. Raises EngineError when `library` is of another ggml."""
@@ -92,6 +92,7 @@ class Ggml:
             self._new = _bind(library, "ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, *[ctypes.c_int64] * 3)
             self._mul_mat = _bind(library, "ggml_mul_mat", pointer, pointer, pointer, pointer)
             self._mul_mat_id = _bind(library, "ggml_mul_mat_id", pointer, pointer, pointer, pointer, pointer)
+            self._attention = _bind(library, "ggml_flash_attn_ext", pointer, *[pointer] * 5, *[ctypes.c_float] * 3)
             self._set_name = _bind(library, "ggml_set_name", pointer, pointer, ctypes.c_char_p)
             self._overhead = _bind(library, "ggml_tensor_overhead", ctypes.c_size_t)
             self._n_bytes = _bind(library, "ggml_nbytes", ctypes.c_size_t, pointer)
@@ -100,7 +101,7 @@ class Ggml:
             )
         except AttributeError as error:
             raise EngineError(f"this llama.cpp lacks a function that collecting needs: {error}") from error
-        self.mul_mat, self.mul_mat_id = self._prove_layout()
+        self.mul_mat, self.mul_mat_id, self.attention = self._prove_layout()
 
     def read(self, tensor: GgmlTensor) -> np.ndarray:
         """A copy of a computed float32 or int32 tensor, shape (ne[3], ne[2], ne[1], ne[0]), strided as ggml has it."""
@@ -109,8 +110,8 @@ class Ggml:
         self._get(ctypes.byref(tensor), copy.ctypes.data, 0, n_bytes)
         return np.ndarray(tuple(tensor.ne)[::-1], _DTYPES[tensor.type], copy.data, strides=tuple(tensor.nb)[::-1])
 
-    def _prove_layout(self) -> tuple[int, int]:
-        """Find the parts of two products, made of known tensors, where they should be; the two operations' numbers."""
+    def _prove_layout(self) -> tuple[int, int, int]:
+        """Find the parts of operations on known tensors where they should be. Returns the operations' numbers."""
         if self._overhead() != _OBJECT_BYTES + ctypes.sizeof(GgmlTensor):
             raise EngineError(
                 f"this llama.cpp's tensors take {self._overhead() - _OBJECT_BYTES} bytes, {ctypes.sizeof(GgmlTensor)} "
@@ -129,8 +130,12 @@ class Ggml:
             _require(product.src[0].contents.name == b"blk.0.proof.weight")
             _require(tuple(product.ne) == (5, 7, 1, 1) and tuple(product.nb) == (4, 20, 140, 140))
             _require(chosen.src[0].contents.type == F32 and chosen.src[2].contents.type == _I32)
-            _require(product.op != chosen.op)
-            return product.op, chosen.op
+            mask = self._new(context, _F16, 5, 7, 1)
+            attention = GgmlTensor.from_address(self._attention(context, inputs, weights, weights, mask, 0.5, 0.0, 2.0))
+            _require([_address(attention, place) for place in range(5)] == [inputs, weights, weights, mask, None])
+            _require(attention.op_params[0] == _bits(0.5) and attention.op_params[2] == _bits(2.0))
+            _require(tuple(attention.ne) == (3, 1, 7, 1) and len({product.op, chosen.op, attention.op}) == 3)
+            return product.op, chosen.op, attention.op
         finally:
             self._free(context)
 
@@ -143,6 +148,10 @@ def _bind(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
 
 def _address(tensor: GgmlTensor, source: int) -> int | None:
     return ctypes.cast(tensor.src[source], ctypes.c_void_p).value
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
 
 
 def _require(holds: bool) -> None:

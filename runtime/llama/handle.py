@@ -1,21 +1,71 @@
-"""A model file in memory: opened, described, and freed when the last user of its weights or vocabulary is gone."""
+"""A model file in memory: opened, described, and freed when the last user of its weights or vocabulary is gone.
 
+LoRA adapters are opened with it and applied to a context, one at a time and for a whole decode. After a change
+llama.cpp reserves the context's compute buffers again.
+
+LongRoPE models (Phi-3, Phi-4-mini) have two sets of rotary divisors, for prompts within the length before scaling and
+for longer ones. transformers takes the set that fits the prompt. llama.cpp takes one set for a whole context: the long
+one if the context has more cells than that length, also for a prompt of ten tokens. The number of cells says nothing
+about a prompt here: the short set is kept, and the length of a request bounded, unless long prompts are wanted.
+"""
+
+import copy
 import ctypes
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from ctypes import Array
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import llama_cpp as binding
 from llama_cpp import llama_cpp
 
-from runtime.errors import LoadFailed
+from models.errors import BadGguf
+from models.gguf.header import read_tensors
+from runtime.errors import EngineError, LoadFailed
 from runtime.prefill.prompts import describe
 
-from .rotations import keep_short, short_set
+_SETS = {"rope_factors_long.weight", "rope_factors_short.weight"}
+_ORIGINAL = "rope.scaling.original_context_length"
+_INTEGER = 0  # LLAMA_KV_OVERRIDE_TYPE_INT
+_NEVER_REACHED = 1 << 30
+
+
+@dataclass(frozen=True)
+class ShortSet:
+    """The short set of a file: `length` is the most tokens it is meant for, `key` the field that says so."""
+
+    key: str
+    length: int
+
+
+def short_set(path: Path) -> ShortSet | None:
+    """The file's short set; None for a model with one set, and for a file that cannot be read."""
+    try:
+        fields, tensors = read_tensors(path)
+    except BadGguf:
+        return None  # llama.cpp's own complaint is the one to show
+    architecture = fields.get("general.architecture")
+    key = f"{architecture.value}.{_ORIGINAL}" if architecture is not None else ""
+    length = fields[key].value if key in fields else None
+    return ShortSet(key, length) if isinstance(length, int) and tensors.keys() >= _SETS else None
+
+
+def keep_short(short: ShortSet) -> Array[llama_cpp.llama_model_kv_override]:
+    """Values for `kv_overrides`, in place of the file's own, with which llama.cpp keeps the short set."""
+    overrides: Array[llama_cpp.llama_model_kv_override] = (
+        llama_cpp.llama_model_kv_override * 2
+    )()  # the last is empty: it ends the list
+    # the last is empty, which ends the list
+    overrides[0].tag = _INTEGER
+    overrides[0].key = short.key.encode()
+    overrides[0].value.val_i64 = _NEVER_REACHED
+    return overrides
+
 
 _log = logging.getLogger("deskside.llama")
 
@@ -198,3 +248,39 @@ def describe_prompts() -> str:
     if llama_cpp.llama_supports_gpu_offload() or "AMX_INT8 = 1" in system_info():
         return "by llama.cpp: it uses a GPU or AMX here"
     return describe(binding.__version__)
+
+
+class Adapters:
+    """The adapters by name. The weights belong to the model and are freed with it."""
+
+    def __init__(self, model: ModelHandle, paths: Mapping[str, Path]) -> None:
+        """Open LoRA GGUF files, before there is a context. Raises LoadFailed with llama.cpp's reason."""
+        self._pointers = {name: _open(model, name, path) for name, path in paths.items()}
+        self._applied: str | None = None
+
+    def again(self) -> "Adapters":
+        """The same adapters, for another context of the model."""
+        other = copy.copy(self)
+        other._applied = None
+        return other
+
+    def apply(self, context: Any, name: str | None) -> None:
+        """Make `context` compute with adapter `name` (None: with none). Costs nothing if it does already."""
+        if name == self._applied:
+            return
+        chosen = [] if name is None else [self._pointers[name]]
+        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(chosen))(*chosen)
+        scales = (ctypes.c_float * len(chosen))(*(1.0 for _ in chosen))
+        code = llama_cpp.llama_set_adapters_lora(context, pointers, len(chosen), scales)
+        if code != 0:
+            raise EngineError(f"llama_set_adapters_lora gave {code} for adapter {name!r}")
+        self._applied = name
+
+
+def _open(model: ModelHandle, name: str, path: Path) -> Any:
+    check_file(path)
+    with last_errors() as errors:
+        pointer = llama_cpp.llama_adapter_lora_init(model.pointer, str(path).encode())
+    if not pointer:
+        raise LoadFailed(f"adapter {name!r} ({str(path)!r}) cannot be loaded: {reason(errors)}")
+    return pointer

@@ -1,4 +1,4 @@
-"""Protocols of a loaded model and its tokenizer: the part of llama.cpp that the engine uses.
+"""Protocols of a loaded model and its tokenizer, the part of llama.cpp that the engine uses, and the load's settings.
 
 `runtime/llama/model.py` implements them with the real library, `tests/support/runtime/fakes.py` with a toy model of
 predictable answers.
@@ -6,11 +6,42 @@ predictable answers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
 Pooling = Literal["mean", "cls", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """The settings to load a model with.
+
+    `n_ctx` cells are shared by at most `n_seq_max` sequences, or each has as many (`streams`); a decode
+    computes at most `n_batch` tokens and gives at most `n_outputs` rows of logits (at least one for each sequence), for
+    which memory is reserved. `n_threads` None is the physical cores; `gpu_layers` None is all of them if llama.cpp was
+    built with a GPU backend, else none.
+    `repack` lets llama.cpp copy weights into the form its fast kernels want. `long_prompts` lets it choose the rotary
+    embeddings for long prompts where a model has two sets (see `handle`). `adapters` are LoRA GGUF files for this
+    model, by the name under which requests ask for them. `prefill` chooses the matrix products of prompts: llama.cpp's
+    ("stock"), Deskside's ("own", with attention), or those that win a race ("auto"). Streams that are not `exact` use
+    flash attention in any case, which is faster.
+    """
+
+    n_ctx: int = 8192
+    n_batch: int = 512
+    n_seq_max: int = 32
+    n_outputs: int | None = None
+    n_threads: int | None = None
+    gpu_layers: int | None = None
+    use_mmap: bool = True
+    repack: bool = True
+    long_prompts: bool = False
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    prefill: Literal["auto", "stock", "own"] = "stock"
+    streams: bool = False
+    exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ The low-level binding is used, since the package's own `Llama` class serialises 
 every cell, so that prefixes can be reused.
 
 With `streams` each sequence has a KV cache of its own, as long as the context, so that its attention reads no other's
-cells. It takes memory for the cells in use only (`lazy_buffers`). Flash attention is off then: it computes in two ways
-on a CPU, and without it a token's bits do not depend on who is beside it. Where pages cannot be given back, or layers
+cells. It takes memory for the cells in use only (`lazy_buffers`). llama.cpp's flash attention computes in two ways on a
+CPU, so it is off, or attention is our own (`runtime/prefill/attention.h`): a token's bits do not depend on what is
+computed beside it. Where pages cannot be given back, or layers
 are on a GPU, the cache stays unified: sequences share it, and copying a prefix moves no data
 (`llama_memory_seq_cp` of a part of a sequence aborts the process when the cache is not unified).
 """
@@ -14,8 +15,8 @@ import ctypes
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import llama_cpp as binding
@@ -26,14 +27,13 @@ from models.common.machine import physical_cores
 from runtime.errors import BatchInvalid, EngineError, LoadFailed
 from runtime.prefill.build import Unavailable
 from runtime.prefill.library import OFF
-from runtime.prefill.prompts import FEWEST_ROWS, MIN_ROWS, Prefill, Prompts, prepare
+from runtime.prefill.prompts import FEWEST_ROWS, MIN_ROWS, Prompts, prepare
 
 from .decode import ROW_BLOCKS, BatchArrays, decode_error, fillers, row_block, row_group, with_company
 from .embeddings import EmbedContext, embed_info
 from .ggml import Ggml, lazy_buffers
-from .handle import ModelHandle, backend_name, system_info
-from .interface import Batch, ModelInfo
-from .lora import Adapters
+from .handle import Adapters, ModelHandle, backend_name, system_info
+from .interface import Batch, LoadOptions, ModelInfo
 from .tokenizer import Tokenizer
 
 _log = logging.getLogger("deskside.llama")
@@ -44,48 +44,24 @@ PROBE_TOKENS = 96
 SPARE_CELLS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """The settings to load a model with.
-
-    `n_ctx` cells are shared by at most `n_seq_max` sequences, or each has as many (`streams`, see above); a decode
-    computes at most `n_batch` tokens and gives at most `n_outputs` rows of logits (at least one for each sequence), for
-    which memory is reserved. `n_threads` None is the physical cores; `gpu_layers` None is all of them if llama.cpp was
-    built with a GPU backend, else none.
-    `repack` lets llama.cpp copy weights into the form its fast kernels want. `long_prompts` lets it
-    choose the rotary embeddings for long prompts where a model has two sets (see `rotations`). `adapters` are LoRA GGUF
-    files for this model, by the name under which requests ask for them. `prefill` chooses the matrix products of
-    prompts: llama.cpp's ("stock"), Deskside's ("own"), or those that win a race ("auto"). Streams that are not `exact`
-    use flash attention, which is faster.
-    """
-
-    n_ctx: int = 8192
-    n_batch: int = 512
-    n_seq_max: int = 32
-    n_outputs: int | None = None
-    n_threads: int | None = None
-    gpu_layers: int | None = None
-    use_mmap: bool = True
-    repack: bool = True
-    long_prompts: bool = False
-    adapters: Mapping[str, Path] = field(default_factory=dict)
-    prefill: Prefill = "stock"
-    streams: bool = False
-    exact: bool = True
-
-
 class Llama:
     """A loaded model and its KV cache; `LlamaLike` over the real library. One thread owns it."""
 
-    def __init__(self, model: ModelHandle, path: Path, options: LoadOptions, gpu_layers: int) -> None:
-        """Make a context. Use `load`, which also opens the model. Raises LoadFailed."""
+    def __init__(
+        self, model: ModelHandle, path: Path, options: LoadOptions, gpu_layers: int, *, attends: bool = False
+    ) -> None:
+        """Make a context; one that `attends` has attention of our own. Use `load`, which also opens the model.
+
+        Raises LoadFailed.
+        """
         self._adapters = Adapters(model, options.adapters)
         with lazy_buffers(wanted=options.streams and gpu_layers == 0) as self.has_streams:
             # Whole blocks, so that each row can have company.
             self.n_streams = -(-options.n_seq_max // ROW_BLOCKS[-1]) * ROW_BLOCKS[-1] if self.has_streams else 0
             n_seqs = self.n_streams or options.n_seq_max
             n_outputs = max(options.n_outputs or 0, n_seqs)  # llama.cpp aborts the process if a sequence has no row
-            self._context = _new_context(model, path, options, n_seqs, n_outputs, streams=self.has_streams)
+            shape = _Shape(n_seqs, n_outputs, streams=self.has_streams, attends=attends)
+            self._context = _new_context(model, path, options, shape)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._finalizer = weakref.finalize(self, llama_cpp.llama_free, self._context)
         self._finalizer.atexit = False
@@ -248,14 +224,7 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
         long_prompts=options.long_prompts,
     )
     _require_decoder(model, path)
-    prompts = _own_products(path, options, gpu_layers)
-    if prompts is None:
-        llama = Llama(model, path, options, gpu_layers)
-    else:
-        model.before_free.append(prompts.panels.close)
-        with prompts.panels.binding():
-            llama = Llama(model, path, options, gpu_layers)
-        _decide(llama, prompts, exact=options.exact)
+    llama = _load_own(model, path, options, gpu_layers) or Llama(model, path, options, gpu_layers)
     if llama.has_streams and options.exact:
         llama.info = replace(llama.info, row_group=row_group(llama))
         llama.row_block = row_block(llama, llama.n_streams)
@@ -263,15 +232,34 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
     return llama
 
 
-def _decide(llama: Llama, prompts: Prompts, *, exact: bool) -> None:
-    """Keep the panels if they win. In an exact model a token's products follow from the kind of its batch."""
-    if prompts.decide(lambda own: _prompt_seconds(llama, prompts, own=own)):
-        llama.info = replace(llama.info, backend=f"{llama.info.backend}, prompts by Deskside")
-        llama.take_over = prompts.panels.take_over if exact and llama.has_streams else None
-    else:
-        _decode_in_order(llama, 1)  # no graph with its products is left to be computed again
+def _load_own(model: ModelHandle, path: Path, options: LoadOptions, gpu_layers: int) -> Llama | None:
+    """Load with our own products of prompts, and in streams our own attention; None where llama.cpp's are as good.
+
+    In an exact model a token's products follow from the kind of its batch.
+    """
+    prompts = _own_products(path, options, gpu_layers)
+    if prompts is None:
+        return None
+    panels = prompts.panels
+    model.before_free.append(panels.close)
+    for attends in (True, False) if options.streams else (False,):
+        panels.attend(attends)
+        with panels.binding():
+            llama = Llama(model, path, options, gpu_layers, attends=attends)
+        _decode_in_order(llama, 1)
         llama.clear()
-        prompts.panels.close()
+        if bool(panels.n_attended) is attends:
+            break
+        llama.close()  # a model with attention of another kind
+    if prompts.decide(lambda own: _prompt_seconds(llama, prompts, own=own)):
+        name = "prompts and attention" if attends else "prompts"
+        llama.info = replace(llama.info, backend=f"{llama.info.backend}, {name} by Deskside")
+        llama.take_over = panels.take_over if options.exact and llama.has_streams else None
+        llama.clear()
+        return llama
+    llama.close()
+    panels.close()
+    return None
 
 
 def _own_products(path: Path, options: LoadOptions, gpu_layers: int) -> Prompts | None:
@@ -287,7 +275,7 @@ def _own_products(path: Path, options: LoadOptions, gpu_layers: int) -> Prompts 
             path,
             options.prefill,
             llama_cpp._lib,
-            lambda: Ggml(llama_cpp._lib).mul_mat,
+            _operations,
             version=binding.__version__,
             n_threads=options.n_threads or physical_cores(),
         )
@@ -296,6 +284,11 @@ def _own_products(path: Path, options: LoadOptions, gpu_layers: int) -> Prompts 
             raise LoadFailed(f"prefill is 'own', but {error}; set it to auto or stock") from error
         _log.info("llama.cpp computes prompts: %s", error)
         return None
+
+
+def _operations() -> tuple[int, int]:
+    ggml = Ggml(llama_cpp._lib)
+    return ggml.mul_mat, ggml.attention
 
 
 def _prompt_seconds(llama: Llama, prompts: Prompts, *, own: bool) -> float:
@@ -336,20 +329,30 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(ModelHandle(path, vocab_only=True))
 
 
-def _new_context(
-    model: ModelHandle, path: Path, options: LoadOptions, n_seqs: int, n_outputs: int, *, streams: bool
-) -> object:
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """The sequences and rows of logits of a context, whether it has streams, and attention of our own."""
+
+    n_seqs: int
+    n_outputs: int
+    streams: bool
+    attends: bool
+
+
+def _new_context(model: ModelHandle, path: Path, options: LoadOptions, shape: _Shape) -> object:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = options.n_ctx
-    if streams:
-        params.n_ctx = (options.n_ctx + SPARE_CELLS) * n_seqs
-        if options.exact:
+    if shape.streams:
+        params.n_ctx = (options.n_ctx + SPARE_CELLS) * shape.n_seqs
+        if shape.attends:
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        elif options.exact:
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.n_batch = params.n_ubatch = max(options.n_batch, n_seqs)
-    params.n_seq_max = n_seqs
-    params.n_outputs_max = n_outputs
+    params.n_batch = params.n_ubatch = max(options.n_batch, shape.n_seqs)
+    params.n_seq_max = shape.n_seqs
+    params.n_outputs_max = shape.n_outputs
     params.n_threads = params.n_threads_batch = options.n_threads or physical_cores()
-    params.kv_unified = not streams
+    params.kv_unified = not shape.streams
     params.swa_full = True
     params.offload_kqv = True
     return model.context(params, repr(str(path)))

@@ -1,12 +1,20 @@
-"""The compiled backend, bound with ctypes: registered with ggml once, then asked for panels of a model's weights."""
+"""The compiled backend, bound with ctypes: registered with ggml once, then asked for panels of a model's weights.
+
+llama.cpp may hold its weights repacked, in layouts of its own. Decode rows keep those; panels come from the file's own
+bytes.
+"""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from models.errors import BadGguf
+from models.gguf.header import TensorInfo, read_tensors
 
 from .build import Unavailable
 
@@ -20,7 +28,7 @@ _FUNCTIONS = (
     *("ggml_graph_n_nodes", "ggml_graph_node", "ggml_get_type_traits"),
 )
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "register": (None, (ctypes.c_void_p, ctypes.c_int)),
+    "register": (None, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)),
     "new": (ctypes.c_void_p, ()),
     "add": (
         ctypes.c_int64,
@@ -32,6 +40,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bind": (None, (ctypes.c_void_p,)),
     "min_rows": (None, (ctypes.c_void_p, ctypes.c_int)),
     "products": (ctypes.c_int64, (ctypes.c_void_p,)),
+    "attend": (None, (ctypes.c_void_p, ctypes.c_int)),
+    "attended": (ctypes.c_int64, (ctypes.c_void_p,)),
+    "compute_attention": (None, (ctypes.c_void_p, ctypes.c_int)),
     "free": (None, (ctypes.c_void_p,)),
     "multiply": (
         ctypes.c_int,
@@ -53,6 +64,9 @@ class Library:
     bind: Any
     min_rows: Any
     products: Any
+    attend: Any
+    attended: Any
+    compute_attention: Any
     free: Any
     multiply: Any
 
@@ -64,8 +78,10 @@ class Library:
             setattr(self, name, function)
 
 
-def open_library(path: Path, ggml: ctypes.CDLL, mul_mat: int) -> Library:
-    """Load the library and register its device with `ggml`, once. `mul_mat` is the operation's number.
+def open_library(path: Path, ggml: ctypes.CDLL, operations: tuple[int, int]) -> Library:
+    """Load the library and register its device with `ggml`, once.
+
+    `operations` are the numbers of the matrix product and of attention.
 
     Raises Unavailable if it cannot be loaded, or if ggml lacks a function.
     """
@@ -77,7 +93,7 @@ def open_library(path: Path, ggml: ctypes.CDLL, mul_mat: int) -> Library:
             addresses = [ctypes.cast(getattr(ggml, name), ctypes.c_void_p).value for name in _FUNCTIONS]
         except (OSError, AttributeError) as error:
             raise Unavailable(f"the compiled library cannot be loaded: {error}") from error
-        library.register((ctypes.c_void_p * len(addresses))(*addresses), mul_mat)
+        library.register((ctypes.c_void_p * len(addresses))(*addresses), *operations)
         _registered[path.name] = library
     return _registered[path.name]
 
@@ -118,6 +134,15 @@ class Panels:
         """Compute products of at least `min_rows` rows in graphs built from now on; OFF: none."""
         self._library.min_rows(self._model, min_rows)
 
+    def attend(self, on: bool) -> None:
+        """Compute attention too, or not, in contexts that are made in `binding`, where model and cache allow it."""
+        self._library.attend(self._model, on)
+
+    @property
+    def n_attended(self) -> int:
+        """Attention operations computed so far."""
+        return int(self._library.attended(self._model))
+
     @property
     def n_products(self) -> int:
         """Products computed so far."""
@@ -139,3 +164,50 @@ class Panels:
         model, self._model = self._model, None
         if model is not None:
             self._library.free(model)
+
+
+BLOCK, COLUMNS = 32, 16
+PANEL_BLOCK_BYTES = 544
+"""Bytes of 32 × 16 quantized weights: int8, and a float16 scale per 32."""
+PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+"""Types that stay llama.cpp's: int8 would be coarser than it computes with them."""
+
+
+def matrices(path: Path) -> tuple[TensorInfo, ...]:
+    """The matrices that a prompt's rows are multiplied by. Raises Unavailable if the file cannot be read.
+
+    The embedding and the output stay llama.cpp's: rows of logits are few, and theirs are the largest matrices.
+    """
+    try:
+        fields, tensors = read_tensors(path)
+    except (BadGguf, OSError) as error:
+        raise Unavailable(str(error)) from error
+    if (split := fields.get("split.count")) is not None and split.value not in (0, 1):
+        raise Unavailable("the model is split into several files")
+    return tuple(tensor for tensor in tensors.values() if _multiplies(tensor))
+
+
+def panel_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """The memory that panels of `tensors` take, in bytes."""
+    shapes = (tensor.shape for tensor in tensors)
+    return sum(-(-n_cols // COLUMNS) * (n_k // BLOCK) * PANEL_BLOCK_BYTES for n_cols, n_k in shapes)
+
+
+def add_all(panels: Panels, path: Path, tensors: Iterable[TensorInfo], n_threads: int) -> None:
+    """Make panels of `tensors` of the file. Raises Unavailable if none can be made."""
+    try:
+        data = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"{str(path)!r} cannot be mapped: {error}") from error
+    for tensor in tensors:
+        n_cols, n_k = tensor.shape
+        part = data[tensor.offset : tensor.offset + tensor.n_bytes]
+        panels.add(tensor.name, int(tensor.kind), n_k, n_cols, part, n_threads)
+    if panels.n_weights == 0:
+        raise Unavailable("the model's weights are not quantized")
+
+
+def _multiplies(tensor: TensorInfo) -> bool:
+    named = tensor.name.startswith("blk.") and tensor.name.endswith(".weight")
+    shaped = len(tensor.shape) == 2 and min(tensor.shape) > 1 and tensor.shape[-1] % BLOCK == 0
+    return named and shaped and tensor.kind not in PLAIN

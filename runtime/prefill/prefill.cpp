@@ -1,11 +1,13 @@
-// An ACCEL backend of ggml that computes the products of prompts: MUL_MAT of many rows with a model's weight matrices.
+// An ACCEL backend of ggml that computes the products of prompts, MUL_MAT of many rows with a model's weight matrices,
+// and attention over a model's KV cache in streams, FLASH_ATTN_EXT of any number of rows.
 //
 // The weights that decode few rows stay as llama.cpp holds them, repacked or not. For these products panels are made from
 // the file's own bytes, so a tensor's data is never read: a weight is known by its address, which is bound to its
 // panels, by name, type and shape, while a context is made between `deskside_prefill_bind(model)` and
-// `deskside_prefill_bind(nullptr)` on the same thread. What is not bound is llama.cpp's, without a change.
+// `deskside_prefill_bind(nullptr)` on the same thread; so is a KV cache. What is not bound is llama.cpp's, without a change.
 #include <omp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -16,11 +18,12 @@
 #include <unordered_map>
 #include <vector>
 
+#include "attention.h"
 #include "ggml_abi.h"
 #include "kernel.h"
 
 static Functions ggml;
-static int op_mul_mat;
+static int op_mul_mat, op_attention;
 
 struct Free {
     void operator()(void * data) const { free(data); }
@@ -51,7 +54,8 @@ struct Weights {
 struct Model {
     std::unordered_map<std::string, std::unique_ptr<Weights>> weights;
     std::atomic<int> min_rows{1 << 30};
-    std::atomic<int64_t> n_products{0};
+    std::atomic<bool> attends{false};
+    std::atomic<int64_t> n_products{0}, n_attended{0};
 };
 
 struct Bound {
@@ -60,7 +64,7 @@ struct Bound {
 };
 
 static std::shared_mutex lock;
-static std::unordered_map<const void *, Bound> bound;  // by a tensor's data
+static std::unordered_map<const void *, Bound> bound;  // by a tensor's data: a weight, or a cache of keys without any
 static thread_local Model * binding = nullptr;
 
 // The step between the numbers of a block where its first bytes say it and int8 holds them all; 0: unknown.
@@ -118,6 +122,7 @@ struct Context {  // of a backend: what a product needs
     Scratch<float> scales;       // [m]
     Scratch<int16_t> rows;       // [thread][k]
     Scratch<WideBlock> wide;     // [thread][CHUNK_BLOCKS]
+    Scratch<float> vectors;      // [thread][TILE][n_k + n_v]
 };
 
 static void pack(Context & ctx, const Rows & x, int64_t n_k, int64_t tile, int16_t * row) {
@@ -171,6 +176,90 @@ static void multiply(Context & ctx, const Weights & w, const Rows & x, const Row
     }
 }
 
+constexpr int TILE = 32;  // vectors of queries that go through the cells together
+
+// Up to TILE vectors of one stream and one head of K and V: `n_heads` heads of queries of the tokens from `token` on.
+struct Tile {
+    int64_t stream, kv_head, head, token;
+    int n_tokens, n_heads;
+};
+
+static void attend_tile(const Tensor * y, const Tile & tile, float * scratch) {
+    const Tensor *q = y->src[0], *k = y->src[1], *v = y->src[2], *mask = y->src[3];
+    const int n_k = (int) k->ne[0], n_v = (int) v->ne[0], n_vectors = tile.n_tokens * tile.n_heads;
+    float scale, cap;
+    memcpy(&scale, y->op_params, sizeof scale);
+    memcpy(&cap, y->op_params + 2, sizeof cap);
+    if (cap != 0) scale /= cap;
+    Vectors groups[TILE / VECTORS];
+    const int n_groups = (n_vectors + VECTORS - 1) / VECTORS;
+    const auto address = [&](int i, const Tensor * of, int head_axis, int token_axis) {
+        const int64_t head = tile.head + i % tile.n_heads, token = tile.token + i / tile.n_heads;
+        return (char *) of->data + head * of->nb[head_axis] + token * of->nb[token_axis] + tile.stream * of->nb[3];
+    };
+    for (int i = 0; i < n_groups * VECTORS; i++) {
+        Vectors & group = groups[i / VECTORS];
+        const int r = i % VECTORS, known = i < n_vectors ? i : n_vectors - 1;  // the last fills up its group
+        float * to = scratch + i * (int64_t) n_k;
+        const auto * from = (const float *) address(known, q, 2, 1);
+        for (int d = 0; d < n_k; d++) to[d] = from[d] * scale;
+        if (r == 0) group.q = to, group.total = scratch + TILE * (int64_t) n_k + i * (int64_t) n_v;
+        group.masks[r] = (const uint16_t *) ((char *) mask->data + (tile.token + known / tile.n_heads) * mask->nb[1] +
+                                             tile.stream % mask->ne[3] * mask->nb[3]);
+        group.highest[r] = -INFINITY, group.weight[r] = 0;
+    }
+    memset(groups[0].total, 0, n_groups * VECTORS * n_v * sizeof(float));
+    const Cells cells = {(const char *) k->data + tile.kv_head * k->nb[2] + tile.stream * k->nb[3],
+                         (const char *) v->data + tile.kv_head * v->nb[2] + tile.stream * v->nb[3], k->nb[1], v->nb[1]};
+    for (int64_t first = 0; first < k->ne[1]; first += CELLS) {
+        const int n = (int) (k->ne[1] - first < CELLS ? k->ne[1] - first : CELLS);
+        for (int g = 0; g < n_groups; g++) attend_block(groups[g], cells, first, n, n_k, n_v, cap);
+    }
+    for (int i = 0; i < n_vectors; i++) {
+        const Vectors & group = groups[i / VECTORS];
+        const float weight = group.weight[i % VECTORS], share = weight > 0 ? 1 / weight : 0;
+        float * to = (float *) address(i, y, 1, 2);
+        for (int d = 0; d < n_v; d++) to[d] = group.total[i % VECTORS * (int64_t) n_v + d] * share;
+    }
+}
+
+static void attend(Context & ctx, const Tensor * y) {
+    const Tensor *q = y->src[0], *k = y->src[1], *v = y->src[2];
+    const int64_t n_shared = q->ne[2] / k->ne[2];  // heads of queries to a head of K and V
+    const int64_t per_tile = TILE / n_shared, n_tiles = (q->ne[1] + per_tile - 1) / per_tile, size = TILE * (k->ne[0] + v->ne[0]);
+    // One tile for several threads: each takes some of its heads, so that none falls asleep.
+    const int64_t n_parts = n_tiles * k->ne[2] * q->ne[3] < ctx.n_threads && n_shared > 1 ? 2 : 1, per_part = (n_shared + n_parts - 1) / n_parts;
+    float * scratch = ctx.vectors.room(ctx.n_threads * size);
+#pragma omp parallel for collapse(4) schedule(dynamic, 1) num_threads(ctx.n_threads)
+    for (int64_t tile = n_tiles - 1; tile >= 0; tile--)  // the last tokens see most
+        for (int64_t stream = 0; stream < q->ne[3]; stream++)
+            for (int64_t head = 0; head < k->ne[2]; head++)
+                for (int64_t part = 0; part < n_parts; part++) {
+                    const int64_t token = tile * per_tile, first = part * per_part;
+                    const int n_tokens = (int) std::min(per_tile, q->ne[1] - token), n_heads = (int) std::min(per_part, n_shared - first);
+                    attend_tile(y, {stream, head, head * n_shared + first, token, n_tokens, n_heads}, scratch + omp_get_thread_num() * size);
+                }
+}
+
+// True if attention over a bound cache is computed here; binds the cache while a context is made.
+static Model * find_cache(const Tensor * op) {
+    if (op->op != op_attention) return nullptr;
+    const Tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+    if (!mask || op->src[4] || !k->view_src || !k->view_src->data || k->type != TYPE_F16 || v->type != TYPE_F16) return nullptr;
+    if (q->type != TYPE_F32 || mask->type != TYPE_F16 || mask->ne[2] != 1 || q->nb[0] != 4 || op->nb[0] != 4) return nullptr;
+    if (k->nb[0] != 2 || v->nb[0] != 2 || k->ne[0] % 16 || v->ne[0] % 16 || q->ne[3] != k->ne[3]) return nullptr;
+    if (q->ne[2] % k->ne[2] || q->ne[2] / k->ne[2] > TILE || k->ne[2] != v->ne[2] || op->op_params[1]) return nullptr;
+    const void * cache = k->view_src->data;
+    {
+        std::shared_lock<std::shared_mutex> guard(lock);
+        const auto known = bound.find(cache);
+        if (known != bound.end()) return known->second.model->attends ? known->second.model : nullptr;
+        if (!binding || !binding->attends) return nullptr;
+    }
+    std::unique_lock<std::shared_mutex> guard(lock);
+    return bound.emplace(cache, Bound{binding, nullptr}).first->second.model;
+}
+
 // The weights' panels, if `op` is a product of theirs; binds them while a context is made.
 static Bound find(const Tensor * op) {
     if (op->op != op_mul_mat) return {};
@@ -201,7 +290,14 @@ static int backend_compute(Backend * backend, Graph * graph) try {
     const Tensor * before = nullptr;  // whose rows are packed
     for (int i = 0; i < ggml.graph_n_nodes(graph); i++) {
         Tensor * y = ggml.graph_node(graph, i);
-        if (!(y->flags & FLAG_COMPUTE) || y->op != op_mul_mat) continue;
+        if (!(y->flags & FLAG_COMPUTE)) continue;
+        if (y->op == op_attention) {
+            Model * model = find_cache(y);
+            if (!model) return STATUS_FAILED;
+            attend(ctx, y);
+            model->n_attended++;
+        }
+        if (y->op != op_mul_mat) continue;
         const Bound found = find(y);
         if (!found.weights) return STATUS_FAILED;
         const Tensor * x = y->src[1];
@@ -235,6 +331,7 @@ static void device_properties(Device *, DeviceProperties * p) {
 static BufferType * device_buffer_type(Device *) { return ggml.cpu_buffer_type(); }
 static Buffer * device_buffer(Device *, void * data, size_t size, size_t) { return ggml.cpu_buffer_from_ptr(data, size); }
 static bool device_supports_op(Device *, const Tensor * op) {
+    if (op->op == op_attention) return find_cache(op) != nullptr;
     const Bound found = find(op);
     return found.weights && op->src[1]->ne[1] >= found.model->min_rows;
 }
@@ -265,10 +362,10 @@ static void * registry_function(Registry *, const char * name) {
 
 extern "C" {
 // Register the device: contexts made from now on ask it. Once per process.
-void deskside_prefill_register(const Functions * functions, int mul_mat) {
+void deskside_prefill_register(const Functions * functions, int mul_mat, int attention) {
     static Registry registry = {BACKEND_API_VERSION, registry_name, registry_count, registry_device, registry_function, nullptr};
     ggml = *functions;
-    op_mul_mat = mul_mat;
+    op_mul_mat = mul_mat, op_attention = attention;
     ggml.backend_register(&registry);
 }
 
@@ -294,6 +391,18 @@ void deskside_prefill_bind(Model * model) { binding = model; }
 
 // Take over products of at least `n` rows in graphs that are built from now on.
 void deskside_prefill_min_rows(Model * model, int n) { model->min_rows = n; }
+
+// Take over attention in contexts that are made while the model is bound.
+void deskside_prefill_attend(Model * model, int on) { model->attends = on != 0; }
+
+int64_t deskside_prefill_attended(const Model * model) { return model->n_attended; }
+
+// Compute attention, outside of any graph.
+void deskside_prefill_compute_attention(const Tensor * y, int n_threads) {
+    Context ctx;
+    ctx.n_threads = n_threads;
+    attend(ctx, y);
+}
 
 int64_t deskside_prefill_products(const Model * model) { return model->n_products; }
 

@@ -10,8 +10,8 @@ from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
 from runtime.decoding.grammar import Grammars
 from runtime.engine.options import EngineOptions, snapshot_bytes
-from runtime.llama.interface import ModelInfo, TokenizerLike
-from runtime.llama.model import LoadOptions, load_tokenizer
+from runtime.llama.interface import LoadOptions, ModelInfo, TokenizerLike
+from runtime.llama.model import load_tokenizer
 from runtime.prompt.prompter import Prompter
 from runtime.worker.messages import EngineRecipe
 from runtime.worker.process import EngineProcess

@@ -9,8 +9,8 @@ from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.llama.handle import library_release
-from runtime.llama.interface import ModelInfo
-from runtime.llama.model import LoadOptions, load
+from runtime.llama.interface import LoadOptions, ModelInfo
+from runtime.llama.model import load
 from runtime.prefixes.disk import DiskStore
 from runtime.prefixes.identity import FileHashes, Identity
 

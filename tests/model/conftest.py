@@ -10,7 +10,8 @@ from convert.planning.request import ConvertRequest
 from models.common.console import LineReporter
 from models.errors import ModelError
 from models.store.store import Store, StoredModel
-from runtime.llama.model import Llama, LoadOptions, load
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import Llama, load
 
 ADAPTER = Path(__file__).parents[2] / "models" / "email_triage" / "adapter"
 

@@ -10,7 +10,8 @@ import pytest
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import LoadFailed
-from runtime.llama.model import Llama, LoadOptions, load
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import Llama, load
 from runtime.requests import Request, SamplingParams
 
 from .lora_gguf import write_adapter

@@ -15,7 +15,8 @@ from models.common.console import LineReporter
 from models.gguf.header import read_header
 from models.store.store import Store, StoredModel
 from runtime.llama.decode import last_logits
-from runtime.llama.model import Llama, LoadOptions, load
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import Llama, load
 from runtime.prompt.prompter import Prompter
 from tests.support.convert.tiny import safetensors_bytes
 

@@ -13,8 +13,8 @@ import pytest
 
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
-from runtime.llama.interface import Batch
-from runtime.llama.model import LoadOptions, load
+from runtime.llama.interface import Batch, LoadOptions
+from runtime.llama.model import load
 from runtime.requests import Scored, Scoring, ScoringPrompt
 from runtime.serving.chat import prepare_chat
 from runtime.serving.model import ServedModel, load_model

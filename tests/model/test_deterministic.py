@@ -14,7 +14,8 @@ from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
-from runtime.llama.model import LoadOptions, load
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import load
 from runtime.requests import Event, Request, SamplingParams, TextDelta
 from runtime.serving.call import Call
 from runtime.serving.chat import prepare_chat

@@ -13,7 +13,8 @@ from convert.planning.request import ConvertRequest
 from models.common.console import LineReporter
 from models.store.store import Store, StoredModel
 from runtime.llama.decode import last_logits
-from runtime.llama.model import Llama, LoadOptions, load
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import Llama, load
 from runtime.prompt.prompter import Prompter
 
 from .test_embeddings import batch

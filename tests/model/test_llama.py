@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from runtime.errors import BatchInvalid, EngineError, InvalidRequest, LoadFailed, NoKvSlot
-from runtime.llama.interface import Batch
-from runtime.llama.model import Llama, LoadOptions, load, load_tokenizer
+from runtime.llama.interface import Batch, LoadOptions
+from runtime.llama.model import Llama, load, load_tokenizer
 
 pytestmark = pytest.mark.model
 

@@ -13,10 +13,10 @@ from llama_cpp import llama_cpp
 from models.store.store import StoredModel
 from runtime.errors import LoadFailed
 from runtime.llama.handle import describe_prompts
-from runtime.llama.interface import Batch
-from runtime.llama.model import Llama, LoadOptions, load
+from runtime.llama.interface import Batch, LoadOptions
+from runtime.llama.model import Llama, load
 from runtime.prefill import prompts
-from runtime.prefill.probe import Race
+from runtime.prefill.prompts import Race
 
 STOCK = LoadOptions(n_ctx=512, n_batch=256, n_seq_max=2, n_threads=1)
 OWN = replace(STOCK, prefill="own")
@@ -69,13 +69,17 @@ def in_float32(path: Path, folder: Path) -> Path:
     return target
 
 
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("name", ["email-triage", "gemma-3-270m"])
 def test_logits_are_no_farther_from_float32(
-    name: str, email_triage: StoredModel, base_gguf: Path, tmp_path: Path, loaded: Loader
+    name: str, streams: bool, email_triage: StoredModel, base_gguf: Path, tmp_path: Path, loaded: Loader
 ) -> None:
+    """In streams attention is our own too."""
     path = email_triage.gguf if name == "email-triage" else base_gguf
-    exact, stock, own = loaded(in_float32(path, tmp_path), STOCK), loaded(path, STOCK), loaded(path, OWN)
-    assert own.info.backend == stock.info.backend + ", prompts by Deskside"
+    ways = (replace(STOCK, streams=streams), replace(OWN, streams=streams))
+    exact, stock, own = loaded(in_float32(path, tmp_path), ways[0]), *(loaded(path, way) for way in ways)
+    made = "prompts and attention" if streams else "prompts"
+    assert own.info.backend == stock.info.backend + f", {made} by Deskside"
     far: dict[str, list[float]] = {"stock": [], "own": []}
     for tokens in texts(stock, 100):
         wanted = last_logits(exact, tokens)

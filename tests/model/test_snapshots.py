@@ -7,8 +7,8 @@ import pytest
 
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
-from runtime.llama.interface import Batch
-from runtime.llama.model import Llama, LoadOptions, load
+from runtime.llama.interface import Batch, LoadOptions
+from runtime.llama.model import Llama, load
 from runtime.requests import Failed, Finished, Request, SamplingParams, TextDelta
 
 pytestmark = pytest.mark.model

@@ -14,8 +14,8 @@ import pytest
 
 from models.store.store import StoredModel
 from runtime.llama.handle import describe_prompts
-from runtime.llama.interface import Batch
-from runtime.llama.model import Llama, LoadOptions, load
+from runtime.llama.interface import Batch, LoadOptions
+from runtime.llama.model import Llama, load
 from runtime.scheduling.prefix_cache import ALIGN
 
 pytestmark = pytest.mark.model

@@ -9,7 +9,8 @@ import pytest
 from models.gguf.fields import read_fields
 from runtime.config import RuntimeConfig
 from runtime.llama.decode import last_logits
-from runtime.llama.model import LoadOptions, load
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import load
 
 from .allowances import allowed
 from .conftest import ToGguf

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load.process_memory import PROC, SAMPLE_S, PeakWatch, proportional_bytes, resident_bytes, tree_bytes
+from benchmarks.load.servers import PROC, SAMPLE_S, PeakWatch, proportional_bytes, resident_bytes, tree_bytes
 
 MIB = 1 << 20
 HOLD = "import sys; held = bytearray(%d << 20); print('ready', flush=True); sys.stdin.read()"

@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 
 from benchmarks.errors import BadWorkload
-from benchmarks.load.conversations import Talks, conversation_cells, conversation_turns, person_and_turn
 from benchmarks.load.servers import RunningServer
-from benchmarks.load.workload import LabelledExample, PromptTemplate
+from benchmarks.load.workload import (
+    LabelledExample,
+    PromptTemplate,
+    Talks,
+    conversation_cells,
+    conversation_turns,
+    person_and_turn,
+)
 from benchmarks.peers.figures import figures_of
 from benchmarks.peers.plan import deal_examples
 from benchmarks.peers.record import PeerSettings

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.load.process_memory import PROC, children, resident_bytes
+from benchmarks.load.servers import PROC, children, resident_bytes
 from benchmarks.soak.checks import EngineKill, MemorySample, SoakCheck, SoakRun, check, engine_of, sample_memory
 from benchmarks.soak.client import KINDS, RequestOutcome, SoakClient, StreamAccount
 from tests.support.benchmarks.peer_examples import MACHINE

@@ -20,7 +20,8 @@ from models.manifest import Adapter as AdapterRecord
 from models.store.catalog import CatalogEntry
 from models.store.store import Store
 from runtime.llama.decode import last_logits
-from runtime.llama.model import LoadOptions, load
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import load
 from tests.convert.test_pipeline import Notes, files_under
 from tests.support.convert.tiny import MODULES, N_LAYERS, adapter_tensors, write_adapter, write_mails, write_model
 

@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, processors
 
 from convert.errors import VerifyFailed
-from convert.proof.parity import TokenizerPair, check_template, check_tokenizer, encode_both, open_pair
-from convert.proof.torture import CONVERSATIONS, TEXTS
+from convert.proof.parity import (
+    CONVERSATIONS,
+    TEXTS,
+    TokenizerPair,
+    check_template,
+    check_tokenizer,
+    encode_both,
+    open_pair,
+)
 from convert.tokenizer.chat_template import TEMPLATE_FIELD
 from convert.tokenizer.read import read_vocabulary
 from models.gguf.fields import Field, read_fields

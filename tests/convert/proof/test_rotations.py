@@ -12,7 +12,8 @@ from convert.proof.runs import check_runs
 from models.store.store import Store
 from runtime.config import RuntimeConfig
 from runtime.llama.decode import last_logits
-from runtime.llama.model import LoadOptions, load
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import load
 from tests.support.convert.hf_tiny import weights, write_folder
 from tests.support.convert.tiny import grid
 from tests.support.convert.tiny_tokenizers import QWEN2, byte_level, save

@@ -16,7 +16,8 @@ from convert.trim.fields import KEPT_FIELD
 from convert.trim.plan import TrimmedCheckpoint, TrimPlan, plan_trim
 from models.gguf.header import Header, TensorInfo, read_header
 from runtime.llama.decode import last_logits
-from runtime.llama.model import LoadOptions, load
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import load
 from tests.support.convert import tiny
 
 F32 = GGMLQuantizationType.F32

@@ -9,12 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 
-from runtime.decoding.detokenize import TextStream
 from runtime.decoding.grammar import Grammars
 from runtime.decoding.sampling import Sampler
 from runtime.engine.drafts import FIRST_LOOK, MAX_DRAFTS, Drafts
 from runtime.engine.engine import Engine
-from runtime.engine.generation import Generation
+from runtime.engine.generation import Generation, TextStream
 from runtime.engine.options import EngineOptions
 from runtime.errors import BatchInvalid, DecodeAborted, NoKvSlot
 from runtime.llama.interface import Batch

@@ -9,7 +9,8 @@ import pytest
 from runtime.errors import BatchInvalid, DecodeAborted, DecodeFailed, LoadFailed, NoKvSlot
 from runtime.llama.decode import decode_error
 from runtime.llama.handle import backend_name, system_info
-from runtime.llama.model import LoadOptions, load, load_tokenizer
+from runtime.llama.interface import LoadOptions
+from runtime.llama.model import load, load_tokenizer
 
 
 @pytest.mark.parametrize(

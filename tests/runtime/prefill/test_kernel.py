@@ -11,8 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from runtime.llama.ggml import Ggml
 from runtime.prefill.build import Host, Unavailable, library
-from runtime.prefill.library import Library, Panels, open_library
-from runtime.prefill.weights import PANEL_BLOCK_BYTES
+from runtime.prefill.library import PANEL_BLOCK_BYTES, Library, Panels, open_library
 
 RNG = np.random.default_rng(7)
 T = GGMLQuantizationType
@@ -28,7 +27,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Library:
     except Unavailable as error:
         pytest.skip(str(error))
     ggml = llama_cpp.llama_cpp._lib
-    return open_library(path, ggml, Ggml(ggml).mul_mat)
+    known = Ggml(ggml)
+    return open_library(path, ggml, (known.mul_mat, known.attention))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.prefill.probe import BUDGET_S, MAX_ROUNDS, Decisions, Race, race
+from runtime.prefill.prompts import BUDGET_S, MAX_ROUNDS, Decisions, Race, race
 
 
 def runner(stock: float, own: float) -> tuple[list[bool], Callable[[bool], float]]:

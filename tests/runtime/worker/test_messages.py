@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from runtime.engine.options import EngineOptions
 from runtime.errors import DecodeFailed, InvalidRequest, Overloaded
-from runtime.llama.model import LoadOptions
+from runtime.llama.interface import LoadOptions
 from runtime.requests import (
     Embedded,
     Embedding,

@@ -10,7 +10,7 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from convert.gguf_writer import Layout, write_gguf
-from convert.proof.torture import TEXTS
+from convert.proof.parity import TEXTS
 from convert.tokenizer.read import VocabularyFields, read_vocabulary
 from models.gguf.fields import Field
 

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.decoding.detokenize import TextStream
+from runtime.engine.generation import TextStream
 from tests.support.runtime.fakes import END_OF_TURN, FakeTokenizer
 
 
