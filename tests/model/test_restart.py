@@ -16,8 +16,10 @@ import pytest
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
+from runtime.scheduling.prefix_cache import ALIGN
 from runtime.serving.model import load_model
 from tests.support.runtime.engine_process import alive
+from tests.support.runtime.prefixes import files
 from tests.support.runtime.serving import wait_until
 
 from .test_server import CHAT, Server, endless, mails, serve
@@ -114,3 +116,18 @@ def test_llama_cpps_own_reason_is_told_for_weights_that_are_cut_off(email_triage
     assert "cut.gguf" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_restarted_server_goes_on_where_the_last_was(email_triage: StoredModel, tmp_path: Path) -> None:
+    """The first is killed: its engine has some seconds to write what it holds."""
+    talk = "\n\n".join(mail[0]["content"] for mail in mails(6))
+    body = {"messages": [{"role": "user", "content": talk}], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answers = []
+    for _ in range(2):
+        with serve(email_triage, "--slots", "2", "--prefix-disk", str(tmp_path)) as server:
+            answers.append(server.http.post(CHAT, json=body).json())
+        wait_until(lambda: len(files(tmp_path)) == 1)
+    first, second = answers
+    assert second["choices"] == first["choices"]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert first["usage"]["prompt_tokens"] - second["usage"]["prompt_tokens_details"]["cached_tokens"] <= ALIGN + 2

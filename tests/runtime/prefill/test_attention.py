@@ -32,7 +32,7 @@ class Case:
         cache = RNG.standard_normal((2, n_streams, n_cells, n_kv_heads, n_k)).astype(np.float16)
         self.k, self.v = (part.transpose(0, 2, 1, 3) for part in cache)
         self.q = RNG.standard_normal((n_streams, n_queries, n_heads, n_k), np.float32).transpose(0, 2, 1, 3)
-        self.mask = np.zeros((n_streams, 1, n_queries, n_cells), np.float16)
+        self.mask: np.ndarray = np.zeros((n_streams, 1, n_queries, n_cells), np.float16)
         self.mask[RNG.random(self.mask.shape) < 0.3] = -np.inf
         self.n_shared = n_shared
 
@@ -85,7 +85,8 @@ def test_a_query_has_the_same_bits_alone_and_beside_others_with_any_threads(comp
     for stream in range(3):
         for query in (0, 7, 19):
             alone = Case(1, 8, 4, 1, 200, 64)
-            alone.q, alone.mask = (part[stream : stream + 1, :, query : query + 1] for part in (case.q, case.mask))
+            alone.q = case.q[stream : stream + 1, :, query : query + 1]
+            alone.mask = case.mask[stream : stream + 1, :, query : query + 1]
             alone.k, alone.v = case.k[stream : stream + 1], case.v[stream : stream + 1]
             assert np.array_equal(alone.computed(compiled)[0, 0], together[stream, query])
 
