@@ -55,7 +55,8 @@ class Case:
             scores = cap * np.tanh(scores / cap)
         scores += self.mask
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        return (weights / weights.sum(axis=-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+        values: np.ndarray = weights / weights.sum(axis=-1, keepdims=True) @ v
+        return values.transpose(0, 2, 1, 3)
 
 
 @pytest.mark.parametrize("cap", [0.0, 5.0])
