@@ -24,8 +24,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .adapter_rotation import AdapterRotation
-from .plan import Chunk, Match, ScheduledSequence, StepKind, StepPlan
+from .plan import AdapterRotation, Chunk, Match, ScheduledSequence, StepKind, StepPlan
 from .prefix_cache import PrefixCache
 from .radix_tree import RadixTree
 

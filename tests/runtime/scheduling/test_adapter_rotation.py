@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.scheduling.adapter_rotation import STEP_TOKENS, TURN_TOKENS, AdapterRotation
-from runtime.scheduling.plan import StepKind
+from runtime.scheduling.plan import STEP_TOKENS, TURN_TOKENS, AdapterRotation, StepKind
 
 
 def turns(*adapters: str | None) -> AdapterRotation:

@@ -2,8 +2,7 @@
 
 from itertools import groupby
 
-from runtime.scheduling.adapter_rotation import STEP_TOKENS, TURN_TOKENS
-from runtime.scheduling.plan import ScheduledSequence, StepPlan
+from runtime.scheduling.plan import STEP_TOKENS, TURN_TOKENS, ScheduledSequence, StepPlan
 
 from .test_scheduler import Desk
 
