@@ -48,7 +48,7 @@ class EngineConfig(Record):
     )
     prefill: Annotated[Literal["auto", "stock", "own"], Flag(metavar="auto|stock|own")] = Field(
         default="auto",
-        description="Matrix products of prompts: llama.cpp's (stock), Deskside's (own); auto: those that win a race "
+        description="Prompts and attention by llama.cpp (stock) or by Deskside (own); auto: by what wins a race "
         "at the first load.",
     )
     fast: bool = Field(
