@@ -66,11 +66,6 @@ class PrefixCache:
         """The cells that each resident holds, running or idle, by sequence id."""
         return {seq_id: resident.length for seq_id, resident in (self._running | self._idle).items()}
 
-    @property
-    def n_idle(self) -> int:
-        """Streams with a finished sequence."""
-        return len(self._idle)
-
     def match(self, tokens: np.ndarray, adapter: str | None = None) -> Match:
         """The longest beginning of `tokens` that is known and can be had.
 

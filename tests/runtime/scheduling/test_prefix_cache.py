@@ -74,7 +74,7 @@ def test_an_idle_sequence_is_copied_from_by_a_prompt_that_has_little_of_it() -> 
     cache.take_edits()
     target = resident(cache, LONG + "xyz")
     assert cache.take_edits() == (Copy(source, target, 32),)
-    assert cache.n_idle == 1
+    assert cache.residents == {source: 96, target: 35}
 
 
 def test_an_idle_sequence_is_not_taken_over_for_a_few_tokens_of_it() -> None:
@@ -89,7 +89,7 @@ def test_without_a_free_stream_or_cells_it_is_taken_over_all_the_same() -> None:
         source = resident(cache, LONG * 3)
         cache.retire(source, ids(LONG * 3))
         assert cache.admit(ids(LONG + "xyz"), cache.match(ids(LONG + "xyz"))) == source
-        assert (cache.used_cells, cache.n_idle) == (32, 0)
+        assert cache.residents == {source: 32}
 
 
 def test_beyond_the_limit_a_copy_is_whole_and_aligned_or_not_at_all() -> None:
