@@ -21,7 +21,7 @@ from tests.support.runtime.fakes import FakeLlama
 from tests.support.runtime.prefixes import IDENTITY, files
 
 from .test_engine import ends, ids_of, run
-from .test_snapshots import GREEDY, ask, text
+from .test_snapshots import GREEDY, ask, requests_of, text
 
 ADAPTERS = {"mails": "01" * 32}
 
@@ -130,15 +130,7 @@ def test_any_requests_are_answered_as_if_nothing_were_kept(
             llama = FakeLlama(n_ctx=300, n_seq_max=8, window=window, adapters=tuple(ADAPTERS))
             with engine_with(root, llama, n_bytes=n_bytes) as engine:
                 damage(root, harm, chance)
-                requests = [
-                    Request(
-                        str(k),
-                        tuple(token for part in parts for token in text(part, 40)) + tuple(range(tail)),
-                        GREEDY,
-                        adapter="mails" if tail % 4 == 0 else None,
-                    )
-                    for k, (parts, tail) in enumerate(asked)
-                ]
+                requests = requests_of(asked)
                 events = run(engine, *requests)
                 assert Counter(map(type, ends(events).values())) == Counter({Finished: len(requests)} if asked else {})
                 for request in requests:

@@ -31,6 +31,19 @@ def ask(engine: Engine, prompt: tuple[int, ...]) -> tuple[int, list[int]]:
     return end.usage.cached_tokens, ids_of(events, "x")
 
 
+def requests_of(asked: list[tuple[list[int], int]]) -> list[Request]:
+    """A request for each: parts that others may share, and an end of its own; every fourth under an adapter."""
+    return [
+        Request(
+            str(k),
+            tuple(token for part in parts for token in text(part, 40)) + tuple(range(tail)),
+            GREEDY,
+            adapter="mails" if tail % 4 == 0 else None,
+        )
+        for k, (parts, tail) in enumerate(asked)
+    ]
+
+
 def with_store(llama: FakeLlama, n_bytes: int = 1 << 20) -> Engine:
     return Engine(llama, EngineOptions(snapshot_bytes=n_bytes))
 
@@ -160,15 +173,7 @@ def test_any_requests_are_answered_as_if_each_were_alone(
     engine = Engine(llama, EngineOptions(snapshot_bytes=n_bytes, fast=fast, max_running=4))
     for place, asked in enumerate(rounds):
         llama.snapshots_refused = place in refused
-        requests = [
-            Request(
-                str(k),
-                tuple(token for part in parts for token in text(part, 40)) + tuple(range(tail)),
-                GREEDY,
-                adapter="mails" if tail % 4 == 0 else None,
-            )
-            for k, (parts, tail) in enumerate(asked)
-        ]
+        requests = requests_of(asked)
         events = run(engine, *requests)
         assert Counter(map(type, ends(events).values())) == {Finished: len(requests)}
         for request in requests:
