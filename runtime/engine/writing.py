@@ -14,7 +14,6 @@ import numpy as np
 
 from runtime.decoding.grammar import Grammars
 from runtime.decoding.sampling import SampledToken, Sampler, with_logprobs
-from runtime.engine.generation import TextStream
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.llama.interface import LlamaLike, TokenizerLike
 from runtime.requests import Event, Finished, Request, TextDelta, TokenLogprob, Usage
@@ -22,7 +21,7 @@ from runtime.scheduling.plan import Chunk, ScheduledSequence, StepPlan
 from runtime.scheduling.scheduler import Scheduler
 
 from .drafts import Drafts
-from .generation import Generation, begin_grammar
+from .generation import Generation, TextStream, begin_grammar
 from .options import TokenCounts
 
 

@@ -243,7 +243,7 @@ def _load_own(model: ModelHandle, path: Path, options: LoadOptions, gpu_layers: 
     panels = prompts.panels
     model.before_free.append(panels.close)
     for attends in (True, False) if options.streams else (False,):
-        panels.attend(attends)
+        panels.attend(on=attends)
         with panels.binding():
             llama = Llama(model, path, options, gpu_layers, attends=attends)
         _decode_in_order(llama, 1)

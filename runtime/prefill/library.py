@@ -134,7 +134,7 @@ class Panels:
         """Compute products of at least `min_rows` rows in graphs built from now on; OFF: none."""
         self._library.min_rows(self._model, min_rows)
 
-    def attend(self, on: bool) -> None:
+    def attend(self, *, on: bool) -> None:
         """Compute attention too, or not, in contexts that are made in `binding`, where model and cache allow it."""
         self._library.attend(self._model, on)
 

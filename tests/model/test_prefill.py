@@ -16,6 +16,7 @@ from runtime.llama.handle import describe_prompts
 from runtime.llama.interface import Batch, LoadOptions
 from runtime.llama.model import Llama, load
 from runtime.prefill import prompts
+from runtime.prefill.library import Panels
 from runtime.prefill.prompts import Race
 
 STOCK = LoadOptions(n_ctx=512, n_batch=256, n_seq_max=2, n_threads=1)
@@ -86,6 +87,17 @@ def test_logits_are_no_farther_from_float32(
         for key, llama in (("stock", stock), ("own", own)):
             far[key].append(float(np.sqrt(np.mean((last_logits(llama, tokens) - wanted) ** 2))))
     assert np.mean(far["own"]) <= np.mean(far["stock"])
+
+
+def test_a_model_with_attention_of_another_kind_keeps_llama_cpps(
+    email_triage: StoredModel, loaded: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Panels, "attend", lambda *_, **__: None)
+    ways = (replace(STOCK, streams=True), replace(OWN, streams=True))
+    stock, own = (loaded(email_triage.gguf, way) for way in ways)
+    assert own.info.backend == stock.info.backend + ", prompts by Deskside"
+    tokens = texts(stock, 100)[0]
+    assert np.abs(last_logits(own, tokens) - last_logits(stock, tokens)).max() < 2
 
 
 def test_few_rows_are_computed_as_by_stock(email_triage: StoredModel, loaded: Loader) -> None:
