@@ -10,6 +10,8 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 MODEL_TESTS = "tests/model/"
+WHOLE_FINE_TUNE = {"test_hot_adapter.py", "test_measure.py"}
+"""Those that take this fixture, which converts a model."""
 
 
 def pytest_configure() -> None:
@@ -35,7 +37,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Several workers: begin with the longest share, which is one worker's."""
+    """Several workers: begin with the longest files, so that they end together."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: not item.nodeid.startswith(MODEL_TESTS))
 
@@ -48,10 +50,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> "FileSc
 
 
 class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """A file's tests share a worker, and so its fixtures.
-
-    All tests on the real models share one: each of them uses every core, and loads models that the next can use.
-    """
+    """A file's tests share a worker, and so its fixtures; files that take the same long fixture are one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return MODEL_TESTS if nodeid.startswith(MODEL_TESTS) else nodeid.partition("::")[0]
+        file = nodeid.partition("::")[0]
+        return MODEL_TESTS if file.removeprefix(MODEL_TESTS) in WHOLE_FINE_TUNE else file

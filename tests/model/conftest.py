@@ -16,6 +16,15 @@ from runtime.llama.model import Llama, load
 ADAPTER = Path(__file__).parents[2] / "models" / "email_triage" / "adapter"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Beside other workers each server computes on one thread: threads that wait for each other crawl."""
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(pytestconfig, "workerinput"):
+            patch.setenv("DESKSIDE_THREADS", "1")
+        yield
+
+
 def installed(name: str) -> StoredModel:
     try:
         return Store().get(name)

@@ -75,12 +75,12 @@ def compute(llama: Llama, seq_id: int, start: int, part: np.ndarray, cuts: Itera
     return np.array(logits[0])
 
 
-@pytest.mark.parametrize("cuts", [(2,), (100, 102), (298,), (128, 256)])
-def test_a_prompt_has_the_same_bits_however_it_is_cut_and_wherever_it_lies(llama: Llama, cuts: tuple[int, ...]) -> None:
+def test_a_prompt_has_the_same_bits_however_it_is_cut_and_wherever_it_lies(llama: Llama) -> None:
     prompt = tokens(300)
     expected = compute(llama, 0, 0, prompt)
     compute(llama, 1, 0, tokens(200, 1))
-    assert np.array_equal(compute(llama, 5, 0, prompt, cuts), expected)
+    for seq_id, cuts in {5: (2,), 2: (100, 102), 7: (298,), 4: (128, 256)}.items():
+        assert np.array_equal(compute(llama, seq_id, 0, prompt, cuts), expected), cuts
 
 
 def test_an_answer_has_the_same_bits_beside_others(llama: Llama) -> None:
@@ -101,7 +101,7 @@ def test_an_answer_has_the_same_bits_beside_others(llama: Llama) -> None:
         assert np.array_equal(decode(llama, *rows)[place], alone[k])
 
 
-@pytest.mark.parametrize(("whole", "length"), [(300, 300), (WINDOW, 290), (600, 576), (1000, 960)])
+@pytest.mark.parametrize(("whole", "length"), [(WINDOW, 290), (600, 576), (900, 832)])
 def test_a_copy_and_a_snapshot_continue_with_the_same_bits(llama: Llama, whole: int, length: int) -> None:
     prompt, more = tokens(whole), tokens(20, 1)
     compute(llama, 0, 0, prompt)

@@ -51,7 +51,8 @@ def run(base: Path, alpha: float, names: tuple[str, ...], home: Path) -> Quality
         LineReporter(),
     ).gguf
     manifest = read_manifest(HOME)
-    held_out = split_examples(read_chat_records(MAILS), N_MAILS).held_out
+    mails = sorted(read_chat_records(MAILS), key=lambda record: len(record.prompt[0].content))[: 2 * N_MAILS]
+    held_out = split_examples(mails, N_MAILS).held_out
     tasks = tasks_of(half, held_out, "classify", manifest.labels, manifest.prompt)
     inputs = LadderInputs(half, "tuned", tasks, tuple(map(plain, names)), base=base)
     origin = Provenance(MAILS.name, "0" * 64, 0)

@@ -182,6 +182,7 @@ class Scene:
         [engine] = self._engines
         stats = self.running.supervisor.stats
         wait_until(lambda: (stats().running, stats().waiting) == (0, 0))
+        wait_until(lambda: all(map(self.observed.ends, self.observed.events)))  # they reach the loop a moment later
         for request_id, events in self.observed.events.items():
             assert self.observed.ends(request_id) == events[-1:], "one terminal event, and nothing after it"
         assert not engine.has_work
