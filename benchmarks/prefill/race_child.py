@@ -1,10 +1,13 @@
-"""Times prompts in one process, in turns: a job as JSON on stdin, raw seconds as JSON on stdout."""
+"""Times prompts in one process, in turns: a job as JSON on stdin, raw seconds as JSON on stdout.
+
+`stock` is llama.cpp as it comes, one KV cache for all sequences; `own` what the server computes with, in streams.
+"""
 
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,16 +15,18 @@ from runtime.llama.interface import Batch, LoadOptions
 from runtime.llama.model import Llama, load
 
 Step = list[list[int]]  # (sequence, tokens) of each part
-KINDS = ("stock", "own")
+KINDS: tuple[Literal["stock", "own"], ...] = ("stock", "own")
 
 
 def main() -> None:
     """Load the file once for each of the job's `kinds` of products and compute each step with all of them in turn."""
     job: dict[str, Any] = json.load(sys.stdin)
-    kinds: tuple[str, ...] = tuple(job.get("kinds", KINDS))
+    kinds: tuple[Literal["stock", "own"], ...] = tuple(job.get("kinds", KINDS))
     cells = max(sum(n for _, n in step) for step in job["steps"].values())
     options: dict[str, Any] = {"n_ctx": 2 * cells, "n_batch": cells, "n_seq_max": 16, "n_threads": job["threads"]}
-    models = {kind: load(Path(job["gguf"]), LoadOptions(**options | {"prefill": kind})) for kind in kinds}
+    models = {
+        kind: load(Path(job["gguf"]), LoadOptions(**options, prefill=kind, streams=kind == "own")) for kind in kinds
+    }
     info = models[kinds[-1]].info
     rng = np.random.default_rng(0)
     seconds: dict[str, dict[str, list[float]]] = {}
