@@ -168,6 +168,48 @@ def long_prompts(examples: Sequence[LabelledExample], chars: int) -> tuple[Label
     return tuple(prompts)
 
 
+# About 1,100 tokens of Gemma's.
+FEW_SHOT_CHARS = 3700
+# The mail to label is cut: 25 tokens or so.
+ASKED_CHARS = 100
+
+
+def few_shot_prompts(
+    mails: Sequence[LabelledExample], count: int, seed: int, chars: int = FEW_SHOT_CHARS
+) -> list[LabelledExample]:
+    """`count` prompts of `chars` characters: examples with their labels, then a mail to label.
+
+    Each begins with an example of its own, so that two have no more than a few tokens in common. Raises BadWorkload
+    with too few mails.
+    """
+    if count > len(mails):
+        raise BadWorkload(f"{count} prompts need as many mails, there are {len(mails)}: use fewer --prompts")
+    chance = random.Random(seed)
+    order = chance.sample(list(mails), len(mails))
+    return [
+        LabelledExample(f"few-shot {number + 1}", _few_shot(order[number:] + order[:number], chars), "")
+        for number in range(count)
+    ]
+
+
+def _few_shot(mails: Sequence[LabelledExample], chars: int) -> str:
+    end = f"\n\nMail:\n{mails[-1].text[:ASKED_CHARS]}\nList:"
+    shown = ""
+    for mail in mails[:-1]:
+        if len(shown) >= chars:
+            break
+        shown += f"Mail:\n{mail.text}\nList: {mail.label}\n\n"
+    return shown[: chars - len(end)] + end
+
+
+def short_prompts(mails: Sequence[LabelledExample], count: int, chars: int = 200) -> list[LabelledExample]:
+    """`count` prompts that differ from their first tokens on: a number, and the beginning of a mail."""
+    return [
+        LabelledExample(f"short {number}", f"{number}. {mails[number % len(mails)].text[:chars]}", "")
+        for number in range(1, count + 1)
+    ]
+
+
 # About 600 tokens of Gemma's.
 TURN_CHARS = 2100
 # With an answer of 24 tokens and the roles a turn has less than 700; the rest is to spare.

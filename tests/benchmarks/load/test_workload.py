@@ -12,9 +12,11 @@ from benchmarks.load.workload import (
     LabelledExample,
     answer_limit,
     draw,
+    few_shot_prompts,
     labels_of,
     read_examples,
     read_prompt,
+    short_prompts,
     template_prompt,
 )
 from models.manifest import Prompt
@@ -130,3 +132,28 @@ def test_the_shared_part_of_a_prompt_is_a_share_of_its_characters() -> None:
         [LabelledExample("a", "12345", "x")]
     ) == pytest.approx(2 / 3)
     assert template_prompt("t", Prompt()).shared_share([LabelledExample("a", "12345", "x")]) == 0
+
+
+def test_few_shot_prompts_begin_with_examples_of_their_own_and_end_with_a_question() -> None:
+    prompts = few_shot_prompts(EXAMPLES, 100, seed=0, chars=200)
+    texts = [prompt.text for prompt in prompts]
+    assert {len(text) for text in texts} == {200}
+    assert len({text[:15] for text in texts}) == 100
+    assert all(text.startswith("Mail:\nmail ") and text.endswith("\nList:") for text in texts)
+    assert "\nList: spam\n\nMail:" in texts[0]
+    assert prompts == few_shot_prompts(EXAMPLES, 100, seed=0, chars=200)
+    assert prompts != few_shot_prompts(EXAMPLES, 100, seed=1, chars=200)
+    with pytest.raises(BadWorkload, match=r"101 prompts need as many mails, there are 100: use fewer --prompts"):
+        few_shot_prompts(EXAMPLES, 101, seed=0)
+
+
+def test_the_train_splits_mails_suffice_for_few_shot_prompts() -> None:
+    mails = read_examples(recipe_file("data", "train.jsonl.gz"))
+    prompts = few_shot_prompts(mails, 200, seed=0)
+    assert len({prompt.text[:100] for prompt in prompts}) == 200
+
+
+def test_short_prompts_differ_from_their_first_words_on() -> None:
+    prompts = short_prompts(EXAMPLES, 250, chars=6)
+    assert len({prompt.text.split()[0] for prompt in prompts}) == 250
+    assert prompts[249].text == "250. mail 5"
