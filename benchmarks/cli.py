@@ -21,6 +21,7 @@ from benchmarks.peers.report import peers_command
 from benchmarks.prefill.race import prefill_command
 from benchmarks.report.plots import latency_picture
 from benchmarks.report.terminal import render, render_score
+from benchmarks.soak.prefixes import prefixes_command
 from benchmarks.soak.soak import soak_command
 from models.common.console import page, show_progress
 from models.common.options import JsonOption, with_options
@@ -64,6 +65,7 @@ def create_app() -> typer.Typer:
     app.command("convert")(convert_speed_command)
     app.command("trim")(trim_command)
     app.command("prefill")(prefill_command)
+    app.command("prefixes")(prefixes_command)
     return app
 
 

@@ -51,8 +51,8 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("record",),
         ("cost",),
         ("load",),
-        ("comparison", "conversion", "peers", "prefill", "soak"),
-        ("report",),
+        ("comparison", "conversion", "peers", "prefill"),
+        ("report", "soak"),
         ("cli",),
     ),
 }

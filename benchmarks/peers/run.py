@@ -185,7 +185,7 @@ async def _ask_all(
 
     # A server may close a kept connection just as the next request is sent on it: llama-server's does. One connection
     # per request costs every server the same; only the measurement of our own hop keeps its one connection.
-    target = ApiTarget(address, _served_name(address))
+    target = ApiTarget(address, served_name(address))
     client = OpenAiClient(target, clock, timeout_s=TIMEOUT_S, keep_alive=planned.task.name == HOP)
     send = {"chat": client.chat, "completions": client.complete, "decisions": client.decide}[endpoint]
     if planned.task.name == CONVERSATIONS:
@@ -200,7 +200,8 @@ async def _ask_all(
         await client.close()
 
 
-def _served_name(address: str) -> str:
+def served_name(address: str) -> str:
+    """The name of the first model that the server at `address` (`…/v1`) lists."""
     models = get_local(f"{address}/models").json()["data"]
     return str(models[0]["id"])
 

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
@@ -93,15 +93,15 @@ class ServerPlan:
         return self.facts.name
 
 
-def deskside_plan(file: ModelFile, threads: int) -> ServerPlan:
-    """`deskside serve` in its default configuration."""
+def deskside_plan(file: ModelFile, threads: int, flags: Sequence[str] = ()) -> ServerPlan:
+    """`deskside serve` in its default configuration, but for `flags`."""
 
     def start(log: Path) -> AbstractContextManager[RunningServer]:
         port = free_port()
-        command = serve_command(str(file.folder), port, ["--threads", str(threads)])
+        command = serve_command(str(file.folder), port, ["--threads", str(threads), *flags])
         return serving(command, port, log_file=log)
 
-    return ServerPlan(_facts(DESKSIDE, "default", "default settings", file), DESKSIDE, start)
+    return ServerPlan(_facts(DESKSIDE, "default", " ".join(flags) or "default settings", file), DESKSIDE, start)
 
 
 def llama_server_plan(file: ModelFile, threads: int, profile: str, python: Path, cells: int = SLOT_CELLS) -> ServerPlan:
@@ -157,11 +157,9 @@ def prepare_files(store: Store, folder: Path, peers_python: Path) -> PeerFiles:
 
 def install_peers(folder: Path) -> Path:
     """Make the venv in `folder` unless it is there; returns its Python. Raises ServerFailed when pip fails."""
-    lock = Path(str(resources.files("benchmarks"))) / "peers.lock"
-    python, ready = folder / "bin" / "python", folder / READY
-    wanted = f"{sha256_file(lock)} {sys.version_info.major}.{sys.version_info.minor} {metadata.version(SHARED)}"
-    if ready.is_file() and ready.read_text(encoding="utf-8") == wanted:
+    if python := installed_peers(folder):
         return python
+    lock, python = _lock_file(), folder / "bin" / "python"
     print(f"installing the peers into {str(folder)!r} (downloads about 100 MB, once)", file=sys.stderr)
     venv.create(folder, clear=True, with_pip=True, symlinks=True)
     wheels = folder / "peers.txt"
@@ -171,8 +169,23 @@ def install_peers(folder: Path) -> Path:
     if done.returncode:
         raise ServerFailed(f"pip could not install the peers (exit {done.returncode}); its output is above")
     _link_shared(folder)
-    ready.write_text(wanted, encoding="utf-8")
+    (folder / READY).write_text(_wanted(), encoding="utf-8")
     return python
+
+
+def installed_peers(folder: Path) -> Path | None:
+    """The Python of the venv in `folder`; None unless it holds what the lock file asks for."""
+    ready = folder / READY
+    return folder / "bin" / "python" if ready.is_file() and ready.read_text(encoding="utf-8") == _wanted() else None
+
+
+def _lock_file() -> Path:
+    return Path(str(resources.files("benchmarks"))) / "peers.lock"
+
+
+def _wanted() -> str:
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return f"{sha256_file(_lock_file())} {version} {metadata.version(SHARED)}"
 
 
 def peer_versions(python: Path) -> dict[str, str]:

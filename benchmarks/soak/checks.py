@@ -1,14 +1,20 @@
-"""The records of a soak, the watch on its server's processes, and the checks: each computed from the record alone."""
+"""The records of a soak and of `bench prefixes`, the watch on a server's processes, and the checks.
+
+Each check is computed from the record alone.
+"""
 
 import os
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Literal
 
 import numpy as np
 
 from benchmarks.load.servers import children, resident_bytes
-from benchmarks.record import MachineRecord
+from benchmarks.load.workload import person_and_turn
+from benchmarks.record import MachineRecord, RequestSample
 from models.common.machine import mebibytes
 from models.common.record import Record
 
@@ -24,6 +30,14 @@ GROWTH_SHARE = 0.05
 IDLE_SHARE = 0.25
 RECOVERY_S = 30.0
 LEAST_SAMPLES = 6
+# Conversations of `bench prefixes`: what happens to the server.
+OURS, ENGINE_KILLED, SERVER_KILLED, THEIRS = "deskside", "engine killed", "server killed", "llama-server"
+TIMES_AS_FAST = 10.0
+PROMPTS_GROWTH_BYTES = 16 << 20
+ON_THE_WAY, AT_THE_END = "on the way", "at the end"
+SNAPSHOTS, RESTORED = "deskside_snapshot_bytes", "deskside_snapshots_restored_total"
+LOADED = "deskside_disk_prefixes_loaded_total"
+PREFIX_GAUGES = (SNAPSHOTS, RESTORED, LOADED, "deskside_disk_prefixes_written_total")
 
 
 class MemorySample(Record):
@@ -61,6 +75,69 @@ class SoakRun(Record):
     canaries: tuple[str, ...]
     gauges: dict[str, float]
     ready_at_end: bool
+
+
+class TalkPass(Record):
+    """Everybody's conversation with one server. `ready_s`: from the kill, if any, until it was ready again."""
+
+    name: str
+    repetition: int
+    ready_s: float | None = None
+    samples: tuple[RequestSample, ...]
+
+
+class RoundsPass(Record):
+    """The same prompts asked in two rounds, with the server's own gauges after each, and the bytes of its folder."""
+
+    flags: str
+    rounds: tuple[tuple[RequestSample, ...], ...]
+    gauges: tuple[dict[str, float], ...]
+    disk_bytes: int
+
+    def seconds(self, number: int) -> float:
+        """The wall time of a round."""
+        samples = self.rounds[number]
+        return max(s.finished_s for s in samples) - min(s.scheduled_s for s in samples)
+
+
+class MemoryPoint(Record):
+    """The memory of a server and its engine after so many requests (proportional), and its snapshots' part of it."""
+
+    when: str
+    requests: int
+    tree_bytes: int
+    snapshot_bytes: float
+
+
+class PrefixRun(Record):
+    """One run of `deskside bench prefixes`; `peer` is llama-server's profile, or why it is missing."""
+
+    schema_version: Literal[1] = 1
+    started_at: str
+    finished_at: str | None = None
+    machine: MachineRecord
+    model: str
+    quantization: str
+    sha256: str
+    threads: int
+    workload: str
+    people: int
+    turns: int
+    kill_after: int
+    repetitions: int
+    seed: int
+    quick: bool
+    peer: str
+    talks: tuple[TalkPass, ...] = ()
+    rounds: tuple[RoundsPass, ...] = ()
+    memory: tuple[MemoryPoint, ...] = ()
+    short: tuple[RequestSample, ...] = ()
+
+    @property
+    def failed(self) -> int:
+        """The requests without a whole answer."""
+        everything = [*(made.samples for made in self.talks), *(r for made in self.rounds for r in made.rounds)]
+        return sum(sample.error is not None for samples in (*everything, self.short) for sample in samples)
 
 
 class SoakCheck(Record):
@@ -187,3 +264,70 @@ def _end(run: SoakRun) -> tuple[SoakCheck, ...]:
         ),
         SoakCheck(name="the server is ready at the end", found=str(run.ready_at_end), passed=run.ready_at_end),
     )
+
+
+def bars(run: PrefixRun) -> tuple[SoakCheck, ...]:
+    """Judge every bar."""
+    after = run.kill_after
+    talks = ((OURS, 1), (ENGINE_KILLED, after), (SERVER_KILLED, after)) if run.talks else ()
+    rounds = (_round_bar(made) for made in run.rounds)
+    return (*(_talk_bar(run, *row) for row in talks), *rounds, *_memory_bars(run))
+
+
+def first_token_ms(run: PrefixRun, name: str, after: int, last: int | None = None) -> list[float]:
+    """Times to the first token of the turns after turn `after`, up to turn `last`."""
+    samples = [sample for made in run.talks if made.name == name for sample in made.samples]
+    wanted = range(after + 1, (run.turns if last is None else last) + 1)
+    return [
+        1000 * (sample.deltas_s[0] - sample.scheduled_s)
+        for sample in samples
+        if sample.error is None and sample.deltas_s and person_and_turn(sample.id)[1] in wanted
+    ]
+
+
+def kept_share(samples: Sequence[RequestSample]) -> float:
+    """The share of the prompts' tokens that was not computed again."""
+    read = sum(sample.prompt_tokens or 0 for sample in samples)
+    return sum(sample.cached_tokens or 0 for sample in samples) / read if read else 0.0
+
+
+def _n_failed(samples: Sequence[RequestSample]) -> int:
+    return sum(sample.error is not None for sample in samples)
+
+
+def _talk_bar(run: PrefixRun, name: str, after: int) -> SoakCheck:
+    ours, theirs = (first_token_ms(run, who, after) for who in (name, THEIRS))
+    shown = f"Deskside, {name}" if name != OURS else "Deskside, no restart"
+    wanted = f"{shown}: first token after turn {after} no later than llama-server's"
+    if not ours or not theirs:
+        return SoakCheck(name=wanted, found=run.peer if ours else "no answers", passed=None)
+    found = ", ".join(f"{median(ms):.0f} ms (worst {max(ms):.0f})" for ms in (ours, theirs))
+    failed = sum(_n_failed(made.samples) for made in run.talks if made.name == name)
+    found += f"; {failed} failed" if failed else ""
+    return SoakCheck(name=wanted, found=found, passed=median(ours) <= median(theirs) and not failed)
+
+
+def _round_bar(made: RoundsPass) -> SoakCheck:
+    ratio = made.seconds(0) / made.seconds(1)
+    failed = sum(map(_n_failed, made.rounds))
+    name = f"{made.flags}: second round of {len(made.rounds[0])} few-shot prompts ≥ {TIMES_AS_FAST:g} times as fast"
+    restored, loaded = (made.gauges[1].get(name, 0.0) - made.gauges[0].get(name, 0.0) for name in (RESTORED, LOADED))
+    found = f"{ratio:.1f} times; {kept_share(made.rounds[1]):.0%} of the tokens kept, "
+    found += f"{restored:.0f} prefixes restored, {loaded:.0f} of them from disk"
+    found += f"; {failed} failed" if failed else ""
+    return SoakCheck(name=name, found=found, passed=ratio >= TIMES_AS_FAST and not failed)
+
+
+def _memory_bars(run: PrefixRun) -> Iterator[SoakCheck]:
+    points = {point.when: point for point in run.memory}
+    if not {ON_THE_WAY, AT_THE_END} <= points.keys():
+        return
+    early, late = points[ON_THE_WAY], points[AT_THE_END]
+    limit = max(PROMPTS_GROWTH_BYTES, int(GROWTH_SHARE * early.tree_bytes))
+    growth = late.tree_bytes - early.tree_bytes
+    snapshots = late.snapshot_bytes - early.snapshot_bytes
+    span = f"memory from {early.requests:,} to {late.requests:,} different prompts grows by at most {mebibytes(limit)}"
+    measured = early.tree_bytes > 0
+    for name, grown in ((span, growth), (f"{span}, snapshots left out", growth - snapshots)):
+        found = f"{grown / 2**20:+.1f} MiB" if measured else "this system reports no proportional memory"
+        yield SoakCheck(name=name, found=found, passed=grown <= limit if measured else None)

@@ -33,9 +33,10 @@ class StandIn:
         """Answer one request."""
         if scope["method"] == "GET":
             self.gets += 1
-            models, metrics = b'{"data": [{"id": "stand-in"}]}', f"deskside_steps_total {self.gets}\n".encode()
+            pages = {"/metrics": f"deskside_steps_total {self.gets}\n".encode(), "/health": b'{"restarts": 1}'}
+            page = pages.get(scope["path"], b'{"data": [{"id": "stand-in"}]}')
             await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": metrics if scope["path"] == "/metrics" else models})
+            await send({"type": "http.response.body", "body": page})
             return
         request = await read_json(receive)
         self.bodies.append(request)
