@@ -316,7 +316,7 @@ class Engine:
 
 def _snapshots(options: EngineOptions, cut_limit: int | None, *, keeps: bool) -> Snapshots | None:
     n_bytes = options.snapshot_bytes
-    return Snapshots(n_bytes, cut_limit) if (n_bytes or keeps) and cut_limit is not None else None
+    return Snapshots(n_bytes, cut_limit, at_once=keeps) if (n_bytes or keeps) and cut_limit is not None else None
 
 
 class Stopwatch:

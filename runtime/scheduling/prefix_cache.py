@@ -7,7 +7,8 @@
 
 A sequence computes in a stream of its own and reads no other's cells, so its speed does not depend on what the others
 hold. A finished one stays in its stream, idle, until the stream or its cells are needed (least recently used first);
-what it holds is saved as a snapshot then (`Snapshots`), and restored where a prompt's longest match is there.
+what it holds is saved as a snapshot then (`Snapshots`), or when it ends if snapshots outlive the process, and restored
+where a prompt's longest match is there.
 
 A radix tree finds the resident that holds the beginning of a new prompt. It has only tokens that were computed as a
 prompt's, unless the owner retires a sequence with more.
@@ -173,6 +174,8 @@ class PrefixCache:
         resident.tokens = tokens
         self._extend_tree(seq_id, resident)
         self._idle[seq_id] = resident
+        if self._snapshots is not None and self._snapshots.at_once:
+            self._save(seq_id, resident, down_to=max(0, self.aligned(len(tokens) - 2)))
 
     def release(self, seq_id: int) -> None:
         """Forget a running sequence; its stream is free at once."""
@@ -227,6 +230,7 @@ class PrefixCache:
         resident = self._idle.pop(seq_id)
         if length < resident.length:
             self._save(seq_id, resident, down_to=length)
+        if length < resident.length:
             self._shorten(seq_id, resident, length)
         resident.tokens, resident.n_shared = tokens, length
         self._running[seq_id] = resident
@@ -248,23 +252,23 @@ class PrefixCache:
         """Save what an idle resident holds, if it is worth it; it keeps its first `down_to` cells.
 
         A snapshot that can be cut gives every beginning. One that cannot is taken of the likely beginnings, for which
-        the resident is cut in the real cache: its cells are about to go.
+        the resident is cut.
         """
         if self._snapshots is None:
             return
         tokens = self._tree.tokens(seq_id)
         lengths = {len(tokens)}
         if not self.can_cut(len(tokens)):  # of a prompt asked again, two tokens are left to compute
-            lengths = {self.aligned(max(0, length)) for length in (len(tokens) - 2, resident.n_shared, down_to)}
-        held = resident.length
+            known = self._snapshots.match(tokens, resident.adapter)[1] == len(tokens)
+            asked_again = len(tokens) if known else len(tokens) - 2
+            lengths = {self.aligned(max(0, length)) for length in (asked_again, resident.n_shared, down_to)}
         for length in sorted(lengths, reverse=True):
             if length < max(down_to, self._tree.floor(seq_id)):
                 break
             key = self._snapshots.add(tokens[:length], resident.adapter)
             if key is not None:
-                if length < held:
-                    self._edits.append(Remove(seq_id, length))
-                    held = length
+                if length < resident.length:
+                    self._shorten(seq_id, resident, length)
                 self._edits.append(Save(seq_id, key, length))
         self._n_saved = len(self._snapshots)
 

@@ -1,9 +1,10 @@
 """The catalogue of snapshots of computed prefixes, with the worth of each. Pure: the engine has the bytes.
 
 A snapshot holds what a model computed for the tokens of one sequence. It is taken when the KV cache needs the cells of
-an idle sequence, and put back when a prompt begins with the same tokens: a few milliseconds where computing takes
-seconds. Tokens are compared themselves, under the same adapter; there is no hash to collide. Some snapshots are on disk
-as well, or only there: these take no memory, and stay known when the memory is needed.
+an idle sequence (`at_once`: when a sequence ends, since the process may be killed), and put back when a prompt begins
+with the same tokens: a few milliseconds where computing takes seconds. Tokens are compared themselves, under the same
+adapter; there is no hash to collide. Some snapshots are on disk as well, or only there: these take no memory, and stay
+known when the memory is needed.
 
 A plain KV cache can be cut at any length. Layers with a sliding window keep only their last cells, so a snapshot that
 is longer than the window is good at its own length only, and state that is no sequence of cells at any length.
@@ -39,8 +40,9 @@ class Snapshots:
     went (greedy dual size frequency): so what is not used loses to what is new, and a use counts for a while.
     """
 
-    def __init__(self, max_bytes: int, cut_limit: int) -> None:
+    def __init__(self, max_bytes: int, cut_limit: int, *, at_once: bool = False) -> None:
         self.cut_limit = cut_limit
+        self.at_once = at_once
         self._max_bytes = max_bytes
         self._held: dict[int, _Snapshot] = {}
         self._tree = RadixTree()

@@ -52,15 +52,24 @@ class EngineLoop:
         """None in `inbox` ends the loop."""
         self._engine = engine
         self._inbox = inbox
+        self._rested = False
 
     def turn(self) -> Stepped | None:
         """Handle the orders that came, then compute a step; waits while the engine has no work. None at the end.
 
-        An engine that waits long gives memory back.
+        An engine that waits long gives memory back, and tells its figures after that.
 
         Raises the engine's fatal error, without the events of that step: the supervisor knows which requests are live.
         """
-        orders = [] if self._engine.has_work else [self._wait()]
+        orders: list[Order | None] = []
+        if not self._engine.has_work:
+            try:
+                orders.append(self._inbox.get(timeout=None if self._rested else REST_SECONDS))
+            except Empty:
+                self._engine.rest()
+                self._rested = True
+                return Stepped((), self._engine.stats())
+        self._rested = False
         while not self._inbox.empty():
             orders.append(self._inbox.get())
         events: list[Event] = []
@@ -73,13 +82,6 @@ class EngineLoop:
             if self._engine.failure is not None:
                 raise self._engine.failure
         return Stepped(tuple(events), self._engine.stats())
-
-    def _wait(self) -> Order | None:
-        try:
-            return self._inbox.get(timeout=REST_SECONDS)
-        except Empty:
-            self._engine.rest()
-            return self._inbox.get()
 
     def _handle(self, order: Order) -> list[Event]:
         if isinstance(order, Add):

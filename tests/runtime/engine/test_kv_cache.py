@@ -94,6 +94,24 @@ def test_a_file_that_is_lost_is_computed_and_written_again(tmp_path: Path, harm:
         assert ask(engine, text(0, 150)) == (148, expected)
 
 
+@pytest.mark.parametrize("window", [None, 64, 0])
+def test_what_has_ended_is_on_disk_though_the_engine_is_killed(tmp_path: Path, window: int | None) -> None:
+    """It is never closed, nor at rest; the same engine goes on in the cells."""
+    disk = DiskStore(tmp_path, IDENTITY, 1 << 20, ADAPTERS)
+    killed = Engine(FakeLlama(window=window), EngineOptions(snapshot_bytes=1 << 20), disk=disk)
+    known = 150 if window is None else 128
+    ask(killed, text(0, 150))
+    assert disk.drain(10)
+    with engine_with(tmp_path, FakeLlama(window=window)) as engine:
+        assert ask(engine, (*text(0, 150), *text(9, 20)))[0] == known
+    assert ask(killed, (*text(0, 150), *text(8, 80)))[0] == known
+    assert killed.stats().snapshots_restored_total == 0
+    assert disk.drain(10)
+    n_files = len(files(tmp_path))
+    killed.close()
+    assert len(files(tmp_path)) == n_files == 2, "nothing is written twice"
+
+
 def test_an_engine_that_rests_has_written(tmp_path: Path) -> None:
     llama = FakeLlama()
     with engine_with(tmp_path, llama) as engine:

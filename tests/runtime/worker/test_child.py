@@ -1,4 +1,4 @@
-"""The loop that runs an engine in its process: a request that the engine cannot take harms no other."""
+"""The loop that runs an engine in its process: a request that the engine cannot take harms no other, and it rests."""
 
 import logging
 from queue import SimpleQueue
@@ -6,7 +6,9 @@ from queue import SimpleQueue
 import pytest
 
 from runtime.engine.engine import Engine
+from runtime.engine.options import EngineOptions
 from runtime.requests import Failed, Request, SamplingParams
+from runtime.worker import child
 from runtime.worker.child import EngineLoop
 from runtime.worker.messages import Add, Order
 from tests.support.runtime.fakes import FakeLlama
@@ -29,3 +31,20 @@ def test_only_a_fault_that_is_not_the_clients_is_logged(
     (failed,) = stepped.events
     assert isinstance(failed, Failed)
     assert ("Traceback" in caplog.text) is is_logged
+
+
+def test_the_figures_after_a_rest_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "REST_SECONDS", 0.0)
+    inbox = SimpleQueue[Order | None]()
+    inbox.put(Add(Request("a", tuple(range(100)), SamplingParams(2, 0))))
+    engine = Engine(FakeLlama(), EngineOptions(snapshot_bytes=1 << 20))
+    loop = EngineLoop(engine, inbox)
+    turns = [loop.turn()]
+    while engine.has_work:
+        turns.append(loop.turn())
+    turns.append(loop.turn())
+    worked, rested = (turn.stats for turn in turns[-2:] if turn is not None)
+    assert (worked.snapshot_bytes, worked.kv_cells_used) == (0, 100)
+    assert (rested.snapshot_bytes > 0, rested.kv_cells_used) == (True, 0)
+    inbox.put(None)
+    assert loop.turn() is None
