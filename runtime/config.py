@@ -4,9 +4,9 @@ A new setting is one new field here, and nothing else.
 """
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from models.common.options import AutoFloat, AutoInt, AutoOffInt, Flag
 from models.common.record import Record
@@ -44,7 +44,8 @@ class EngineConfig(Record):
         default=None,
         ge=0,
         le=64,
-        description="Most speculative tokens per step where an answer copies, with --fast; auto: as many as pay.",
+        description="Most speculative tokens per step where an answer copies; auto: as many as pay. Without --fast "
+        "none where they would change bits.",
     )
     prefill: Annotated[Literal["auto", "stock", "own"], Flag(metavar="auto|stock|own")] = Field(
         default="auto",
@@ -53,8 +54,8 @@ class EngineConfig(Record):
     )
     fast: bool = Field(
         default=False,
-        description="Faster, but an answer may differ in its last bits from time to time; for answers that copy, "
-        "conversations and embeddings.",
+        description="Faster, but an answer may differ in its last bits from time to time; for conversations, "
+        "embeddings and, with K-quants, answers that copy.",
     )
 
     prefix_memory: GibiBytes = Field(
@@ -70,14 +71,6 @@ class EngineConfig(Record):
     prefix_disk_size: Annotated[float, Flag(metavar="GIB")] = Field(
         default=4.0, ge=0.001, le=1 << 20, description="Size of that folder, in GiB; least recently used prefixes go."
     )
-
-    @model_validator(mode="after")
-    def _speculates_only_if_fast(self) -> Self:
-        if self.speculate and not self.fast:
-            raise ValueError(
-                f"--speculate is {self.speculate}, but speculative tokens change an answer's last bits; add --fast"
-            )
-        return self
 
 
 class RuntimeConfig(EngineConfig):

@@ -40,9 +40,10 @@ REST_STEPS = 64
 class Drafts:
     """Adds speculative tokens to a plan and learns how many are accepted."""
 
-    def __init__(self, limit: int | None) -> None:
-        """`limit` bounds the drafts of one answer in one step (None: MAX_DRAFTS)."""
+    def __init__(self, limit: int | None, max_rows: int) -> None:
+        """`limit` bounds the drafts of one answer in one step (None: MAX_DRAFTS), `max_rows` a step with drafts."""
         self._limit = MAX_DRAFTS if limit is None else limit
+        self._max_rows = max_rows
         self._times = StepTimes()
         self._all_answers = Acceptance(ENGINE_MEMORY)
         self._rest = 0
@@ -55,7 +56,7 @@ class Drafts:
         A sequence gets none if its request is not `live`.
         """
         self._rest = max(self._rest - 1, 0)
-        spare = scheduler.spare(plan)
+        spare = scheduler.spare(plan, self._max_rows)
         if spare < 1 or self._rest:
             return plan
         drafters = [self._look_up(live.get(chunk.sequence.request_id)) for chunk in plan.chunks]

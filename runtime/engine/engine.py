@@ -105,7 +105,8 @@ class Engine:
         )
         self._counts = counts = TokenCounts()
         arrivals = count(step=ARRIVALS)
-        self._drafts = Drafts(options.max_drafts) if options.fast and options.max_drafts != 0 else None
+        max_rows = options.max_rows if options.fast else info.rows_alike
+        self._drafts = Drafts(options.max_drafts, max_rows) if max_rows > 1 and options.max_drafts != 0 else None
         self._writer = Writer(llama, scheduler, arrivals, counts, grammars, self._drafts)
         self._embedder = Embedder(llama, counts, at_once=info.embed_n_seq_max if options.fast else 1)
         self._jobs: dict[type, Job[Any]] = {
@@ -356,4 +357,5 @@ def batch_of(plan: StepPlan) -> Batch:
         positions=(starts + np.arange(ends[-1])).astype(np.int32),
         seq_ids=np.repeat([chunk.seq_id for chunk in plan.chunks], counts).astype(np.int32),
         wants_logits=wants_logits,
+        rows=all(count - len(chunk.drafts) == 1 for count, chunk in zip(counts, plan.chunks, strict=True)),
     )

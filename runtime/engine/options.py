@@ -10,6 +10,8 @@ SNAPSHOT_BYTES = 1 << 30
 SNAPSHOT_SHARE = 0.1
 # Arrival numbers that one prompt may give its sequences: its own, and one for each choice that may fork off.
 ARRIVALS = MAX_SCORED_CHOICES + 1
+# Rows of logits that a step with drafts may give, however few answers there are.
+DRAFT_ROWS = 16
 
 
 def snapshot_bytes(prefix_memory: float | None, memory_budget: float | None) -> int:
@@ -30,13 +32,15 @@ class EngineOptions:
 
     The same request gets the same logits, bit for bit, on one machine with one model and these options, beside any
     others and with anything cached, where the model computes in streams on a CPU. A `fast` engine
-    gives it up: later prompts begin with cells computed as an answer's, texts are embedded together, and an answer that
-    copies its input has at most `max_drafts` tokens verified ahead in a step (0: none; None: as many as pay).
+    gives it up: later prompts begin with cells computed as an answer's, and texts are embedded together.
+
+    An answer that copies its input has at most `max_drafts` tokens verified ahead in a step (0: none; None: as many as
+    pay), if the engine is `fast` or that leaves the bits as they are (`ModelInfo.rows_alike`).
     """
 
     step_tokens: int = 512
     max_running: int = 16
-    max_drafts: int | None = 0
+    max_drafts: int | None = None
     fast: bool = False
     keep_prefixes: bool = True
     snapshot_bytes: int = 0
@@ -45,6 +49,11 @@ class EngineOptions:
     def max_rows(self) -> int:
         """Rows of logits that a step may give: more than one for each answer, since each token of a choice has one."""
         return min(2 * self.max_running, 256)
+
+    @property
+    def n_outputs(self) -> int:
+        """Rows of logits to have room for: those of a step, also one of a single answer with drafts."""
+        return max(self.max_rows, DRAFT_ROWS)
 
 
 @dataclass(slots=True)

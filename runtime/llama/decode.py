@@ -10,8 +10,8 @@ next such run after it: the rows of a step come sorted, and small gaps between t
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise, zip_longest
 
 import numpy as np
 from llama_cpp import llama_cpp
@@ -66,6 +66,11 @@ TRIED_ROWS = 2
 MAX_GAP = 3
 # So many rows are multiplied by K-quants in another way than fewer.
 SEVERAL = 4
+# Numbers of rows tried as `rows_alike`: as many tokens of one stream, and again in pieces, beside those of a second.
+ROWS_ALIKE = {
+    16: ((16,), (1, 2, 3, 4, 5, 1), (6, 1, 3, 4, 2)),
+    3: ((3, 3), (1, 2, 1, 1, 1), (2, 1, 2, 1)),
+}
 
 
 def row_group(llama: LlamaLike) -> int:
@@ -84,6 +89,24 @@ def row_block(llama: LlamaLike, n_streams: int) -> int:
         if all(np.array_equal(row, alone) for row in beside):
             return block
     return 1
+
+
+def rows_alike(llama: LlamaLike, most: int) -> int:
+    """The `ModelInfo.rows_alike` of a model with streams; `most` rows give logits at once. Empties the cache."""
+    llama.clear()
+    for stream in range(TRIED_ROWS):
+        _try_prompt(llama, stream)
+    for n_rows, (together, *pieces) in ROWS_ALIKE.items():
+        if n_rows <= most:
+            expected = np.concatenate([rows for _, rows in _in_pieces(llama, together)])
+            if all(np.array_equal(rows, expected[at : at + len(rows)]) for at, rows in _in_pieces(llama, *pieces)):
+                return most if n_rows == max(ROWS_ALIKE) else n_rows
+    return 1
+
+
+def has_several(batch: Batch) -> bool:
+    """True if several tokens of a sequence lie in the batch, which come one after the other."""
+    return bool(np.any(batch.seq_ids[1:] == batch.seq_ids[:-1]))
 
 
 def fillers(seq_ids: Sequence[int], block: int, n_streams: int) -> list[int]:
@@ -111,19 +134,39 @@ def with_company(batch: Batch, company: Mapping[int, int]) -> Batch:
     tokens = np.concatenate([batch.tokens, nothing])
     positions = np.concatenate([batch.positions, np.fromiter(company.values(), np.int32, len(company))])
     wants_logits = np.concatenate([batch.wants_logits, nothing])
-    return Batch(*(array[order] for array in (tokens, positions, seq_ids, wants_logits)))
+    return Batch(tokens[order], positions[order], seq_ids[order], wants_logits[order], rows=batch.rows)
 
 
 def _rows(llama: LlamaLike, streams: Sequence[int], block: int, n_streams: int) -> np.ndarray:
     """The logits of the same row in each of the streams, computed together in whole blocks."""
-    cut = TRIED_TOKENS - 1
     llama.clear()
     for stream in streams:
-        places = np.arange(cut, dtype=np.int32)
-        llama.decode(Batch(_tried(llama, places), places, np.full(cut, stream, np.int32), places == cut - 1))
-    place = np.full(len(streams), cut, np.int32)
-    batch = Batch(_tried(llama, place), place, np.array(streams, np.int32), np.ones(len(streams), np.int8))
+        _try_prompt(llama, stream)
+    place = np.full(len(streams), TRIED_TOKENS - 1, np.int32)
+    batch = Batch(_tried(llama, place), place, np.array(streams, np.int32), np.ones(len(streams), np.int8), rows=True)
     return np.array(llama.decode(with_company(batch, dict.fromkeys(fillers(streams, block, n_streams), 0))))
+
+
+def _in_pieces(llama: LlamaLike, *streams: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
+    """The logits of each piece of the streams' rows behind their prompts, of those sizes, and its first row's number.
+
+    The next piece of every stream is computed together.
+    """
+    cut = TRIED_TOKENS - 1
+    for stream in range(len(streams)):
+        llama.remove(stream, cut)
+    ends = np.zeros(len(streams), int)
+    for sizes in zip_longest(*streams, fillvalue=0):
+        starts, ends = ends, ends + sizes
+        places = cut + np.concatenate([np.arange(*piece) for piece in zip(starts, ends, strict=True)])
+        seq_ids = np.repeat(np.arange(len(streams)), sizes)
+        rows = llama.decode(Batch(_tried(llama, places), places, seq_ids, np.ones(len(places), np.int8), rows=True))
+        yield from ((start, np.array(rows[seq_ids == stream])) for stream, start in enumerate(starts))
+
+
+def _try_prompt(llama: LlamaLike, stream: int) -> None:
+    places = np.arange(TRIED_TOKENS - 1, dtype=np.int32)
+    llama.decode(Batch(_tried(llama, places), places, np.full_like(places, stream), places == len(places) - 1))
 
 
 def _tried(llama: LlamaLike, places: np.ndarray) -> np.ndarray:

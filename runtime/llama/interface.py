@@ -53,7 +53,8 @@ class ModelInfo:
     The `embed_…` fields bound `LlamaLike.embed` alike; a text of at most `embed_n_ctx` tokens can be embedded.
     `pooling` says which of a text's rows, each `n_embd` wide, make up its vector.
     `adapters` are the names of the LoRA adapters that are loaded with it.
-    A chunk of several tokens has the same bits however it is cut if it is filled up to a multiple of `row_group`.
+    A chunk of several tokens has the same bits however it is cut if it is filled up to a multiple of `row_group`. So
+    has a row of an answer beside any others, also of its own sequence, while they are `rows_alike` at most.
     A snapshot of at most `cut_limit` tokens can be restored cut shorter, a longer one at its own length only (None:
     there are no snapshots).
     """
@@ -80,6 +81,7 @@ class ModelInfo:
     adapters: tuple[str, ...] = ()
     cut_limit: int | None = None
     row_group: int = 1
+    rows_alike: int = 1
 
 
 class TokenizerLike(Protocol):
@@ -127,12 +129,16 @@ class TokenizerLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The arrays of one `llama_decode`, all of shape (n_tokens,): token ids, positions, sequence ids, logits wanted."""
+    """The arrays of one `llama_decode`, all of shape (n_tokens,): token ids, positions, sequence ids, logits wanted.
+
+    `rows`: each token is computed as an answer's next one, also several of a sequence (drafts); else as a prompt's.
+    """
 
     tokens: np.ndarray
     positions: np.ndarray
     seq_ids: np.ndarray
     wants_logits: np.ndarray
+    rows: bool = False
 
 
 class LlamaLike(Protocol):

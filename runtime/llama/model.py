@@ -29,7 +29,17 @@ from runtime.prefill.build import Unavailable
 from runtime.prefill.library import OFF
 from runtime.prefill.prompts import FEWEST_ROWS, MIN_ROWS, Prompts, prepare
 
-from .decode import ROW_BLOCKS, BatchArrays, decode_error, fillers, row_block, row_group, with_company
+from .decode import (
+    ROW_BLOCKS,
+    BatchArrays,
+    decode_error,
+    fillers,
+    has_several,
+    row_block,
+    row_group,
+    rows_alike,
+    with_company,
+)
 from .embeddings import EmbedContext, embed_info
 from .ggml import Ggml, lazy_buffers
 from .handle import Adapters, ModelHandle, backend_name, system_info
@@ -65,7 +75,7 @@ class Llama:
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._finalizer = weakref.finalize(self, llama_cpp.llama_free, self._context)
         self._finalizer.atexit = False
-        self._n_outputs = n_outputs
+        self.n_outputs, self.attends = n_outputs, attends
         self.tokenizer = Tokenizer(model)
         self.info = _info(model, self._context, options, gpu_layers, spare=SPARE_CELLS if self.has_streams else 0)
         self._window = llama_cpp.llama_model_n_swa(model.pointer)  # 0: every layer looks at every token
@@ -73,6 +83,7 @@ class Llama:
         self._model = model
         self.row_block = 1
         self.take_over: Callable[[int], None] | None = None
+        self._last = False, np.empty(0, np.int32)  # the last batch's `rows` and `seq_ids`
         self._embedder: EmbedContext | None = None
         self._copied: tuple[int, np.ndarray] | None = None
 
@@ -87,13 +98,12 @@ class Llama:
         # llama.cpp aborts the process on these two.
         if not 0 < n_tokens <= self.info.n_batch:
             raise BatchInvalid(f"a batch of {n_tokens} tokens, limit {self.info.n_batch}")
-        if n_rows > self._n_outputs:
-            raise BatchInvalid(f"a batch with {n_rows} rows of logits, limit {self._n_outputs}")
+        if n_rows > self.n_outputs:
+            raise BatchInvalid(f"a batch with {n_rows} rows of logits, limit {self.n_outputs}")
         self._copied = None
-        rows = n_tokens == 1 or batch.seq_ids[0] != batch.seq_ids[1]
         if self.take_over is not None:
-            self.take_over(OFF if rows else FEWEST_ROWS)
-        company = self._company(batch) if rows and self.has_streams else {}
+            self._take_over_for(batch, self.take_over)
+        company = self._company(batch) if batch.rows and self.has_streams else {}
         if company:
             batch = with_company(batch, company)
         code = llama_cpp.llama_decode(self._context, self._arrays.fill(batch))
@@ -104,6 +114,19 @@ class Llama:
         if n_rows == 0:
             return np.empty((0, self.info.n_vocab), np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (n_rows, self.info.n_vocab))
+
+    def _take_over_for(self, batch: Batch, take_over: Callable[[int], None]) -> None:
+        """Compute the products of `batch` by its kind: prompts by our own, rows by llama.cpp's.
+
+        llama.cpp uses a graph again for the next batch of its shape, and a short prompt with all its logits may follow
+        drafts in its stream: a change of control vectors, of which there are none, makes it build another (5 ms).
+        """
+        were_rows, seq_ids = self._last
+        in_its_streams = batch.rows is not were_rows and np.isin(batch.seq_ids, seq_ids).any()
+        if in_its_streams and batch.wants_logits[0] and has_several(batch):
+            llama_cpp.llama_set_adapter_cvec(self._context, None, 0, self.info.n_embd, 0, 0)
+        self._last = batch.rows, batch.seq_ids
+        take_over(OFF if batch.rows else FEWEST_ROWS)
 
     def _company(self, batch: Batch) -> dict[int, int]:
         """By stream: where a row of no meaning is computed beside those of the batch."""
@@ -228,6 +251,8 @@ def load(path: Path, options: LoadOptions | None = None) -> Llama:
     if llama.has_streams and options.exact:
         llama.info = replace(llama.info, row_group=row_group(llama))
         llama.row_block = row_block(llama, llama.n_streams)
+        if llama.attends:  # llama.cpp's attention computes one row of a stream in another way than several
+            llama.info = replace(llama.info, rows_alike=rows_alike(llama, llama.n_outputs))
         llama.clear()
     return llama
 

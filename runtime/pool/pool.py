@@ -343,7 +343,7 @@ def _slot(refs: tuple[ModelRef, ...], config: RuntimeConfig) -> ModelSlot:
         meta,
         size_bytes,
         n_ctx=config.context,
-        n_rows=options.max_rows,
+        n_rows=options.n_outputs,
         n_streams=config.slots,
         prefixes=prefixes,
         panels=panels,

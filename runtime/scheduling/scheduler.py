@@ -101,15 +101,15 @@ class Scheduler:
             return None
         return StepPlan(self._cache.take_edits(), tuple(chunks), chunks[0].sequence.adapter)
 
-    def spare(self, plan: StepPlan) -> int:
-        """Tokens, each with a row of logits, that could be added to the step; 0 unless it only decodes.
+    def spare(self, plan: StepPlan, max_rows: int) -> int:
+        """Tokens, each with a row of logits, that could be added to a step of `max_rows`; 0 unless it only decodes.
 
         They displace nothing: no prompt, no idle prefix, and not the search for a guilty sequence.
         """
         if self._suspects or not all(chunk.count == chunk.n_rows == 1 for chunk in plan.chunks):
             return 0
         free = self._cache.n_cells - self._cache.used_cells
-        return max(min(self._limit, self._max_rows, free) - plan.n_tokens, 0)
+        return max(min(self._limit, max_rows, free) - plan.n_tokens, 0)
 
     def commit(self, plan: StepPlan) -> None:
         """Note that the plan was computed."""
@@ -121,7 +121,8 @@ class Scheduler:
             sequence = chunk.sequence
             self._last_step[sequence.arrival] = self._n_steps
             if not sequence.is_prompt and chunk.start == (sequence.cuts or [sequence.n_base])[-1]:
-                sequence.cuts.append(chunk.start + chunk.count)
+                end = chunk.start + chunk.count  # each draft is a row of its own
+                sequence.cuts += range(end - len(chunk.drafts), end + 1)
             self._cache.extend(chunk.seq_id, chunk.count)
             sequence.n_computed += chunk.count
 
@@ -132,7 +133,7 @@ class Scheduler:
             self._cache.trim(sequence.seq_id, length)
             sequence.n_computed = length
             while sequence.cuts and sequence.cuts[-1] > length:
-                sequence.cuts[-1] = length
+                sequence.cuts.pop()
 
     def shrink(self, plan: StepPlan) -> bool:
         """Plan less next time, since the real cache had no room for the plan. False if nothing less is possible."""

@@ -4,8 +4,9 @@ Of the default model's Q8_0 and Q4_0 weights llama.cpp computes any number of ro
 it does so in groups of 16, up to which chunks are filled. Our own products of prompts compute each row by itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,23 @@ import psutil
 import pytest
 
 from models.store.store import StoredModel
+from runtime.engine.engine import Engine
+from runtime.engine.options import EngineOptions
 from runtime.llama.handle import describe_prompts
 from runtime.llama.interface import Batch, LoadOptions
 from runtime.llama.model import Llama, load
+from runtime.requests import SamplingParams
 from runtime.scheduling.prefix_cache import ALIGN
+
+from .test_drafts import COPY
+from .test_engine import ask, run
 
 pytestmark = pytest.mark.model
 
 WINDOW = 512  # Gemma 3's
 
 
-OPTIONS = LoadOptions(n_ctx=8192, n_batch=256, n_seq_max=8, n_threads=1, streams=True)
+OPTIONS = LoadOptions(n_ctx=8192, n_batch=256, n_seq_max=8, n_outputs=16, n_threads=1, streams=True)
 
 
 @pytest.fixture(scope="module", params=["email-triage", "base", "email-triage own", "base own"])
@@ -54,6 +61,7 @@ def decode(llama: Llama, *parts: tuple[int, int, np.ndarray]) -> np.ndarray:
         np.concatenate([np.arange(p[1], p[1] + width, dtype=np.int32) for p, width in zip(parts, widths, strict=True)]),
         np.concatenate([np.full(width, p[0], np.int32) for p, width in zip(parts, widths, strict=True)]),
         np.concatenate([np.arange(width) == len(p[2]) - 1 for p, width in zip(parts, widths, strict=True)]),
+        rows=max(widths) == 1,
     )
     logits = np.array(llama.decode(batch))
     for seq_id, start, part in parts:
@@ -65,6 +73,8 @@ def test_the_rows_computed_together_are_found_out(loaded: Llama, email_triage: S
     alike = loaded.info.size_bytes < email_triage.gguf.stat().st_size or "Deskside" in loaded.info.backend
     assert loaded.info.row_group == (1 if alike else 16)
     assert loaded.row_block == 1
+    of_any = 16 if loaded.info.size_bytes < email_triage.gguf.stat().st_size else 3
+    assert loaded.info.rows_alike == (of_any if "Deskside" in loaded.info.backend else 1)
 
 
 def compute(llama: Llama, seq_id: int, start: int, part: np.ndarray, cuts: Iterable[int] = ()) -> np.ndarray:
@@ -99,6 +109,40 @@ def test_an_answer_has_the_same_bits_beside_others(llama: Llama) -> None:
         rows = sorted([(4, 100 + k, said[k : k + 1]), *((s, at[s], tokens(1, s)) for s in others)], key=lambda r: r[0])
         place = [row[0] for row in rows].index(4)
         assert np.array_equal(decode(llama, *rows)[place], alone[k])
+
+
+def test_drafts_change_no_bit_of_an_answer_alone_or_beside_others(llama: Llama) -> None:
+    if llama.info.rows_alike == 1:
+        pytest.skip("this model's rows differ beside others of their stream: there are no drafts")
+    params = SamplingParams(16, temperature=0, logprobs=2, ignore_eos=True)
+    texts = (COPY, "1, 2, 3, 1, 2, 3, 1, 2, 3,", "Dear all,")
+    asked = [ask(llama, str(n), text, params) for n, text in enumerate(texts)]
+    plain = Engine(llama, EngineOptions(max_running=3, max_drafts=0, keep_prefixes=False))
+    alone = [run(plain, request) for request in asked]
+    plain.rest()
+    ticks: Callable[[], float] = count().__next__  # every step takes as long as any other, so that drafts always pay
+    drafts = Engine(llama, EngineOptions(max_running=3, keep_prefixes=False), clock=ticks)
+    assert [run(drafts, request) for request in asked] == alone
+    n_accepted = drafts.stats().draft_tokens_accepted_total
+    together = run(drafts, *asked)
+    assert [[event for event in together if event.request_id == one.id] for one in asked] == alone
+    assert n_accepted > 0
+    assert (drafts.stats().draft_tokens_accepted_total > n_accepted) is (llama.info.rows_alike > len(asked))
+    drafts.rest()
+
+
+def test_a_prompt_after_drafts_in_its_stream_is_computed_as_a_prompt(llama: Llama) -> None:
+    """Both with all of their logits, so that llama.cpp takes the one's graph for the other."""
+    places = np.arange(5, dtype=np.int32)
+    prompt = Batch(tokens(5), places, np.zeros(5, np.int32), np.ones(5, np.int8))
+    expected = {}
+    for rows in (False, True):
+        compute(llama, 1, 0, tokens(20))
+        expected[rows] = np.array(llama.decode(replace(prompt, rows=rows)))
+        llama.clear()
+    for rows in (False, True, False):
+        assert np.array_equal(llama.decode(replace(prompt, rows=rows)), expected[rows])
+        llama.remove(0)
 
 
 @pytest.mark.parametrize(("whole", "length"), [(WINDOW, 290), (600, 576), (900, 832)])

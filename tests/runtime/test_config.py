@@ -54,10 +54,6 @@ def test_a_flag_wins_over_its_variable_and_both_over_the_default() -> None:
         (["--port", "http"], "--port takes INTEGER, got 'http'"),
         (["--threads", "many"], "--threads takes auto|N, got 'many'"),
         (["--speculate", "on"], "--speculate takes auto|off|N, got 'on'"),
-        (
-            ["--speculate", "8"],
-            "--speculate is 8, but speculative tokens change an answer's last bits; add --fast",
-        ),
         (["--speculate", "65"], "--speculate must lie between 0 and 64, got 65"),
         (["--drain-seconds", "nan"], "--drain-seconds must lie between 0 and 86400, got nan"),
         (["--memory-budget", "all"], "--memory-budget takes auto|GIB, got 'all'"),
@@ -99,7 +95,7 @@ def test_the_address_is_given_as_host() -> None:
 
 @pytest.mark.parametrize(("text", "most"), [("auto", None), ("off", 0), ("0", 0), ("Off ", 0), ("7", 7)])
 def test_speculation_is_auto_off_or_a_number(text: str, most: int | None) -> None:
-    assert configured(DESKSIDE_SPECULATE=text, DESKSIDE_FAST="1").speculate == most
+    assert configured(DESKSIDE_SPECULATE=text).speculate == most
 
 
 def test_a_configuration_is_frozen_and_knows_its_fields() -> None:

@@ -1,7 +1,8 @@
 """The same answers on a fake that rounds as llama.cpp does: by the width of a chunk, and by where the cells lie."""
 
+import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -39,8 +40,9 @@ class _RoundedCell(_Cell):
 class RoundingLlama(FakeLlama):
     """Logits that depend on the arithmetic of the whole computation, as llama.cpp's do on a CPU with streams.
 
-    A token that is alone in its stream is computed in another way than several, and those of several beyond whole
-    groups of `row_group` rows in a third; a batch is cut so that each sequence has as many tokens as the shortest.
+    A token that is alone in its stream, or a draft, is computed in another way than several, and those of several
+    beyond whole groups of `row_group` rows in a third; a batch is cut so that each sequence has as many tokens as the
+    shortest.
     Cells that come back from a snapshot beyond the window are summed up in another order, unless they moved by a
     multiple of 64. An embedding depends on its batch's width and its place.
     """
@@ -48,7 +50,7 @@ class RoundingLlama(FakeLlama):
     def _store(self, batch: Batch, count: int) -> np.ndarray:
         rows = []
         tokens = list(zip(batch.tokens.tolist(), batch.seq_ids.tolist(), batch.wants_logits, strict=True))[:count]
-        kinds = arithmetic(batch.seq_ids.tolist(), self.info.row_group)
+        kinds = [0] * len(tokens) if batch.rows else arithmetic(batch.seq_ids.tolist(), self.info.row_group)
         for (token, seq_id, wanted), kind in zip(tokens, kinds, strict=False):
             cells = self._sequences.setdefault(seq_id, [])
             assert self.is_whole(seq_id, len(cells)), f"sequence {seq_id} looks at cells that are gone"
@@ -118,9 +120,15 @@ def engine_of(
     window: int | None = None,
     slots: int = 16,
     row_group: int = 1,
+    copies: bool = False,
+    max_drafts: int | None = None,
 ) -> Engine:
+    """An engine; one that `copies` repeats its prompt, and computes rows alike, so that it makes drafts."""
     llama = RoundingLlama(n_ctx=n_ctx, n_seq_max=slots, adapters=("a",), window=window, row_group=row_group)
-    return Engine(llama, EngineOptions(step_tokens, slots, max_drafts=None, fast=fast, snapshot_bytes=1 << 20))
+    if copies:
+        llama.script, llama.info = (lambda history: history[-8]), replace(llama.info, rows_alike=16)
+    options = EngineOptions(step_tokens, slots, max_drafts, fast=fast, snapshot_bytes=1 << 20)
+    return Engine(llama, options, clock=itertools.count().__next__)
 
 
 def finish(engine: Engine) -> list[Event]:
@@ -192,13 +200,15 @@ def test_the_same_request_gets_the_same_answer_whatever_is_cached_or_beside_it(
 def test_a_pre_empted_answer_is_written_again_as_it_was() -> None:
     params = SamplingParams(40, temperature=0.8, seed=7, logprobs=3, ignore_eos=True)
     asked = [Request(str(n), (*SHARED[n : 20 + n], n), params) for n in range(6)]
-    alone = [answer(engine_of(), one) for one in asked]
-    engine = engine_of(n_ctx=130)
-    for one in asked:
-        engine.add(one)
-    events = finish(engine)
-    assert engine.stats().preemptions_total > 0
-    assert [answer_in(events, one) for one in asked] == alone
+    for copies in (False, True):
+        alone = [answer(engine_of(copies=copies, max_drafts=0), one) for one in asked]
+        engine = engine_of(n_ctx=130, copies=copies)
+        for one in asked:
+            engine.add(one)
+        events = finish(engine)
+        assert engine.stats().preemptions_total > 0
+        assert (engine.stats().draft_tokens_accepted_total > 0) is copies
+        assert [answer_in(events, one) for one in asked] == alone
 
 
 def test_a_fast_engine_goes_on_from_cells_that_were_computed_as_an_answer() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -43,9 +44,12 @@ class Timed:
         if self.also is not None:
             self.also(number, batch)
 
-    def engine(self, llama: FakeLlama, max_drafts: int | None = 15, **options: int) -> Engine:
+    def engine(self, llama: FakeLlama, max_drafts: int | None = None, **options: int) -> Engine:
+        """An engine whose model computes all rows of logits that it has room for alike."""
         llama.on_decode = self.passes
-        return Engine(llama, EngineOptions(max_drafts=max_drafts, fast=True, **options), clock=lambda: self.now)  # type: ignore[arg-type]
+        made = EngineOptions(max_drafts=max_drafts, **options)  # type: ignore[arg-type]
+        llama.info = replace(llama.info, rows_alike=made.n_outputs)
+        return Engine(llama, made, clock=lambda: self.now)
 
 
 def accepted(engine: Engine) -> int:
@@ -155,11 +159,14 @@ def test_a_clock_that_stands_still_changes_no_answer() -> None:
 
 
 def test_rows_stay_within_what_the_model_gives() -> None:
-    llama = FakeLlama(n_ctx=4096, n_seq_max=6, script=STORY)
-    engine = Timed(row=0.0).engine(llama, max_running=3)
-    run(engine, *(asked(name, COPY, LONG) for name in "abc"))
-    decoding = [batch for batch in llama.batches if len(batch.tokens) == np.count_nonzero(batch.wants_logits)]
-    assert max(len(batch.tokens) for batch in decoding) == 6
+    for fast, rows_alike, most in ((True, 1, 6), (False, 10, 10), (False, 4, 4), (False, 1, 3)):
+        llama = FakeLlama(n_ctx=4096, n_seq_max=6, script=STORY, rows_alike=rows_alike)
+        engine = Engine(llama, EngineOptions(max_running=3, fast=fast), clock=count().__next__)
+        run(engine, *(asked(name, COPY, LONG) for name in "abc"))
+        decoding = [batch for batch in llama.batches if batch.wants_logits.all()]
+        assert max(len(batch.tokens) for batch in decoding) == most
+        assert all(batch.rows for batch in decoding)
+        assert (accepted(engine) > 0) is (most > 3)
 
 
 def test_where_rows_are_dear_there_are_no_drafts() -> None:
@@ -223,12 +230,12 @@ def test_who_waits_for_another_step_waits_little_longer_for_drafts() -> None:
         sequence = ScheduledSequence(NoOwner(), name, arrival, tokens, len(request.prompt), LONG.max_tokens)
         answers[name] = Generation(request, sequence, Sampler(LONG), TextStream(FakeTokenizer().token_bytes))
         scheduler.add(sequence)
-    while (plan := scheduler.plan()) and not scheduler.spare(plan):
+    while (plan := scheduler.plan()) and not scheduler.spare(plan, 8):
         scheduler.commit(plan)
         for chunk in plan.chunks:
             chunk.sequence.tokens.append(b"abc"[len(chunk.sequence.tokens) % 3])
     assert plan is not None
-    drafts = Drafts(15)
+    drafts = Drafts(15, 100)
     for n_rows in (1, 2, 4, 8):
         drafts.timed(replace(plan, chunks=plan.chunks[:1] * n_rows), 0.02 + 0.002 * n_rows)
     drafts.extend(plan, scheduler, answers)

@@ -3,16 +3,20 @@
 import numpy as np
 import pytest
 
-from runtime.llama.decode import MAX_GAP, fillers, row_block, row_group, with_company
+from runtime.llama.decode import MAX_GAP, fillers, row_block, row_group, rows_alike, with_company
 from runtime.llama.interface import Batch
 from tests.support.runtime.fakes import FakeLlama
 
 
 class RowsRound(FakeLlama):
-    """Rounds by the number of rows: those beyond whole groups, or beyond whole blocks of streams, in another way."""
+    """Rounds by the number of rows: those beyond whole groups, or beyond whole blocks of streams, in another way.
 
-    def __init__(self, *, group: int = 1, block: int = 1) -> None:
+    So does it where there are `several`.
+    """
+
+    def __init__(self, *, group: int = 1, block: int = 1, several: int = 99) -> None:
         super().__init__()
+        self._several = several
         self._group = group if group > 1 else block
         self._roundings: dict[int, tuple[int, ...]] = {}
 
@@ -22,7 +26,7 @@ class RowsRound(FakeLlama):
         for place, (position, seq_id, wanted) in enumerate(
             zip(batch.positions.tolist(), batch.seq_ids.tolist(), batch.wants_logits, strict=True)
         ):
-            kind = place >= n_rows - n_rows % self._group
+            kind = place >= n_rows - n_rows % self._group or n_rows >= self._several
             self._roundings[seq_id] = (*self._roundings.get(seq_id, ())[:position], kind * (position + 1))
             if wanted:
                 rows.append(next(logits) + sum(self._roundings[seq_id]))
@@ -37,6 +41,13 @@ def test_the_group_of_rows_that_keeps_the_bits(group: int) -> None:
 @pytest.mark.parametrize("block", [1, 2])
 def test_the_block_of_streams_in_which_rows_keep_their_bits(block: int) -> None:
     assert row_block(RowsRound(block=block), 16) == block
+
+
+@pytest.mark.parametrize(
+    ("rounds", "most", "alike"), [({}, 32, 32), ({}, 8, 3), ({}, 2, 1), ({"several": 4}, 32, 3), ({"block": 2}, 32, 1)]
+)
+def test_the_rows_of_a_stream_that_are_computed_alike(rounds: dict[str, int], most: int, alike: int) -> None:
+    assert rows_alike(RowsRound(**rounds), most) == alike
 
 
 @pytest.mark.parametrize("n_streams", [1, 2])

@@ -316,25 +316,24 @@ def test_what_a_decoding_step_leaves_over_is_spare_and_a_prefilling_one_leaves_n
     desk = Desk(n_cells=40, step_tokens=20)
     desk.scheduler.finish(_written(desk, desk.ask(5)))
     desk.ask(8), desk.ask(8)
-    assert desk.scheduler.spare(desk.plan()) == 0
+    assert desk.scheduler.spare(desk.plan(), 100) == 0
     desk.step()
-    assert desk.scheduler.spare(desk.plan()) == 40 - (5 + 8 + 8) - 2, "free cells, the idle prefix left alone"
+    assert desk.scheduler.spare(desk.plan(), 100) == 40 - (5 + 8 + 8) - 2, "free cells, the idle prefix left alone"
     desk = Desk(step_tokens=20)
     for _ in range(2):
         desk.ask(8)
     desk.step()
-    assert desk.scheduler.spare(desk.plan()) == 20 - 2
+    assert desk.scheduler.spare(desk.plan(), 100) == 20 - 2
     desk.scheduler.shrink(desk.plan())
     desk.scheduler.shrink(desk.plan())
-    assert desk.scheduler.spare(desk.plan()) == 0
+    assert desk.scheduler.spare(desk.plan(), 100) == 0
 
 
 def test_rows_bound_what_is_spare() -> None:
     desk = Desk(step_tokens=100)
-    desk.scheduler = Scheduler(desk.cache, step_tokens=100, max_running=4, max_rows=6)
     desk.ask(8), desk.ask(8)
     desk.step()
-    assert desk.scheduler.spare(desk.plan()) == 4
+    assert desk.scheduler.spare(desk.plan(), 6) == 4
 
 
 def test_nothing_is_spare_while_a_guilty_one_is_looked_for() -> None:
@@ -343,7 +342,7 @@ def test_nothing_is_spare_while_a_guilty_one_is_looked_for() -> None:
         desk.ask(5)
     desk.step()
     desk.scheduler.isolate(desk.plan())
-    assert desk.scheduler.spare(desk.plan()) == 0
+    assert desk.scheduler.spare(desk.plan(), 100) == 0
 
 
 def test_trimming_takes_back_cells_and_finishing_trims_to_what_was_written() -> None:
@@ -358,6 +357,7 @@ def test_trimming_takes_back_cells_and_finishing_trims_to_what_was_written() -> 
     desk.scheduler.trim(sequence, 13)
     desk.scheduler.trim(sequence, 14)
     assert (sequence.n_computed, desk.cache.used_cells) == (13, 13)
+    assert sequence.cuts == [11, 12, 13], "rows, to be computed again as such"
     desk.scheduler.finish(sequence)
     assert desk.cache.used_cells == 10, "its prompt"
     assert desk.cache.take_edits() == (Remove(0, 13), Remove(0, 10))

@@ -143,6 +143,7 @@ class FakeLlama:
         more_specials: Sequence[str] = (),
         window: int | None = None,
         row_group: int = 1,
+        rows_alike: int = 1,
         unified: bool = False,
     ) -> None:
         self.window = n_ctx if window is None else window
@@ -151,7 +152,7 @@ class FakeLlama:
         self.saved = self.restored = 0
         self.tokenizer = FakeTokenizer(more_specials)
         info = fake_info(n_ctx, n_seq_max, n_batch, self.tokenizer.n_vocab, adapters, window)
-        self.info = replace(info, chat_template=template, row_group=row_group)
+        self.info = replace(info, chat_template=template, row_group=row_group, rows_alike=rows_alike)
         self.script = script
         self.fail_at = dict(fail_at or {})
         self.on_decode = on_decode
