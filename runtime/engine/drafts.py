@@ -8,6 +8,9 @@ token is sampled from the same row, with the same random number, as without draf
     rows                         ▲     ▲    ▲
     sampled                    rain    in  Spain      both right: three tokens from one decode
 
+All of them are computed as rows of answers are. Where the same answer must come without drafts, a step has no more rows
+than the model computes alike (`ModelInfo.rows_alike`).
+
 Drafts take only the room that a step leaves over, and only if it does nothing but decode. While an answer gets none,
 its look-up is still compared with the sampled tokens, which costs nothing and shows when drafts would pay.
 """

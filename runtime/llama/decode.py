@@ -104,9 +104,16 @@ def rows_alike(llama: LlamaLike, most: int) -> int:
     return 1
 
 
-def has_several(batch: Batch) -> bool:
-    """True if several tokens of a sequence lie in the batch, which come one after the other."""
-    return bool(np.any(batch.seq_ids[1:] == batch.seq_ids[:-1]))
+def may_take_graph(batch: Batch, last: Batch | None) -> bool:
+    """True if llama.cpp may use the graph of the `last` batch, of the other kind, for this one (None: unknown).
+
+    It does so where both have one shape: rows of drafts, and a short prompt with all its logits, in the same stream.
+    """
+    if last is None:
+        return True
+    has_several = np.any(batch.seq_ids[1:] == batch.seq_ids[:-1])
+    is_other = batch.rows != last.rows and np.isin(batch.seq_ids, last.seq_ids).any()
+    return bool(is_other and has_several and batch.wants_logits[0])
 
 
 def fillers(seq_ids: Sequence[int], block: int, n_streams: int) -> list[int]:

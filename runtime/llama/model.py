@@ -34,7 +34,7 @@ from .decode import (
     BatchArrays,
     decode_error,
     fillers,
-    has_several,
+    may_take_graph,
     row_block,
     row_group,
     rows_alike,
@@ -83,7 +83,7 @@ class Llama:
         self._model = model
         self.row_block = 1
         self.take_over: Callable[[int], None] | None = None
-        self._last = False, np.empty(0, np.int32)  # the last batch's `rows` and `seq_ids`
+        self._last: Batch | None = None  # the batch whose graph is there; None: unknown
         self._embedder: EmbedContext | None = None
         self._copied: tuple[int, np.ndarray] | None = None
 
@@ -102,7 +102,10 @@ class Llama:
             raise BatchInvalid(f"a batch with {n_rows} rows of logits, limit {self.n_outputs}")
         self._copied = None
         if self.take_over is not None:
-            self._take_over_for(batch, self.take_over)
+            if may_take_graph(batch, self._last):  # a change of control vectors, of which there are none, rebuilds it
+                llama_cpp.llama_set_adapter_cvec(self._context, None, 0, self.info.n_embd, 0, 0)
+            self.take_over(OFF if batch.rows else FEWEST_ROWS)
+        self._last = None
         company = self._company(batch) if batch.rows and self.has_streams else {}
         if company:
             batch = with_company(batch, company)
@@ -111,22 +114,10 @@ class Llama:
             self.remove(seq_id, position)
         if code != 0:
             raise decode_error(code, n_tokens)
+        self._last = batch
         if n_rows == 0:
             return np.empty((0, self.info.n_vocab), np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (n_rows, self.info.n_vocab))
-
-    def _take_over_for(self, batch: Batch, take_over: Callable[[int], None]) -> None:
-        """Compute the products of `batch` by its kind: prompts by our own, rows by llama.cpp's.
-
-        llama.cpp uses a graph again for the next batch of its shape, and a short prompt with all its logits may follow
-        drafts in its stream: a change of control vectors, of which there are none, makes it build another (5 ms).
-        """
-        were_rows, seq_ids = self._last
-        in_its_streams = batch.rows is not were_rows and np.isin(batch.seq_ids, seq_ids).any()
-        if in_its_streams and batch.wants_logits[0] and has_several(batch):
-            llama_cpp.llama_set_adapter_cvec(self._context, None, 0, self.info.n_embd, 0, 0)
-        self._last = batch.rows, batch.seq_ids
-        take_over(OFF if batch.rows else FEWEST_ROWS)
 
     def _company(self, batch: Batch) -> dict[int, int]:
         """By stream: where a row of no meaning is computed beside those of the batch."""
