@@ -83,7 +83,7 @@ class Llama:
         self._model = model
         self.row_block = 1
         self.take_over: Callable[[int], None] | None = None
-        self._last: Batch | None = None  # the batch whose graph is there; None: unknown
+        self._last: Batch | None = None  # its graph may be used again; None: unknown
         self._embedder: EmbedContext | None = None
         self._copied: tuple[int, np.ndarray] | None = None
 
