@@ -30,7 +30,7 @@ class EngineConfig(Record):
 
     slots: int = Field(default=16, ge=1, le=128, description="Answers written at the same time.")
     context: int = Field(default=8192, ge=64, le=1 << 22, description="Tokens in the KV cache, shared by all slots.")
-    step_tokens: int = Field(default=512, ge=16, le=1 << 15, description="Most tokens computed in one step.")
+    step_tokens: int = Field(default=512, ge=32, le=1 << 15, description="Most tokens computed in one step.")
     threads: AutoInt = Field(default=None, ge=1, le=1024, description="CPU threads; auto: physical cores.")
     gpu_layers: AutoInt = Field(
         default=None, ge=0, le=10000, description="Layers on the GPU; auto: all, if llama.cpp supports it."
