@@ -49,7 +49,7 @@ def test_eight_clients_survive_a_kill_of_the_engine(email_triage: StoredModel) -
             asked: Any = mail[:1]
             try:
                 chunks = client.chat.completions.create(
-                    model="email-triage", messages=asked, max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+                    model="email-triage", messages=asked, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
                 )
                 last = [chunk.choices[0].finish_reason for chunk in chunks][-1]
             except openai.APIError as error:
