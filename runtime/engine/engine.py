@@ -31,17 +31,17 @@ from runtime.errors import (
     ModelUnknown,
     NoKvSlot,
 )
+from runtime.kv_cache.cells import KvCache
+from runtime.kv_cache.prefix_cache import Edit, PrefixCache
+from runtime.kv_cache.snapshots import Snapshots
 from runtime.llama.interface import Batch, LlamaLike
 from runtime.prefixes.disk import DiskStore
 from runtime.requests import Embedding, EngineStats, Event, Failed, Request, Scoring, Work
-from runtime.scheduling.plan import Edit, ScheduledSequence, StepPlan
-from runtime.scheduling.prefix_cache import PrefixCache
+from runtime.scheduling.plan import ScheduledSequence, StepPlan
 from runtime.scheduling.scheduler import Scheduler
-from runtime.scheduling.snapshots import Snapshots
 
 from .drafts import Drafts
 from .embedding import Embedder
-from .kv_cache import KvCache
 from .options import ARRIVALS, EngineOptions, TokenCounts
 from .scoring import Scorer
 from .writing import Writer

@@ -1,4 +1,4 @@
-"""The nouns of scheduling: sequences, chunks of their tokens, edits of the KV cache, the plan of a step, and turns.
+"""The nouns of scheduling: sequences, chunks of their tokens, the plan of a step, and turns.
 
 A request for text is one sequence; a request that scores choices is one for each prompt, and one for each branch of its
 choices. The scheduler knows sequences only, and nothing of their owners.
@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from runtime.kv_cache.prefix_cache import Edit
 from runtime.requests import Event
 
 # Cells kept free for each running answer when another joins, so that it is not pre-empted a moment later.
@@ -147,56 +148,6 @@ class Chunk:
     def samples(self) -> bool:
         """True if the step gives logits for it."""
         return self.n_rows > 0
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The longest known prefix of a prompt: `length` tokens, held by sequence id `source` or in a `snapshot`.
-
-    Both are None if nothing matches.
-    """
-
-    source: int | None
-    length: int
-    snapshot: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Give `target`, an empty sequence, cells of its own with the first `length` tokens of `source`."""
-
-    source: int
-    target: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Remove:
-    """Free the cells of `seq_id` at positions `start` and up."""
-
-    seq_id: int
-    start: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Save:
-    """Take a snapshot, number `snapshot`, of the `length` tokens that `seq_id` holds."""
-
-    seq_id: int
-    snapshot: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """Give `seq_id`, an empty sequence, cells of its own with the first `length` tokens of a snapshot."""
-
-    snapshot: int
-    seq_id: int
-    length: int
-
-
-Edit = Copy | Remove | Save | Restore
 
 
 @dataclass(frozen=True, slots=True)

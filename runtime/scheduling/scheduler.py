@@ -24,9 +24,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from .plan import AdapterRotation, Chunk, Match, ScheduledSequence, StepKind, StepPlan
-from .prefix_cache import PrefixCache
-from .radix_tree import RadixTree
+from runtime.kv_cache.prefix_cache import Match, PrefixCache
+from runtime.kv_cache.radix_tree import RadixTree
+
+from .plan import AdapterRotation, Chunk, ScheduledSequence, StepKind, StepPlan
 
 # A waiting sequence is held back while another computes a common prefix that is longer by at least this than the cached
 # one. A shorter prefix is computed twice sooner than waited for.

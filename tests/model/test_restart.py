@@ -16,7 +16,7 @@ import pytest
 from models.store.store import StoredModel
 from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
-from runtime.scheduling.prefix_cache import ALIGN
+from runtime.kv_cache.prefix_cache import ALIGN
 from runtime.serving.model import load_model
 from tests.support.runtime.engine_process import alive
 from tests.support.runtime.prefixes import files

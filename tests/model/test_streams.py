@@ -16,11 +16,11 @@ import pytest
 from models.store.store import StoredModel
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
+from runtime.kv_cache.prefix_cache import ALIGN
 from runtime.llama.handle import describe_prompts
 from runtime.llama.interface import Batch, LoadOptions
 from runtime.llama.model import Llama, load
 from runtime.requests import SamplingParams
-from runtime.scheduling.prefix_cache import ALIGN
 
 from .test_drafts import COPY
 from .test_engine import ask, run

@@ -16,7 +16,7 @@ RUNTIME = Path(__file__).parents[2] / "runtime"
 # The server's own clock, which ticks with or without a request.
 CLOCK = "runtime/server/serve.py"
 MAX_FILES = 28
-MAX_ROOMS = 10
+MAX_ROOMS = 11
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0, "stream": True}
 

@@ -17,10 +17,10 @@ from runtime.engine.engine import Engine
 from runtime.engine.generation import Generation, TextStream
 from runtime.engine.options import EngineOptions
 from runtime.errors import BatchInvalid, DecodeAborted, NoKvSlot
+from runtime.kv_cache.prefix_cache import PrefixCache
 from runtime.llama.interface import Batch
 from runtime.requests import Event, Failed, Finished, Grammar, Request, SamplingParams
 from runtime.scheduling.plan import ScheduledSequence
-from runtime.scheduling.prefix_cache import PrefixCache
 from runtime.scheduling.scheduler import Scheduler
 from tests.runtime.scheduling.test_scheduler import NoOwner
 from tests.support.runtime.fakes import END_OF_TURN, EOS, FakeLlama, FakeTokenizer

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions, snapshot_bytes
 from runtime.errors import EngineError
+from runtime.kv_cache.prefix_cache import ALIGN
 from runtime.requests import Finished, Request, SamplingParams
-from runtime.scheduling.prefix_cache import ALIGN
 from tests.support.runtime.fakes import FakeLlama
 
 from .test_engine import ends, ids_of, run

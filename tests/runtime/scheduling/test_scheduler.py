@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from runtime.kv_cache.prefix_cache import PrefixCache, Remove
 from runtime.requests import Event
-from runtime.scheduling.plan import Chunk, Remove, ScheduledSequence, StepPlan
-from runtime.scheduling.prefix_cache import PrefixCache
+from runtime.scheduling.plan import Chunk, ScheduledSequence, StepPlan
 from runtime.scheduling.scheduler import HOLD_BACK_TOKENS, Scheduler
 
 

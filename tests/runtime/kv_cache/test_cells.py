@@ -17,11 +17,10 @@ from runtime.engine.options import EngineOptions
 from runtime.prefixes.disk import DiskStore
 from runtime.prefixes.identity import Identity
 from runtime.requests import Finished, Request
+from tests.runtime.engine.test_engine import ends, ids_of, run
+from tests.runtime.engine.test_snapshots import GREEDY, ask, requests_of, text
 from tests.support.runtime.fakes import FakeLlama
 from tests.support.runtime.prefixes import IDENTITY, files
-
-from .test_engine import ends, ids_of, run
-from .test_snapshots import GREEDY, ask, requests_of, text
 
 ADAPTERS = {"mails": "01" * 32}
 

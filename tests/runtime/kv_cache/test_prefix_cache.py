@@ -6,11 +6,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from runtime.kv_cache.prefix_cache import ALIGN, Copy, Match, PrefixCache, Remove
+from runtime.kv_cache.radix_tree import common_prefix
+from runtime.kv_cache.snapshots import MIN_GAIN
 from runtime.llama.interface import Batch
-from runtime.scheduling.plan import Copy, Match, Remove
-from runtime.scheduling.prefix_cache import ALIGN, PrefixCache
-from runtime.scheduling.radix_tree import common_prefix
-from runtime.scheduling.snapshots import MIN_GAIN
 from tests.support.runtime.fakes import FakeLlama
 
 N_CELLS, N_IDS = 40, 5

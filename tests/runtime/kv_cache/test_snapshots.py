@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from runtime.scheduling.radix_tree import common_prefix
-from runtime.scheduling.snapshots import MIN_GAIN, Snapshots
+from runtime.kv_cache.radix_tree import common_prefix
+from runtime.kv_cache.snapshots import MIN_GAIN, Snapshots
 
 ADAPTERS = [None, None, "mails"]
 

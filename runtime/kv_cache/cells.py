@@ -14,8 +14,9 @@ import numpy as np
 from runtime.errors import EngineError
 from runtime.llama.interface import LlamaLike
 from runtime.prefixes.disk import DiskStore
-from runtime.scheduling.plan import Copy, Edit, Restore, Save
-from runtime.scheduling.snapshots import Snapshots
+
+from .prefix_cache import Copy, Edit, Restore, Save
+from .snapshots import Snapshots
 
 # By sequence id: the snapshot, and the other sequence, that cells which are not whole came from.
 Lost = dict[int, tuple[int | None, int | None]]

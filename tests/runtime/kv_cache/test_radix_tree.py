@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from runtime.scheduling import radix_tree
-from runtime.scheduling.radix_tree import RadixTree, common_prefix
+from runtime.kv_cache import radix_tree
+from runtime.kv_cache.radix_tree import RadixTree, common_prefix
 
 TEXTS = st.lists(st.integers(0, 2), max_size=10).map(lambda tokens: np.array(tokens, np.int32))
 ADAPTERS = st.sampled_from([None, "a"])

@@ -24,13 +24,62 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .plan import Copy, Edit, Match, Remove, Restore, Save
 from .radix_tree import RadixTree
 from .snapshots import MIN_GAIN, Snapshots
 
 # Layers with a sliding window come back with fewer cells, from the first cell on. Sums over cells are computed by lanes
 # of the processor's vectors: moved by a multiple of this, each cell stays in its lane and every bit is as it was.
 ALIGN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest known prefix of a prompt: `length` tokens, held by sequence id `source` or in a `snapshot`.
+
+    Both are None if nothing matches.
+    """
+
+    source: int | None
+    length: int
+    snapshot: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Give `target`, an empty sequence, cells of its own with the first `length` tokens of `source`."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Free the cells of `seq_id` at positions `start` and up."""
+
+    seq_id: int
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Take a snapshot, number `snapshot`, of the `length` tokens that `seq_id` holds."""
+
+    seq_id: int
+    snapshot: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Give `seq_id`, an empty sequence, cells of its own with the first `length` tokens of a snapshot."""
+
+    snapshot: int
+    seq_id: int
+    length: int
+
+
+Edit = Copy | Remove | Save | Restore
 
 
 @dataclass(eq=False, slots=True)
