@@ -45,7 +45,7 @@ def _batch(step: Step, tokens: np.ndarray) -> Batch:
     positions = np.concatenate([np.arange(n) for _, n in step]).astype(np.int32)
     sequences = np.concatenate([np.full(n, seq) for seq, n in step]).astype(np.int32)
     last = np.concatenate([np.arange(n) == n - 1 for _, n in step])
-    return Batch(tokens.astype(np.int32), positions, sequences, last)
+    return Batch(tokens.astype(np.int32), positions, sequences, last, rows=all(n == 1 for _, n in step))
 
 
 def _timed(llama: Llama, batch: Batch) -> float:

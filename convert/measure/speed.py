@@ -151,9 +151,9 @@ def _shape(how: ServingLoad, threads: int, rounds: int) -> Shape:
 
 def _in_child(file: Path, how: ServingLoad, seconds: float) -> SpeedSample:
     """Measure once, in a child process. Raises MeasureFailed with its last message."""
-    # the server's settings: see `runtime/engine/options.py`
-    load = {"n_ctx": how.context, "n_batch": how.step_tokens, "n_seq_max": 2 * how.sequences, "n_threads": how.threads}
-    load["repack"] = how.repack
+    # the server's settings: see `runtime/serving/model.py`
+    load: dict[str, object] = {"n_ctx": how.context, "n_batch": how.step_tokens, "n_seq_max": how.sequences}
+    load |= {"n_threads": how.threads, "repack": how.repack, "prefill": SERVER.prefill, "streams": True}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "sample.json"
         job = {

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True, slots=True)
 class SpeedSample:
-    """One round of one file. `examples_per_s` is for packed examples with label rows; None without labels."""
+    """One round of one file. `examples_per_s` is for examples with label rows; None without labels."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: dict[int, float]
@@ -57,11 +58,11 @@ class LoadShape:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedStep:
-    """A batch, and the sequences that begin a new example in it: they must be emptied first."""
+class ExampleStep:
+    """A batch of one sequence, which `begins` a new example in it: it must be emptied first."""
 
     batch: Batch
-    begun: tuple[int, ...]
+    begins: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +74,22 @@ class StepLimits:
     n_sequences: int
 
 
-def packed_steps(work: LoadShape, limits: StepLimits, n_vocab: int) -> Iterator[PackedStep]:
-    """Yield steps as large as `limits` allow, without end: example after example, on the sequences in turn.
+def example_steps(work: LoadShape, limits: StepLimits, n_vocab: int) -> Iterator[ExampleStep]:
+    """Yield the steps of example after example, on the sequences in turn, without end.
 
-    An example may continue in the next step. A sequence never has two examples in one step.
+    As the engine computes them: a prompt by itself, in as many steps as it needs, then its labels.
     """
     random = np.random.default_rng(_SEED)
-    done = 0
-    while True:
-        # two examples of this step must not be on the same sequence
-        last = (done // work.cycle + limits.n_sequences) * work.cycle
-        flat = np.arange(done, min(done + limits.n_batch, last))
-        flat = flat[np.cumsum(flat % work.cycle >= work.prompt - 1) <= limits.n_rows]
-        done = int(flat[-1]) + 1
-        positions = flat % work.cycle
-        wants_logits = positions >= work.prompt - 1
-        seq_ids = flat // work.cycle % limits.n_sequences
-        tokens = random.integers(0, n_vocab, len(flat))
-        batch = Batch(
-            tokens=tokens.astype(np.int32),
-            positions=positions.astype(np.int32),
-            seq_ids=seq_ids.astype(np.int32),
-            wants_logits=wants_logits.astype(np.int8),
-        )
-        yield PackedStep(batch, tuple(int(seq_id) for seq_id in seq_ids[positions == 0]))
+    for number in count():
+        tokens = random.integers(0, n_vocab, work.cycle).astype(np.int32)
+        start = 0
+        while start < work.cycle:
+            most, end = (limits.n_batch, work.prompt) if start < work.prompt else (limits.n_rows, work.cycle)
+            positions = np.arange(start, min(start + min(most, limits.n_batch), end), dtype=np.int32)
+            seq_ids = np.full(len(positions), number % limits.n_sequences, np.int32)
+            wants_logits = (positions >= work.prompt - 1).astype(np.int8)
+            yield ExampleStep(Batch(tokens[positions], positions, seq_ids, wants_logits), start == 0)
+            start += len(positions)
 
 
 def decode_step(lengths: list[int], n_vocab: int) -> Batch:
@@ -107,6 +100,7 @@ def decode_step(lengths: list[int], n_vocab: int) -> Batch:
         positions=np.asarray(lengths, np.int32),
         seq_ids=np.arange(n, dtype=np.int32),
         wants_logits=np.ones(n, np.int8),
+        rows=True,
     )
 
 
@@ -121,15 +115,15 @@ class Meter:
 
     def warm_up(self) -> None:
         """Compute a few tokens, which reads every weight once."""
-        self._packed(LoadShape(_WARM_UP_TOKENS, 0), 1, _WARM_UP_TOKENS, 0.0)
+        self._examples(LoadShape(_WARM_UP_TOKENS, 0), 1, _WARM_UP_TOKENS, 0.0)
 
     def tokens_per_s(self, prompt: int, n_sequences: int) -> float:
-        """Tokens a second for prompts of `prompt` tokens, one row of logits each, packed into whole steps."""
-        return self._packed(LoadShape(prompt, 0), n_sequences, self._llama.info.n_batch, self._seconds)
+        """Tokens a second for prompts of `prompt` tokens, one row of logits each."""
+        return self._examples(LoadShape(prompt, 0), n_sequences, self._llama.info.n_batch, self._seconds)
 
     def examples_per_s(self, work: LoadShape, n_sequences: int) -> float:
-        """Examples a second of `work`, packed into whole steps."""
-        return self._packed(work, n_sequences, self._llama.info.n_batch, self._seconds) / work.cycle
+        """Examples a second of `work`."""
+        return self._examples(work, n_sequences, self._llama.info.n_batch, self._seconds) / work.cycle
 
     def decode_tokens_per_s(self, n_sequences: int, answer: int) -> float:
         """Decode `n_sequences` together, after the prompts computed last: tokens a second.
@@ -153,19 +147,19 @@ class Meter:
         for seq_id, length in enumerate(lengths):
             self._llama.remove(seq_id, length)
 
-    def _packed(self, work: LoadShape, n_sequences: int, n_batch: int, seconds: float) -> float:
+    def _examples(self, work: LoadShape, n_sequences: int, n_batch: int, seconds: float) -> float:
         """Run steps for `seconds`. Returns tokens a second."""
         self._llama.clear()
         self._lengths = {}
         n_tokens, spent = 0, 0.0
         info = self._llama.info
-        for step in packed_steps(work, StepLimits(n_batch, info.n_seq_max, n_sequences), info.n_vocab):
-            for seq_id in step.begun:
+        for step in example_steps(work, StepLimits(n_batch, info.n_seq_max, n_sequences), info.n_vocab):
+            seq_id = int(step.batch.seq_ids[0])
+            if step.begins:
                 self._llama.remove(seq_id)
             spent += self._timed(step.batch)
             n_tokens += len(step.batch.tokens)
-            for seq_id, position in zip(step.batch.seq_ids.tolist(), step.batch.positions.tolist(), strict=True):
-                self._lengths[seq_id] = position + 1
+            self._lengths[seq_id] = int(step.batch.positions[-1]) + 1
             if spent >= seconds:
                 break
         return n_tokens / spent

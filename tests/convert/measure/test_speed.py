@@ -16,8 +16,8 @@ from convert.measure.speed_child import (
     Meter,
     SpeedSample,
     StepLimits,
+    example_steps,
     measure,
-    packed_steps,
     peak_memory_bytes,
 )
 from convert.measure.tasks import EvalTask, Tasks
@@ -49,32 +49,31 @@ def test_every_example_is_computed_whole_and_in_order(work: LoadShape, limits: S
     """The fake refuses a position out of order; here every cell, row and limit is counted."""
     llama = FakeLlama(unified=True, n_ctx=10_000, n_batch=limits.n_batch)
     begun = rows = tokens = 0
-    for step in itertools.islice(packed_steps(work, limits, llama.info.n_vocab), 40):
-        for seq_id in step.begun:
+    for step in itertools.islice(example_steps(work, limits, llama.info.n_vocab), 40):
+        [seq_id] = set(step.batch.seq_ids.tolist())
+        if step.begins:
+            assert seq_id == begun % limits.n_sequences
             llama.remove(seq_id)
         found = llama.decode(step.batch)
         assert len(found) == step.batch.wants_logits.sum() <= limits.n_rows
-        assert len(set(step.begun)) == len(step.begun)
-        assert set(step.batch.seq_ids.tolist()) <= set(range(limits.n_sequences))
-        begun, rows, tokens = begun + len(step.begun), rows + len(found), tokens + len(step.batch.tokens)
+        begun, rows, tokens = begun + step.begins, rows + len(found), tokens + len(step.batch.tokens)
     whole, rest = divmod(tokens, work.cycle)
     assert begun == whole + (rest > 0)
     assert rows == whole * (1 + work.labels) + max(0, rest - work.prompt + 1)
 
 
-def test_steps_are_filled() -> None:
-    sizes = [
-        len(step.batch.tokens)
-        for step in itertools.islice(packed_steps(LoadShape(100, 3), StepLimits(512, 32, 16), 9), 20)
-    ]
-    assert set(sizes) == {512}
+@pytest.mark.parametrize(("n_batch", "sizes"), [(512, [100, 3]), (64, [64, 36, 3])])
+def test_a_prompt_has_steps_of_its_own(n_batch: int, sizes: list[int]) -> None:
+    steps = itertools.islice(example_steps(LoadShape(100, 3), StepLimits(n_batch, 32, 16), 9), 2 * len(sizes))
+    assert [len(step.batch.tokens) for step in steps] == 2 * sizes
 
 
 def test_rates_are_work_by_time() -> None:
     llama = FakeLlama(unified=True, n_ctx=2048, n_batch=110)
     meter = Meter(llama, 1.0, Clock(llama))
-    assert meter.tokens_per_s(50, 4) == pytest.approx(110 / 120)
-    assert meter.examples_per_s(LoadShape(50, 5), 4) == pytest.approx(110 / 120 / 55)
+    assert meter.tokens_per_s(50, 4) == pytest.approx(50 / 60)
+    assert Meter(llama, 61.0, Clock(llama)).examples_per_s(LoadShape(50, 5), 4) == pytest.approx(1 / 75)
+    meter.tokens_per_s(50, 4)
     assert meter.decode_tokens_per_s(4, 5) == pytest.approx(4 / 14)
     assert meter.decode_tokens_per_s(1, 5) == pytest.approx(1 / 11)
 
@@ -96,7 +95,7 @@ def test_a_measurement_goes_on_until_its_time_is_over_but_not_for_ever() -> None
 def test_a_faster_file_is_not_timed_on_longer_texts(seconds: float) -> None:
     """A step takes the fake 14 s, so the time is over in the second answer, or in a much later one."""
     llama = FakeLlama(unified=True, n_ctx=2048, n_batch=80)
-    meter = Meter(llama, 0.0, Clock(llama))
+    meter = Meter(llama, 100.0, Clock(llama))
     meter.tokens_per_s(20, 4)
     held, before = llama.sequences, llama.decodes
     meter._seconds = seconds
