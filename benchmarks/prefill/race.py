@@ -24,7 +24,7 @@ STEPS = {
     "16 rows": [[seq, 1] for seq in range(16)],
     "1 row": [[0, 1]],
 }
-"""What a step computes: (sequence, tokens) of each part."""
+"""What a step computes: (sequence, tokens) of each part. Rows are computed behind prompts of 100 tokens."""
 
 
 class PrefillSettings(Record):
