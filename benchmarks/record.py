@@ -24,7 +24,6 @@ from .errors import BadRecord
 
 PACKAGES = ("deskside", "llama-cpp-python", "httpx", "genai-prices")
 
-
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 

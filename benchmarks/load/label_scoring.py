@@ -80,9 +80,8 @@ class LabelScorer:
 
     def __init__(self, target: ApiTarget, labels: Sequence[str], *, timeout_s: float = 300.0) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        root = target.base_url.rstrip("/").removesuffix("/v1")
         self._http = httpx.AsyncClient(
-            base_url=root,
+            base_url=target.base_url.rstrip("/").removesuffix("/v1"),
             headers=target.headers,
             timeout=timeout_s,
             limits=limits,
@@ -128,14 +127,8 @@ class LabelScorer:
     async def _force(self, prompt: TokenIds, forced: Sequence[ForcedToken]) -> dict[ForcedToken, float]:
         """The log-probabilities of `forced`, which all force the same token."""
         token = forced[0].token
-        body = {
-            "model": self._model,
-            "prompt": [[*prompt, *item.prefix] for item in forced],
-            "max_tokens": 1,
-            "temperature": 0,
-            "logprobs": 0,
-            "logit_bias": {str(token): FORCING_BIAS},
-        }
+        body: dict[str, Any] = {"model": self._model, "prompt": [[*prompt, *item.prefix] for item in forced]}
+        body |= {"max_tokens": 1, "temperature": 0, "logprobs": 0, "logit_bias": {str(token): FORCING_BIAS}}
         choices = await self._post("/v1/completions", body, "choices")
         text = await self._text_of(token)
         try:

@@ -99,17 +99,12 @@ def markdown(found: Mapping[str, Evaluation]) -> Iterator[str]:
         f"Test split, {total} mails; 95 % intervals (accuracy: Wilson, macro-F1: bootstrap). A text counts only if it "
         "is exactly the label; with labels scored, the label that the model finds likeliest as its whole answer counts."
     )
-    yield ""
-    yield "| what | accuracy | right | macro-F1 |"
-    yield "|---|---|---|---|"
+    yield from ("", "| what | accuracy | right | macro-F1 |", "|---|---|---|---|")
     for name, score in scores.items():
         right = f"{score.correct} of {score.total}"
         yield f"| {NAMES[name]} | {_interval(score.accuracy)} | {right} | {_interval(score.macro_f1)} |"
-    yield ""
-    yield from _comparisons(found)
-    yield ""
-    yield "| label, as served | mails | precision | recall | F1 |"
-    yield "|---|---|---|---|---|"
+    yield from ("", *_comparisons(found))
+    yield from ("", "| label, as served | mails | precision | recall | F1 |", "|---|---|---|---|---|")
     for row in scores["as_served"].classes:
         yield f"| {row.label} | {row.support} | {row.precision:.3f} | {row.recall:.3f} | {row.f1:.3f} |"
 
@@ -155,9 +150,7 @@ def quality(scores: Mapping[str, ClassificationScore]) -> str:
 def with_part(card: str, name: str, text: str) -> str:
     """Replace the part of the card between the two marks of `name`."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, _, rest = card.partition(begin)
-    _, _, after = rest.partition(end)
-    return f"{before}{begin}\n{text}{end}{after}"
+    return f"{card.partition(begin)[0]}{begin}\n{text}{end}{card.partition(end)[2]}"
 
 
 def main() -> None:

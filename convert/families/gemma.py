@@ -58,8 +58,7 @@ class GemmaFamily(Family):
 
     def windowed(self, config: Config) -> list[bool]:
         """For each layer, true if its attention is limited to the window."""
-        n_layers = self.sizes(config).n_layers
-        kinds = config.get("layer_types")
+        n_layers, kinds = self.sizes(config).n_layers, config.get("layer_types")
         if kinds is None:
             period = self.period
             if config.get("sliding_window_pattern") is not None:

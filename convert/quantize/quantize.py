@@ -40,10 +40,7 @@ _K_BLOCK = GGMLQuantizationType.Q4_K
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """The content of a quantized file: kind -> number of tensors.
-
-    `fallbacks` counts the matrices with rows that do not fit the blocks of the requested type.
-    """
+    """Tensors of a quantized file by kind; `fallbacks` are matrices with rows that do not fit the type's blocks."""
 
     kinds: Mapping[str, int]
     fallbacks: int

@@ -28,25 +28,12 @@ _MAGIC: tuple[tuple[bytes, Kind], ...] = (
     (b"\xfe\xff", "utf-16"),
 )
 _NAMES: dict[Kind, str] = {
-    "missing": "no file",
-    "folder": "a folder",
-    "empty": "an empty file",
-    "gzip": "a gzip file",
-    "xlsx": "an Excel workbook (XLSX)",
-    "zip": "a zip archive",
-    "parquet": "a Parquet file",
-    "gguf": "a GGUF file",
-    "safetensors": "a safetensors file",
-    "pdf": "a PDF",
-    "sqlite": "an SQLite database",
-    "utf-16": "a text in UTF-16",
-    "json array": "one JSON array",
-    "json lines": "JSON lines",
-    "json": "JSON",
-    "csv": "a CSV file",
-    "text": "a text file",
-    "binary": "a binary file",
-}
+    "missing": "no file", "folder": "a folder", "empty": "an empty file", "gzip": "a gzip file",
+    "xlsx": "an Excel workbook (XLSX)", "zip": "a zip archive", "parquet": "a Parquet file", "gguf": "a GGUF file",
+    "safetensors": "a safetensors file", "pdf": "a PDF", "sqlite": "an SQLite database", "utf-16": "a text in UTF-16",
+    "json array": "one JSON array", "json lines": "JSON lines", "json": "JSON", "csv": "a CSV file",
+    "text": "a text file", "binary": "a binary file",
+}  # fmt: skip
 _DELIMITERS = ",;\t|"
 # Names of columns that hold the text and the answer, likeliest first.
 _TEXTS = ("text", "prompt", "input", "question", "message", "mail", "body", "content", "instruction")

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,8 @@ import psutil
 ROOT = Path("/")
 # Share of the available memory for models; the rest is left to other programs.
 USABLE_SHARE = 0.9
+# Above this share the machine counts as busy, and what is timed on it as uncertain.
+BUSY_SHARE = 0.25
 
 
 def describe_machine(backend: str = "", root: Path = ROOT) -> str:
@@ -65,10 +67,6 @@ def physical_cores(root: Path = ROOT) -> int:
     return max(1, min(len(cores), quota) if quota else len(cores))
 
 
-# Above this share the machine counts as busy, and what is timed on it as uncertain.
-BUSY_SHARE = 0.25
-
-
 def busy_share(seconds: float = 0.3) -> float:
     """The share of the processors' time that is in use during the next `seconds`, in which the caller does nothing."""
     return float(psutil.cpu_percent(interval=seconds)) / 100
@@ -76,26 +74,23 @@ def busy_share(seconds: float = 0.3) -> float:
 
 def load_average() -> float | None:
     """The 1-minute load average; None where the system has none."""
-    try:
+    with suppress(OSError):
         return psutil.getloadavg()[0]
-    except OSError:
-        return None
+    return None
 
 
 def physical_memory_bytes() -> int | None:
     """The memory of the whole machine, without regard to a container's limit; None where the system does not say."""
-    try:
+    with suppress(OSError):
         return psutil.virtual_memory().total
-    except OSError:
-        return None
+    return None
 
 
 def available_memory_bytes() -> int | None:
     """Memory of the whole machine that is available without swapping; None where the system does not say."""
-    try:
+    with suppress(OSError):
         return psutil.virtual_memory().available
-    except OSError:
-        return None
+    return None
 
 
 def machine_budget(root: Path = ROOT) -> int | None:
@@ -127,10 +122,8 @@ def gc_paused() -> Iterator[None]:
 
 def give_back_freed() -> None:
     """Return freed memory to the system, as far as the C library can."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
-        if trim is not None:
-            trim(0)
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl does not have it
+        trim(0)
 
 
 def _cpu_quota(cgroup: Path) -> int | None:
@@ -180,10 +173,8 @@ def _lines(path: Path) -> list[str]:
 
 def _sysctl(name: str) -> str:
     """The answer of a Mac's `sysctl`; empty elsewhere, and where the kernel does not know `name`."""
-    if sys.platform != "darwin":
-        return ""
-    try:
-        answer = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
+    if sys.platform == "darwin":
+        with suppress(OSError):
+            answer = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)
+            return answer.stdout.strip() if answer.returncode == 0 else ""
+    return ""

@@ -74,13 +74,9 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> float:
 
 def read_examples(path: Path) -> list[TrainingMail]:
     """Chat records of a .jsonl.gz, in the file's order."""
-    examples = []
     with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            content, label = (message["content"] for message in record["messages"])
-            examples.append(TrainingMail(record["id"], content, label))
-    return examples
+        records = [json.loads(line) for line in lines]
+    return [TrainingMail(record["id"], *(said["content"] for said in record["messages"])) for record in records]
 
 
 def encode(tokenizer: Any, example: TrainingMail) -> Mail:
@@ -104,9 +100,7 @@ def completion_loss(model: Any, mails: Sequence[Mail]) -> torch.Tensor:
     width = max(len(mail) for mail in mails)
     ids = torch.full((len(mails), width), PADDING)
     seen = torch.zeros((len(mails), width), dtype=torch.long)
-    rows: list[int] = []
-    columns: list[int] = []
-    targets: list[int] = []
+    rows, columns, targets = list[int](), list[int](), list[int]()
     for row, mail in enumerate(mails):
         ids[row, : len(mail)] = torch.tensor(mail.prompt + mail.answer)
         seen[row, : len(mail)] = 1
@@ -145,8 +139,7 @@ def _branch_scores(
     results = []
     for row, mail in enumerate(mails):
         start = len(mail.prompt)
-        columns: list[int] = []
-        targets: list[int] = []
+        columns, targets = list[int](), list[int]()
         for answer in answers:
             columns += [len(mail.prompt) - 1, *range(start, start + len(answer) - 1)]
             targets += answer

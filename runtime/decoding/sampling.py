@@ -1,7 +1,6 @@
 """A row of logits → a token id, with numpy over the whole vocabulary; log-probabilities on request.
 
 The steps for a row, in this order:
-
 1. A grammar takes out the tokens that it does not allow, `ignore_eos` the end tokens; logit bias and penalties are
    added to the raw logits. The penalties regard the generated text only: presence once, frequency for every time a
    token was sampled or forced.
@@ -10,9 +9,8 @@ The steps for a row, in this order:
 4. min-p leaves tokens at least `min_p` times as likely as the likeliest, top-p the smallest set of the likeliest that
    reaches `top_p`. Both regard the distribution of step 3; the token is drawn from those that both leave.
 
-The random number of a token depends on the request's seed and the token's place in the answer only (Philox, a
-counter-based generator), not on other requests of the batch. Log-probabilities are those of the model: the log-softmax
-of the raw logits, before any of these steps.
+A token's random number depends on the request's seed and the token's place in the answer only (Philox, counter-based).
+Log-probabilities are those of the model: the log-softmax of the raw logits, before any of these steps.
 """
 
 from collections import Counter
@@ -45,29 +43,24 @@ class Sampler:
         self._masked = list(end_tokens) if params.ignore_eos and params.grammar is None else []
         self._put_off = list(end_tokens) if params.ignore_eos and params.grammar is not None else []
         self._bias = list(params.logit_bias), np.fromiter(params.logit_bias.values(), np.float32)
-        self._penalises = bool(params.presence_penalty or params.frequency_penalty)
+        penalties = params.presence_penalty, params.frequency_penalty
+        self._penalises = any(penalties)
         self._edits_rows = bool(self._masked or params.logit_bias or self._penalises)
         # If no edit raises a logit, the likeliest token stays so unless its own logit is lowered.
-        self._only_lowers = (
-            max(params.logit_bias.values(), default=0) <= 0
-            and params.presence_penalty >= 0
-            and params.frequency_penalty >= 0
-        )
+        self._only_lowers = max(params.logit_bias.values(), default=0) <= 0 <= min(penalties)
         self._drawn: Counter[int] = Counter()
         self._n_drawn = 0
 
     def draw(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> SampledToken:
         """The next token of the answer, from one row of logits, float32 of shape (n_vocab,), which stays unchanged.
 
-        `allowed`, bool of the same shape, marks the tokens that may come (None: all). Raises EngineError if no allowed
-        token's logit is finite.
+        `allowed`, bool of that shape, marks those that may come (None: all). Raises EngineError if no logit is finite.
         """
         row, likeliest = logits, self._unmoved(logits) if allowed is None else None
         if likeliest is None:
             row = self._edited(logits) if self._edits_rows else logits
             if allowed is not None:
-                allowed = self._going_on(allowed)
-                row = np.where(allowed, row, np.float32(-np.inf))
+                row = np.where(self._going_on(allowed), row, np.float32(-np.inf))
             likeliest = int(row.argmax())
         if not np.isfinite(row[likeliest]):
             raise EngineError(f"the model's logits are not numbers (the highest is {row[likeliest]})")
@@ -96,14 +89,12 @@ class Sampler:
         if not self._only_lowers or self.params.temperature >= GREEDY_BELOW:
             return None
         likeliest = int(logits.argmax())
-        penalised = self._penalises and likeliest in self._drawn
-        moved = penalised or likeliest in self._masked or likeliest in self.params.logit_bias
-        return None if moved else likeliest
+        moved = likeliest in self._masked or likeliest in self.params.logit_bias
+        return None if moved or (self._penalises and likeliest in self._drawn) else likeliest
 
     def _edited(self, logits: np.ndarray) -> np.ndarray:
         row = logits.copy()
-        ids, biases = self._bias
-        row[ids] += biases
+        row[self._bias[0]] += self._bias[1]
         if self._penalises and self._drawn:
             counts = np.fromiter(self._drawn.values(), np.float32)
             row[list(self._drawn)] -= self.params.presence_penalty + self.params.frequency_penalty * counts
@@ -111,8 +102,8 @@ class Sampler:
         return row
 
     def _uniform(self) -> float:
-        generator = np.random.Philox(key=self.params.seed & (2**64 - 1), counter=self._n_drawn)
-        return float(np.random.Generator(generator).random())
+        key = self.params.seed & (2**64 - 1)
+        return float(np.random.Generator(np.random.Philox(key=key, counter=self._n_drawn)).random())
 
 
 def _draw(row: np.ndarray, highest: np.float32, params: SamplingParams, uniform: float) -> int:
@@ -183,8 +174,7 @@ def _pick(weights: np.ndarray, uniform: float) -> int:
 
 def with_logprobs(logits: np.ndarray, token: int, n_top: int) -> SampledToken:
     highest = logits.max()
-    weights = logits - highest
-    np.exp(weights, out=weights)
+    np.exp(weights := logits - highest, out=weights)
     norm = float(highest) + float(np.log(weights.sum()))
     top = _likeliest(logits, n_top) if n_top else ()
     return SampledToken(token, float(logits[token]) - norm, tuple((int(i), float(logits[i]) - norm) for i in top))

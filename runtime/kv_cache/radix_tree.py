@@ -34,11 +34,7 @@ class _End:
 
 
 class RadixTree:
-    """The tokens of sequences, each named by a number.
-
-    A node other than a root has two children at least, or a sequence ends there: no path has more nodes than there are
-    sequences.
-    """
+    """The tokens of numbered sequences. Every node but a root has two children at least, or a sequence ends there."""
 
     def __init__(self) -> None:
         self._roots: dict[str | None, _Node] = {}
@@ -69,8 +65,7 @@ class RadixTree:
 
     def shared(self, tokens: np.ndarray, adapter: str | None) -> int:
         """The number of first `tokens` that some sequence begins with, at any floor."""
-        path = self._path(tokens, adapter)
-        return path[-1][1] if path else 0
+        return max((length for _, length in self._path(tokens, adapter)), default=0)
 
     def _path(self, tokens: np.ndarray, adapter: str | None) -> list[tuple[_Node, int]]:
         """The nodes that `tokens` lead through, each with the number of tokens that it shares up to there."""

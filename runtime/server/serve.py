@@ -19,7 +19,7 @@ from models.store.store import Store
 from runtime.config import RuntimeConfig
 from runtime.errors import EngineDown, LoadFailed
 from runtime.pool.pool import ModelPool, open_pool
-from runtime.pool.slot import LoadedModel, ModelSlot
+from runtime.pool.slot import ModelSlot
 from runtime.serving.names import ModelRef
 
 from .app import create_app
@@ -152,8 +152,7 @@ def next_steps(pool: ModelPool, config: RuntimeConfig, url: str, command: str) -
     """The next steps: a request to paste, and the commands that open a conversation and the page of all routes."""
     here = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
     chat = f"; {command} chat {pool.default}" if chats(*pool.find(None)) else ""
-    asking = example(pool, here, keyed=bool(config.api_key))
-    return f"try in another terminal:\n  {asking}\nor: open {here}/docs{chat}"
+    return f"try in another terminal:\n  {example(pool, here, keyed=bool(config.api_key))}\nor: open {here}/docs{chat}"
 
 
 def program() -> str:
@@ -166,19 +165,13 @@ def _describe(slot: ModelSlot, ref: ModelRef, config: RuntimeConfig, url: str) -
     if slot.loaded is None:
         return f"{ref.id} is loaded on its first request (needs about {mebibytes(slot.need.total)}): {url}/v1"
     if ref.adapter is not None:
-        size = mebibytes(ref.adapter.gguf.stat().st_size)
-        return f"{ref.id} (LoRA adapter, {size}) on {slot.name}: {url}/v1"
-    return _describe_loaded(slot.loaded, config, url)
-
-
-def _describe_loaded(loaded: LoadedModel, config: RuntimeConfig, url: str) -> str:
-    served, info = loaded.base, loaded.base.info
+        return f"{ref.id} (LoRA adapter, {mebibytes(ref.adapter.gguf.stat().st_size)}) on {slot.name}: {url}/v1"
+    served, info = slot.loaded.base, slot.loaded.base.info
     slots = f"{config.slots} slots{' (fast)' if config.fast else ''}"
     gpu = f", GPU layers {'all' if info.gpu_layers < 0 else info.gpu_layers}" if info.gpu_layers else ""
     return (
         f"{served.name} ({served.quantization}, {mebibytes(info.size_bytes)}) on {info.backend}{gpu}, "
-        f"{info.n_threads} threads, {slots}, context {info.n_ctx}, loaded in {loaded.load_seconds:.1f} s: "
-        f"{url}/v1"
+        f"{info.n_threads} threads, {slots}, context {info.n_ctx}, loaded in {slot.loaded.load_seconds:.1f} s: {url}/v1"
     )
 
 

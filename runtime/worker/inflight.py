@@ -1,12 +1,11 @@
 """Accepted requests that have not ended, and the delivery of their events to the event loops that wait for them."""
 
 import asyncio
-import contextlib
 import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -138,7 +137,7 @@ class InflightRequests:
         for loop, handed in by_loop.items():
             self._call(loop, handed)
         for loop, empty in emptied:
-            with contextlib.suppress(RuntimeError):  # closed, and the waiter with it
+            with suppress(RuntimeError):  # closed, and the waiter with it
                 loop.call_soon_threadsafe(empty.set)
 
     def _deliverable(self, entry: InflightRequest, event: Event) -> list[Event]:
