@@ -54,7 +54,7 @@ class Sampler:
     def draw(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> SampledToken:
         """The next token of the answer, from one row of logits, float32 of shape (n_vocab,), which stays unchanged.
 
-        `allowed`, bool of that shape, marks those that may come (None: all). Raises EngineError if no logit is finite.
+        `allowed`, bool of that shape, marks those that may come (None: all). Raises EngineError if none is finite.
         """
         row, likeliest = logits, self._unmoved(logits) if allowed is None else None
         if likeliest is None:
