@@ -172,7 +172,7 @@ def _shape(shape: Shape, work: str) -> str:
     return (
         f" {shape.threads} threads, {shape.rounds} rounds in turns, each file in a process of its own; medians. An "
         f"example is {shape.prompt_tokens} tokens of prompt and {shape.answer_tokens} of answer, {task}, "
-        f"{shape.sequences} at a time in steps of {shape.step_tokens} tokens."
+        f"one prompt after the other in steps of at most {shape.step_tokens} tokens."
     )
 
 
