@@ -9,7 +9,7 @@
 constexpr int BACKEND_API_VERSION = 2;
 
 enum : int { OP_NONE = 0 };                      // enum ggml_op; the other numbers are passed in
-enum : int { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q4_0 = 2, TYPE_Q5_0 = 6, TYPE_Q8_0 = 8, TYPE_IQ4_NL = 20 };
+enum : int { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q4_0 = 2, TYPE_Q5_0 = 6, TYPE_Q8_0 = 8, TYPE_IQ4_NL = 20, TYPE_BF16 = 30 };
 enum : int { DEVICE_ACCEL = 3 };                 // enum ggml_backend_dev_type
 enum : int { STATUS_FAILED = -1, STATUS_SUCCESS = 0 };  // enum ggml_status
 constexpr int32_t FLAG_COMPUTE = 16;             // GGML_TENSOR_FLAG_COMPUTE

@@ -169,8 +169,9 @@ class Panels:
 BLOCK, COLUMNS = 32, 16
 PANEL_BLOCK_BYTES = 544
 """Bytes of 32 × 16 quantized weights: int8, and a float16 scale per 32."""
-PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-"""Types that stay llama.cpp's: int8 would be coarser than it computes with them."""
+HALVES_BLOCK_BYTES = 2 * BLOCK * COLUMNS
+HALVES = (GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+"""Types of which panels hold the numbers as they are, two bytes each. float32 stays llama.cpp's."""
 
 
 def matrices(path: Path) -> tuple[TensorInfo, ...]:
@@ -189,8 +190,12 @@ def matrices(path: Path) -> tuple[TensorInfo, ...]:
 
 def panel_bytes(tensors: Iterable[TensorInfo]) -> int:
     """The memory that panels of `tensors` take, in bytes."""
-    shapes = (tensor.shape for tensor in tensors)
-    return sum(-(-n_cols // COLUMNS) * (n_k // BLOCK) * PANEL_BLOCK_BYTES for n_cols, n_k in shapes)
+    total = 0
+    for tensor in tensors:
+        n_cols, n_k = tensor.shape
+        block = HALVES_BLOCK_BYTES if tensor.kind in HALVES else PANEL_BLOCK_BYTES
+        total += -(-n_cols // COLUMNS) * (n_k // BLOCK) * block
+    return total
 
 
 def add_all(panels: Panels, path: Path, tensors: Iterable[TensorInfo], n_threads: int) -> None:
@@ -204,10 +209,10 @@ def add_all(panels: Panels, path: Path, tensors: Iterable[TensorInfo], n_threads
         part = data[tensor.offset : tensor.offset + tensor.n_bytes]
         panels.add(tensor.name, int(tensor.kind), n_k, n_cols, part, n_threads)
     if panels.n_weights == 0:
-        raise Unavailable("the model's weights are not quantized")
+        raise Unavailable("the model's weights are float32")
 
 
 def _multiplies(tensor: TensorInfo) -> bool:
     named = tensor.name.startswith("blk.") and tensor.name.endswith(".weight")
     shaped = len(tensor.shape) == 2 and min(tensor.shape) > 1 and tensor.shape[-1] % BLOCK == 0
-    return named and shaped and tensor.kind not in PLAIN
+    return named and shaped and tensor.kind != GGMLQuantizationType.F32

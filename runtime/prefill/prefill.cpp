@@ -20,6 +20,7 @@
 
 #include "attention.h"
 #include "ggml_abi.h"
+#include "halves.h"
 #include "kernel.h"
 
 static Functions ggml;
@@ -46,9 +47,12 @@ template <typename T> struct Scratch {  // grows, keeps no content
 struct Weights {
     int type;
     int64_t n_k, n_cols;
-    Memory<PanelBlock> panels;  // [columns / COLS][k / BLOCK]
+    Memory<PanelBlock> panels;  // [columns / COLS][k / BLOCK]; or, as the file has them,
+    Memory<uint16_t> halves;    // [columns / COLS][k][COLS]
 
     int64_t n_panels() const { return (n_cols + COLS - 1) / COLS; }
+    bool is_halves() const { return type == TYPE_F16 || type == TYPE_BF16; }
+    int64_t n_bytes() const { return n_panels() * n_k * (is_halves() ? COLS * 2 : (int64_t) sizeof(PanelBlock) / BLOCK); }
 };
 
 struct Model {
@@ -109,6 +113,17 @@ static void make_panels(Weights & w, const char * bytes, int n_threads) {
     }
 }
 
+static void copy_halves(Weights & w, const uint16_t * numbers, int n_threads) {
+    w.halves = allocate<uint16_t>(w.n_panels() * w.n_k * COLS);
+#pragma omp parallel for num_threads(n_threads)
+    for (int64_t panel = 0; panel < w.n_panels(); panel++)
+        for (int j = 0; j < COLS; j++) {
+            const int64_t column = panel * COLS + j;
+            uint16_t * to = &w.halves[panel * w.n_k * COLS + j];
+            for (int64_t k = 0; k < w.n_k; k++) to[k * COLS] = column < w.n_cols ? numbers[column * w.n_k + k] : 0;
+        }
+}
+
 struct Rows {  // [m][k], float32
     const char * data;
     size_t stride;
@@ -119,9 +134,11 @@ struct Rows {  // [m][k], float32
 struct Context {  // of a backend: what a product needs
     int n_threads = 1;
     Scratch<int16_t> quantized;  // [m / ROWS][k / 2][ROWS][2]
+    Scratch<float> floats;       // [m / ROWS][k][ROWS]
     Scratch<float> scales;       // [m]
     Scratch<int16_t> rows;       // [thread][k]
     Scratch<WideBlock> wide;     // [thread][CHUNK_BLOCKS]
+    Scratch<float> wide_floats;  // [thread][HALF_CHUNK][COLS]
     Scratch<float> vectors;      // [thread][TILE][n_k + n_v]
 };
 
@@ -135,23 +152,34 @@ static void pack(Context & ctx, const Rows & x, int64_t n_k, int64_t tile, int16
     }
 }
 
-// One panel's columns of the product, chunk by chunk of k; between chunks the sums lie in the result.
-static void multiply_panel(const Context & ctx, const Weights & w, const Rows & x, const Rows & y, int64_t panel, WideBlock * wide) {
-    const int64_t first = panel * COLS, tiles = (x.count + ROWS - 1) / ROWS, n_blocks = w.n_k / BLOCK;
-    const int width = (int) (w.n_cols - first < COLS ? w.n_cols - first : COLS);
+static void pack_floats(Context & ctx, const Rows & x, int64_t n_k, int64_t tile) {
+    float * to = ctx.floats.data.get() + tile * n_k * ROWS;
+    for (int r = 0; r < ROWS; r++) {
+        const int64_t m = tile * ROWS + r;
+        if (m < x.count) ctx.scales.data[m] = 1;
+        for (int64_t k = 0; k < n_k; k++) to[k * ROWS + r] = m < x.count ? x.at(m)[k] : 0;
+    }
+}
+
+// One panel's columns of the product, `chunk` numbers of k at a time; between chunks the sums lie in the result.
+// `widen(k, n)` makes the panel's weights of k to k + n ready, `add(tile, k, n, sums)` adds their product with a tile.
+template <typename Widen, typename Add>
+static void multiply_panel(const Context & ctx, const Weights & w, const Rows & x, const Rows & y, int64_t panel, int64_t chunk, Widen widen, Add add) {
+    const int64_t first = panel * COLS, tiles = (x.count + ROWS - 1) / ROWS;
+    const int width = (int) std::min<int64_t>(w.n_cols - first, COLS);
     alignas(64) float sums[ROWS * COLS];
-    for (int64_t block = 0; block < n_blocks; block += CHUNK_BLOCKS) {
-        const int n = (int) (n_blocks - block < CHUNK_BLOCKS ? n_blocks - block : CHUNK_BLOCKS);
-        widen(&w.panels[panel * n_blocks + block], wide, n);
+    for (int64_t k = 0; k < w.n_k; k += chunk) {
+        const int64_t n = std::min(w.n_k - k, chunk);
+        widen(k, n);
         for (int64_t tile = 0; tile < tiles; tile++) {
-            const int height = (int) (x.count - tile * ROWS < ROWS ? x.count - tile * ROWS : ROWS);
+            const int height = (int) std::min<int64_t>(x.count - tile * ROWS, ROWS);
             memset(sums, 0, sizeof sums);
-            if (block > 0)
+            if (k > 0)
                 for (int r = 0; r < height; r++) memcpy(sums + r * COLS, y.at(tile * ROWS + r) + first, width * sizeof(float));
-            multiply_blocks(n, ctx.quantized.data.get() + (tile * w.n_k + block * BLOCK) * ROWS, wide, sums);
+            add(tile, k, n, sums);
             for (int r = 0; r < height; r++) {
                 float * row = sums + r * COLS;
-                if (block + n == n_blocks)
+                if (k + n == w.n_k)
                     for (int c = 0; c < COLS; c++) row[c] *= ctx.scales.data[tile * ROWS + r];
                 memcpy((float *) y.at(tile * ROWS + r) + first, row, width * sizeof(float));
             }
@@ -159,20 +187,45 @@ static void multiply_panel(const Context & ctx, const Weights & w, const Rows & 
     }
 }
 
+static void multiply_int8(const Context & ctx, const Weights & w, const Rows & x, const Rows & y, int64_t panel, WideBlock * wide) {
+    const PanelBlock * blocks = &w.panels[panel * (w.n_k / BLOCK)];
+    multiply_panel(
+        ctx, w, x, y, panel, CHUNK, [=](int64_t k, int64_t n) { widen(blocks + k / BLOCK, wide, (int) (n / BLOCK)); },
+        [&](int64_t tile, int64_t k, int64_t n, float * sums) {
+            multiply_blocks((int) (n / BLOCK), ctx.quantized.data.get() + (tile * w.n_k + k) * ROWS, wide, sums);
+        });
+}
+
+static void multiply_halves(const Context & ctx, const Weights & w, const Rows & x, const Rows & y, int64_t panel, float * wide) {
+    const uint16_t * halves = &w.halves[panel * w.n_k * COLS];
+    multiply_panel(
+        ctx, w, x, y, panel, HALF_CHUNK,
+        [&](int64_t k, int64_t n) { widen(halves + k * COLS, wide, n * COLS, w.type == TYPE_BF16); },
+        [&](int64_t tile, int64_t k, int64_t n, float * sums) {
+            multiply_floats((int) n, ctx.floats.data.get() + (tile * w.n_k + k) * ROWS, wide, sums);
+        });
+}
+
 static void multiply(Context & ctx, const Weights & w, const Rows & x, const Rows & y, bool packed) {
     const int64_t tiles = (x.count + ROWS - 1) / ROWS;
-    ctx.quantized.room(tiles * w.n_k * ROWS), ctx.scales.room(tiles * ROWS), ctx.rows.room(ctx.n_threads * w.n_k);
-    ctx.wide.room(ctx.n_threads * CHUNK_BLOCKS);
+    ctx.scales.room(tiles * ROWS);
+    if (w.is_halves()) ctx.floats.room(tiles * w.n_k * ROWS), ctx.wide_floats.room(ctx.n_threads * HALF_CHUNK * COLS);
+    else ctx.quantized.room(tiles * w.n_k * ROWS), ctx.rows.room(ctx.n_threads * w.n_k), ctx.wide.room(ctx.n_threads * CHUNK_BLOCKS);
 #pragma omp parallel num_threads(ctx.n_threads)
     {
         const int thread = omp_get_thread_num();
         if (!packed) {
 #pragma omp for schedule(static)
-            for (int64_t tile = 0; tile < tiles; tile++) pack(ctx, x, w.n_k, tile, ctx.rows.data.get() + thread * w.n_k);
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                if (w.is_halves()) pack_floats(ctx, x, w.n_k, tile);
+                else pack(ctx, x, w.n_k, tile, ctx.rows.data.get() + thread * w.n_k);
+            }
         }
 #pragma omp for schedule(dynamic, 2)
-        for (int64_t panel = 0; panel < w.n_panels(); panel++)
-            multiply_panel(ctx, w, x, y, panel, ctx.wide.data.get() + thread * CHUNK_BLOCKS);
+        for (int64_t panel = 0; panel < w.n_panels(); panel++) {
+            if (w.is_halves()) multiply_halves(ctx, w, x, y, panel, ctx.wide_floats.data.get() + thread * HALF_CHUNK * COLS);
+            else multiply_int8(ctx, w, x, y, panel, ctx.wide.data.get() + thread * CHUNK_BLOCKS);
+        }
     }
 }
 
@@ -287,7 +340,8 @@ static void backend_free(Backend * backend) {
 }
 static int backend_compute(Backend * backend, Graph * graph) try {
     Context & ctx = *(Context *) backend->context;
-    const Tensor * before = nullptr;  // whose rows are packed
+    const Tensor * before = nullptr;  // whose rows are packed, as floats or not
+    bool floats = false;
     for (int i = 0; i < ggml.graph_n_nodes(graph); i++) {
         Tensor * y = ggml.graph_node(graph, i);
         if (!(y->flags & FLAG_COMPUTE)) continue;
@@ -301,9 +355,9 @@ static int backend_compute(Backend * backend, Graph * graph) try {
         const Bound found = find(y);
         if (!found.weights) return STATUS_FAILED;
         const Tensor * x = y->src[1];
-        multiply(ctx, *found.weights, {(const char *) x->data, x->nb[1], x->ne[1]},
-                 {(const char *) y->data, y->nb[1], x->ne[1]}, before == x);
-        before = x;
+        const bool packed = before == x && floats == found.weights->is_halves();
+        multiply(ctx, *found.weights, {(const char *) x->data, x->nb[1], x->ne[1]}, {(const char *) y->data, y->nb[1], x->ne[1]}, packed);
+        before = x, floats = found.weights->is_halves();
         found.model->n_products++;
     }
     return STATUS_SUCCESS;
@@ -378,8 +432,9 @@ int64_t deskside_prefill_add(Model * model, const char * name, int type, int64_t
     if (n_k % BLOCK || n_k <= 0 || n_cols <= 0 || !traits || !traits->to_float || traits->block <= 0 || n_k % traits->block) return -1;
     auto w = std::make_unique<Weights>();
     w->type = type, w->n_k = n_k, w->n_cols = n_cols;
-    make_panels(*w, (const char *) bytes, n_threads);
-    const int64_t size = w->n_panels() * (n_k / BLOCK) * (int64_t) sizeof(PanelBlock);
+    if (w->is_halves()) copy_halves(*w, (const uint16_t *) bytes, n_threads);
+    else make_panels(*w, (const char *) bytes, n_threads);
+    const int64_t size = w->n_bytes();
     model->weights[name] = std::move(w);
     return size;
 } catch (const std::bad_alloc &) {

@@ -61,22 +61,26 @@ def texts(llama: Llama, length: int) -> list[np.ndarray]:
     return [tokens[start : start + length] for start in range(0, 6 * length, length)]
 
 
-def in_float32(path: Path, folder: Path) -> Path:
-    """The same weights as float32."""
-    target = folder / "f32.gguf"
+F32, F16 = 0, 1
+
+
+def in_floats(path: Path, target: Path, kind: int) -> Path:
+    """The weights as float32 or rounded to float16."""
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize, params.nthread = 0, True, 2
+    params.ftype, params.allow_requantize, params.nthread = kind, True, 2
     assert llama_cpp.llama_model_quantize(str(path).encode(), str(target).encode(), ctypes.byref(params)) == 0
     return target
 
 
-@pytest.mark.parametrize("name", ["email-triage", "gemma-3-270m"])
+@pytest.mark.parametrize("name", ["email-triage", "email-triage in float16", "gemma-3-270m"])
 def test_logits_are_no_farther_from_float32(
     name: str, email_triage: StoredModel, base_gguf: Path, tmp_path: Path, loaded: Loader
 ) -> None:
     """In streams attention is our own too."""
-    path = email_triage.gguf if name == "email-triage" else base_gguf
-    exact = loaded(in_float32(path, tmp_path), STOCK)
+    path = base_gguf if name == "gemma-3-270m" else email_triage.gguf
+    if name.endswith("float16"):
+        path = in_floats(path, tmp_path / "f16.gguf", F16)
+    exact = loaded(in_floats(path, tmp_path / "f32.gguf", F32), STOCK)
     asked = texts(exact, 100)
     wanted = [last_logits(exact, tokens) for tokens in asked]
     for streams, made in ((False, "prompts"), (True, "prompts and attention")):

@@ -11,13 +11,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from runtime.llama.ggml import Ggml
 from runtime.prefill.build import Host, Unavailable, library
-from runtime.prefill.library import PANEL_BLOCK_BYTES, Library, Panels, open_library
+from runtime.prefill.library import HALVES, HALVES_BLOCK_BYTES, PANEL_BLOCK_BYTES, Library, Panels, open_library
 
 RNG = np.random.default_rng(7)
 T = GGMLQuantizationType
 # int8 with a scale per 32 says their numbers exactly.
 EXACT = (T.Q8_0, T.Q4_0, T.Q5_0, T.IQ4_NL)
-KINDS = [kind for kind, traits in quants._type_traits.items() if kind not in (T.F32, T.F16, T.BF16)]
+KINDS = [kind for kind, traits in quants._type_traits.items() if kind not in (T.F32, *HALVES)]
 
 
 @pytest.fixture(scope="session")
@@ -64,20 +64,31 @@ def test_every_type_is_multiplied_like_numpy_does(panels: Panels, kind: GGMLQuan
     assert distance(panels.multiply("w", rows, 40, 2), rows, weights) < (2e-4 if kind in EXACT else 8e-3)
 
 
+@pytest.mark.parametrize("kind", HALVES, ids=lambda kind: kind.name)
+def test_weights_of_two_bytes_are_multiplied_as_they_are(panels: Panels, kind: GGMLQuantizationType) -> None:
+    data, weights = random_weights(kind, 40, 768)
+    rows = RNG.standard_normal((37, 768)).astype(np.float32)
+    assert panels.add("w", int(kind), 768, 40, data, 2)
+    assert panels.n_bytes == 3 * 24 * HALVES_BLOCK_BYTES
+    assert distance(panels.multiply("w", rows, 40, 2), rows, weights) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [T.Q8_0, T.BF16], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("n_rows", [*range(1, 14), 31, 32, 33, 69, 70])
 @pytest.mark.parametrize(("n_cols", "n_k"), [(16, 32), (1, 64), (23, 544), (48, 1056)])
-def test_odd_sizes(panels: Panels, n_rows: int, n_cols: int, n_k: int) -> None:
-    data, weights = random_weights(T.Q8_0, n_cols, n_k)
+def test_odd_sizes(panels: Panels, n_rows: int, n_cols: int, n_k: int, kind: GGMLQuantizationType) -> None:
+    data, weights = random_weights(kind, n_cols, n_k)
     rows = RNG.standard_normal((n_rows, n_k)).astype(np.float32)
-    assert panels.add("w", int(T.Q8_0), n_k, n_cols, data, 2)
+    assert panels.add("w", int(kind), n_k, n_cols, data, 2)
     product = panels.multiply("w", rows, n_cols, 2)
     assert distance(product, rows, weights) < 2e-4
 
 
-def test_a_row_is_the_same_beside_any_others(panels: Panels) -> None:
-    data, _ = random_weights(T.Q4_0, 24, 1024)
+@pytest.mark.parametrize("kind", [T.Q4_0, T.F16], ids=lambda kind: kind.name)
+def test_a_row_is_the_same_beside_any_others(panels: Panels, kind: GGMLQuantizationType) -> None:
+    data, _ = random_weights(kind, 24, 1024)
     rows = RNG.standard_normal((50, 1024)).astype(np.float32)
-    panels.add("w", int(T.Q4_0), 1024, 24, data, 2)
+    panels.add("w", int(kind), 1024, 24, data, 2)
     whole = panels.multiply("w", rows, 24, 2)
     assert np.array_equal(panels.multiply("w", rows[13:27], 24, 1), whole[13:27])
 
