@@ -18,7 +18,7 @@ from pathlib import Path
 PROVED = ("0.3.36",)
 """Releases of llama-cpp-python whose binary interface was compared with `ggml_abi.h`."""
 NEEDED = ("avx2", "fma", "f16c")
-SOURCES = ("prefill.cpp", "kernel.h", "halves.h", "attention.h", "ggml_abi.h")
+SOURCES = ("prefill.cpp", "kernel.h", "attention.h", "ggml_abi.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 COMPILE_SECONDS = 120
 

@@ -169,9 +169,10 @@ class Panels:
 BLOCK, COLUMNS = 32, 16
 PANEL_BLOCK_BYTES = 544
 """Bytes of 32 × 16 quantized weights: int8, and a float16 scale per 32."""
-HALVES_BLOCK_BYTES = 2 * BLOCK * COLUMNS
+HALVES_BLOCK_BYTES = 1088
+"""The same of weights of 16 bits: int16, and a float32 scale per 32."""
 HALVES = (GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-"""Types of which panels hold the numbers as they are, two bytes each. float32 stays llama.cpp's."""
+"""Types of 16 bits. float32 stays llama.cpp's: int16 would be coarser."""
 
 
 def matrices(path: Path) -> tuple[TensorInfo, ...]:

@@ -20,7 +20,6 @@
 
 #include "attention.h"
 #include "ggml_abi.h"
-#include "halves.h"
 #include "kernel.h"
 
 static Functions ggml;
@@ -47,12 +46,12 @@ template <typename T> struct Scratch {  // grows, keeps no content
 struct Weights {
     int type;
     int64_t n_k, n_cols;
-    Memory<PanelBlock> panels;  // [columns / COLS][k / BLOCK]; or, as the file has them,
-    Memory<uint16_t> halves;    // [columns / COLS][k][COLS]
+    Memory<PanelBlock> panels;  // [columns / COLS][k / BLOCK]; or, of 16 bits,
+    Memory<WideBlock> wide;     // the same, multiplied as they are
 
     int64_t n_panels() const { return (n_cols + COLS - 1) / COLS; }
-    bool is_halves() const { return type == TYPE_F16 || type == TYPE_BF16; }
-    int64_t n_bytes() const { return n_panels() * n_k * (is_halves() ? COLS * 2 : (int64_t) sizeof(PanelBlock) / BLOCK); }
+    int64_t n_blocks() const { return n_k / BLOCK; }
+    int64_t n_bytes() const { return n_panels() * n_blocks() * (wide ? sizeof(WideBlock) : sizeof(PanelBlock)); }
 };
 
 struct Model {
@@ -91,10 +90,17 @@ static void quantize_block(const float * row, float step, PanelBlock & block, in
     }
 }
 
+static void quantize_block(const float * row, WideBlock & block, int column) {
+    int16_t q[BLOCK];
+    block.scale[column] = quantize_block(row, q);
+    for (int k = 0; k < BLOCK; k++) block.q[k / 2][column][k & 1] = q[k];
+}
+
 static void make_panels(Weights & w, const char * bytes, int n_threads) {
     const TypeTraits * traits = ggml.type_traits(w.type);
-    const int64_t n_blocks = w.n_k / BLOCK, row_bytes = w.n_k / traits->block * traits->bytes;
-    w.panels = allocate<PanelBlock>(w.n_panels() * n_blocks);
+    const int64_t n_blocks = w.n_blocks(), row_bytes = w.n_k / traits->block * traits->bytes;
+    if (w.type == TYPE_F16 || w.type == TYPE_BF16) w.wide = allocate<WideBlock>(w.n_panels() * n_blocks);
+    else w.panels = allocate<PanelBlock>(w.n_panels() * n_blocks);
 #pragma omp parallel num_threads(n_threads)
     {
         std::vector<float> row(w.n_k);
@@ -106,22 +112,15 @@ static void make_panels(Weights & w, const char * bytes, int n_threads) {
                 if (column < w.n_cols) traits->to_float(source, row.data(), w.n_k);
                 else std::fill(row.begin(), row.end(), 0.f);
                 for (int64_t b = 0; b < n_blocks; b++) {
+                    if (w.wide) {
+                        quantize_block(&row[b * BLOCK], w.wide[panel * n_blocks + b], j);
+                        continue;
+                    }
                     const float step = column < w.n_cols && traits->block == BLOCK ? exact_step(w.type, source + b * traits->bytes) : 0;
                     quantize_block(&row[b * BLOCK], step, w.panels[panel * n_blocks + b], j);
                 }
             }
     }
-}
-
-static void copy_halves(Weights & w, const uint16_t * numbers, int n_threads) {
-    w.halves = allocate<uint16_t>(w.n_panels() * w.n_k * COLS);
-#pragma omp parallel for num_threads(n_threads)
-    for (int64_t panel = 0; panel < w.n_panels(); panel++)
-        for (int j = 0; j < COLS; j++) {
-            const int64_t column = panel * COLS + j;
-            uint16_t * to = &w.halves[panel * w.n_k * COLS + j];
-            for (int64_t k = 0; k < w.n_k; k++) to[k * COLS] = column < w.n_cols ? numbers[column * w.n_k + k] : 0;
-        }
 }
 
 struct Rows {  // [m][k], float32
@@ -133,53 +132,47 @@ struct Rows {  // [m][k], float32
 
 struct Context {  // of a backend: what a product needs
     int n_threads = 1;
-    Scratch<int16_t> quantized;  // [m / ROWS][k / 2][ROWS][2]
-    Scratch<float> floats;       // [m / ROWS][k][ROWS]
-    Scratch<float> scales;       // [m]
-    Scratch<int16_t> rows;       // [thread][k]
-    Scratch<WideBlock> wide;     // [thread][CHUNK_BLOCKS]
-    Scratch<float> wide_floats;  // [thread][HALF_CHUNK][COLS]
-    Scratch<float> vectors;      // [thread][TILE][n_k + n_v]
+    Scratch<int16_t> quantized;    // [m / ROWS][k / 2][ROWS][2]
+    Scratch<float> scales;         // [m]; or
+    Scratch<float> block_scales;   // [m / ROWS][k / BLOCK][ROWS]
+    Scratch<int16_t> rows;         // [thread][k]
+    Scratch<WideBlock> wide;       // [thread][CHUNK_BLOCKS]
+    Scratch<float> vectors;        // [thread][TILE][n_k + n_v]
 };
 
-static void pack(Context & ctx, const Rows & x, int64_t n_k, int64_t tile, int16_t * row) {
-    int32_t * to = (int32_t *) (ctx.quantized.data.get() + tile * n_k * ROWS);
+static void pack(Context & ctx, const Weights & w, const Rows & x, int64_t tile, int16_t * row) {
+    int32_t * to = (int32_t *) (ctx.quantized.data.get() + tile * w.n_k * ROWS);
+    float * block_scales = w.wide ? ctx.block_scales.data.get() + tile * w.n_blocks() * ROWS : nullptr;
     for (int r = 0; r < ROWS; r++) {
         const int64_t m = tile * ROWS + r;
-        if (m < x.count) ctx.scales.data[m] = quantize_row(x.at(m), n_k, row);
-        else memset(row, 0, n_k * sizeof *row);
-        for (int64_t p = 0; p < n_k / 2; p++) memcpy(to + p * ROWS + r, row + 2 * p, 4);
+        if (m >= x.count) memset(row, 0, w.n_k * sizeof *row);
+        else if (!w.wide) ctx.scales.data[m] = quantize_row(x.at(m), w.n_k, row);
+        for (int64_t b = 0; w.wide && b < w.n_blocks(); b++)
+            block_scales[b * ROWS + r] = m < x.count ? quantize_block(x.at(m) + b * BLOCK, row + b * BLOCK) : 0;
+        for (int64_t p = 0; p < w.n_k / 2; p++) memcpy(to + p * ROWS + r, row + 2 * p, 4);
     }
 }
 
-static void pack_floats(Context & ctx, const Rows & x, int64_t n_k, int64_t tile) {
-    float * to = ctx.floats.data.get() + tile * n_k * ROWS;
-    for (int r = 0; r < ROWS; r++) {
-        const int64_t m = tile * ROWS + r;
-        if (m < x.count) ctx.scales.data[m] = 1;
-        for (int64_t k = 0; k < n_k; k++) to[k * ROWS + r] = m < x.count ? x.at(m)[k] : 0;
-    }
-}
-
-// One panel's columns of the product, `chunk` numbers of k at a time; between chunks the sums lie in the result.
-// `widen(k, n)` makes the panel's weights of k to k + n ready, `add(tile, k, n, sums)` adds their product with a tile.
-template <typename Widen, typename Add>
-static void multiply_panel(const Context & ctx, const Weights & w, const Rows & x, const Rows & y, int64_t panel, int64_t chunk, Widen widen, Add add) {
-    const int64_t first = panel * COLS, tiles = (x.count + ROWS - 1) / ROWS;
+// One panel's columns of the product, chunk by chunk of k; between chunks the sums lie in the result.
+static void multiply_panel(const Context & ctx, const Weights & w, const Rows & x, const Rows & y, int64_t panel, WideBlock * widened) {
+    const int64_t first = panel * COLS, tiles = (x.count + ROWS - 1) / ROWS, n_blocks = w.n_blocks();
     const int width = (int) std::min<int64_t>(w.n_cols - first, COLS);
     alignas(64) float sums[ROWS * COLS];
-    for (int64_t k = 0; k < w.n_k; k += chunk) {
-        const int64_t n = std::min(w.n_k - k, chunk);
-        widen(k, n);
+    for (int64_t block = 0; block < n_blocks; block += CHUNK_BLOCKS) {
+        const int n = (int) std::min<int64_t>(n_blocks - block, CHUNK_BLOCKS);
+        const WideBlock * weights = w.wide ? &w.wide[panel * n_blocks + block] : widened;
+        if (!w.wide) widen(&w.panels[panel * n_blocks + block], widened, n);
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int height = (int) std::min<int64_t>(x.count - tile * ROWS, ROWS);
+            const int16_t * rows = ctx.quantized.data.get() + (tile * w.n_k + block * BLOCK) * ROWS;
             memset(sums, 0, sizeof sums);
-            if (k > 0)
+            if (block > 0)
                 for (int r = 0; r < height; r++) memcpy(sums + r * COLS, y.at(tile * ROWS + r) + first, width * sizeof(float));
-            add(tile, k, n, sums);
+            if (w.wide) multiply_blocks<true>(n, rows, ctx.block_scales.data.get() + (tile * n_blocks + block) * ROWS, weights, sums);
+            else multiply_blocks<false>(n, rows, nullptr, weights, sums);
             for (int r = 0; r < height; r++) {
                 float * row = sums + r * COLS;
-                if (k + n == w.n_k)
+                if (!w.wide && block + n == n_blocks)
                     for (int c = 0; c < COLS; c++) row[c] *= ctx.scales.data[tile * ROWS + r];
                 memcpy((float *) y.at(tile * ROWS + r) + first, row, width * sizeof(float));
             }
@@ -187,45 +180,20 @@ static void multiply_panel(const Context & ctx, const Weights & w, const Rows & 
     }
 }
 
-static void multiply_int8(const Context & ctx, const Weights & w, const Rows & x, const Rows & y, int64_t panel, WideBlock * wide) {
-    const PanelBlock * blocks = &w.panels[panel * (w.n_k / BLOCK)];
-    multiply_panel(
-        ctx, w, x, y, panel, CHUNK, [=](int64_t k, int64_t n) { widen(blocks + k / BLOCK, wide, (int) (n / BLOCK)); },
-        [&](int64_t tile, int64_t k, int64_t n, float * sums) {
-            multiply_blocks((int) (n / BLOCK), ctx.quantized.data.get() + (tile * w.n_k + k) * ROWS, wide, sums);
-        });
-}
-
-static void multiply_halves(const Context & ctx, const Weights & w, const Rows & x, const Rows & y, int64_t panel, float * wide) {
-    const uint16_t * halves = &w.halves[panel * w.n_k * COLS];
-    multiply_panel(
-        ctx, w, x, y, panel, HALF_CHUNK,
-        [&](int64_t k, int64_t n) { widen(halves + k * COLS, wide, n * COLS, w.type == TYPE_BF16); },
-        [&](int64_t tile, int64_t k, int64_t n, float * sums) {
-            multiply_floats((int) n, ctx.floats.data.get() + (tile * w.n_k + k) * ROWS, wide, sums);
-        });
-}
-
 static void multiply(Context & ctx, const Weights & w, const Rows & x, const Rows & y, bool packed) {
     const int64_t tiles = (x.count + ROWS - 1) / ROWS;
-    ctx.scales.room(tiles * ROWS);
-    if (w.is_halves()) ctx.floats.room(tiles * w.n_k * ROWS), ctx.wide_floats.room(ctx.n_threads * HALF_CHUNK * COLS);
-    else ctx.quantized.room(tiles * w.n_k * ROWS), ctx.rows.room(ctx.n_threads * w.n_k), ctx.wide.room(ctx.n_threads * CHUNK_BLOCKS);
+    ctx.quantized.room(tiles * w.n_k * ROWS), ctx.rows.room(ctx.n_threads * w.n_k), ctx.wide.room(ctx.n_threads * CHUNK_BLOCKS);
+    ctx.scales.room(tiles * ROWS), ctx.block_scales.room(w.wide ? tiles * w.n_blocks() * ROWS : 0);
 #pragma omp parallel num_threads(ctx.n_threads)
     {
         const int thread = omp_get_thread_num();
         if (!packed) {
 #pragma omp for schedule(static)
-            for (int64_t tile = 0; tile < tiles; tile++) {
-                if (w.is_halves()) pack_floats(ctx, x, w.n_k, tile);
-                else pack(ctx, x, w.n_k, tile, ctx.rows.data.get() + thread * w.n_k);
-            }
+            for (int64_t tile = 0; tile < tiles; tile++) pack(ctx, w, x, tile, ctx.rows.data.get() + thread * w.n_k);
         }
 #pragma omp for schedule(dynamic, 2)
-        for (int64_t panel = 0; panel < w.n_panels(); panel++) {
-            if (w.is_halves()) multiply_halves(ctx, w, x, y, panel, ctx.wide_floats.data.get() + thread * HALF_CHUNK * COLS);
-            else multiply_int8(ctx, w, x, y, panel, ctx.wide.data.get() + thread * CHUNK_BLOCKS);
-        }
+        for (int64_t panel = 0; panel < w.n_panels(); panel++)
+            multiply_panel(ctx, w, x, y, panel, ctx.wide.data.get() + thread * CHUNK_BLOCKS);
     }
 }
 
@@ -340,8 +308,8 @@ static void backend_free(Backend * backend) {
 }
 static int backend_compute(Backend * backend, Graph * graph) try {
     Context & ctx = *(Context *) backend->context;
-    const Tensor * before = nullptr;  // whose rows are packed, as floats or not
-    bool floats = false;
+    const Tensor * before = nullptr;  // its rows are packed, for weights of 16 bits or not
+    bool before_wide = false;
     for (int i = 0; i < ggml.graph_n_nodes(graph); i++) {
         Tensor * y = ggml.graph_node(graph, i);
         if (!(y->flags & FLAG_COMPUTE)) continue;
@@ -355,9 +323,10 @@ static int backend_compute(Backend * backend, Graph * graph) try {
         const Bound found = find(y);
         if (!found.weights) return STATUS_FAILED;
         const Tensor * x = y->src[1];
-        const bool packed = before == x && floats == found.weights->is_halves();
-        multiply(ctx, *found.weights, {(const char *) x->data, x->nb[1], x->ne[1]}, {(const char *) y->data, y->nb[1], x->ne[1]}, packed);
-        before = x, floats = found.weights->is_halves();
+        const bool wide = found.weights->wide != nullptr;
+        multiply(ctx, *found.weights, {(const char *) x->data, x->nb[1], x->ne[1]},
+                 {(const char *) y->data, y->nb[1], x->ne[1]}, before == x && before_wide == wide);
+        before = x, before_wide = wide;
         found.model->n_products++;
     }
     return STATUS_SUCCESS;
@@ -432,8 +401,7 @@ int64_t deskside_prefill_add(Model * model, const char * name, int type, int64_t
     if (n_k % BLOCK || n_k <= 0 || n_cols <= 0 || !traits || !traits->to_float || traits->block <= 0 || n_k % traits->block) return -1;
     auto w = std::make_unique<Weights>();
     w->type = type, w->n_k = n_k, w->n_cols = n_cols;
-    if (w->is_halves()) copy_halves(*w, (const uint16_t *) bytes, n_threads);
-    else make_panels(*w, (const char *) bytes, n_threads);
+    make_panels(*w, (const char *) bytes, n_threads);
     const int64_t size = w->n_bytes();
     model->weights[name] = std::move(w);
     return size;

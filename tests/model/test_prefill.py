@@ -76,14 +76,16 @@ def in_floats(path: Path, target: Path, kind: int) -> Path:
 def test_logits_are_no_farther_from_float32(
     name: str, email_triage: StoredModel, base_gguf: Path, tmp_path: Path, loaded: Loader
 ) -> None:
-    """In streams attention is our own too."""
+    """In streams attention is our own too. Of float16 only these: in one cache nearly all of either distance comes from
+    llama.cpp's attention."""
     path = base_gguf if name == "gemma-3-270m" else email_triage.gguf
     if name.endswith("float16"):
         path = in_floats(path, tmp_path / "f16.gguf", F16)
     exact = loaded(in_floats(path, tmp_path / "f32.gguf", F32), STOCK)
     asked = texts(exact, 100)
     wanted = [last_logits(exact, tokens) for tokens in asked]
-    for streams, made in ((False, "prompts"), (True, "prompts and attention")):
+    ways = ((False, "prompts"), (True, "prompts and attention"))
+    for streams, made in ways[1:] if name.endswith("float16") else ways:
         stock, own = (loaded(path, replace(way, streams=streams)) for way in (STOCK, OWN))
         assert own.info.backend == stock.info.backend + f", {made} by Deskside"
 

@@ -65,12 +65,12 @@ def test_every_type_is_multiplied_like_numpy_does(panels: Panels, kind: GGMLQuan
 
 
 @pytest.mark.parametrize("kind", HALVES, ids=lambda kind: kind.name)
-def test_weights_of_two_bytes_are_multiplied_as_they_are(panels: Panels, kind: GGMLQuantizationType) -> None:
+def test_weights_of_16_bits_are_multiplied_finer_than_16_bits_are(panels: Panels, kind: GGMLQuantizationType) -> None:
     data, weights = random_weights(kind, 40, 768)
     rows = RNG.standard_normal((37, 768)).astype(np.float32)
     assert panels.add("w", int(kind), 768, 40, data, 2)
     assert panels.n_bytes == 3 * 24 * HALVES_BLOCK_BYTES
-    assert distance(panels.multiply("w", rows, 40, 2), rows, weights) < 1e-6
+    assert distance(panels.multiply("w", rows, 40, 2), rows, weights) < 1e-4
 
 
 @pytest.mark.parametrize("kind", [T.Q8_0, T.BF16], ids=lambda kind: kind.name)
