@@ -98,7 +98,7 @@ rebuild: $(READY) ## Compile llama.cpp anew; for a GPU: CMAKE_ARGS="-DGGML_CUDA=
 
 lock: ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	@uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-		--extra dev --extra bench --extra default-model --upgrade -q -o requirements.lock
+		--extra dev --extra bench --extra default-model --extra tables --upgrade -q -o requirements.lock
 
 lock-peers: ## Resolve benchmarks/peers.lock anew from peers.in (needs uv)
 	@uv pip compile benchmarks/peers.in --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

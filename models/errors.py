@@ -8,6 +8,8 @@ ModelError
 ├── BadGguf            a file is not GGUF, its head is damaged, or it lacks a field
 ├── BadCatalog         catalog.toml is malformed
 ├── BadExamples        a file of examples is damaged, a line is not a chat record, or there are too few
+├── BadTable           a file of rows cannot be read, lacks a column, or its rows do not fit its header
+├── BadTask            a task's folder is missing, malformed, or its files contradict each other
 ├── HashMismatch       a file's sha256 is not the expected one
 ├── DownloadFailed     no source could deliver the file
 └── StoreError         the store cannot be written, or the name is taken or not allowed
@@ -41,6 +43,14 @@ class BadCatalog(ModelError):
 
 class BadExamples(ModelError):
     """A file of examples is damaged, a line is not a chat record, or there are too few."""
+
+
+class BadTable(ModelError):
+    """A file of rows cannot be read, lacks a column, or its rows do not fit its header."""
+
+
+class BadTask(ModelError):
+    """A task's folder is missing or malformed, or its files contradict each other."""
 
 
 class HashMismatch(ModelError):

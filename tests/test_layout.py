@@ -23,6 +23,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("manifest", "quality"),
         ("card",),
         ("store",),
+        ("task",),
         ("email_triage", "cli"),
     ),
     "runtime": (
@@ -101,6 +102,9 @@ DOORS = {
     "starlette": {"runtime.server", "benchmarks.load.replay"},
     "huggingface_hub": {"models.store.hub"},
     "genai_prices": {"benchmarks.cost"},
+    "duckdb": {"models.task.readers.sheets"},
+    "python_calamine": {"models.task.readers.sheets"},
+    "jsonschema": {"models.task.schema"},
     "xxhash": {"runtime.prefixes.snapshot_file"},
     "yaml": {"convert.checkpoint.config"},
     "torch": {"models.email_triage"},

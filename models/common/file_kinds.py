@@ -36,8 +36,8 @@ _NAMES: dict[Kind, str] = {
 }  # fmt: skip
 _DELIMITERS = ",;\t|"
 # Names of columns that hold the text and the answer, likeliest first.
-_TEXTS = ("text", "prompt", "input", "question", "message", "mail", "body", "content", "instruction")
-_ANSWERS = ("label", "answer", "completion", "output", "response", "class", "category", "target")
+TEXT_NAMES = ("text", "prompt", "input", "question", "message", "mail", "body", "content", "instruction")
+ANSWER_NAMES = ("label", "answer", "completion", "output", "response", "class", "category", "target")
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class FileKind:
         """The columns that look like text and answer; else the first and the last."""
         columns = next(csv.reader(io.StringIO(self.head), delimiter=self._delimiter()), ["text", "label"])
         lower = {column.strip().lower(): column for column in reversed(columns)}
-        text = next((lower[name] for name in _TEXTS if name in lower), columns[0])
-        return text, next((lower[name] for name in _ANSWERS if name in lower and lower[name] != text), columns[-1])
+        text = next((lower[name] for name in TEXT_NAMES if name in lower), columns[0])
+        return text, next((lower[name] for name in ANSWER_NAMES if name in lower and lower[name] != text), columns[-1])
 
 
 def file_kind(path: Path) -> FileKind:

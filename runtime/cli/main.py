@@ -37,6 +37,7 @@ class Verb:
 VERBS: Mapping[str, Verb] = {
     "models": Verb("models.cli", "create_app", "List, show, verify and remove installed models."),
     "pull": Verb("runtime.cli.main", "pull_command", "Install a model of the catalogue, or any GGUF on the Hub."),
+    "task": Verb("models.task.cli", "create_app", "Make a task of your own texts, check it, mend it."),
     "convert": Verb("convert.cli", "convert_command", "Make a model: checkpoint + LoRA adapter to quantized GGUF."),
     "eval": Verb("benchmarks.cli", "eval_command", "Measure a model's accuracy on labelled examples."),
     "serve": Verb("runtime.cli.commands", "serve_command", "Serve models to any OpenAI client."),
