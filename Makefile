@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ORACLE := .oracle
+TRAINER := $(VENV)/.finetune
 DESKSIDE := $(BIN)/deskside
 PORT ?= 8080
 MINUTES ?= 30
@@ -21,8 +22,8 @@ endif
 INSTALL := $(COMPILE) $(PYTHON) -P runtime/cli/install.py $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model serve chat convert batch bench bench-peers bench-convert soak test oracle check fix rebuild \
-	lock lock-peers lock-oracle clean
+.PHONY: help setup model serve chat convert finetune batch bench bench-peers bench-convert soak test oracle check fix rebuild \
+	lock lock-finetune lock-peers lock-oracle clean
 
 help: ## Show these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { \
@@ -57,6 +58,16 @@ convert: $(READY) ## Convert SOURCE [ADAPTER=dir] [QUANT=Q8_0] into a model call
 	@test -n "$(SOURCE)" -a -n "$(NAME)" || { echo "usage: make convert SOURCE=path-or-name NAME=name [ADAPTER=dir] [QUANT=Q8_0]" >&2; exit 2; }
 	@$(DESKSIDE) convert $(SOURCE) --name $(NAME) $(if $(ADAPTER),--adapter $(ADAPTER)) $(if $(QUANT),--quant $(QUANT))
 
+$(TRAINER): $(READY) convert/finetune/requirements.lock
+	@echo "==> Installing JAX, which trains: 125 MB to download, 0.5 GB on disk, no CUDA" >&2
+	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r convert/finetune/requirements.lock
+	@touch $@
+
+finetune: $(TRAINER) ## Train your own model on FILE=mails.csv [NAME=mails]; ARGS are passed on
+	@test -n "$(FILE)" || { echo "usage: make finetune FILE=mails.csv [NAME=mails] [ARGS='--minutes 20']" >&2; exit 2; }
+	@case '$(ARGS)' in *--base*) ;; *) $(DESKSIDE) pull gemma-3-270m >/dev/null ;; esac
+	@$(DESKSIDE) finetune $(FILE) $(if $(NAME),--name $(NAME)) $(ARGS)
+
 batch: model ## Run the requests in IN=file.jsonl through MODEL, answers to OUT=file.jsonl
 	@test -n "$(IN)" -a -n "$(OUT)" || { echo "usage: make batch IN=requests.jsonl OUT=answers.jsonl [MODEL=name]" >&2; exit 2; }
 	@$(DESKSIDE) batch $(IN) $(OUT) --model $(MODEL)
@@ -79,7 +90,7 @@ oracle: $(ORACLE)/.ready ## Compare conversions with transformers and llama.cpp'
 bench-convert: setup $(ORACLE)/.ready ## Measure conversion beside llama.cpp's own converter
 	@$(DESKSIDE) bench convert $(ARGS)
 
-test: setup ## Run every test, those on the real model included; ARGS are passed on (-n 0: in one process)
+test: setup $(TRAINER) ## Run every test, those on the real model included; ARGS are passed on (-n 0: in one process)
 	@$(BIN)/pytest -q -n auto --maxprocesses 4 $(ARGS)
 
 check: $(READY) ## Lint, formatting, spelling, types, layout and prose
@@ -99,6 +110,11 @@ rebuild: $(READY) ## Compile llama.cpp anew; for a GPU: CMAKE_ARGS="-DGGML_CUDA=
 lock: ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	@uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--extra dev --extra bench --extra default-model --extra tables --upgrade -q -o requirements.lock
+
+lock-finetune: ## Resolve convert/finetune/requirements.lock anew from pyproject.toml (needs uv)
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["finetune"])' | \
+		uv pip compile - -c requirements.lock --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--upgrade -q -o convert/finetune/requirements.lock
 
 lock-peers: ## Resolve benchmarks/peers.lock anew from peers.in (needs uv)
 	@uv pip compile benchmarks/peers.in --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

@@ -11,6 +11,7 @@ ConvertError
 ├── TrimImpossible       the vocabulary cannot be cut: an unsupported kind, missing fields, or cut before
 ├── QuantizeFailed       llama.cpp could not quantize
 ├── MeasureFailed        a file cannot be measured: it does not run, its logits are not finite, or it has other tokens
+├── FinetuneFailed       a fine-tune cannot be done: no library, too little time or memory, another run's checkpoint
 ├── VerifyFailed         the written file is not as planned, or does not run
 └── RequestInvalid       the options contradict each other or lack a name
     └── QuantizationUnknown  no quantization of that name
@@ -70,6 +71,10 @@ class QuantizeFailed(ConvertError):
 
 class MeasureFailed(ConvertError):
     """A file cannot be measured: it does not run, its logits are not finite, or it has another vocabulary."""
+
+
+class FinetuneFailed(ConvertError):
+    """A fine-tune cannot be done: no library, too little time or memory, or another run's checkpoint in its folder."""
 
 
 class VerifyFailed(ConvertError):

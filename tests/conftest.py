@@ -22,7 +22,6 @@ def pytest_configure() -> None:
     core back instead of spinning on it, as when `deskside` starts them.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when llama.cpp's library is loaded
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `deskside task` does; read when numpy is loaded
     signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.register_profile("deskside", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("deskside")

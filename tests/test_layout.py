@@ -46,6 +46,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("planning",),
         ("selection",),
         ("pipeline",),
+        ("finetune",),
         ("cli",),
     ),
     "benchmarks": (
@@ -107,6 +108,7 @@ DOORS = {
     "jsonschema": {"models.task.schema"},
     "xxhash": {"runtime.prefixes.snapshot_file"},
     "yaml": {"convert.checkpoint.config"},
+    "jax": {"convert.finetune"},
     "torch": {"models.email_triage"},
     "transformers": {"models.email_triage"},
     "peft": {"models.email_triage"},

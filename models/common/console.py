@@ -91,8 +91,8 @@ class Reporter(Protocol):
     def stage(self, name: str, total: int | None = None) -> None:
         """End the stage before and begin the next. `total` is what `advance` counts up to, if known."""
 
-    def advance(self, done: int, total: int | None = None) -> None:
-        """Report how much of the stage is done; `total` when it is known only now."""
+    def advance(self, done: int, total: int | None = None, detail: str = "") -> None:
+        """Report how much of the stage is done; `total` when it is known only now. `detail` is shown with its name."""
 
     def note(self, message: str) -> None:
         """Report a check that passed."""
@@ -116,7 +116,7 @@ class LineReporter:
         """Print the stage's name."""
         print(f"{name} …", file=sys.stderr, flush=True)
 
-    def advance(self, done: int, total: int | None = None) -> None:
+    def advance(self, done: int, total: int | None = None, detail: str = "") -> None:
         """Print nothing: a log needs no steps."""
 
     def note(self, message: str) -> None:
@@ -145,10 +145,11 @@ class BarReporter:
         self._stage = name
         self._bars.start(name, total)
 
-    def advance(self, done: int, total: int | None = None) -> None:
+    def advance(self, done: int, total: int | None = None, detail: str = "") -> None:
         """Move the bar."""
         if self._stage is not None:
-            self._bars.update(self._stage, done, total)
+            shown = {"description": f"{self._stage}: {detail}"} if detail else {}
+            self._bars.update(self._stage, done, total, **shown)
 
     def note(self, message: str) -> None:
         """Print the note above the bars."""

@@ -1,6 +1,6 @@
 """A linear classifier on the same mails: the baseline that a language model has to beat.
 
-    .venv/bin/pip install -e '.[finetune]'  (models/email_triage/recipe.py says how without CUDA)
+    .venv/bin/pip install -e '.[recipe]'  (models/email_triage/recipe.py says how without CUDA)
     .venv/bin/python -m models.email_triage.baseline
 
 TF-IDF of words and word pairs, logistic regression, trained on the train split; its strength is chosen on the

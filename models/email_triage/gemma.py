@@ -1,6 +1,6 @@
 """Gemma 3 in torch, for the recipe only: load it from GGUF, encode mails as turns, score whole labels.
 
-Needs the extra `finetune`. Serving never imports this module: llama.cpp computes the answers there.
+Needs the extra `recipe`. Serving never imports this module: llama.cpp computes the answers there.
 """
 
 import gzip

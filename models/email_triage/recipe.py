@@ -1,7 +1,7 @@
 """Recipe of the default model: base GGUF + train split -> LoRA adapter, and the scores of that fine-tune in torch.
 
     .venv/bin/pip install 'torch>=2.8,<3' --index-url https://download.pytorch.org/whl/cpu
-    .venv/bin/pip install -e '.[finetune]'
+    .venv/bin/pip install -e '.[recipe]'
     .venv/bin/python -m models.email_triage.recipe train --base gemma-3-270m.gguf
     .venv/bin/python -m models.email_triage.recipe evaluate --base gemma-3-270m.gguf --split test
 

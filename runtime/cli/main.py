@@ -39,6 +39,7 @@ VERBS: Mapping[str, Verb] = {
     "pull": Verb("runtime.cli.main", "pull_command", "Install a model of the catalogue, or any GGUF on the Hub."),
     "task": Verb("models.task.cli", "create_app", "Make a task of your own texts, check it, mend it."),
     "convert": Verb("convert.cli", "convert_command", "Make a model: checkpoint + LoRA adapter to quantized GGUF."),
+    "finetune": Verb("convert.finetune.cli", "finetune_command", "Train a model on your own examples."),
     "eval": Verb("benchmarks.cli", "eval_command", "Measure a model's accuracy on labelled examples."),
     "serve": Verb("runtime.cli.commands", "serve_command", "Serve models to any OpenAI client."),
     "batch": Verb("runtime.cli.commands", "batch_command", "Answer a file of requests; resumable, nothing lost."),
@@ -75,8 +76,9 @@ MEANT: Mapping[str, str] = {
     **dict.fromkeys(("evaluate", "test", "score"), "deskside eval MODEL --examples FILE"),
     **dict.fromkeys(("generate", "complete", "ask", "prompt"), "deskside chat MODEL"),
     **dict.fromkeys(
-        ("finetune", "fine-tune", "train"),
-        "deskside convert BASE --adapter FOLDER --name NAME, with the adapter that PEFT or another trainer wrote",
+        ("fine-tune", "train"),
+        "deskside finetune TRAIN.jsonl --validation FILE --name NAME; an adapter trained elsewhere goes to "
+        "deskside convert BASE --adapter FOLDER --name NAME",
     ),
     "help": "deskside --help",
     "version": "deskside --version",

@@ -97,7 +97,7 @@ def test_bars_show_stages_and_warnings(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("TERM", "xterm")
     bars = BarReporter()
     bars.stage("merge", 10)
-    bars.advance(5, 10)
+    bars.advance(5, 10, "loss 0.25")
     bars.warn("the [base] is odd")
     bars.stage("quantize")
     bars.advance(3, 7)
@@ -105,7 +105,7 @@ def test_bars_show_stages_and_warnings(monkeypatch: pytest.MonkeyPatch, capsys: 
     bars.close()
     shown = capsys.readouterr().err
     assert "warning: the [base] is odd" in shown
-    assert "merge" in shown
+    assert "merge: loss 0.25" in shown
     assert "quantize" in shown
 
 

@@ -45,7 +45,7 @@ class Notes:
         if self._error is not None and name.startswith(self._fail_at):
             raise self._error
 
-    def advance(self, done: int, total: int | None = None) -> None:
+    def advance(self, done: int, total: int | None = None, detail: str = "") -> None:
         self.steps.append((done, total))
 
     def note(self, message: str) -> None:

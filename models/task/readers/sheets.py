@@ -14,7 +14,7 @@ from models.errors import BadTable, did_you_mean
 
 from .table import ReadOptions, TextTable, check_cells, table_of
 
-INSTALL = "pip install 'deskside[tables]'"
+INSTALL = ".venv/bin/pip install -e '.[tables]'"
 
 
 def read_parquet(path: Path, options: ReadOptions) -> TextTable:

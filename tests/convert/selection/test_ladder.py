@@ -51,7 +51,7 @@ class Quiet:
     def stage(self, name: str, total: int | None = None) -> None:
         self.stages.append(name)
 
-    def advance(self, done: int, total: int | None = None) -> None:
+    def advance(self, done: int, total: int | None = None, detail: str = "") -> None:
         pass
 
     def note(self, message: str) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra `finetune`")
-pytest.importorskip("peft", reason="needs the extra `finetune`")
+torch = pytest.importorskip("torch", reason="needs the extra `recipe`")
+pytest.importorskip("peft", reason="needs the extra `recipe`")
 
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402
 

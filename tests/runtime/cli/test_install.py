@@ -190,5 +190,5 @@ def test_extras_are_installed_from_the_folder_since_deskside_is_on_no_index() ->
             text = path.read_text() if path.is_file() else ""
             assert not re.search(r"install [^\n]*deskside\[", text), path
             named |= set(re.findall(r"install -e '\.\[([\w-]+)\]'", text))
-    assert named == {"bench", "default-model", "finetune"}
+    assert named == {"bench", "default-model", "finetune", "recipe", "tables"}
     assert named <= set(extras)

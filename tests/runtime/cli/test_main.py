@@ -59,7 +59,8 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     [
         ("serv", "did you mean 'serve'?"),
         ("Convert", "did you mean 'convert'?"),
-        ("finetune", "deskside convert BASE --adapter"),
+        ("train", "deskside finetune TRAIN.jsonl"),
+        ("fine-tune", "deskside convert BASE --adapter"),
         ("ls", "deskside models list"),
         ("nonsense", "No such command"),
     ],
