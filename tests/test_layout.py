@@ -24,7 +24,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("card",),
         ("store",),
         ("task",),
-        ("email_triage", "cli"),
+        ("email_triage", "debian_synopsis", "cli"),
     ),
     "runtime": (
         ("errors", "config", "requests"),

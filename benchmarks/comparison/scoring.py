@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.common.stats import Interval, Paired, compare_paired, wilson
+from models.common.stats import Interval, Paired, bootstrap_mean, compare_paired, wilson
 
 OTHER = "(other)"
 Predictions = Mapping[str, tuple[str, str]]
@@ -59,10 +59,8 @@ def score_writing(predictions: Predictions, *, resamples: int = 2000, seed: int 
     """Score `{id: (text, prediction)}`; the interval of chrF is a percentile bootstrap over the items."""
     pairs = [(text.strip(), answer.strip()) for text, answer in predictions.values()]
     correct = sum(text == answer for text, answer in pairs)
-    values = np.array([chrf(text, answer) for text, answer in pairs])
-    draws = np.random.default_rng(seed).choice(values, size=(resamples, len(values))).mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    interval = Interval(float(values.mean()), float(low), float(high))
+    values = [chrf(text, answer) for text, answer in pairs]
+    interval = bootstrap_mean(values, resamples=resamples, seed=seed)
     return WritingScore(len(pairs), correct, wilson(correct, len(pairs)), interval)
 
 

@@ -1,4 +1,4 @@
-"""Pure statistics of proportions: Wilson intervals, and paired comparisons of two answerers on the same items.
+"""Pure statistics: Wilson intervals, bootstrap of a mean, paired comparisons of two answerers on the same items.
 
 Conversion and benchmarks both compute their figures here. Confidence is 95 % by default.
 """
@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+
+import numpy as np
 
 CONFIDENCE = 0.95
 
@@ -97,6 +99,16 @@ def compare_paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
         p_value=mcnemar_exact(only_first, only_second),
         difference=newcombe_paired(both, only_first, only_second, neither),
     )
+
+
+def bootstrap_mean(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """The mean with a percentile bootstrap over the items; of paired differences, too. Raises ValueError for none."""
+    if not values:
+        raise ValueError("the mean of no values is not defined")
+    sample = np.array(values, dtype=float)
+    draws = np.random.default_rng(seed).choice(sample, size=(resamples, len(sample))).mean(axis=1)
+    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(sample.mean()), float(low), float(high))
 
 
 # Requests below which a percentile is not reported: with fewer, the largest value seen lies under the true percentile

@@ -1,10 +1,11 @@
 """Statistics against published values, and against what must hold for any numbers."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.common.stats import compare_paired, mcnemar_exact, newcombe_paired, wilson
+from models.common.stats import bootstrap_mean, compare_paired, mcnemar_exact, newcombe_paired, wilson
 
 counts = st.integers(0, 60)
 
@@ -61,3 +62,20 @@ def test_paired_comparison_counts_the_table() -> None:
 def test_wilson_refuses_impossible_counts() -> None:
     with pytest.raises(ValueError, match="got 3 of 2"):
         wilson(3, 2)
+
+
+def test_the_bootstrap_of_a_mean_agrees_with_its_standard_error() -> None:
+    values = np.random.default_rng(1).normal(3, 2, size=400)
+    found = bootstrap_mean(list(values))
+    half = 1.96 * values.std() / 20
+    assert found.estimate == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert bootstrap_mean(list(values)) == found, "the same values give the same interval"
+
+
+def test_the_bootstrap_of_equal_values_has_no_width_and_of_none_is_refused() -> None:
+    found = bootstrap_mean([0.25] * 5)
+    assert (found.estimate, found.low, found.high) == (0.25, 0.25, 0.25)
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap_mean([])

@@ -72,7 +72,7 @@ def test_without_the_extra_its_name_is_said(tmp_path: Path, library: str, monkey
     monkeypatch.setitem(sys.modules, library, None)
     path = tmp_path / NEEDS[library]
     path.write_bytes(b"PAR1" if library == "duckdb" else b"PK\x03\x04 xl/")
-    with pytest.raises(BadTable, match=r"pip install 'deskside\[tables\]'"):
+    with pytest.raises(BadTable, match=r"pip install -e '\.\[tables\]'"):
         read_rows(path)
 
 
