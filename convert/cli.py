@@ -1,7 +1,10 @@
-"""`deskside convert`: convert a checkpoint and an adapter into an installed model. The front door handles errors."""
+"""`deskside convert` and `deskside finetune`: the verbs that make models. The front door handles errors."""
 
 import json
+import os
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +12,11 @@ import typer
 
 from models.common.options import JsonOption, with_options
 
+from .finetune.settings import FinetuneRequest, FinetuneSettings
 from .planning.request import ConvertRequest
 
 if TYPE_CHECKING:
+    from convert.finetune.chain import Finetuned
     from models.manifest import Manifest
     from models.store.catalog import CatalogEntry
     from models.store.store import Store, StoredModel
@@ -40,6 +45,50 @@ def convert_command(request: ConvertRequest, as_json: JsonOption = False) -> Non
         for line in summary(stored):
             page(stderr=True).print(line)
         typer.echo(f"{stored.name}\t{stored.gguf}")
+
+
+@with_options(request=FinetuneRequest, settings=FinetuneSettings)
+def finetune_command(request: FinetuneRequest, settings: FinetuneSettings, as_json: JsonOption = False) -> None:
+    """Train a model on your own examples, on this machine, and install it: a table or a task in, a served name out.
+
+    The examples are checked first. A few steps are measured to say how long it takes; --minutes chooses layers and
+    epochs that fit, or refuses. The epoch that is best on the validation examples is kept. Run again after a kill,
+    the training resumes. Then the fastest file that loses no more on them than the budget is chosen, as convert does.
+    """
+    # Before numpy is loaded: the check's products are small, and two threads would wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from models.common.console import page, reporter
+    from models.store.store import Store
+
+    from .finetune.chain import finetune_task
+
+    report = reporter()
+    try:
+        done = finetune_task(request, settings, Store(), report)
+    finally:
+        report.close()
+    if as_json:
+        named = done.stored.name if done.stored is not None else None
+        shown = {**asdict(done.result), "trained": str(done.result.trained), "task": done.task.name, "name": named}
+        typer.echo(json.dumps(shown))
+        return
+    for line in trained_summary(done):
+        page(stderr=True).print(line)
+    typer.echo(f"{done.stored.name}\t{done.stored.gguf}" if done.stored is not None else str(done.result.trained))
+
+
+def trained_summary(done: "Finetuned") -> list[str]:
+    """Describe the fine-tune and the model made of it, and the next command."""
+    best, conversion = done.result.best, done.conversion
+    score = f"accuracy {best.accuracy:.3f}, " if best.accuracy is not None else ""
+    minutes, epochs = done.result.seconds / 60, len(done.result.epochs)
+    line = f"trained in {minutes:.1f} minutes, epoch {best.epoch} of {epochs}: "
+    line += f"on the validation examples {score}loss {best.loss:.3f}"
+    if done.stored is not None:
+        return [line, *summary(done.stored)]
+    options = {"--adapter": conversion.adapter, "--examples": conversion.examples, "--manifest": conversion.manifest}
+    given = " ".join(f"{option} {shlex.quote(str(value))}" for option, value in options.items() if value is not None)
+    return [line, f"next: deskside convert {shlex.quote(conversion.source)} {given} --name {conversion.name}"]
 
 
 def summary(stored: "StoredModel") -> list[str]:

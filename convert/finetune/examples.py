@@ -11,7 +11,6 @@ it, each of which sees the prompt and its own label's beginning. Labels that beg
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from convert.checkpoint.source import Checkpoint
 from convert.measure.tasks import PromptFormat, Tasks, make_tasks
 from convert.planning.speech import speech_of
 from convert.trim.plan import tokenizer_of
-from models.common.chat_records import ChatRecord, answers_repeat, read_chat_records
+from models.common.chat_records import ChatRecord, answers_repeat
 from models.errors import BadExamples
 from models.manifest import BARE_PROMPT
 from models.quality import TaskKind
@@ -105,11 +104,6 @@ def read_data(
     if trained is None:
         raise BadExamples("there is no example to train on")
     return TrainingData(trained, validated, tuple(labels))
-
-
-def read_records(path: Path | None) -> tuple[ChatRecord, ...]:
-    """The chat records of a file; none without one. Raises BadExamples."""
-    return read_chat_records(path) if path is not None else ()
 
 
 def training_rows(tasks: Tasks) -> list[TokenRow]:

@@ -14,21 +14,22 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class FinetuneRequest(BaseModel):
-    """The files of a fine-tune as the user names them."""
+    """A fine-tune as the user states it: the task, the base, and the model that is made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    train: Annotated[Path, Flag(metavar="TRAIN", positional=True)] = Field(
-        description="JSONL of chat records to train on."
-    )
-    validation: Annotated[Path | None, Flag(metavar="FILE")] = Field(
-        default=None, description="JSONL of chat records, none of them in TRAIN: choose the best epoch by these."
+    task: Annotated[str, Flag(metavar="TASK", positional=True)] = Field(
+        description="A task's name or folder; or a table or JSON lines of examples, of which a task is made first."
     )
     base: Annotated[str, Flag(metavar="BASE")] = Field(
         default="gemma-3-270m",
         description="The model to train: an installed or known model, a Hugging Face folder, or a .gguf file.",
     )
-    name: Annotated[str | None, Flag(metavar="NAME")] = Field(default=None, description="Name of the fine-tune.")
+    name: Annotated[str | None, Flag(metavar="NAME", shown="the task's")] = Field(
+        default=None, description="Name of the model."
+    )
+    replace: bool = Field(default=False, description="Replace an installed model of that name.")
+    only_train: bool = Field(default=False, description="Stop after the training; the next command is told.")
     out: Annotated[Path | None, Flag(metavar="DIR", shown="trained/NAME beside the store")] = Field(
         default=None, description="Folder for the result; a stopped run with the same folder resumes."
     )

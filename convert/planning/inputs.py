@@ -250,14 +250,19 @@ def _trim(request: ConvertRequest) -> TrimRequest | None:
     return TrimRequest(read_chat_records(request.trim), request.keep if request.keep is not None else DEFAULT_KEEP)
 
 
-def _inherited(origin: Origin, adapter: PeftAdapter | None) -> Manifest:
-    """The source's licence and notice; also its task, labels and prompt, unless an adapter changes the task."""
+def licensed(origin: Origin) -> Manifest:
+    """A manifest that states the source's licence and notice, and nothing else."""
     known = origin.manifest
     if known is None:
         return Manifest(name="source", licence=origin.licence)
-    if adapter is None:
-        return known.model_copy(update={"quality": ()})
     return Manifest(name="source", licence=known.licence, licence_notice=known.licence_notice)
+
+
+def _inherited(origin: Origin, adapter: PeftAdapter | None) -> Manifest:
+    """The source's licence and notice; also its task, labels and prompt, unless an adapter changes the task."""
+    if origin.manifest is None or adapter is not None:
+        return licensed(origin)
+    return origin.manifest.model_copy(update={"quality": ()})
 
 
 def _complete(manifest: Manifest, name: str, adapter: PeftAdapter | None, *, hot: bool) -> Manifest:

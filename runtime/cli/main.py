@@ -39,7 +39,7 @@ VERBS: Mapping[str, Verb] = {
     "pull": Verb("runtime.cli.main", "pull_command", "Install a model of the catalogue, or any GGUF on the Hub."),
     "task": Verb("models.task.cli", "create_app", "Make a task of your own texts, check it, mend it."),
     "convert": Verb("convert.cli", "convert_command", "Make a model: checkpoint + LoRA adapter to quantized GGUF."),
-    "finetune": Verb("convert.finetune.cli", "finetune_command", "Train a model on your own examples."),
+    "finetune": Verb("convert.cli", "finetune_command", "Train and install a model of your own examples."),
     "eval": Verb("benchmarks.cli", "eval_command", "Measure a model's accuracy on labelled examples."),
     "serve": Verb("runtime.cli.commands", "serve_command", "Serve models to any OpenAI client."),
     "batch": Verb("runtime.cli.commands", "batch_command", "Answer a file of requests; resumable, nothing lost."),
@@ -77,7 +77,7 @@ MEANT: Mapping[str, str] = {
     **dict.fromkeys(("generate", "complete", "ask", "prompt"), "deskside chat MODEL"),
     **dict.fromkeys(
         ("fine-tune", "train"),
-        "deskside finetune TRAIN.jsonl --validation FILE --name NAME; an adapter trained elsewhere goes to "
+        "deskside finetune mails.csv; an adapter trained elsewhere goes to "
         "deskside convert BASE --adapter FOLDER --name NAME",
     ),
     "help": "deskside --help",

@@ -19,13 +19,12 @@ from convert.finetune.examples import (
     lengths_of,
     padded_targets,
     read_data,
-    read_records,
     training_rows,
 )
 from convert.measure.tasks import Tasks, tasks_of
 from convert.pipeline import convert
 from convert.planning.request import ConvertRequest
-from models.common.chat_records import ChatRecord
+from models.common.chat_records import ChatRecord, read_chat_records
 from models.common.console import LineReporter
 from models.errors import BadExamples
 from models.store.store import Store
@@ -49,7 +48,7 @@ def test_the_tokens_are_those_of_the_converted_model(tmp_path: Path, with_templa
     """With the base's own chat template, and with Gemma's turns, which conversion gives a base without one."""
     turns = "{% for m in messages %}<start_of_turn>{{ m.content }}<end_of_turn>{% endfor %}<start_of_turn>model:"
     base = write_model(tmp_path / "base.gguf", template=turns if with_template else None)
-    records = read_records(write_mails(tmp_path / "mails.jsonl"))
+    records = read_chat_records(write_mails(tmp_path / "mails.jsonl"))
     store = Store(tmp_path / "store")
     made = convert(ConvertRequest(source=str(base), name="made", quantization="F16"), store, LineReporter())
     served = tasks_of(made.gguf, records, "classify", ("ham", "spam"))
@@ -63,14 +62,14 @@ def test_the_tokens_are_those_of_the_converted_model(tmp_path: Path, with_templa
 
 def test_a_prompt_of_both_splits_is_refused(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base.gguf")
-    records = read_records(write_mails(tmp_path / "mails.jsonl"))
+    records = read_chat_records(write_mails(tmp_path / "mails.jsonl"))
     with pytest.raises(BadExamples, match="line 30 of the validation examples has the prompt of line 30 of those"):
         data_of(base, records[:30], records[29:])
 
 
 def test_a_label_that_is_not_trained_on_is_refused(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base.gguf")
-    records = read_records(write_mails(tmp_path / "mails.jsonl"))
+    records = read_chat_records(write_mails(tmp_path / "mails.jsonl"))
     ham = tuple(record for record in records if record.answer == "ham")
     spam = tuple(record for record in records if record.answer == "spam")
     with pytest.raises(BadExamples, match="no example to train on has the label 'spam'"):

@@ -59,7 +59,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     [
         ("serv", "did you mean 'serve'?"),
         ("Convert", "did you mean 'convert'?"),
-        ("train", "deskside finetune TRAIN.jsonl"),
+        ("train", "deskside finetune mails.csv"),
         ("fine-tune", "deskside convert BASE --adapter"),
         ("ls", "deskside models list"),
         ("nonsense", "No such command"),

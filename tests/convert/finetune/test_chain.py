@@ -1,0 +1,196 @@
+"""`deskside finetune`: from a spreadsheet to an installed model in one command; what cannot be is refused before."""
+
+import csv
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert.errors import FinetuneFailed, RequestInvalid
+from convert.finetune import chain
+from convert.finetune.chain import Finetuned, finetune_task, rendered
+from convert.finetune.settings import EpochScore, FinetuneRequest, FinetuneSettings
+from convert.finetune.train import check_installed
+from models.common.chat_records import read_chat_records
+from models.common.console import LineReporter
+from models.errors import ModelError
+from models.store.store import Store
+from models.task.task import open_task, text_of
+from runtime.cli.main import load_verb, main
+from tests.support.convert.tiny import write_mails, write_model
+
+TURNS = "{% for m in messages %}<start_of_turn>{{ m.content }}<end_of_turn>{% endfor %}"
+QUICK: dict[str, Any] = {"layers": 2, "epochs": 2, "batch": 4, "learning_rate": 0.02, "rank": 4, "alpha": 8}
+N_COPIES = 3
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DESKSIDE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Labelled mails as a spreadsheet saves them: separated by semicolons, each with some words of its own."""
+    path = tmp_path / "mails.csv"
+    records = read_chat_records(write_mails(tmp_path / "mails.jsonl"))
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        rows = csv.writer(stream, delimiter=";")
+        rows.writerow(["mail", "label"])
+        rows.writerows([f"{text_of(one)} {copy} {one.id}", one.answer] for one in records for copy in range(N_COPIES))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "base.gguf", "llama", template=TURNS)
+
+
+@pytest.fixture
+def with_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if JAX was installed: these requests are refused before it is used."""
+    monkeypatch.setattr(chain, "check_installed", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finetuned, Path]]:
+    """A table made into a model, and the folder of everything."""
+    pytest.importorskip("jax", reason="needs the extra `finetune`")
+    folder = tmp_path_factory.mktemp("chain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DESKSIDE_HOME", str(folder / "home"))
+        path = folder / "mails.csv"
+        records = read_chat_records(write_mails(folder / "mails.jsonl"))
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            rows = csv.writer(stream)
+            rows.writerow(["text", "label"])
+            rows.writerows([f"{text_of(one)} {copy} {one.id}", one.answer] for one in records for copy in range(5))
+        model = write_model(folder / "base.gguf", "llama", template=TURNS)
+        request = FinetuneRequest(task=str(path), base=str(model), name="sorted")
+        done = finetune_task(request, FinetuneSettings(**QUICK), Store(), LineReporter())
+        yield done, folder
+
+
+@pytest.mark.finetune
+def test_a_spreadsheet_becomes_an_installed_model(finished: tuple[Finetuned, Path]) -> None:
+    done, folder = finished
+    assert done.stored is not None
+    manifest = done.stored.manifest
+    assert manifest is not None
+    task = open_task(str(folder / "home" / "tasks" / "sorted"))
+    assert (manifest.name, manifest.task, manifest.labels) == ("sorted", "classify", task.spec.labels)
+    assert manifest.prompt == task.spec.manifest_prompt()
+    assert manifest.adapter is not None
+    assert done.stored.gguf.is_file()
+    assert done.result.best.accuracy is not None
+
+
+@pytest.mark.finetune
+def test_again_is_refused_before_anything_is_done(
+    finished: tuple[Finetuned, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = finished
+    monkeypatch.setenv("DESKSIDE_HOME", str(folder / "home"))
+    request = FinetuneRequest(task=str(folder / "mails.csv"), base=str(folder / "base.gguf"), name="sorted")
+    with pytest.raises(RequestInvalid, match=r"'sorted' is installed already; give --replace"):
+        finetune_task(request, FinetuneSettings(**QUICK), Store(), LineReporter())
+    changed = folder / "home" / "tasks" / "sorted" / "task.toml"
+    os.utime(changed, (1, 1))
+    with pytest.raises(RequestInvalid, match=r"has changed since the task 'sorted' was made of it"):
+        finetune_task(request, FinetuneSettings(**QUICK), Store(), LineReporter())
+
+
+def test_the_prompt_stands_around_every_text(table: Path) -> None:
+    from models.task.new import NewTask, make_task
+
+    task = make_task(NewTask(name="asked", file=table, prompt="Sort this mail: {input}!")).task
+    for split in ("train", "validation"):
+        bare = task.records(split)
+        asked = rendered(task, split)
+        assert [one.prompt[-1].content for one in asked] == [f"Sort this mail: {text_of(one)}!" for one in bare]
+        assert [one.answer for one in asked] == [one.answer for one in bare]
+
+
+def test_examples_that_leak_are_refused_with_the_command_that_mends_it(table: Path, base: Path, with_jax: None) -> None:
+    from models.task.new import NewTask, make_task
+
+    task = make_task(NewTask(name="mails", file=table)).task
+    train, test = task.file("train"), task.file("test")
+    train.write_text(train.read_text() + test.read_text().splitlines()[0] + "\n")
+    with pytest.raises(FinetuneFailed, match=r"To mend it: deskside task apply mails --drop"):
+        finetune_task(FinetuneRequest(task="mails", base=str(base)), FinetuneSettings(), Store(), LineReporter())
+
+
+def test_without_jax_the_command_that_installs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FinetuneFailed, match=r"JAX, which is not installed; .*pip install -e '\.\[finetune\]'"):
+        check_installed()
+
+
+def test_the_options_are_those_of_the_settings() -> None:
+    options = {option for one in load_verb("finetune").params for option in one.opts}
+    expected = {"--base", "--name", "--replace", "--out", "--minutes", "--method", "--layers", "--epochs", "--seed"}
+    assert expected <= options
+
+
+@pytest.mark.usefixtures("with_jax")
+def test_what_is_missing_or_unknown_is_named(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = tmp_path / "short.csv"
+    short.write_text("text,label\nhello,ham\nbuy now,spam\n")
+    one = tmp_path / "one.csv"
+    one.write_text("text,label\n" + "".join(f"mail number {n},ham\n" for n in range(30)))
+    refused = {
+        ("nothing-there",): (1, "there is no task 'nothing-there'"),
+        (str(short),): (1, "has 2 examples; a task needs 20"),
+        (str(one),): (1, "every answer is 'ham'"),
+        (str(table), "--base", "gemma-3-271m"): (1, "gemma-3-271m"),
+        (str(table), "--layers", "0"): (2, "--layers"),
+    }
+    for arguments, (code, said) in refused.items():
+        with pytest.raises(SystemExit) as leaving:
+            main(["finetune", *arguments])
+        assert leaving.value.code == code
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.finetune
+def test_the_next_command_is_said(finished: tuple[Finetuned, Path]) -> None:
+    from convert.cli import trained_summary
+
+    done, _ = finished
+    made = trained_summary(done)
+    assert made[0].startswith("trained in ")
+    assert f"accuracy {done.result.best.accuracy:.3f}" in made[0]
+    assert made[-1] == "next: deskside serve sorted"
+    only_trained = trained_summary(replace(done, stored=None))
+    assert only_trained[1].startswith(
+        f"next: deskside convert {done.conversion.source} --adapter {done.result.trained}"
+    )
+
+
+def test_a_score_is_better_by_accuracy_first() -> None:
+    def score(accuracy: float | None, loss: float) -> EpochScore:
+        return EpochScore(1, 0.0, loss, accuracy, kept=False)
+
+    assert score(0.8, 1.0).is_better_than(None)
+    assert score(0.81, 2.0).is_better_than(score(0.8, 1.0))
+    assert score(0.8, 0.9).is_better_than(score(0.8, 1.0))
+    assert not score(0.8, 1.0).is_better_than(score(0.8, 1.0))
+    assert score(None, 0.9).is_better_than(score(None, 1.0))
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="layers"):
+        FinetuneSettings(layers=0)
+
+
+def test_a_damaged_table_is_the_readers_error(tmp_path: Path, with_jax: None) -> None:
+    damaged = tmp_path / "damaged.csv"
+    damaged.write_bytes(b"text,label\n" + b"\x00\x01\x02" * 50)
+    with pytest.raises(ModelError):
+        finetune_task(FinetuneRequest(task=str(damaged)), FinetuneSettings(), Store(), LineReporter())
