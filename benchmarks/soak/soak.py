@@ -25,7 +25,7 @@ from models.common.record import Record
 from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store
 
-from .checks import EngineKill, MemorySample, SoakCheck, SoakRun, check, kill_engine, sample_memory
+from .checks import SNAPSHOTS, EngineKill, MemorySample, SoakCheck, SoakRun, check, kill_engine, sample_memory
 from .client import TIMEOUT_S, RequestOutcome, SoakClient
 
 MEMORY_EVERY_S = 5.0
@@ -118,7 +118,7 @@ class _Soak:
             async with asyncio.TaskGroup() as group:
                 for client in clients:
                     group.create_task(self._user(client))
-                group.create_task(self._watch())
+                group.create_task(self._watch(http))
                 group.create_task(self._canary(http))
                 group.create_task(self._killer(http))
             gauges, ready = await self._quiet(http)
@@ -140,10 +140,11 @@ class _Soak:
             if outcome.end == "refused":
                 await asyncio.sleep(REFUSED_PAUSE_S)
 
-    async def _watch(self) -> None:
+    async def _watch(self, http: httpx.AsyncClient) -> None:
         assert self._server.pid is not None
         while self._now() < self._load_s:
-            self._memory.append(sample_memory(self._server.pid, self._now()))
+            held = (await self._gauges(http, SNAPSHOTS)).get(SNAPSHOTS, 0.0)
+            self._memory.append(sample_memory(self._server.pid, self._now(), held))
             self._progress("soak, seconds", int(self._now()), int(self._load_s))
             await asyncio.sleep(MEMORY_EVERY_S)
         self._progress("soak, seconds", int(self._load_s), int(self._load_s))
@@ -196,10 +197,13 @@ class _Soak:
         """The gauges once no request is live, or after QUIET_S; and the server's readiness."""
         deadline = self._now() + QUIET_S
         while True:
-            gauges = read_counters((await http.get(self._root("/metrics"))).text, GAUGES)
+            gauges = await self._gauges(http, *GAUGES)
             if not gauges.get("deskside_live", 0.0) + gauges.get("deskside_running", 0.0) or self._now() > deadline:
                 return gauges, (await http.get(self._root("/health"))).status_code == 200
             await asyncio.sleep(0.5)
+
+    async def _gauges(self, http: httpx.AsyncClient, *names: str) -> dict[str, float]:
+        return read_counters((await http.get(self._root("/metrics"))).text, names)
 
     def _root(self, path: str) -> str:
         return self._server.base_url.removesuffix("/v1") + path

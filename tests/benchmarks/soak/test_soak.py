@@ -184,8 +184,10 @@ def test_the_engines_memory_is_judged_since_its_last_start() -> None:
     after = [m.model_copy(update={"engine_pid": 8}) for m in memory(0)[40:]]
     assert failing(soaked(memory=(*before, *after))) == []
     growing = [m.model_copy(update={"engine_bytes": int((500 + m.at_s / 2) * MIB)}) for m in after]
-    name = "resident memory of the engine (since its last start) is flat"
+    name = "resident memory of the engine (since its last start, snapshots left out) is flat"
     assert failing(soaked(memory=(*before, *growing))) == [name]
+    filling = [m.model_copy(update={"snapshot_bytes": m.engine_bytes - 400.0 * MIB}) for m in growing]
+    assert failing(soaked(memory=(*before, *filling))) == []
 
 
 def test_a_kill_that_could_not_be_tried_is_not_a_pass() -> None:
