@@ -65,7 +65,6 @@ def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredMo
         _make_adapter(inputs, request, store, report)
     else:
         _make_model(inputs, request, store, report)
-    report.close()
     return store.get(inputs.manifest.name)
 
 

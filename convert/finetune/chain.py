@@ -1,19 +1,25 @@
 """From a task, or a file of examples, to an installed model: checked, trained, converted and chosen."""
 
 import re
+from contextlib import closing
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
-from convert.errors import FinetuneFailed, RequestInvalid
+from convert.checkpoint.source import open_checkpoint
+from convert.errors import FinetuneFailed, RequestInvalid, TrimImpossible
 from convert.measure.examples import MIN_EXAMPLES
 from convert.pipeline import convert
 from convert.planning.inputs import licensed
 from convert.planning.origin import Origin, find_origin
 from convert.planning.request import ConvertRequest
+from convert.quantize.quantize import HALF_PRECISION
+from convert.trim.fields import read_gguf_vocabulary
+from convert.trim.plan import DEFAULT_KEEP
 from models.common.chat_records import ChatMessage, ChatRecord
 from models.common.console import Reporter
-from models.common.files import default_home, write_atomic
-from models.manifest import MANIFEST_FILE, Prompt, dump_manifest
+from models.common.files import default_home, sha256_file, write_atomic
+from models.manifest import MANIFEST_FILE, Manifest, Prompt, dump_manifest
 from models.store.store import Store, StoredModel, check_name
 from models.task.check.check import check_task
 from models.task.new import NewTask, make_task
@@ -24,6 +30,9 @@ from .train import check_installed, finetune
 
 FOLDER = "trained"
 """Folder of the store that results go to, unless the user names another."""
+CUT_FOLDER = "base"
+# A cut saves less of a smaller vocabulary than it costs in words that come in pieces.
+SMALL_VOCABULARY = 3
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,13 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
     _check(task, report)
     origin = find_origin(request.base, None, store, report)
     out = request.out if request.out is not None else default_home() / FOLDER / name
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / MANIFEST_FILE, dump_manifest(_manifest(task, name, origin)))
+    base = origin.path if request.whole_vocabulary else _cut_vocabulary(task, origin, out, report)
     train, validation = (rendered(task, split) for split in ("train", "validation"))
-    result = finetune(origin.path, train, validation, task.spec.labels, settings, out, report)
-    conversion = _conversion(request, task, name, result, origin)
+    result = finetune(base, train, validation, task.spec.labels, settings, out, report)
+    source = request.base if base == origin.path else str(base.parent)
+    conversion = _conversion(request, task, name, result, source)
     stored = None if request.only_train else convert(conversion, store, report)
     return Finetuned(task, result, conversion, stored)
 
@@ -106,12 +119,39 @@ def _check(task: Task, report: Reporter) -> None:
         report.note(checked.advice)
 
 
-def _conversion(
-    request: FinetuneRequest, task: Task, name: str, result: FinetuneResult, origin: Origin
-) -> ConvertRequest:
-    """The conversion of what was trained: chosen on the validation examples, if they are enough to choose by."""
-    spec, out = task.spec, result.trained if result.trained.is_dir() else result.trained.parent
-    manifest = licensed(origin).model_copy(
+def _cut_vocabulary(task: Task, origin: Origin, out: Path, report: Reporter) -> Path:
+    """The base with the tokens that the task needs, as a model in `out`, so that training reads what will be served.
+
+    It is made once for a base and its training examples. A vocabulary that is small, or needed, stays whole.
+    """
+    with closing(open_checkpoint(origin.path)) as checkpoint:
+        n_tokens = len(read_gguf_vocabulary(checkpoint.header).tokens)
+    if n_tokens < SMALL_VOCABULARY * DEFAULT_KEEP:
+        return origin.path
+    train = task.file("train")
+    digest = sha256(f"{origin.digest.result()} {sha256_file(train)} {task.spec.prompt}".encode()).hexdigest()[:8]
+    name = f"{origin.name[:40]}-{DEFAULT_KEEP}-{digest}"
+    made = Store(out / CUT_FOLDER)
+    if name not in made.names():
+        cut = ConvertRequest(
+            source=str(origin.path if origin.manifest is None else origin.path.parent),
+            trim=train,
+            keep=DEFAULT_KEEP,
+            quantization=HALF_PRECISION,
+            manifest=out / MANIFEST_FILE,
+            name=name,
+        )
+        try:
+            convert(cut, made, report)
+        except (TrimImpossible, RequestInvalid) as error:
+            report.note(f"the vocabulary stays whole: {error}")
+            return origin.path
+    return made.get(name).gguf
+
+
+def _manifest(task: Task, name: str, origin: Origin) -> Manifest:
+    spec = task.spec
+    return licensed(origin).model_copy(
         update={
             "name": name,
             "description": f"Fine-tuned on the task {task.name}: {spec.source or 'own examples'}.",
@@ -120,12 +160,16 @@ def _conversion(
             "prompt": spec.manifest_prompt(),
         }
     )
-    write_atomic(out / MANIFEST_FILE, dump_manifest(manifest))
-    adapter = result.trained if result.trained.is_dir() else None
+
+
+def _conversion(request: FinetuneRequest, task: Task, name: str, result: FinetuneResult, source: str) -> ConvertRequest:
+    """The conversion of what was trained: chosen on the validation examples, if they are enough to choose by."""
+    is_adapter = result.trained.is_dir()
+    out = result.trained if is_adapter else result.trained.parent
     enough = len({record.prompt for record in task.records("validation")}) >= MIN_EXAMPLES
     return ConvertRequest(
-        source=request.base if adapter is not None else str(result.trained),
-        adapter=adapter,
+        source=source if is_adapter else str(result.trained),
+        adapter=out if is_adapter else None,
         examples=task.file("validation") if enough else None,
         name=name,
         manifest=out / MANIFEST_FILE,

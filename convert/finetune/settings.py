@@ -28,6 +28,9 @@ class FinetuneRequest(BaseModel):
     name: Annotated[str | None, Flag(metavar="NAME", shown="the task's")] = Field(
         default=None, description="Name of the model."
     )
+    whole_vocabulary: Annotated[bool, Flag("whole-vocab")] = Field(
+        default=False, description="Do not cut a large vocabulary to what the examples need."
+    )
     replace: bool = Field(default=False, description="Replace an installed model of that name.")
     only_train: bool = Field(default=False, description="Stop after the training; the next command is told.")
     out: Annotated[Path | None, Flag(metavar="DIR", shown="trained/NAME beside the store")] = Field(

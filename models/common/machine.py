@@ -5,6 +5,7 @@ Figures of speed name the machine they were measured on. Tests pass another `roo
 
 import ctypes
 import gc
+import mmap
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 ROOT = Path("/")
@@ -21,6 +23,8 @@ ROOT = Path("/")
 USABLE_SHARE = 0.9
 # Above this share the machine counts as busy, and what is timed on it as uncertain.
 BUSY_SHARE = 0.25
+# Smaller arrays come from the heap: a process may have 65,530 mappings.
+MAPPED_BYTES = 1 << 16
 
 
 def describe_machine(backend: str = "", root: Path = ROOT) -> str:
@@ -124,6 +128,17 @@ def give_back_freed() -> None:
     """Return freed memory to the system, as far as the C library can."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl does not have it
         trim(0)
+
+
+def own_pages(n_bytes: int) -> np.ndarray:
+    """Bytes to be filled, in pages that go back to the system as soon as they are freed.
+
+    Long-lived arrays of many sizes would leave gaps in the heap: an eighth more than they hold.
+    """
+    if n_bytes < MAPPED_BYTES:
+        return np.empty(n_bytes, np.uint8)
+    private = [mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS] if hasattr(mmap, "MAP_ANONYMOUS") else []
+    return np.frombuffer(mmap.mmap(-1, n_bytes, *private), np.uint8)
 
 
 def _cpu_quota(cgroup: Path) -> int | None:

@@ -23,7 +23,7 @@ import llama_cpp as binding
 import numpy as np
 from llama_cpp import llama_cpp
 
-from models.common.machine import physical_cores
+from models.common.machine import own_pages, physical_cores
 from runtime.errors import BatchInvalid, EngineError, LoadFailed
 from runtime.prefill.build import Unavailable
 from runtime.prefill.library import OFF
@@ -176,7 +176,7 @@ class Llama:
         """A snapshot of a sequence: bytes, as uint8. Raises EngineError, or MemoryError."""
         self._require_open()
         n_bytes = llama_cpp.llama_state_seq_get_size(self._context, seq_id)
-        data = np.empty(n_bytes, np.uint8)
+        data = own_pages(n_bytes)
         if not n_bytes or llama_cpp.llama_state_seq_get_data(self._context, _bytes(data), n_bytes, seq_id) != n_bytes:
             raise EngineError(f"llama.cpp did not save sequence {seq_id} of {n_bytes} bytes")
         return data

@@ -22,6 +22,8 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
+from models.common.machine import own_pages
+
 VERSION = 1
 NO_ADAPTER = bytes(32)
 _MAGIC = b"DskPrefx"
@@ -124,7 +126,7 @@ def _file_bytes(n_tokens: int, n_bytes: int) -> int:
 
 
 def _exactly(file: BinaryIO, n_bytes: int) -> np.ndarray:
-    data = np.empty(n_bytes, np.uint8)
+    data = own_pages(n_bytes)
     done = 0
     while done < n_bytes:
         count = file.readinto(data[done:].data)  # type: ignore[attr-defined]
