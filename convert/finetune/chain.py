@@ -1,6 +1,7 @@
 """From a task, or a file of examples, to an installed model: checked, trained, converted and chosen."""
 
 import re
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
@@ -14,11 +15,12 @@ from convert.planning.inputs import licensed
 from convert.planning.origin import Origin, find_origin
 from convert.planning.request import ConvertRequest
 from convert.quantize.quantize import HALF_PRECISION
-from convert.trim.fields import read_gguf_vocabulary
+from convert.trim.fields import KEPT_FIELD
 from convert.trim.plan import DEFAULT_KEEP
 from models.common.chat_records import ChatMessage, ChatRecord
 from models.common.console import Reporter
 from models.common.files import default_home, sha256_file, write_atomic
+from models.gguf.fields import TOKENS
 from models.manifest import MANIFEST_FILE, Manifest, Prompt, dump_manifest
 from models.store.store import Store, StoredModel, check_name
 from models.task.check.check import check_task
@@ -63,11 +65,42 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
     write_atomic(out / MANIFEST_FILE, dump_manifest(_manifest(task, name, origin)))
     base = origin.path if request.whole_vocabulary else _cut_vocabulary(task, origin, out, report)
     train, validation = (rendered(task, split) for split in ("train", "validation"))
-    result = finetune(base, train, validation, task.spec.labels, settings, out, report)
+    result = _best_of_seeds(
+        request.seeds,
+        settings,
+        lambda one, name: finetune(base, train, validation, task.spec.labels, one, out / name, report),
+        report,
+    )
     source = request.base if base == origin.path else str(base.parent)
     conversion = _conversion(request, task, name, result, source)
     stored = None if request.only_train else convert(conversion, store, report)
     return Finetuned(task, result, conversion, stored)
+
+
+def _best_of_seeds(
+    n_seeds: int,
+    settings: FinetuneSettings,
+    train: Callable[[FinetuneSettings, str], FinetuneResult],
+    report: Reporter,
+) -> FinetuneResult:
+    """The best result of training with `n_seeds` seeds in turn, each in a folder of its own that resumes.
+
+    Their spread shows what is chance: two settings that differ by less were not told apart.
+    """
+    if n_seeds == 1:
+        return train(settings, "")
+    share = settings.minutes / n_seeds if settings.minutes is not None else None
+    results = []
+    for seed in range(settings.seed, settings.seed + n_seeds):
+        results.append(train(settings.model_copy(update={"seed": seed, "minutes": share}), f"seed-{seed}"))
+        best = results[-1].best
+        told = f"accuracy {best.accuracy:.3f}" if best.accuracy is not None else f"loss {best.loss:.3f}"
+        report.note(f"seed {seed}: {told} on the validation examples")
+    best_result = results[0]
+    for result in results[1:]:
+        if result.best.is_better_than(best_result.best):
+            best_result = result
+    return best_result
 
 
 def rendered(task: Task, split: str) -> list[ChatRecord]:
@@ -125,8 +158,9 @@ def _cut_vocabulary(task: Task, origin: Origin, out: Path, report: Reporter) -> 
     It is made once for a base and its training examples. A vocabulary that is small, or needed, stays whole.
     """
     with closing(open_checkpoint(origin.path)) as checkpoint:
-        n_tokens = len(read_gguf_vocabulary(checkpoint.header).tokens)
-    if n_tokens < SMALL_VOCABULARY * DEFAULT_KEEP:
+        fields = checkpoint.header.fields
+        n_tokens = fields[TOKENS].length or 0 if TOKENS in fields else 0
+    if KEPT_FIELD in fields or n_tokens < SMALL_VOCABULARY * DEFAULT_KEEP:
         return origin.path
     train = task.file("train")
     digest = sha256(f"{origin.digest.result()} {sha256_file(train)} {task.spec.prompt}".encode()).hexdigest()[:8]

@@ -28,6 +28,7 @@ class FinetuneRequest(BaseModel):
     name: Annotated[str | None, Flag(metavar="NAME", shown="the task's")] = Field(
         default=None, description="Name of the model."
     )
+    seeds: int = Field(default=1, ge=1, le=20, description="Train with N seeds, and keep the best on validation.")
     whole_vocabulary: Annotated[bool, Flag("whole-vocab")] = Field(
         default=False, description="Do not cut a large vocabulary to what the examples need."
     )

@@ -140,9 +140,23 @@ class RunLog:
     def resume(self, facts: Mapping[str, Any], folder: Path, layers: int | None, epochs: int | None) -> TrainingCost:
         """Continue the account of a checkpoint. Raises FinetuneFailed if it is another run's."""
         check_same(facts, self.identity, folder)
+        check_same(facts["estimate"], _asked(layers, epochs), folder)
+        return self._take(facts)
+
+    def is_finished(self, folder: Path, layers: int | None, epochs: int | None) -> bool:
+        """True if `folder` holds a finished run of the same; its account is taken over then."""
+        try:
+            facts = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        wanted = {**self.identity, "finished": True}
+        same = facts.items() >= wanted.items() and facts["estimate"].items() >= _asked(layers, epochs).items()
+        if same:
+            self._take(facts)
+        return same
+
+    def _take(self, facts: Mapping[str, Any]) -> TrainingCost:
         self.cost = TrainingCost(**facts["estimate"])
-        asked = {"layers": layers, "epochs": epochs}
-        check_same(facts["estimate"], {name: value for name, value in asked.items() if value is not None}, folder)
         self.steps = facts["steps"]
         self.scores = [EpochScore(**score) for score in facts["epochs"]]
         started = (time.monotonic(), time.process_time())
@@ -171,9 +185,13 @@ class RunLog:
             "steps": self.steps,
         }
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, *, finished: bool = False) -> None:
         """Write `training.json`."""
-        write_atomic(folder / LOG_FILE, json.dumps(self.facts(), indent=1) + "\n")
+        write_atomic(folder / LOG_FILE, json.dumps({**self.facts(), "finished": finished}, indent=1) + "\n")
+
+
+def _asked(layers: int | None, epochs: int | None) -> dict[str, int]:
+    return {name: value for name, value in (("layers", layers), ("epochs", epochs)) if value is not None}
 
 
 def write_adapter(

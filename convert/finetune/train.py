@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from convert.checkpoint.source import Checkpoint, open_checkpoint
 from convert.errors import FinetuneFailed
+from convert.lora.adapter import ADAPTER_WEIGHTS_FILE
 from convert.measure.tasks import Tasks
 from models.common.chat_records import ChatRecord
 from models.common.console import Reporter
@@ -91,17 +93,23 @@ class _Run:
         self._work = _workload(data, settings)
         # The time allowed may differ when a run resumes.
         given = settings.model_dump(mode="json", exclude={"minutes", "layers", "epochs"})
-        tokens = sum(len(row.tokens) for row in self._work.rows)
-        sizes = {"examples": len(self._work.rows), "tokens": tokens, "labels": list(data.labels)}
+        rows = (*self._work.rows, *self._work.checked)
+        digest = sha256(b"".join(part.tobytes() + b"|" for row in rows for part in (row.tokens, row.targets)))
+        sizes = {"examples": len(self._work.rows), "digest": digest.hexdigest()[:16], "labels": list(data.labels)}
         self._log = RunLog({"base": _name(checkpoint), "settings": given, **sizes})
 
     def result(self) -> FinetuneResult:
-        """Train from the last checkpoint on, or from the start."""
+        """Train from the last checkpoint on, or from the start; a finished run of the same is not done again."""
+        made = MODEL_FILE if self._settings.method == "full" else ADAPTER_WEIGHTS_FILE
+        asked = self._settings.layers, self._settings.epochs
+        if (self._out / made).is_file() and self._log.is_finished(self._out, *asked):
+            self._progress.note(f"trained before, of the same examples and with the same settings: {str(self._out)!r}")
+            return self._found()
         found = read_checkpoint(self._out)
         if found is None:
             self._log.cost = self._cost = self._plan()
         else:
-            self._cost = self._log.resume(found[1], self._out, self._settings.layers, self._settings.epochs)
+            self._cost = self._log.resume(found[1], self._out, *asked)
         self._steps.train_top(self._cost.layers)
         self._state = self._start()
         if found is not None:
@@ -114,14 +122,18 @@ class _Run:
                 self._progress.note(f"no better epoch in {self._settings.patience}: stopped early")
                 break
             self._run_epoch(epoch)
-        best = self._log.best
-        assert best is not None, "there is at least one epoch"
         for one in (self._states, self._checked_states):
             one.remove()
+        self._log.write(self._out, finished=True)
         discard(self._out / CHECKPOINT_FILE)
-        self._log.write(self._out)
+        return self._found()
+
+    def _found(self) -> FinetuneResult:
+        best, cost = self._log.best, self._log.cost
+        assert best is not None, "there is at least one epoch"
+        assert cost is not None, "it is planned before the first epoch"
         trained = self._out / MODEL_FILE if self._settings.method == "full" else self._out
-        return FinetuneResult(trained, best, tuple(self._log.scores), self._cost, *self._log.seconds)
+        return FinetuneResult(trained, best, tuple(self._log.scores), cost, *self._log.seconds)
 
     @property
     def _epochs_done(self) -> int:

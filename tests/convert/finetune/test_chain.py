@@ -13,19 +13,22 @@ import pytest
 from convert.errors import FinetuneFailed, RequestInvalid
 from convert.finetune import chain
 from convert.finetune.chain import Finetuned, finetune_task, rendered
-from convert.finetune.settings import EpochScore, FinetuneRequest, FinetuneSettings
+from convert.finetune.settings import EpochScore, FinetuneRequest, FinetuneResult, FinetuneSettings, TrainingCost
 from convert.finetune.train import check_installed
 from models.common.chat_records import read_chat_records
 from models.common.console import LineReporter
 from models.errors import ModelError
+from models.gguf.fields import TOKENS as TOKENS_FIELD
+from models.gguf.header import read_header
 from models.store.store import Store
 from models.task.task import open_task, text_of
 from runtime.cli.main import load_verb, main
-from tests.support.convert.tiny import write_mails, write_model
+from tests.support.convert.tiny import TOKENS, write_mails, write_model
 
 TURNS = "{% for m in messages %}<start_of_turn>{{ m.content }}<end_of_turn>{% endfor %}"
 QUICK: dict[str, Any] = {"layers": 2, "epochs": 2, "batch": 4, "learning_rate": 0.02, "rank": 4, "alpha": 8}
 N_COPIES = 3
+KEPT_TOKENS = len(TOKENS) - 1
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +67,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finetun
     folder = tmp_path_factory.mktemp("chain")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DESKSIDE_HOME", str(folder / "home"))
+        patch.setattr(chain, "DEFAULT_KEEP", KEPT_TOKENS)
+        patch.setattr(chain, "SMALL_VOCABULARY", 1)
         path = folder / "mails.csv"
         records = read_chat_records(write_mails(folder / "mails.jsonl"))
         with path.open("w", encoding="utf-8", newline="") as stream:
@@ -88,6 +93,18 @@ def test_a_spreadsheet_becomes_an_installed_model(finished: tuple[Finetuned, Pat
     assert manifest.adapter is not None
     assert done.stored.gguf.is_file()
     assert done.result.best.accuracy is not None
+
+
+@pytest.mark.finetune
+def test_the_vocabulary_is_cut_before_the_training(finished: tuple[Finetuned, Path]) -> None:
+    done, _ = finished
+    assert done.stored is not None
+    assert done.stored.manifest is not None
+    trained_on = Path(done.conversion.source)
+    for gguf in (done.stored.gguf, *trained_on.glob("*.gguf")):
+        assert read_header(gguf).fields[TOKENS_FIELD].length == KEPT_TOKENS
+    assert done.stored.manifest.base is not None
+    assert done.stored.manifest.base.name.startswith("base-")
 
 
 @pytest.mark.finetune
@@ -182,6 +199,25 @@ def test_a_score_is_better_by_accuracy_first() -> None:
     assert score(0.8, 0.9).is_better_than(score(0.8, 1.0))
     assert not score(0.8, 1.0).is_better_than(score(0.8, 1.0))
     assert score(None, 0.9).is_better_than(score(None, 1.0))
+
+
+def test_the_best_of_several_seeds_is_kept(tmp_path: Path) -> None:
+    tried: dict[str, FinetuneSettings] = {}
+    accuracies = {"seed-7": 0.8, "seed-8": 0.9, "seed-9": 0.85}
+
+    def train(settings: FinetuneSettings, name: str) -> FinetuneResult:
+        tried[name] = settings
+        best = EpochScore(1, 0.0, 0.5, accuracies.get(name, 0.1), kept=True)
+        return FinetuneResult(tmp_path / name, best, (best,), TrainingCost(1, 1, 1.0, 1), 1.0, 1.0)
+
+    settings = FinetuneSettings(seed=7, minutes=30)
+    best = chain._best_of_seeds(3, settings, train, LineReporter())
+    assert best.trained == tmp_path / "seed-8"
+    assert {name: (one.seed, one.minutes) for name, one in tried.items()} == {
+        f"seed-{seed}": (seed, 10) for seed in (7, 8, 9)
+    }
+    assert chain._best_of_seeds(1, settings, train, LineReporter()).trained == tmp_path
+    assert tried[""] == settings
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,22 @@ def test_a_killed_run_resumes_to_the_same_bits(
         for name in ("whole", "out")
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_finished_run_is_not_done_again(
+    base: Path, records: tuple[ChatRecord, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trained(base, records, tmp_path / "out", epochs=1)
+    kill_after(monkeypatch, 1)
+    again = trained(base, records, tmp_path / "out", epochs=1)
+    assert (again.best, again.epochs, again.trained) == (first.best, first.epochs, first.trained)
+    relabelled = (replace(records[0], answer=records[1].answer), *records[1:])
+    assert relabelled[0].answer != records[0].answer
+    with pytest.raises(Killed):
+        trained(base, relabelled, tmp_path / "out", epochs=1)
+    (tmp_path / "out" / ADAPTER_WEIGHTS_FILE).unlink()
+    with pytest.raises(Killed):
+        trained(base, records, tmp_path / "out", epochs=1)
 
 
 def test_another_run_s_checkpoint_is_refused(
