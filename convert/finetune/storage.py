@@ -150,7 +150,7 @@ class RunLog:
         except (OSError, ValueError):
             return False
         wanted = {**self.identity, "finished": True}
-        same = facts.items() >= wanted.items() and facts["estimate"].items() >= _asked(layers, epochs).items()
+        same: bool = facts.items() >= wanted.items() and facts["estimate"].items() >= _asked(layers, epochs).items()
         if same:
             self._take(facts)
         return same
