@@ -10,14 +10,13 @@ from convert.pipeline import convert
 from convert.planning.inputs import licensed
 from convert.planning.origin import Origin, find_origin
 from convert.planning.request import ConvertRequest
-from models.common.chat_records import ChatMessage, ChatRecord
 from models.common.console import Reporter
 from models.common.files import default_home, write_atomic
-from models.manifest import MANIFEST_FILE, Prompt, dump_manifest
+from models.manifest import MANIFEST_FILE, dump_manifest
 from models.store.store import Store, StoredModel, check_name
 from models.task.check.check import check_task
 from models.task.new import NewTask, make_task
-from models.task.task import TASK_FILE, Task, open_task, tasks_home
+from models.task.task import TASK_FILE, Task, open_task, rendered, tasks_home
 
 from .settings import FinetuneRequest, FinetuneResult, FinetuneSettings
 from .train import check_installed, finetune
@@ -55,19 +54,6 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
     conversion = _conversion(request, task, name, result, origin)
     stored = None if request.only_train else convert(conversion, store, report)
     return Finetuned(task, result, conversion, stored)
-
-
-def rendered(task: Task, split: str) -> list[ChatRecord]:
-    """The examples of a split with the task's prompt around their texts, as they will be asked."""
-    prompt = task.spec.manifest_prompt()
-    return [
-        ChatRecord(record.id, record.line, _messages(prompt, record), record.answer) for record in task.records(split)
-    ]
-
-
-def _messages(prompt: Prompt, record: ChatRecord) -> tuple[ChatMessage, ...]:
-    said = prompt.messages((message.role, message.content) for message in record.prompt)
-    return tuple(ChatMessage(str(one["role"]), str(one["content"])) for one in said)
 
 
 def _task(request: FinetuneRequest, report: Reporter) -> Task:
