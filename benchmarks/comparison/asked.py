@@ -177,7 +177,7 @@ def _prompt_name(n_shots: int) -> str:
     return f"task's prompt, {n_shots} shots" if n_shots else "task's prompt"
 
 
-def expected_values(examples: Sequence[LabelledExample], task: Task) -> None:
+def require_objects(examples: Sequence[LabelledExample], task: Task) -> None:
     """Raise BadWorkload if the answer to an example of an extraction is no JSON object."""
     for one in examples:
         try:

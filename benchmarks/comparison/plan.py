@@ -19,7 +19,7 @@ from models.store.store import Store, StoredModel
 from models.task.task import Task, open_task
 
 from .arms import KEY_VARIABLE, ArmPlan, base_arm, fine_tune_arm, hosted_arm
-from .asked import AskedSplit, as_chat, as_text, bare_texts, expected_values
+from .asked import AskedSplit, as_chat, as_text, bare_texts, require_objects
 from .evaluate import EvaluationTask
 from .run import require_labels
 
@@ -66,7 +66,7 @@ def evaluation_task(model: str, settings: EvalSettings, store: Store) -> Evaluat
     arm, asked = _of_task(model, task, settings, store)
     max_tokens = settings.max_tokens
     if task.spec.json_schema is not None:
-        expected_values(asked.examples, task)
+        require_objects(asked.examples, task)
         # JSON that is cut is not valid: twice the longest is enough for other spacing and longer values.
         max_tokens = max_tokens or 2 * answer_limit(asked.examples)
     if settings.score_labels and (arm.chat or task.spec.kind != "classify"):
