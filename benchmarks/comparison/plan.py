@@ -131,7 +131,8 @@ def _of_task(model: str, task: Task, settings: EvalSettings, store: Store) -> tu
     else:
         chats = bool(read_meta(stored.gguf).text(TEMPLATE_FIELD))
         asked = (as_chat if chats else as_text)(task, split, settings.shots)
-        require_labels(stored, asked.examples)
+        if not settings.shots:
+            require_labels(stored, asked.examples)
         arm = (fine_tune_arm if chats else base_arm)(stored, asked.prompt, settings.url)
     return replace(arm, fields={**arm.fields, **asked.fields}), asked
 

@@ -14,6 +14,7 @@ from benchmarks.comparison.plan import EvalSettings, evaluation_task
 from benchmarks.errors import BadWorkload
 from benchmarks.load.servers import recipe_file
 from models.errors import BadTask, ModelNotFound
+from models.manifest import Artefact, Manifest, dump_manifest
 from models.store.store import Store
 from models.task.new import NewTask, make_task
 from models.task.task import Task, open_task, text_of
@@ -196,3 +197,16 @@ def test_labels_are_scored_for_a_base_alone(task: Task, home: Path, tmp_path: Pa
     plan = evaluation_task(str(tmp_path / "base.gguf"), EvalSettings(task="parcels", score_labels=True), Store(home))
     assert plan.scoring == "labels scored"
     assert plan.read()[1] == task.spec.labels
+
+
+def test_a_models_labels_are_those_of_the_task_unless_shots_show_others(task: Task, home: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "other"
+    stored.mkdir()
+    (tmp_path / "chat.gguf").rename(stored / "other.gguf")
+    size = (stored / "other.gguf").stat().st_size
+    artefact = Artefact(file="other.gguf", quantization="F16", size_bytes=size, sha256="0" * 64)
+    manifest = Manifest(name="other", licence="none", task="classify", labels=("red", "blue"), artefacts=(artefact,))
+    (stored / "model.toml").write_text(dump_manifest(manifest))
+    with pytest.raises(BadWorkload, match="none of the 2 labels of 'other': give a --task or --examples"):
+        evaluation_task(str(stored), EvalSettings(task="parcels"), Store(home))
+    assert evaluation_task(str(stored), EvalSettings(task="parcels", shots=1), Store(home)).arm.chat
