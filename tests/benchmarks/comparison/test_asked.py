@@ -45,6 +45,12 @@ def test_shots_are_short_repeat_and_show_every_label_alike(tmp_path: Path, n: in
     assert all(len(text_of(one)) <= median(len(text_of(other)) for other in train) for one in shots)
 
 
+def test_rare_labels_are_shown_too(tmp_path: Path) -> None:
+    task = task_of(tmp_path, ["red"] * 10 + ["green", "blue"], COLOURS)
+    assert {one.answer for one in choose_shots(task, "test", 3)} == set(LABELS)
+    assert Counter(one.answer for one in choose_shots(task, "test", 6)) == {"red": 2, "green": 2, "blue": 2}
+
+
 def test_shots_of_the_split_that_is_measured_are_refused(tmp_path: Path) -> None:
     task = task_of(tmp_path, LABELS, COLOURS)
     with pytest.raises(BadWorkload, match="evaluate another, --split test"):
