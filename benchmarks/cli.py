@@ -4,19 +4,16 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from pydantic import Field
 
-from benchmarks.comparison.arms import base_arm, fine_tune_arm
-from benchmarks.comparison.evaluate import EvaluationTask, evaluate, score_evaluation, score_texts
+from benchmarks.comparison.evaluate import evaluate, score_of
 from benchmarks.comparison.figures import derive
-from benchmarks.comparison.run import BenchSettings, make_plan, require_labels, run
+from benchmarks.comparison.plan import EvalSettings, evaluation_task
+from benchmarks.comparison.run import BenchSettings, make_plan, run
 from benchmarks.conversion.compare import convert_speed_command
 from benchmarks.conversion.trim import trim_command
-from benchmarks.load.servers import recipe_file
-from benchmarks.load.workload import read_examples, read_prompt, template_prompt
 from benchmarks.peers.report import peers_command
 from benchmarks.prefill.race import prefill_command
 from benchmarks.report.plots import latency_picture
@@ -25,9 +22,7 @@ from benchmarks.soak.prefixes import prefixes_command
 from benchmarks.soak.soak import soak_command
 from models.common.console import page, show_progress
 from models.common.options import JsonOption, with_options
-from models.common.record import Record
 from models.errors import SOME_FAILED
-from models.manifest import BARE_PROMPT
 from models.store.store import Store
 
 from .cost import Assumptions, check
@@ -36,23 +31,6 @@ from .record import BenchRun, load_run, save_run
 _Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="PATH", help="Also draw the latency distributions to this PNG.")
 ]
-
-
-class EvalSettings(Record):
-    """The options of `deskside eval`. Without `prompt`, the chat endpoint gets the prompt of the model's manifest."""
-
-    examples: Path | None = Field(
-        default=None, description="Labelled chat records (default: email-triage's test split)."
-    )
-    prompt: Path | None = Field(default=None, description="Prompt file with {text} once, for a base model to continue.")
-    url: str | None = Field(default=None, description="A running server (…/v1); without it, one is started.")
-    concurrency: int = Field(default=8, ge=1, description="Requests at a time.")
-    max_tokens: int | None = Field(
-        default=None, ge=1, description="Most tokens of an answer (default: enough for the longest of the examples)."
-    )
-    out: Path | None = Field(
-        default=None, description="Keep each answer in this JSON file; a second run resumes from it."
-    )
 
 
 def create_app() -> typer.Typer:
@@ -110,42 +88,25 @@ def eval_command(
     settings: EvalSettings,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model on examples and keep each answer: accuracy of labels, chrF of texts."""
+    """Measure a model on a task's examples and keep each answer, scored by the kind of the task.
+
+    Labels: accuracy and macro-F1. JSON: validity against the schema and F1 of the fields; answers are requested with
+    response_format. Texts: ROUGE-L. --shots measures a base model that was not trained on the task. With --url and a
+    name that is not installed here, a model of any OpenAI-compatible API is measured.
+    """
+    task = evaluation_task(model, settings, Store())
     with show_progress() as progress:
-        evaluation = evaluate(evaluation_task(model, settings, Store()), progress)
-    score = score_evaluation(evaluation) if evaluation.labels else score_texts(evaluation)
+        evaluation = evaluate(task, progress)
+    score = score_of(evaluation, task.asked)
     if n_cut := sum(item.cut for item in evaluation.predictions):
         limit = evaluation.source.max_tokens if evaluation.source is not None else None
         print(f"warning: {n_cut} answers were cut at {limit} tokens; --max-tokens allows more", file=sys.stderr)
     if as_json:
-        predictions = [item.model_dump(exclude_defaults=True) for item in evaluation.predictions]
-        print(json.dumps({**asdict(score), "predictions": predictions}, ensure_ascii=False, indent=2))
+        shown = evaluation.model_dump(mode="json", exclude_defaults=True)
+        predictions, source = shown["predictions"], shown.get("source", {})
+        print(json.dumps({**asdict(score), "source": source, "predictions": predictions}, ensure_ascii=False, indent=2))
     else:
-        render_score(model, score)
-
-
-def evaluation_task(model: str, settings: EvalSettings, store: Store) -> EvaluationTask:
-    """Resolve the model and the files. Raises ModelNotFound, BadManifest, BadWorkload."""
-    stored = store.resolve(model)
-    examples = settings.examples or recipe_file("data", "test.jsonl.gz")
-    if settings.prompt is None:
-        require_labels(stored, read_examples(examples))
-        prompt = stored.manifest.prompt if stored.manifest else BARE_PROMPT
-        arm = fine_tune_arm(stored, template_prompt("short prompt", prompt), settings.url)
-    else:
-        arm = base_arm(stored, read_prompt(settings.prompt), settings.url)
-    return EvaluationTask(
-        arm,
-        examples,
-        settings.concurrency,
-        settings.out,
-        max_tokens=settings.max_tokens,
-        classifies=stored.manifest is not None and stored.manifest.task == "classify",
-    )
-
-
-if TYPE_CHECKING:
-    pass
+        render_score(f"{model} ({task.asked.name})" if task.asked is not None else model, score)
 
 
 def _show(

@@ -14,6 +14,7 @@ from models.common.files import sha256_file
 from models.store.store import StoredModel
 
 FINE_TUNE, BASE, HOSTED = "fine-tune", "base-few-shot", "hosted"
+KEY_VARIABLE = "DESKSIDE_HOSTED_KEY"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,9 @@ from models.common.files import sha256_file
 from models.common.record import Record
 
 from .arms import ArmPlan
+from .asked import AskedSplit
 from .scoring import ClassificationScore, Predictions, WritingScore, score, score_writing
+from .task_scores import TaskScore, score_task
 
 GROUP = 32
 LOGPROB_DIGITS = 4
@@ -45,7 +47,10 @@ class Prediction(Record):
 
 
 class EvaluationSource(Record):
-    """The identity of an evaluation: answers of another source are not mixed in."""
+    """The identity of an evaluation: answers of another source are not mixed in.
+
+    `asked_sha256` is that of a task's examples as they are asked, shots and schema included.
+    """
 
     model: str
     model_sha256: str | None
@@ -57,6 +62,9 @@ class EvaluationSource(Record):
     examples_sha256: str
     scoring: AnswerMethod = "greedy text"
     max_tokens: int | None = None
+    task: str = ""
+    split: str = ""
+    asked_sha256: str = ""
 
 
 class Evaluation(Record):
@@ -92,9 +100,11 @@ def score_evaluation(evaluation: Evaluation) -> ClassificationScore:
     return score(predictions_of(evaluation), evaluation.labels)
 
 
-def score_texts(evaluation: Evaluation) -> WritingScore:
-    """Similarity of the written texts to those of the examples."""
-    return score_writing(predictions_of(evaluation))
+def score_of(evaluation: Evaluation, asked: AskedSplit | None = None) -> TaskScore | WritingScore:
+    """The score of a task's kind; of other examples that of labels, if the answers are some, else of texts."""
+    if asked is not None:
+        return score_task(predictions_of(evaluation), asked.task.spec)
+    return score_evaluation(evaluation) if evaluation.labels else score_writing(predictions_of(evaluation))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +112,7 @@ class EvaluationTask:
     """An evaluation to run: the arm, the examples, requests at a time, and the file for the answers.
 
     `max_tokens` None: as long as the longest of the examples needs. `classifies`: answers are known to be labels.
+    `asked` are the examples of a task, those of the file `examples`, as they are asked.
     """
 
     arm: ArmPlan
@@ -111,17 +122,24 @@ class EvaluationTask:
     scoring: AnswerMethod = "greedy text"
     max_tokens: int | None = None
     classifies: bool = False
+    asked: AskedSplit | None = None
+
+    def read(self) -> tuple[tuple[LabelledExample, ...], tuple[str, ...]]:
+        """The examples, and the labels to choose from. Raises BadWorkload."""
+        if self.asked is not None:
+            return self.asked.examples, self.asked.labels
+        examples = read_examples(self.examples)
+        return examples, labels_of(examples, classifies=self.classifies or self.scoring == "labels scored")
 
 
 def evaluate(task: EvaluationTask, progress: NamedProgress) -> Evaluation:
     """Send the examples that have no answer yet. Raises ServerFailed when a request fails: gaps count as errors."""
-    examples = read_examples(task.examples)
+    examples, labels = task.read()
     if task.scoring == "greedy text":
         task = replace(task, arm=task.arm.limited(task.max_tokens or answer_limit(examples)))
     source = _source(task)
     known = _resume(task.out, source)
     missing = [example for example in examples if example.id not in known]
-    labels = labels_of(examples, classifies=task.classifies or task.scoring == "labels scored")
     what = f"{source.model} ({source.prompt}, {source.scoring})"
 
     def build() -> Evaluation:
@@ -141,7 +159,7 @@ def evaluate(task: EvaluationTask, progress: NamedProgress) -> Evaluation:
 
 
 def _source(task: EvaluationTask) -> EvaluationSource:
-    facts, prompt = task.arm.facts, task.arm.prompt
+    facts, prompt, asked = task.arm.facts, task.arm.prompt, task.asked
     return EvaluationSource(
         model=facts.model,
         model_sha256=facts.sha256,
@@ -153,6 +171,9 @@ def _source(task: EvaluationTask) -> EvaluationSource:
         examples_sha256=sha256_file(task.examples),
         scoring=task.scoring,
         max_tokens=facts.max_tokens,
+        task=asked.task.name if asked is not None else "",
+        split=asked.split if asked is not None else "",
+        asked_sha256=asked.sha256 if asked is not None else "",
     )
 
 

@@ -44,11 +44,10 @@ from models.manifest import BARE_PROMPT
 from models.store.catalog import DEFAULT_MODEL
 from models.store.store import Store, StoredModel
 
-from .arms import BASE, FINE_TUNE, HOSTED, ArmPlan, base_arm, fine_tune_arm, hosted_arm, replayed_arm
+from .arms import BASE, FINE_TUNE, HOSTED, KEY_VARIABLE, ArmPlan, base_arm, fine_tune_arm, hosted_arm, replayed_arm
 
 WARMUP = 2
 QUICK = {"requests": 6, "concurrency": "1,4"}
-KEY_VARIABLE = "DESKSIDE_HOSTED_KEY"
 Keep = Callable[[Arm], None]
 
 
@@ -203,7 +202,7 @@ def require_labels(stored: StoredModel, examples: Sequence[LabelledExample]) -> 
     if labels and (other := next((one for one in examples if one.label not in labels), None)) is not None:
         raise BadWorkload(
             f"example {other.id!r} is answered {other.label!r:.80}, which is none of the {len(labels)} labels of "
-            f"{stored.name!r}: give --examples of its task"
+            f"{stored.name!r}: give a --task or --examples that it was trained for"
         )
 
 

@@ -93,10 +93,11 @@ def read_examples(path: Path) -> tuple[LabelledExample, ...]:
         records = read_chat_records(path)
     except BadExamples as error:
         raise BadWorkload(str(error)) from error
-    return tuple(_example(record, path) for record in records)
+    return tuple(labelled(record, path) for record in records)
 
 
-def _example(record: ChatRecord, path: Path) -> LabelledExample:
+def labelled(record: ChatRecord, path: Path) -> LabelledExample:
+    """The record as a text and its answer. Raises BadWorkload if what is to be answered is not the user's."""
     *before, asked = [(message.role, message.content) for message in record.prompt]
     if asked[0] != "user":
         raise BadWorkload(

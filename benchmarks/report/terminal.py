@@ -11,9 +11,11 @@ from rich.text import Text
 
 from benchmarks.comparison.figures import ArmAccuracy, ArmFigures, LevelFigures, Spread, Statistics
 from benchmarks.comparison.scoring import OTHER, ClassificationScore, WritingScore
+from benchmarks.comparison.task_scores import ExtractionScore, RougeScore, TaskScore
 from benchmarks.cost import Bill, Offer
 from benchmarks.record import Arm, BenchRun
 from models.common.console import page
+from models.common.stats import Interval
 
 NEVER = "never"
 LATENCY_COLUMNS = ("users", "TTFT p50", "p90", "E2E p50", "p90")
@@ -58,25 +60,17 @@ def verdict_lines(run: BenchRun, statistics: Statistics, bill: Bill | None) -> I
     yield from accuracy_lines(statistics)
 
 
-def render_score(model: str, score: ClassificationScore | WritingScore, console: Console | None = None) -> None:
+def render_score(model: str, score: TaskScore | WritingScore, console: Console | None = None) -> None:
     """Print the measures with their intervals; for labels, also one row each."""
     console = console or page()
-    if isinstance(score, WritingScore):
-        chrf, exact = score.chrf, score.exact
-        console.print(
-            Text(
-                f"{model}: chrF {chrf.estimate:.3f} [{chrf.low:.3f}, {chrf.high:.3f}] (mean of {score.total} texts, 1 "
-                f"is the same; bootstrap 95 %), exactly the same {exact.estimate:.3f} [{exact.low:.3f}, "
-                f"{exact.high:.3f}] ({score.correct} of {score.total}; Wilson 95 %)"
-            )
-        )
+    if not isinstance(score, ClassificationScore):
+        console.print(Text(f"{model}: {', '.join(_measures(score))}"))
         return
     accuracy, macro = score.accuracy, score.macro_f1
     console.print(
         Text(
-            f"{model}: accuracy {accuracy.estimate:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] "
-            f"({score.correct} of {score.total}; Wilson 95 %), "
-            f"macro-F1 {macro.estimate:.3f} [{macro.low:.3f}, {macro.high:.3f}] (bootstrap 95 %)"
+            f"{model}: accuracy {_shown(accuracy)} ({score.correct} of {score.total}; Wilson 95 %), "
+            f"macro-F1 {_shown(macro)} (bootstrap 95 %)"
         )
     )
     table = _table("By label", "label")
@@ -86,6 +80,21 @@ def render_score(model: str, score: ClassificationScore | WritingScore, console:
         figures = (f"{row.precision:.3f}", f"{row.recall:.3f}", f"{row.f1:.3f}")
         table.add_row(row.label, str(row.support), *figures, _confused(score, i))
     console.print(table)
+
+
+def _measures(score: ExtractionScore | RougeScore | WritingScore) -> Iterator[str]:
+    exact = f"{_shown(score.exact)} ({score.correct} of {score.total}; Wilson 95 %)"
+    if isinstance(score, ExtractionScore):
+        yield f"valid {_shown(score.valid)} ({score.n_valid} of {score.total}; Wilson 95 %)"
+        yield f"field F1 {_shown(score.field_f1)} (bootstrap 95 %), all fields right {exact}"
+        return
+    name, value = ("chrF", score.chrf) if isinstance(score, WritingScore) else ("ROUGE-L", score.rouge_l)
+    yield f"{name} {_shown(value)} (mean of {score.total} texts, 1 is the same; bootstrap 95 %)"
+    yield f"exactly the same {exact}"
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def speed_tables(statistics: Statistics) -> tuple[Table, Table]:

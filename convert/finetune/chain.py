@@ -17,15 +17,14 @@ from convert.planning.request import ConvertRequest
 from convert.quantize.quantize import HALF_PRECISION
 from convert.trim.fields import KEPT_FIELD
 from convert.trim.plan import DEFAULT_KEEP
-from models.common.chat_records import ChatMessage, ChatRecord
 from models.common.console import Reporter
 from models.common.files import default_home, sha256_file, write_atomic
 from models.gguf.fields import TOKENS
-from models.manifest import MANIFEST_FILE, Manifest, Prompt, dump_manifest
+from models.manifest import MANIFEST_FILE, Manifest, dump_manifest
 from models.store.store import Store, StoredModel, check_name
 from models.task.check.check import check_task
 from models.task.new import NewTask, make_task
-from models.task.task import TASK_FILE, Task, open_task, tasks_home
+from models.task.task import TASK_FILE, Task, open_task, rendered, tasks_home
 
 from .settings import FinetuneRequest, FinetuneResult, FinetuneSettings
 from .train import check_installed, finetune
@@ -101,19 +100,6 @@ def _best_of_seeds(
         if result.best.is_better_than(best_result.best):
             best_result = result
     return best_result
-
-
-def rendered(task: Task, split: str) -> list[ChatRecord]:
-    """The examples of a split with the task's prompt around their texts, as they will be asked."""
-    prompt = task.spec.manifest_prompt()
-    return [
-        ChatRecord(record.id, record.line, _messages(prompt, record), record.answer) for record in task.records(split)
-    ]
-
-
-def _messages(prompt: Prompt, record: ChatRecord) -> tuple[ChatMessage, ...]:
-    said = prompt.messages((message.role, message.content) for message in record.prompt)
-    return tuple(ChatMessage(str(one["role"]), str(one["content"])) for one in said)
 
 
 def _task(request: FinetuneRequest, report: Reporter) -> Task:

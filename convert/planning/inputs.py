@@ -21,6 +21,7 @@ from models.manifest import Adapter as AdapterRecord
 from models.quality import QUALITY_FILE, LossBudget, TaskKind
 from models.store.catalog import CatalogEntry, load_catalog
 from models.store.store import Store, check_name
+from models.task.task import Task, open_task
 
 from .origin import Origin, find_origin
 from .request import ConvertRequest
@@ -82,6 +83,9 @@ class Inputs:
 
 def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     """Find and check what the request names. Raises RequestInvalid, AdapterInvalid and ModelErrors."""
+    task = open_task(request.task) if request.task is not None else None
+    if task is not None:
+        request = _with_examples(request, task)
     recipe, quantization = _recipe(request), _quantization(request)
     _check_options(request)
     if request.hot:
@@ -95,17 +99,37 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     name = check_name(request.name)
     adapter = read_adapter(request.adapter) if request.adapter is not None else None
     given = read_manifest(request.manifest) if request.manifest is not None else None
-    examples, trim = _examples(request, given), _trim(request)
+    of_task = _of_task(task)
+    stated = given if task is None else (given or Manifest(name=name, licence="")).model_copy(update=of_task)
+    examples, trim = _examples(request, stated), _trim(request)
     origin = find_origin(request.source, request.gguf, store, report)
     if quantization == KEEP and not origin.path.is_file():
         raise RequestInvalid(f"--quant {KEEP} keeps the weights of a GGUF; {request.source!r} is a checkpoint: use F16")
     described = given or _inherited(origin, adapter)
-    if described.labels and given is None:
+    if described.labels and stated is None:
         examples = _examples(request, described)
-    manifest = _complete(_learnt(described, examples), name, adapter, hot=request.hot)
+    learnt = _learnt(described, examples).model_copy(update=of_task)
+    manifest = _complete(learnt, name, adapter, hot=request.hot)
     # the manifest may describe the conversion of another model
     manifest = manifest.model_copy(update={"conversion": None})
     return Inputs(origin, adapter, quantization, manifest, examples, trim)
+
+
+def _with_examples(request: ConvertRequest, task: Task) -> ConvertRequest:
+    """The request with the task's validation split as its examples. Raises RequestInvalid and BadTask."""
+    if request.examples is not None:
+        raise RequestInvalid(f"--task {request.task} has examples of its own: leave out --examples, or --task")
+    task.records("validation")
+    work = request.work or ("classify" if task.spec.kind == "classify" else "write")
+    return request.model_copy(update={"examples": task.file("validation"), "work": work})
+
+
+def _of_task(task: Task | None) -> dict[str, object]:
+    """The fields of a manifest that a task states: a model that answers with JSON writes."""
+    if task is None:
+        return {}
+    kind = "classify" if task.spec.kind == "classify" else "write"
+    return {"task": kind, "labels": task.spec.labels, "prompt": task.spec.manifest_prompt()}
 
 
 def _check_options(request: ConvertRequest) -> None:
@@ -116,7 +140,7 @@ def _check_options(request: ConvertRequest) -> None:
     if request.examples is None:
         for option, value in (("--for", request.work), ("--max-loss", request.max_loss)):
             if value is not None:
-                raise RequestInvalid(f"{option} {value} needs --examples FILE: the examples to measure the loss on")
+                raise RequestInvalid(f"{option} {value} needs --examples FILE or --task: the examples to measure on")
     if request.max_loss is not None and not request.max_loss > 0:
         raise RequestInvalid(f"--max-loss is a mean KL divergence in nats above 0, got {request.max_loss}")
 

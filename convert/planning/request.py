@@ -28,6 +28,10 @@ class ConvertRequest(BaseModel):
         default=None,
         description="JSONL of chat records that were not trained on: choose the quantization by measuring on them.",
     )
+    task: Annotated[str | None, Flag(metavar="TASK")] = Field(
+        default=None,
+        description="A task's name or folder: its validation examples instead of --examples, its kind, labels, prompt.",
+    )
     work: Annotated[TaskKind | None, Flag("for", shown="by their answers")] = Field(
         default=None, description="Task of the examples."
     )

@@ -111,6 +111,23 @@ def bootstrap_mean(values: Sequence[float], *, resamples: int = 2000, seed: int 
     return Interval(float(sample.mean()), float(low), float(high))
 
 
+def bootstrap_ratio(
+    numerators: Sequence[float], denominators: Sequence[float], *, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """The ratio of two sums over the same items, with a percentile bootstrap over the items; 0/0 counts as 0.
+
+    Raises ValueError for no items.
+    """
+    if not numerators:
+        raise ValueError("the ratio over no items is not defined")
+    pairs = np.array(list(zip(numerators, denominators, strict=True)), dtype=float)
+    chosen = np.random.default_rng(seed).integers(len(pairs), size=(resamples, len(pairs)))
+    sums = np.concatenate([pairs.sum(axis=0, keepdims=True), pairs[chosen].sum(axis=1)])
+    ratios = np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] != 0)
+    low, high = np.quantile(ratios[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(ratios[0]), float(low), float(high))
+
+
 # Requests below which a percentile is not reported: with fewer, the largest value seen lies under the true percentile
 # with more than about 0.12 % probability (p**n).
 NEEDED = {50: 6, 90: 64, 99: 662}

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.common.chat_records import MAX_LABELS, ChatRecord, read_chat_records
+from models.common.chat_records import MAX_LABELS, ChatMessage, ChatRecord, read_chat_records
 from models.common.files import default_home, write_atomic
 from models.errors import BadExamples, BadTask, did_you_mean
 from models.manifest import Prompt
@@ -145,6 +145,19 @@ class Task:
 def text_of(record: ChatRecord) -> str:
     """The text that an example is about: its messages but for the system's."""
     return "\n\n".join(message.content for message in record.prompt if message.role not in {"system", "developer"})
+
+
+def rendered(task: Task, split: str) -> list[ChatRecord]:
+    """The examples of a split with the task's prompt around their texts, as they will be asked."""
+    prompt = task.spec.manifest_prompt()
+    return [
+        ChatRecord(record.id, record.line, _messages(prompt, record), record.answer) for record in task.records(split)
+    ]
+
+
+def _messages(prompt: Prompt, record: ChatRecord) -> tuple[ChatMessage, ...]:
+    said = prompt.messages((message.role, message.content) for message in record.prompt)
+    return tuple(ChatMessage(str(one["role"]), str(one["content"])) for one in said)
 
 
 def tasks_home() -> Path:

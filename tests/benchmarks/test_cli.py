@@ -9,7 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.cli import EvalSettings, create_app, eval_command, evaluation_task
+from benchmarks.cli import create_app, eval_command
+from benchmarks.comparison.plan import EvalSettings, evaluation_task
 from benchmarks.comparison.run import BenchSettings, make_plan
 from benchmarks.errors import BadWorkload
 from benchmarks.record import load_run
@@ -240,5 +241,7 @@ def test_examples_of_another_task_are_refused(evaluate: Invoke, app: StandIn, fo
     artefact = Artefact(file="mine.gguf", quantization="F16", size_bytes=4, sha256="0" * 64)
     manifest = Manifest(name="mine", licence="none", task="classify", labels=("red", "blue"), artefacts=(artefact,))
     (stored / "model.toml").write_text(dump_manifest(manifest))
-    with pytest.raises(BadWorkload, match="'ham', which is none of the 2 labels of 'mine': give --examples"):
+    with pytest.raises(
+        BadWorkload, match="'ham', which is none of the 2 labels of 'mine': give a --task or --examples"
+    ):
         evaluation_task(str(stored), EvalSettings(examples=folder / "mails.jsonl"), Store(folder))

@@ -12,7 +12,7 @@ import pytest
 
 from convert.errors import FinetuneFailed, RequestInvalid
 from convert.finetune import chain
-from convert.finetune.chain import Finetuned, finetune_task, rendered
+from convert.finetune.chain import Finetuned, finetune_task
 from convert.finetune.settings import EpochScore, FinetuneRequest, FinetuneResult, FinetuneSettings, TrainingCost
 from convert.finetune.train import check_installed
 from models.common.chat_records import read_chat_records
@@ -120,17 +120,6 @@ def test_again_is_refused_before_anything_is_done(
     os.utime(changed, (1, 1))
     with pytest.raises(RequestInvalid, match=r"has changed since the task 'sorted' was made of it"):
         finetune_task(request, FinetuneSettings(**QUICK), Store(), LineReporter())
-
-
-def test_the_prompt_stands_around_every_text(table: Path) -> None:
-    from models.task.new import NewTask, make_task
-
-    task = make_task(NewTask(name="asked", file=table, prompt="Sort this mail: {input}!")).task
-    for split in ("train", "validation"):
-        bare = task.records(split)
-        asked = rendered(task, split)
-        assert [one.prompt[-1].content for one in asked] == [f"Sort this mail: {text_of(one)}!" for one in bare]
-        assert [one.answer for one in asked] == [one.answer for one in bare]
 
 
 def test_examples_that_leak_are_refused_with_the_command_that_mends_it(table: Path, base: Path, with_jax: None) -> None:

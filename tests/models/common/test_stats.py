@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.common.stats import bootstrap_mean, compare_paired, mcnemar_exact, newcombe_paired, wilson
+from models.common.stats import (
+    bootstrap_mean,
+    bootstrap_ratio,
+    compare_paired,
+    mcnemar_exact,
+    newcombe_paired,
+    wilson,
+)
 
 counts = st.integers(0, 60)
 
@@ -79,3 +86,20 @@ def test_the_bootstrap_of_equal_values_has_no_width_and_of_none_is_refused() -> 
     assert (found.estimate, found.low, found.high) == (0.25, 0.25, 0.25)
     with pytest.raises(ValueError, match="no values"):
         bootstrap_mean([])
+
+
+def test_a_ratio_of_sums_weighs_items_by_their_size() -> None:
+    found = bootstrap_ratio([1.0, 0.0, 6.0], [2.0, 2.0, 6.0])
+    assert found.estimate == pytest.approx(7 / 10)
+    assert found.low < found.estimate < found.high
+    assert bootstrap_ratio([3.0] * 9, [4.0] * 9).low == bootstrap_ratio([3.0] * 9, [4.0] * 9).high == 0.75
+    assert bootstrap_ratio([0.0], [0.0]).estimate == 0
+    with pytest.raises(ValueError, match="no items"):
+        bootstrap_ratio([], [])
+
+
+def test_a_ratio_with_equal_denominators_is_a_mean() -> None:
+    values = [0.0, 1.0, 1.0, 0.5, 0.25]
+    ratio, mean = bootstrap_ratio(values, [1.0] * len(values)), bootstrap_mean(values)
+    assert ratio.estimate == pytest.approx(mean.estimate)
+    assert (ratio.low, ratio.high) == pytest.approx((mean.low, mean.high), abs=0.1)

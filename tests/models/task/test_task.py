@@ -10,7 +10,19 @@ import pytest
 from models.errors import BadTask
 from models.task.check.check import findings_of
 from models.task.check.finding import Example
-from models.task.task import SPLITS, TASK_FILE, Task, TaskSpec, dump_spec, open_task, read_spec, rows, task_names
+from models.task.task import (
+    SPLITS,
+    TASK_FILE,
+    Task,
+    TaskSpec,
+    dump_spec,
+    open_task,
+    read_spec,
+    rendered,
+    rows,
+    task_names,
+    text_of,
+)
 
 EMAIL_TRIAGE = Path(__file__).parents[3] / "models" / "email_triage"
 SCHEMA = {"type": "object", "properties": {"name": {"type": ["string", "null"]}}, "required": ["name"]}
@@ -40,6 +52,14 @@ def test_a_task_is_opened_by_name_and_by_path(make: Callable[..., Task]) -> None
     assert (task_names(), task.address) == (["mails"], "mails")
     moved = task.folder.rename(task.folder.parent.parent / "a folder")
     assert open_task(str(moved)).address == f"'{moved}'"
+
+
+def test_the_prompt_stands_around_every_text(make: Callable[..., Task]) -> None:
+    task = make(prompt="Sort this mail: {input}!")
+    for split in SPLITS:
+        bare, asked = task.records(split), rendered(task, split)
+        assert [one.prompt[-1].content for one in asked] == [f"Sort this mail: {text_of(one)}!" for one in bare]
+        assert [(one.id, one.answer) for one in asked] == [(one.id, one.answer) for one in bare]
 
 
 def test_packed_splits_are_read(make: Callable[..., Task]) -> None:
@@ -119,6 +139,12 @@ def test_the_default_models_home_is_a_task() -> None:
     sizes = {split: len(task.records(split)) for split in SPLITS}
     assert sizes == {"train": 952, "validation": 296, "test": 343}
     assert {record.answer for _, record in rows(task)} == set(task.spec.labels)
+
+
+def test_the_synopses_are_a_task_that_writes() -> None:
+    task = open_task(str(EMAIL_TRIAGE.with_name("debian_synopsis")))
+    assert (task.spec.kind, task.spec.scorer) == ("write", "rouge-l")
+    assert [len(task.records(split)) for split in SPLITS] == [2135, 288, 429]
 
 
 def test_its_mails_are_checked_and_one_is_quoted_in_another_split() -> None:
