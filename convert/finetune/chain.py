@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from convert.errors import FinetuneFailed, RequestInvalid
@@ -10,6 +11,7 @@ from convert.pipeline import convert
 from convert.planning.inputs import licensed
 from convert.planning.origin import Origin, find_origin
 from convert.planning.request import ConvertRequest
+from convert.replacement import incumbent_of
 from models.common.chat_records import ChatMessage, ChatRecord
 from models.common.console import Reporter
 from models.common.files import default_home, write_atomic
@@ -39,21 +41,22 @@ class Finetuned:
 def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: Store, report: Reporter) -> Finetuned:
     """Check the task, train on it, and install the model that loses nothing of it.
 
-    What can be refused is refused before the training. Raises RequestInvalid, FinetuneFailed, and what the task, the
-    training and the conversion raise.
+    An installed model of the name answers the validation examples before the training, and is replaced only if the new
+    one is not worse on them. What can be refused is refused before the training. Raises RequestInvalid, FinetuneFailed,
+    NotReplaced, and what the task, the training and the conversion raise.
     """
     check_installed()
     task = _task(request, report)
     name = check_name(request.name or task.name)
-    if name in store.names() and not (request.replace or request.only_train):
-        raise RequestInvalid(f"{name!r} is installed already; give --replace, or another --name")
     _check(task, report)
     origin = find_origin(request.base, None, store, report)
+    tested = None if request.only_train else incumbent_of(name, task, store, report, overruled=request.replace)
     out = request.out if request.out is not None else default_home() / FOLDER / name
     train, validation = (rendered(task, split) for split in ("train", "validation"))
     result = finetune(origin.path, train, validation, task.spec.labels, settings, out, report)
     conversion = _conversion(request, task, name, result, origin)
-    stored = None if request.only_train else convert(conversion, store, report)
+    admit = partial(tested.admit, conversion) if tested is not None else None
+    stored = None if request.only_train else convert(conversion, store, report, admit)
     return Finetuned(task, result, conversion, stored)
 
 
