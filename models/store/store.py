@@ -209,7 +209,7 @@ class Store:
         return self.get(name)
 
     def _settle(self, name: str) -> None:
-        """Bring an exchange of folders that a kill has interrupted to its end; wait for one that goes on."""
+        """Bring an exchange of folders that a kill has interrupted to its end; wait for one in another process."""
         if not self._versions.is_settled(name):
             with self._renaming():
                 self._versions.settle(name)

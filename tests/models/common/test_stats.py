@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.common.stats import bootstrap_mean, compare_paired, mcnemar_exact, newcombe_paired, wilson
+from models.common.stats import bootstrap_mean, compare_paired, mcnemar_exact, newcombe_paired, sign_flip_p, wilson
 
 counts = st.integers(0, 60)
 
@@ -79,3 +79,10 @@ def test_the_bootstrap_of_equal_values_has_no_width_and_of_none_is_refused() -> 
     assert (found.estimate, found.low, found.high) == (0.25, 0.25, 0.25)
     with pytest.raises(ValueError, match="no values"):
         bootstrap_mean([])
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (4, 4), (6, 0), (9, 2), (1, 12)])
+def test_flipped_signs_of_right_and_wrong_give_mcnemars_p(lost: int, won: int) -> None:
+    differences = [-1.0] * lost + [1.0] * won + [0.0] * 20
+    assert sign_flip_p(differences) == pytest.approx(mcnemar_exact(lost, won), abs=0.02)
+    assert sign_flip_p([-value for value in differences]) == sign_flip_p(differences)
