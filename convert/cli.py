@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +78,8 @@ def finetune_command(request: FinetuneRequest, settings: FinetuneSettings, as_js
 
 def trained_summary(done: "Finetuned") -> list[str]:
     """Describe the fine-tune and the model made of it, and the next command."""
+    from convert.replacement import command_of
+
     best, conversion = done.result.best, done.conversion
     score = f"accuracy {best.accuracy:.3f}, " if best.accuracy is not None else ""
     minutes, epochs = done.result.seconds / 60, len(done.result.epochs)
@@ -86,15 +87,15 @@ def trained_summary(done: "Finetuned") -> list[str]:
     line += f"on the validation examples {score}loss {best.loss:.3f}"
     if done.stored is not None:
         return [line, *summary(done.stored)]
-    options = {"--adapter": conversion.adapter, "--examples": conversion.examples, "--manifest": conversion.manifest}
-    given = " ".join(f"{option} {shlex.quote(str(value))}" for option, value in options.items() if value is not None)
-    return [line, f"next: deskside convert {shlex.quote(conversion.source)} {given} --name {conversion.name}"]
+    return [line, f"next: {command_of(conversion)}"]
 
 
 def summary(stored: "StoredModel") -> list[str]:
     """Describe the model that was made, the reason for its choice, and the command to use it with."""
+    from models.cli import describe_version
     from models.common.machine import mebibytes
     from models.quality import QUALITY_FILE, read_quality
+    from models.store.store import Store
 
     manifest = stored.manifest
     assert manifest is not None, "convert has written it"
@@ -110,6 +111,8 @@ def summary(stored: "StoredModel") -> list[str]:
     if not manifest.labels and manifest.task == "general":
         asks = "refuses it" if manifest.fine_tuned else "asks it in the words of each question, not as it was trained"
         lines.append(f"  its task is not known: /v1/decisions {asks}; --examples FILE would record task and labels")
+    if (before := Store().previous(stored.name)) is not None:
+        lines.append(f"  the version before is kept: {describe_version(before)}; deskside rollback {stored.name}")
     base = f"{manifest.base.name}:" if manifest.kind == "adapter" and manifest.base is not None else ""
     return [*lines, f"next: deskside serve {base}{stored.name}"]
 

@@ -12,6 +12,7 @@ ConvertError
 ├── QuantizeFailed       llama.cpp could not quantize
 ├── MeasureFailed        a file cannot be measured: it does not run, its logits are not finite, or it has other tokens
 ├── FinetuneFailed       a fine-tune cannot be done: no library, too little time or memory, another run's checkpoint
+├── NotReplaced          a new model is worse than the installed one, or cannot be compared with it
 ├── VerifyFailed         the written file is not as planned, or does not run
 └── RequestInvalid       the options contradict each other or lack a name
     └── QuantizationUnknown  no quantization of that name
@@ -75,6 +76,10 @@ class MeasureFailed(ConvertError):
 
 class FinetuneFailed(ConvertError):
     """A fine-tune cannot be done: no library, too little time or memory, or another run's checkpoint in its folder."""
+
+
+class NotReplaced(ConvertError):
+    """A new model is worse than the one that is installed under its name, or cannot be compared with it."""
 
 
 class VerifyFailed(ConvertError):

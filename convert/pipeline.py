@@ -7,7 +7,7 @@ is complete. Only measurements outlive a stopped run, for the next one.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,8 +54,12 @@ MEASUREMENTS = "measured"
 """Folder of the store that keeps measurements of candidates for a later run."""
 
 
-def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredModel:
-    """Make the model the request describes and install it.
+Admit = Callable[[StoredModel], None]
+"""Judges a finished model before it is installed; raises to keep what is installed under its name."""
+
+
+def convert(request: ConvertRequest, store: Store, report: Reporter, admit: Admit | None = None) -> StoredModel:
+    """Make the model the request describes and install it. One that `admit` has judged may replace another.
 
     Raises ConvertError for the request, the adapter or the weights, ModelError for the source file and the store. An
     error or an interrupt at any time leaves the installed models as they were.
@@ -64,7 +68,7 @@ def convert(request: ConvertRequest, store: Store, report: Reporter) -> StoredMo
     if request.hot:
         _make_adapter(inputs, request, store, report)
     else:
-        _make_model(inputs, request, store, report)
+        _make_model(inputs, request, store, report, admit)
     return store.get(inputs.manifest.name)
 
 
@@ -83,7 +87,7 @@ class _Build:
         return self.workdir / _file_name(self.inputs, quantization)
 
 
-def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:
+def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter, admit: Admit | None) -> None:
     with ExitStack() as stack:
         folders = speech_folders(inputs.origin.folder, inputs.adapter.folder if inputs.adapter is not None else None)
         proof = Proof(folders.tokenizer, folders.template) if folders.tokenizer is not None else None
@@ -91,7 +95,8 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
             stack.callback(proof.close)
         checkpoint = stack.enter_context(closing(open_checkpoint(inputs.origin.path)))
         read_back: set[str] = set()
-        staging = store.staging(inputs.manifest.name, replace=request.replace, read_back=read_back)
+        replaces = request.replace or admit is not None
+        staging = store.staging(inputs.manifest.name, replace=replaces, read_back=read_back)
         folder = stack.enter_context(staging)
         if proof is not None:
             stack.callback(proof.close)  # before the staging folder is removed: the proof reads from it
@@ -128,6 +133,8 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
             chats=TEMPLATE_FIELD in plan.header.fields,
         )
         discard(build.workdir)
+        if admit is not None:
+            admit(store.resolve(folder))
 
 
 def _make_adapter(inputs: Inputs, request: ConvertRequest, store: Store, report: Reporter) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,9 +53,11 @@ def show_command(name: _NameArgument, as_json: _Json = False) -> None:
     from models.quality import QUALITY_FILE, read_quality
     from models.store.store import Store
 
-    stored = Store().resolve(name)
+    store = Store()
+    stored = store.resolve(name)
+    before = store.previous(stored.name) if stored.name in store.names() else None
     if as_json:
-        _print_json(_described(stored))
+        _print_json(_described(stored) | {"previous": str(before.folder) if before is not None else None})
     elif stored.manifest is None:
         typer.echo(f"{stored.gguf}: a GGUF file without a manifest, {stored.gguf.stat().st_size} bytes")
     else:
@@ -62,6 +65,8 @@ def show_command(name: _NameArgument, as_json: _Json = False) -> None:
         quality = read_quality(stored.folder) if (stored.folder / QUALITY_FILE).is_file() else None
         where = str(card) if card.is_file() else ""
         print_model(stored.manifest, quality, where, chats=has_chat_template(stored.gguf))
+        if before is not None:
+            typer.echo(f"\nThe version before it: {describe_version(before)}\ndeskside rollback {stored.name}")
 
 
 def verify_command(
@@ -85,11 +90,41 @@ def verify_command(
 
 
 def remove_command(name: _NameArgument) -> None:
-    """Delete an installed model."""
+    """Delete an installed model, and the one that it replaced, if that is kept for `deskside rollback`."""
     from models.store.store import Store
 
-    Store().remove(name)
-    typer.echo(f"{name}: removed", err=True)
+    both = Store().remove(name)
+    typer.echo(f"{name}: removed" + (", with the version before it" if both else ""), err=True)
+
+
+def rollback_command(name: _NameArgument, as_json: _Json = False) -> None:
+    """Bring back the model that was replaced last under this name; a second time, the newer one again.
+
+    Servers that run keep the file that they have open; restart them to serve what was brought back.
+    """
+    from models.store.store import Store
+
+    store = Store()
+    stored = store.rollback(name)
+    aside = store.previous(name)
+    typer.echo(f"{name} is again {describe_version(stored)}", err=True)
+    kept = describe_version(aside) if aside is not None else "the newer one, which is damaged"
+    typer.echo(f"kept aside: {kept}; `deskside rollback {name}` swaps them again", err=True)
+    if as_json:
+        _print_json(_described(stored))
+    else:
+        typer.echo(f"{stored.name}: {stored.gguf}")
+
+
+def describe_version(stored: "StoredModel") -> str:
+    """The quantization, the size and the date that tell a version from another."""
+    from models.manifest import MANIFEST_FILE
+
+    manifest = stored.manifest
+    assert manifest is not None, "a model of the store has one"
+    first = manifest.artefacts[0]
+    made = datetime.fromtimestamp((stored.folder / MANIFEST_FILE).stat().st_mtime).astimezone()
+    return f"{first.quantization}, {mebibytes(first.size_bytes)}, made {made:%Y-%m-%d %H:%M}"
 
 
 def pull_command(

@@ -45,7 +45,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("lora", "trim", "proof"),
         ("planning",),
         ("selection",),
-        ("pipeline",),
+        ("pipeline", "replacement"),
         ("finetune",),
         ("cli",),
     ),

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from convert.planning.inputs import licensed
 from convert.planning.origin import Origin, find_origin
 from convert.planning.request import ConvertRequest
 from convert.quantize.quantize import HALF_PRECISION
+from convert.replacement import incumbent_of
 from convert.trim.fields import KEPT_FIELD
 from convert.trim.plan import DEFAULT_KEEP
 from models.common.console import Reporter
@@ -49,16 +51,16 @@ class Finetuned:
 def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: Store, report: Reporter) -> Finetuned:
     """Check the task, train on it, and install the model that loses nothing of it.
 
-    What can be refused is refused before the training. Raises RequestInvalid, FinetuneFailed, and what the task, the
-    training and the conversion raise.
+    An installed model of the name answers the validation examples before the training, and is replaced only if the new
+    one is not worse on them. What can be refused is refused before the training. Raises RequestInvalid, FinetuneFailed,
+    NotReplaced, and what the task, the training and the conversion raise.
     """
     check_installed()
     task = _task(request, report)
     name = check_name(request.name or task.name)
-    if name in store.names() and not (request.replace or request.only_train):
-        raise RequestInvalid(f"{name!r} is installed already; give --replace, or another --name")
     _check(task, report)
     origin = find_origin(request.base, None, store, report)
+    tested = None if request.only_train else incumbent_of(name, task, store, report, overruled=request.replace)
     out = request.out if request.out is not None else default_home() / FOLDER / name
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / MANIFEST_FILE, dump_manifest(_manifest(task, name, origin)))
@@ -72,7 +74,8 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
     )
     source = request.base if base == origin.path else str(base.parent)
     conversion = _conversion(request, task, name, result, source)
-    stored = None if request.only_train else convert(conversion, store, report)
+    admit = partial(tested.admit, conversion) if tested is not None else None
+    stored = None if request.only_train else convert(conversion, store, report, admit)
     return Finetuned(task, result, conversion, stored)
 
 

@@ -32,7 +32,7 @@ class FinetuneRequest(BaseModel):
     whole_vocabulary: Annotated[bool, Flag("whole-vocab")] = Field(
         default=False, description="Do not cut a large vocabulary to what the examples need."
     )
-    replace: bool = Field(default=False, description="Replace an installed model of that name.")
+    replace: bool = Field(default=False, description="Replace an installed model of that name, even with a worse one.")
     only_train: bool = Field(default=False, description="Stop after the training; the next command is told.")
     out: Annotated[Path | None, Flag(metavar="DIR", shown="trained/NAME beside the store")] = Field(
         default=None, description="Folder for the result; a stopped run with the same folder resumes."

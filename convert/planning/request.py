@@ -59,5 +59,7 @@ class ConvertRequest(BaseModel):
     manifest: OptionalFile = Field(
         default=None, description="model.toml with description, task, labels, prompt, licence."
     )
-    replace: bool = Field(default=False, description="Replace an installed model of that name.")
+    replace: bool = Field(
+        default=False, description="Replace an installed model of that name; it is kept for rollback."
+    )
     keep_f16: bool = Field(default=False, description="Keep the unquantized file as well.")

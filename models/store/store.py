@@ -1,6 +1,7 @@
 """The models on disk: a name or a path becomes a verified local file; installing is all or nothing.
 
 <home>/models/<name>/    model.toml, *.gguf, README.md: complete models only
+<home>/previous/<name>/  the model that was replaced, for `deskside rollback`
 <home>/staging/<id>/     models in the making, each held by the lock file <id>.lock of a living process
 <home>/staging/.lock     held while folders are renamed
 """
@@ -17,11 +18,12 @@ from filelock import FileLock, Timeout
 
 from models.common.file_kinds import file_kind
 from models.common.files import Progress, default_home, discard, sha256_file, sync
-from models.errors import BadManifest, HashMismatch, ModelNotFound, StoreError, did_you_mean, nearest
+from models.errors import BadManifest, HashMismatch, ModelError, ModelNotFound, StoreError, did_you_mean, nearest
 from models.gguf.header import is_gguf
 from models.manifest import MANIFEST_FILE, Artefact, Manifest, read_manifest
 
 from .catalog import load_catalog
+from .previous import Versions
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -83,9 +85,12 @@ class Store:
         self.home = home if home is not None else default_home()
         self._models = self.home / "models"
         self._staging = self.home / "staging"
+        self._versions = Versions(self.home)
 
     def names(self) -> list[str]:
         """The names of the installed models, sorted."""
+        for name in self._versions.names():
+            self._settle(name)
         if not self._models.is_dir():
             return []
         return sorted(path.name for path in self._models.iterdir() if (path / MANIFEST_FILE).is_file())
@@ -93,6 +98,7 @@ class Store:
     def get(self, name: str) -> StoredModel:
         """The installed model of that name. Raises ModelNotFound, BadManifest, StoreError (not a name)."""
         folder = self._models / check_name(name)
+        self._settle(name)
         if not (folder / MANIFEST_FILE).is_file():
             raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}{self._way_to(name)}")
         stored = _open_folder(folder)
@@ -108,8 +114,10 @@ class Store:
         Raises ModelNotFound naming what is installed, BadManifest when the folder contradicts its manifest.
         """
         text = str(name_or_path)
-        if _NAME.fullmatch(text) and (self._models / text / MANIFEST_FILE).is_file():
-            return self.get(text)
+        if _NAME.fullmatch(text):
+            self._settle(text)
+            if (self._models / text / MANIFEST_FILE).is_file():
+                return self.get(text)
         path = Path(name_or_path).expanduser()
         if path.is_file() and (path.suffix.lower() == ".gguf" or is_gguf(path)):
             return StoredModel(path.stem, path.parent, None, path)
@@ -124,8 +132,9 @@ class Store:
         """A temporary folder to build the model `name` in; leaving the block installs it.
 
         On leaving, `model.toml` is read, each artefact's size and sha256 are verified, everything is flushed to disk
-        and renamed into place at once. Artefacts named in `read_back` by then are not hashed again: the caller has
-        done so. When the block raises (KeyboardInterrupt included), the folder is removed.
+        and renamed into place at once; a model that it replaces is kept for `rollback`, in place of one kept before.
+        Artefacts named in `read_back` by then are not hashed again: the caller has done so. When the block raises
+        (KeyboardInterrupt included), the folder is removed.
         Raises StoreError (name taken and not `replace`, or not a name), BadManifest, HashMismatch.
         """
         target = self._models / check_name(name)
@@ -156,14 +165,54 @@ class Store:
                 fix=f"; fix: deskside models remove {name}, then install it again",
             )
 
-    def remove(self, name: str) -> None:
-        """Delete the model. Its name is free at once, even when deleting the files takes a while."""
+    def remove(self, name: str) -> bool:
+        """Delete the model, and the one that it replaced, if that is kept: True then.
+
+        The name is free at once, even when deleting the files takes a while.
+        """
         folder = self._models / check_name(name)
+        self._settle(name)
         if not folder.exists() and not folder.is_symlink():
             near = did_you_mean(name, self.names())
             raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}{near}")
         with self._staged_folder(name) as trash, self._renaming():
-            folder.rename(trash / name)
+            self._versions.drop_previous(name, trash / "previous")
+            folder.rename(trash / "installed")
+            return (trash / "previous").exists()
+
+    def previous(self, name: str) -> StoredModel | None:
+        """The model that `name` replaced, if it is kept and whole."""
+        self._settle(check_name(name))
+        try:
+            return _open_folder(self._versions.previous(name))
+        except ModelError:
+            return None
+
+    def rollback(self, name: str) -> StoredModel:
+        """Swap the model with the one that it replaced, and return the one installed now. Twice changes nothing.
+
+        Raises ModelNotFound when one of the two is missing, BadManifest when the replaced one is damaged, StoreError.
+        """
+        self._settle(check_name(name))
+        if not self._versions.installed(name).exists():
+            near = did_you_mean(name, self.names())
+            raise ModelNotFound(f"no model named {name!r} is installed; {self._installed()}{near}")
+        if not self._versions.previous(name).exists():
+            raise ModelNotFound(
+                f"there is nothing to roll {name!r} back to: it has replaced no model. One is kept when `deskside "
+                "finetune` or `deskside convert --replace` installs another under its name"
+            )
+        _open_folder(self._versions.previous(name))
+        with self._renaming():
+            self._versions.exchange(name)
+        sync(self._models)
+        return self.get(name)
+
+    def _settle(self, name: str) -> None:
+        """Bring an exchange of folders that a kill has interrupted to its end; wait for one in another process."""
+        if not self._versions.is_settled(name):
+            with self._renaming():
+                self._versions.settle(name)
 
     def _require_other_letters(self, name: str) -> None:
         """Raise StoreError if an installed name differs in capitals only: some file systems take both for one."""
@@ -190,13 +239,19 @@ class Store:
             self._models.mkdir(parents=True, exist_ok=True)
             self._staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"the store {str(self.home)!r} cannot be written: {error}; set DESKSIDE_HOME") from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> StoreError:
+        return StoreError(f"the store {str(self.home)!r} cannot be written: {error}; set DESKSIDE_HOME")
 
     @contextmanager
     def _renaming(self) -> Iterator[None]:
         self._prepare()
-        with FileLock(self._staging / ".lock"):
-            yield
+        try:
+            with FileLock(self._staging / ".lock"):
+                yield
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     @contextmanager
     def _staged_folder(self, name: str) -> Iterator[Path]:
@@ -215,7 +270,7 @@ class Store:
             discard(_lock_of(folder))
 
     def _sweep(self) -> None:
-        """Remove the leftovers of dead processes from staging; restore a model after an interrupted replacement."""
+        """Remove the leftovers of dead processes from staging."""
         for folder in self._staging.iterdir():
             if not folder.is_dir():
                 continue
@@ -224,9 +279,6 @@ class Store:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
-            for replaced in folder.glob("replaced/*"):
-                if not (self._models / replaced.name).exists():
-                    replaced.rename(self._models / replaced.name)
             discard(folder)
             lock.release()
             discard(_lock_of(folder))
@@ -247,28 +299,20 @@ class Store:
         sync(folder)
 
     def _install(self, folder: Path, target: Path, *, replace: bool) -> None:
+        self._versions.settle(target.name)
         if target.exists() and not replace:
             raise _taken(target.name)
-        with self._moved_aside(target):
-            folder.rename(target)
+        self._versions.install(folder, target.name, keep=_is_worth_keeping(target, folder))
         sync(self._models)
 
-    @contextmanager
-    def _moved_aside(self, target: Path) -> Iterator[None]:
-        """Move the installed model aside for the block; restore it if the block fails, or at the next sweep."""
-        if not target.exists():
-            yield
-            return
-        aside = self._staging / f"{target.name}.{uuid.uuid4().hex[:12]}"
-        old = aside / "replaced" / target.name
-        old.parent.mkdir(parents=True)
-        target.rename(old)
-        try:
-            yield
-        finally:
-            if not target.exists():
-                old.rename(target)
-            discard(aside)
+
+def _is_worth_keeping(replaced: Path, new: Path) -> bool:
+    """False for a damaged model, and for one with the very files of the new one."""
+    try:
+        manifest = _open_folder(replaced).manifest
+    except ModelError:
+        return False
+    return manifest is not None and manifest.artefacts != read_manifest(new).artefacts
 
 
 def _lock_of(folder: Path) -> Path:

@@ -40,6 +40,7 @@ VERBS: Mapping[str, Verb] = {
     "task": Verb("models.task.cli", "create_app", "Make a task of your own texts, check it, mend it."),
     "convert": Verb("convert.cli", "convert_command", "Make a model: checkpoint + LoRA adapter to quantized GGUF."),
     "finetune": Verb("convert.cli", "finetune_command", "Train and install a model of your own examples."),
+    "rollback": Verb("models.cli", "rollback_command", "Bring back the model that was replaced last."),
     "eval": Verb("benchmarks.cli", "eval_command", "Measure a model's accuracy on labelled examples."),
     "serve": Verb("runtime.cli.commands", "serve_command", "Serve models to any OpenAI client."),
     "batch": Verb("runtime.cli.commands", "batch_command", "Answer a file of requests; resumable, nothing lost."),
@@ -80,6 +81,7 @@ MEANT: Mapping[str, str] = {
         "deskside finetune mails.csv; an adapter trained elsewhere goes to "
         "deskside convert BASE --adapter FOLDER --name NAME",
     ),
+    **dict.fromkeys(("undo", "revert", "restore"), "deskside rollback NAME"),
     "help": "deskside --help",
     "version": "deskside --version",
 }

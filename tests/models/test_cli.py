@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from models.cli import create_app, pull_command
@@ -91,6 +92,27 @@ def test_remove_deletes(home: Store) -> None:
     assert (ran.stdout, ran.stderr) == ("", "tiny: removed\n")
     assert home.names() == []
     assert isinstance(run("remove", "tiny").exception, ModelNotFound)
+
+
+def test_rollback_says_what_was_swapped_and_show_what_is_kept(home: Store) -> None:
+    from models.cli import rollback_command
+
+    app = typer.Typer()
+    app.command()(rollback_command)
+    assert isinstance(CliRunner().invoke(app, ["tiny"]).exception, ModelNotFound)
+    assert "rollback" not in run("show", "tiny").stdout
+    assert run_json("show", "tiny")["previous"] is None
+    with home.staging("tiny", replace=True) as folder:
+        fill(folder, content=CONTENT + b"!")
+    assert "The version before it: Q8_0, 0 MiB, made 20" in run("show", "tiny").stdout
+    assert Path(run_json("show", "tiny")["previous"]).is_dir()
+    assert [row["name"] for row in run_json("list") if row["state"] == "installed"] == ["tiny"]
+    ran = CliRunner().invoke(app, ["tiny"])
+    assert ran.stdout == f"tiny: {home.get('tiny').gguf}\n"
+    assert ran.stderr.startswith("tiny is again Q8_0, 0 MiB, made 20")
+    assert "`deskside rollback tiny` swaps them again" in ran.stderr
+    assert home.get("tiny").gguf.read_bytes() == CONTENT
+    assert run("remove", "tiny").stderr == "tiny: removed, with the version before it\n"
 
 
 def test_pull_prints_the_path_and_no_progress_without_a_terminal(

@@ -108,14 +108,15 @@ def test_the_vocabulary_is_cut_before_the_training(finished: tuple[Finetuned, Pa
 
 
 @pytest.mark.finetune
-def test_again_is_refused_before_anything_is_done(
+def test_again_the_new_model_is_tested_and_a_changed_table_is_refused(
     finished: tuple[Finetuned, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, folder = finished
+    done, folder = finished
     monkeypatch.setenv("DESKSIDE_HOME", str(folder / "home"))
     request = FinetuneRequest(task=str(folder / "mails.csv"), base=str(folder / "base.gguf"), name="sorted")
-    with pytest.raises(RequestInvalid, match=r"'sorted' is installed already; give --replace"):
-        finetune_task(request, FinetuneSettings(**QUICK), Store(), LineReporter())
+    again = finetune_task(request, FinetuneSettings(**QUICK), Store(), LineReporter())
+    assert "'sorted' is not worse and is installed" in " ".join(capsys.readouterr().err.split())
+    assert again.stored == done.stored
     changed = folder / "home" / "tasks" / "sorted" / "task.toml"
     os.utime(changed, (1, 1))
     with pytest.raises(RequestInvalid, match=r"has changed since the task 'sorted' was made of it"):

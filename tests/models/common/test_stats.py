@@ -11,6 +11,7 @@ from models.common.stats import (
     compare_paired,
     mcnemar_exact,
     newcombe_paired,
+    sign_flip_p,
     wilson,
 )
 
@@ -103,3 +104,10 @@ def test_a_ratio_with_equal_denominators_is_a_mean() -> None:
     ratio, mean = bootstrap_ratio(values, [1.0] * len(values)), bootstrap_mean(values)
     assert ratio.estimate == pytest.approx(mean.estimate)
     assert (ratio.low, ratio.high) == pytest.approx((mean.low, mean.high), abs=0.1)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (4, 4), (6, 0), (9, 2), (1, 12)])
+def test_flipped_signs_of_right_and_wrong_give_mcnemars_p(lost: int, won: int) -> None:
+    differences = [-1.0] * lost + [1.0] * won + [0.0] * 20
+    assert sign_flip_p(differences) == pytest.approx(mcnemar_exact(lost, won), abs=0.02)
+    assert sign_flip_p([-value for value in differences]) == sign_flip_p(differences)

@@ -146,6 +146,7 @@ def test_a_hostile_name_is_refused_everywhere(store: Store, name: str) -> None:
         lambda: store.get(name),
         lambda: store.verify(name),
         lambda: store.remove(name),
+        lambda: store.rollback(name),
         lambda: store.staging(name).__enter__(),
         lambda: store.exclusive(name).__enter__(),
     ]
@@ -239,15 +240,158 @@ def test_only_the_leftovers_of_dead_processes_are_removed(store: Store) -> None:
     assert store.names() == ["first", "second"]
 
 
-def test_a_replacement_interrupted_by_sigkill_is_undone(store: Store) -> None:
-    install(store)
-    aside = store.home / "staging" / "tiny.0123" / "replaced" / "tiny"
-    aside.parent.mkdir(parents=True)
-    (store.home / "models" / "tiny").rename(aside)
-    assert store.names() == []
-    install(store, "other")
-    assert store.names() == ["other", "tiny"]
+class Killed(BaseException):
+    """Ends an exchange of folders as SIGKILL does: nothing is tidied."""
+
+
+def content(store: Store, name: str = "tiny") -> bytes:
+    return store.get(name).gguf.read_bytes()
+
+
+def before(store: Store, name: str = "tiny") -> bytes | None:
+    kept = store.previous(name)
+    return kept.gguf.read_bytes() if kept is not None else None
+
+
+def kill_at_rename(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Kill this "process" at its rename of that number: it and all later ones are not done, nor is anything deleted."""
+    done = 0
+    rename = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        nonlocal done
+        done += 1
+        if done >= number:
+            raise Killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr("models.store.previous.discard", lambda path: None)
+
+
+RENAMES = 3
+"""The model before the installed one, the installed one, the new one."""
+
+
+@pytest.mark.parametrize("number", range(1, RENAMES + 2))
+@pytest.mark.parametrize("seen_by", ["get", "resolve", "names", "staging"])
+def test_a_kill_between_renames_leaves_the_old_model_or_the_new_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int, seen_by: str
+) -> None:
+    for made in (b"GGUF 1", b"GGUF 2"):
+        install(store, content=made, replace=True)
+    with monkeypatch.context() as patch:
+        kill_at_rename(patch, number)
+        if number <= RENAMES:
+            with pytest.raises(Killed):
+                install(store, content=b"GGUF 3", replace=True)
+        else:
+            install(store, content=b"GGUF 3", replace=True)
+    expected = (b"GGUF 2", b"GGUF 1") if number <= RENAMES else (b"GGUF 3", b"GGUF 2")
+    if seen_by == "get":
+        assert content(store) == expected[0]
+    elif seen_by == "resolve":
+        assert store.resolve("tiny").gguf.read_bytes() == expected[0]
+    elif seen_by == "names":
+        assert store.names() == ["tiny"]
+    else:
+        with pytest.raises(StoreError, match="'tiny' is installed already"):
+            install(store)
+    assert (content(store), before(store)) == expected
+    assert [path.name for path in (store.home / "previous").iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_kill_between_the_renames_of_a_rollback_loses_neither(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    for made in (b"GGUF 1", b"GGUF 2"):
+        install(store, content=made, replace=True)
+    with monkeypatch.context() as patch:
+        kill_at_rename(patch, number)
+        if number <= RENAMES:
+            with pytest.raises(Killed):
+                store.rollback("tiny")
+        else:
+            store.rollback("tiny")
+    assert store.names() == ["tiny"]
+    expected = (b"GGUF 2", b"GGUF 1") if number == 1 else (b"GGUF 1", b"GGUF 2")
+    assert (content(store), before(store)) == expected
+
+
+def test_rolling_back_swaps_with_the_model_that_was_replaced(store: Store) -> None:
+    for made in (b"GGUF 1", b"GGUF 2", b"GGUF 3"):
+        install(store, content=made, replace=True)
+    assert (content(store), before(store)) == (b"GGUF 3", b"GGUF 2")
+    assert store.names() == ["tiny"], "the one that is kept is no model"
+    with store.get("tiny").gguf.open("rb") as served:
+        assert store.rollback("tiny").gguf.read_bytes() == b"GGUF 2"
+        assert served.read() == b"GGUF 3", "a server keeps the file that it has open"
+    assert before(store) == b"GGUF 3"
+    assert store.rollback("tiny").gguf.read_bytes() == b"GGUF 3"
+    assert before(store) == b"GGUF 2"
     store.verify("tiny")
+
+
+def test_the_same_files_again_leave_the_version_before(store: Store) -> None:
+    for made in (b"GGUF 1", b"GGUF 2", b"GGUF 2"):
+        install(store, content=made, replace=True)
+    assert (content(store), before(store)) == (b"GGUF 2", b"GGUF 1")
+    assert staged(store) == []
+
+
+def test_a_damaged_model_is_not_kept_in_place_of_a_whole_one(store: Store) -> None:
+    for made in (b"GGUF 1", b"GGUF 2"):
+        install(store, content=made, replace=True)
+    store.get("tiny").gguf.unlink()
+    install(store, content=b"GGUF 3", replace=True)
+    assert (content(store), before(store)) == (b"GGUF 3", b"GGUF 1")
+
+
+def test_a_damaged_model_is_rolled_back_and_a_damaged_version_is_not_brought_back(store: Store) -> None:
+    for made in (b"GGUF 1", b"GGUF 2"):
+        install(store, content=made, replace=True)
+    store.get("tiny").gguf.unlink()
+    assert store.rollback("tiny").gguf.read_bytes() == b"GGUF 1"
+    assert store.previous("tiny") is None
+    with pytest.raises(BadManifest, match=r"tiny\.gguf.*no such file"):
+        store.rollback("tiny")
+    assert content(store) == b"GGUF 1"
+
+
+def test_what_cannot_be_rolled_back_says_why(store: Store) -> None:
+    install(store)
+    assert store.previous("tiny") is None
+    with pytest.raises(ModelNotFound, match="nothing to roll 'tiny' back to"):
+        store.rollback("tiny")
+    with pytest.raises(ModelNotFound, match=r"no model named 'tinny' is installed; installed: tiny; did you mean"):
+        store.rollback("tinny")
+
+
+def test_a_disk_that_refuses_a_rename_leaves_both(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for made in (b"GGUF 1", b"GGUF 2"):
+        install(store, content=made, replace=True)
+
+    def refused(path: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(StoreError, match=r"cannot be written: .*No space left"):
+            store.rollback("tiny")
+    assert (content(store), before(store)) == (b"GGUF 2", b"GGUF 1")
+
+
+def test_removing_takes_the_version_before_with_it(store: Store) -> None:
+    install(store)
+    assert not store.remove("tiny")
+    for made in (b"GGUF 1", b"GGUF 2"):
+        install(store, content=made, replace=True)
+    assert store.remove("tiny")
+    assert store.names() == []
+    assert list((store.home / "previous").iterdir()) == []
+    install(store)
+    assert store.previous("tiny") is None
 
 
 def test_removing_a_link_leaves_what_it_points_to(store: Store, tmp_path: Path) -> None:
