@@ -12,7 +12,7 @@ import pytest
 
 from convert.errors import FinetuneFailed, RequestInvalid
 from convert.finetune import chain
-from convert.finetune.chain import Finetuned, finetune_task, rendered
+from convert.finetune.chain import Finetuned, examples_to_ask, finetune_task
 from convert.finetune.settings import EpochScore, FinetuneRequest, FinetuneSettings
 from convert.finetune.train import check_installed
 from models.common.chat_records import read_chat_records
@@ -109,9 +109,9 @@ def test_the_prompt_stands_around_every_text(table: Path) -> None:
     from models.task.new import NewTask, make_task
 
     task = make_task(NewTask(name="asked", file=table, prompt="Sort this mail: {input}!")).task
-    for split in ("train", "validation"):
+    every = examples_to_ask(task, FinetuneSettings(), Path("no base is read"), LineReporter())
+    for split, asked in (("train", every.train), ("validation", every.validation)):
         bare = task.records(split)
-        asked = rendered(task, split)
         assert [one.prompt[-1].content for one in asked] == [f"Sort this mail: {text_of(one)}!" for one in bare]
         assert [one.answer for one in asked] == [one.answer for one in bare]
 
