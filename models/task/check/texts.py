@@ -13,7 +13,7 @@ CountTokens = Callable[[str], int]
 TokensOf = Callable[[str | None], CountTokens | None]
 """The count of tokens by an installed model of a name; without a name by the default base, None if it is missing."""
 MAX_CHARACTERS = 8000
-# Of a whole example `deskside finetune` leaves out what is longer, unless it is told how many tokens to keep.
+# `deskside finetune` leaves out longer examples unless --tokens says how many tokens of a text to keep.
 MAX_TOKENS = 512
 # A habit that this share of the answers keeps is the style; the others are off it.
 HABIT = 0.9

@@ -1,4 +1,4 @@
-"""How much of a text a label needs: the word model's accuracy on texts cut to different lengths.
+"""The part of a text that a label needs: the word model's accuracy on texts cut to different lengths.
 
 It costs seconds where training costs minutes for each length. The time of training and serving grows with the length,
 so the shortest is chosen that loses next to nothing.
@@ -102,7 +102,7 @@ def _point(length: int | None, n_tokens: np.ndarray, right: Mapping[int | None, 
 
 
 def _right(texts: Sequence[str], trained: Sequence[str], held: Sequence[str]) -> list[bool]:
-    """Whether each held label is the likeliest one; `texts` are those of the `trained` labels, then of the held."""
+    """True for each held label that is the likeliest one; `texts` are those of the `trained` labels, then of the held."""
     names = sorted({*trained, *held})
     given = np.array([names.index(label) for label in (*trained, *held)], np.int64)
     points, n = word_points(texts), len(trained)

@@ -123,7 +123,7 @@ def test_the_advice_reads_the_last_doubling(half: int, whole: int, says: str) ->
     assert f"{(whole - half) / 10:+.1f} points" in advice(curve)
 
 
-def told_at_word(place: int, n: int = 240) -> tuple[LabelledTexts, LabelledTexts]:
+def told_at_word(place: int, n: int = 150) -> tuple[LabelledTexts, LabelledTexts]:
     """Train and validation texts of 300 words, of which the one at `place` tells the class."""
     chance = random.Random(1)
     texts = [[f"w{chance.randrange(50)}" for _ in range(300)] for _ in range(n)]
@@ -131,7 +131,7 @@ def told_at_word(place: int, n: int = 240) -> tuple[LabelledTexts, LabelledTexts
     for text, label in zip(texts, labels, strict=True):
         text[place] = CLASSES[label]
     whole = [" ".join(text) for text in texts]
-    return LabelledTexts(whole[:160], labels[:160]), LabelledTexts(whole[160:], labels[160:])
+    return LabelledTexts(whole[:100], labels[:100]), LabelledTexts(whole[100:], labels[100:])
 
 
 @pytest.mark.parametrize(("place", "chosen"), [(10, 64), (100, 128), (280, None)])
