@@ -102,7 +102,7 @@ def _point(length: int | None, n_tokens: np.ndarray, right: Mapping[int | None, 
 
 
 def _right(texts: Sequence[str], trained: Sequence[str], held: Sequence[str]) -> list[bool]:
-    """True for each held label that is the likeliest one; `texts` are those of the `trained` labels, then of the held."""
+    """True for each held label that is the likeliest one; the texts of `trained` come first, then those of `held`."""
     names = sorted({*trained, *held})
     given = np.array([names.index(label) for label in (*trained, *held)], np.int64)
     points, n = word_points(texts), len(trained)
