@@ -67,8 +67,9 @@ def finetune_command(request: FinetuneRequest, settings: FinetuneSettings, as_js
     finally:
         report.close()
     if as_json:
-        named = done.stored.name if done.stored is not None else None
+        named, length = done.stored.name if done.stored is not None else None, done.asked.prompt.max_text_tokens
         shown = {**asdict(done.result), "trained": str(done.result.trained), "task": done.task.name, "name": named}
+        shown["max_text_tokens"] = length
         typer.echo(json.dumps(shown))
         return
     for line in trained_summary(done):
@@ -85,6 +86,8 @@ def trained_summary(done: "Finetuned") -> list[str]:
     minutes, epochs = done.result.seconds / 60, len(done.result.epochs)
     line = f"trained in {minutes:.1f} minutes, epoch {best.epoch} of {epochs}: "
     line += f"on the validation examples {score}loss {best.loss:.3f}"
+    if (length := done.asked.prompt.max_text_tokens) is not None:
+        line += f"; texts are read to their first {length} tokens, here and when served ({done.asked.n_cut} were cut)"
     if done.stored is not None:
         return [line, *summary(done.stored)]
     return [line, f"next: {command_of(conversion)}"]

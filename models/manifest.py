@@ -16,6 +16,7 @@ from .errors import BadManifest
 MANIFEST_FILE = "model.toml"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+TextTokens = Annotated[int, Field(ge=8, le=1 << 20)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -39,11 +40,13 @@ class Adapter(Record):
 class Prompt(Record):
     """The prompt that the model was trained with.
 
-    `template` holds `{text}` once, for the user's message; `system` is the system message's text, if any.
+    `template` holds `{text}` once, for the user's message; `system` is the system message's text, if any. Of a longer
+    text only the first `max_text_tokens` tokens go into the template (None: the whole text).
     """
 
     template: str = "{text}"
     system: str = ""
+    max_text_tokens: TextTokens | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> "Prompt":
@@ -57,6 +60,17 @@ class Prompt(Record):
         if not text.startswith(before):
             text = before + text
         return text if text.endswith(after) else text + after
+
+    def parts(self, content: str) -> tuple[str, str, str]:
+        """A user's message in three: what is before the text, the text, and what is after it.
+
+        The first and the last are the template's, or empty where the message lacks them.
+        """
+        before, _, after = self.template.partition("{text}")
+        before = before if content.startswith(before) else ""
+        text = content[len(before) :]
+        after = after if text.endswith(after) else ""
+        return before, text[: len(text) - len(after)], after
 
     def messages(self, said: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
         """The (role, text) pairs `said` as messages of the form trained on: each of the user's wrapped, `system` first.

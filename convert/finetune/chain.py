@@ -26,8 +26,9 @@ from models.manifest import MANIFEST_FILE, Manifest, dump_manifest
 from models.store.store import Store, StoredModel, check_name
 from models.task.check.check import check_task
 from models.task.new import NewTask, make_task
-from models.task.task import TASK_FILE, Task, open_task, rendered, tasks_home
+from models.task.task import TASK_FILE, Task, open_task, tasks_home
 
+from .asked import AskedExamples, check_choosable, examples_to_ask, keep_length
 from .settings import FinetuneRequest, FinetuneResult, FinetuneSettings
 from .train import check_installed, finetune
 
@@ -43,6 +44,7 @@ class Finetuned:
     """A finished fine-tune of a task. `stored` is None if it was only trained, and `conversion` makes the model."""
 
     task: Task
+    asked: AskedExamples
     result: FinetuneResult
     conversion: ConvertRequest
     stored: StoredModel | None
@@ -58,6 +60,7 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
     check_installed()
     task = _task(request, report)
     name = check_name(request.name or task.name)
+    check_choosable(task, settings)
     _check(task, report)
     origin = find_origin(request.base, None, store, report)
     tested = None if request.only_train else incumbent_of(name, task, store, report, overruled=request.replace)
@@ -65,18 +68,21 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / MANIFEST_FILE, dump_manifest(_manifest(task, name, origin)))
     base = origin.path if request.whole_vocabulary else _cut_vocabulary(task, origin, out, report)
-    train, validation = (rendered(task, split) for split in ("train", "validation"))
+    asked = examples_to_ask(task, settings, base, report)
     result = _best_of_seeds(
         request.seeds,
-        settings,
-        lambda one, name: finetune(base, train, validation, task.spec.labels, one, out / name, report),
+        asked.settings,
+        lambda one, name: finetune(base, asked.train, asked.validation, task.spec.labels, one, out / name, report),
         report,
     )
+    if settings.tokens is not None and asked.prompt != task.spec.manifest_prompt():
+        keep_length(task, asked.prompt.max_text_tokens, report)
     source = request.base if base == origin.path else str(base.parent)
-    conversion = _conversion(request, task, name, result, source)
+    manifest = _manifest(task, name, origin).model_copy(update={"prompt": asked.prompt})
+    conversion = _conversion(request, task, manifest, result, source)
     admit = partial(tested.admit, conversion) if tested is not None else None
     stored = None if request.only_train else convert(conversion, store, report, admit)
-    return Finetuned(task, result, conversion, stored)
+    return Finetuned(task, asked, result, conversion, stored)
 
 
 def _best_of_seeds(
@@ -185,16 +191,19 @@ def _manifest(task: Task, name: str, origin: Origin) -> Manifest:
     )
 
 
-def _conversion(request: FinetuneRequest, task: Task, name: str, result: FinetuneResult, source: str) -> ConvertRequest:
+def _conversion(
+    request: FinetuneRequest, task: Task, manifest: Manifest, result: FinetuneResult, source: str
+) -> ConvertRequest:
     """The conversion of what was trained: chosen on the validation examples, if they are enough to choose by."""
     is_adapter = result.trained.is_dir()
     out = result.trained if is_adapter else result.trained.parent
+    write_atomic(out / MANIFEST_FILE, dump_manifest(manifest))
     enough = len({record.prompt for record in task.records("validation")}) >= MIN_EXAMPLES
     return ConvertRequest(
         source=source if is_adapter else str(result.trained),
         adapter=out if is_adapter else None,
         examples=task.file("validation") if enough else None,
-        name=name,
+        name=manifest.name,
         manifest=out / MANIFEST_FILE,
         replace=request.replace,
     )

@@ -10,19 +10,21 @@ it, each of which sees the prompt and its own label's beginning. Labels that beg
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from convert.checkpoint.source import Checkpoint
 from convert.measure.tasks import PromptFormat, Tasks, make_tasks
-from convert.planning.speech import speech_of
+from convert.planning.speech import Speech, speech_of
 from convert.trim.plan import tokenizer_of
-from models.common.chat_records import ChatRecord, answers_repeat
+from models.common.chat_records import ChatMessage, ChatRecord, answers_repeat
 from models.errors import BadExamples
-from models.manifest import BARE_PROMPT
+from models.manifest import BARE_PROMPT, Prompt
 from models.quality import TaskKind
 from runtime.decoding.choice_tree import ChoiceTree
+from runtime.llama.interface import TokenizerLike
+from runtime.prompt.cut import CutMessages, cut_messages, spoken
 from runtime.requests import ScoringPrompt
 
 STEP = 8
@@ -91,9 +93,7 @@ def read_data(
             raise BadExamples(f"line {record.line}: the answer {record.answer!r} is none of {len(labels)} labels")
     if labels and (never := [label for label in labels if label not in known]):
         raise BadExamples(f"no example to train on has the label {never[0]!r}: add some, or leave the label out")
-    speech = speech_of(checkpoint.header, checkpoint, None).showing(
-        text for record in train for text in (record.answer, *(message.content for message in record.prompt))
-    )
+    speech = _speech(checkpoint, train)
     tokenizer = tokenizer_of(speech.header)
     asking = PromptFormat(speech.chat.template, speech.chat.end_of_turn, BARE_PROMPT)
     work: TaskKind = "classify" if labels else "write"
@@ -104,6 +104,34 @@ def read_data(
     if trained is None:
         raise BadExamples("there is no example to train on")
     return TrainingData(trained, validated, tuple(labels))
+
+
+def tokenizer_for(checkpoint: Checkpoint, train: Sequence[ChatRecord]) -> TokenizerLike:
+    """The tokenizer of the model that conversion will make of `checkpoint`."""
+    return tokenizer_of(_speech(checkpoint, train).header)
+
+
+def cut_examples(
+    records: Sequence[ChatRecord], prompt: Prompt, tokenizer: TokenizerLike | None = None
+) -> tuple[list[ChatRecord], int]:
+    """The examples as they will be asked, with `prompt` around their texts, and the number of those that it cuts.
+
+    Without the `tokenizer` of the model, none is cut.
+    """
+    made, n_cut = [], 0
+    for record in records:
+        said = CutMessages(prompt.messages((message.role, message.content) for message in record.prompt))
+        if tokenizer is not None:
+            said = cut_messages(said.messages, prompt, tokenizer)
+        made.append(replace(record, prompt=tuple(ChatMessage(role, text) for role, text in spoken(said.messages))))
+        n_cut += said.n_cut > 0
+    return made, n_cut
+
+
+def _speech(checkpoint: Checkpoint, train: Sequence[ChatRecord]) -> Speech:
+    return speech_of(checkpoint.header, checkpoint, None).showing(
+        text for record in train for text in (record.answer, *(message.content for message in record.prompt))
+    )
 
 
 def training_rows(tasks: Tasks) -> list[TokenRow]:

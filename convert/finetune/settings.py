@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from models.common.options import AutoInt, Flag
 
@@ -39,6 +39,24 @@ class FinetuneRequest(BaseModel):
     )
 
 
+AUTO_TOKENS = -1
+"""`tokens` to be chosen on the validation examples."""
+_TOKENS = (8, 4096)
+
+
+def _auto_tokens(value: object) -> object:
+    return AUTO_TOKENS if isinstance(value, str) and value.strip().lower() == "auto" else value
+
+
+def _possible_tokens(value: int | None) -> int | None:
+    if value not in (None, AUTO_TOKENS) and not _TOKENS[0] <= value <= _TOKENS[1]:
+        raise ValueError(f"must be auto, or {_TOKENS[0]} to {_TOKENS[1]}")
+    return value
+
+
+TextLength = Annotated[int | None, BeforeValidator(_auto_tokens), AfterValidator(_possible_tokens)]
+
+
 class FinetuneSettings(BaseModel):
     """Settings of the training. `layers` and `epochs` None: as many as `minutes` allows, and at most the defaults."""
 
@@ -55,6 +73,9 @@ class FinetuneSettings(BaseModel):
     alpha: float = Field(default=32, gt=0, le=4096, description="Scale of the adapters times their rank.")
     targets: Annotated[tuple[str, ...], Flag(metavar="NAMES", shown="all seven")] = Field(
         default=PROJECTIONS, description="Projections that get an adapter."
+    )
+    tokens: Annotated[TextLength, Flag(metavar="auto|N", shown="the task's")] = Field(
+        default=None, description="Cut texts to N tokens, or to a length chosen on the validation examples."
     )
     max_tokens: int = Field(default=512, ge=16, le=4096, description="Leave out longer examples.")
     crop: float = Field(

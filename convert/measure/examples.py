@@ -15,7 +15,8 @@ from models.errors import BadExamples
 from models.gguf.header import Header
 from models.manifest import BARE_PROMPT, Prompt
 from runtime.errors import RequestError
-from runtime.llama.tokenizer import Tokenizer
+from runtime.llama.interface import TokenizerLike
+from runtime.prompt.cut import cut_messages, spoken
 from runtime.prompt.prompter import ANSWER_MARK, Prompter, input_text
 
 # With fewer than half of this held out, confidence intervals are too wide to tell candidates apart.
@@ -121,7 +122,7 @@ def _words(shared: str) -> str:
 
 
 def prompts_of(
-    header: Header, tokenizer: Tokenizer, records: Sequence[ChatRecord], prompt: Prompt = BARE_PROMPT
+    header: Header, tokenizer: TokenizerLike, records: Sequence[ChatRecord], prompt: Prompt = BARE_PROMPT
 ) -> list[str]:
     """The records as prompts, up to the model's answer, in the chat template of `header`, if it has one.
 
@@ -132,19 +133,19 @@ def prompts_of(
     prompter = Prompter(tokenizer, template, _ANY_LENGTH)
     prompts = []
     for record in records:
-        said = messages_of(record, prompt)
-        if template is None:
-            prompts.append(input_text([(str(one["role"]), str(one["content"])) for one in said]) + ANSWER_MARK)
-            continue
         try:
-            prompts.append(prompter.render(said))
+            said = messages_of(record, prompt, tokenizer)
+            if template is None:
+                prompts.append(input_text(spoken(said)) + ANSWER_MARK)
+            else:
+                prompts.append(prompter.render(said))
         except RequestError as error:
             raise BadExamples(f"line {record.line}: {error}") from error
     return prompts
 
 
 def texts_of(
-    header: Header, tokenizer: Tokenizer, records: Sequence[ChatRecord], prompt: Prompt = BARE_PROMPT
+    header: Header, tokenizer: TokenizerLike, records: Sequence[ChatRecord], prompt: Prompt = BARE_PROMPT
 ) -> list[str]:
     """The records as prompt, answer and end-of-turn token. Raises BadExamples as `prompts_of`."""
     end = _end_mark(header)
@@ -152,9 +153,10 @@ def texts_of(
     return [prompt + record.answer + end for prompt, record in zip(prompts, records, strict=True)]
 
 
-def messages_of(record: ChatRecord, prompt: Prompt = BARE_PROMPT) -> list[Mapping[str, object]]:
-    """The record's prompt as messages, in the form of `prompt`."""
-    return [*prompt.messages((message.role, message.content) for message in record.prompt)]
+def messages_of(record: ChatRecord, prompt: Prompt, tokenizer: TokenizerLike) -> Sequence[Mapping[str, object]]:
+    """The record's prompt as messages, in the form of `prompt`, its text as long as the model reads."""
+    said = prompt.messages((message.role, message.content) for message in record.prompt)
+    return cut_messages(said, prompt, tokenizer).messages
 
 
 def _digest(record: ChatRecord) -> bytes:

@@ -18,9 +18,10 @@ from models.quality import TaskKind
 from runtime.errors import ContextTooLong, RequestError
 from runtime.llama.interface import TokenizerLike
 from runtime.llama.model import load_tokenizer
+from runtime.prompt.cut import spoken
 from runtime.prompt.prompter import ANSWER_MARK, Prompter, input_text
 
-from .examples import MIN_EXAMPLES
+from .examples import MIN_EXAMPLES, messages_of
 
 # Longer examples are left out: they would need a KV cache of gigabytes beside the weights.
 MAX_TOKENS = 4096
@@ -133,7 +134,7 @@ class _TaskTokenizer:
     """Tokenises prompts and answers for one model."""
 
     def __init__(self, tokenizer: TokenizerLike, asking: PromptFormat, max_tokens: int) -> None:
-        self._encode = tokenizer.encode
+        self._tokenizer, self._encode = tokenizer, tokenizer.encode
         self._asking = asking
         self._prompter = Prompter(tokenizer, asking.chat_template, max_tokens)
         self._chats = asking.chat_template is not None and bool(tokenizer.end_tokens)
@@ -153,10 +154,10 @@ class _TaskTokenizer:
             raise BadExamples(f"line {record.line}: {error}") from error
 
     def _prompt(self, record: ChatRecord) -> tuple[int, ...]:
-        said = self._asking.prompt.messages((message.role, message.content) for message in record.prompt)
+        said = messages_of(record, self._asking.prompt, self._tokenizer)
         if self._chats:
             return self._prompter.chat(said)
-        text = input_text([(message["role"], message["content"]) for message in said])
+        text = input_text(spoken(said))
         return self._prompter.literal(text + ANSWER_MARK, param="messages")
 
     def choice(self, text: str) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ from pydantic import TypeAdapter
 from convert.child import Child
 from convert.errors import TokenizerInvalid, VerifyFailed
 from convert.gguf_writer import write_head
-from convert.measure.examples import messages_of
 from models.common.chat_records import ChatRecord
 from models.gguf.header import Header
+from models.manifest import BARE_PROMPT
 
 if TYPE_CHECKING:
     from models.common.console import Reporter
@@ -68,7 +68,9 @@ class Proof:
         n_long = sum(not _is_short(record) for record in records)
         self._left_out = tuple(_left_out(len(records), n_long, len(shown)))
         texts = [message.content for record in shown for message in record.prompt] + [one.answer for one in shown]
-        conversations = [messages_of(record) for record in shown]
+        conversations = [
+            BARE_PROMPT.messages((message.role, message.content) for message in record.prompt) for record in shown
+        ]
         job = {"vocabulary": str(vocabulary), "texts": texts, "conversations": conversations}
         self._child.give(job | {"result": str(self._result)})
 

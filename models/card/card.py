@@ -209,6 +209,8 @@ def _prompt(manifest: Manifest) -> str:
     if manifest.prompt.system:
         lines.append("Its system message, as it was trained:\n")
         lines.append(_fenced(manifest.prompt.system) + "\n")
+    if manifest.prompt.max_text_tokens is not None:
+        lines.append(f"It reads the first {manifest.prompt.max_text_tokens} tokens of a text, as it was trained.\n")
     if manifest.labels:
         lines.append("It answers with one of: " + ", ".join(f"`{label}`" for label in manifest.labels) + ".")
     return "\n".join(["## How to ask", "", *lines]) if lines else ""

@@ -96,6 +96,8 @@ def _prompt(manifest: Manifest) -> Iterator[str]:
     if manifest.prompt.system:
         yield "With the system message it was trained with:"
         yield manifest.prompt.system
+    if manifest.prompt.max_text_tokens is not None:
+        yield f"It reads the first {manifest.prompt.max_text_tokens} tokens of a text."
     if manifest.labels:
         yield f"It answers with one of: {', '.join(manifest.labels)}."
 

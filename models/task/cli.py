@@ -13,16 +13,18 @@ _File = Annotated[Path, typer.Argument(help="CSV, TSV, JSON lines, chat records,
 
 if TYPE_CHECKING:
     from models.task.check.finding import CheckReport
+    from models.task.check.texts import CountTokens, TokensOf
     from models.task.task import Task
 
 
-def create_app() -> typer.Typer:
-    """The verbs of `deskside task`."""
+def create_app(tokens_of: "TokensOf | None" = None) -> typer.Typer:
+    """The verbs of `deskside task`. `tokens_of` finds the tokenizer of an installed model, by which `check` counts."""
     app = typer.Typer(
         name="task",
         help="Make a task of your own texts, check it, mend it.",
         no_args_is_help=True,
         add_completion=False,
+        context_settings={"obj": tokens_of},
     )
     app.command("new")(new_command)
     app.command("list")(list_command)
@@ -139,7 +141,13 @@ def show_command(name: _Task, as_json: _AsJson = False) -> None:
         fields = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
         _print_json({"name": task.name, "folder": str(task.folder), "sizes": sizes} | fields)
         return
-    lines = {"kind": f"{spec.kind}, scored by {spec.scorer}", "prompt": spec.prompt, "system": spec.system}
+    read = f"the first {spec.max_text_tokens} tokens of a text" if spec.max_text_tokens is not None else ""
+    lines = {
+        "kind": f"{spec.kind}, scored by {spec.scorer}",
+        "prompt": spec.prompt,
+        "system": spec.system,
+        "reads": read,
+    }
     lines["labels"] = _labels(spec.labels)
     lines["schema"] = json.dumps(spec.json_schema, ensure_ascii=False) if spec.json_schema else ""
     lines["rows"] = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
@@ -153,8 +161,13 @@ def show_command(name: _Task, as_json: _AsJson = False) -> None:
 
 
 def check_command(
+    context: typer.Context,
     name: _Task,
     as_json: _AsJson = False,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Count in this model's tokens. Default: the default base, if installed."),
+    ] = None,
     page_file: Annotated[
         Path | None, typer.Option("--page", metavar="FILE", help="Also write the review page of suspicious labels.")
     ] = None,
@@ -166,8 +179,10 @@ def check_command(
     from models.errors import DONE, SOME_FAILED
     from models.task.task import open_task
 
-    task = open_task(name)
-    report = _checked(task)
+    task, tokens_of = open_task(name), context.obj
+    if base is not None and tokens_of is None:
+        raise typer.BadParameter("no model's tokenizer can be read here", param_hint="--base")
+    report = _checked(task, tokens_of(base) if tokens_of is not None else None)
     if as_json:
         _print_json(report.model_dump(mode="json"))
     else:
@@ -248,7 +263,7 @@ def apply_command(
         typer.echo(f"as it was: {str(done.entry)!r}; back: deskside task apply {task.address} --undo", err=True)
 
 
-def _checked(task: "Task") -> "CheckReport":
+def _checked(task: "Task", count_tokens: "CountTokens | None" = None) -> "CheckReport":
     # Before numpy is loaded: its products are small here, and beside another busy program two threads that wait for
     # each other take three times as long as one.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -256,7 +271,7 @@ def _checked(task: "Task") -> "CheckReport":
     from models.task.check.check import check_task
 
     with ProgressBars(transient=True) as bars:
-        return check_task(task, advance=lambda done, total: bars.update("judging the labels", done, total))
+        return check_task(task, count_tokens, lambda done, total: bars.update("judging the labels", done, total))
 
 
 def _write_page(task: "Task", report: "CheckReport", path: Path) -> None:

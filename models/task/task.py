@@ -8,6 +8,7 @@ the line and the edit that mends it.
 """
 
 import json
+import os
 import re
 import shlex
 import tomllib
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.common.chat_records import MAX_LABELS, ChatMessage, ChatRecord, read_chat_records
 from models.common.files import default_home, write_atomic
 from models.errors import BadExamples, BadTask, did_you_mean
-from models.manifest import Prompt
+from models.manifest import Prompt, TextTokens
 
 from .schema import check_schema
 
@@ -55,7 +56,10 @@ class SplitRule(BaseModel):
 
 
 class TaskSpec(BaseModel):
-    """`task.toml`. `prompt` is the user's message, with `{input}` for the text; `system` is the system's."""
+    """`task.toml`. `prompt` is the user's message, with `{input}` for the text; `system` is the system's.
+
+    Of a text only the first `max_text_tokens` tokens are read, in training and when served (None: the whole text).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -63,6 +67,7 @@ class TaskSpec(BaseModel):
     kind: WorkKind
     prompt: str = INPUT_MARK
     system: str = ""
+    max_text_tokens: TextTokens | None = None
     labels: tuple[str, ...] = ()
     json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
     scorer: AnswerScorer
@@ -91,7 +96,8 @@ class TaskSpec(BaseModel):
 
     def manifest_prompt(self) -> Prompt:
         """The prompt as a model's manifest holds it."""
-        return Prompt(template=self.prompt.replace(INPUT_MARK, "{text}"), system=self.system)
+        template = self.prompt.replace(INPUT_MARK, "{text}")
+        return Prompt(template=template, system=self.system, max_text_tokens=self.max_text_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +219,30 @@ def read_spec(path: Path) -> TaskSpec:
 def dump_spec(spec: TaskSpec) -> str:
     """The spec as TOML; reading it back gives an equal spec."""
     return tomli_w.dumps(spec.model_dump(mode="json", by_alias=True, exclude_none=True), multiline_strings=True)
+
+
+def write_text_length(task: Task, max_text_tokens: int | None) -> None:
+    """Set `max_text_tokens` in the task's file, and leave everything else in it as it is, remarks too.
+
+    Raises BadTask with the line to write if the file is too unusual for that.
+    """
+    path = task.folder / TASK_FILE
+    lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    kept = [line for line in lines if not re.match(r"max_text_tokens\s*=", line)]
+    said = [] if max_text_tokens is None else [f"max_text_tokens = {max_text_tokens}\n"]
+    place = next((n for n, line in enumerate(kept, 1) if re.match(r"(schema_version|kind)\s*=[^\n]*\n", line)), 0)
+    text = "".join([*kept[:place], *said, *kept[place:]])
+    try:
+        wanted = task.spec.model_copy(update={"max_text_tokens": max_text_tokens})
+        fits = TaskSpec.model_validate(tomllib.loads(text)) == wanted
+    except (tomllib.TOMLDecodeError, ValidationError):
+        fits = False
+    if not fits:
+        raise BadTask(f"{str(path)!r} has changed, or has an unusual form: write there {''.join(said).strip()!r}")
+    stat = path.stat()
+    write_atomic(path, text)
+    # Of which age the examples are is seen by the age of this file.
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def dump_records(records: Sequence[ChatRecord]) -> str:

@@ -37,7 +37,7 @@ class Verb:
 VERBS: Mapping[str, Verb] = {
     "models": Verb("models.cli", "create_app", "List, show, verify and remove installed models."),
     "pull": Verb("runtime.cli.main", "pull_command", "Install a model of the catalogue, or any GGUF on the Hub."),
-    "task": Verb("models.task.cli", "create_app", "Make a task of your own texts, check it, mend it."),
+    "task": Verb("runtime.cli.task", "create_app", "Make a task of your own texts, check it, mend it."),
     "convert": Verb("convert.cli", "convert_command", "Make a model: checkpoint + LoRA adapter to quantized GGUF."),
     "finetune": Verb("convert.cli", "finetune_command", "Train and install a model of your own examples."),
     "rollback": Verb("models.cli", "rollback_command", "Bring back the model that was replaced last."),

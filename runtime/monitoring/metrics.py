@@ -110,12 +110,19 @@ class Metrics:
             buckets=SECONDS_BUCKETS,
             registry=self._registry,
         )
+        self._texts_cut = Counter(
+            "deskside_texts_cut", "Texts of users, cut to the model's length", ["model"], registry=self._registry
+        )
         self._first_token = Histogram(
             "deskside_time_to_first_token_seconds",
             "From acceptance to the first token of a call",
             buckets=SECONDS_BUCKETS,
             registry=self._registry,
         )
+
+    def texts_cut(self, model: str, n: int) -> None:
+        """Count texts of an accepted call that were longer than the model reads."""
+        self._texts_cut.labels(model).inc(n)
 
     def request_ended(self, route: str, status: int, seconds: float) -> None:
         """Count an answered HTTP request. `route` must come from a fixed set, since each makes a time series."""

@@ -119,6 +119,7 @@ class TextCall:
     echo_only: bool = False
     calls_first: bool = False
     not_enforced: tuple[str, ...] = ()
+    n_cut: int = 0
 
     @property
     def logprobs(self) -> bool:

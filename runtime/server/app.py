@@ -59,6 +59,7 @@ class Api:
             call, model = await self._prepared(http, prepare)
             events = model.supervisor.submit(*call.work, whole=not call.streams)
             events.on_first_token = self.metrics.first_token
+            self.metrics.texts_cut(model.name, call.n_cut)
             return await respond(http, call, events)
 
         return handle

@@ -103,7 +103,7 @@ def apply_template(payload: object, model: ServedModel) -> RenderedTemplate:
     """{messages} -> {prompt}: the prompt of a chat completion as text."""
     body = _parse(TemplateBody, payload, model)
     require_chat(model)
-    return {"prompt": with_turns(body.messages, model.prompter.render)}
+    return {"prompt": with_turns(body.messages, lambda turns: model.prompter.render(model.cut(turns).messages))}
 
 
 @dataclass(frozen=True, slots=True)

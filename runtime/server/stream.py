@@ -19,6 +19,8 @@ from runtime.worker.inflight import Stream
 # Names the parts of the request's schemas that the answer need not keep to.
 NOT_ENFORCED = "deskside-not-enforced"
 MAX_HEADER_CHARS = 1024
+# Counts the user's texts that were cut to the length that the model was trained on.
+TEXTS_CUT = "deskside-texts-cut"
 
 # Made once: making one takes a third of the time of encoding a chunk.
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -45,6 +47,8 @@ class JsonBytes(Response):
 async def respond(http: Request, call: Call, events: Stream) -> Response:
     """Answer a submitted call. Raises Cancelled if the client disconnects before a whole answer is sent."""
     headers = {NOT_ENFORCED: _header_text("; ".join(call.not_enforced))} if call.not_enforced else {}
+    if call.n_cut:
+        headers[TEXTS_CUT] = str(call.n_cut)
     if call.streams:
         return ServerSentEvents(call, events, headers)
     async with cancelled_on_disconnect(http.receive, events):

@@ -21,7 +21,7 @@ class Call:
 
     `answer` makes a new, empty wire answer. `streams`: the client asked for chunks. `large`: the answer may be tens of
     megabytes, so it is built and encoded in a thread. `not_enforced` names the parts of the request's schemas that it
-    need not keep to.
+    need not keep to. `n_cut` counts the user's texts that were cut to the model's length.
     """
 
     id: str
@@ -30,6 +30,7 @@ class Call:
     streams: bool = False
     large: bool = False
     not_enforced: tuple[str, ...] = ()
+    n_cut: int = 0
 
     async def fold(self, events: Stream) -> dict[str, Any]:
         """Return the whole answer. Raises the error of the first request that failed, and cancels the others."""

@@ -26,7 +26,6 @@ from runtime.openai.chat import (
 from runtime.openai.responses.answer import ResponseAnswer, ResponseCall
 from runtime.openai.responses.request import Origins, parse_response
 from runtime.openai.wire import Endpoint
-from runtime.prompt.prompter import Prompter
 
 from .call import Call
 from .form import prepare_form
@@ -84,6 +83,7 @@ def prepare_response(payload: object, model: ServedModel) -> Call:
         partial(ResponseAnswer, response, time.time),
         streams=chat.stream,
         not_enforced=tuple(_renamed_note(note, body.origins) for note in chat.not_enforced),
+        n_cut=chat.n_cut,
     )
 
 
@@ -113,7 +113,8 @@ def require_tools(body: ChatBody, model: ServedModel) -> None:
 
 
 def _text(call: TextCall) -> Call:
-    return Call(call.id, call.requests, partial(TextAnswer, call), streams=call.stream, not_enforced=call.not_enforced)
+    answer = partial(TextAnswer, call)
+    return Call(call.id, call.requests, answer, call.stream, not_enforced=call.not_enforced, n_cut=call.n_cut)
 
 
 def _chat(payload: object, model: ServedModel) -> TextCall:
@@ -121,12 +122,19 @@ def _chat(payload: object, model: ServedModel) -> TextCall:
     require_model(body.model, model.name)
     require_tools(body, model)
     require_chat(model)
-    return _text_call(body, [_chat_prompt(body, model.prompter)], model)
+    prompt, n_cut = _chat_prompt(body, model)
+    return replace(_text_call(body, [prompt], model), n_cut=n_cut)
 
 
-def _chat_prompt(body: ChatBody, prompter: Prompter) -> tuple[int, ...]:
+def _chat_prompt(body: ChatBody, model: ServedModel) -> tuple[tuple[int, ...], int]:
+    """The prompt's tokens, and the number of texts that were cut."""
     described = [tool.for_template() for tool in body.callable_tools]
-    return with_turns(body.messages, lambda turns: prompter.chat(turns, tools=described))
+
+    def write(turns: list[dict[str, Any]]) -> tuple[tuple[int, ...], int]:
+        cut = model.cut(turns)
+        return model.prompter.chat(cut.messages, tools=described), cut.n_cut
+
+    return with_turns(body.messages, write)
 
 
 def with_turns(messages: Sequence[Message], write: Callable[[list[dict[str, Any]]], T]) -> T:

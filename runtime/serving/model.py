@@ -1,17 +1,18 @@
 """A model, loaded and ready to answer, for server, batch and chat."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.common.machine import physical_cores
-from models.manifest import Manifest
+from models.manifest import BARE_PROMPT, Manifest
 from models.store.store import Store, StoredModel
 from runtime.config import RuntimeConfig
 from runtime.decoding.grammar import Grammars
 from runtime.engine.options import EngineOptions, snapshot_bytes
 from runtime.llama.interface import LoadOptions, ModelInfo, TokenizerLike
 from runtime.llama.model import load_tokenizer
+from runtime.prompt.cut import CutMessages, cut_messages
 from runtime.prompt.prompter import Prompter
 from runtime.worker.messages import EngineRecipe
 from runtime.worker.process import EngineProcess
@@ -48,6 +49,11 @@ class ServedModel:
         backend = self.info.backend.split(" ", maxsplit=1)[0].lower()
         mode = ["fast"] if self.fast else []
         return "-".join(["deskside", *(weights or [self.name]), backend, *mode])
+
+    def cut(self, messages: Sequence[Mapping[str, object]]) -> CutMessages:
+        """The messages, each of the user's cut to the length that the model was trained on, if it has one."""
+        prompt = self.manifest.prompt if self.manifest is not None else BARE_PROMPT
+        return cut_messages(messages, prompt, self.tokenizer)
 
     @property
     def quantization(self) -> str:

@@ -13,6 +13,7 @@ from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.openai.answer import WholeAnswer
 from runtime.openai.decisions import Choice, ParsedDecision, Question, options, parse_decision, to_decision
 from runtime.openai.embeddings import parse_embedding, to_embeddings
+from runtime.prompt.cut import CutMessages, spoken
 from runtime.prompt.prompter import ANSWER_MARK, input_text, question_text, too_long
 from runtime.requests import Embedded, Embedding, Scored, Scoring, ScoringPrompt
 
@@ -47,7 +48,15 @@ def prepare_decision(payload: object, model: ServedModel) -> Call:
     def answer() -> WholeAnswer[Scored]:
         return WholeAnswer(Scored, lambda scored: to_decision(model.name, body.questions, scored))
 
-    return Call(scoring.id, (scoring,), answer)
+    return Call(scoring.id, (scoring,), answer, n_cut=_input(body, model).n_cut)
+
+
+def _input(body: ParsedDecision, model: ServedModel) -> CutMessages:
+    """The messages to decide about, with a fine-tune's prompt around them, cut to the model's length."""
+    said = [("system" if m.role == "developer" else m.role, m.content) for m in body.input]
+    if model.manifest is not None and model.manifest.fine_tuned:
+        return model.cut(model.manifest.prompt.messages(said))
+    return model.cut([{"role": m.role, "content": m.content} for m in body.input])
 
 
 def _scoring_prompt(body: ParsedDecision, place: int, model: ServedModel) -> ScoringPrompt:
@@ -70,13 +79,12 @@ def _prompt(
     body: ParsedDecision, question: Question, param: str, texts: Sequence[str], model: ServedModel
 ) -> tuple[tuple[int, ...], Sequence[str], tuple[int, ...]]:
     """The prompt of a question, the texts that answer it, and the tokens that end an answer."""
-    said = [("system" if m.role == "developer" else m.role, m.content) for m in body.input]
+    asked = _input(body, model).messages
     ends = model.tokenizer.end_tokens
     if model.manifest is not None and model.manifest.fine_tuned:
         _require_trained(question, param, texts, model.name, model.manifest)
-        asked = model.manifest.prompt.messages(said)
     else:
-        about = input_text([(message.role, message.content) for message in body.input])
+        about = input_text(spoken(asked))
         asked = [
             {"role": "user", "content": question_text(question.type, about, question.instructions, options(question))}
         ]
@@ -84,7 +92,7 @@ def _prompt(
         return model.prompter.chat(asked, param="input"), texts, ends
     # A base model has learnt no end of a turn: a new line ends its answer too.
     new_line = model.tokenizer.encode("\n", add_special=False, parse_special=False)
-    text = input_text([(message["role"], message["content"]) for message in asked])
+    text = input_text(spoken(asked))
     prompt = model.prompter.literal(text + ANSWER_MARK, param="input")
     return prompt, [f" {text}" for text in texts], (*ends, new_line[-1])
 

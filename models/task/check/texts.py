@@ -10,8 +10,11 @@ from models.task.task import Task
 from .finding import MAX_EXAMPLES, Example, Finding, Severity, keys, shown
 
 CountTokens = Callable[[str], int]
+TokensOf = Callable[[str | None], CountTokens | None]
+"""The count of tokens by an installed model of a name; without a name by the default base, None if it is missing."""
 MAX_CHARACTERS = 8000
-MAX_TOKENS = 2048
+# `deskside finetune` leaves out longer examples unless --tokens says how many tokens of a text to keep.
+MAX_TOKENS = 512
 # A habit that this share of the answers keeps is the style; the others are off it.
 HABIT = 0.9
 # Distance of a length from the median, in median absolute deviations.
@@ -28,20 +31,39 @@ def text_findings(
         long = [(len(example.text), example) for example in examples if len(example.text) > MAX_CHARACTERS]
         unit, limit = "characters", MAX_CHARACTERS
     else:
+        limit, unit = task.spec.max_text_tokens or MAX_TOKENS, "tokens"
         counted = [(count_tokens(example.text), example) for example in examples]
-        long = [(n, example) for n, example in counted if n > MAX_TOKENS]
-        unit, limit = "tokens", MAX_TOKENS
-    if long:
+        long = [(n, example) for n, example in counted if n > limit]
+    if long and count_tokens is not None and task.spec.max_text_tokens is not None:
+        yield Finding(
+            kind="cut texts",
+            severity="note",
+            n=len(long),
+            what=f"of {len(examples):,} texts have more than {limit:,} tokens: the model reads their beginning only, "
+            "as max_text_tokens in task.toml says",
+            examples=_lengths(long, unit),
+            rows=keys([one for _, one in long]),
+        )
+    elif long:
         yield Finding(
             kind="long texts",
             severity="look",
             n=len(long),
-            what=f"texts have more than {limit:,} {unit}: slow to train on, and cut or refused when served",
-            examples=tuple(f"{one.where}: {n:,} {unit}: {shown(one.text, 60)}" for n, one in long[:MAX_EXAMPLES]),
-            mend=f"shorten them in the file, or: deskside task apply {task.address} --drop 'long texts'",
+            what=f"of {len(examples):,} texts have more than {limit:,} {unit}: left out of the training, or slow",
+            examples=_lengths(long, unit),
+            mend=f"keep their beginnings: deskside finetune {task.address} --tokens {_keeping(task)}; "
+            f"or: deskside task apply {task.address} --drop 'long texts'",
             rows=keys([one for _, one in long]),
             drops=keys([one for _, one in long]),
         )
+
+
+def _lengths(long: Sequence[tuple[int, Example]], unit: str) -> tuple[str, ...]:
+    return tuple(f"{one.where}: {n:,} {unit}: {shown(one.text, 60)}" for n, one in long[:MAX_EXAMPLES])
+
+
+def _keeping(task: Task) -> str:
+    return "auto" if task.spec.kind == "classify" else "256"
 
 
 def schema_findings(task: Task, examples: Sequence[Example]) -> Iterator[Finding]:

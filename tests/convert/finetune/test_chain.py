@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from convert.checkpoint.source import open_checkpoint
 from convert.errors import FinetuneFailed, RequestInvalid
 from convert.finetune import chain
+from convert.finetune.asked import AskedExamples, examples_to_ask
 from convert.finetune.chain import Finetuned, finetune_task
+from convert.finetune.examples import read_data, tokenizer_for
 from convert.finetune.settings import EpochScore, FinetuneRequest, FinetuneResult, FinetuneSettings, TrainingCost
 from convert.finetune.train import check_installed
 from models.common.chat_records import read_chat_records
@@ -21,9 +25,11 @@ from models.errors import ModelError
 from models.gguf.fields import TOKENS as TOKENS_FIELD
 from models.gguf.header import read_header
 from models.store.store import Store
-from models.task.task import open_task, text_of
+from models.task.new import NewTask, make_task
+from models.task.task import Task, open_task, text_of, write_text_length
 from runtime.cli.main import load_verb, main
 from tests.support.convert.tiny import TOKENS, write_mails, write_model
+from tests.support.models.tasks import csv_file, rows
 
 TURNS = "{% for m in messages %}<start_of_turn>{{ m.content }}<end_of_turn>{% endfor %}"
 QUICK: dict[str, Any] = {"layers": 2, "epochs": 2, "batch": 4, "learning_rate": 0.02, "rank": 4, "alpha": 8}
@@ -77,7 +83,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finetun
             rows.writerows([f"{text_of(one)} {copy} {one.id}", one.answer] for one in records for copy in range(5))
         model = write_model(folder / "base.gguf", "llama", template=TURNS)
         request = FinetuneRequest(task=str(path), base=str(model), name="sorted")
-        done = finetune_task(request, FinetuneSettings(**QUICK), Store(), LineReporter())
+        done = finetune_task(request, FinetuneSettings(**QUICK, tokens=16), Store(), LineReporter())
         yield done, folder
 
 
@@ -90,6 +96,9 @@ def test_a_spreadsheet_becomes_an_installed_model(finished: tuple[Finetuned, Pat
     task = open_task(str(folder / "home" / "tasks" / "sorted"))
     assert (manifest.name, manifest.task, manifest.labels) == ("sorted", "classify", task.spec.labels)
     assert manifest.prompt == task.spec.manifest_prompt()
+    assert manifest.prompt.max_text_tokens == 16, "the length given is in the model and in the task"
+    log = json.loads((done.result.trained / "training.json").read_text())
+    assert log["settings"]["tokens"] == 16
     assert manifest.adapter is not None
     assert done.stored.gguf.is_file()
     assert done.result.best.accuracy is not None
@@ -123,9 +132,90 @@ def test_again_the_new_model_is_tested_and_a_changed_table_is_refused(
         finetune_task(request, FinetuneSettings(**QUICK), Store(), LineReporter())
 
 
-def test_examples_that_leak_are_refused_with_the_command_that_mends_it(table: Path, base: Path, with_jax: None) -> None:
-    from models.task.new import NewTask, make_task
+def test_the_prompt_stands_around_every_text(table: Path) -> None:
+    task = make_task(NewTask(name="asked", file=table, prompt="Sort this mail: {input}!")).task
+    every = examples_to_ask(task, FinetuneSettings(), Path("no base is read"), LineReporter())
+    for split, asked in (("train", every.train), ("validation", every.validation)):
+        bare = task.records(split)
+        assert [one.prompt[-1].content for one in asked] == [f"Sort this mail: {text_of(one)}!" for one in bare]
+        assert [one.answer for one in asked] == [one.answer for one in bare]
 
+
+def length_of(settings: FinetuneSettings, base: Path) -> tuple[AskedExamples, Task]:
+    task = open_task("long")
+    return examples_to_ask(task, settings, base, LineReporter()), task
+
+
+@pytest.fixture
+def long_texts(tmp_path: Path) -> Task:
+    """Texts that say what they are in their first words, of which the base makes some thirty tokens."""
+    pairs = [(f"{text} {number} " + "and so on " * 60, label) for number, (text, label) in enumerate(rows(90))]
+    return make_task(NewTask(name="long", file=csv_file(tmp_path, pairs), prompt="Sort: {input}")).task
+
+
+def test_a_given_length_cuts_every_example_and_leaves_none_out(long_texts: Task, base: Path) -> None:
+    asked, task = length_of(FinetuneSettings(tokens=64), base)
+    n = {split: len(task.records(split)) for split in ("train", "validation")}
+    assert (len(asked.train), len(asked.validation)) == (n["train"], n["validation"])
+    assert asked.n_cut == n["train"] + n["validation"]
+    assert asked.prompt == task.spec.manifest_prompt().model_copy(update={"max_text_tokens": 64})
+    assert asked.settings.tokens == 64
+    checkpoint = open_checkpoint(base)
+    tokenizer = tokenizer_for(checkpoint, asked.train)
+    data = read_data(checkpoint, asked.train, asked.validation, task.spec.labels, asked.settings.max_tokens)
+    checkpoint.close()
+    assert data.train.n_too_long == 0
+    for record in asked.train:
+        text = record.prompt[-1].content.removeprefix("Sort: ")
+        assert 50 < len(tokenizer.encode(text, add_special=False, parse_special=False)) <= 64
+    assert length_of(FinetuneSettings(tokens=64, max_tokens=100), base)[0].settings.max_tokens == 100
+
+
+def test_auto_chooses_the_shortest_that_says_as_much(
+    long_texts: Task, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, _ = length_of(FinetuneSettings(tokens="auto"), base)  # type: ignore[arg-type]
+    told = capsys.readouterr().err
+    assert asked.settings.tokens == asked.prompt.max_text_tokens
+    assert "whole texts: accuracy" in told
+    assert "of the texts cut" in told
+    assert f"chosen: {asked.settings.tokens} tokens" in told
+
+
+def test_the_tasks_own_length_is_kept_in_training(long_texts: Task, base: Path) -> None:
+    write_text_length(long_texts, 32)
+    asked, task = length_of(FinetuneSettings(), base)
+    assert (task.spec.max_text_tokens, asked.settings.tokens, asked.prompt) == (32, 32, task.spec.manifest_prompt())
+    assert asked.n_cut == len(asked.train) + len(asked.validation)
+
+
+def test_examples_that_become_the_same_are_not_on_both_sides(tmp_path: Path, base: Path) -> None:
+    common = "Dear all, we are pleased to tell you that this is the way in which every mail of ours begins. "
+    pairs = [(common + f"{text} {number}", label) for number, (text, label) in enumerate(rows(90))]
+    make_task(NewTask(name="long", file=csv_file(tmp_path, [*pairs, *rows(60, seed=1)])))
+    asked, task = length_of(FinetuneSettings(tokens=16), base)
+    held = {record.prompt for record in asked.validation}
+    assert not held & {record.prompt for record in asked.train}
+    assert 0 < len(asked.train) < len(task.records("train"))
+
+
+def test_auto_without_labels_is_refused_with_what_to_give(tmp_path: Path, base: Path, with_jax: None) -> None:
+    pairs = [(text, f"{label}: {text[:20]} {number}") for number, (text, label) in enumerate(rows(60))]
+    make_task(NewTask(name="written", file=csv_file(tmp_path, pairs), kind="write"))
+    settings = FinetuneSettings(tokens="auto")  # type: ignore[arg-type]
+    with pytest.raises(RequestInvalid, match=r"'written' is of kind 'write', without labels: give .* --tokens 256"):
+        finetune_task(FinetuneRequest(task="written", base=str(base)), settings, Store(), LineReporter())
+
+
+@pytest.mark.parametrize("given", ["0", "7", "4097", "some"])
+def test_a_length_that_cannot_be_is_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["finetune", "mails", "--tokens", given])
+    assert leaving.value.code == 2
+    assert "--tokens" in capsys.readouterr().err
+
+
+def test_examples_that_leak_are_refused_with_the_command_that_mends_it(table: Path, base: Path, with_jax: None) -> None:
     task = make_task(NewTask(name="mails", file=table)).task
     train, test = task.file("train"), task.file("test")
     train.write_text(train.read_text() + test.read_text().splitlines()[0] + "\n")

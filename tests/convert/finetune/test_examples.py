@@ -19,15 +19,23 @@ from convert.finetune.examples import (
     lengths_of,
     padded_targets,
     read_data,
+    cut_examples,
+    tokenizer_for,
     training_rows,
 )
 from convert.measure.tasks import Tasks, tasks_of
 from convert.pipeline import convert
 from convert.planning.request import ConvertRequest
+from convert.tokenizer.chat_template import TEMPLATE_FIELD
 from models.common.chat_records import ChatRecord, read_chat_records
 from models.common.console import LineReporter
 from models.errors import BadExamples
+from models.gguf.header import read_meta
+from models.manifest import Manifest, Prompt, dump_manifest
 from models.store.store import Store
+from runtime.llama.model import load_tokenizer
+from runtime.prompt.cut import cut_messages
+from runtime.prompt.prompter import Prompter
 from tests.support.convert.tiny import write_mails, write_model
 
 
@@ -58,6 +66,33 @@ def test_the_tokens_are_those_of_the_converted_model(tmp_path: Path, with_templa
     trained = training_rows(data.train)
     assert [(*one.tokens, one.targets[-1]) for one in trained] == [task.tokens for task in served.tasks]
     assert {int(one.targets[-1]) for one in trained} <= set(served.ends)
+
+
+def test_cut_texts_are_the_tokens_that_are_served(tmp_path: Path) -> None:
+    """From the manifest that training writes: rows of the training, conversion's examples, and a served prompt."""
+    prompt = Prompt(template="Sort: {text}!", max_text_tokens=8)
+    base = write_model(tmp_path / "base.gguf")
+    records = read_chat_records(write_mails(tmp_path / "mails.jsonl"))
+    manifest = Manifest(name="made", licence="none", task="classify", labels=("ham", "spam"), prompt=prompt)
+    (tmp_path / "model.toml").write_text(dump_manifest(manifest))
+    request = ConvertRequest(source=str(base), name="made", quantization="F16", manifest=tmp_path / "model.toml")
+    made = convert(request, Store(tmp_path / "store"), LineReporter())
+    assert made.manifest is not None
+    assert made.manifest.prompt == prompt
+    checkpoint = open_checkpoint(base)
+    tokenizer = tokenizer_for(checkpoint, records)
+    checkpoint.close()
+    asked, n_cut = cut_examples(records, prompt, tokenizer)
+    assert n_cut == len(records)
+    trained = data_of(base, tuple(asked)).train
+    assert trained == tasks_of(made.gguf, records, "classify", ("ham", "spam"), made.manifest.prompt)
+    assert trained != tasks_of(made.gguf, records, "classify", ("ham", "spam"), Prompt(template="Sort: {text}!"))
+
+    served_by = load_tokenizer(made.gguf)
+    template = read_meta(made.gguf).text(TEMPLATE_FIELD)
+    body = [{"role": "user", "content": records[0].prompt[0].content}]
+    cut = cut_messages(prompt.messages([("user", body[0]["content"])]), prompt, served_by)
+    assert Prompter(served_by, template, 512).chat(cut.messages) == trained.tasks[0].prompt
 
 
 def test_a_prompt_of_both_splits_is_refused(tmp_path: Path) -> None:

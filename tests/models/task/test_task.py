@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from models.task.task import (
     rows,
     task_names,
     text_of,
+    write_text_length,
 )
 
 EMAIL_TRIAGE = Path(__file__).parents[3] / "models" / "email_triage"
@@ -157,3 +159,29 @@ def test_its_mails_are_checked_and_one_is_quoted_in_another_split() -> None:
     quoted = texts[leaked[0].split, leaked[0].id].splitlines()[2]
     assert sum(f"> {quoted}" in text for (split, _), text in texts.items() if split == "test") == 1
     assert found["personal data"].n > 0
+
+
+def test_a_length_is_written_into_the_file_and_taken_out(make: Callable[..., Task]) -> None:
+    task = make()
+    path = task.folder / TASK_FILE
+    path.write_text("# kept as it is\n" + path.read_text())
+    os.utime(path, (5, 5))
+    before = path.read_text()
+    write_text_length(task, 128)
+    assert read_spec(path) == task.spec.model_copy(update={"max_text_tokens": 128})
+    assert read_spec(path).manifest_prompt().max_text_tokens == 128
+    assert path.stat().st_mtime == 5, "the age of the file says whether a table has changed since"
+    write_text_length(task, 64)
+    assert path.read_text() == before.replace("schema_version = 1\n", "schema_version = 1\nmax_text_tokens = 64\n")
+    write_text_length(task, None)
+    assert path.read_text() == before
+
+
+def test_a_file_that_has_changed_meanwhile_is_left_alone(make: Callable[..., Task]) -> None:
+    task = make()
+    path = task.folder / TASK_FILE
+    path.write_text(path.read_text().replace("{input}", "Sort: {input}"))
+    before = path.read_text()
+    with pytest.raises(BadTask, match="write there 'max_text_tokens = 128'"):
+        write_text_length(task, 128)
+    assert path.read_text() == before

@@ -120,6 +120,41 @@ def test_a_fine_tune_is_given_its_system_message_and_conversations_as_they_are()
         assert "system\nSort.\nuser\na mail\nmodel" in prompts_of(llama)
 
 
+def test_a_long_text_is_cut_to_the_length_trained_on_whatever_asks() -> None:
+    llama = FakeLlama(n_ctx=1024, script="spam")
+    manifest = MANIFEST.model_copy(update={"prompt": Prompt(template="Mail: {text}!", max_text_tokens=8)})
+    choice: Any = {"type": "choice", "instructions": "x", "choices": [{"value": "spam"}, {"value": "billing"}]}
+    cut = "user\nMail: 01234567!\nmodel\n"
+    messages = [{"role": "user", "content": "Mail: 0123456789!"}]
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/decisions": {"input": "0123456789", "questions": [choice, choice]},
+        "/v1/chat/completions": {"messages": messages},
+        "/v1/responses": {"input": messages[0]["content"]},
+    }
+    with serving(llama, manifest=manifest) as toy:
+        for n, (route, fields) in enumerate(bodies.items(), 1):
+            llama.batches.clear()
+            answer = toy.http.post(route, json={"model": "toy", **fields})
+            assert answer.status_code == 200
+            assert cut in prompts_of(llama) or n > 1  # what is cached is not computed again
+            assert "89" not in prompts_of(llama)
+            assert answer.headers["deskside-texts-cut"] == "1"
+            assert f'deskside_texts_cut_total{{model="toy"}} {n}.0' in toy.http.get("/metrics").text
+        rendered = toy.http.post("/apply-template", json={"messages": messages}).json()["prompt"]
+        assert "Mail: 01234567!" in rendered
+        short = toy.http.post("/v1/decisions", json={"model": "toy", "input": "0123", "questions": [choice]})
+        assert "deskside-texts-cut" not in short.headers
+        assert 'deskside_texts_cut_total{model="toy"} 3.0' in toy.http.get("/metrics").text
+
+
+def test_a_general_models_question_is_not_cut_with_the_text() -> None:
+    llama = FakeLlama(n_ctx=1024, script="red")
+    general = Manifest(name="toy", licence="none", prompt=Prompt(max_text_tokens=8))
+    with serving(llama, manifest=general) as toy:
+        toy.client().decisions.create(model="toy", input="0123456789", questions=COLOUR)
+        assert "01234567\n\nTask: Which?" in prompts_of(llama)
+
+
 FINE_TUNED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "another choice": ({}, CHOICE, "questions[0].choices", "'red' is none of them"),
     "a misspelt label": (

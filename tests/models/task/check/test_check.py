@@ -9,7 +9,7 @@ from models.common.chat_records import ChatMessage, ChatRecord
 from models.task.check.check import check_task, dropped_by, findings_of
 from models.task.check.finding import Example, Finding
 from models.task.check.privacy import mask, personal
-from models.task.task import Task, dump_records
+from models.task.task import Task, dump_records, open_task, write_text_length
 from models.task.task import rows as all_rows
 from tests.support.models.tasks import rows
 
@@ -97,6 +97,16 @@ def test_empty_and_long_texts_in_characters_or_tokens(task: Task) -> None:
     assert "characters" in kinds["long texts"].what
     assert "long texts" not in found(task, lambda text: 10)
     assert "3,001 tokens" in found(task, lambda text: len(text.split()) + 1)["long texts"].examples[0]
+
+
+def test_texts_longer_than_the_task_reads_are_counted_and_dropped_by_nothing(task: Task) -> None:
+    add(task, "train", [("word " * 300, "billing")])
+    assert "long texts" not in found(task, lambda text: len(text.split()))
+    write_text_length(task, 200)
+    kinds = found(open_task(str(task.folder)), lambda text: len(text.split()))
+    assert "long texts" not in kinds
+    assert (kinds["cut texts"].n, kinds["cut texts"].severity, kinds["cut texts"].drops) == (1, "note", ())
+    assert "more than 200 tokens" in kinds["cut texts"].what
 
 
 def test_answers_off_the_schema(make: Make) -> None:

@@ -11,6 +11,7 @@ from models.common.stats import wilson
 from models.task.words.curve import CurvePoint, advice, learning_curve
 from models.task.words.doubt import FOLDS, doubts, folds_of
 from models.task.words.features import coordinates, gram, pieces, words, words_and_pairs
+from models.task.words.lengths import LENGTHS, LabelledTexts, length_ladder, shortest
 from models.task.words.logistic import STRENGTH, fit, probabilities
 from tests.support.models.tasks import CLASSES, rows
 
@@ -120,3 +121,40 @@ def test_the_advice_reads_the_last_doubling(half: int, whole: int, says: str) ->
     curve = [CurvePoint(n, wilson(right, 1000)) for n, right in ((1, 300), (2, half), (4, whole))]
     assert says in advice(curve)
     assert f"{(whole - half) / 10:+.1f} points" in advice(curve)
+
+
+def told_at_word(place: int, n: int = 150) -> tuple[LabelledTexts, LabelledTexts]:
+    """Train and validation texts of 300 words, of which the one at `place` tells the class."""
+    chance = random.Random(1)
+    texts = [[f"w{chance.randrange(50)}" for _ in range(300)] for _ in range(n)]
+    labels = [list(CLASSES)[number % len(CLASSES)] for number in range(n)]
+    for text, label in zip(texts, labels, strict=True):
+        text[place] = CLASSES[label]
+    whole = [" ".join(text) for text in texts]
+    return LabelledTexts(whole[:100], labels[:100]), LabelledTexts(whole[100:], labels[100:])
+
+
+@pytest.mark.parametrize(("place", "chosen"), [(10, 64), (100, 128), (280, None)])
+def test_the_shortest_length_that_still_tells_the_class_is_chosen(place: int, chosen: int | None) -> None:
+    train, validation = told_at_word(place)
+    ladder = length_ladder(
+        train,
+        validation,
+        lambda text, length: " ".join(text.split()[:length]),
+        lambda text: len(text.split()),
+        lambda done, total: None,
+    )
+    assert [point.max_tokens for point in ladder] == [*(one for one in LENGTHS if one < 300), None]
+    assert shortest(ladder) == chosen
+    assert [point.share_cut for point in ladder] == [1, 1, 1, 0]
+    assert [point.mean_tokens for point in ladder] == [64, 128, 256, 300]
+    assert ladder[-1].beside_whole.difference.estimate == 0
+
+
+def test_a_length_that_cuts_nothing_is_no_choice() -> None:
+    train, validation = (LabelledTexts(*zip(*rows(n, seed=n), strict=True)) for n in (60, 30))
+    ladder = length_ladder(
+        train, validation, lambda text, n: text, lambda text: len(text.split()), lambda done, total: None
+    )
+    assert [point.max_tokens for point in ladder] == [None]
+    assert shortest(ladder) is None
