@@ -11,8 +11,8 @@ import typer
 
 from models.common.options import JsonOption, with_options
 
-from .finetune.settings import FinetuneRequest, FinetuneSettings
 from .planning.request import ConvertRequest
+from .training.settings import FinetuneRequest, FinetuneSettings
 
 if TYPE_CHECKING:
     from convert.finetune.chain import Finetuned

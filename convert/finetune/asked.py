@@ -6,15 +6,14 @@ from pathlib import Path
 
 from convert.checkpoint.source import open_checkpoint
 from convert.errors import RequestInvalid
+from convert.training.examples import cut_examples, tokenizer_for
+from convert.training.settings import AUTO_TOKENS, FinetuneSettings
 from models.common.chat_records import ChatRecord
 from models.common.console import Reporter
 from models.manifest import Prompt
 from models.task.task import TASK_FILE, Task, tasks_home, text_of, write_text_length
 from runtime.llama.interface import TokenizerLike
 from runtime.prompt.cut import cut_text
-
-from .examples import cut_examples, tokenizer_for
-from .settings import AUTO_TOKENS, FinetuneSettings
 
 # Beside the text, the template and the answer need some tokens of an example.
 REST_TOKENS = 512

@@ -17,6 +17,8 @@ from convert.planning.origin import Origin, find_origin
 from convert.planning.request import ConvertRequest
 from convert.quantize.quantize import HALF_PRECISION
 from convert.replacement import incumbent_of
+from convert.training.settings import FinetuneRequest, FinetuneResult, FinetuneSettings
+from convert.training.train import check_installed, finetune
 from convert.trim.fields import KEPT_FIELD
 from convert.trim.plan import DEFAULT_KEEP
 from models.common.console import Reporter
@@ -29,8 +31,6 @@ from models.task.new import NewTask, make_task
 from models.task.task import TASK_FILE, Task, open_task, tasks_home
 
 from .asked import AskedExamples, check_choosable, examples_to_ask, keep_length
-from .settings import FinetuneRequest, FinetuneResult, FinetuneSettings
-from .train import check_installed, finetune
 
 FOLDER = "trained"
 """Folder of the store that results go to, unless the user names another."""

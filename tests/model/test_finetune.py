@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convert.checkpoint.source import open_checkpoint
-from convert.finetune.base import write_model
+from convert.training.base import write_model
 from models.common.console import LineReporter
 from runtime.llama.model import load_tokenizer
 from tests.support.convert.trained import engine_logits, jax_logits

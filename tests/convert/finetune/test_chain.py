@@ -16,9 +16,9 @@ from convert.errors import FinetuneFailed, RequestInvalid
 from convert.finetune import chain
 from convert.finetune.asked import AskedExamples, examples_to_ask
 from convert.finetune.chain import Finetuned, finetune_task
-from convert.finetune.examples import read_data, tokenizer_for
-from convert.finetune.settings import EpochScore, FinetuneRequest, FinetuneResult, FinetuneSettings, TrainingCost
-from convert.finetune.train import check_installed
+from convert.training.examples import read_data, tokenizer_for
+from convert.training.settings import EpochScore, FinetuneRequest, FinetuneResult, FinetuneSettings, TrainingCost
+from convert.training.train import check_installed
 from models.common.chat_records import read_chat_records
 from models.common.console import LineReporter
 from models.errors import ModelError

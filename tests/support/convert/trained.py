@@ -10,11 +10,11 @@ import pytest
 
 from convert.checkpoint.folder import HfCheckpoint
 from convert.checkpoint.source import open_checkpoint
-from convert.finetune.base import GROUPS, DecoderWeights, read_weights, write_model
-from convert.finetune.examples import NO_TARGETS, BatchShape, TokenBatch, TokenRow
-from convert.finetune.settings import FinetuneSettings
 from convert.lora.adapter import PeftAdapter, read_adapter
 from convert.tokenizer.read import VocabularyFields
+from convert.training.base import GROUPS, DecoderWeights, read_weights, write_model
+from convert.training.examples import NO_TARGETS, BatchShape, TokenBatch, TokenRow
+from convert.training.settings import FinetuneSettings
 from models.common.console import LineReporter
 from models.gguf.fields import Field
 from runtime.llama.interface import Batch, LoadOptions
@@ -76,7 +76,7 @@ def jax_logits(
     """
     padding = 3
     pytest.importorskip("jax", reason="needs the extra `finetune`")
-    from convert.finetune.steps import DecoderSteps
+    from convert.training.steps import DecoderSteps
 
     weights = weights_of(path)
     if adapter is not None:

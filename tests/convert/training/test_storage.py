@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from convert.errors import FinetuneFailed, SourceInvalid
-from convert.finetune.base import DecoderShape
-from convert.finetune.examples import NO_TARGETS, BatchShape, TokenBatch, TokenRow
-from convert.finetune.settings import FinetuneSettings
-from convert.finetune.storage import (
+from convert.lora.adapter import read_adapter
+from convert.training.base import DecoderShape
+from convert.training.examples import NO_TARGETS, BatchShape, TokenBatch, TokenRow
+from convert.training.settings import FinetuneSettings
+from convert.training.storage import (
     CHECKPOINT_FILE,
     KeptStates,
     check_same,
@@ -19,7 +20,6 @@ from convert.finetune.storage import (
     write_adapter,
     write_checkpoint,
 )
-from convert.lora.adapter import read_adapter
 from models.errors import StoreError
 
 SHAPE = DecoderShape("llama", 8, 2, 1, 4, 12, 1e-5, (False,) * 3, 0, False, 0.5, 1.0, 0.0, 0.0)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from convert.errors import ConvertError, FinetuneFailed
-from convert.finetune.base import write_shallow
-from convert.finetune.settings import FinetuneResult, FinetuneSettings
 from convert.lora.adapter import ADAPTER_WEIGHTS_FILE, read_adapter
 from convert.pipeline import convert
 from convert.planning.request import ConvertRequest
+from convert.training.base import write_shallow
+from convert.training.settings import FinetuneResult, FinetuneSettings
 from models.common.chat_records import ChatRecord, read_chat_records
 from models.common.console import LineReporter
 from models.store.store import Store
@@ -22,9 +22,9 @@ from tests.support.convert.tiny import write_mails, write_model
 from tests.support.convert.trained import engine_logits, jax_logits
 
 jax = pytest.importorskip("jax", reason="needs the extra `finetune`")
-from convert.finetune import train as train_module  # noqa: E402
-from convert.finetune.storage import CHECKPOINT_FILE, LOG_FILE  # noqa: E402
-from convert.finetune.train import MODEL_FILE, finetune  # noqa: E402
+from convert.training import train as train_module  # noqa: E402
+from convert.training.storage import CHECKPOINT_FILE, LOG_FILE  # noqa: E402
+from convert.training.train import MODEL_FILE, finetune  # noqa: E402
 
 pytestmark = pytest.mark.finetune
 TURNS = "{% for m in messages %}<start_of_turn>{{ m.content }}<end_of_turn>{% endfor %}"
@@ -64,7 +64,7 @@ class Killed(BaseException):
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
     """End the run in its `n_steps`-th step, with a checkpoint after each before."""
-    from convert.finetune.steps import DecoderSteps, TrainingState
+    from convert.training.steps import DecoderSteps, TrainingState
 
     apply = DecoderSteps.apply
 
@@ -218,13 +218,13 @@ def test_more_layers_than_there_are_is_refused(base: Path, records: tuple[ChatRe
 def test_too_little_memory_is_refused_with_what_would_fit(
     base: Path, records: tuple[ChatRecord, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert.finetune.cost.machine_budget", lambda: 1 << 20)
+    monkeypatch.setattr("convert.training.cost.machine_budget", lambda: 1 << 20)
     with pytest.raises(FinetuneFailed, match=r"MiB more, 1 MiB are free: try --layers 1, a smaller --batch"):
         trained(base, records, tmp_path / "out")
 
 
 def test_a_loss_that_is_no_number_ends_the_run(base: Path, records: tuple[ChatRecord, ...], tmp_path: Path) -> None:
-    from convert.finetune.steps import DecoderSteps
+    from convert.training.steps import DecoderSteps
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecoderSteps, "gradients", lambda *_: (float("nan"), []))

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from convert.checkpoint.source import open_checkpoint
-from convert.finetune.examples import (
+from convert.measure.tasks import Tasks, tasks_of
+from convert.pipeline import convert
+from convert.planning.request import ConvertRequest
+from convert.tokenizer.chat_template import TEMPLATE_FIELD
+from convert.training.examples import (
     BatchShape,
     LabelBranches,
     TokenBatch,
@@ -16,17 +20,13 @@ from convert.finetune.examples import (
     TrainingData,
     batches_of,
     choose_widths,
+    cut_examples,
     lengths_of,
     padded_targets,
     read_data,
-    cut_examples,
     tokenizer_for,
     training_rows,
 )
-from convert.measure.tasks import Tasks, tasks_of
-from convert.pipeline import convert
-from convert.planning.request import ConvertRequest
-from convert.tokenizer.chat_template import TEMPLATE_FIELD
 from models.common.chat_records import ChatRecord, read_chat_records
 from models.common.console import LineReporter
 from models.errors import BadExamples

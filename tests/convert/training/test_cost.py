@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from convert.errors import FinetuneFailed
-from convert.finetune.base import DecoderShape
-from convert.finetune.examples import TokenRow, batches_of
-from convert.finetune.settings import FinetuneSettings
+from convert.training.base import DecoderShape
+from convert.training.examples import TokenRow, batches_of
+from convert.training.settings import FinetuneSettings
 
 pytest.importorskip("jax", reason="needs the extra `finetune`")
-from convert.finetune.cost import MeasuredCosts, TrainingWork, choose, padded_tokens
+from convert.training.cost import MeasuredCosts, TrainingWork, choose, padded_tokens
 
 pytestmark = pytest.mark.finetune
 COSTS = MeasuredCosts(frozen=1e-4, trained=3e-4, last=2e-4, compilation=5.0)

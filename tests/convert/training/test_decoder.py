@@ -7,7 +7,7 @@ import pytest
 
 from convert.checkpoint.source import open_checkpoint
 from convert.errors import ArchitectureUnknown, SourceInvalid
-from convert.finetune.base import COVERED, read_shape
+from convert.training.base import COVERED, read_shape
 from tests.support.convert.hf_tiny import CONFIGS, N_VOCAB, open_tiny, write_folder
 from tests.support.convert.tiny import write_model as write_tiny
 from tests.support.convert.trained import engine_logits, jax_logits, tiny_gguf, weights_of
