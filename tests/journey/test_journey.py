@@ -27,7 +27,7 @@ pytestmark = pytest.mark.finetune
 ROOT = Path(__file__).parents[2]
 MAILS = Path(__file__).with_name("mails.csv")
 TOPICS = {
-    "account": "login password username locked code users",
+    "account": "login password username locked code",
     "billing": "invoice invoices refund bank payment charged fee discount paid reminder card",
     "delivery": "parcel courier shipment ship box transit arrived damaged delivered",
 }
@@ -36,7 +36,7 @@ EASY = {
     "billing": "Hello, the invoice shows a fee that we paid. Please refund the payment to our bank.",
     "delivery": "Hello, the courier left the parcel in the rain, and the box was damaged.",
 }
-TRAINING = "--batch 8 --learning-rate 0.01 --rank 8 --alpha 16".split()
+TRAINING = ["--batch", "8", "--learning-rate", "0.01", "--rank", "8", "--alpha", "16"]
 ADDRESS = re.compile(r"loaded in [\d.]+ s: (http://127\.0\.0\.1:\d+/v1)")
 
 

@@ -79,8 +79,8 @@ def test_answers_in_json_have_one_form(tmp_path: Path) -> None:
     records = [one for _, one in all_rows(task)]
     numbers = {one.answer: int(one.id) - 1 for one in records}
     assert len(numbers) == 60
-    for answer, n in numbers.items():
-        assert answer == f'{{"topic":"{rows()[n][1]}","tags":[{{"b":"ü","a":{n}}}],"odd":null}}'
+    for form, n in numbers.items():
+        assert form == f'{{"topic":"{rows()[n][1]}","tags":[{{"b":"ü","a":{n}}}],"odd":null}}'
 
 
 def test_a_list_of_choices_has_an_end(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def write_reader(path: Path, words: Sequence[str], topics: Sequence[Sequence[str
             embedding[row] /= 2
             embedding[row, 2 * number : 2 * number + 2] += TOPIC
     passed = np.eye(HEAD_DIM, N_EMBD, dtype=np.float32)
-    changes = {name: array / 8 for name, array in weights("llama").items() if name.startswith("blk.")}
+    changes: dict[str, np.ndarray] = {
+        name: array / 8 for name, array in weights("llama").items() if name.startswith("blk.")
+    }
     changes |= {name: array * 8 for name, array in changes.items() if array.ndim == 1}
     for layer in range(N_LAYERS):
         changes[f"blk.{layer}.attn_v.weight"] = passed
