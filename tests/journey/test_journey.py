@@ -36,7 +36,7 @@ EASY = {
     "billing": "Hello, the invoice shows a fee that we paid. Please refund the payment to our bank.",
     "delivery": "Hello, the courier left the parcel in the rain, and the box was damaged.",
 }
-TRAINING = ["--batch", "8", "--learning-rate", "0.01", "--rank", "8", "--alpha", "16"]
+TRAINING = ["--batch", "4", "--learning-rate", "0.005", "--rank", "8", "--alpha", "16"]
 ADDRESS = re.compile(r"loaded in [\d.]+ s: (http://127\.0\.0\.1:\d+/v1)")
 
 
@@ -115,9 +115,9 @@ def test_from_a_table_to_an_answer(shell: Shell) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert not list((shell.home / "models").glob("mails")), "nothing is installed"
     out, err = shell.run(*command)
-    resumed = re.search(r"resumed at step (\d+) of 72", err)
+    resumed = re.search(r"resumed at step (\d+) of 144", err)
     assert resumed is not None
-    assert 9 <= int(resumed[1]) < 72
+    assert 18 <= int(resumed[1]) < 144
     assert "epoch 1:" not in err
     assert "next: deskside serve mails" in err
     assert out.startswith("mails\t")
