@@ -10,7 +10,7 @@ from pathlib import Path
 
 from convert.checkpoint.source import open_checkpoint
 from convert.errors import FinetuneFailed, RequestInvalid, TrimImpossible
-from convert.measure.examples import MIN_EXAMPLES
+from convert.measure.examples import MIN_EXAMPLES, json_is_compact
 from convert.pipeline import convert
 from convert.planning.inputs import licensed
 from convert.planning.origin import Origin, find_origin
@@ -93,7 +93,7 @@ def _best_of_seeds(
 ) -> FinetuneResult:
     """The best result of training with `n_seeds` seeds in turn, each in a folder of its own that resumes.
 
-    Their spread shows what is chance: two settings that differ by less were not told apart.
+    Their spread is chance: two settings that differ by less than that are equal as far as one can see.
     """
     if n_seeds == 1:
         return train(settings, "")
@@ -187,6 +187,7 @@ def _manifest(task: Task, name: str, origin: Origin) -> Manifest:
             "task": "classify" if spec.kind == "classify" else "write",
             "labels": spec.labels,
             "prompt": spec.manifest_prompt(),
+            "compact_json": spec.kind == "extract" and json_is_compact(task.records("train")) is True,
         }
     )
 

@@ -24,6 +24,7 @@ from models.common.console import LineReporter
 from models.errors import ModelError
 from models.gguf.fields import TOKENS as TOKENS_FIELD
 from models.gguf.header import read_header
+from models.manifest import read_manifest
 from models.store.store import Store
 from models.task.new import NewTask, make_task
 from models.task.task import Task, open_task, text_of, write_text_length
@@ -80,7 +81,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finetun
         with path.open("w", encoding="utf-8", newline="") as stream:
             rows = csv.writer(stream)
             rows.writerow(["text", "label"])
-            rows.writerows([f"{text_of(one)} {copy} {one.id}", one.answer] for one in records for copy in range(5))
+            rows.writerows([f"{text_of(one)} {copy} {one.id}", one.answer] for one in records for copy in range(2))
         model = write_model(folder / "base.gguf", "llama", template=TURNS)
         request = FinetuneRequest(task=str(path), base=str(model), name="sorted")
         done = finetune_task(request, FinetuneSettings(**QUICK, tokens=16), Store(), LineReporter())
@@ -102,6 +103,49 @@ def test_a_spreadsheet_becomes_an_installed_model(finished: tuple[Finetuned, Pat
     assert manifest.adapter is not None
     assert done.stored.gguf.is_file()
     assert done.result.best.accuracy is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_copies", "measured"), [("classify", 2, False), ("classify", 5, True), ("extract", 5, True)]
+)
+def test_the_conversion_is_the_task_s(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: Path,
+    with_jax: None,
+    kind: str,
+    n_copies: int,
+    measured: bool,
+) -> None:
+    """Chosen on the validation examples if they are enough, and with the task's own form of answers."""
+    records = read_chat_records(write_mails(tmp_path / "mails.jsonl"))
+    lines = [
+        {"text": f"{text_of(one)} {copy} {one.id}", "out": one.answer if kind == "classify" else {"kind": one.answer}}
+        for one in records
+        for copy in range(n_copies)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    score = EpochScore(1, 1.0, 1.0, None, kept=True)
+    asked: dict[str, Any] = {}
+
+    def trained(base: Path, train: Any, validation: Any, labels: Any, settings: Any, out: Path, report: Any) -> Any:
+        out.mkdir(parents=True)
+        asked.update(labels=labels, answers={record.answer for record in train})
+        return FinetuneResult(out, score, (score,), TrainingCost(1, 1, 1.0, 1), 1.0, 1.0)
+
+    monkeypatch.setattr(chain, "finetune", trained)
+    request = FinetuneRequest(task=str(path), base=str(base), only_train=True)
+    done = finetune_task(request, FinetuneSettings(), Store(), LineReporter())
+    conversion = done.conversion
+    assert conversion.examples == (done.task.file("validation") if measured else None)
+    assert conversion.manifest is not None
+    manifest = read_manifest(conversion.manifest)
+    if kind == "classify":
+        assert (manifest.task, manifest.labels, manifest.compact_json) == ("classify", ("ham", "spam"), False)
+    else:
+        assert (manifest.task, manifest.labels, manifest.compact_json) == ("write", (), True)
+        assert (asked["labels"], asked["answers"]) == ((), {'{"kind":"ham"}', '{"kind":"spam"}'})
 
 
 @pytest.mark.finetune

@@ -65,6 +65,38 @@ def test_json_answers_make_an_extraction_with_a_schema(tmp_path: Path) -> None:
     assert open_task("a").spec == task.spec
 
 
+def test_answers_in_json_have_one_form(tmp_path: Path) -> None:
+    """Chat records keep the text of their answers, tables do not; a task's answers are as they will be served."""
+    said = []
+    for n, (text, label) in enumerate(rows()):
+        answer = {"topic": label, "tags": [{"b": "ü", "a": n}], "odd": None}
+        turned = dict(reversed(answer.items())) if n % 3 == 2 else answer
+        written = json.dumps(turned, indent=n % 2 or None)
+        said.append({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": written}]})
+    path = tmp_path / "f.jsonl"
+    path.write_text("\n".join(map(json.dumps, said)))
+    task = make_task(NewTask("a", path)).task
+    records = [one for _, one in all_rows(task)]
+    numbers = {one.answer: int(one.id) - 1 for one in records}
+    assert len(numbers) == 60
+    for form, n in numbers.items():
+        assert form == f'{{"topic":"{rows()[n][1]}","tags":[{{"b":"ü","a":{n}}}],"odd":null}}'
+
+
+def test_a_list_of_choices_has_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    objects = [
+        {"text": text, "output": {"tags": list(CLASSES)[: n % 3], "words": text.split()[:n]}}
+        for n, (text, _) in enumerate(rows())
+    ]
+    path.write_text("\n".join(map(json.dumps, objects)))
+    schema = make_task(NewTask("a", path)).task.spec.json_schema
+    assert schema is not None
+    tags, words = schema["properties"]["tags"], schema["properties"]["words"]
+    assert (tags["maxItems"], tags["items"]["enum"]) == (2, sorted(list(CLASSES)[:2]))
+    assert "maxItems" not in words, "other texts may have more"
+
+
 def test_distinct_texts_make_writing(tmp_path: Path) -> None:
     pairs = [(text, f"Answer to {text[:20]}.") for text, _ in rows()]
     task = make_task(NewTask("a", csv_file(tmp_path, pairs), prompt="Answer: {input}")).task

@@ -7,7 +7,7 @@ not depend on the order in which a BLAS adds, and hashes can be golden.
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,9 @@ def write_model(
     template: str | None = None,
     changes: Mapping[str, np.ndarray] | None = None,
     experts: int = 0,
+    words: Sequence[str] = (),
 ) -> Path:
-    """Write a model of two layers that llama.cpp loads; matrices are stored as `kind`."""
+    """Write a model of two layers that llama.cpp loads; matrices are stored as `kind`, and `words` are tokens."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(N_LAYERS)
     writer.add_context_length(512)
@@ -102,8 +103,10 @@ def write_model(
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(2)
-    _add_vocabulary(writer, template)
-    for name, array in (weights(architecture, experts) | dict(changes or {})).items():
+    tokens = [*TOKENS, *pieces(words)]
+    _add_vocabulary(writer, template, tokens)
+    made = weights(architecture, experts) | {"token_embd.weight": grid((len(tokens), N_EMBD), 1)}
+    for name, array in (made | dict(changes or {})).items():
         if array.ndim == 1 or "ffn_gate_inp" in name or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, array)
         elif kind == gguf.GGMLQuantizationType.F16:
@@ -117,13 +120,19 @@ def write_model(
     return path
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, template: str | None) -> None:
+def pieces(words: Sequence[str]) -> list[bytes]:
+    """The words with a space before them, and their beginnings: the tokenizer joins a word letter by letter."""
+    return [f"▁{piece}".encode() for piece in sorted({word[:end] for word in words for end in range(1, len(word) + 1)})]
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, template: str | None, tokens: Sequence[bytes]) -> None:
     control, unknown, byte, normal = 3, 2, 6, 1
-    types = [control, control, control, unknown, *[byte] * 256, normal, control, control, *[normal] * 4]
+    types = [control, control, control, unknown, *[byte] * 256, normal, control, control]
+    types += [normal] * (len(tokens) - len(types))
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(TOKENS)
-    writer.add_token_scores([-float(index) for index in range(len(TOKENS))])
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(index) for index in range(len(tokens))])
     writer.add_token_types(types)
     writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)

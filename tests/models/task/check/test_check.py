@@ -116,6 +116,14 @@ def test_answers_off_the_schema(make: Make) -> None:
     off = found(task)["off the schema"]
     assert (off.n, off.severity) == (2, "mend")
     assert "n: 'three' is not of type 'integer'" in off.examples[0]
+    assert "off the form" not in found(task)
+
+
+def test_answers_written_unlike_served_ones(make: Make) -> None:
+    task = make([(text, json.dumps({"topic": label, "n": n})) for n, (text, label) in enumerate(rows(60))])
+    add(task, "train", [("a", '{"n":1,"topic":"billing"}'), ("b", '{"topic": "billing", "n": 1}')])
+    off = found(task)["off the form"]
+    assert (off.n, off.severity) == (2, "look")
 
 
 def test_answers_off_the_style(make: Make) -> None:
