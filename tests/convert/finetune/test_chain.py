@@ -85,7 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finetun
         model = write_model(folder / "base.gguf", "llama", template=TURNS)
         request = FinetuneRequest(task=str(path), base=str(model), name="sorted")
         done = finetune_task(request, FinetuneSettings(**QUICK, tokens=16), Store(), LineReporter())
-        yield done, folder
+    yield done, folder
 
 
 @pytest.mark.finetune
@@ -130,7 +130,6 @@ def test_the_conversion_is_the_task_s(
     asked: dict[str, Any] = {}
 
     def trained(base: Path, train: Any, validation: Any, labels: Any, settings: Any, out: Path, report: Any) -> Any:
-        out.mkdir(parents=True)
         asked.update(labels=labels, answers={record.answer for record in train})
         return FinetuneResult(out, score, (score,), TrainingCost(1, 1, 1.0, 1), 1.0, 1.0)
 
@@ -167,7 +166,9 @@ def test_again_the_new_model_is_tested_and_a_changed_table_is_refused(
     done, folder = finished
     monkeypatch.setenv("DESKSIDE_HOME", str(folder / "home"))
     request = FinetuneRequest(task=str(folder / "mails.csv"), base=str(folder / "base.gguf"), name="sorted")
-    again = finetune_task(request, FinetuneSettings(**QUICK), Store(), LineReporter())
+    monkeypatch.setattr(chain, "DEFAULT_KEEP", KEPT_TOKENS)
+    monkeypatch.setattr(chain, "SMALL_VOCABULARY", 1)
+    again = finetune_task(request, FinetuneSettings(**QUICK, tokens=16), Store(), LineReporter())
     assert "'sorted' is not worse and is installed" in " ".join(capsys.readouterr().err.split())
     assert again.stored == done.stored
     changed = folder / "home" / "tasks" / "sorted" / "task.toml"
