@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.errors import FinetuneFailed, RequestInvalid
-from convert.measure.examples import MIN_EXAMPLES
+from convert.measure.examples import MIN_EXAMPLES, json_is_compact
 from convert.pipeline import convert
 from convert.planning.inputs import licensed
 from convert.planning.origin import Origin, find_origin
@@ -118,6 +118,7 @@ def _conversion(
             "task": "classify" if spec.kind == "classify" else "write",
             "labels": spec.labels,
             "prompt": spec.manifest_prompt(),
+            "compact_json": spec.kind == "extract" and json_is_compact(task.records("train")) is True,
         }
     )
     write_atomic(out / MANIFEST_FILE, dump_manifest(manifest))

@@ -220,9 +220,8 @@ def _examples(request: ConvertRequest, manifest: Manifest | None) -> Examples | 
         return None
     records = read_chat_records(request.examples)
     stated = manifest.task if manifest is not None else "general"
-    work = request.work or (
-        "classify" if stated == "classify" or answers_repeat([record.answer for record in records]) else "write"
-    )
+    by_answers: TaskKind = "classify" if answers_repeat([record.answer for record in records]) else "write"
+    work = request.work or (by_answers if stated == "general" else stated)
     budget = LossBudget() if request.max_loss is None else LossBudget(kl_mean=request.max_loss)
     labels = labels_of(records, manifest.labels if manifest is not None else ()) if work == "classify" else ()
     return Examples(request.examples, sha256_file(request.examples), split_examples(records), labels, work, budget)

@@ -4,7 +4,7 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.common.chat_records import MAX_LABELS, ChatMessage, ChatRecord, answers_repeat
@@ -14,7 +14,7 @@ from models.errors import BadTable, BadTask
 
 from .readers.read import read_rows
 from .readers.table import ReadOptions, TextTable
-from .schema import fault, guess_schema
+from .schema import canonical, fault, guess_schema
 from .splits import split_by_content
 from .task import SCORERS, SPLITS, SplitRule, Task, TaskSpec, WorkKind, new_folder, text_of, write_task
 
@@ -67,6 +67,9 @@ def make_task(wanted: NewTask) -> Made:
     kind = wanted.kind or _kind([record.answer for record in records])
     found.append(("kind", kind, "" if wanted.kind else "guessed; --kind"))
     spec = _spec(kind, records, wanted)
+    if spec.json_schema is not None:
+        records = [replace(one, answer=canonical(one.answer, spec.json_schema)) for one in records]
+        found.append(("answers", "JSON without white space, keys in the schema's order", ""))
     strata = [record.answer if kind == "classify" else "" for record in records]
     splits, near = split_by_content([text_of(record) for record in records], strata, wanted.seed)
     spec = spec.model_copy(update={"splits": SplitRule(seed=wanted.seed, near=near)})

@@ -1,7 +1,10 @@
-"""The JSON schema of an extraction's answers: guessed from examples, and checked against them."""
+"""The JSON schema of an extraction's answers: guessed from examples, and checked against them.
+
+Answers are kept in one form, the one that is served under the schema: no white space, keys in the schema's order.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -37,9 +40,31 @@ def fault(answer: str, schema: dict[str, Any]) -> str:
     return f"{where}: {found.message}" if where else str(found.message)
 
 
+def canonical(answer: str, schema: dict[str, Any]) -> str:
+    """The JSON text `answer` in the form that is served: compact, its keys in the schema's order, unknown ones last."""
+    return json.dumps(_ordered(json.loads(answer), schema), ensure_ascii=False, separators=(",", ":"))
+
+
 def guess_schema(answers: Sequence[str]) -> dict[str, Any]:
     """The narrowest simple schema that fits all `answers`, each a JSON object."""
     return _of([json.loads(answer) for answer in answers])
+
+
+def _ordered(value: Any, schema: Any) -> Any:
+    """`value` with the keys of its objects in the order of the schema's properties."""
+    stated = schema if isinstance(schema, dict) else {}
+    if isinstance(value, list):
+        return [_ordered(item, stated.get("items")) for item in value]
+    if not isinstance(value, dict):
+        return value
+    known = stated.get("properties", {})
+    return {key: _ordered(value[key], known.get(key)) for key in sorted(value, key=_places(known))}
+
+
+def _places(known: dict[str, Any]) -> Callable[[str], int]:
+    """The place of a key among the known ones; all others are behind them."""
+    places = {key: place for place, key in enumerate(known)}
+    return lambda key: places.get(key, len(places))
 
 
 @cache
@@ -62,8 +87,12 @@ def _of(values: Sequence[Any]) -> dict[str, Any]:
         schema["required"] = [key for key in keys if all(key in value for value in objects)]
         schema["additionalProperties"] = False
     if any(isinstance(value, list) for value in values):
-        items = [item for value in values if isinstance(value, list) for item in value]
+        lists = [value for value in values if isinstance(value, list)]
+        items = [item for value in lists for item in value]
         schema["items"] = _of(items) if items else {}
+        # A list of choices has an end, or a model that repeats itself never ends its answer.
+        if "enum" in schema["items"]:
+            schema["maxItems"] = max(map(len, lists))
     if types == ["string"]:
         distinct = sorted(set(values))
         if len(distinct) <= MAX_ENUM and len(values) >= ENUM_REPEATS * len(distinct):

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
-from models.task.schema import fault
+from models.task.schema import canonical, fault
 from models.task.splits import plain
 from models.task.task import Task
 
@@ -45,9 +45,14 @@ def text_findings(
 
 
 def schema_findings(task: Task, examples: Sequence[Example]) -> Iterator[Finding]:
-    """Answers that are not JSON of the task's schema."""
+    """Answers that are not JSON of the task's schema, or not written as they will be served."""
     schema = task.spec.json_schema or {}
     off = [(why, example) for example in examples if (why := fault(example.answer, schema))]
+    unfit = {example.key for _, example in off}
+    fitting = [example for example in examples if example.key not in unfit]
+    loose = [example for example in fitting if example.answer != canonical(example.answer, schema)]
+    what = "answers have white space between their parts, or keys out of the schema's order: served ones will not"
+    yield from _finding(task, "off the form", "look", what, loose, answers=True)
     if off:
         yield Finding(
             kind="off the schema",
