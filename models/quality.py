@@ -34,7 +34,7 @@ class Loss(Record):
     perplexity_ratio: float
 
 
-class Score(Record):
+class MeanScore(Record):
     """The mean score of written answers, each against its example's own answer, beside the reference's mean.
 
     `difference_low` … `difference_high`: 95 % interval of the mean paired difference, this less the reference's
@@ -66,7 +66,7 @@ class Answers(Record):
     difference_low: float
     difference_high: float
     p_value: Share
-    score: Score | None = None
+    score: MeanScore | None = None
 
 
 class Speed(Record):
@@ -155,7 +155,7 @@ class Quality(Record):
     held_out_examples: int
     noise: Loss | None
     noise_flips: int | None
-    noise_score: Score | None = None
+    noise_score: MeanScore | None = None
     noise_examples: int | None = None
     base_distance: Loss | None = None
     base_check: str = ""

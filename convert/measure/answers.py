@@ -12,7 +12,7 @@ import numpy as np
 
 from models.common.stats import bootstrap_mean, compare_paired
 from models.common.text_scores import rouge_l
-from models.quality import Answers, Score, TaskKind
+from models.quality import Answers, MeanScore, TaskKind
 
 from .forward import ModelAnswer
 from .tasks import EvalTask, Tasks
@@ -113,13 +113,13 @@ def _judged(
     )
 
 
-def _score(metric: str | None, examples: Sequence[ExampleResult]) -> Score | None:
+def _score(metric: str | None, examples: Sequence[ExampleResult]) -> MeanScore | None:
     pairs = [(one.score, one.reference_score) for one in examples]
     scored = [(mine, before) for mine, before in pairs if mine is not None and before is not None]
     if metric is None or not scored:
         return None
     difference = bootstrap_mean([mine - before for mine, before in scored])
-    return Score(
+    return MeanScore(
         metric=metric,
         mean=float(np.mean([mine for mine, _ in scored])),
         reference_mean=float(np.mean([before for _, before in scored])),

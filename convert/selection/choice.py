@@ -12,7 +12,7 @@ from convert.errors import RequestInvalid
 from convert.measure.compare import MeasuredLoss
 from models.common.machine import mebibytes
 from models.gguf.header import Header
-from models.quality import Answers, Candidate, LossBudget, Score
+from models.quality import Answers, Candidate, LossBudget, MeanScore
 
 REFERENCE = "F16"
 # Rates closer than this are a tie: on a machine in use the same file differs as much from round to round.
@@ -36,7 +36,7 @@ class Selection:
 
 
 def choose(
-    candidates: Sequence[Candidate], budget: LossBudget, forced: str | None = None, *, noise: Score | None = None
+    candidates: Sequence[Candidate], budget: LossBudget, forced: str | None = None, *, noise: MeanScore | None = None
 ) -> Selection:
     """Judge `candidates`, one of which is the reference `F16`, and choose; `forced` (a name) overrules the budget.
 
@@ -68,7 +68,7 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def budget_violations(
-    candidate: Candidate, reference: Answers | None, budget: LossBudget, noise: Score | None = None
+    candidate: Candidate, reference: Answers | None, budget: LossBudget, noise: MeanScore | None = None
 ) -> Iterator[str]:
     """Yield a phrase for each limit of the budget that `candidate` exceeds. `reference`: the reference's answers.
 
@@ -94,7 +94,7 @@ def budget_violations(
         )
 
 
-def _score_violation(score: Score, noise: Score | None) -> Iterator[str]:
+def _score_violation(score: MeanScore, noise: MeanScore | None) -> Iterator[str]:
     """A score significantly below the reference's, by more than the reference differs from itself."""
     floor = abs(noise.difference) if noise is not None else 0.0
     if score.difference_high < 0 and score.difference < -floor:
@@ -181,7 +181,7 @@ def undo_cause(grid: Mapping[str, int], n_tuned: int) -> str:
     )
 
 
-def _judged(candidate: Candidate, reference: Candidate, budget: LossBudget, noise: Score | None) -> Candidate:
+def _judged(candidate: Candidate, reference: Candidate, budget: LossBudget, noise: MeanScore | None) -> Candidate:
     if candidate.verdict in {"failed", "undoes the fine-tune"}:
         return candidate
     if candidate.name == REFERENCE:

@@ -31,7 +31,7 @@ from models.common.console import Reporter
 from models.common.files import check_free, sha256_file
 from models.common.machine import BUSY_SHARE, busy_share, describe_machine
 from models.gguf.header import Header, read_header, read_meta
-from models.quality import Candidate, Loss, LossBudget, Quality, Score, Trim
+from models.quality import Candidate, Loss, LossBudget, MeanScore, Quality, Trim
 
 from .cache import Cache, digest
 from .choice import REFERENCE, Selection, base_distances, choose, shared_grid, undo_cause, undo_reason
@@ -122,7 +122,7 @@ class NoiseFloor:
     loss: Loss | None
     flips: int
     examples: int
-    score: Score | None = None
+    score: MeanScore | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from models.common.machine import mebibytes
 from models.manifest import Accuracy, Artefact, Manifest
-from models.quality import Answers, Candidate, Loss, Quality, Score, Shape, Speed, Trim
+from models.quality import Answers, Candidate, Loss, MeanScore, Quality, Shape, Speed, Trim
 
 from .plot import PLOT_FILE
 
@@ -100,7 +100,7 @@ def _answers(answers: Answers | None) -> Sequence[str]:
     )
 
 
-def _score(score: Score) -> tuple[str, str]:
+def _score(score: MeanScore) -> tuple[str, str]:
     return f"{score.mean:.3f}", f"{score.difference_low:+.3f} to {score.difference_high:+.3f}"
 
 
