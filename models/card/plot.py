@@ -135,10 +135,10 @@ def _scored(one: Candidate) -> str:
 
 
 def _frame(scales: _Scales, quality: Quality) -> Iterator[str]:
-    scored = f"; with {quality.metric} less F16's, 95 %" if quality.metric is not None else ""
-    yield _text(
-        _LEFT, 24, f"Examples/s ({quality.work}) by loss; the area of a dot is the file's size{scored}", "title"
-    )
+    title = f"Examples/s ({quality.work}) by loss; the area of a dot is the file's size"
+    if quality.metric is not None:
+        title = f"Examples/s ({quality.work}) by loss; dot: file size; label: {quality.metric} less F16's (95 %)"
+    yield _text(_LEFT, 24, title, "title")
     x = float(_LEFT)
     for style, name in _LEGEND:
         yield f'<circle cx="{x + 6:.1f}" cy="44" r="5" class="{style}"/>'

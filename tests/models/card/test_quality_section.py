@@ -68,7 +68,7 @@ def test_the_terminal_shows_the_score_with_its_interval() -> None:
 
 def test_the_plot_has_the_intervals_of_scores() -> None:
     picture = render_plot(written_ladder()) or ""
-    for part in ("F16, 518 MiB, ROUGE-L 0.836", "Q4_0, 230 MiB, -0.024 to +0.016", "with ROUGE-L less F16"):
+    for part in ("F16, 518 MiB, ROUGE-L 0.836", "Q4_0, 230 MiB, -0.024 to +0.016", "label: ROUGE-L less F16"):
         assert part in picture
     assert "ROUGE-L" not in (render_plot(ladder()) or "")
 
