@@ -108,8 +108,13 @@ def summary(stored: "StoredModel") -> list[str]:
         quality = read_quality(stored.folder)
         chosen = next(one for one in quality.candidates if one.name == quality.chosen)
         lines.append(f"  {chosen.reason}")
-        if chosen.answers is not None:
-            lines.append(f"  {chosen.answers.flips} of {chosen.answers.total} answers differ from F16's")
+        if (answers := chosen.answers) is not None:
+            if (score := answers.score) is not None:
+                interval = f"{score.difference_low:+.3f} to {score.difference_high:+.3f}"
+                lines.append(
+                    f"  {score.metric} {score.mean:.3f}, {interval} to F16's {score.reference_mean:.3f} (95 %)"
+                )
+            lines.append(f"  {answers.flips} of {answers.total} answers differ from F16's")
         lines.append(f"  `deskside models show {stored.name}` shows all {len(quality.candidates)} files measured")
     if not manifest.labels and manifest.task == "general":
         asks = "refuses it" if manifest.fine_tuned else "asks it in the words of each question, not as it was trained"

@@ -34,11 +34,30 @@ class Loss(Record):
     perplexity_ratio: float
 
 
+class MeanScore(Record):
+    """The mean score of written answers, each against its example's own answer, beside the reference's mean.
+
+    `difference_low` … `difference_high`: 95 % interval of the mean paired difference, this less the reference's
+    (percentile bootstrap over the examples). `metric` is the name of the score, for tables.
+    """
+
+    metric: str
+    mean: Share
+    reference_mean: Share
+    difference_low: float
+    difference_high: float
+
+    @property
+    def difference(self) -> float:
+        """The mean less the reference's."""
+        return self.mean - self.reference_mean
+
+
 class Answers(Record):
     """The answers to the held-out examples. `flips`: answers that differ from the reference's.
 
     `difference_low` … `difference_high`: 95 % interval of the paired accuracy difference, this less the reference's
-    (Newcombe); `p_value`: exact McNemar.
+    (Newcombe); `p_value`: exact McNemar. For work to write `score` is judged instead of accuracy and flips.
     """
 
     total: Annotated[int, Field(gt=0)]
@@ -47,6 +66,7 @@ class Answers(Record):
     difference_low: float
     difference_high: float
     p_value: Share
+    score: MeanScore | None = None
 
 
 class Speed(Record):
@@ -96,7 +116,11 @@ class Candidate(Record):
 
 
 class LossBudget(Record):
-    """The largest permitted loss of a candidate. Accuracy may not be lower at 95 % on the paired test."""
+    """The largest permitted loss of a candidate. Accuracy may not be lower at 95 % on the paired test.
+
+    Written answers have no limit of `flips`: two equally good texts may differ. Their mean score may not be lower at
+    95 %.
+    """
 
     kl_mean: float = 0.02
     flips: float = 0.02
@@ -115,10 +139,10 @@ class Trim(Record):
 class Quality(Record):
     """The whole report.
 
-    `noise` is the noise floor: the reference compared with itself at another batch size, measured on the first
-    `noise_examples` of the held-out ones (None: on all of them). `base_distance` is the distance of the
-    fine-tune from its base, if there is a base to compare with; `base_check` describes that comparison, or why there
-    was none. `overruled`: the user chose, not the budget.
+    `noise`, `noise_flips` and `noise_score` are the noise floor: the reference compared with itself at another batch
+    size, measured on the first `noise_examples` of the held-out ones (None: on all of them). `base_distance` is the
+    distance of the fine-tune from its base, if there is a base to compare with; `base_check` describes that comparison,
+    or why there was none. `overruled`: the user chose, not the budget.
     """
 
     schema_version: Literal[1] = 1
@@ -131,6 +155,7 @@ class Quality(Record):
     held_out_examples: int
     noise: Loss | None
     noise_flips: int | None
+    noise_score: MeanScore | None = None
     noise_examples: int | None = None
     base_distance: Loss | None = None
     base_check: str = ""
@@ -139,6 +164,12 @@ class Quality(Record):
     candidates: tuple[Candidate, ...]
     chosen: str
     overruled: bool = False
+
+    @property
+    def metric(self) -> str | None:
+        """The name of the score that answers are judged by; None where it is their accuracy."""
+        scores = (one.answers.score for one in self.candidates if one.answers is not None)
+        return next((score.metric for score in scores if score is not None), None)
 
 
 def read_quality(folder: Path) -> Quality:

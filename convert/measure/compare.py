@@ -7,22 +7,20 @@ becomes a reference itself, like the base, is compared in the same pass.
 """
 
 import signal
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from convert.child import StepProgress, run_child
 from convert.errors import MeasureFailed
-from models.common.stats import compare_paired
-from models.quality import Answers, Loss, TaskKind
+from models.quality import Answers, Loss
 
+from .answers import ExampleResult, judge, totals
 from .forward import MAX_TOGETHER, ModelAnswer
 from .loss import STORED, LogitsRow, RowLoss, plan_rows, summarise
-from .tasks import EvalTask, Tasks
+from .tasks import Tasks
 
 ALONE = 1
 # One example at a time takes three times as long as many, and the floor is orders of magnitude below any budget.
@@ -46,22 +44,8 @@ class ReferenceRun:
 
     @property
     def totals(self) -> Answers:
-        """The number of right answers. No answer is flipped: the reference is compared with itself."""
-        right = _right_answers(self)
-        return _totals(right, right, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class ExampleResult:
-    """One example with both answers. `kl_mean` is over its answer's rows, in nats; None if no row can be compared."""
-
-    id: str
-    expected: str
-    answer: str
-    reference_answer: str
-    is_right: bool
-    is_flipped: bool
-    kl_mean: float | None
+        """The answers compared with themselves: none is flipped, and no difference is left."""
+        return totals(self.tasks.work, judge(self.tasks, self.answers, self.answers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,22 +114,6 @@ def noise(reference: ReferenceRun, progress: StepProgress) -> MeasuredLoss:
     part = replace(reference, tasks=asked, answers=reference.answers[:NOISE_EXAMPLES], rows=rows)
     (measured,) = compare(reference.model, (part,), progress, together=ALONE)
     return measured
-
-
-def is_right(work: TaskKind, answer: ModelAnswer, task: EvalTask) -> bool:
-    """True for the expected label, or the expected text up to white space and Unicode normalisation.
-
-    A text that was cut off is right if the expected one begins with it.
-    """
-    if work == "classify":
-        return answer.text == task.expected
-    given, expected = normalised(answer.text), normalised(task.expected)
-    return given == expected or (answer.cut_off and given != "" and expected.startswith(given))
-
-
-def normalised(text: str) -> str:
-    """`text` in NFC, each run of white space replaced by a space, stripped."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,43 +194,5 @@ def _measured(answers: Sequence[ModelAnswer], reference: ReferenceRun, losses: S
     of_answer: dict[int, list[float]] = {}
     for row, loss in zip(reference.rows, losses, strict=True):
         of_answer.setdefault(row.place, []).append(loss.kl)
-    tasks = reference.tasks
-    examples = tuple(
-        _example_result(tasks.work, task, answer, reference_answer, of_answer.get(place, ()))
-        for place, (task, answer, reference_answer) in enumerate(
-            zip(tasks.tasks, answers, reference.answers, strict=True)
-        )
-    )
-    right, flips = [one.is_right for one in examples], sum(one.is_flipped for one in examples)
-    return MeasuredLoss(summarise(losses), _totals(right, _right_answers(reference), flips), examples)
-
-
-def _right_answers(reference: ReferenceRun) -> list[bool]:
-    tasks = reference.tasks
-    return [is_right(tasks.work, answer, task) for answer, task in zip(reference.answers, tasks.tasks, strict=True)]
-
-
-def _example_result(
-    work: TaskKind, task: EvalTask, answer: ModelAnswer, reference_answer: ModelAnswer, kl: Sequence[float]
-) -> ExampleResult:
-    return ExampleResult(
-        id=task.id,
-        expected=task.expected,
-        answer=answer.text,
-        reference_answer=reference_answer.text,
-        is_right=is_right(work, answer, task),
-        is_flipped=normalised(answer.text) != normalised(reference_answer.text),
-        kl_mean=float(np.mean(kl)) if kl else None,
-    )
-
-
-def _totals(right: Sequence[bool], before: Sequence[bool], flips: int) -> Answers:
-    paired = compare_paired(right, before)
-    return Answers(
-        total=len(right),
-        correct=sum(right),
-        flips=flips,
-        difference_low=paired.difference.low,
-        difference_high=paired.difference.high,
-        p_value=paired.p_value,
-    )
+    examples = judge(reference.tasks, answers, reference.answers, of_answer)
+    return MeasuredLoss(summarise(losses), totals(reference.tasks.work, examples), examples)

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.measure.answers import metric_for
 from convert.measure.examples import prompts_of, texts_of
 from convert.measure.tasks import tasks_of
 from convert.planning.inputs import Inputs
@@ -56,7 +57,7 @@ def choose_by_examples(
     assert examples is not None, "the caller has checked"
     split, prompt = examples.split, inputs.manifest.prompt
     tasks = tasks_of(f16, split.held_out, examples.work, examples.labels, prompt)
-    report.note(sample_power(len(tasks.tasks), examples.budget))
+    report.note(sample_power(len(tasks.tasks), examples.budget, metric_for(examples.work)))
     sequences = _calibration(f16, split.calibration, prompt)
     imatrix = _importance(f16, sequences, results, report)
     specs = ladder(read_header(f16), examples.work, imatrix=True)
@@ -84,11 +85,17 @@ def choose_by_examples(
     )
 
 
-def sample_power(n_examples: int, budget: LossBudget) -> str:
+def sample_power(n_examples: int, budget: LossBudget, metric: str | None = None) -> str:
     """State in a sentence how much of the budget this number of held-out examples can show.
 
-    With no change among n, the share that changes is below 1 − 0.05^(1/n) at 95 %.
+    With no change among n, the share that changes is below 1 − 0.05^(1/n) at 95 %. `metric`: the score of written
+    answers, of which nothing is known before it is measured.
     """
+    if metric is not None:
+        return (
+            f"{n_examples} examples are held out to measure with: a file is refused if its mean {metric} is lower than "
+            "F16's at 95 %; the model's card has the interval of each difference, which more examples would narrow"
+        )
     allowed = int(budget.flips * n_examples)
     unseen = 1 - 0.05 ** (1 / n_examples)
     let = f"{allowed} of them" if allowed else "none of them"

@@ -12,7 +12,7 @@ from convert.errors import RequestInvalid
 from convert.measure.compare import MeasuredLoss
 from models.common.machine import mebibytes
 from models.gguf.header import Header
-from models.quality import Answers, Candidate, LossBudget
+from models.quality import Answers, Candidate, LossBudget, MeanScore
 
 REFERENCE = "F16"
 # Rates closer than this are a tie: on a machine in use the same file differs as much from round to round.
@@ -35,14 +35,17 @@ class Selection:
     reason: str
 
 
-def choose(candidates: Sequence[Candidate], budget: LossBudget, forced: str | None = None) -> Selection:
+def choose(
+    candidates: Sequence[Candidate], budget: LossBudget, forced: str | None = None, *, noise: MeanScore | None = None
+) -> Selection:
     """Judge `candidates`, one of which is the reference `F16`, and choose; `forced` (a name) overrules the budget.
 
+    `noise`: the score of the reference's written answers beside its own at another batch size.
     Verdicts "failed" and "undoes the fine-tune" are final; all others are decided here. Without speeds the smallest
     counts as the fastest. Raises RequestInvalid if the forced candidate does not exist or failed.
     """
     reference = _find(REFERENCE, candidates)
-    judged = [_judged(candidate, reference, budget) for candidate in candidates]
+    judged = [_judged(candidate, reference, budget, noise) for candidate in candidates]
     if forced is not None:
         chosen = _find(forced, judged)
         if chosen.verdict == "failed":
@@ -64,14 +67,22 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate:
     return min(tied, key=lambda candidate: (candidate.size_bytes, candidate.name))
 
 
-def budget_violations(candidate: Candidate, reference: Answers | None, budget: LossBudget) -> Iterator[str]:
-    """Yield a phrase for each limit of the budget that `candidate` exceeds. `reference`: the reference's answers."""
+def budget_violations(
+    candidate: Candidate, reference: Answers | None, budget: LossBudget, noise: MeanScore | None = None
+) -> Iterator[str]:
+    """Yield a phrase for each limit of the budget that `candidate` exceeds. `reference`: the reference's answers.
+
+    Where answers have a score it is judged, and neither flips nor accuracy. `noise` as in `choose`.
+    """
     if candidate.loss is None:
         yield "its loss was not measured"
     elif not candidate.loss.kl_mean <= budget.kl_mean:  # true for NaN, too
         yield f"mean KL divergence {candidate.loss.kl_mean:.3g}, the budget is {budget.kl_mean:g}"
     answers = candidate.answers
     if answers is None:
+        return
+    if answers.score is not None:
+        yield from _score_violation(answers.score, noise)
         return
     if answers.flips > budget.flips * answers.total:
         share = answers.flips / answers.total
@@ -83,12 +94,23 @@ def budget_violations(candidate: Candidate, reference: Answers | None, budget: L
         )
 
 
+def _score_violation(score: MeanScore, noise: MeanScore | None) -> Iterator[str]:
+    """A score significantly below the reference's, by more than the reference differs from itself."""
+    floor = abs(noise.difference) if noise is not None else 0.0
+    if score.difference_high < 0 and score.difference < -floor:
+        yield (
+            f"mean {score.metric} {score.mean:.3f}, {REFERENCE}'s is {score.reference_mean:.3f} (difference "
+            f"{score.difference:+.3f}, 95 % interval {score.difference_low:+.3f} to {score.difference_high:+.3f})"
+        )
+
+
 @dataclass(frozen=True)
 class BaseDistances:
     """A candidate's distances to fine-tune and base: mean KL divergences in nats over the same positions.
 
     `differing` counts the examples that base and fine-tune answer differently; `as_fine_tune` and `as_base` those of
-    them that the candidate answers like one or the other. All three are 0 where examples have no answers to compare.
+    them that the candidate answers like one or the other: with its label, or with a text more like its text. All three
+    are 0 where examples have no answers to compare.
     """
 
     kl_to_fine_tune: float
@@ -101,15 +123,15 @@ class BaseDistances:
 def base_distances(to_fine_tune: MeasuredLoss, to_base: MeasuredLoss) -> BaseDistances:
     """The distances from one candidate's comparisons with fine-tune and base, over the same examples."""
     pairs = [
-        (one.is_flipped, other.is_flipped)
+        (one.likeness, other.likeness)
         for one, other in zip(to_fine_tune.examples, to_base.examples, strict=True)
         if one.reference_answer != other.reference_answer
     ]
     return BaseDistances(
         kl_to_fine_tune=to_fine_tune.loss.kl_mean if to_fine_tune.loss is not None else 0.0,
         kl_to_base=to_base.loss.kl_mean if to_base.loss is not None else 0.0,
-        as_fine_tune=sum(not flipped for flipped, _ in pairs),
-        as_base=sum(not flipped for _, flipped in pairs),
+        as_fine_tune=sum(tuned > base for tuned, base in pairs),
+        as_base=sum(base > tuned for tuned, base in pairs),
         differing=len(pairs),
     )
 
@@ -131,8 +153,8 @@ def undo_reason(distances: BaseDistances, base_distance: float, noise: float) ->
         )
     if distances.as_base > distances.as_fine_tune:
         reasons.append(
-            f"of {distances.differing} examples the two answer differently it answers {distances.as_base} as the "
-            f"base, {distances.as_fine_tune} as the fine-tune"
+            f"of {distances.differing} examples the two answer differently it answers {distances.as_base} like the "
+            f"base, {distances.as_fine_tune} like the fine-tune"
         )
     return "; ".join(reasons) or None
 
@@ -159,12 +181,12 @@ def undo_cause(grid: Mapping[str, int], n_tuned: int) -> str:
     )
 
 
-def _judged(candidate: Candidate, reference: Candidate, budget: LossBudget) -> Candidate:
+def _judged(candidate: Candidate, reference: Candidate, budget: LossBudget, noise: MeanScore | None) -> Candidate:
     if candidate.verdict in {"failed", "undoes the fine-tune"}:
         return candidate
     if candidate.name == REFERENCE:
         return candidate.model_copy(update={"verdict": "within budget", "reason": "the reference"})
-    over = "; ".join(budget_violations(candidate, reference.answers, budget))
+    over = "; ".join(budget_violations(candidate, reference.answers, budget, noise))
     if over and candidate.grid:  # part of the fine-tune is lost, if not all of it
         over = f"{over}. {candidate.grid}"
     verdict = "over budget" if over else "within budget"

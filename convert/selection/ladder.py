@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from convert.child import StepProgress
 from convert.errors import ImatrixInvalid, MeasureFailed, QuantizeFailed
 from convert.gguf_writer import OutTensor
+from convert.measure.answers import metric_for
 from convert.measure.compare import (
     NOISE_EXAMPLES,
     MeasuredLoss,
@@ -30,7 +31,7 @@ from models.common.console import Reporter
 from models.common.files import check_free, sha256_file
 from models.common.machine import BUSY_SHARE, busy_share, describe_machine
 from models.gguf.header import Header, read_header, read_meta
-from models.quality import Candidate, Loss, LossBudget, Quality, Trim
+from models.quality import Candidate, Loss, LossBudget, MeanScore, Quality, Trim
 
 from .cache import Cache, digest
 from .choice import REFERENCE, Selection, base_distances, choose, shared_grid, undo_cause, undo_reason
@@ -105,7 +106,7 @@ def run_ladder(
     ladder = _Ladder(inputs, workdir, report, tools or Tools(), results or workdir / "results")
     try:
         timed = ladder.timed(ladder.candidates())
-        selection = choose(timed.candidates, inputs.budget, inputs.forced)
+        selection = choose(timed.candidates, inputs.budget, inputs.forced, noise=ladder.noise().score)
         quality = ladder.quality(origin, timed, selection)
         chosen = ladder.file(selection.chosen)
     finally:
@@ -121,6 +122,7 @@ class NoiseFloor:
     loss: Loss | None
     flips: int
     examples: int
+    score: MeanScore | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ class _Ladder:
         self._f16_sha256 = sha256_file(inputs.f16)
         self._base = inputs.base if inputs.base is not None and self._has_same_vocabulary(inputs.base) else None
         parts = [self._f16_sha256, digest(inputs.tasks), *(sha256_file(file) for file in (self._base,) if file)]
-        self._cache = Cache(results, parts)
+        # Answers that an earlier version measured without their score are measured again.
+        metric = metric_for(inputs.tasks.work)
+        self._cache = Cache(results, [*parts, metric] if metric is not None else parts)
         self._references: tuple[ReferenceRun, ...] = ()
         self._places: Mapping[str, str] = {}
 
@@ -178,9 +182,21 @@ class _Ladder:
         timed = tuple(_with_speed(one, report) for one in candidates)
         return TimedCandidates(timed, report, self._tools.machine(report.backend))
 
+    def noise(self) -> NoiseFloor:
+        """The noise floor, measured at the first call."""
+
+        def measure() -> NoiseFloor:
+            reference = self._take_references()[0]
+            self._report.stage(f"measure the noise floor of {REFERENCE}", NOISE_EXAMPLES)
+            measured = self._tools.noise(reference, self._report.advance)
+            answers = measured.answers
+            return NoiseFloor(measured.loss, answers.flips, answers.total, answers.score)
+
+        return self._cache.value(TypeAdapter(NoiseFloor), "noise", [], measure)
+
     def quality(self, origin: Provenance, timed: TimedCandidates, selection: Selection) -> Quality:
-        """The report. Measures the noise floor and the distance to the base, if no candidate needed them before."""
-        noise_floor = self._noise()
+        """The report. Measures the distance to the base, if no candidate needed it before."""
+        noise_floor = self.noise()
         return Quality(
             work=self._inputs.tasks.work,
             budget=self._inputs.budget,
@@ -191,6 +207,7 @@ class _Ladder:
             held_out_examples=len(self._inputs.tasks.tasks),
             noise=noise_floor.loss,
             noise_flips=noise_floor.flips,
+            noise_score=noise_floor.score,
             noise_examples=noise_floor.examples,
             base_distance=self._base_distance(),
             base_check=self._base_check(),
@@ -274,7 +291,7 @@ class _Ladder:
         grid, n_tuned = self._grid(path)
         cause = undo_cause(grid, n_tuned)
         candidate = candidate.model_copy(update={"kl_to_base": distances.kl_to_base, "grid": cause if grid else ""})
-        why = undo_reason(distances, _kl_mean(self._base_distance()), _kl_mean(self._noise().loss))
+        why = undo_reason(distances, _kl_mean(self._base_distance()), _kl_mean(self.noise().loss))
         if why is None:
             return candidate
         reason = f"{why}. {cause}"
@@ -288,15 +305,6 @@ class _Ladder:
         tuned = self._inputs.tuned or tuple(name for name, tensor in header.tensors.items() if len(tensor.shape) > 1)
         return shared_grid(self._inputs.base_header or read_header(self._base), header, tuned), len(tuned)
 
-    def _noise(self) -> NoiseFloor:
-        def measure() -> NoiseFloor:
-            reference = self._take_references()[0]
-            self._report.stage(f"measure the noise floor of {REFERENCE}", NOISE_EXAMPLES)
-            measured = self._tools.noise(reference, self._report.advance)
-            return NoiseFloor(measured.loss, measured.answers.flips, measured.answers.total)
-
-        return self._cache.value(TypeAdapter(NoiseFloor), "noise", [], measure)
-
     def _base_distance(self) -> Loss | None:
         """The loss from fine-tune to base; None without a base."""
         if self._base is None:
@@ -308,7 +316,7 @@ class _Ladder:
         """One sentence on the comparison with the base, or on the reason for its absence."""
         if self._base is None:
             return OTHER_VOCABULARY if self._inputs.base is not None else NO_BASE
-        return CHECKED if _kl_mean(self._base_distance()) > _kl_mean(self._noise().loss) else NO_DISTANCE
+        return CHECKED if _kl_mean(self._base_distance()) > _kl_mean(self.noise().loss) else NO_DISTANCE
 
     def _take_references(self) -> tuple[ReferenceRun, ...]:
         """The fine-tune's run and, if there is a base, the base's; computed at the first call."""

@@ -18,6 +18,7 @@ from .settings import FinetuneSettings, TrainingCost
 from .steps import DecoderSteps, shape_memory
 
 REPETITIONS = 3
+USUAL_EPOCHS = 3
 MOST_EPOCHS = 4
 
 
@@ -94,10 +95,13 @@ def choose(costs: MeasuredCosts, work: TrainingWork, steps: DecoderSteps) -> Tra
     Raises FinetuneFailed naming the options that would fit, when the time or the memory does not suffice.
     """
     n_layers, settings = steps.shape.n_layers, steps.settings
+    # On mails the upper half was as good as all as far as 296 examples show, in less than half of the time.
+    most, most_epochs = (math.ceil(n_layers / 2), USUAL_EPOCHS) if settings.minutes is None else (n_layers, MOST_EPOCHS)
+    depths = [depth for depth in _depths(n_layers) if depth <= most]
     options = [
         TrainingCost(layers, epochs, costs.seconds(work, n_layers, layers, epochs), memory(work, steps, layers))
-        for layers in ([settings.layers] if settings.layers is not None else _depths(n_layers))
-        for epochs in ([settings.epochs] if settings.epochs is not None else range(MOST_EPOCHS, 0, -1))
+        for layers in ([settings.layers] if settings.layers is not None else depths)
+        for epochs in ([settings.epochs] if settings.epochs is not None else range(most_epochs, 0, -1))
     ]
     budget = machine_budget()
     fitting = [one for one in options if budget is None or one.memory_bytes <= budget]

@@ -58,7 +58,10 @@ TextLength = Annotated[int | None, BeforeValidator(_auto_tokens), AfterValidator
 
 
 class FinetuneSettings(BaseModel):
-    """Settings of the training. `layers` and `epochs` None: as many as `minutes` allows, and at most the defaults."""
+    """Settings of the training.
+
+    `layers` and `epochs` None: as many as `minutes` allows; without it the upper half of the layers, three times.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,7 +71,7 @@ class FinetuneSettings(BaseModel):
     minutes: float | None = Field(default=None, gt=0, description="Choose layers and epochs to finish in this time.")
     seed: int = Field(default=7, ge=0, le=2**31 - 1, description="Seed of the order of examples and of the adapters.")
     batch: int = Field(default=8, ge=1, le=256, description="Examples in a training step.")
-    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="Highest learning rate.")
+    learning_rate: float = Field(default=5e-4, gt=0, le=1, description="Highest learning rate.")
     rank: int = Field(default=16, ge=1, le=256, description="Rank of the adapters.")
     alpha: float = Field(default=32, gt=0, le=4096, description="Scale of the adapters times their rank.")
     targets: Annotated[tuple[str, ...], Flag(metavar="NAMES", shown="all seven")] = Field(

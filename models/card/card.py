@@ -5,15 +5,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from models.common.machine import mebibytes
 from models.manifest import Accuracy, Artefact, Manifest
-from models.quality import Answers, Candidate, Loss, Quality, Shape, Speed, Trim
+from models.quality import Answers, Candidate, Loss, MeanScore, Quality, Shape, Speed, Trim
 
 from .plot import PLOT_FILE
 
 _NOTHING = "–"
-_LOSS_HEAD = (
-    *("File", "Size", "KL mean", "KL 99 %", "Top-1 agreement", "Perplexity ratio"),
-    *("Accuracy", "Difference, 95 % interval", "Answers changed", "Verdict"),
-)
+_LOSS_HEAD = ("File", "Size", "KL mean", "KL 99 %", "Top-1 agreement", "Perplexity ratio")
+_ANSWERS_HEAD = ("Difference, 95 % interval", "Answers changed", "Verdict")
 
 
 def render_card(manifest: Manifest, measured: Quality | None = None, *, chats: bool = True) -> str:
@@ -39,7 +37,7 @@ def render_quality(quality: Quality) -> str:
     parts = [
         choice_summary(quality),
         f"![Speed, loss and size of each file]({PLOT_FILE})" if _has_plot(quality) else "",
-        table(_LOSS_HEAD, _loss_rows(quality)),
+        table((*_LOSS_HEAD, quality.metric or "Accuracy", *_ANSWERS_HEAD), _loss_rows(quality)),
         _speed_table(quality),
         "\n".join(_reasons(quality.candidates)),
         _trimmed(quality.trim) if quality.trim is not None else "",
@@ -71,7 +69,8 @@ def _loss_rows(quality: Quality) -> Iterator[Sequence[str]]:
     if quality.noise is not None:
         flips = _NOTHING if quality.noise_flips is None else str(quality.noise_flips)
         flips += "" if quality.noise_examples is None else f" of {quality.noise_examples}"
-        yield ("noise floor", _NOTHING, *_loss(quality.noise), _NOTHING, _NOTHING, flips, _NOTHING)
+        scored = _score(quality.noise_score) if quality.noise_score is not None else (_NOTHING, _NOTHING)
+        yield ("noise floor", _NOTHING, *_loss(quality.noise), *scored, flips, _NOTHING)
     if quality.base_distance is not None:
         yield ("the base", _NOTHING, *_loss(quality.base_distance), *[_NOTHING] * 4)
 
@@ -90,12 +89,19 @@ def _loss(loss: Loss | None) -> Sequence[str]:
 def _answers(answers: Answers | None) -> Sequence[str]:
     if answers is None:
         return [_NOTHING] * 3
+    flips = f"{answers.flips} ({answers.flips / answers.total:.1%})"
+    if answers.score is not None:
+        return (*_score(answers.score), flips)
     share = answers.correct / answers.total
     return (
         f"{share:.3f} ({answers.correct} of {answers.total})",
         f"{answers.difference_low:+.3f} to {answers.difference_high:+.3f} (p = {answers.p_value:.2g})",
-        f"{answers.flips} ({answers.flips / answers.total:.1%})",
+        flips,
     )
+
+
+def _score(score: MeanScore) -> tuple[str, str]:
+    return f"{score.mean:.3f}", f"{score.difference_low:+.3f} to {score.difference_high:+.3f}"
 
 
 def _speed_table(quality: Quality) -> str:
@@ -149,10 +155,8 @@ def _trimmed(trim: Trim) -> str:
 
 
 def _how(quality: Quality) -> str:
-    budget = quality.budget
     lines = [
-        f"- Budget: mean KL divergence ≤ {budget.kl_mean:g} nats, answers changed ≤ {budget.flips:.0%}, accuracy not "
-        "lower at 95 % on the paired test (exact McNemar; the interval is Newcombe's). All compared with F16.",
+        f"- Budget: mean KL divergence ≤ {quality.budget.kl_mean:g} nats, {_answer_budget(quality)}",
         f"- Examples: {quality.held_out_examples} held out of `{quality.examples_file}` (sha256 "
         f"`{quality.examples_sha256}`), {quality.calibration_examples} others for the importance matrix.",
     ]
@@ -165,6 +169,19 @@ def _how(quality: Quality) -> str:
         lines.append(f"- Fine-tune kept: {quality.base_check}")
     lines.append(f"- Machine: {quality.machine}.{_shape(quality.shape, quality.work) if quality.shape else ''}")
     return "How it was measured:\n\n" + "\n".join(lines)
+
+
+def _answer_budget(quality: Quality) -> str:
+    if quality.metric is None:
+        return (
+            f"answers changed ≤ {quality.budget.flips:.0%}, accuracy not lower at 95 % on the paired test (exact "
+            "McNemar; the interval is Newcombe's). All compared with F16."
+        )
+    return (
+        f"mean {quality.metric} of the answers, each against its example's own, not lower at 95 % (paired bootstrap "
+        "over the examples) and by more than F16 differs from itself. All compared with F16. Two texts may be equally "
+        "good: a changed answer alone is no loss."
+    )
 
 
 def _shape(shape: Shape, work: str) -> str:

@@ -1,7 +1,8 @@
 """Size, speed and loss of every measured file in one picture: an SVG, sharp in a README, readable in light and dark.
 
 Built as text, so that no plotting library is needed: x is the loss, y the speed, the area of a
-dot the file's size. The budget is a line, the noise floor a grey band.
+dot the file's size. The budget is a line, the noise floor a grey band. Where answers have a score, a label has the
+interval of its difference, F16's label the score.
 """
 
 import math
@@ -18,6 +19,7 @@ _WIDTH, _HEIGHT = 760, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 735, 76, 380
 # Left end of the logarithmic axis, in pixels; the reference, with a loss of 0, is drawn to the left of it.
 _START, _REFERENCE = 106, 82
+_REFERENCE_NAME = "F16"
 _CHARACTER, _LINE = 7.0, 15.0
 _CLASSES = {"chosen": "best", "within budget": "within", "undoes the fine-tune": "undone"}
 _LEGEND = (("best", "chosen"), ("within", "within budget"), ("over", "over budget"), ("undone", "undoes the fine-tune"))
@@ -98,7 +100,7 @@ def render_plot(quality: Quality) -> str | None:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
         'role="img" aria-label="Speed, loss and size of each file">',
         f"<style>{_STYLE}</style>",
-        *_frame(scales, quality.work),
+        *_frame(scales, quality),
         *_limits(scales, budget, floor),
         *_labels(dots, _reserved(scales, budget, floor)),
         # the largest first, so that none hides another
@@ -119,11 +121,24 @@ def _kl(one: Candidate) -> float:
 def _dot(one: Candidate, speed: float, scales: _Scales, largest: int) -> _Dot:
     style = _CLASSES.get(one.verdict, "over")
     radius = 13 * math.sqrt(one.size_bytes / largest)
-    return _Dot(scales.x(_kl(one)), scales.y(speed), radius, style, f"{one.name}, {mebibytes(one.size_bytes)}")
+    label = f"{one.name}, {mebibytes(one.size_bytes)}{_scored(one)}"
+    return _Dot(scales.x(_kl(one)), scales.y(speed), radius, style, label)
 
 
-def _frame(scales: _Scales, work: str) -> Iterator[str]:
-    yield _text(_LEFT, 24, f"Examples/s ({work}) by loss; the area of a dot is the file's size", "title")
+def _scored(one: Candidate) -> str:
+    score = one.answers.score if one.answers is not None else None
+    if score is None:
+        return ""
+    if one.name == _REFERENCE_NAME:
+        return f", {score.metric} {score.mean:.3f}"
+    return f", {score.difference_low:+.3f} to {score.difference_high:+.3f}"
+
+
+def _frame(scales: _Scales, quality: Quality) -> Iterator[str]:
+    title = f"Examples/s ({quality.work}) by loss; the area of a dot is the file's size"
+    if quality.metric is not None:
+        title = f"Examples/s ({quality.work}) by loss; dot: file size; label: {quality.metric} less F16's (95 %)"
+    yield _text(_LEFT, 24, title, "title")
     x = float(_LEFT)
     for style, name in _LEGEND:
         yield f'<circle cx="{x + 6:.1f}" cy="44" r="5" class="{style}"/>'

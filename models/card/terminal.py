@@ -75,18 +75,27 @@ def _quality(measured: Sequence[Accuracy], *, compared: bool) -> Iterator[Render
 
 def _choice(quality: Quality) -> Iterator[RenderableType]:
     yield choice_summary(quality).replace("**", "")
-    table = _table("File", "Size", "Examples/s", "Accuracy", "Changed", "Verdict")
+    judged = ("Accuracy",) if quality.metric is None else (quality.metric, "Difference [95 %]")
+    table = _table("File", "Size", "Examples/s", *judged, "Changed", "Verdict")
     for one in quality.candidates:
-        table.add_row(one.name, mebibytes(one.size_bytes), *_measured(one), one.verdict)
+        table.add_row(one.name, mebibytes(one.size_bytes), *_measured(one, len(judged)), one.verdict)
     yield table
+    if quality.metric is not None:
+        yield f"{quality.metric}: mean of the answers, each against its example's own. Difference: to F16's, paired."
     yield f"Changed: answers other than F16's, on {quality.held_out_examples} held-out examples."
 
 
-def _measured(one: Candidate) -> tuple[str, str, str]:
+def _measured(one: Candidate, n_judged: int) -> Sequence[str]:
+    """Rate, judgement of the answers in `n_judged` cells, and share of changed answers."""
     rate = _NOTHING if one.score_per_s is None else f"{one.score_per_s:.3g}"
-    if one.answers is None:
-        return rate, _NOTHING, _NOTHING
-    return rate, f"{one.answers.correct / one.answers.total:.3f}", f"{one.answers.flips / one.answers.total:.1%}"
+    answers = one.answers
+    if answers is None:
+        return [rate, *[_NOTHING] * n_judged, _NOTHING]
+    changed = f"{answers.flips / answers.total:.1%}"
+    if (score := answers.score) is None:
+        return [rate, f"{answers.correct / answers.total:.3f}", changed]
+    interval = f"{score.difference:+.3f} [{score.difference_low:+.3f}, {score.difference_high:+.3f}]"
+    return [rate, f"{score.mean:.3f}", interval, changed]
 
 
 def _prompt(manifest: Manifest) -> Iterator[str]:

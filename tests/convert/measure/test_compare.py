@@ -13,16 +13,15 @@ from convert.measure.compare import (
     MeasuredLoss,
     ReferenceRun,
     compare,
-    is_right,
     noise,
     rows_bytes,
     take_reference,
 )
 from convert.measure.examples import MIN_EXAMPLES
-from convert.measure.forward import ModelAnswer
 from convert.measure.loss import RowFile, plan_rows
 from convert.measure.tasks import EvalTask, Tasks, tasks_of
 from models.common.chat_records import ChatMessage, ChatRecord
+from models.common.text_scores import rouge_l
 from tests.support.convert.tiny import END, TOKENS, write_model
 
 TEMPLATE = (
@@ -162,6 +161,21 @@ def test_written_answers_are_compared_as_text(full: Path, other: Path, folder: P
     assert same.answers.flips == 0
     assert different.answers.flips > 0
     assert different.answers.total == MIN_EXAMPLES
+    ours, own = different.answers.score, reference.totals.score
+    assert ours is not None
+    assert own is not None
+    wanted = [task.expected for task in written.tasks]
+    assert own.mean == np.mean([rouge_l(text, one.text) for text, one in zip(wanted, reference.answers, strict=True)])
+    assert ours.mean == np.mean([rouge_l(one.expected, one.answer) for one in different.examples])
+    assert (ours.reference_mean, own.difference_low, own.difference_high) == (own.mean, 0, 0)
+    for floor in (same, noise(reference, ignore)):
+        assert floor.answers.score is not None
+        assert floor.answers.score.difference == 0
+
+
+def test_labels_have_no_score(reference: ReferenceRun, other: Path) -> None:
+    assert reference.totals.score is None
+    assert beside(other, reference).answers.score is None
 
 
 def test_a_file_that_does_not_load_is_that_files_error(reference: ReferenceRun, folder: Path) -> None:
@@ -218,24 +232,3 @@ def test_an_interrupt_ends_the_child_and_leaves_nothing(full: Path, tasks: Tasks
     with pytest.raises(KeyboardInterrupt):
         take_reference(full, tasks, tmp_path / "rows", interrupt)
     assert list((tmp_path / "rows").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected", "right"),
-    [
-        (ModelAnswer("Dear  Ann,\nyes. "), "Dear Ann, yes.", True),
-        (ModelAnswer("cafe\u0301"), "café", True),
-        (ModelAnswer("Dear Ann"), "Dear Ann, yes.", False),
-        (ModelAnswer("Dear Ann", cut_off=True), "Dear Ann, yes.", True),
-        (ModelAnswer("", cut_off=True), "Dear Ann, yes.", False),
-    ],
-)
-def test_a_text_is_right_but_for_white_space_and_as_far_as_it_goes(
-    answer: ModelAnswer, expected: str, right: bool
-) -> None:
-    assert is_right("write", answer, EvalTask("1", (1,), (2,), expected)) is right
-
-
-def test_a_label_is_right_to_the_letter() -> None:
-    assert is_right("classify", ModelAnswer("ham"), EvalTask("1", (1,), (2,), "ham"))
-    assert not is_right("classify", ModelAnswer("Ham"), EvalTask("1", (1,), (2,), "ham"))

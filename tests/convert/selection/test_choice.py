@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from convert.errors import RequestInvalid
 from convert.selection.choice import TIE, choose
-from models.quality import Answers, Candidate, Loss, LossBudget, Speed
+from models.quality import Answers, Candidate, Loss, LossBudget, MeanScore, Speed
 
 BUDGET = LossBudget()
 
@@ -21,6 +21,12 @@ def loss(kl_mean: float) -> Loss:
 
 def answers(correct: int = 80, flips: int = 0, p_value: float = 1.0) -> Answers:
     return Answers(total=100, correct=correct, flips=flips, difference_low=-1, difference_high=1, p_value=p_value)
+
+
+def written(mean: float, low: float, high: float) -> Answers:
+    """Answers of which nearly all differ from F16's in text, with a mean ROUGE-L beside F16's 0.5."""
+    score = MeanScore(metric="ROUGE-L", mean=mean, reference_mean=0.5, difference_low=low, difference_high=high)
+    return answers(correct=0, flips=97, p_value=1e-9).model_copy(update={"score": score})
 
 
 def made(name: str, score: float | None = 1.0, size: int = 100, kl: float = 0.0, **parts: Any) -> Candidate:
@@ -111,6 +117,28 @@ def test_better_accuracy_or_a_loss_of_it_by_chance_is_no_ground() -> None:
     better, chance = answers(correct=95, flips=2, p_value=0.001), answers(correct=79, flips=2, p_value=0.9)
     choice = choose([F16, made("a", answers=better), made("b", answers=chance)], BUDGET)
     assert "over budget" not in [one.verdict for one in choice.candidates]
+
+
+def test_changed_texts_refuse_nothing_and_a_lower_score_does() -> None:
+    reference = made("F16", 1.0, 1000, answers=written(0.5, 0, 0))
+    as_good, by_chance = made("a", 2.0, answers=written(0.5, -0.02, 0.02)), made("b", answers=written(0.4, -0.2, 0.001))
+    worse, better = made("c", 9.0, answers=written(0.4, -0.15, -0.05)), made("d", answers=written(0.6, 0.05, 0.15))
+    choice = choose([reference, as_good, by_chance, worse, better], BUDGET)
+    assert choice.chosen == "a"
+    assert [one.verdict for one in choice.candidates if one.verdict == "over budget"] == ["over budget"]
+    assert choice.candidates[3].reason == (
+        "mean ROUGE-L 0.400, F16's is 0.500 (difference -0.100, 95 % interval -0.150 to -0.050)"
+    )
+    lossy = made("e", answers=written(0.5, -0.02, 0.02), kl=0.03)
+    assert choose([reference, lossy], BUDGET).candidates[1].reason == "mean KL divergence 0.03, the budget is 0.02"
+
+
+@pytest.mark.parametrize(("itself", "chosen"), [(0.499, "F16"), (0.489, "Q8_0"), (0.511, "Q8_0")])
+def test_a_difference_that_the_reference_shows_to_itself_is_not_real(itself: float, chosen: str) -> None:
+    reference = made("F16", 1.0, 1000, answers=written(0.5, 0, 0))
+    shifted = made("Q8_0", 2.0, answers=written(0.49, -0.015, -0.005))
+    assert choose([reference, shifted], BUDGET, noise=written(itself, 0, 0).score).chosen == chosen
+    assert choose([reference, shifted], BUDGET).chosen == "F16"
 
 
 def test_max_loss_moves_the_line() -> None:

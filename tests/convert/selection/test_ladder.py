@@ -5,13 +5,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import gguf
 import pytest
 
 from convert.child import StepProgress
 from convert.errors import MeasureFailed, QuantizeFailed, RequestInvalid
-from convert.measure.compare import ExampleResult, MeasuredLoss, ReferenceRun
+from convert.measure.answers import ExampleResult, judge, totals
+from convert.measure.compare import MeasuredLoss, ReferenceRun
 from convert.measure.forward import ModelAnswer
 from convert.measure.speed import ServingLoad, SpeedReport
 from convert.measure.tasks import EvalTask, Tasks
@@ -70,7 +72,12 @@ def loss(kl_mean: float) -> Loss:
 
 def measured(kl_mean: float, answer: str, reference_answer: str) -> MeasuredLoss:
     examples = tuple(
-        ExampleResult(task.id, "a", answer, reference_answer, answer == "a", answer != reference_answer, kl_mean)
+        ExampleResult(
+            *(task.id, "a", answer, reference_answer, answer == "a", reference_answer == "a"),
+            is_flipped=answer != reference_answer,
+            likeness=float(answer == reference_answer),
+            kl_mean=kl_mean,
+        )
         for task in TASKS.tasks
     )
     right = 10 if answer == "a" else 0
@@ -151,6 +158,13 @@ def inputs(tmp_path: Path) -> LadderInputs:
 )
 def test_the_sample_is_said_to_show_what_it_shows(n: int, says: str) -> None:
     assert re.search(says, sample_power(n, LossBudget()))
+
+
+def test_of_written_answers_the_sample_promises_no_share() -> None:
+    says = sample_power(40, LossBudget(), "ROUGE-L")
+    assert says.startswith("40 examples")
+    assert "mean ROUGE-L is lower than F16's" in says
+    assert "2%" not in says
 
 
 def test_a_busy_machine_is_warned_of(inputs: LadderInputs, tmp_path: Path) -> None:
@@ -272,6 +286,50 @@ def test_a_base_of_another_vocabulary_is_not_compared(inputs: LadderInputs, tmp_
     tasks = replace(TASKS, n_vocab=len(TOKENS) - 1)
     quality, _ = run_ladder(replace(inputs, tasks=tasks), ORIGIN, tmp_path / "work", Quiet(), Work().tools())
     assert quality.base_check == OTHER_VOCABULARY
+
+
+class Writer(Work):
+    """Each file writes its own text. Q8_0's lacks as much as F16's at another batch size, Q4_0's more."""
+
+    TEXTS: ClassVar[Mapping[str, str]] = {
+        "F16": "reads mail quickly",
+        "Q8_0": "mail",
+        "Q4_0": "sorts mail",
+        "noise": "reads mail very quickly",
+    }
+
+    def take_reference(
+        self, model: Path, tasks: Tasks, folder: Path, told: StepProgress, beside: Sequence[ReferenceRun]
+    ) -> ReferenceRun:
+        taken = super().take_reference(model, tasks, folder, told, beside)
+        return replace(taken, answers=tuple(ModelAnswer(self.TEXTS["F16"]) for _ in tasks.tasks))
+
+    def compare(self, file: Path, references: Sequence[ReferenceRun], told: StepProgress) -> tuple[MeasuredLoss, ...]:
+        return (self.written(file.stem.removeprefix("tuned-"), references[0]),)
+
+    def noise(self, reference: ReferenceRun, told: StepProgress) -> MeasuredLoss:
+        self.done.append("noise")
+        return self.written("noise", reference)
+
+    def written(self, name: str, reference: ReferenceRun) -> MeasuredLoss:
+        given = [ModelAnswer(self.TEXTS[name])] * len(reference.answers)
+        examples = judge(reference.tasks, given, reference.answers)
+        return MeasuredLoss(loss(0.001), totals("write", examples), examples)
+
+
+def test_written_answers_are_judged_by_their_score(inputs: LadderInputs, tmp_path: Path) -> None:
+    tasks = Tasks(
+        "write", tuple(replace(task, expected="reads mail") for task in TASKS.tasks), (), (), (1,), len(TOKENS)
+    )
+    inputs = replace(inputs, tasks=tasks, base=None, specs=tuple(map(plain, ("Q8_0", "Q4_0"))))
+    quality, chosen = run_ladder(inputs, ORIGIN, tmp_path / "work", Quiet(), Writer().tools())
+    assert chosen.name == "tuned-Q8_0.gguf"
+    assert [one.answers.flips for one in quality.candidates if one.answers is not None] == [0, 10, 10]
+    assert quality.candidates[2].verdict == "over budget"
+    assert "mean ROUGE-L 0.500, F16's is 0.800" in quality.candidates[2].reason
+    assert quality.metric == "ROUGE-L"
+    assert quality.noise_score is not None
+    assert quality.noise_score.difference == pytest.approx(2 / 3 - 4 / 5)
 
 
 def test_the_disk_is_asked_first(inputs: LadderInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.selection.choice import BaseDistances, shared_grid, undo_cause, undo_reason
+from convert.measure.answers import judge, totals
+from convert.measure.compare import MeasuredLoss
+from convert.measure.forward import ModelAnswer
+from convert.measure.tasks import EvalTask, Tasks
+from convert.selection.choice import BaseDistances, base_distances, shared_grid, undo_cause, undo_reason
 from models.gguf.header import read_header
 from tests.support.convert.tiny import write_model
 
@@ -20,8 +24,22 @@ def test_nearer_the_base_by_distribution() -> None:
 def test_nearer_the_base_by_answers() -> None:
     nearness = BaseDistances(kl_to_fine_tune=0.3, kl_to_base=0.5, as_fine_tune=4, as_base=9, differing=15)
     assert undo_reason(nearness, 1.5, 0.001) == (
-        "of 15 examples the two answer differently it answers 9 as the base, 4 as the fine-tune"
+        "of 15 examples the two answer differently it answers 9 like the base, 4 like the fine-tune"
     )
+
+
+def test_a_text_counts_for_the_side_it_is_more_like() -> None:
+    """Hardly any text equals another model's to the letter, so equal ones say nothing."""
+    task = Tasks("write", (EvalTask("1", (1,), (2,), "x"),), (), (), (1,), 10)
+
+    def beside(text: str, reference: str) -> MeasuredLoss:
+        examples = judge(task, [ModelAnswer(text)], [ModelAnswer(reference)])
+        return MeasuredLoss(None, totals("write", examples), examples)
+
+    tuned, base = "mail reader for Qt", "This is a program that reads mail"
+    for text, like in (("mail reader in Qt", (1, 0)), ("This is one program that reads", (0, 1)), (base, (0, 1))):
+        distances = base_distances(beside(text, tuned), beside(text, base))
+        assert (distances.as_fine_tune, distances.as_base, distances.differing) == (*like, 1)
 
 
 @pytest.mark.parametrize("distance", [0.0, 0.001])

@@ -1,15 +1,19 @@
 """The card shows the whole ladder: every figure, the choice, what overruled it, and how it was measured."""
 
+import io
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from models.card.card import render_card, render_quality
 from models.card.plot import PLOT_FILE, render_plot
+from models.card.terminal import print_model
 from models.manifest import Manifest
-from models.quality import LossBudget, read_quality, write_quality
-from tests.support.models.ladder import TRIM, candidate, ladder, loss, speed
+from models.quality import QUALITY_FILE, LossBudget, Quality, read_quality, write_quality
+from tests.support.models.ladder import TRIM, candidate, ladder, loss, speed, written_ladder
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -33,6 +37,40 @@ def test_every_figure_of_a_candidate_has_its_cell() -> None:
     assert lost[:6] == ["**Q4_0**", "230 MiB", "0.012", "0.096", "97.0%", "1.0000"]
     assert lost[6:] == ["0.832 (208 of 250)", "-0.024 to +0.016 (p = 1)", "3 (1.2%)", "**chosen**"]
     assert timed == ["**Q4_0**", "402", "61", "122", "140", "700 MiB", "4.5 (4.4 to 4.6)"]
+
+
+def test_written_answers_show_their_score_in_place_of_accuracy() -> None:
+    card = render_quality(written_ladder())
+    (head,), (lost, _), (noise,) = rows(card, "File")[:1], rows(card, "Q4_0"), rows(card, "noise floor")
+    assert (head[6], lost[6:9]) == ("ROUGE-L", ["0.832", "-0.024 to +0.016", "200 (80.0%)"])
+    assert noise[6:9] == ["0.846", "-0.001 to +0.021", "1"]
+    assert "Accuracy" not in card
+    assert "mean ROUGE-L of the answers, each against its example's own, not lower at 95 %" in card
+    assert "McNemar" not in card
+    assert "McNemar" in render_quality(ladder())
+
+
+def shown(quality: Quality) -> str:
+    console = Console(width=140, record=True, file=io.StringIO())
+    print_model(Manifest(name="tuned", licence="MIT"), quality, "", chats=True, console=console)
+    return console.export_text()
+
+
+def test_the_terminal_shows_the_score_with_its_interval() -> None:
+    text = shown(written_ladder())
+    (lost,) = (line for line in text.splitlines() if line.strip().startswith("Q4_0 ") and "MiB" in line)
+    assert lost.split()[4:8] == ["0.832", "-0.004", "[-0.024,", "+0.016]"]
+    assert "Accuracy" not in text
+    assert "ROUGE-L: mean of the answers" in text
+    assert "ROUGE-L" not in shown(ladder())
+    assert "Accuracy" in shown(ladder())
+
+
+def test_the_plot_has_the_intervals_of_scores() -> None:
+    picture = render_plot(written_ladder()) or ""
+    for part in ("F16, 518 MiB, ROUGE-L 0.836", "Q4_0, 230 MiB, -0.024 to +0.016", "label: ROUGE-L less F16"):
+        assert part in picture
+    assert "ROUGE-L" not in (render_plot(ladder()) or "")
 
 
 def test_noise_floor_and_base_have_rows() -> None:
@@ -134,3 +172,17 @@ def test_a_name_cannot_break_out_of_the_picture() -> None:
 def test_the_report_reads_back_as_it_was_written(tmp_path: Path) -> None:
     write_quality(tmp_path, ladder(trim=TRIM))
     assert read_quality(tmp_path) == ladder(trim=TRIM)
+    write_quality(tmp_path, written_ladder())
+    assert read_quality(tmp_path) == written_ladder()
+
+
+def test_a_report_without_scores_still_reads(tmp_path: Path) -> None:
+    """Reports of work to write were made before answers had scores: they show the accuracy that they have."""
+    written = ladder(work="write").model_dump(mode="json", exclude={"noise_score"})
+    for one in written["candidates"]:
+        del one["answers"]["score"]
+    (tmp_path / QUALITY_FILE).write_text(json.dumps(written))
+    old = read_quality(tmp_path)
+    assert old == ladder(work="write")
+    assert old.metric is None
+    assert "Accuracy" in render_quality(old)
