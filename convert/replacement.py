@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import fmean
 
 from convert.errors import ConvertError, NotReplaced
-from convert.measure.compare import MeasureJob, is_right, run_job
+from convert.measure.answers import is_right
+from convert.measure.compare import MeasureJob, run_job
 from convert.measure.examples import MIN_EXAMPLES
 from convert.measure.forward import MAX_TOGETHER
 from convert.measure.tasks import tasks_of

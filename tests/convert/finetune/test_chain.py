@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def with_jax(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finetuned, Path]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finetuned, Path]:
     """A table made into a model, and the folder of everything."""
     pytest.importorskip("jax", reason="needs the extra `finetune`")
     folder = tmp_path_factory.mktemp("chain")
@@ -85,7 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finetun
         model = write_model(folder / "base.gguf", "llama", template=TURNS)
         request = FinetuneRequest(task=str(path), base=str(model), name="sorted")
         done = finetune_task(request, FinetuneSettings(**QUICK, tokens=16), Store(), LineReporter())
-    yield done, folder
+    return done, folder
 
 
 @pytest.mark.finetune
