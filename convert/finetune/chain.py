@@ -31,6 +31,7 @@ from models.task.new import NewTask, make_task
 from models.task.task import TASK_FILE, Task, open_task, tasks_home
 
 from .asked import AskedExamples, check_choosable, examples_to_ask, keep_length
+from .depth import AUTO, train_depths
 
 FOLDER = "trained"
 """Folder of the store that results go to, unless the user names another."""
@@ -61,6 +62,8 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
     task = _task(request, report)
     name = check_name(request.name or task.name)
     check_choosable(task, settings)
+    if request.depth == AUTO and task.spec.kind != "classify":
+        raise RequestInvalid(f"--depth auto compares labels, and {task.name!r} has none: give a number, or all")
     _check(task, report)
     origin = find_origin(request.base, None, store, report)
     tested = None if request.only_train else incumbent_of(name, task, store, report, overruled=request.replace)
@@ -69,15 +72,19 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
     write_atomic(out / MANIFEST_FILE, dump_manifest(_manifest(task, name, origin)))
     base = origin.path if request.whole_vocabulary else _cut_vocabulary(task, origin, out, report)
     asked = examples_to_ask(task, settings, base, report)
-    result = _best_of_seeds(
-        request.seeds,
-        asked.settings,
-        lambda one, name: finetune(base, asked.train, asked.validation, task.spec.labels, one, out / name, report),
-        report,
-    )
+
+    def train(base: Path, settings: FinetuneSettings, folder: str) -> FinetuneResult:
+        def seeded(one: FinetuneSettings, name: str) -> FinetuneResult:
+            place = out / folder / name
+            return finetune(base, asked.train, asked.validation, task.spec.labels, one, place, report)
+
+        return _best_of_seeds(request.seeds, settings, seeded, report)
+
+    trained = train_depths(request.depth, base, asked.settings, train, out / CUT_FOLDER, report)
+    result = trained.result
     if settings.tokens is not None and asked.prompt != task.spec.manifest_prompt():
         keep_length(task, asked.prompt.max_text_tokens, report)
-    source = request.base if base == origin.path else str(base.parent)
+    source = _source(trained.base, request, origin)
     manifest = _manifest(task, name, origin).model_copy(update={"prompt": asked.prompt})
     conversion = _conversion(request, task, manifest, result, source)
     admit = partial(tested.admit, conversion) if tested is not None else None
@@ -176,6 +183,13 @@ def _cut_vocabulary(task: Task, origin: Origin, out: Path, report: Reporter) -> 
             report.note(f"the vocabulary stays whole: {error}")
             return origin.path
     return made.get(name).gguf
+
+
+def _source(base: Path, request: FinetuneRequest, origin: Origin) -> str:
+    """The source for `convert`, of the base that was trained: as the user named it, a cut model's folder, or a file."""
+    if base == origin.path:
+        return request.base
+    return str(base.parent if (base.parent / MANIFEST_FILE).is_file() else base)
 
 
 def _manifest(task: Task, name: str, origin: Origin) -> Manifest:

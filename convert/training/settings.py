@@ -28,6 +28,11 @@ class FinetuneRequest(BaseModel):
     name: Annotated[str | None, Flag(metavar="NAME", shown="the task's")] = Field(
         default=None, description="Name of the model."
     )
+    depth: Annotated[str, Flag(metavar="N|auto|all")] = Field(
+        default="all",
+        pattern=r"^(all|auto|[1-9][0-9]{0,3})$",
+        description="Keep N of the base's layers; auto: half of them if that loses nothing on validation.",
+    )
     seeds: int = Field(default=1, ge=1, le=20, description="Train with N seeds, and keep the best on validation.")
     whole_vocabulary: Annotated[bool, Flag("whole-vocab")] = Field(
         default=False, description="Do not cut a large vocabulary to what the examples need."
@@ -82,7 +87,7 @@ class FinetuneSettings(BaseModel):
     )
     max_tokens: int = Field(default=512, ge=16, le=4096, description="Leave out longer examples.")
     crop: float = Field(
-        default=0.5, ge=0, le=1, description="Share of texts cut to a random part, where all layers are trained."
+        default=0, ge=0, le=1, description="Share of texts cut to a random part, where all layers are trained."
     )
     warmup: float = Field(default=0.06, ge=0, le=0.5, description="Share of the steps in which the rate rises.")
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="AdamW's weight decay.")
@@ -102,13 +107,17 @@ class TrainingCost:
 
 @dataclass(frozen=True)
 class EpochScore:
-    """One epoch's validation. `accuracy` is None for work to write; `loss` is a mean over answers' tokens."""
+    """One epoch's validation. `accuracy` is None for work to write; `loss` is a mean over answers' tokens.
+
+    `right` has 1 or 0 for each validation example, in their order.
+    """
 
     epoch: int
     train_loss: float
     loss: float
     accuracy: float | None
     kept: bool
+    right: str = ""
 
     def is_better_than(self, other: "EpochScore | None") -> bool:
         """True if the score is higher: by accuracy where there is one, then by loss."""

@@ -273,9 +273,11 @@ class _Run:
 
     def _validate(self, epoch: int) -> None:
         losses = [entry["loss"] for entry in self._log.steps if entry["epoch"] == epoch + 1]
-        loss, accuracy = self._score()
+        loss, right = self._score()
+        accuracy = sum(right) / len(right) if right else None
         train_loss = sum(losses) / len(losses)
         score = EpochScore(epoch + 1, train_loss, train_loss if loss is None else loss, accuracy, kept=False)
+        score = replace(score, right="".join(str(int(one)) for one in right))
         # without validation examples the last epoch is kept
         score = replace(score, kept=loss is None or score.is_better_than(self._log.best))
         self._log.scores.append(score)
@@ -293,12 +295,13 @@ class _Run:
             f"{' (best so far)' if score.kept else ''}; at most {left * per_epoch / 60:.1f} minutes left"
         )
 
-    def _score(self) -> tuple[float | None, float | None]:
-        """The validation's loss, and its accuracy where there are labels; None without examples."""
+    def _score(self) -> tuple[float | None, list[bool]]:
+        """The validation's loss (None without examples), and where there are labels the answers that are right."""
         work, steps, parameters = self._work, self._steps, self._state.parameters
         if not work.checked:
-            return None, None
-        total, count, right = 0.0, 0, 0
+            return None, []
+        total, count = 0.0, 0
+        right: dict[int, bool] = {}
         for batch in work.check_batches:
             x = self._input(self._checked_states, work.checked, batch)
             places = steps.places(work.checked, batch, work.scored)
@@ -308,9 +311,9 @@ class _Run:
                 continue
             rows = steps.logits(parameters, x, places, batch.shape.n_last)
             for place, member in enumerate(batch.members):
-                loss, is_right = self._judge(work.scored, member, rows[place])
-                total, count, right = total + loss, count + 1, right + is_right
-        return total / count, right / count if work.scored is not None else None
+                loss, right[member] = self._judge(work.scored, member, rows[place])
+                total, count = total + loss, count + 1
+        return total / count, [right[member] for member in sorted(right)]
 
     def _judge(self, branches: LabelBranches, member: int, rows: np.ndarray) -> tuple[float, bool]:
         """The loss of the right label of a validation example, and true if it is the likeliest one."""

@@ -249,6 +249,9 @@ def test_auto_without_labels_is_refused_with_what_to_give(tmp_path: Path, base: 
     settings = FinetuneSettings(tokens="auto")  # type: ignore[arg-type]
     with pytest.raises(RequestInvalid, match=r"'written' is of kind 'write', without labels: give .* --tokens 256"):
         finetune_task(FinetuneRequest(task="written", base=str(base)), settings, Store(), LineReporter())
+    request = FinetuneRequest(task="written", base=str(base), depth="auto")
+    with pytest.raises(RequestInvalid, match=r"--depth auto compares labels, and 'written' has none: give a number"):
+        finetune_task(request, FinetuneSettings(), Store(), LineReporter())
 
 
 @pytest.mark.parametrize("given", ["0", "7", "4097", "some"])
@@ -291,6 +294,7 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path, table: Path, capsys
         (str(one),): (1, "every answer is 'ham'"),
         (str(table), "--base", "gemma-3-271m"): (1, "gemma-3-271m"),
         (str(table), "--layers", "0"): (2, "--layers"),
+        (str(table), "--depth", "half"): (2, "--depth"),
     }
     for arguments, (code, said) in refused.items():
         with pytest.raises(SystemExit) as leaving:
