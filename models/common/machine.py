@@ -14,9 +14,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import psutil
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ROOT = Path("/")
 # Share of the available memory for models; the rest is left to other programs.
@@ -130,11 +133,13 @@ def give_back_freed() -> None:
         trim(0)
 
 
-def own_pages(n_bytes: int) -> np.ndarray:
+def own_pages(n_bytes: int) -> "np.ndarray":
     """Bytes to be filled, in pages that go back to the system as soon as they are freed.
 
     Long-lived arrays of many sizes would leave gaps in the heap: an eighth more than they hold.
     """
+    import numpy as np
+
     if n_bytes < MAPPED_BYTES:
         return np.empty(n_bytes, np.uint8)
     private = [mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS] if hasattr(mmap, "MAP_ANONYMOUS") else []

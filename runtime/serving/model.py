@@ -53,7 +53,7 @@ class ServedModel:
     def cut(self, messages: Sequence[Mapping[str, object]]) -> CutMessages:
         """The messages, each of the user's cut to the length that the model was trained on, if it has one."""
         prompt = self.manifest.prompt if self.manifest is not None else BARE_PROMPT
-        return cut_messages(messages, prompt, self.tokenizer)
+        return cut_messages(messages, prompt, self.tokenizer) if prompt.max_text_tokens else CutMessages(messages)
 
     @property
     def quantization(self) -> str:

@@ -106,7 +106,19 @@ def test_from_a_table_to_an_answer(shell: Shell) -> None:
     out, _ = shell.run("task", "check", "mails")
     assert "0 must be mended" in out
 
-    command = ["finetune", "mails", "--base", str(shell.base), "--epochs", "8", "--patience", "8", *TRAINING]
+    command = [
+        "finetune",
+        "mails",
+        "--base",
+        str(shell.base),
+        "--layers",
+        "2",
+        "--epochs",
+        "8",
+        "--patience",
+        "8",
+        *TRAINING,
+    ]
     with shell.start(*command) as killed:
         assert killed.stderr is not None
         assert any(line.strip().startswith("epoch 1:") for line in killed.stderr)
