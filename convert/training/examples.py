@@ -181,42 +181,6 @@ def batches_of(rows: Sequence[TokenRow], size: int, chance: random.Random | None
     return batches
 
 
-def text_span(tasks: Tasks) -> tuple[int, int]:
-    """The tokens before and behind the text that all prompts share: the template's.
-
-    A text that begins like all the others counts as the template's; it is only never cut.
-    """
-    prompts = [np.array(task.prompt, np.int32) for task in tasks.tasks]
-    shortest = min(map(len, prompts))
-    first = prompts[0]
-    before = min((_n_common(first[:shortest], one[:shortest]) for one in prompts), default=0)
-    behind = min((_n_common(first[::-1][:shortest], one[::-1][:shortest]) for one in prompts), default=0)
-    return before, min(behind, shortest - before)
-
-
-def cropped(rows: Sequence[TokenRow], span: tuple[int, int], share: float, chance: random.Random) -> Sequence[TokenRow]:
-    """Rows of which `share` have lost a random beginning and end of their text: at most three and two tenths of it.
-
-    A model that sees a text in several lengths learns its words by heart later.
-    """
-    return [_cropped(row, span, chance) if chance.random() < share else row for row in rows]
-
-
-def _cropped(row: TokenRow, span: tuple[int, int], chance: random.Random) -> TokenRow:
-    before, behind = span
-    # the answer's last token is a target only
-    end = len(row.tokens) - (len(row.targets) - 1) - behind
-    n_text = end - before
-    start = before + int(n_text * chance.uniform(0, 0.3))
-    stop = before + int(np.ceil(n_text * chance.uniform(0.8, 1)))
-    return TokenRow(np.concatenate([row.tokens[:before], row.tokens[start:stop], row.tokens[end:]]), row.targets)
-
-
-def _n_common(one: np.ndarray, other: np.ndarray) -> int:
-    differs = np.flatnonzero(one != other)
-    return int(differs[0]) if len(differs) else len(one)
-
-
 def padded_targets(rows: Sequence[TokenRow], batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
     """Targets (rows, n_last) of a batch, at the ends of its rows, and their weights: 1, and 0 where there is none."""
     shape = batch.shape

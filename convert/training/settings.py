@@ -86,9 +86,6 @@ class FinetuneSettings(BaseModel):
         default=None, description="Cut texts to N tokens, or to a length chosen on the validation examples."
     )
     max_tokens: int = Field(default=512, ge=16, le=4096, description="Leave out longer examples.")
-    crop: float = Field(
-        default=0, ge=0, le=1, description="Share of texts cut to a random part, where all layers are trained."
-    )
     warmup: float = Field(default=0.06, ge=0, le=0.5, description="Share of the steps in which the rate rises.")
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="AdamW's weight decay.")
     clip: float = Field(default=1.0, gt=0, description="Longest gradient; longer ones are shortened to it.")

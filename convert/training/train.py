@@ -30,9 +30,7 @@ from .examples import (
     TokenRow,
     TrainingData,
     batches_of,
-    cropped,
     read_data,
-    text_span,
     training_rows,
 )
 from .settings import EpochScore, FinetuneResult, FinetuneSettings, TrainingCost
@@ -101,7 +99,6 @@ class _Run:
         self._checkpoint, self._steps, self._data = checkpoint, steps, data
         self._settings, self._out, self._progress = settings, out, progress
         self._work = _workload(data, settings)
-        self._span = text_span(data.train)
         # The time allowed may differ when a run resumes.
         given = settings.model_dump(mode="json", exclude={"minutes", "layers", "epochs"})
         rows = (*self._work.rows, *self._work.checked)
@@ -226,15 +223,12 @@ class _Run:
         chance = random.Random(f"{self._settings.seed}/{epoch}")
         work, steps, state = self._work, self._steps, self._state
         batches = batches_of(work.rows, self._settings.batch, chance)
-        rows = work.rows
-        if not steps.n_frozen:  # kept states are those of whole texts
-            rows = cropped(rows, self._span, self._settings.crop, chance)
         saved_at = time.monotonic()
         pause = CHECKPOINT_S
         for batch in batches[state.step - epoch * len(batches) :]:
-            x = self._input(self._states, rows, batch)
-            places = steps.places(rows, batch)
-            loss, gradients = steps.gradients(state.parameters, x, places, rows, batch)
+            x = self._input(self._states, work.rows, batch)
+            places = steps.places(work.rows, batch)
+            loss, gradients = steps.gradients(state.parameters, x, places, work.rows, batch)
             if not np.isfinite(loss):
                 raise FinetuneFailed(
                     f"the loss is {loss} at step {state.step + 1}: try a lower --learning-rate than "

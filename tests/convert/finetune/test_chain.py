@@ -146,6 +146,26 @@ def test_the_conversion_is_the_task_s(
         assert (asked["labels"], asked["answers"]) == ((), {'{"kind":"ham"}', '{"kind":"spam"}'})
 
 
+def test_convert_is_given_the_base_that_was_trained(
+    table: Path, base: Path, with_jax: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def trained(base: Path, train: Any, validation: Any, labels: Any, settings: Any, out: Path, report: Any) -> Any:
+        read.append(read_header(base).integer("llama.block_count"))
+        score = EpochScore(1, 1.0, 1.0, 0.5, kept=True)
+        out.mkdir(exist_ok=True)
+        return FinetuneResult(out, score, (score,), TrainingCost(1, 1, 1.0, 1), 1.0, 1.0)
+
+    monkeypatch.setattr(chain, "finetune", trained)
+    for depth in ("1", "all"):
+        request = FinetuneRequest(task=str(table), base=str(base), depth=depth, only_train=True)
+        source = Path(finetune_task(request, FinetuneSettings(), Store(), LineReporter()).conversion.source)
+        assert read_header(source).integer("llama.block_count") == read[-1]
+        assert (source == base) == (depth == "all")
+    assert read == [1, 2]
+
+
 @pytest.mark.finetune
 def test_the_vocabulary_is_cut_before_the_training(finished: tuple[Finetuned, Path]) -> None:
     done, _ = finished
