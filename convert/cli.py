@@ -11,8 +11,9 @@ import typer
 
 from models.common.options import JsonOption, with_options
 
+from .finetune.request import FinetuneRequest
 from .planning.request import ConvertRequest
-from .training.settings import FinetuneRequest, FinetuneSettings
+from .training.settings import FinetuneSettings
 
 if TYPE_CHECKING:
     from convert.finetune.chain import Finetuned

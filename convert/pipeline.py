@@ -39,6 +39,7 @@ from convert.selection.choice import shared_grid, undo_cause
 from convert.tokenizer.chat_template import TEMPLATE_FIELD, ChatFormat
 from models.card.card import render_card
 from models.card.plot import PLOT_FILE, render_plot
+from models.card.training import CURVE_FILE, render_curve
 from models.common.console import Reporter
 from models.common.files import check_free, discard, sha256_file, sync, write_atomic
 from models.common.machine import give_back_freed
@@ -355,6 +356,8 @@ def _describe(
         write_quality(folder, quality)
         if (plot := render_plot(quality)) is not None:
             write_atomic(folder / PLOT_FILE, plot)
+    if manifest.training is not None and (curve := render_curve(manifest.training)) is not None:
+        write_atomic(folder / CURVE_FILE, curve)
     write_atomic(folder / "README.md", render_card(manifest, quality, chats=chats))
 
 

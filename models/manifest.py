@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from models.common.file_kinds import file_kind
 from models.common.record import Record
+from models.training import Training
 
 from .errors import BadManifest
 
@@ -149,7 +150,7 @@ class Manifest(Record):
 
     A built model has at least one artefact; a recipe (base plus adapter, not built yet) has none. `source` is where
     the artefacts were fetched from; it is empty when they were made here. `compact_json`: the model was trained
-    on JSON without white space, and its answers under a JSON schema have none.
+    on JSON without white space, and its answers under a JSON schema have none. `training`: how it was trained here.
 
     Of kind `adapter` it is a LoRA adapter that is applied while its base is served, under the name BASE:NAME. Its one
     artefact is a GGUF file with the `general.type` "adapter". `base.sha256` is that of the weights it was trained on:
@@ -174,6 +175,7 @@ class Manifest(Record):
     compact_json: bool = False
     artefacts: tuple[Artefact, ...] = ()
     quality: tuple[Accuracy, ...] = ()
+    training: Training | None = None
 
     @model_validator(mode="after")
     def _labels_differ(self) -> "Manifest":

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from models.common.files import write_atomic
-from models.common.record import Record
+from models.common.record import Record, Share
 
 from .errors import BadManifest
 
@@ -17,7 +17,6 @@ QUALITY_FILE = "quality.json"
 
 TaskKind = Literal["classify", "write"]
 Verdict = Literal["unjudged", "chosen", "within budget", "over budget", "undoes the fine-tune", "failed"]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Loss(Record):

@@ -20,6 +20,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "models": (
         ("errors",),
         ("common", "gguf"),
+        ("training",),
         ("manifest", "quality"),
         ("card",),
         ("store",),

@@ -1,12 +1,14 @@
 """From a task, or a file of examples, to an installed model: checked, trained, converted and chosen."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 from convert.checkpoint.source import open_checkpoint
 from convert.errors import FinetuneFailed, RequestInvalid, TrimImpossible
@@ -17,21 +19,24 @@ from convert.planning.origin import Origin, find_origin
 from convert.planning.request import ConvertRequest
 from convert.quantize.quantize import HALF_PRECISION
 from convert.replacement import incumbent_of
-from convert.training.settings import FinetuneRequest, FinetuneResult, FinetuneSettings
+from convert.training.settings import FinetuneResult, FinetuneSettings
 from convert.training.train import check_installed, finetune
 from convert.trim.fields import KEPT_FIELD
 from convert.trim.plan import DEFAULT_KEEP
 from models.common.console import Reporter
 from models.common.files import default_home, sha256_file, write_atomic
+from models.common.machine import describe_machine
 from models.gguf.fields import TOKENS
 from models.manifest import MANIFEST_FILE, Manifest, dump_manifest
 from models.store.store import Store, StoredModel, check_name
 from models.task.check.check import check_task
 from models.task.new import NewTask, make_task
 from models.task.task import TASK_FILE, Task, open_task, tasks_home
+from models.training import MAX_LOSSES, Epoch, Training
 
 from .asked import AskedExamples, check_choosable, examples_to_ask, keep_length
-from .depth import AUTO, train_depths
+from .depth import AUTO, BaseTools, DepthChoice, TrainedDepth
+from .request import FinetuneRequest
 
 FOLDER = "trained"
 """Folder of the store that results go to, unless the user names another."""
@@ -80,12 +85,14 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
 
         return _best_of_seeds(request.seeds, settings, seeded, report)
 
-    trained = train_depths(request.depth, base, asked.settings, train, out / CUT_FOLDER, report)
+    tools = BaseTools(task.spec.labels)
+    trained = DepthChoice(base, asked, train, out / CUT_FOLDER, report, tools).trained(request.depth)
     result = trained.result
     if settings.tokens is not None and asked.prompt != task.spec.manifest_prompt():
         keep_length(task, asked.prompt.max_text_tokens, report)
     source = _source(trained.base, request, origin)
-    manifest = _manifest(task, name, origin).model_copy(update={"prompt": asked.prompt})
+    known = {"prompt": asked.prompt, "training": training_told(task, asked, trained)}
+    manifest = _manifest(task, name, origin).model_copy(update=known)
     conversion = _conversion(request, task, manifest, result, source)
     admit = partial(tested.admit, conversion) if tested is not None else None
     stored = None if request.only_train else convert(conversion, store, report, admit)
@@ -116,6 +123,40 @@ def _best_of_seeds(
         if result.best.is_better_than(best_result.best):
             best_result = result
     return best_result
+
+
+def training_told(task: Task, asked: AskedExamples, trained: TrainedDepth) -> Training:
+    """The training as manifest and card tell it."""
+    result, settings = trained.result, asked.settings
+    return Training(
+        task=task.name,
+        machine=describe_machine(),
+        method=settings.method,
+        examples=len(asked.train),
+        validation_examples=len(asked.validation),
+        base_depth=trained.base_depth,
+        depth=trained.depth,
+        layers=result.cost.layers,
+        learning_rate=settings.learning_rate,
+        batch=settings.batch,
+        seed=result.seed,
+        seconds=result.seconds,
+        cpu_seconds=result.cpu_seconds,
+        best_epoch=result.best.epoch,
+        epochs=tuple(Epoch(train_loss=one.train_loss, loss=one.loss, accuracy=one.accuracy) for one in result.epochs),
+        losses=_spans(result.losses),
+        probe=trained.probe,
+        depths=trained.tried,
+    )
+
+
+def _spans(losses: Sequence[float]) -> tuple[float, ...]:
+    """The means of `losses` over as many spans as a curve has points."""
+    if not losses:
+        return ()
+    n_spans = min(MAX_LOSSES, len(losses))
+    ends = [len(losses) * span // n_spans for span in range(n_spans + 1)]
+    return tuple(round(fmean(losses[start:stop]), 4) for start, stop in pairwise(ends))
 
 
 def _task(request: FinetuneRequest, report: Reporter) -> Task:

@@ -1,4 +1,4 @@
-"""Settings and results of a fine-tune. The options of `deskside finetune` are generated from here."""
+"""Settings and results of a training. Options of `deskside finetune` are generated from here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,37 +11,6 @@ from models.common.options import AutoInt, Flag
 Method = Literal["lora", "full"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class FinetuneRequest(BaseModel):
-    """A fine-tune as the user states it: the task, the base, and the model that is made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    task: Annotated[str, Flag(metavar="TASK", positional=True)] = Field(
-        description="A task's name or folder; or a table or JSON lines of examples, of which a task is made first."
-    )
-    base: Annotated[str, Flag(metavar="BASE")] = Field(
-        default="gemma-3-270m",
-        description="The model to train: an installed or known model, a Hugging Face folder, or a .gguf file.",
-    )
-    name: Annotated[str | None, Flag(metavar="NAME", shown="the task's")] = Field(
-        default=None, description="Name of the model."
-    )
-    depth: Annotated[str, Flag(metavar="N|auto|all")] = Field(
-        default="all",
-        pattern=r"^(all|auto|[1-9][0-9]{0,3})$",
-        description="Keep N of the base's layers; auto: half of them if that loses nothing on validation.",
-    )
-    seeds: int = Field(default=1, ge=1, le=20, description="Train with N seeds, and keep the best on validation.")
-    whole_vocabulary: Annotated[bool, Flag("whole-vocab")] = Field(
-        default=False, description="Do not cut a large vocabulary to what the examples need."
-    )
-    replace: bool = Field(default=False, description="Replace an installed model of that name, even with a worse one.")
-    only_train: bool = Field(default=False, description="Stop after the training; the next command is told.")
-    out: Annotated[Path | None, Flag(metavar="DIR", shown="trained/NAME beside the store")] = Field(
-        default=None, description="Folder for the result; a stopped run with the same folder resumes."
-    )
 
 
 AUTO_TOKENS = -1
@@ -126,7 +95,7 @@ class EpochScore:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A finished fine-tune. `trained`: an adapter's folder (lora), or a GGUF file (full)."""
+    """A finished fine-tune. `trained`: an adapter's folder (lora), or a GGUF file (full). `losses`: of each step."""
 
     trained: Path
     best: EpochScore
@@ -134,3 +103,5 @@ class FinetuneResult:
     cost: TrainingCost
     seconds: float
     cpu_seconds: float
+    seed: int = 0
+    losses: tuple[float, ...] = ()

@@ -6,7 +6,7 @@ for each shape; the last layer is computed for the answers' columns alone, toget
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,17 @@ class DecoderSteps:
 
     def freeze(self, x: np.ndarray, places: tuple[Geometry, Geometry]) -> np.ndarray:
         """The hidden states below the trained layers."""
+        hidden: Any = x
+        for after in self.hidden(x, places):
+            hidden = after
+        return np.asarray(hidden)
+
+    def hidden(self, x: np.ndarray, places: tuple[Geometry, Geometry]) -> Iterator[Array]:
+        """Yield the hidden states after each of the layers below the trained ones."""
         hidden = jnp.asarray(x)
         for layer in range(self.n_frozen):
             hidden = self._frozen(hidden, self._layers[layer], places[self.shape.windowed[layer]])
-        return np.asarray(hidden)
+            yield hidden
 
     def gradients(
         self,

@@ -136,6 +136,7 @@ class RunLog:
         self.steps: list[dict[str, float]] = []
         self.scores: list[EpochScore] = []
         self._since = time.monotonic(), time.process_time()
+        self._taken: tuple[float, float] | None = None
 
     def resume(self, facts: Mapping[str, Any], folder: Path, layers: int | None, epochs: int | None) -> TrainingCost:
         """Continue the account of a checkpoint. Raises FinetuneFailed if it is another run's."""
@@ -153,6 +154,7 @@ class RunLog:
         same: bool = facts.items() >= wanted.items() and facts["estimate"].items() >= _asked(layers, epochs).items()
         if same:
             self._take(facts)
+            self._taken = facts["wall_seconds"], facts["cpu_seconds"]
         return same
 
     def _take(self, facts: Mapping[str, Any]) -> TrainingCost:
@@ -165,8 +167,8 @@ class RunLog:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Wall and CPU seconds so far."""
-        return time.monotonic() - self._since[0], time.process_time() - self._since[1]
+        """Wall and CPU seconds so far; of a finished run all that it took."""
+        return self._taken or (time.monotonic() - self._since[0], time.process_time() - self._since[1])
 
     @property
     def best(self) -> EpochScore | None:
@@ -187,6 +189,9 @@ class RunLog:
 
     def write(self, folder: Path, *, finished: bool = False) -> None:
         """Write `training.json`."""
+        if finished:
+            wall, cpu = self.seconds
+            self._taken = round(wall, 1), round(cpu, 1)
         write_atomic(folder / LOG_FILE, json.dumps({**self.facts(), "finished": finished}, indent=1) + "\n")
 
 

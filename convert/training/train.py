@@ -141,7 +141,9 @@ class _Run:
         assert best is not None, "there is at least one epoch"
         assert cost is not None, "it is planned before the first epoch"
         trained = self._out / MODEL_FILE if self._settings.method == "full" else self._out
-        return FinetuneResult(trained, best, tuple(self._log.scores), cost, *self._log.seconds)
+        losses = tuple(entry["loss"] for entry in self._log.steps)
+        seconds, seed = self._log.seconds, self._settings.seed
+        return FinetuneResult(trained, best, tuple(self._log.scores), cost, *seconds, seed, losses)
 
     @property
     def _epochs_done(self) -> int:

@@ -1,13 +1,15 @@
 """A model's README.md, rendered from its manifest and quality.json. Pure; missing figures read "not measured"."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from models.common.machine import mebibytes
 from models.manifest import Accuracy, Artefact, Manifest
 from models.quality import Answers, Candidate, Loss, MeanScore, Quality, Shape, Speed, Trim
 
+from .markdown import table
 from .plot import PLOT_FILE
+from .training import render_training
 
 _NOTHING = "–"
 _LOSS_HEAD = ("File", "Size", "KL mean", "KL 99 %", "Top-1 agreement", "Perplexity ratio")
@@ -25,6 +27,7 @@ def render_card(manifest: Manifest, measured: Quality | None = None, *, chats: b
         _prompt(manifest),
         _origin(manifest),
         _licence(manifest),
+        "## The training\n\n" + render_training(manifest.training) if manifest.training is not None else "",
         "## Files\n\n" + _files(manifest.artefacts),
         "## Quality\n\n" + _quality(manifest.quality) if manifest.quality or measured is None else "",
         "## The choice of the file\n\n" + render_quality(measured) if measured is not None else "",
@@ -44,12 +47,6 @@ def render_quality(quality: Quality) -> str:
         _how(quality),
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; bars are escaped and line breaks removed in its cells."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
 
 
 def choice_summary(quality: Quality) -> str:
@@ -300,7 +297,3 @@ def _fenced(text: str, language: str = "") -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,17 +1,17 @@
 """Size, speed and loss of every measured file in one picture: an SVG, sharp in a README, readable in light and dark.
 
-Built as text, so that no plotting library is needed: x is the loss, y the speed, the area of a
-dot the file's size. The budget is a line, the noise floor a grey band. Where answers have a score, a label has the
-interval of its difference, F16's label the score.
+x is the loss, y the speed, the area of a dot the file's size. The budget is a line, the noise floor a grey band. Where
+answers have a score, a label has the interval of its difference, F16's label the score.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from models.common.machine import mebibytes
 from models.quality import Candidate, Quality
+
+from .svg import line, nice, opening, text
 
 PLOT_FILE = "quality.svg"
 
@@ -24,11 +24,6 @@ _CHARACTER, _LINE = 7.0, 15.0
 _CLASSES = {"chosen": "best", "within budget": "within", "undoes the fine-tune": "undone"}
 _LEGEND = (("best", "chosen"), ("within", "within budget"), ("over", "over budget"), ("undone", "undoes the fine-tune"))
 _STYLE = """
-text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #1f2328 }
-.small { font-size: 11px; fill: #59636e }
-.title { font-size: 14px; font-weight: 600 }
-.grid { stroke: #d1d9e0; stroke-width: 1 }
-.axis { stroke: #59636e; stroke-width: 1 }
 .noise { fill: #818b98; fill-opacity: 0.15 }
 .budget { stroke: #9a6700; stroke-width: 1.5; stroke-dasharray: 5 4 }
 .best { fill: #1a7f37; stroke: #1f2328; stroke-width: 2 }
@@ -36,7 +31,6 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-seri
 .over { fill: #bc4c00; fill-opacity: 0.75 }
 .undone { fill: #cf222e; fill-opacity: 0.75 }
 @media (prefers-color-scheme: dark) {
-text { fill: #f0f6fc } .small { fill: #9198a1 } .grid { stroke: #3d444d } .axis { stroke: #9198a1 }
 .budget { stroke: #d29922 } .best { fill: #3fb950; stroke: #f0f6fc } .within { fill: #4493f8 }
 .over { fill: #db6d28 } .undone { fill: #f85149 }
 }"""
@@ -73,7 +67,7 @@ class _Scales:
         positive = [loss for loss in losses if loss > 0]
         self.low = math.floor(math.log10(min(positive)))
         self.high = max(math.ceil(math.log10(max(positive))), self.low + 1)
-        self.step = _nice((max(speeds) - min(speeds)) / 4 or max(speeds) / 4)
+        self.step = nice((max(speeds) - min(speeds)) / 4 or max(speeds) / 4)
         self.bottom = self.step * max(math.floor(min(speeds) / self.step - 0.5), 0)
         self.top = self.step * math.ceil(max(speeds) / self.step + 0.5)
 
@@ -97,9 +91,7 @@ def render_plot(quality: Quality) -> str | None:
     largest = max(one.size_bytes for one, _ in shown)
     dots = [_dot(one, speed, scales, largest) for one, speed in shown]
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
-        'role="img" aria-label="Speed, loss and size of each file">',
-        f"<style>{_STYLE}</style>",
+        opening(_WIDTH, _HEIGHT, "Speed, loss and size of each file", _STYLE),
         *_frame(scales, quality),
         *_limits(scales, budget, floor),
         *_labels(dots, _reserved(scales, budget, floor)),
@@ -138,36 +130,36 @@ def _frame(scales: _Scales, quality: Quality) -> Iterator[str]:
     title = f"Examples/s ({quality.work}) by loss; the area of a dot is the file's size"
     if quality.metric is not None:
         title = f"Examples/s ({quality.work}) by loss; dot: file size; label: {quality.metric} less F16's (95 %)"
-    yield _text(_LEFT, 24, title, "title")
+    yield text(_LEFT, 24, title, "title")
     x = float(_LEFT)
     for style, name in _LEGEND:
         yield f'<circle cx="{x + 6:.1f}" cy="44" r="5" class="{style}"/>'
-        yield _text(x + 16, 48, name, "small")
+        yield text(x + 16, 48, name, "small")
         x += 36 + _CHARACTER * len(name)
     for decade in range(scales.low, scales.high + 1):
         at = scales.x(10.0**decade)
-        yield _line(at, _TOP, at, _BOTTOM, "grid")
-        yield _text(at, _BOTTOM + 18, f"{10.0**decade:g}", "small", "middle")
-    yield _text(_REFERENCE, _BOTTOM + 18, "0", "small", "middle")
+        yield line(at, _TOP, at, _BOTTOM, "grid")
+        yield text(at, _BOTTOM + 18, f"{10.0**decade:g}", "small", "middle")
+    yield text(_REFERENCE, _BOTTOM + 18, "0", "small", "middle")
     for index in range(round((scales.top - scales.bottom) / scales.step) + 1):
         speed = scales.bottom + index * scales.step
         at = scales.y(speed)
-        yield _line(_LEFT, at, _RIGHT, at, "grid" if index else "axis")
-        yield _text(_LEFT - 8, at + 4, f"{speed:.4g}", "small", "end")
-    yield _line(_LEFT, _TOP, _LEFT, _BOTTOM, "axis")
+        yield line(_LEFT, at, _RIGHT, at, "grid" if index else "axis")
+        yield text(_LEFT - 8, at + 4, f"{speed:.4g}", "small", "end")
+    yield line(_LEFT, _TOP, _LEFT, _BOTTOM, "axis")
     middle = (_LEFT + _RIGHT) / 2
-    yield _text(middle, _BOTTOM + 42, "mean KL divergence to F16, nats (F16 itself at 0)", "small", "middle")
+    yield text(middle, _BOTTOM + 42, "mean KL divergence to F16, nats (F16 itself at 0)", "small", "middle")
 
 
 def _limits(scales: _Scales, budget: float, floor: float) -> Iterator[str]:
     if floor > 0:
         width = scales.x(floor) - _LEFT
         yield f'<rect x="{_LEFT}" y="{_TOP}" width="{width:.1f}" height="{_BOTTOM - _TOP}" class="noise"/>'
-        yield _text(_LEFT + 4, _BOTTOM - 6, "noise floor", "small")
+        yield text(_LEFT + 4, _BOTTOM - 6, "noise floor", "small")
     if budget > 0:
         at = scales.x(budget)
-        yield _line(at, _TOP, at, _BOTTOM, "budget")
-        yield _text(at - 6, _BOTTOM - 6, f"budget {budget:g}", "small", "end")
+        yield line(at, _TOP, at, _BOTTOM, "budget")
+        yield text(at - 6, _BOTTOM - 6, f"budget {budget:g}", "small", "end")
 
 
 def _reserved(scales: _Scales, budget: float, floor: float) -> list[_Box]:
@@ -187,8 +179,8 @@ def _labels(dots: Sequence[_Dot], reserved: list[_Box]) -> Iterator[str]:
         taken.append(best)
         if abs((best.top + best.bottom) / 2 - dot.y) > _LINE / 2:
             near = min(max(dot.x, best.left), best.right)
-            yield _line(dot.x, dot.y, near, best.bottom if best.bottom < dot.y else best.top, "axis")
-        yield _text(best.left, best.bottom - 3.5, dot.label, "label")
+            yield line(dot.x, dot.y, near, best.bottom if best.bottom < dot.y else best.top, "axis")
+        yield text(best.left, best.bottom - 3.5, dot.label, "label")
 
 
 def _places(dot: _Dot) -> Iterator[_Box]:
@@ -205,17 +197,3 @@ def _places(dot: _Dot) -> Iterator[_Box]:
 
 def _circle(dot: _Dot) -> str:
     return f'<circle cx="{dot.x:.1f}" cy="{dot.y:.1f}" r="{dot.radius:.1f}" class="{dot.style}"/>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{style}"/>'
-
-
-def _text(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{style}">{escape(text)}</text>'
-
-
-def _nice(step: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
-    return next((power * factor for factor in (1, 2, 5, 10) if power * factor >= step), power)

@@ -1,6 +1,10 @@
 """The base of all records that are read from a file or a command line."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Record(BaseModel):

@@ -2,14 +2,17 @@
 
     python -m models.debian_synopsis.figures
 
-Reads `results/*.json` and writes the card's figures: a row for each way, and each beside the best of the others.
+Reads `results/*.json` and writes the card's figures: a row for each way, and each beside the best of the others; and
+twenty of the fine-tune's answers, from the best to the worst.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
+from models.common.chat_records import ChatRecord
 from models.common.files import write_atomic
 from models.common.stats import Interval, bootstrap_mean, compare_paired, wilson
 from models.common.text_scores import rouge_l
@@ -28,7 +31,12 @@ WAYS = {
     "base_zero_shot": "base, zero-shot prompt",
     "base_few_shot": "base, few-shot prompt (8 examples)",
     "base_retrieved": "base, retrieved examples (BM25, 4)",
+    "finetune_f16": "fine-tune, before conversion (F16)",
+    "finetune": "fine-tune, as served",
 }
+SERVED = "finetune"
+SAMPLES_START, SAMPLES_END = "<!-- samples -->\n", "<!-- /samples -->\n"
+N_SAMPLES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +74,14 @@ def score_synopses(drafts: list[Draft], expected: list[str]) -> SynopsisScore:
     )
 
 
+def read_predictions(path: Path) -> dict[str, str]:
+    """The answers of an evaluation, by the package's name."""
+    return {one["id"]: one["prediction"] for one in json.loads(path.read_text(encoding="utf-8"))["predictions"]}
+
+
 def score_results(path: Path) -> SynopsisScore:
     """Score a file of predictions on the test split."""
-    predictions = {one["id"]: one["prediction"] for one in json.loads(path.read_text(encoding="utf-8"))["predictions"]}
+    predictions = read_predictions(path)
     records = read_split("test")
     drafts = [Draft(one.id, text_of(one), predictions[one.id]) for one in records]
     return score_synopses(drafts, [one.answer for one in records])
@@ -103,6 +116,21 @@ def rules_table(scores: Mapping[str, SynopsisScore]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def samples_table(records: Sequence[ChatRecord], answers: Mapping[str, str]) -> str:
+    """Answers at equal distances in the order of ROUGE-L, from the best to the worst, as Markdown.
+
+    Answers of the same score are in the order of their packages' digests, so that no sample is picked by hand.
+    """
+    scored = [(rouge_l(one.answer, answers[one.id]), one) for one in records]
+    scored.sort(key=lambda pair: (-pair[0], sha256(pair[1].id.encode()).digest()))
+    picked = [scored[place * (len(scored) - 1) // (N_SAMPLES - 1)] for place in range(N_SAMPLES)]
+    lines = ["| package | the maintainers' | the fine-tune's | ROUGE-L |", "|---|---|---|---|"]
+    for rouge, one in picked:
+        cells = (cell.replace("|", "\\|") for cell in (one.id, one.answer, answers[one.id]))
+        lines.append("| " + " | ".join(cells) + f" | {rouge:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def _shown(interval: Interval) -> str:
     return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
@@ -113,9 +141,18 @@ def main() -> None:
     scores = {MAINTAINERS: score_synopses(own, [one.answer for one in records])}
     scores |= {what: score_results(path) for name, what in WAYS.items() if (path := RESULTS / f"{name}.json").is_file()}
     text = f"{table(scores)}\n{rules_table(scores)}"
-    before, rest = CARD.read_text(encoding="utf-8").split(START)
-    write_atomic(CARD, f"{before}{START}{text}{END}{rest.split(END)[1]}")
+    card = _between(CARD.read_text(encoding="utf-8"), (START, END), text)
+    if (path := RESULTS / f"{SERVED}.json").is_file():
+        samples = samples_table(records, read_predictions(path))
+        card = _between(card, (SAMPLES_START, SAMPLES_END), samples)
+    write_atomic(CARD, card)
     print(text)
+
+
+def _between(card: str, marks: tuple[str, str], text: str) -> str:
+    """The card with `text` between the marks, in place of what is there."""
+    before, rest = card.split(marks[0])
+    return f"{before}{marks[0]}{text}{marks[1]}{rest.split(marks[1])[1]}"
 
 
 if __name__ == "__main__":

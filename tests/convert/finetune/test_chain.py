@@ -15,9 +15,11 @@ from convert.errors import FinetuneFailed, RequestInvalid
 from convert.finetune import chain
 from convert.finetune.asked import AskedExamples, examples_to_ask
 from convert.finetune.chain import Finetuned, finetune_task
+from convert.finetune.request import FinetuneRequest
 from convert.training.examples import read_data, tokenizer_for
-from convert.training.settings import EpochScore, FinetuneRequest, FinetuneResult, FinetuneSettings, TrainingCost
+from convert.training.settings import EpochScore, FinetuneResult, FinetuneSettings, TrainingCost
 from convert.training.train import check_installed
+from models.card.training import CURVE_FILE
 from models.common.chat_records import read_chat_records
 from models.common.console import LineReporter
 from models.errors import ModelError
@@ -102,6 +104,12 @@ def test_a_spreadsheet_becomes_an_installed_model(finished: tuple[Finetuned, Pat
     assert manifest.adapter is not None
     assert done.stored.gguf.is_file()
     assert done.result.best.accuracy is not None
+    training = manifest.training
+    assert training is not None, "the card tells it"
+    assert (training.task, training.depth, training.layers) == ("sorted", 2, QUICK["layers"])
+    assert [epoch.loss for epoch in training.epochs] == [score.loss for score in done.result.epochs]
+    assert training.losses == tuple(round(step["loss"], 4) for step in log["steps"])
+    assert (done.stored.folder / CURVE_FILE).is_file()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from models.debian_synopsis import figures
 from models.debian_synopsis.baseline import read_answers
 from models.debian_synopsis.data.prompts import HOME, read_split, text_of
-from models.debian_synopsis.figures import WAYS, score_synopses, table
+from models.debian_synopsis.figures import N_SAMPLES, WAYS, samples_table, score_synopses, table
 from models.debian_synopsis.first_sentence import LIMIT, first_phrase, first_sentence
 from models.debian_synopsis.nearest import Nearest
 from models.debian_synopsis.rules import Draft
@@ -71,6 +71,19 @@ def test_scores_count_each_verdict() -> None:
     shown = table({"one": score, "other": score_synopses(drafts, ["x", "y"])})
     assert "| one | 0.500 [" in shown
     assert "- one minus other: ROUGE-L 0.500 [" in shown
+
+
+def test_samples_go_from_the_best_answer_to_the_worst() -> None:
+    records = read_split("test")
+    answers = {one.id: one.answer if place % 2 else "a | b" for place, one in enumerate(records)}
+    lines = samples_table(records, answers).splitlines()[2:]
+    rows = [line.replace("\\|", "/").strip("| ").split(" | ") for line in lines]
+    assert len(rows) == len({row[0] for row in rows}) == N_SAMPLES
+    scores = [float(row[-1]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert (scores[0], scores[-1]) == (1.0, 0.0)
+    assert rows[-1][2] == "a / b"
+    assert samples_table(records[::-1], answers).splitlines()[2:] == lines, "no matter in which order they come"
 
 
 def test_answers_of_a_batch_are_read_by_id(tmp_path: Path) -> None:
