@@ -19,6 +19,9 @@ from .steps import DecoderSteps, shape_memory
 
 REPETITIONS = 3
 USUAL_EPOCHS = 3
+# Two epochs are enough from so many steps on: of 952 mails, 119 steps an epoch, 259 of 296 others were right after two
+# epochs and 258 after three.
+ENOUGH_STEPS = 200
 MOST_EPOCHS = 4
 
 
@@ -96,7 +99,8 @@ def choose(costs: MeasuredCosts, work: TrainingWork, steps: DecoderSteps) -> Tra
     """
     n_layers, settings = steps.shape.n_layers, steps.settings
     # On mails the upper half was as good as all as far as 296 examples show, in less than half of the time.
-    most, most_epochs = (math.ceil(n_layers / 2), USUAL_EPOCHS) if settings.minutes is None else (n_layers, MOST_EPOCHS)
+    usual = 2 if 2 * len(work.batches) >= ENOUGH_STEPS else USUAL_EPOCHS
+    most, most_epochs = (math.ceil(n_layers / 2), usual) if settings.minutes is None else (n_layers, MOST_EPOCHS)
     depths = [depth for depth in _depths(n_layers) if depth <= most]
     options = [
         TrainingCost(layers, epochs, costs.seconds(work, n_layers, layers, epochs), memory(work, steps, layers))

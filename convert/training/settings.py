@@ -34,7 +34,8 @@ TextLength = Annotated[int | None, BeforeValidator(_auto_tokens), AfterValidator
 class FinetuneSettings(BaseModel):
     """Settings of the training.
 
-    `layers` and `epochs` None: as many as `minutes` allows; without it the upper half of the layers, three times.
+    `layers` and `epochs` None: as many as `minutes` allows; without it the upper half of the layers, three
+    times, or twice if that is 200 steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

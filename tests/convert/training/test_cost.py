@@ -49,6 +49,14 @@ def test_without_a_limit_the_upper_half_is_trained(work: TrainingWork) -> None:
     assert (cost.layers, cost.epochs) == (9, 3)
 
 
+@pytest.mark.parametrize(("n_copies", "epochs"), [(1, 3), (2, 2)])
+def test_many_examples_need_fewer_passes(work: TrainingWork, n_copies: int, epochs: int) -> None:
+    """400 examples are 50 steps, 800 are 100."""
+    rows = [*work.rows] * n_copies
+    many = TrainingWork(rows, batches_of(rows, 8, None), work.checked, work.check_batches, None)
+    assert choose(COSTS, many, Steps()).epochs == epochs  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.45])
 def test_minutes_choose_the_most_that_fits(work: TrainingWork, share: float) -> None:
     whole = choose(COSTS, work, Steps(minutes=1e6))  # type: ignore[arg-type]
