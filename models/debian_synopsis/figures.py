@@ -31,10 +31,9 @@ WAYS = {
     "base_zero_shot": "base, zero-shot prompt",
     "base_few_shot": "base, few-shot prompt (8 examples)",
     "base_retrieved": "base, retrieved examples (BM25, 4)",
-    "finetune_f16": "fine-tune, before conversion (F16)",
-    "finetune": "fine-tune, as served",
+    "finetune_f16": "fine-tune, F16",
 }
-SERVED = "finetune"
+FINETUNE = "finetune_f16"
 SAMPLES_START, SAMPLES_END = "<!-- samples -->\n", "<!-- /samples -->\n"
 N_SAMPLES = 20
 
@@ -142,9 +141,8 @@ def main() -> None:
     scores |= {what: score_results(path) for name, what in WAYS.items() if (path := RESULTS / f"{name}.json").is_file()}
     text = f"{table(scores)}\n{rules_table(scores)}"
     card = _between(CARD.read_text(encoding="utf-8"), (START, END), text)
-    if (path := RESULTS / f"{SERVED}.json").is_file():
-        samples = samples_table(records, read_predictions(path))
-        card = _between(card, (SAMPLES_START, SAMPLES_END), samples)
+    samples = samples_table(records, read_predictions(RESULTS / f"{FINETUNE}.json"))
+    card = _between(card, (SAMPLES_START, SAMPLES_END), samples)
     write_atomic(CARD, card)
     print(text)
 
