@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from models.common.file_kinds import file_kind
 from models.calibration.record import Calibration
+from models.common.file_kinds import file_kind
 from models.common.record import Record
 from models.training import Training
 

@@ -71,8 +71,8 @@ class Request(PipeStruct, frozen=True, tag=True):
     """A request to write one answer, which fits the context.
 
     `id` is unique among live requests. A wire request with `n` choices becomes n of these, which share the prompt.
-    `adapter` names the LoRA adapter to apply (None: the base model alone). Where the answer is one of `labels`, as token
-    ids, its terminal event has the log-probabilities of all.
+    `adapter` names the LoRA adapter to apply (None: the base model alone). Where the answer is one of `labels` (token
+    ids), its terminal event has the log-probabilities of all.
     """
 
     id: str
@@ -148,7 +148,7 @@ class TextDelta(PipeStruct, frozen=True, tag=True):
 
 
 class Finished(PipeStruct, frozen=True, tag=True):
-    """Terminal: the answer is complete. `label_logprobs`, of an answer that is one of its labels, are as in `Scored`."""
+    """Terminal: the answer is complete. `label_logprobs`, where it is one of the labels, are as in `Scored`."""
 
     request_id: str
     reason: FinishReason

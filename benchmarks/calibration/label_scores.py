@@ -3,8 +3,8 @@
     deskside serve email-triage
     python -m benchmarks.calibration.label_scores email-triage --out models/email_triage/results/label_scores.json
 
-The examples are those of the validation and test splits. `/v1/decisions` gives shares among the labels: their logarithms
-differ from the log-probabilities by one number for each example, on which no calibrated probability depends.
+The examples are those of the validation and test splits. `/v1/decisions` gives shares among the labels. Their
+logarithms differ from the log-probabilities by one number for each example, on which no calibrated probability depends.
 """
 
 import argparse

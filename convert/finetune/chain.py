@@ -205,7 +205,7 @@ def _check_promise(request: FinetuneRequest, task: Task) -> None:
     if not _can_choose(task):
         n = len(task.records("validation"))
         raise RequestInvalid(
-            f"--target needs {MIN_EXAMPLES} validation examples, and {task.name!r} has {n}: add examples, or leave it out"
+            f"--target needs {MIN_EXAMPLES} validation examples, {task.name!r} has {n}: add examples, or leave it out"
         )
 
 

@@ -150,11 +150,11 @@ def promise_for(target: float, judged: Sequence[Judged]) -> Promise:
     """The lowest threshold from which accuracy is at least `target`, by the exact lower limit at 95 %.
 
     Thresholds are tested one after the other, the strictest first, and the search ends at the first that fails. Each
-    test may err with 2.5 % (one side), and so may all together, without a correction for their number: to choose a threshold that
-    breaks the promise, the first such one in the order must pass its test (fixed-sequence testing: Maurer, Hothorn
-    and Lehmacher 1995; for thresholds of a model: Angelopoulos et al. 2021, "Learn then test", section 5). The order
-    must not depend on which answers are right. It begins where the confidences alone foretell a proof: above that are
-    too few answers, of which one that is wrong would end the search.
+    test may err with 2.5 % (one side), and so may all together, without a correction for their number: to choose a
+    threshold that breaks the promise, the first such one in the order must pass its test (fixed-sequence testing:
+    Maurer, Hothorn and Lehmacher 1995; for a model's thresholds: Angelopoulos et al. 2021, "Learn then test",
+    section 5). The order must not depend on which answers are right. It begins where the confidences alone foretell a
+    proof: above that are too few answers, of which one that is wrong would end the search.
 
     The temperature is fitted to the same examples, but it is one number, and hardly changes the order of the answers.
     """

@@ -1,4 +1,4 @@
-"""Pure statistics: intervals of proportions, bootstrap of a mean, paired comparisons of two answerers on the same items.
+"""Pure statistics: intervals of proportions, bootstrap of a mean, paired comparisons of answerers on the same items.
 
 Conversion and benchmarks both compute their figures here. Confidence is 95 % by default.
 """

@@ -111,8 +111,8 @@ class Generation:
 
     `mask` is the grammar's for the next token, bool of shape (n_vocab,), while a thread works it out. `unsent` tokens
     are part of the sequence, but their text was not sent yet. `drafter` exists once prompt lookup began. The prompt's
-    log-probabilities gather in `prompt_logprobs`, from its second token on, until the first token is sampled. `labels` is
-    the tree of the request's labels, if it has some.
+    log-probabilities gather in `prompt_logprobs`, from its second token on, until the first token is sampled.
+    `labels` is the tree of the request's labels, if it has some.
     """
 
     request: Request

@@ -26,8 +26,8 @@ def require_target(manifests: Mapping[str, Manifest | None], target: float | Non
     if not calibrated:
         names = ", ".join(map(repr, manifests))
         raise LoadFailed(
-            f"--target {target:g}: {names} has no calibration, by which an answer could be promised to be right; convert "
-            f"a model with labels and --examples FILE --target {target:g}"
+            f"--target {target:g}: {names} has no calibration to keep a promise by; convert a model with labels, "
+            f"with --examples FILE --target {target:g}"
         )
     for name, calibration in calibrated.items():
         if calibration is not None and calibration.promise(target) is None:
