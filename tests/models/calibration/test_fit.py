@@ -37,12 +37,12 @@ def made(n: int, temperature: float, seed: int = 0) -> LabelScores:
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
 def test_the_temperature_is_found_and_takes_the_error_away(temperature: float) -> None:
-    scores = made(4000, temperature)
+    scores = made(2000, temperature)
     found = calibrate(scores)
     assert found.temperature == pytest.approx(temperature, rel=0.1)
-    assert found.ece_after < 0.02
+    assert found.ece_after < 0.03
     assert found.ece_after <= found.ece_before + 0.005
-    assert (found.ece_before > 0.05) == (temperature > 2)
+    assert (found.ece_before > 0.05) == (temperature != 1)
 
 
 def test_a_temperature_changes_no_answer_and_the_right_labels_likelihood_is_highest_at_it() -> None:
