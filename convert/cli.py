@@ -117,6 +117,12 @@ def summary(stored: "StoredModel") -> list[str]:
                 )
             lines.append(f"  {answers.flips} of {answers.total} answers differ from F16's")
         lines.append(f"  `deskside models show {stored.name}` shows all {len(quality.candidates)} files measured")
+    if (calibration := manifest.calibration) is not None:
+        from models.card.calibration import promise_told
+
+        own = calibration.promise()
+        assert own is not None, "a calibration has a promise for its own target"
+        lines.append(f"  automatic answers, right with a share of {promise_told(own, calibration.examples)}")
     if not manifest.labels and manifest.task == "general":
         asks = "refuses it" if manifest.fine_tuned else "asks it in the words of each question, not as it was trained"
         lines.append(f"  its task is not known: /v1/decisions {asks}; --examples FILE would record task and labels")

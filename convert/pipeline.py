@@ -36,7 +36,9 @@ from convert.quantize.imatrix import IMATRIX_FILE
 from convert.quantize.quantize import HALF_PRECISION, disk_need, quantize, spec_named
 from convert.selection.by_examples import Built, choose_by_examples
 from convert.selection.choice import shared_grid, undo_cause
+from convert.selection.confidence import calibration_of
 from convert.tokenizer.chat_template import TEMPLATE_FIELD, ChatFormat
+from models.card.calibration import RELIABILITY_FILE, render_reliability
 from models.card.card import render_card
 from models.card.plot import PLOT_FILE, render_plot
 from models.card.training import CURVE_FILE, render_curve
@@ -122,6 +124,11 @@ def _make_model(inputs: Inputs, request: ConvertRequest, store: Store, report: R
         if inputs.recipe_quality is not None:
             quality = _recipe_quality(inputs.recipe_quality, hashes[chosen])
         kept = [chosen, f16] if request.keep_f16 and f16 != chosen else [chosen]
+        n_in_matrix = quality.calibration_examples if quality is not None else 0
+        calibration = calibration_of(chosen, n_in_matrix, inputs, store.home / MEASUREMENTS, report)
+        if calibration is not None:
+            described = inputs.manifest.model_copy(update={"calibration": calibration})
+            inputs = replace(inputs, manifest=described)
         read_back |= {path.name for path in kept}
         if (imatrix := _imatrix_to_keep(build, quality)) is not None:
             shutil.copyfile(imatrix, folder / IMATRIX_FILE)
@@ -221,7 +228,9 @@ def _write_kept(build: _Build, proof: Proof | None) -> tuple[Path, str]:
     if proof is not None:
         proof.end(build.report)
     if build.inputs.examples is not None:
-        build.report.note("the weights are kept: from the examples come task, labels and prompt, nothing is measured")
+        build.report.note(
+            "the weights are kept: from the examples come task, labels and prompt, and how sure it is of the labels"
+        )
     return target, sha256
 
 
@@ -358,6 +367,8 @@ def _describe(
             write_atomic(folder / PLOT_FILE, plot)
     if manifest.training is not None and (curve := render_curve(manifest.training)) is not None:
         write_atomic(folder / CURVE_FILE, curve)
+    if manifest.calibration is not None and (drawn := render_reliability(manifest.calibration)) is not None:
+        write_atomic(folder / RELIABILITY_FILE, drawn)
     write_atomic(folder / "README.md", render_card(manifest, quality, chats=chats))
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
+from models.calibration.record import Calibration
 from models.common.file_kinds import file_kind
 from models.common.record import Record
 from models.training import Training
@@ -151,6 +152,7 @@ class Manifest(Record):
     A built model has at least one artefact; a recipe (base plus adapter, not built yet) has none. `source` is where
     the artefacts were fetched from; it is empty when they were made here. `compact_json`: the model was trained
     on JSON without white space, and its answers under a JSON schema have none. `training`: how it was trained here.
+    `calibration`: how sure it is of its labels, fitted to held-out examples.
 
     Of kind `adapter` it is a LoRA adapter that is applied while its base is served, under the name BASE:NAME. Its one
     artefact is a GGUF file with the `general.type` "adapter". `base.sha256` is that of the weights it was trained on:
@@ -176,6 +178,7 @@ class Manifest(Record):
     artefacts: tuple[Artefact, ...] = ()
     quality: tuple[Accuracy, ...] = ()
     training: Training | None = None
+    calibration: Calibration | None = None
 
     @model_validator(mode="after")
     def _labels_differ(self) -> "Manifest":
@@ -183,6 +186,8 @@ class Manifest(Record):
             raise ValueError(f"labels must differ, got {list(self.labels)!r}")
         if self.task == "classify" and not self.labels:
             raise ValueError("task 'classify' needs labels")
+        if self.calibration is not None and not self.labels:
+            raise ValueError("calibration is about labels, and there are none")
         return self
 
     @model_validator(mode="after")

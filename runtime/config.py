@@ -73,7 +73,20 @@ class EngineConfig(Record):
     )
 
 
-class RuntimeConfig(EngineConfig):
+class PromiseConfig(Record):
+    """The promise of automatic answers, for server and batch."""
+
+    env_prefix: ClassVar[str] = "DESKSIDE_"
+
+    target: Annotated[float | None, Flag(metavar="SHARE", shown="the model's own")] = Field(
+        default=None,
+        ge=0.5,
+        lt=1,
+        description="Share of automatic answers that must be right; the model must have a threshold for it.",
+    )
+
+
+class RuntimeConfig(EngineConfig, PromiseConfig):
     """All settings: those of the engine, and those of the server."""
 
     bind: Annotated[str, Flag("host")] = Field(default="127.0.0.1", description="Address to listen on.")

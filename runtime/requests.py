@@ -71,13 +71,15 @@ class Request(PipeStruct, frozen=True, tag=True):
     """A request to write one answer, which fits the context.
 
     `id` is unique among live requests. A wire request with `n` choices becomes n of these, which share the prompt.
-    `adapter` names the LoRA adapter to apply (None: the base model alone).
+    `adapter` names the LoRA adapter to apply (None: the base model alone). Where the answer is one of `labels` (token
+    ids), its terminal event has the log-probabilities of all.
     """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
     adapter: str | None = None
+    labels: tuple[tuple[int, ...], ...] = ()
 
 
 class ScoringPrompt(PipeStruct, frozen=True):
@@ -146,11 +148,12 @@ class TextDelta(PipeStruct, frozen=True, tag=True):
 
 
 class Finished(PipeStruct, frozen=True, tag=True):
-    """Terminal: the answer is complete."""
+    """Terminal: the answer is complete. `label_logprobs`, where it is one of the labels, are as in `Scored`."""
 
     request_id: str
     reason: FinishReason
     usage: Usage
+    label_logprobs: tuple[float, ...] = ()
 
 
 class Scored(PipeStruct, frozen=True, tag=True):

@@ -20,7 +20,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "models": (
         ("errors",),
         ("common", "gguf"),
-        ("training",),
+        ("training", "calibration"),
         ("manifest", "quality"),
         ("card",),
         ("store",),
@@ -55,7 +55,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("record",),
         ("cost",),
         ("load",),
-        ("comparison", "conversion", "peers", "prefill"),
+        ("comparison", "conversion", "peers", "prefill", "calibration"),
         ("report", "soak"),
         ("cli",),
     ),

@@ -69,6 +69,7 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
     check_choosable(task, settings)
     if request.depth == AUTO and task.spec.kind != "classify":
         raise RequestInvalid(f"--depth auto compares labels, and {task.name!r} has none: give a number, or all")
+    _check_promise(request, task)
     _check(task, report)
     origin = find_origin(request.base, None, store, report)
     tested = None if request.only_train else incumbent_of(name, task, store, report, overruled=request.replace)
@@ -195,6 +196,24 @@ def _check(task: Task, report: Reporter) -> None:
         report.note(checked.advice)
 
 
+def _check_promise(request: FinetuneRequest, task: Task) -> None:
+    """Raise RequestInvalid, before the training, for a target that no example will be there to prove."""
+    if not request.target:
+        return
+    if task.spec.kind != "classify":
+        raise RequestInvalid(f"--target is about labels, and the task {task.name!r} is of kind {task.spec.kind!r}")
+    if not _can_choose(task):
+        n = len(task.records("validation"))
+        raise RequestInvalid(
+            f"--target needs {MIN_EXAMPLES} validation examples, {task.name!r} has {n}: add examples, or leave it out"
+        )
+
+
+def _can_choose(task: Task) -> bool:
+    """True if the validation examples are enough to choose a file by."""
+    return len({record.prompt for record in task.records("validation")}) >= MIN_EXAMPLES
+
+
 def _cut_vocabulary(task: Task, origin: Origin, out: Path, report: Reporter) -> Path:
     """The base with the tokens that the task needs, as a model in `out`, so that training reads what will be served.
 
@@ -254,11 +273,11 @@ def _conversion(
     is_adapter = result.trained.is_dir()
     out = result.trained if is_adapter else result.trained.parent
     write_atomic(out / MANIFEST_FILE, dump_manifest(manifest))
-    enough = len({record.prompt for record in task.records("validation")}) >= MIN_EXAMPLES
     return ConvertRequest(
         source=source if is_adapter else str(result.trained),
         adapter=out if is_adapter else None,
-        examples=task.file("validation") if enough else None,
+        examples=task.file("validation") if _can_choose(task) else None,
+        target=request.target,
         name=manifest.name,
         manifest=out / MANIFEST_FILE,
         replace=request.replace,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from convert.planning.request import TARGET_HELP, Targets
 from models.common.options import Flag
 
 
@@ -28,6 +29,7 @@ class FinetuneRequest(BaseModel):
         pattern=r"^(all|auto|[1-9][0-9]{0,3})$",
         description="Keep N of the base's layers; auto: as few as lose nothing on the validation examples.",
     )
+    target: Targets = Field(default=(), description=TARGET_HELP)
     seeds: int = Field(default=1, ge=1, le=20, description="Train with N seeds, and keep the best on validation.")
     whole_vocabulary: Annotated[bool, Flag("whole-vocab")] = Field(
         default=False, description="Do not cut a large vocabulary to what the examples need."

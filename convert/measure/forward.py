@@ -24,15 +24,21 @@ from .tasks import EvalTask, Tasks
 # Half of the sequences may hold prompts: the other half is for their branches.
 MAX_TOGETHER = 16
 N_SEQ_MAX = 2 * MAX_TOGETHER
+# JSON, in which answers are kept, has no infinity.
+LEAST_LOGPROB = -9999.0
 OnRow = Callable[[LogitsRow, np.ndarray], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelAnswer:
-    """A model's answer: a label, or its text. `cut_off`: the limit came before the end of the text."""
+    """A model's answer: a label, or its text. `cut_off`: the limit came before the end of the text.
+
+    Of a label, `logprobs` are those of all labels, in the order of the tasks.
+    """
 
     text: str
     cut_off: bool = False
+    logprobs: tuple[float, ...] = ()
 
 
 def run_pass(
@@ -227,7 +233,11 @@ class _PromptGroup:
         while branches:
             self._compute(branches)
             branches = [branch for one, tree in trees for branch in self._wave(one, tree)]
-        return [ModelAnswer(self._tasks.labels[_first_highest(tree.logprobs())]) for _, tree in trees]
+        return [self._chosen(tree.logprobs()) for _, tree in trees]
+
+    def _chosen(self, logprobs: Sequence[float]) -> ModelAnswer:
+        label = self._tasks.labels[_first_highest(logprobs)]
+        return ModelAnswer(label, logprobs=tuple(max(logprob, LEAST_LOGPROB) for logprob in logprobs))
 
     def _first_wave(self, one: _ActiveTask, tree: ChoiceTree) -> list[TokenBranch]:
         """The choice tree's branches and the expected answer's; the latter serves the tokens that they share."""

@@ -4,7 +4,7 @@ SOURCE is a recipe of the catalogue, which brings its adapter and manifest, or a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.errors import AdapterInvalid, RequestInvalid
@@ -61,6 +61,7 @@ class Inputs:
 
     `quantization` is None if the examples decide. `recipe_quality` is the folder of a recipe with measurements of its
     own, `imatrix` the importance matrix to quantize with; with examples the matrix is collected from these instead.
+    `targets` are those to find thresholds for; none: the usual ones.
     """
 
     origin: Origin
@@ -71,6 +72,7 @@ class Inputs:
     trim: TrimRequest | None = None
     recipe_quality: Path | None = None
     imatrix: Path | None = None
+    targets: tuple[float, ...] = ()
 
     @property
     def base(self) -> Base:
@@ -86,8 +88,15 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     task = open_task(request.task) if request.task is not None else None
     if task is not None:
         request = _with_examples(request, task)
-    recipe, quantization = _recipe(request), _quantization(request)
     _check_options(request)
+    inputs = _gathered(request, task, store, report)
+    if request.target and (inputs.examples is None or inputs.examples.work != "classify"):
+        raise RequestInvalid("--target is about labels, and the answers of the examples are texts (--for classify?)")
+    return replace(inputs, targets=request.target)
+
+
+def _gathered(request: ConvertRequest, task: Task | None, store: Store, report: Reporter) -> Inputs:
+    recipe, quantization = _recipe(request), _quantization(request)
     if request.hot:
         _check_hot(request, recipe)
     if quantization == KEEP:
@@ -111,7 +120,7 @@ def gather(request: ConvertRequest, store: Store, report: Reporter) -> Inputs:
     learnt = _learnt(described, examples).model_copy(update=of_task)
     manifest = _complete(learnt, name, adapter, hot=request.hot)
     # the manifest may describe the conversion of another model
-    manifest = manifest.model_copy(update={"conversion": None})
+    manifest = manifest.model_copy(update={"conversion": None, "calibration": None})
     return Inputs(origin, adapter, quantization, manifest, examples, trim)
 
 
@@ -141,6 +150,8 @@ def _check_options(request: ConvertRequest) -> None:
         for option, value in (("--for", request.work), ("--max-loss", request.max_loss)):
             if value is not None:
                 raise RequestInvalid(f"{option} {value} needs --examples FILE or --task: the examples to measure on")
+        if request.target:
+            raise RequestInvalid("--target needs --examples FILE or --task: the examples to prove it on")
     if request.max_loss is not None and not request.max_loss > 0:
         raise RequestInvalid(f"--max-loss is a mean KL divergence in nats above 0, got {request.max_loss}")
 
@@ -149,6 +160,8 @@ def _check_hot(request: ConvertRequest, recipe: CatalogEntry | None) -> None:
     if request.quantization is not None:
         message = "--hot leaves the base as it is and the adapter unquantized: leave out --quant, or --hot to merge"
         raise RequestInvalid(f"{message} (--quant is {request.quantization!r})")
+    if request.target:
+        raise RequestInvalid("--hot measures nothing that could prove --target: leave out one of them")
     if request.keep_f16:
         raise RequestInvalid("--hot makes no F16 model that --keep-f16 could keep: leave out one of them")
     if request.trim is not None:
@@ -208,7 +221,7 @@ def _from_recipe(
         quantization = spec_named(settings.quantization, imatrix=False).name
         imatrix = folder / settings.imatrix if settings.imatrix else None
     if "figures" in dropped:
-        manifest = manifest.model_copy(update={"quality": (), "conversion": None})
+        manifest = manifest.model_copy(update={"quality": (), "conversion": None, "calibration": None})
     elif (folder / QUALITY_FILE).is_file():
         recipe_quality = folder
     return Inputs(origin, adapter, quantization, manifest, examples, trim, recipe_quality, imatrix)

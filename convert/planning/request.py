@@ -3,12 +3,30 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from models.common.options import Flag
 from models.quality import TaskKind
 
 OptionalFile = Annotated[Path | None, Flag(metavar="FILE")]
+
+
+def _possible(targets: tuple[float, ...]) -> tuple[float, ...]:
+    for target in targets:
+        if not 0.5 <= target < 1:
+            raise ValueError("a target is a share of right answers, 0.5 or more and below 1")
+    if len(set(targets)) < len(targets):
+        raise ValueError("the targets must differ")
+    return targets
+
+
+Targets = Annotated[
+    tuple[float, ...], AfterValidator(_possible), Flag(metavar="SHARE,…", shown="0.97; 0.95 and 0.99 are recorded, too")
+]
+TARGET_HELP = (
+    "Share of automatic answers that must be right: the confidence from which that holds is kept with the model. Of "
+    "several the first applies unless the server is told another."
+)
 
 
 class ConvertRequest(BaseModel):
@@ -38,6 +56,7 @@ class ConvertRequest(BaseModel):
     max_loss: Annotated[float | None, Flag(metavar="NATS", shown="0.02")] = Field(
         default=None, description="Most mean KL divergence that a candidate may have."
     )
+    target: Targets = Field(default=(), description=TARGET_HELP)
     quantization: Annotated[str | None, Flag("quant", metavar="TYPE", shown="Q8_0")] = Field(
         default=None,
         description="F16, Q8_0, Q6_K, Q5_K_M, Q5_0, Q4_K_M, Q4_0, IQ4_NL, a mixed layout such as "

@@ -7,6 +7,7 @@ from models.common.machine import mebibytes
 from models.manifest import Accuracy, Artefact, Manifest
 from models.quality import Answers, Candidate, Loss, MeanScore, Quality, Shape, Speed, Trim
 
+from .calibration import render_calibration
 from .markdown import table
 from .plot import PLOT_FILE
 from .training import render_training
@@ -30,6 +31,9 @@ def render_card(manifest: Manifest, measured: Quality | None = None, *, chats: b
         "## The training\n\n" + render_training(manifest.training) if manifest.training is not None else "",
         "## Files\n\n" + _files(manifest.artefacts),
         "## Quality\n\n" + _quality(manifest.quality) if manifest.quality or measured is None else "",
+        "## Automatic answers\n\n" + render_calibration(manifest.calibration)
+        if manifest.calibration is not None
+        else "",
         "## The choice of the file\n\n" + render_quality(measured) if measured is not None else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

@@ -15,6 +15,7 @@ from models.common.machine import mebibytes
 from models.manifest import Accuracy, Manifest
 from models.quality import Candidate, Quality
 
+from .calibration import promise_told
 from .card import choice_summary, run_commands
 
 _NOTHING = "–"
@@ -45,6 +46,9 @@ def _sections(
 ) -> Iterator[tuple[str, Iterator[RenderableType]]]:
     yield "", iter([manifest.description or "No description was given."])
     yield "Quality", _quality(manifest.quality, compared=quality is not None)
+    if (calibration := manifest.calibration) is not None:
+        told = (promise_told(promise, calibration.examples) for promise in calibration.promises)
+        yield "Automatic answers, by the share of them that is right", told
     if quality is not None:
         yield "The choice of the file", _choice(quality)
     yield "Run it", _run(manifest, chats=chats)

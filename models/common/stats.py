@@ -1,4 +1,4 @@
-"""Pure statistics: Wilson intervals, bootstrap of a mean, paired comparisons of two answerers on the same items.
+"""Pure statistics: intervals of proportions, bootstrap of a mean, paired comparisons of answerers on the same items.
 
 Conversion and benchmarks both compute their figures here. Confidence is 95 % by default.
 """
@@ -38,6 +38,59 @@ def wilson(successes: int, total: int, confidence: float = CONFIDENCE) -> Interv
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == total else (centre + half) / scale
     return Interval(p, low, high)
+
+
+def clopper_pearson_low(successes: int, total: int, confidence: float = CONFIDENCE) -> float:
+    """The lower limit of the exact interval for a proportion (Clopper and Pearson 1934).
+
+    The interval is two-sided, so the limit is too high with a probability of (1 - `confidence`) / 2 at most. It is the
+    p at which as many successes or more have that probability, and this tail of the binomial is the incomplete beta
+    function I_p(successes, total - successes + 1).
+    """
+    if not 0 <= successes <= total or total == 0:
+        raise ValueError(f"expected 0 <= successes <= total and total > 0, got {successes} of {total}")
+    if successes == 0:
+        return 0.0
+    low, high = 0.0, 1.0
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if proves_share(successes, total, middle, confidence) else (low, middle)
+    return low
+
+
+def proves_share(successes: int, total: int, share: float, confidence: float = CONFIDENCE) -> bool:
+    """True if the exact lower limit is at least `share`: at that share, so many successes would be too rare."""
+    return successes > 0 and incomplete_beta(share, successes, total - successes + 1) <= (1 - confidence) / 2
+
+
+def incomplete_beta(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function I_x(a, b) for a, b > 0, by its continued fraction (DLMF 8.17.22)."""
+    if not 0 < x < 1:
+        return min(1.0, max(0.0, x))
+    if x > (a + 1) / (a + b + 2):  # where the fraction of the mirrored function converges faster
+        return 1 - incomplete_beta(1 - x, b, a)
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    return math.exp(log_front) / a / _beta_fraction(x, a, b)
+
+
+# Lentz's algorithm divides by these denominators; none may be zero.
+_TINY = 1e-300
+
+
+def _beta_fraction(x: float, a: float, b: float) -> float:
+    """1 + d1 / (1 + d2 / (1 + …)), by the modified Lentz algorithm."""
+    value, c, d = 1.0, 1.0, 0.0
+    for step in range(1, 10_000):
+        m = step // 2
+        if step % 2:
+            numerator = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        else:
+            numerator = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        d = 1 / (1 + numerator * d or _TINY)
+        c = 1 + numerator / c or _TINY
+        value *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return value
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:

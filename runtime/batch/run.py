@@ -26,6 +26,7 @@ from runtime.openai.wire import to_error
 from runtime.requests import Work
 from runtime.serving.model import ServedModel, load_model, under_name
 from runtime.serving.names import find
+from runtime.serving.promise import require_target
 from runtime.serving.routes import ROUTES
 from runtime.worker.inflight import Stream
 
@@ -290,6 +291,7 @@ def run_files(source: Path, output: Path, model: str, config: RuntimeConfig) -> 
     Raises BatchRefused (before anything is loaded), ModelNotFound, LoadFailed, EngineError, OSError.
     """
     wanted = find(model, Store())
+    require_target({wanted.id: wanted.manifest}, config.target)
     window = config.slots * LINES_PER_SLOT
     check_files(source, output)
     job = BatchJob(source, output, wanted.id, wanted.digest(), window)

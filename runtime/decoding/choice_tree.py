@@ -41,7 +41,10 @@ class Branch:
 
 
 class ChoiceTree:
-    """The choices after one prompt: compute the branches of `next_wave`, `read` their rows, until a wave is empty."""
+    """The choices after one prompt: compute the branches of `next_wave`, `read` their rows, until a wave is empty.
+
+    The root's row comes first; rows that are known for another reason may be read before the first wave.
+    """
 
     def __init__(self, prompt: ScoringPrompt) -> None:
         self.prompt = prompt
@@ -73,11 +76,21 @@ class ChoiceTree:
             ended = float(weights[self._ends].sum())
             self._end[path] = math.log(ended / total) if ended else -math.inf
 
+    def wants(self, path: Path) -> bool:
+        """True if the row after `path` answers for a choice and comes next: those before it were read, it was not."""
+        return path in self._children and path not in self._read and (not path or path[:-1] in self._read)
+
+    @property
+    def is_complete(self) -> bool:
+        """True if no branch needs to be computed any more."""
+        return not self.wants(()) and not self.next_wave()
+
     def next_wave(self) -> tuple[Branch, ...]:
         """The branches to compute next, once the prompt's own row was read; empty when the result is known."""
         bounds = dict(zip(self.prompt.choices, self.logprobs(), strict=True))
         is_first = len(self._read) == 1
-        best = max(bound for choice, bound in bounds.items() if is_first or self._is_known(choice))
+        known = [bound for choice, bound in bounds.items() if not is_first and self._is_known(choice)]
+        best = max(known or bounds.values())
         floor = best + math.log(NEGLIGIBLE)
         return self._branches(choice for choice, bound in bounds.items() if bound >= floor)
 

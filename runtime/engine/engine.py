@@ -107,11 +107,12 @@ class Engine:
         arrivals = count(step=ARRIVALS)
         max_rows = options.max_rows if options.fast else info.rows_alike
         self._drafts = Drafts(options.max_drafts, max_rows) if max_rows > 1 and options.max_drafts != 0 else None
-        self._writer = Writer(llama, scheduler, arrivals, counts, grammars, self._drafts)
+        scorer = Scorer(info, scheduler, arrivals, counts, at_once=max(1, options.max_running // 2))
+        self._writer = Writer(llama, scheduler, arrivals, counts, grammars, self._drafts, scorer)
         self._embedder = Embedder(llama, counts, at_once=info.embed_n_seq_max if options.fast else 1)
         self._jobs: dict[type, Job[Any]] = {
             Request: self._writer,
-            Scoring: Scorer(info, scheduler, arrivals, counts, at_once=max(1, options.max_running // 2)),
+            Scoring: scorer,
             Embedding: self._embedder,
         }
         self._embedded_last = False

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from runtime.decoding.choice_tree import ChoiceTree
 from runtime.decoding.grammar import Grammars, GrammarState
 from runtime.decoding.prompt_lookup import Drafter
 from runtime.decoding.sampling import Sampler
@@ -111,6 +112,7 @@ class Generation:
     `mask` is the grammar's for the next token, bool of shape (n_vocab,), while a thread works it out. `unsent` tokens
     are part of the sequence, but their text was not sent yet. `drafter` exists once prompt lookup began. The prompt's
     log-probabilities gather in `prompt_logprobs`, from its second token on, until the first token is sampled.
+    `labels` is the tree of the request's labels, if it has some.
     """
 
     request: Request
@@ -123,6 +125,26 @@ class Generation:
     n_counted: int = 0
     drafter: Drafter | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    labels: ChoiceTree | None = None
+
+    def read_labels(self, logits: np.ndarray) -> None:
+        """Take in the row after all tokens so far, if a label's probability depends on it."""
+        if self.labels is not None and self.labels.wants(path := self._answer):
+            self.labels.read(path, logits)
+
+    @property
+    def label_tree(self) -> ChoiceTree | None:
+        """The tree of the labels, if the answer written is one of them."""
+        if self.labels is None:
+            return None
+        answer = (
+            self._answer[:-1] if self._answer[-1:] and self._answer[-1] in self.labels.prompt.ends else self._answer
+        )
+        return self.labels if answer in self.labels.prompt.choices else None
+
+    @property
+    def _answer(self) -> tuple[int, ...]:
+        return tuple(self.sequence.tokens[self.sequence.n_prompt :])
 
     def write(self, token: int, *, ends: bool) -> NewText:
         """Append the sampled `token` and the tokens that the grammar forces after it. `ends`: it is an end token.

@@ -9,17 +9,20 @@ sequences of their own, which copy the prompt's cells like any request with that
 sequences. `ChoiceTree` decides which branches to compute, and reads the choices' probabilities from their logits. A
 request's prompts run a few at a time and queue behind requests that came meanwhile, so a request of hundreds delays no
 other for long.
+
+A written answer that is a label comes here with the tree half read: only what its own rows leave open is computed.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec import structs
 
 from runtime.decoding.choice_tree import Branch, ChoiceTree
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.llama.interface import ModelInfo
-from runtime.requests import MAX_SCORED_CHOICES, Event, Scored, Scoring, ScoringPrompt, Usage
+from runtime.requests import MAX_SCORED_CHOICES, Event, Finished, Scored, Scoring, ScoringPrompt, Usage
 from runtime.scheduling.plan import Chunk, ScheduledSequence
 from runtime.scheduling.scheduler import Scheduler
 
@@ -28,7 +31,10 @@ from .options import TokenCounts
 
 @dataclass(eq=False, slots=True)
 class _LiveScoring:
-    """A live request: the log-probabilities of each prompt's choices, once known, and its sequences in work."""
+    """A live request: the log-probabilities of each prompt's choices, once known, and its sequences in work.
+
+    `written` is the terminal event of an answer that only waits for the log-probabilities of its labels.
+    """
 
     scoring: Scoring
     logprobs: list[tuple[float, ...] | None]
@@ -36,16 +42,20 @@ class _LiveScoring:
     n_cached: int = 0
     n_computed: int = 0
     sequences: list[ScheduledSequence] = field(default_factory=list)
+    written: Finished | None = None
 
 
 @dataclass(eq=False, slots=True)
 class _ScoringJob:
-    """One prompt in work, the `place`-th of its request. Its `root` computes the prompt, and then the first branch."""
+    """One prompt in work, the `place`-th of its request. Its `root` computes the prompt, and then the first branch.
+
+    There is no root where the prompt's row is known.
+    """
 
     live: _LiveScoring
     place: int
     tree: ChoiceTree
-    root: ScheduledSequence
+    root: ScheduledSequence | None
     next_arrival: int
     sequences: list[ScheduledSequence]
 
@@ -74,7 +84,11 @@ class Scorer:
         if not scoring.questions:
             raise InvalidRequest("there is nothing to decide: no questions", param="questions")
         for prompt in scoring.questions:
-            _check_prompt(prompt, self._info)
+            self.check_prompt(prompt)
+
+    def check_prompt(self, prompt: ScoringPrompt) -> None:
+        """Raise InvalidRequest or ContextTooLong for a prompt or choices that cannot be scored."""
+        _check_prompt(prompt, self._info)
 
     def add(self, scoring: Scoring) -> None:
         """Begin a request that was checked."""
@@ -82,6 +96,19 @@ class Scorer:
         self.live[scoring.id] = live
         for _ in range(min(self._at_once, len(scoring.questions))):
             self._begin(live)
+
+    def complete(self, written: Finished, tree: ChoiceTree, answer: ScheduledSequence) -> None:
+        """Compute what `tree` lacks; its log-probabilities go out with `written`, the end of `answer`.
+
+        The branches take the answer's place in the queue.
+        """
+        live = _LiveScoring(Scoring(written.request_id, (tree.prompt,), answer.adapter), [None], written=written)
+        self.live[written.request_id] = live
+        if tree.wants(()):  # a grammar forced the answer's first token
+            self._begin(live)
+            return
+        live.n_begun = 1
+        self._fork(_ScoringJob(live, 0, tree, None, answer.arrival + 1, []), tree.next_wave())
 
     def drop(self, request_id: str) -> None:
         """Forget a live request; its cells are free with the next edits."""
@@ -137,13 +164,14 @@ class Scorer:
 
     def _branch(self, job: _ScoringJob) -> None:
         """Start the first wave of branches, now that the prompt is computed; end the root if none is needed."""
-        wave = job.tree.next_wave()
+        wave, root = job.tree.next_wave(), job.root
+        assert root is not None, "it has computed the prompt"
         if not wave:
-            self._end(job, job.root)
+            self._end(job, root)
             return
         first, *others = wave
-        job.root.tokens.extend(first.path)
-        job.root.first_row = len(job.prompt) - 1 + first.first
+        root.tokens.extend(first.path)
+        root.first_row = len(job.prompt) - 1 + first.first
         job.live.n_computed += len(first.path)
         self._fork(job, others)
 
@@ -174,6 +202,10 @@ class Scorer:
         """Note the prompt's result and begin the request's next prompt; the terminal event after the last."""
         live = job.live
         live.logprobs[job.place] = job.tree.logprobs()
+        if live.written is not None:
+            del self.live[live.scoring.id]
+            return [structs.replace(live.written, label_logprobs=job.tree.logprobs())]
+        assert job.root is not None, "a request for scores has its prompt computed"
         live.n_cached += job.root.n_cached
         self._counts.prompt += len(job.prompt)
         self._counts.cached += job.root.n_cached

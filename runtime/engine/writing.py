@@ -11,18 +11,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from msgspec import structs
 
+from runtime.decoding.choice_tree import ChoiceTree
 from runtime.decoding.grammar import Grammars
 from runtime.decoding.sampling import SampledToken, Sampler, with_logprobs
 from runtime.errors import ContextTooLong, InvalidRequest
 from runtime.llama.interface import LlamaLike, TokenizerLike
-from runtime.requests import Event, Finished, Request, TextDelta, TokenLogprob, Usage
+from runtime.requests import Event, Finished, Request, ScoringPrompt, TextDelta, TokenLogprob, Usage
 from runtime.scheduling.plan import Chunk, ScheduledSequence, StepPlan
 from runtime.scheduling.scheduler import Scheduler
 
 from .drafts import Drafts
 from .generation import Generation, TextStream, begin_grammar
 from .options import TokenCounts
+from .scoring import Scorer
 
 
 class Writer:
@@ -36,7 +39,9 @@ class Writer:
         counts: TokenCounts,
         grammars: Grammars | None,
         drafts: Drafts | None,
+        scorer: Scorer,
     ) -> None:
+        """`scorer` completes the probabilities of labels."""
         self._info = llama.info
         self._tokenizer = llama.tokenizer
         self._scheduler = scheduler
@@ -44,6 +49,7 @@ class Writer:
         self._counts = counts
         self._grammars = grammars
         self._drafts = drafts
+        self._scorer = scorer
         self._mask_thread = ThreadPoolExecutor(1, "deskside-grammar-masks")  # one: a GrammarState has one reader
         self.live: dict[str, Generation] = {}
 
@@ -57,6 +63,8 @@ class Writer:
         for token in (*request.prompt, *params.logit_bias):
             if not 0 <= token < info.n_vocab:
                 raise InvalidRequest(f"token id {token} is not in the vocabulary of {info.n_vocab}")
+        if request.labels:
+            self._scorer.check_prompt(self._labels(request))
         if len(request.prompt) + params.max_tokens > info.n_ctx:
             raise ContextTooLong(
                 f"{len(request.prompt)} prompt tokens and max_tokens {params.max_tokens} exceed "
@@ -108,6 +116,7 @@ class Writer:
             return
         n_known = len(sequence.tokens)
         for row, draft in zip(logits[-1 - len(chunk.drafts) :], (*chunk.drafts, None), strict=True):
+            generation.read_labels(row)
             sampled = generation.sampler.draw(row, generation.narrowed(mask, row))
             if sampled.token != draft:
                 self._scheduler.trim(sequence, len(sequence.tokens))
@@ -140,7 +149,11 @@ class Writer:
         for token in forced:
             sampler.note(token)
         text = TextStream(token_bytes, params.stop, params.call_mark, calls_first=params.calls_first)
-        return Generation(request, sequence, sampler, text, grammar=state, unsent=forced)
+        labels = ChoiceTree(self._labels(request)) if request.labels else None
+        return Generation(request, sequence, sampler, text, grammar=state, unsent=forced, labels=labels)
+
+    def _labels(self, request: Request) -> ScoringPrompt:
+        return ScoringPrompt(request.prompt, request.labels, tuple(self._tokenizer.end_tokens))
 
     def _emit(self, generation: Generation, sampled: SampledToken) -> Iterator[Event]:
         sequence, request = generation.sequence, generation.request
@@ -155,7 +168,21 @@ class Writer:
         if new.text or new.tokens or logprobs:
             yield TextDelta(request.id, new.text, new.tokens, logprobs)
         if new.reason is not None:
-            yield Finished(request.id, new.reason, Usage(sequence.n_prompt, sequence.n_cached, sequence.n_generated))
+            usage = Usage(sequence.n_prompt, sequence.n_cached, sequence.n_generated)
+            yield from self._finished(generation, Finished(request.id, new.reason, usage))
+
+    def _finished(self, generation: Generation, event: Finished) -> Iterator[Event]:
+        """The terminal event; with labels whose probabilities are not all known, the scorer sends it later.
+
+        The rows that the answer was sampled from are those of its own label, and show that most others are negligible.
+        """
+        tree = generation.label_tree
+        if tree is None:
+            yield event
+        elif tree.is_complete:
+            yield structs.replace(event, label_logprobs=tree.logprobs())
+        else:
+            self._scorer.complete(event, tree, generation.sequence)
 
     def _score_prompt(self, generation: Generation, chunk: Chunk, logits: np.ndarray) -> None:
         """Read the prompt's log-probabilities out of the rows after its tokens, where they are asked for.

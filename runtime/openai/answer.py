@@ -20,6 +20,7 @@ from runtime.requests import (
 )
 
 from .answer_types import ChatLogprobs, ChatToken, CompletionLogprobs, TextUsage, TopToken, to_usage
+from .confidence import LabelConfidence, PromisedLabels
 from .tool_calls import CallDelta, ToolCallReader, ToolDelta, ToolFormat
 from .wire import Endpoint
 
@@ -101,7 +102,7 @@ class TextCall:
 
     `tools` is the format of the model's tool calls; None if it may make none. `calls_first` is as in `ToolCallReader`.
     `not_enforced` names the parts of schemas that the answer may break. `echo` holds the prompts that the answers begin
-    with, if they do; with `echo_only`, nothing follows them.
+    with, if they do; with `echo_only`, nothing follows them. `promise` is that of the labels that its requests have.
     """
 
     id: str
@@ -120,6 +121,7 @@ class TextCall:
     calls_first: bool = False
     not_enforced: tuple[str, ...] = ()
     n_cut: int = 0
+    promise: PromisedLabels | None = None
 
     @property
     def logprobs(self) -> bool:
@@ -142,6 +144,7 @@ class AnswerChoice:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     begun: bool = False
+    sure: LabelConfidence | None = None
 
 
 class TextAnswer(WireAnswer):
@@ -194,10 +197,13 @@ class TextAnswer(WireAnswer):
     def _feed(self, choice: AnswerChoice, event: Event) -> Iterable[AnswerChunk]:
         if isinstance(event, Finished):
             choice.finish_reason, choice.usage = event.reason, event.usage
+            choice.sure = self._sure(choice, event.label_logprobs)
             reader = self._readers[choice.index]
             told = ToolDelta(reader.finish()) if reader else ToolDelta()
             reason = finish_reason(event.reason, reader)
-            return (self._chunk(choice.index, told.content or None, finish_reason=reason),)
+            last = self._chunk(choice.index, told.content or None, finish_reason=reason)
+            last["choices"][0] |= _beside(choice)
+            return (last,)
         if isinstance(event, Failed):
             raise event.error
         assert isinstance(event, TextDelta), "a call for text has been given scores"
@@ -209,6 +215,8 @@ class TextAnswer(WireAnswer):
             return ()
         if not event.text and not event.logprobs:
             return ()
+        if self.call.promise is not None:
+            choice.text.append(event.text)
         echoed = None if choice.begun else self.call.echoed(choice.index)
         choice.begun = True
         logprobs = to_logprobs(self.call, event.logprobs, self._offsets[choice.index], echoed)
@@ -218,6 +226,13 @@ class TextAnswer(WireAnswer):
         if not told.content and not told.calls and not event.logprobs:
             return ()
         return (self._chunk(choice.index, told.content or None, logprobs, calls=told.calls),)
+
+    def _sure(self, choice: AnswerChoice, logprobs: Sequence[float]) -> LabelConfidence | None:
+        """The confidence in the label that the choice is; None if it is none."""
+        promise = self.call.promise
+        if promise is None or not logprobs:
+            return None
+        return promise.confidence("".join(choice.text), promise.labels, logprobs)
 
     def end(self) -> Iterator[AnswerChunk]:
         """Give the token counts, if the client asked for them, and DONE."""
@@ -306,7 +321,12 @@ def to_choice(call: TextCall, choice: AnswerChoice) -> dict[str, Any]:
     said = {"text": text} if call.endpoint == "completion" else {"message": _message(text, reader)}
     logprobs = to_logprobs(call, choice.logprobs, TextOffsets(), call.echoed(choice.index))
     reason = choice.finish_reason and finish_reason(choice.finish_reason, reader)
-    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason}
+    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason} | _beside(choice)
+
+
+def _beside(choice: AnswerChoice) -> dict[str, Any]:
+    """What a choice has beside OpenAI's fields."""
+    return {} if choice.sure is None else {"deskside": choice.sure}
 
 
 def call_reader(call: TextCall, index: int) -> ToolCallReader | None:

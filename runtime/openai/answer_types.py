@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from runtime.requests import Usage
 
+from .confidence import LabelConfidence
 from .wire import answer_type
 
 TextEnd = Literal["stop", "length", "tool_calls"]
@@ -104,12 +105,13 @@ class AssistantMessage(TypedDict):
 
 @answer_type
 class ChatChoice(TypedDict):
-    """One whole choice of a chat."""
+    """One whole choice of a chat; `deskside` where it is a label of a calibrated model."""
 
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: TextEnd
+    deskside: NotRequired[LabelConfidence]
 
 
 @answer_type
@@ -154,12 +156,13 @@ class ChatDelta(TypedDict):
 
 @answer_type
 class ChatChunkChoice(TypedDict):
-    """The next piece of one choice of a chat."""
+    """The next piece of one choice of a chat; `deskside` in the last, where it is a label of a calibrated model."""
 
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: TextEnd | None
+    deskside: NotRequired[LabelConfidence]
 
 
 @answer_type

@@ -5,21 +5,21 @@ scale); all are asked about one input. The shapes are those of the `openai` pack
 """
 
 import json
-import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from annotated_types import Len
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
 from typing_extensions import TypedDict
 
-from runtime.errors import EngineError, InvalidRequest
+from runtime.errors import InvalidRequest
 from runtime.requests import MAX_SCORED_CHOICES, Scored
 
 from .answer_types import InputOutputUsage, to_input_output_usage
 from .chat import MAX_MESSAGES
+from .confidence import LabelConfidence, PromisedLabels, shares
 from .fields import DECISION_FIELDS, below
 from .wire import RefusalPart, TableBody, WireModel, answer_type, checked_later_as, invalid_request
 
@@ -242,13 +242,17 @@ class ChoiceProbability(TypedDict):
 
 @answer_type
 class ChoiceAnswer(TypedDict):
-    """The likeliest value, its probability as `confidence`, and those of all values in order."""
+    """The likeliest value, its probability as `confidence`, and those of all values in order.
+
+    Among all labels of a calibrated model, `deskside` has the calibrated confidence.
+    """
 
     type: Literal["choice"]
     name: str | None
     choice: str | bool
     confidence: float
     probabilities: list[ChoiceProbability]
+    deskside: NotRequired[LabelConfidence]
 
 
 @answer_type
@@ -280,9 +284,22 @@ class Decision(TypedDict):
     usage: InputOutputUsage
 
 
-def to_decision(model: str, questions: Sequence[Question], scored: Scored) -> dict[str, Any]:
-    """The wire answer. Raises EngineError if no option of a question has any probability."""
-    answers = [to_answer(question, shares(row)) for question, row in zip(questions, scored.logprobs, strict=True)]
+def to_decision(
+    model: str, questions: Sequence[Question], scored: Scored, promise: PromisedLabels | None = None
+) -> dict[str, Any]:
+    """The wire answer. Raises EngineError if no option of a question has any probability.
+
+    `promise` is that of the model's labels, if the input is such that it holds.
+    """
+    answers = []
+    for question, row in zip(questions, scored.logprobs, strict=True):
+        answer = to_answer(question, shares(row))
+        if promise is not None and isinstance(question, Choice):
+            texts = [text for text, _ in options(question)]
+            given = texts[row.index(max(row))]
+            if (sure := promise.confidence(given, texts, row)) is not None:
+                answer["deskside"] = sure
+        answers.append(answer)
     return {"answers": answers, "model": model, "usage": to_input_output_usage(scored.usage)}
 
 
@@ -301,13 +318,3 @@ def to_answer(question: Question, probabilities: Sequence[float]) -> dict[str, A
     shown = [{"label": level.label, "value": value, "probability": p} for value, (level, p) in levels]
     score = sum(value * p for value, p in enumerate(probabilities))
     return named | {"score": score, "confidence": confidence, "probabilities": shown}
-
-
-def shares(logprobs: Sequence[float]) -> list[float]:
-    """Log-probabilities as probabilities that sum to 1. Raises EngineError if none is above zero."""
-    highest = max(logprobs)
-    if highest == -math.inf:
-        raise EngineError("the model gives none of the choices any probability")
-    weights = [math.exp(logprob - highest) for logprob in logprobs]
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]

@@ -287,6 +287,24 @@ def read_fields(known: Table, payload: object) -> dict[str, Any]:
     return used
 
 
+_ANSWER_LINES = """\
+## Answers
+
+Answers have OpenAI's fields. One is added, where a model of labels is calibrated: `deskside`, an object with
+
+| field | |
+|---|---|
+| `confidence` | calibrated probability of the label given, among all labels of the model |
+| `automatic` | true if that reaches the threshold of the target: such answers are right with the target's share at least |
+| `target` | the target that applies: `--target` of serve and batch, else the model's own |
+
+It is in `choices[]` of a chat (streamed: in the choice's last chunk) and in `answers[]` of a decision, beside the
+choice's own fields; OpenAI's clients keep it (Python: `choice.model_extra["deskside"]`). It is absent if the answer is
+none of the labels, if a decision or `choice` is not among all of them, and if the model is asked otherwise than it was
+calibrated: one text of the user's, with the prompt that it was trained with, and no other turns. The field
+`confidence` of a decision is OpenAI's: the share among the choices, not calibrated.""".splitlines()
+
+
 def fields_page() -> str:
     """The text of FIELDS.md."""
     lines = [
@@ -306,7 +324,7 @@ def fields_page() -> str:
                 if values:
                     told.append(f"{verb}: " + ", ".join(f"`{json.dumps(value)}`" for value in values))
             lines.append(f"| `{path}`{' +' if rule.ours else ''} | {rule.treatment} | {'; '.join(told)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_ANSWER_LINES]) + "\n"
 
 
 if __name__ == "__main__":

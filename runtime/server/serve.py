@@ -21,6 +21,7 @@ from runtime.errors import EngineDown, LoadFailed
 from runtime.pool.pool import ModelPool, open_pool
 from runtime.pool.slot import ModelSlot
 from runtime.serving.names import ModelRef
+from runtime.serving.promise import require_target
 
 from .app import create_app
 from .connection import ACCEPTED_AT_ONCE, BACKLOG, KEEP_ALIVE_SECONDS, Connection, Connections, connection_limit
@@ -85,6 +86,7 @@ def serve(config: RuntimeConfig, names: Sequence[str], store: Store | None = Non
     """
     _set_up_logging(config.log_level)
     pool = open_pool(names, config, store or Store())
+    require_target({name: ref.manifest for name, (_, ref) in pool.served.items()}, config.target)
     with listen(config.bind, config.port) as listener:
         pool.load_at_start()
         url = url_of(listener)

@@ -3,12 +3,15 @@
 A body becomes requests that are valid, tokenised and known to fit the context, tools and grammars included.
 """
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
+
+from msgspec import structs
 
 from runtime.errors import ContextTooLong, InvalidRequest, ModelUnknown, TemplateFailed
 from runtime.openai.answer import EchoedPrompt, TextAnswer, TextCall
@@ -26,10 +29,12 @@ from runtime.openai.chat import (
 from runtime.openai.responses.answer import ResponseAnswer, ResponseCall
 from runtime.openai.responses.request import Origins, parse_response
 from runtime.openai.wire import Endpoint
+from runtime.requests import MAX_SCORED_CHOICES
 
 from .call import Call
 from .form import prepare_form
 from .model import ServedModel
+from .promise import is_as_trained
 
 T = TypeVar("T")
 
@@ -41,7 +46,9 @@ def prepare_chat(payload: object, model: ServedModel) -> Call:
 
     Raises InvalidRequest, ModelUnknown, ContextTooLong, TokenizeFailed or TemplateFailed.
     """
-    return _text(_chat(payload, model))
+    body = parse("chat", payload)
+    call = _chat(body, model)
+    return _text(_with_labels(call, model) if _answers_with_labels(body, model) else call)
 
 
 def prepare_completion(payload: object, model: ServedModel) -> Call:
@@ -69,7 +76,7 @@ def prepare_response(payload: object, model: ServedModel) -> Call:
     """Prepare a body of `/v1/responses`, which is translated to the body of a chat. Raises as `prepare_chat`."""
     body = parse_response(payload)
     try:
-        chat = _chat(dict(body.chat), model)
+        chat = _chat(parse("chat", dict(body.chat)), model)
     except (InvalidRequest, ContextTooLong) as error:
         renamed = _renamed(error, body.origins)
         if isinstance(error, ContextTooLong) and body.own.truncation == "auto":
@@ -117,13 +124,33 @@ def _text(call: TextCall) -> Call:
     return Call(call.id, call.requests, answer, call.stream, not_enforced=call.not_enforced, n_cut=call.n_cut)
 
 
-def _chat(payload: object, model: ServedModel) -> TextCall:
-    body = parse("chat", payload)
+def _chat(body: ChatBody, model: ServedModel) -> TextCall:
     require_model(body.model, model.name)
     require_tools(body, model)
     require_chat(model)
     prompt, n_cut = _chat_prompt(body, model)
     return replace(_text_call(body, [prompt], model), n_cut=n_cut)
+
+
+def _answers_with_labels(body: ChatBody, model: ServedModel) -> bool:
+    """True for a calibrated model that is asked as it was trained, and may answer with each of its labels."""
+    manifest = model.manifest
+    if model.promise is None or manifest is None or body.callable_tools:
+        return False
+    grammar = grammar_of(body)
+    if grammar is not None and (grammar.kind != "choice" or set(json.loads(grammar.source)) != set(manifest.labels)):
+        return False
+    said = [(message.role, message.content) for message in body.messages]
+    return is_as_trained(said, manifest.prompt, wrapped=True)
+
+
+def _with_labels(call: TextCall, model: ServedModel) -> TextCall:
+    """The call with its labels scored beside the text; as it is, if the longest has no room after the prompt."""
+    labels, n_prompt = model.label_tokens, len(call.requests[0].prompt)
+    if not labels or n_prompt + max(map(len, labels)) > model.prompter.n_ctx or len(labels) > MAX_SCORED_CHOICES:
+        return call
+    requests = tuple(structs.replace(request, labels=labels) for request in call.requests)
+    return replace(call, requests=requests, promise=model.promise)
 
 
 def _chat_prompt(body: ChatBody, model: ServedModel) -> tuple[tuple[int, ...], int]:

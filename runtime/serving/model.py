@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from models.common.machine import physical_cores
@@ -12,6 +13,7 @@ from runtime.decoding.grammar import Grammars
 from runtime.engine.options import EngineOptions, snapshot_bytes
 from runtime.llama.interface import LoadOptions, ModelInfo, TokenizerLike
 from runtime.llama.model import load_tokenizer
+from runtime.openai.confidence import PromisedLabels
 from runtime.prompt.cut import CutMessages, cut_messages
 from runtime.prompt.prompter import Prompter
 from runtime.worker.messages import EngineRecipe
@@ -19,6 +21,7 @@ from runtime.worker.process import EngineProcess
 from runtime.worker.supervisor import EngineSupervisor, SupervisorLimits
 
 from .names import ModelRef, find, require_weights
+from .promise import promised_labels
 from .recipe import LlamaRecipe, PrefixFolder
 
 
@@ -28,7 +31,7 @@ class ServedModel:
 
     With an adapter, `adapter` is the name its requests carry, `manifest` is the adapter's own and `base` that of the
     weights; supervisor, tokenizer and grammars are shared by all models served from the same base. `fast` is the
-    engine's mode.
+    engine's mode, `target` the share of automatic answers that must be right (None: the model's own).
     """
 
     name: str
@@ -41,6 +44,20 @@ class ServedModel:
     adapter: str | None = None
     base: Manifest | None = None
     fast: bool = False
+    target: float | None = None
+
+    @cached_property
+    def promise(self) -> PromisedLabels | None:
+        """The promise of the model's labels, if it is calibrated."""
+        return promised_labels(self.manifest, self.target)
+
+    @cached_property
+    def label_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each label; none unless they all differ."""
+        labels = self.manifest.labels if self.manifest is not None else ()
+        encode = self.tokenizer.encode
+        tokens = tuple(tuple(encode(label, add_special=False, parse_special=False)) for label in labels)
+        return tokens if len(set(tokens)) == len(tokens) and () not in tokens else ()
 
     @property
     def fingerprint(self) -> str:
@@ -124,6 +141,7 @@ def load_model(stored: StoredModel, config: RuntimeConfig, adapters: Mapping[str
             info=info,
             grammars=grammars,
             fast=config.fast,
+            target=config.target,
         )
     except BaseException:  # an interrupt too must leave no process behind
         supervisor.stop()

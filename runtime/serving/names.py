@@ -33,6 +33,11 @@ class ModelRef:
         """The adapter to load with the base: its name -> its LoRA GGUF file."""
         return {self.adapter.name: self.adapter.gguf} if self.adapter is not None else {}
 
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest of what answers: the adapter's, if there is one."""
+        return (self.adapter or self.base).manifest
+
     def digest(self) -> str:
         """A hash in hex of the files that answer, read from the disk: the name stays when a model is replaced."""
         hashes = [sha256_file(stored.gguf) for stored in (self.base, self.adapter) if stored is not None]

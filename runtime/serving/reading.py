@@ -20,6 +20,7 @@ from runtime.requests import Embedded, Embedding, Scored, Scoring, ScoringPrompt
 from .call import Call
 from .chat import require_model
 from .model import ServedModel
+from .promise import is_as_trained
 
 # Of all questions of a call together: bounds the memory that waiting calls take.
 MAX_PROMPT_TOKENS = 1 << 19
@@ -45,10 +46,17 @@ def prepare_decision(payload: object, model: ServedModel) -> Call:
             raise ContextTooLong(f"{message}; ask fewer at once", param="questions", code="context_length_exceeded")
     scoring = Scoring(f"decision-{secrets.token_hex(12)}", tuple(prompts), model.adapter)
 
+    promise = model.promise if _holds_promise(body, model) else None
+
     def answer() -> WholeAnswer[Scored]:
-        return WholeAnswer(Scored, lambda scored: to_decision(model.name, body.questions, scored))
+        return WholeAnswer(Scored, lambda scored: to_decision(model.name, body.questions, scored, promise))
 
     return Call(scoring.id, (scoring,), answer, n_cut=_input(body, model).n_cut)
+
+
+def _holds_promise(body: ParsedDecision, model: ServedModel) -> bool:
+    said = [("system" if message.role == "developer" else message.role, message.content) for message in body.input]
+    return model.manifest is not None and is_as_trained(said, model.manifest.prompt, wrapped=False)
 
 
 def _input(body: ParsedDecision, model: ServedModel) -> CutMessages:

@@ -1,5 +1,8 @@
 """Statistics against published values, and against what must hold for any numbers."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,9 +11,12 @@ from hypothesis import strategies as st
 from models.common.stats import (
     bootstrap_mean,
     bootstrap_ratio,
+    clopper_pearson_low,
     compare_paired,
+    incomplete_beta,
     mcnemar_exact,
     newcombe_paired,
+    proves_share,
     sign_flip_p,
     wilson,
 )
@@ -111,3 +117,41 @@ def test_flipped_signs_of_right_and_wrong_give_mcnemars_p(lost: int, won: int) -
     differences = [-1.0] * lost + [1.0] * won + [0.0] * 20
     assert sign_flip_p(differences) == pytest.approx(mcnemar_exact(lost, won), abs=0.02)
     assert sign_flip_p([-value for value in differences]) == sign_flip_p(differences)
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "low"),
+    # Newcombe 1998 (Statistics in Medicine 17:857), table I, method 5; and 0.025 ** (1 / n) where all succeed.
+    [(81, 263, 0.2527), (15, 148, 0.0578), (0, 20, 0.0), (1, 29, 0.0009), (29, 29, 0.025 ** (1 / 29))],
+)
+def test_clopper_pearson_equals_the_published_limits(successes: int, total: int, low: float) -> None:
+    assert clopper_pearson_low(successes, total) == pytest.approx(low, abs=5e-5)
+
+
+@given(st.integers(1, 90), st.floats(0, 1), st.sampled_from([0.8, 0.95, 0.99]))
+def test_at_the_limit_so_many_successes_are_as_rare_as_said(total: int, share: float, confidence: float) -> None:
+    successes = round(share * total)
+    low = clopper_pearson_low(successes, total, confidence)
+    if successes == 0:
+        assert low == 0
+        return
+    p = Fraction(low)
+    tail = sum(math.comb(total, k) * p**k * (1 - p) ** (total - k) for k in range(successes, total + 1))
+    assert float(tail) == pytest.approx((1 - confidence) / 2, rel=1e-9)
+    assert low <= successes / total
+    assert proves_share(successes, total, low * 0.999, confidence)
+    assert not proves_share(successes, total, low + (1 - low) * 0.001, confidence)
+
+
+@given(st.floats(0.001, 0.999), st.floats(0.5, 300), st.floats(0.5, 300))
+def test_the_incomplete_beta_function_mirrors_and_grows(x: float, a: float, b: float) -> None:
+    value = incomplete_beta(x, a, b)
+    assert 0 <= value <= 1 + 1e-12
+    assert value == pytest.approx(1 - incomplete_beta(1 - x, b, a), abs=1e-10)
+    assert incomplete_beta(min(0.9999, x * 1.01), a, b) >= value - 1e-12
+    assert (incomplete_beta(0, a, b), incomplete_beta(1, a, b)) == (0, 1)
+
+
+def test_clopper_pearson_refuses_impossible_counts() -> None:
+    with pytest.raises(ValueError, match="got 3 of 2"):
+        clopper_pearson_low(3, 2)
