@@ -55,6 +55,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cost",),
         ("load",),
         ("comparison", "conversion", "peers", "prefill"),
+        ("ways",),
         ("report", "soak"),
         ("cli",),
     ),
