@@ -117,16 +117,16 @@ def eval_command(
 
 @with_options(settings=CompareSettings)
 def compare_command(
-    task: Annotated[
-        str | None, typer.Argument(help="A task's name, or its folder. Default: email-triage's.", metavar="[TASK]")
-    ],
     settings: CompareSettings,
+    task: Annotated[
+        str | None, typer.Argument(help="A task's name, or its folder. Default: email-triage's.", metavar="TASK")
+    ] = None,
     markdown: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the report for a pull request.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure every way to solve a task on its test split, side by side: which are better, and is it sure?
+    """Measure every way to solve a task on its test split, and say which differences are real.
 
     Without a model: the commonest answer, a word model, the nearest examples and their vote. With one, asked over HTTP:
     the base with no, the same or the most similar examples in its prompt, the fine-tune, the fine-tune with the vote,

@@ -77,8 +77,8 @@ def _power(second: WayFigures) -> str:
     if beside.detectable is None:
         return f"{second.name} answers almost as the best does: {beside.n} examples cannot tell them apart."
     return (
-        f"To show a difference from {second.name} in four of five runs, it must be {100 * beside.detectable:.1f} points "
-        f"with {beside.n} examples."
+        f"With {beside.n} examples a difference from {second.name} must be {100 * beside.detectable:.1f} points to show "
+        "in four of five runs."
     )
 
 
@@ -122,8 +122,8 @@ def _method(judgement: WayJudgement, comparison: WayComparison) -> str:
     binary = judgement.measure in ("accuracy", "exact")
     test = "exact McNemar, Newcombe" if binary else "of the examples' own scores: sign flips, bootstrap"
     return (
-        f"intervals of 95 %; differences paired ({test}), p-values corrected for {len(judgement.ways) - 1} comparisons "
-        f"(Holm); real: p < {SIGNIFICANT:g} and more than A/A's; chosen on {comparison.n_validation} validation examples"
+        f"intervals of 95 %; differences paired ({test}), p corrected for {len(judgement.ways) - 1} comparisons (Holm); "
+        f"real: p < {SIGNIFICANT:g} and more than A/A's; chosen on {comparison.n_validation} validation examples"
     )
 
 

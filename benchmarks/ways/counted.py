@@ -13,13 +13,15 @@ from models.common.chat_records import ChatRecord
 from models.common.text_scores import rouge_l
 from models.task.task import text_of
 from models.task.words.doubt import word_points
-from models.task.words.logistic import fit, probabilities
+from models.task.words.logistic import STRENGTH, fit, probabilities
 from models.task.words.nearest import Nearest
 
 from .record import CurvePart
 
 VOTERS = (1, 2, 4, 8, 16, 32)
 SHARES = tuple(tenth / 10 for tenth in range(11))
+# Inverse strengths of the word model's penalty.
+STRENGTHS = (15.0, STRENGTH, 240.0)
 # Time and memory of the word model grow with the square of the rows.
 MAX_WORD_ROWS = 3000
 CURVE_SIZES = (100, 200, 400, 800)
@@ -35,15 +37,31 @@ def commonest(train: Sequence[ChatRecord]) -> str:
     return max(counts, key=counts.__getitem__)
 
 
-def word_chances(train: Sequence[ChatRecord], labels: Sequence[str], texts: Sequence[str]) -> Chances:
-    """What a word model of `train` gives each label for each of `texts`, which it learns nothing from."""
+def word_chances(
+    train: Sequence[ChatRecord],
+    labels: Sequence[str],
+    texts: Sequence[str],
+    validation: Sequence[ChatRecord] = (),
+) -> tuple[Chances, float]:
+    """What a word model of `train` gives each label for each of `texts`, which it learns nothing from.
+
+    The second value is its strength, chosen by the accuracy on `validation`, if there is any.
+    """
     if len(train) > MAX_WORD_ROWS:
         rows = np.random.default_rng(0).permutation(len(train))[:MAX_WORD_ROWS]
         train = [train[row] for row in sorted(rows.tolist())]
     given = np.array([labels.index(record.answer) for record in train], np.int64)
-    points = word_points([*map(text_of, train), *texts], len(train))
-    found = probabilities(fit(points[: len(train)], given, len(labels)), points[len(train) :])
-    return [list(map(float, row)) for row in found]
+    points = word_points([*map(text_of, train), *map(text_of, validation), *texts], len(train))
+    learned, held, asked = np.split(points, [len(train), len(train) + len(validation)])
+    right = [labels.index(record.answer) for record in validation]
+    weights = {
+        strength: fit(learned, given, len(labels), strength) for strength in (STRENGTHS if right else (STRENGTH,))
+    }
+    best = max(
+        weights,
+        key=lambda one: (int((probabilities(weights[one], held).argmax(axis=1) == right).sum()), one == STRENGTH),
+    )
+    return probabilities(weights[best], asked).tolist(), best
 
 
 class Voters:
@@ -180,7 +198,7 @@ def _scores(
     expected = [one.answer for one in test]
     n = choose_voters(voters.ranked([text_of(one) for one in validation]), labels, [one.answer for one in validation])
     return {
-        "words": n_right(word_chances(train, labels, texts), labels, expected) / len(test),
+        "words": n_right(word_chances(train, labels, texts)[0], labels, expected) / len(test),
         "vote": n_right(voters.ranked(texts).chances(n), labels, expected) / len(test),
     }
 

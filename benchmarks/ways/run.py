@@ -116,9 +116,12 @@ class _Run:
             self._computed("majority", "the answer given most often in the train split", answers, made_s=0.0)
         if self._takes("words"):
             began = time.perf_counter()
-            chances = word_chances(plan.train, labels, texts)
-            how = "TF-IDF of words, word pairs and pieces of words, logistic regression"
-            self._computed("words", how, likeliest(chances, labels), chances, made_s=time.perf_counter() - began)
+            chances, strength = word_chances(plan.train, labels, texts, plan.validation)
+            made_s = time.perf_counter() - began
+            how = f"TF-IDF of words, pairs and pieces of words, logistic regression of strength {strength:g}"
+            self._computed(
+                "words", how, likeliest(chances, labels), chances, made_s=made_s, chosen={"strength": strength}
+            )
         if self._takes("vote"):
             began = time.perf_counter()
             n = choose_voters(voters.ranked([text_of(one) for one in plan.validation]), labels, expected)
