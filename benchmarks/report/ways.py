@@ -77,8 +77,8 @@ def _power(second: WayFigures) -> str:
     if beside.detectable is None:
         return f"{second.name} answers almost as the best does: {beside.n} examples cannot tell them apart."
     return (
-        f"With {beside.n} examples a difference from {second.name} must be {100 * beside.detectable:.1f} points to show "
-        "in four of five runs."
+        f"With {beside.n} examples a difference from {second.name} shows in four of five runs if it is "
+        f"{100 * beside.detectable:.1f} points."
     )
 
 
@@ -120,9 +120,10 @@ def _twice(judgement: WayJudgement) -> str:
 
 def _method(judgement: WayJudgement, comparison: WayComparison) -> str:
     binary = judgement.measure in ("accuracy", "exact")
-    test = "exact McNemar, Newcombe" if binary else "of the examples' own scores: sign flips, bootstrap"
+    test = "exact McNemar, Newcombe" if binary else "each example's own score: sign flips, bootstrap"
+    n = len(judgement.ways) - 1
     return (
-        f"intervals of 95 %; differences paired ({test}), p corrected for {len(judgement.ways) - 1} comparisons (Holm); "
+        f"intervals of 95 %; differences paired ({test}), p corrected for {n} comparisons (Holm); "
         f"real: p < {SIGNIFICANT:g} and more than A/A's; chosen on {comparison.n_validation} validation examples"
     )
 

@@ -1,9 +1,8 @@
 """A comparison as it runs: the ways without a model first, then each model in turn, and a save after every way."""
 
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.comparison.scoring import Predictions
@@ -13,7 +12,7 @@ from models.common.files import sha256_file
 from models.store.store import StoredModel
 from models.task.task import SPLITS, text_of
 
-from .asking import AskedWay, AskingRules, WayQuestion, ask
+from .asking import AskedWay, WayQuestion
 from .counted import (
     Chances,
     RankedVoters,
@@ -27,11 +26,11 @@ from .counted import (
     nearest_answer,
     word_chances,
 )
-from .hosted import HostedRecording, SpendingCap, cost_of, replayed_answers, save_recording
 from .judge import WayJudgement, judge_ways
-from .plan import FINE_TUNE, HOSTED, MIXED, OF_BASE, ComparePlan, HostedPlan
+from .plan import FINE_TUNE, HOSTED, MIXED, OF_BASE, ComparePlan
 from .questions import Drawn, base_way, fine_tune_way, hosted_way, retrieved_way
 from .record import KeptAnswers, Part, WayAnswer, WayComparison, WayRecord
+from .session import ModelSession
 
 # Preference for the way that is asked twice.
 TWICE = (FINE_TUNE, "few-shot", "retrieved", "zero-shot")
@@ -39,7 +38,8 @@ TWICE = (FINE_TUNE, "few-shot", "retrieved", "zero-shot")
 
 def compare_ways(plan: ComparePlan, progress: NamedProgress, command: Sequence[str]) -> WayComparison:
     """Answer the test split in every way and judge the answers. Raises ServerFailed, BadRecord, BadWorkload."""
-    run = _Run(plan, KeptAnswers(plan.out), progress, tuple(command))
+    kept = KeptAnswers(plan.out)
+    run = _Run(plan, kept, ModelSession(plan, kept, progress), progress, tuple(command))
     try:
         run.counted()
         run.of_base()
@@ -69,12 +69,12 @@ def _predictions(way: WayRecord, part: Part) -> Predictions:
 class _Run:
     plan: ComparePlan
     kept: KeptAnswers
+    models: ModelSession
     progress: NamedProgress
     command: tuple[str, ...]
     ways: dict[str, WayRecord] = field(default_factory=dict)
     voters: Voters | None = None
     curve_rows: tuple[Any, ...] = ()
-    warnings: list[str] = field(default_factory=list)
     started_at: str = field(default_factory=now_text)
 
     def save(self, *, finished: bool = False) -> WayComparison:
@@ -95,7 +95,7 @@ class _Run:
             quick=plan.settings.quick,
             ways=(*self.ways.values(), *skipped),
             curve=self.curve_rows,
-            warnings=tuple(self.warnings),
+            warnings=tuple(self.models.warnings),
         )
         judged = judgement_of(made, plan)
         if judged is not None:
@@ -169,10 +169,10 @@ class _Run:
             return
         drawn: Drawn = {"test": plan.test}
         way = hosted_way(plan.task, hosted.url, hosted.model, hosted.body, drawn, plan.settings.shots)
-        if hosted.replayed is not None:
-            self._replayed(way, hosted.replayed)
-        else:
-            self._bought(way, hosted)
+        replayed = hosted.replayed
+        record = self.models.bought(way, hosted) if replayed is None else self.models.replayed(way, replayed)
+        self.ways[record.name] = record
+        self.save()
 
     def curve(self) -> None:
         """What fewer examples would have given."""
@@ -223,14 +223,10 @@ class _Run:
             # In the reverse order, so that other examples are beside each: that may not change an answer.
             if way.name == self._asked_twice():
                 jobs.append((way, "again", way.questions["test"][::-1]))
-        missing = [(way, part, self._missing(way, part, questions)) for way, part, questions in jobs]
-        if any(questions for _, _, questions in missing):
-            with ways[0].plan.start() as server:
-                for way, part, questions in missing:
-                    self._ask(way, server.base_url, part, questions, AskingRules(self.plan.settings.concurrency))
+        self.models.local(jobs)
         training = getattr(stored.manifest, "training", None)
         for way in ways:
-            record = self._record(way, [part for other, part, _ in jobs if other is way])
+            record = self.models.record(way, [part for other, part, _ in jobs if other is way])
             trained = way.name == FINE_TUNE
             seconds = getattr(training, "seconds", None) if trained else 0.0
             said = (
@@ -241,53 +237,6 @@ class _Run:
 
     def _asked_twice(self) -> str | None:
         return next((name for name in TWICE if self._takes(name)), None)
-
-    def _missing(self, way: AskedWay, part: Part, questions: Sequence[WayQuestion]) -> list[WayQuestion]:
-        known = self.kept.of(way.name, way.identity, part)
-        stale = self.kept.others(way.name, way.identity)
-        if stale and not known:
-            print(f"{way.name}: {stale} earlier answers are of another model or prompt, and not used", file=sys.stderr)
-        return [one for one in questions if one.example.id not in known or known[one.example.id].asked != one.sha256]
-
-    def _ask(
-        self, way: AskedWay, base_url: str, part: Part, questions: Sequence[WayQuestion], rules: AskingRules
-    ) -> None:
-        if not questions:
-            return
-        name = f"{way.name} ({part})"
-        done = 0
-        self.progress(name, 0, len(questions))
-
-        def keep(answer: WayAnswer) -> None:
-            nonlocal done
-            self.kept.add(way.name, way.identity, part, answer)
-            done += 1
-            self.progress(name, done, len(questions))
-
-        ask(way, base_url, questions, rules, keep)
-
-    def _record(self, way: AskedWay, parts: Sequence[Part]) -> WayRecord:
-        """The way with the answers that are kept."""
-        facts = way.plan.facts
-        answers: dict[Part, tuple[WayAnswer, ...]] = {}
-        for part in parts:
-            known = self.kept.of(way.name, way.identity, part)
-            asked = way.questions["test" if part == "again" else part]
-            found = ((one, known.get(one.example.id)) for one in asked)
-            answers[part] = tuple(kept for one, kept in found if kept is not None and kept.asked == one.sha256)
-        if n_cut := sum(one.cut for one in answers["test"]):
-            self.warnings.append(f"{way.name}: {n_cut} answers were cut at {way.limit} tokens")
-        return WayRecord(
-            name=way.name,
-            how=way.how,
-            identity=way.identity,
-            model=facts.model,
-            sha256=facts.sha256,
-            quantization=facts.quantization,
-            endpoint=facts.endpoint,
-            source=facts.source,
-            answers=answers,
-        )
 
     def _mixture(self) -> None:
         """The mixture of the fine-tune and the vote: shares and voters are chosen on the validation split."""
@@ -316,58 +265,3 @@ class _Run:
             made_s=self.ways[FINE_TUNE].made_s,
             chosen={"share": share, "voters": n},
         )
-
-    def _bought(self, way: AskedWay, hosted: HostedPlan) -> None:
-        assert hosted.price is not None
-        known = self.kept.of(way.name, way.identity, "test")
-        cap = SpendingCap(hosted.max_cost, hosted.price, known.values())
-        missing = self._missing(way, "test", way.questions["test"])
-        rules = AskingRules(self.plan.settings.concurrency, cap)
-        try:
-            if missing:
-                with way.plan.start() as server:
-                    self._ask(way, server.base_url, "test", missing, rules)
-        finally:
-            self._keep_recording(way, hosted)
-        record = self._record(way, ["test"])
-        answered = record.answers["test"]
-        stopped = ""
-        if cap.n_refused:
-            stopped = f"--max-cost ${cap.max_usd:g} was reached after {len(answered)} of {len(self.plan.test)} answers"
-            self.warnings.append(f"{way.name}: {stopped}; a higher one continues")
-        spent = sum(cost_of(one, hosted.price) for one in answered)
-        self.ways[way.name] = record.model_copy(
-            update={
-                "made_s": 0.0,
-                "made": "nothing to make",
-                "cost_usd": spent,
-                "stopped": stopped,
-                "source": f"{record.source}; priced by {hosted.price.source}",
-            }
-        )
-        self.save()
-
-    def _keep_recording(self, way: AskedWay, hosted: HostedPlan) -> None:
-        path = self.plan.settings.record
-        calls = self.kept.of(way.name, way.identity, "test")
-        if path is not None and calls:
-            recording = HostedRecording(
-                url=hosted.url,
-                model=hosted.model,
-                task=self.plan.task.name,
-                recorded_at=now_text(),
-                calls=tuple(calls.values()),
-            )
-            save_recording(path, recording)
-
-    def _replayed(self, way: AskedWay, recording: HostedRecording) -> None:
-        path = self.plan.settings.replay
-        assert path is not None
-        answers = replayed_answers(recording, path, [(one.example.id, one.sha256) for one in way.questions["test"]])
-        said = f"replayed: recorded {recording.recorded_at} from {recording.model} at {recording.url}"
-        way = replace(way, name=f"{HOSTED} (replayed)")
-        record = self._record(way, ["test"]).model_copy(update={"kind": "replayed", "source": said})
-        self.ways[way.name] = record.model_copy(
-            update={"answers": {"test": tuple(answers)}, "made_s": 0.0, "made": "nothing to make"}
-        )
-        self.save()
