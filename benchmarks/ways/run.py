@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.comparison.scoring import Predictions
-from benchmarks.record import now_text, this_machine
+from benchmarks.record import MachineRecord, now_text, this_machine
 from models.common.console import NamedProgress
 from models.common.files import sha256_file
 from models.store.store import StoredModel
@@ -76,6 +76,11 @@ class _Run:
     voters: Voters | None = None
     curve_rows: tuple[Any, ...] = ()
     started_at: str = field(default_factory=now_text)
+    machine: MachineRecord = field(default_factory=this_machine)
+    sha256: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sha256 = {split: sha256_file(self.plan.task.file(split)) for split in SPLITS}
 
     def save(self, *, finished: bool = False) -> WayComparison:
         """Write the result as far as it is."""
@@ -85,10 +90,10 @@ class _Run:
             started_at=self.started_at,
             finished_at=now_text() if finished else None,
             command=self.command,
-            machine=this_machine(),
+            machine=self.machine,
             task=plan.task.name,
             task_kind=plan.task.spec.kind,
-            sha256={split: sha256_file(plan.task.file(split)) for split in SPLITS},
+            sha256=self.sha256,
             labels=plan.task.spec.labels,
             n_test=len(plan.test),
             n_validation=len(plan.validation),
@@ -97,7 +102,8 @@ class _Run:
             curve=self.curve_rows,
             warnings=tuple(self.models.warnings),
         )
-        judged = judgement_of(made, plan)
+        # Bootstraps take a second or more: an unfinished run is not judged.
+        judged = judgement_of(made, plan) if finished else None
         if judged is not None:
             made = made.model_copy(update={"judgement": asdict(judged)})
         if self.ways or finished:

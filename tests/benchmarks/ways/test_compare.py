@@ -1,7 +1,6 @@
 """`deskside compare` as a person runs it, against a stand-in server that is made so that the right ranking is known."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.cli import compare_command
-from benchmarks.errors import BadWorkload
-from benchmarks.ways import asking
+from benchmarks.errors import BadWorkload, ServerFailed
 from benchmarks.ways.counted import Voters
 from benchmarks.ways.plan import MIXED, OF_BASE, WAYS, CompareSettings, compare_plan
 from benchmarks.ways.questions import retrieved_way
@@ -25,7 +23,7 @@ from models.errors import ModelNotFound
 from models.manifest import Artefact, Manifest, dump_manifest
 from models.store.store import Store
 from models.task.new import NewTask, make_task
-from models.task.task import Task, text_of
+from models.task.task import Task, WorkKind, text_of
 from tests.support.benchmarks.stand_in import StandIn, running
 from tests.support.models.gguf_heads import GEMMA, head
 from tests.support.models.tasks import CLASSES, csv_file, rows
@@ -75,7 +73,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
-    return make_task(NewTask("parcels", csv_file(tmp_path, rows(120)), prompt="Sort: {input}")).task
+    return make_task(NewTask("parcels", csv_file(tmp_path, rows(90)), prompt="Sort: {input}")).task
 
 
 @pytest.fixture
@@ -94,6 +92,7 @@ def test_every_way_is_asked_judged_and_shown(compare: Invoke, app: StandIn, task
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
     made = load_comparison(tmp_path / "run.json")
+    assert made.judgement is not None
     scores = {way["name"]: way["measures"][0]["value"]["estimate"] for way in made.judgement["ways"]}
     share = sum(one.answer == LABELS[0] for one in task.records("test")) / len(task.records("test"))
     assert scores == {
@@ -111,7 +110,7 @@ def test_every_way_is_asked_judged_and_shown(compare: Invoke, app: StandIn, task
         assert said in " ".join(result.stdout.split())
     assert "| fine-tune | 1.000 [" in page.read_text()
     assert "With fewer examples" in page.read_text()
-    assert [one for one in made.command[:1]] == ["deskside"]
+    assert made.command[0] == "deskside"
 
 
 def test_the_questions_are_what_each_way_says(compare: Invoke, app: StandIn, task: Task) -> None:
@@ -132,8 +131,9 @@ def test_the_questions_are_what_each_way_says(compare: Invoke, app: StandIn, tas
         == {body["prompt"].count("Sort: ") for body in retrieved}
         == {4}
     )
-    shared = os.path.commonprefix([body["prompt"] for body in few])
-    assert shared.count("\nAnswer: ") >= 3, "the same examples, in front of every text"
+    shared = few[0]["prompt"].rpartition("Sort: ")[0]
+    assert shared.count("\nAnswer: ") == 3
+    assert all(body["prompt"].startswith(shared) for body in few), "the same examples, in front of every text"
     again = decisions[n + n_held :]
     assert [body["input"] for body in again][::-1] != [body["input"] for body in again]
     assert sorted(body["input"] for body in again) == sorted(body["input"] for body in decisions[:n])
@@ -216,14 +216,14 @@ def test_a_hosted_api_is_asked_within_the_cap_recorded_and_replayed(
     calls, n = tmp_path / "calls.json", len(task.records("test"))
     asked = ("--url", url, "--record", str(calls), "--price", "1,1", "--shots", "2")
     # A call costs at most its bytes and the answer: enough for some calls.
-    part = compare(*HOSTED, *asked, "--max-cost", "0.004", "--concurrency", "1")
+    part = compare(*HOSTED, *asked, "--max-cost", "0.0015", "--concurrency", "1")
     made = load_comparison(tmp_path / "run.json")
     answered = made.ways[0].answers["test"]
     assert part.exit_code == 3
     assert 0 < len(answered) < n
     assert made.ways[0].cost_usd is not None
-    assert made.ways[0].cost_usd <= 0.004
-    assert "--max-cost $0.004 was reached after" in " ".join(part.stdout.split())
+    assert made.ways[0].cost_usd <= 0.0015
+    assert "--max-cost $0.0015 was reached after" in " ".join(part.stdout.split())
     whole = compare(*HOSTED, *asked, "--max-cost", "1")
     assert (whole.exit_code, len(app.bodies)) == (0, n)
     official = {"model", "messages", "temperature", "max_completion_tokens", "stream", "stream_options"}
@@ -248,7 +248,7 @@ def test_a_server_that_is_full_is_asked_again_after_its_time(
     async def wait(seconds: float) -> None:
         waited.append(seconds)
 
-    monkeypatch.setattr(asking.asyncio, "sleep", wait)
+    monkeypatch.setattr("benchmarks.ways.asking.asyncio.sleep", wait)
     app.n_refused = 2
     compare("--ways", "few-shot", "--concurrency", "1")
     assert waited == [7, 7]
@@ -264,7 +264,7 @@ def test_a_server_that_fails_ends_the_run_and_keeps_the_answers(
         return f" {LABELS[0]}\n"
 
     app.answer = broken
-    with pytest.raises(asking.ServerFailed, match="few-shot: .* could not answer .* the same command continues"):
+    with pytest.raises(ServerFailed, match=r"few-shot: .* could not answer .* the same command continues"):
         compare("--ways", "few-shot", "--concurrency", "1")
     app.answer = lambda prompt: f" {LABELS[0]}\n"
     app.bodies.clear()
@@ -273,7 +273,7 @@ def test_a_server_that_fails_ends_the_run_and_keeps_the_answers(
 
 
 @pytest.mark.parametrize("kind", ["write", "extract"])
-def test_other_kinds_have_their_own_ways(kind: str, compare: Invoke, app: StandIn, tmp_path: Path) -> None:
+def test_other_kinds_have_their_own_ways(kind: WorkKind, compare: Invoke, app: StandIn, tmp_path: Path) -> None:
     answers = ['{"kind": "box"}', '{"kind": "bag"}'] if kind == "extract" else ["a red box", "a bag of tools"]
     pairs = [(text, answers["parcel" in text]) for text, _ in rows(60)]
     task = make_task(NewTask("mine", csv_file(tmp_path, pairs, "mine.csv"), kind=kind)).task
