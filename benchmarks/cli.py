@@ -1,4 +1,4 @@
-"""The verbs `deskside bench` and `deskside eval`: data on stdout, progress on stderr."""
+"""The verbs `deskside bench`, `deskside eval` and `deskside compare`: data on stdout, progress on stderr."""
 
 import json
 import sys
@@ -14,16 +14,22 @@ from benchmarks.comparison.plan import EvalSettings, evaluation_task
 from benchmarks.comparison.run import BenchSettings, make_plan, run
 from benchmarks.conversion.compare import convert_speed_command
 from benchmarks.conversion.trim import trim_command
+from benchmarks.load.servers import recipe_file
 from benchmarks.peers.report import peers_command
 from benchmarks.prefill.race import prefill_command
 from benchmarks.report.plots import latency_picture
 from benchmarks.report.terminal import render, render_score
+from benchmarks.report.ways import render_ways, ways_markdown
 from benchmarks.soak.prefixes import prefixes_command
 from benchmarks.soak.soak import soak_command
+from benchmarks.ways.plan import CompareSettings, compare_plan
+from benchmarks.ways.run import compare_ways, judgement_of
 from models.common.console import page, show_progress
+from models.common.files import write_atomic
 from models.common.options import JsonOption, with_options
 from models.errors import SOME_FAILED
 from models.store.store import Store
+from models.task.task import open_task
 
 from .cost import Assumptions, check
 from .record import BenchRun, load_run, save_run
@@ -107,6 +113,39 @@ def eval_command(
         print(json.dumps({**asdict(score), "source": source, "predictions": predictions}, ensure_ascii=False, indent=2))
     else:
         render_score(f"{model} ({task.asked.name})" if task.asked is not None else model, score)
+
+
+@with_options(settings=CompareSettings)
+def compare_command(
+    settings: CompareSettings,
+    task: Annotated[
+        str | None, typer.Argument(help="A task's name, or its folder. Default: email-triage's.", metavar="TASK")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the report for a pull request.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure every way to solve a task on its test split, and say which differences are real.
+
+    Without a model: the commonest answer, a word model, the nearest examples and their vote. With one, asked over HTTP:
+    the base with no, the same or the most similar examples in its prompt, the fine-tune, the fine-tune with the vote,
+    a hosted API or its recorded answers. Every answer is kept; a killed run continues with the same --out.
+    """
+    plan = compare_plan(open_task(task or str(recipe_file())), settings, Store())
+    print(f"answers are kept in {plan.out}; --out {plan.out} continues a run that was stopped", file=sys.stderr)
+    with show_progress() as progress:
+        comparison = compare_ways(plan, progress, ["deskside", *sys.argv[1:]])
+    judgement = judgement_of(comparison, plan)
+    if markdown is not None:
+        write_atomic(markdown, ways_markdown(comparison, judgement))
+    if as_json:
+        shown = comparison.model_dump(mode="json", exclude={"unused": True, "ways": {"__all__": {"answers"}}})
+        print(json.dumps(shown, ensure_ascii=False, indent=2))
+    else:
+        render_ways(comparison, judgement, page())
+    if judgement is None or any(way.stopped for way in comparison.ways):
+        raise typer.Exit(SOME_FAILED)
 
 
 def _show(

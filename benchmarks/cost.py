@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -116,6 +117,40 @@ def library_cost(price: Price, tokens: RequestTokens, variant: Variant, on: date
     except LookupError:
         return None
     return float(priced.total_price)
+
+
+@dataclass(frozen=True, slots=True)
+class CallPrice:
+    """The price of a hosted call: dollars per million tokens, or genai-prices' for `model` at `url` on a day."""
+
+    source: str
+    input: float = 0.0
+    output: float = 0.0
+    model: str = ""
+    url: str = ""
+    day: date | None = None
+
+    def of(self, prompt: int, completion: int, cached: int = 0) -> float:
+        """Dollars for a call. Raises LookupError if genai-prices does not know the model."""
+        if self.day is None:
+            return (prompt * self.input + completion * self.output) / 1e6
+        library: Any = import_module("genai_prices")
+        usage = library.Usage(input_tokens=prompt, cache_read_tokens=cached, output_tokens=completion)
+        at = datetime.combine(self.day, time(12), UTC)
+        priced = library.calc_price(usage, self.model, provider_api_url=self.url, genai_request_timestamp=at)
+        return float(priced.total_price)
+
+
+def known_price(model: str, url: str, on: date) -> CallPrice | None:
+    """The library's price of a model at an API; None for an unknown one, or without the library."""
+    if find_spec("genai_prices") is None:
+        return None
+    price = CallPrice(f"genai-prices {version('genai-prices')}, {on}", model=model, url=url, day=on)
+    try:
+        price.of(1000, 10)
+    except LookupError:
+        return None
+    return price
 
 
 class Assumptions(Record):

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from models.common.file_kinds import file_kind
 from models.common.files import write_atomic
@@ -32,7 +32,8 @@ class RequestSample(Record):
 
     `scheduled_s` is the planned time of sending, `sent_s` the actual one; `deltas_s` are the arrivals of the chunks
     that carried text, `finished_s` that of the finish reason (or of the last byte). `error` is None for a whole answer;
-    a failed sample keeps the parts that had arrived.
+    a failed sample keeps the parts that had arrived. `retry_after_s`: a server that is full or limits its rate may be
+    asked again after this time. `probabilities` are those of a decision's choices.
     """
 
     id: str
@@ -46,6 +47,8 @@ class RequestSample(Record):
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     error: str | None = None
+    retry_after_s: float | None = None
+    probabilities: dict[str, float] = Field(default_factory=dict)
 
 
 class Level(Record):

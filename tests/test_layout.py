@@ -56,6 +56,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cost",),
         ("load",),
         ("comparison", "conversion", "peers", "prefill", "calibration"),
+        ("ways",),
         ("report", "soak"),
         ("cli",),
     ),

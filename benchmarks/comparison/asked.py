@@ -73,15 +73,17 @@ def as_chat(task: Task, split: str, n_shots: int) -> AskedSplit:
     if n_shots:
         train = {record.id: record for record in rendered(task, "train")}
         shots = [train[one.id] for one in choose_shots(task, split, n_shots)]
-        head = _head(task)
-        turns = tuple(said for one in shots for said in (*_spoken(one), ("assistant", one.answer)))
-        examples = tuple(
-            LabelledExample(one.id, one.text, one.label, (*_system(head), *turns, *_without_system(one.before)))
-            for one in examples
-        )
+        examples = tuple(after_turns(task, one, shots) for one in examples)
     schema = task.spec.json_schema
     fields = {} if schema is None else {"response_format": _response_format(schema)}
     return AskedSplit(task, split, n_shots, examples, PromptTemplate(_prompt_name(n_shots)), fields)
+
+
+def after_turns(task: Task, example: LabelledExample, shots: Sequence[ChatRecord]) -> LabelledExample:
+    """The example after turns that show `shots`, which have the task's prompt around their texts already."""
+    turns = tuple(said for one in shots for said in (*_spoken(one), ("assistant", one.answer)))
+    before = (*_system(_head(task)), *turns, *_without_system(example.before))
+    return LabelledExample(example.id, example.text, example.label, before)
 
 
 def as_text(task: Task, split: str, n_shots: int) -> AskedSplit:

@@ -230,11 +230,12 @@ def _arm(name: str, settings: BenchSettings, examples: Sequence[LabelledExample]
     if settings.hosted_model is None:
         raise BadWorkload("--hosted-url needs --hosted-model")
     key = os.environ.get(KEY_VARIABLE)
-    body = _body(settings.hosted_body)
+    body = hosted_body(settings.hosted_body)
     return hosted_arm(settings.hosted_url, settings.hosted_model, _few_shot(settings), key, body)
 
 
-def _body(text: str) -> dict[str, Any]:
+def hosted_body(text: str) -> dict[str, Any]:
+    """The fields that are merged over each request of a hosted API. Raises BadWorkload."""
     try:
         body = json.loads(text)
     except ValueError as error:

@@ -23,6 +23,9 @@ from .workload import LabelledExample
 
 MAX_EVENT_BYTES = 1 << 20
 ERROR_CHARS = 300
+# The server is full, limits the rate, or is being restarted.
+REFUSED_FOR_NOW = {429, 503}
+DEFAULT_RETRY_S = 1.0
 WorkItem = TypeVar("WorkItem")
 Result = TypeVar("Result")
 
@@ -84,13 +87,17 @@ class OpenAiClient:
         """Ask `/decisions` one question about `prompt`; the choice, which arrives whole, is the sample's text."""
         body = {"model": self._target.model, "input": prompt, **fields, **self._target.body}
         sent = self._clock()
-        text, usage, error = "", dict[str, Any](), None
+        text, usage, error, retry_s = "", dict[str, Any](), None, None
+        shares: dict[str, float] = {}
         try:
             response = await self._http.post(f"{self._base_url}/decisions", json=body)
             if response.status_code != 200:
+                retry_s = _retry_s(response)
                 raise ServerFailed(f"HTTP {response.status_code}: {response.text[:ERROR_CHARS]}")
             answer = response.json()
-            text, usage = str(answer["answers"][0]["choice"]), answer.get("usage") or {}
+            first = answer["answers"][0]
+            text, usage = str(first["choice"]), answer.get("usage") or {}
+            shares = {str(one["value"]): float(one["probability"]) for one in first.get("probabilities") or ()}
         except (httpx.HTTPError, ServerFailed, ValueError, KeyError, TypeError, IndexError) as failure:
             error = _describe(failure)
         now = self._clock()
@@ -106,6 +113,8 @@ class OpenAiClient:
             cached_tokens=(usage.get("input_tokens_details") or {}).get("cached_tokens"),
             completion_tokens=usage.get("output_tokens"),
             error=error,
+            retry_after_s=retry_s,
+            probabilities=shares,
         )
 
     async def _stream(
@@ -117,9 +126,11 @@ class OpenAiClient:
         answer = _StreamedAnswer()
         sent = self._clock()
         error: str | None = None
+        retry_s: float | None = None
         try:
             async with self._http.stream("POST", f"{self._base_url}{path}", json=body) as response:
                 if response.status_code != 200:
+                    retry_s = _retry_s(response)
                     detail = (await response.aread()).decode("utf-8", "replace")[:ERROR_CHARS]
                     raise ServerFailed(f"HTTP {response.status_code}: {detail}")
                 async with aclosing(sse_events(response)) as events:
@@ -136,8 +147,11 @@ class OpenAiClient:
             deltas_s=tuple(answer.deltas),
             finished_s=self._clock() if answer.finished is None else answer.finished,
             text="".join(answer.text),
-            **answer.usage,
+            prompt_tokens=answer.usage.get("prompt_tokens"),
+            cached_tokens=answer.usage.get("cached_tokens"),
+            completion_tokens=answer.usage.get("completion_tokens"),
             error=error,
+            retry_after_s=retry_s,
         )
 
 
@@ -219,6 +233,15 @@ class _StreamedAnswer:
         if self._reason is None:
             return "the stream ended without a finish reason"
         return None
+
+
+def _retry_s(response: httpx.Response) -> float | None:
+    """The seconds to wait before the next try; None if the request must not be sent again."""
+    if response.status_code not in REFUSED_FOR_NOW:
+        return None
+    said = response.headers.get("retry-after", "")
+    # A date is allowed, too; hardly any API sends one.
+    return float(said) if said.isdigit() else DEFAULT_RETRY_S
 
 
 def _describe(failure: Exception) -> str:

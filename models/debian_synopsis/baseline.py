@@ -14,10 +14,10 @@ from pathlib import Path
 
 from models.common.chat_records import ChatRecord
 from models.common.files import write_atomic
+from models.task.words.nearest import Nearest
 
 from .data.prompts import HOME, N_RETRIEVED, WAYS, read_split, text_of
 from .first_sentence import first_phrase, first_sentence
-from .nearest import Nearest
 
 NOTES = {
     "zero_shot": "gemma-3-270m, prompts/zero_shot.txt, greedy, the first line with text",

@@ -42,6 +42,7 @@ VERBS: Mapping[str, Verb] = {
     "finetune": Verb("convert.cli", "finetune_command", "Train and install a model of your own examples."),
     "rollback": Verb("models.cli", "rollback_command", "Bring back the model that was replaced last."),
     "eval": Verb("benchmarks.cli", "eval_command", "Measure a model's accuracy on labelled examples."),
+    "compare": Verb("benchmarks.cli", "compare_command", "Measure every way to solve a task, side by side."),
     "serve": Verb("runtime.cli.commands", "serve_command", "Serve models to any OpenAI client."),
     "batch": Verb("runtime.cli.commands", "batch_command", "Answer a file of requests; resumable, nothing lost."),
     "chat": Verb("runtime.cli.commands", "chat_command", "Talk to a model in the terminal."),

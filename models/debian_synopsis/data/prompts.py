@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.common.chat_records import ChatRecord, read_chat_records
-from models.debian_synopsis.nearest import Nearest
+from models.task.words.nearest import Nearest
 
 HOME = Path(__file__).parent.parent
 EXAMPLES = (

@@ -74,9 +74,12 @@ def folds_of(classes: Ints, n_folds: int) -> Ints:
     return folds
 
 
-def word_points(texts: Sequence[str]) -> Floats:
-    """The texts as points for the linear model: words, word pairs and pieces of words, a third each."""
-    return coordinates((gram(texts, words) + gram(texts, words_and_pairs) + gram(texts, pieces)) / 3)
+def word_points(texts: Sequence[str], n_known: int | None = None) -> Floats:
+    """The texts as points for the linear model: words, word pairs and pieces of words, a third each.
+
+    Only the first `n_known` texts decide what a word weighs (None: all).
+    """
+    return coordinates(sum((gram(texts, by, n_known) for by in (words, words_and_pairs, pieces)), np.zeros(())) / 3)
 
 
 def _judge(texts: Sequence[str], given: Ints, n_classes: int, advance: Callable[[int], None]) -> Floats:

@@ -40,20 +40,27 @@ def pieces(text: str) -> Iterator[str]:
             yield from (marked[start : start + length] for start in range(len(marked) - length + 1))
 
 
-def gram(texts: Sequence[str], tokenize: Tokenize) -> Floats:
-    """Cosine similarities, n x n; 0 in the row of a text without a token."""
+def gram(texts: Sequence[str], tokenize: Tokenize, n_known: int | None = None) -> Floats:
+    """Cosine similarities, n x n; 0 in the row of a text without a token.
+
+    Only the first `n_known` texts weigh the tokens (None: all); those that are in none of them do not count.
+    """
     counts = [Counter(tokenize(text)) for text in texts]
-    spread = Counter(token for count in counts for token in count)
+    spread = Counter(token for count in counts[:n_known] for token in count)
+    if n_known is not None:
+        counts = [Counter({token: times for token, times in count.items() if token in spread}) for count in counts]
     # A token of one text only is similar to nothing; it counts in that text's length.
-    place = {token: number for number, token in enumerate(token for token, n in spread.items() if n > 1)}
+    held = Counter(token for count in counts for token in count)
+    place = {token: number for number, token in enumerate(token for token, n in held.items() if n > 1)}
     n = len(texts)
+    known = n if n_known is None else n_known
     similar = np.zeros((n, n), np.float32)
     rows: list[int] = []
     columns: list[int] = []
     weights: list[float] = []
     for row, count in enumerate(counts):
         weighed = {
-            token: (1 + math.log(times)) * (1 + math.log((1 + n) / (1 + spread[token])))
+            token: (1 + math.log(times)) * (1 + math.log((1 + known) / (1 + spread[token])))
             for token, times in count.items()
         }
         length = math.sqrt(sum(weight * weight for weight in weighed.values())) or 1.0

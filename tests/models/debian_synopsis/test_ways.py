@@ -10,8 +10,8 @@ from models.debian_synopsis.baseline import read_answers
 from models.debian_synopsis.data.prompts import HOME, read_split, text_of
 from models.debian_synopsis.figures import N_SAMPLES, WAYS, samples_table, score_synopses, table
 from models.debian_synopsis.first_sentence import LIMIT, first_phrase, first_sentence
-from models.debian_synopsis.nearest import Nearest
 from models.debian_synopsis.rules import Draft
+from models.task.words.nearest import Nearest
 
 TEXTS = ("a fast web server", "a web browser", "mail server", "chess game for two", "chess game for two")
 

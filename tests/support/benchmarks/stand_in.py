@@ -18,7 +18,8 @@ class StandIn:
     """Answers every prompt with `answer(prompt)`, one chunk a character; keeps the bodies and where they came from.
 
     A prompt that holds one of these words gets that fault: `HTTP500`, `DROP` (the connection breaks mid-stream),
-    `ERROREVENT`, `NOFINISH`, `GARBAGE`.
+    `ERROREVENT`, `NOFINISH`, `GARBAGE`. The first `n_refused` requests get HTTP 429 with Retry-After 7. A decision's
+    choices have the probabilities `chances(prompt)`, else none.
     """
 
     def __init__(self, answer: Callable[[str], str]) -> None:
@@ -28,6 +29,8 @@ class StandIn:
         self.headers: list[dict[bytes, bytes]] = []
         self.clients: list[tuple[str, int]] = []
         self.gets = 0
+        self.n_refused = 0
+        self.chances: Callable[[str], dict[str, float]] | None = None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Send) -> None:
         """Answer one request."""
@@ -43,6 +46,11 @@ class StandIn:
         self.paths.append(scope["path"])
         self.headers.append(dict(scope["headers"]))
         self.clients.append(tuple(scope["client"]))
+        if self.n_refused:
+            self.n_refused -= 1
+            await send({"type": "http.response.start", "status": 429, "headers": [(b"retry-after", b"7")]})
+            await send({"type": "http.response.body", "body": b"slow down"})
+            return
         if scope["path"].endswith("/decisions"):
             await self._decide(str(request["input"]), send)
             return
@@ -61,7 +69,12 @@ class StandIn:
 
     async def _decide(self, prompt: str, send: Send) -> None:
         broken = "HTTP500" in prompt
-        answer = {"answers": [{"choice": self.answer(prompt)}], "usage": {"input_tokens": 7, "output_tokens": 1}}
+        first: dict[str, Any] = {"choice": self.answer(prompt)}
+        if self.chances is not None:
+            shares = self.chances(prompt)
+            first = {"choice": max(shares, key=shares.__getitem__)}
+            first["probabilities"] = [{"value": label, "probability": share} for label, share in shares.items()]
+        answer = {"answers": [first], "usage": {"input_tokens": 7, "output_tokens": 1}}
         await send({"type": "http.response.start", "status": 500 if broken else 200, "headers": []})
         await send({"type": "http.response.body", "body": b"broken" if broken else json.dumps(answer).encode()})
 

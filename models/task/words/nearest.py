@@ -1,4 +1,4 @@
-"""BM25: the train descriptions that are most like a given one. Pure.
+"""BM25: the examples that are most like a given text. Pure, and without a library: an index of a task is this small.
 
 Okapi BM25 with the usual constants (Robertson and Zaragoza 2009) and the inverse document frequency that is never
 negative. Ties are decided by the order of the texts.
@@ -34,8 +34,12 @@ class Nearest:
 
     def find(self, text: str, n: int) -> list[int]:
         """The places of the `n` texts most like `text`, best first; fewer if fewer share a word with it."""
+        return [place for place, _ in self.ranked(text, n)]
+
+    def ranked(self, text: str, n: int) -> list[tuple[int, float]]:
+        """The same with their scores."""
         scores: defaultdict[int, float] = defaultdict(float)
         for word in sorted(set(words(text))):
             for place, weight in self._weights.get(word, ()):
                 scores[place] += weight
-        return heapq.nsmallest(n, scores, key=lambda place: (-scores[place], place))
+        return heapq.nsmallest(n, scores.items(), key=lambda one: (-one[1], one[0]))
