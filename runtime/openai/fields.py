@@ -295,7 +295,7 @@ Answers have OpenAI's fields. One is added, where a model of labels is calibrate
 | field | |
 |---|---|
 | `confidence` | calibrated probability of the label given, among all labels of the model |
-| `automatic` | true if that reaches the threshold of the target: such answers are right with the target's share at least |
+| `automatic` | true if that reaches the threshold of the target: of such answers at least that share is right |
 | `target` | the target that applies: `--target` of serve and batch, else the model's own |
 
 It is in `choices[]` of a chat (streamed: in the choice's last chunk) and in `answers[]` of a decision, beside the

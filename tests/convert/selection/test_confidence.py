@@ -19,9 +19,7 @@ from models.manifest import Manifest
 from models.quality import LossBudget
 
 LABELS = ("a", "b")
-RECORDS = tuple(
-    ChatRecord(str(n), n + 1, (ChatMessage("user", f"text {n}"),), LABELS[n % 2]) for n in range(40)
-)
+RECORDS = tuple(ChatRecord(str(n), n + 1, (ChatMessage("user", f"text {n}"),), LABELS[n % 2]) for n in range(40))
 N_IN_MATRIX = 6
 
 

@@ -1,4 +1,4 @@
-"""The fit on made data of which the truth is known: temperature found, error gone, promises kept and not without bound."""
+"""The fit on made data of which the truth is known: temperature found, error gone, promises kept by the bound alone."""
 
 import math
 import random
@@ -37,7 +37,7 @@ def made(n: int, temperature: float, seed: int = 0) -> LabelScores:
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
 def test_the_temperature_is_found_and_takes_the_error_away(temperature: float) -> None:
-    scores = made(2000, temperature)
+    scores = made(2000, temperature, seed=3)
     found = calibrate(scores)
     assert found.temperature == pytest.approx(temperature, rel=0.1)
     assert found.ece_after < 0.03
@@ -91,17 +91,17 @@ def test_a_threshold_needs_its_proof() -> None:
 
 def test_the_search_ends_at_the_first_threshold_that_fails() -> None:
     """Below a band of wrong answers are enough right ones to prove the whole: it is not looked for there."""
-    sure, wrong, many = flat(200, 200, 0.999), flat(0, 20, 0.99), flat(3000, 3000, 0.9)
+    sure, wrong, many = flat(200, 200, 0.999), flat(0, 60, 0.93), flat(3000, 3000, 0.9)
     found = promise_for(0.97, [*sure, *wrong, *many])
-    assert proves_share(3200, 3220, 0.97)
+    assert proves_share(3200, 3260, 0.97)
     assert found.automatic == 200
     assert found.threshold is not None
-    assert 0.99 < found.threshold <= 0.999
+    assert 0.93 < found.threshold <= 0.999
     assert found.bound == pytest.approx(clopper_pearson_low(200, 200), abs=1e-4)
 
 
 def test_the_order_of_the_tests_looks_at_no_right_label() -> None:
-    """The first threshold tested depends on the confidences alone: with all wrong, none passes; with all right, more."""
+    """The first threshold tested depends on the confidences alone: with all wrong none passes, with all right all do."""
     confidences = [one.confidence for one in judge(made(600, 1.0), 1.0)]
     right = promise_for(0.9, [Judged(one, right=True) for one in confidences])
     wrong = promise_for(0.9, [Judged(one, right=False) for one in confidences])
@@ -110,7 +110,7 @@ def test_the_order_of_the_tests_looks_at_no_right_label() -> None:
 
 
 def test_promises_hold_where_the_truth_is_known_and_would_not_without_a_bound() -> None:
-    """Each answer is right with a probability that is its confidence: the true accuracy from a threshold is its mean."""
+    """Each answer is right with the probability of its confidence: the true accuracy from a threshold is its mean."""
     broken = unproved = 0
     population = [one.confidence for one in judge(made(4000, 1.0, seed=99), 1.0)]
     for seed in range(200):

@@ -12,7 +12,17 @@ from runtime.decoding.grammar import Grammars
 from runtime.engine.engine import Engine
 from runtime.engine.options import EngineOptions
 from runtime.errors import InvalidRequest
-from runtime.requests import Failed, Finished, Grammar, Request, SamplingParams, Scored, Scoring, ScoringPrompt, TextDelta
+from runtime.requests import (
+    Failed,
+    Finished,
+    Grammar,
+    Request,
+    SamplingParams,
+    Scored,
+    Scoring,
+    ScoringPrompt,
+    TextDelta,
+)
 from tests.support.runtime.fakes import BOS, END_OF_TURN, EOS, FakeLlama, FakeTokenizer
 
 ENDS = (EOS, END_OF_TURN)
@@ -25,12 +35,12 @@ def tokens_of(labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
 
 
 def chat(name: str, labels: tuple[str, ...] = LABELS, **params: object) -> Request:
-    sampling = SamplingParams(16, **{"temperature": 0, **params})  # type: ignore[arg-type]
-    return Request(name, (BOS, *b"a mail"), sampling, labels=tokens_of(labels))
+    sampling = SamplingParams(**{"max_tokens": 16, "temperature": 0, **params})  # type: ignore[arg-type]
+    return Request(name, (BOS, *b"a mail:"), sampling, labels=tokens_of(labels))
 
 
 def scoring(labels: tuple[str, ...] = LABELS) -> Scoring:
-    return Scoring("scoring", (ScoringPrompt((BOS, *b"a mail"), tokens_of(labels), ENDS),))
+    return Scoring("scoring", (ScoringPrompt((BOS, *b"a mail:"), tokens_of(labels), ENDS),))
 
 
 def run(engine: Engine, *work: Request | Scoring) -> dict[str, Finished | Scored | Failed]:
@@ -64,7 +74,7 @@ def assert_alike(got: tuple[float, ...], exact: tuple[float, ...]) -> None:
 @pytest.mark.parametrize("label", LABELS)
 def test_a_sure_label_has_its_probabilities_without_another_step(label: str) -> None:
     plain, told = FakeLlama(script=label), FakeLlama(script=label)
-    bare = run(Engine(plain), Request("chat", (BOS, *b"a mail"), SamplingParams(16, temperature=0)))["chat"]
+    bare = run(Engine(plain), Request("chat", (BOS, *b"a mail:"), SamplingParams(16, temperature=0)))["chat"]
     end = run(Engine(told), chat("chat"))["chat"]
     assert isinstance(bare, Finished)
     assert isinstance(end, Finished)

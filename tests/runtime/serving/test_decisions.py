@@ -13,7 +13,8 @@ from openai.types.decision import (
 
 from models.manifest import Adapter, Manifest, Prompt
 from runtime.errors import DecodeFailed, EngineError, InvalidRequest
-from runtime.openai.decisions import MAX_QUESTIONS, parse_decision, shares
+from runtime.openai.confidence import shares
+from runtime.openai.decisions import MAX_QUESTIONS, parse_decision
 from runtime.openai.fields import DECISION_FIELDS, below
 from tests.support.runtime.connection import asked
 from tests.support.runtime.fakes import FakeLlama
