@@ -29,9 +29,9 @@ _FARTHEST = -60.0
 # seen. Half as far apart, they let 4 % of promises be broken instead of 2 % (email-triage, 1,500 random halves).
 _LOGITS = tuple(step / 2 for step in range(18, -3, -1))
 GRID = tuple(round(1 / (1 + math.exp(-logit)), 4) for logit in _LOGITS)
-# The search begins at the lowest threshold whose test is this likely to pass, beside the likeliest one.
+# The search begins at the lowest threshold with a test that is this likely to pass, beside the likeliest one.
 _FIRST_CHANCE = 0.8
-# Calibration examples beyond which a user is not told a number.
+# Calibration examples beyond which no number is given.
 _MOST_NEEDED = 1_000_000
 
 
@@ -188,7 +188,7 @@ def examples_needed(target: float, judged: Sequence[Judged]) -> int | None:
 
 
 def _provable(target: float, wrong: float) -> int | None:
-    """The least number of answers, of which a share `wrong` is wrong, whose bound reaches the target."""
+    """The least number of answers, a share `wrong` of them wrong, with a bound that reaches the target."""
 
     def proves(n: int) -> bool:
         return proves_share(n - math.ceil(wrong * n), n, target)

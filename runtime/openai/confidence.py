@@ -35,6 +35,10 @@ class PromisedLabels:
     target: float
     threshold: float | None
 
+    def of_text(self, text: str, logprobs: Sequence[float]) -> LabelConfidence | None:
+        """The confidence in an answer by the log-probabilities of the model's labels; None if it is none of them."""
+        return self.confidence(text, self.labels, logprobs)
+
     def confidence(self, label: str, labels: Sequence[str], logprobs: Sequence[float]) -> LabelConfidence | None:
         """The confidence in `label` by the log-probabilities of `labels`; None unless those are the model's, all."""
         if label not in self.labels or len(labels) != len(self.labels) or set(labels) != set(self.labels):
@@ -42,6 +46,11 @@ class PromisedLabels:
         sure = shares([logprob / self.temperature for logprob in logprobs])[labels.index(label)]
         automatic = self.threshold is not None and sure >= self.threshold
         return {"confidence": sure, "automatic": automatic, "target": self.target}
+
+
+def beside(sure: LabelConfidence | None) -> dict[str, LabelConfidence]:
+    """The field that a choice has beside OpenAI's."""
+    return {} if sure is None else {"deskside": sure}
 
 
 def shares(logprobs: Sequence[float]) -> list[float]:

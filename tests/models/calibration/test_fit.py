@@ -101,7 +101,7 @@ def test_the_search_ends_at_the_first_threshold_that_fails() -> None:
 
 
 def test_the_order_of_the_tests_looks_at_no_right_label() -> None:
-    """The first threshold tested depends on the confidences alone: with all wrong none passes, with all right all do."""
+    """The first threshold tested depends on confidences alone: all wrong, none passes; all right, all do."""
     confidences = [one.confidence for one in judge(made(600, 1.0), 1.0)]
     right = promise_for(0.9, [Judged(one, right=True) for one in confidences])
     wrong = promise_for(0.9, [Judged(one, right=False) for one in confidences])
