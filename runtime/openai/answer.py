@@ -325,7 +325,7 @@ def to_choice(call: TextCall, choice: AnswerChoice) -> dict[str, Any]:
 
 
 def _beside(choice: AnswerChoice) -> dict[str, Any]:
-    """What a choice has beside OpenAI's fields."""
+    """The fields of a choice beside OpenAI's."""
     return {} if choice.sure is None else {"deskside": choice.sure}
 
 
