@@ -158,7 +158,9 @@ def build_recipe(entry: "CatalogEntry", store: "Store") -> "StoredModel":
 def _is_outdated(stored: "StoredModel", recipe: "Manifest") -> bool:
     """True if the model is the recipe's own, of the same weights, but converted with older settings."""
     made = stored.manifest
-    return made is not None and _is_its_own(made, recipe) and made.conversion != recipe.conversion
+    if made is None or not _is_its_own(made, recipe):
+        return False
+    return (made.conversion, made.calibration) != (recipe.conversion, recipe.calibration)
 
 
 def _is_its_own(made: "Manifest", recipe: "Manifest") -> bool:

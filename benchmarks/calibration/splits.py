@@ -1,4 +1,4 @@
-"""Count of broken promises of automatic answers: half of the held-out examples calibrate, the rest are answered.
+"""Count of broken promises: half of the held-out examples calibrate, the other half is answered.
 
     python -m benchmarks.calibration.splits models/email_triage/results/label_scores.json
     python -m benchmarks.calibration.splits models/email_triage/results/label_scores.json \\

@@ -25,7 +25,7 @@ Targets = Annotated[
 ]
 TARGET_HELP = (
     "Share of automatic answers that must be right: the confidence from which that holds is kept with the model. Of "
-    "several the first applies unless the server is told another."
+    "several the first applies unless the server is given another."
 )
 
 

@@ -26,10 +26,10 @@ _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.2, 20.0
 # A label this far below the likeliest has no say; -inf would end in NaN.
 _FARTHEST = -60.0
 # Thresholds that may be chosen, by the logit of the confidence: 0.9999 … 0.27. They are fixed before any example is
-# seen. Half as far apart, they let 4 % of promises be broken instead of 2 % (email-triage, 1,500 random halves).
+# seen. Half as far apart, they let 3 % of promises be broken instead of 2 % (email-triage, 1,500 random halves).
 _LOGITS = tuple(step / 2 for step in range(18, -3, -1))
 GRID = tuple(round(1 / (1 + math.exp(-logit)), 4) for logit in _LOGITS)
-# The search begins at the lowest threshold with a test that is this likely to pass, beside the likeliest one.
+# The search begins at the lowest threshold with a test this likely to pass, beside the likeliest one.
 _FIRST_CHANCE = 0.8
 # Calibration examples beyond which no number is given.
 _MOST_NEEDED = 1_000_000
@@ -171,14 +171,18 @@ def promise_for(target: float, judged: Sequence[Judged]) -> Promise:
 
 
 def examples_needed(target: float, judged: Sequence[Judged]) -> int | None:
-    """The estimated number of examples like these with which a threshold would be found; None: no number would do.
+    """The estimated number of examples like these that would give a threshold; None: no number would.
 
-    From each threshold the accuracy is estimated with half an error more than was seen.
+    From each threshold the accuracy is estimated with half an error more than was seen, or as seen if that is too low.
     """
+    return _needed(target, judged, 0.5) or _needed(target, judged, 0.0)
+
+
+def _needed(target: float, judged: Sequence[Judged], more_errors: float) -> int | None:
     needed: list[int] = []
     for threshold in GRID:
         accepted = [one.right for one in judged if one.confidence >= threshold]
-        wrong = (len(accepted) - sum(accepted) + 0.5) / (len(accepted) + 1)
+        wrong = (len(accepted) - sum(accepted) + more_errors) / (len(accepted) + 1)
         if not accepted or 1 - wrong <= target:
             continue
         if (n := _provable(target, wrong)) is not None:
@@ -188,7 +192,7 @@ def examples_needed(target: float, judged: Sequence[Judged]) -> int | None:
 
 
 def _provable(target: float, wrong: float) -> int | None:
-    """The least number of answers, a share `wrong` of them wrong, with a bound that reaches the target."""
+    """The least number of answers, a share `wrong` of them wrong, that prove the target."""
 
     def proves(n: int) -> bool:
         return proves_share(n - math.ceil(wrong * n), n, target)

@@ -43,7 +43,7 @@ class Calibration(Record):
 
     `temperature` divides log-probabilities. `ece_before` and `ece_after` are expected calibration errors over `bins`,
     which hold equally many examples each; `raw_bins` are those without the temperature. `target` is the one of
-    `promises` that applies where the server has no other.
+    `promises` that applies unless the server is given another.
     """
 
     source: str = ""

@@ -172,7 +172,7 @@ class Writer:
             yield from self._finished(generation, Finished(request.id, new.reason, usage))
 
     def _finished(self, generation: Generation, event: Finished) -> Iterator[Event]:
-        """The terminal event; where probabilities of labels are still unknown, the scorer sends it later.
+        """The terminal event; while probabilities of labels are not known, the scorer holds it.
 
         The rows that the answer was sampled from are those of its own label, and show that most others are negligible.
         """

@@ -1,4 +1,4 @@
-"""The promise of a model's labels: the target that applies, and the requests whose answers carry it."""
+"""The promise of a model's labels: the target that applies, and the requests that it holds for."""
 
 from collections.abc import Mapping, Sequence
 

@@ -101,7 +101,7 @@ def test_the_search_ends_at_the_first_threshold_that_fails() -> None:
 
 
 def test_the_order_of_the_tests_looks_at_no_right_label() -> None:
-    """The first threshold tested depends on confidences alone: all wrong, none passes; all right, all do."""
+    """It depends on the confidences alone: with all answers wrong none passes, with all right all do."""
     confidences = [one.confidence for one in judge(made(600, 1.0), 1.0)]
     right = promise_for(0.9, [Judged(one, right=True) for one in confidences])
     wrong = promise_for(0.9, [Judged(one, right=False) for one in confidences])
@@ -132,6 +132,7 @@ def test_the_number_that_would_be_enough_is_enough() -> None:
     wrong = 1.5 / 51
     assert proves_share(needed - math.ceil(wrong * needed), needed, 0.95)
     assert examples_needed(0.99, flat(40, 50)) is None
+    assert examples_needed(0.99, flat(20, 20)) is not None, "all are right so far"
 
 
 def test_the_target_that_applies_is_the_users_first() -> None:
