@@ -20,7 +20,7 @@ from benchmarks.record import results_file
 from models.common.chat_records import ChatRecord
 from models.common.options import Flag
 from models.common.record import Record
-from models.errors import ModelNotFound, did_you_mean
+from models.errors import did_you_mean
 from models.store.store import Store, StoredModel
 from models.task.task import Task
 
@@ -178,10 +178,8 @@ def _base(
         return store.resolve(settings.base), ""
     of_model = model.manifest.base.name if model is not None and model.manifest and model.manifest.base else ""
     for name in (of_model, BASE):
-        try:
+        if name in store.names():
             return store.get(name), ""
-        except ModelNotFound:
-            continue
     return None, f"no base model is installed; `deskside pull {BASE}` installs one, --base NAME gives another"
 
 

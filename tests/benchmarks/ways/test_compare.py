@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from benchmarks.cli import compare_command
 from benchmarks.errors import BadWorkload, ServerFailed
+from benchmarks.ways.asking import MAX_TRIES, AskingRules, ask
 from benchmarks.ways.counted import Voters
 from benchmarks.ways.plan import MIXED, OF_BASE, WAYS, CompareSettings, compare_plan
-from benchmarks.ways.questions import retrieved_way
-from benchmarks.ways.record import load_comparison
+from benchmarks.ways.questions import base_way, retrieved_way
+from benchmarks.ways.record import WayAnswer, load_comparison
 from models.errors import ModelNotFound
 from models.manifest import Artefact, Manifest, dump_manifest
 from models.store.store import Store
@@ -241,18 +242,23 @@ def test_a_hosted_api_is_asked_within_the_cap_recorded_and_replayed(
 
 
 def test_a_server_that_is_full_is_asked_again_after_its_time(
-    compare: Invoke, app: StandIn, task: Task, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    app: StandIn, task: Task, url: str, home: Path, tmp_path: Path
 ) -> None:
     waited: list[float] = []
+    kept: list[WayAnswer] = []
 
     async def wait(seconds: float) -> None:
         waited.append(seconds)
 
-    monkeypatch.setattr("benchmarks.ways.asking.asyncio.sleep", wait)
+    base = Store(home).resolve(str(tmp_path / "base.gguf"))
+    way = base_way("zero-shot", task, base, {"test": task.records("test")[:2]}, 0, url)
     app.n_refused = 2
-    compare("--ways", "few-shot", "--concurrency", "1")
+    ask(way, url, way.questions["test"], AskingRules(1, wait=wait), kept.append)
     assert waited == [7, 7]
-    assert load_comparison(tmp_path / "run.json").ways[0].answers["test"][0].tries == 3
+    assert [one.tries for one in kept] == [3, 1]
+    app.n_refused = MAX_TRIES
+    with pytest.raises(ServerFailed, match="HTTP 429: slow down"):
+        ask(way, url, way.questions["test"], AskingRules(1, wait=wait), kept.append)
 
 
 def test_a_server_that_fails_ends_the_run_and_keeps_the_answers(
