@@ -20,7 +20,7 @@ from runtime.requests import (
 )
 
 from .answer_types import ChatLogprobs, ChatToken, CompletionLogprobs, TextUsage, TopToken, to_usage
-from .confidence import LabelConfidence, PromisedLabels, beside
+from .confidence import LabelConfidence, PromisedLabels
 from .tool_calls import CallDelta, ToolCallReader, ToolDelta, ToolFormat
 from .wire import Endpoint
 
@@ -203,7 +203,8 @@ class TextAnswer(WireAnswer):
             told = ToolDelta(reader.finish()) if reader else ToolDelta()
             reason = finish_reason(event.reason, reader)
             last = self._chunk(choice.index, told.content or None, finish_reason=reason)
-            last["choices"][0] |= beside(choice.sure)
+            if choice.sure is not None:
+                last["choices"][0]["deskside"] = choice.sure
             return (last,)
         if isinstance(event, Failed):
             raise event.error
@@ -315,7 +316,8 @@ def to_choice(call: TextCall, choice: AnswerChoice) -> dict[str, Any]:
     said = {"text": text} if call.endpoint == "completion" else {"message": _message(text, reader)}
     logprobs = to_logprobs(call, choice.logprobs, TextOffsets(), call.echoed(choice.index))
     reason = choice.finish_reason and finish_reason(choice.finish_reason, reader)
-    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason} | beside(choice.sure)
+    beside = {} if choice.sure is None else {"deskside": choice.sure}
+    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason} | beside
 
 
 def call_reader(call: TextCall, index: int) -> ToolCallReader | None:

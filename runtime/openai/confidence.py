@@ -48,11 +48,6 @@ class PromisedLabels:
         return {"confidence": sure, "automatic": automatic, "target": self.target}
 
 
-def beside(sure: LabelConfidence | None) -> dict[str, LabelConfidence]:
-    """The field that a choice has beside OpenAI's."""
-    return {} if sure is None else {"deskside": sure}
-
-
 def shares(logprobs: Sequence[float]) -> list[float]:
     """Log-probabilities as probabilities that sum to 1. Raises EngineError if none is above zero."""
     highest = max(logprobs)

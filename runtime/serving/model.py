@@ -49,6 +49,8 @@ class ServedModel:
     @cached_property
     def promise(self) -> PromisedLabels | None:
         """The promise of the model's labels, if it is calibrated."""
+        if self.manifest is None or self.manifest.calibration is None:
+            return None
         return promised_labels(self.manifest, self.target)
 
     @cached_property
