@@ -24,7 +24,7 @@ def _expanded(path: Path | None) -> Path | None:
 
 
 class EngineConfig(Record):
-    """Settings of a model's engine; batch and chat take these alone. None is "auto"."""
+    """Settings of a model's engine; chat takes these alone. None is "auto"."""
 
     env_prefix: ClassVar[str] = "DESKSIDE_"
 
@@ -73,10 +73,8 @@ class EngineConfig(Record):
     )
 
 
-class PromiseConfig(Record):
-    """The promise of automatic answers, for server and batch."""
-
-    env_prefix: ClassVar[str] = "DESKSIDE_"
+class BatchConfig(EngineConfig):
+    """Settings of the engine, and the promise of automatic answers, which batch and server keep."""
 
     target: Annotated[float | None, Flag(metavar="SHARE", shown="the model's own")] = Field(
         default=None,
@@ -86,7 +84,7 @@ class PromiseConfig(Record):
     )
 
 
-class RuntimeConfig(EngineConfig, PromiseConfig):
+class RuntimeConfig(BatchConfig):
     """All settings: those of the engine, and those of the server."""
 
     bind: Annotated[str, Flag("host")] = Field(default="127.0.0.1", description="Address to listen on.")

@@ -21,7 +21,7 @@ def _possible(targets: tuple[float, ...]) -> tuple[float, ...]:
 
 
 Targets = Annotated[
-    tuple[float, ...], AfterValidator(_possible), Flag(metavar="SHARES", shown="0.97; 0.95 and 0.99 are recorded, too")
+    tuple[float, ...], AfterValidator(_possible), Flag(metavar="SHARES", shown="0.97; 0.95 and 0.99 too")
 ]
 TARGET_HELP = (
     "Share of automatic answers that must be right: the confidence from which that holds is kept with the model. Of "

@@ -14,7 +14,7 @@ from models.common.options import JsonOption, with_options
 from models.common.record import Record
 from models.errors import DONE, FAILED, SOME_FAILED
 from models.store.catalog import DEFAULT_MODEL
-from runtime.config import EngineConfig, PromiseConfig, RuntimeConfig
+from runtime.config import BatchConfig, EngineConfig, RuntimeConfig
 
 MODEL_HELP = "An installed model, a path to a GGUF file, or BASE:ADAPTER."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -35,10 +35,9 @@ def serve_command(config: RuntimeConfig, models: ModelsArgument = None) -> None:
     serve(config, models or [DEFAULT_MODEL])
 
 
-@with_options(engine=EngineConfig, promise=PromiseConfig)
+@with_options(engine=BatchConfig)
 def batch_command(
-    engine: EngineConfig,
-    promise: PromiseConfig,
+    engine: BatchConfig,
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="OpenAI batch lines: custom_id, url, body.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Answers, in the order of completion.")],
     model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)],
@@ -48,7 +47,7 @@ def batch_command(
     from runtime.batch.run import run_files
 
     _make_folder(engine)
-    summary = run_files(source, output, model, RuntimeConfig(**dict(engine), **dict(promise)))
+    summary = run_files(source, output, model, RuntimeConfig(**dict(engine)))
     if as_json:
         print(json.dumps(summary), flush=True)
     if summary["interrupted"]:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from models.common.record import Record
 from models.common.options import flag
 from runtime.cli import main as cli
 from runtime.cli.main import EXIT_CODES, VERBS, Verb, exit_code, load_verb, main
-from runtime.config import EngineConfig, RuntimeConfig
+from runtime.config import BatchConfig, EngineConfig, RuntimeConfig
 
 ROOT = Path(__file__).parents[3]
 ERROR_TREES = ("models.errors", "runtime.errors", "convert.errors", "benchmarks.errors")
@@ -92,9 +93,7 @@ def test_help_lists_every_verb_and_says_what_it_does(capsys: pytest.CaptureFixtu
         assert verb.help.split()[0] in out
 
 
-@pytest.mark.parametrize(
-    ("verb", "config"), [("serve", RuntimeConfig), ("batch", EngineConfig), ("chat", EngineConfig)]
-)
+@pytest.mark.parametrize(("verb", "config"), [("serve", RuntimeConfig), ("batch", BatchConfig), ("chat", EngineConfig)])
 def test_the_flags_are_generated_from_the_config(verb: str, config: type[EngineConfig]) -> None:
     options = {option for parameter in load_verb(verb).params for option in parameter.opts}
     expected = {flag(RuntimeConfig, name) for name in config.model_fields}
