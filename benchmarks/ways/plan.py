@@ -78,7 +78,7 @@ class CompareSettings(Record):
 
 @dataclass(frozen=True, slots=True)
 class HostedPlan:
-    """The hosted API to ask within `max_cost`, or the recording that stands for it."""
+    """The hosted API to ask within `max_cost`, or the recording in its place."""
 
     url: str
     model: str
