@@ -43,7 +43,7 @@ def word_chances(
     texts: Sequence[str],
     validation: Sequence[ChatRecord] = (),
 ) -> tuple[Chances, float]:
-    """The probability of each label for each of `texts`, by a word model that learns from `train` alone.
+    """The labels' probabilities by a word model of `train` for each of `texts`, which it learns nothing from.
 
     The second value is its strength, chosen by the accuracy on `validation`, if there is any.
     """
@@ -152,7 +152,7 @@ def learning_rows(
     labels: Sequence[str],
     advance: Callable[[int, int], None],
 ) -> tuple[CurvePart, ...]:
-    """The scores of the ways without a network with fewer examples: a mean over draws, each draw within the next.
+    """Scores of the ways without a network with fewer examples: a mean over draws, each draw within the next.
 
     Of labels the share that is right, else the mean ROUGE-L of the nearest example's answer.
     """

@@ -58,7 +58,7 @@ class SpendingCap:
 
 
 def cost_of(answer: WayAnswer, price: CallPrice) -> float:
-    """The cost of an answer that is kept, by the tokens that the API counted."""
+    """Dollars that a kept answer has cost, by the tokens that the API counted."""
     return price.of(answer.prompt_tokens or 0, answer.completion_tokens or 0, answer.cached_tokens or 0)
 
 

@@ -1,4 +1,4 @@
-"""The questions of each way that asks a model: the text before the example, the endpoint, and the form of the answer.
+"""The questions of each way that asks a model: the prompt around a text, which endpoint, and the form of the answer.
 
 A fine-tune that classifies is asked for a decision, which gives every label's probability. Other models write: a local
 base is held to the labels or to the schema, a hosted API gets fields of OpenAI's own only.

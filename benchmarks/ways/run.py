@@ -39,7 +39,7 @@ TWICE = (FINE_TUNE, "few-shot", "retrieved", "zero-shot")
 def compare_ways(plan: ComparePlan, progress: NamedProgress, command: Sequence[str]) -> WayComparison:
     """Answer the test split in every way and judge the answers. Raises ServerFailed, BadRecord, BadWorkload."""
     kept = KeptAnswers(plan.out)
-    run = _Comparison(plan, kept, ModelSession(plan, kept, progress), progress, tuple(command))
+    run = _WayRun(plan, kept, ModelSession(plan, kept, progress), progress, tuple(command))
     try:
         run.counted()
         run.of_base()
@@ -66,7 +66,7 @@ def _predictions(way: WayRecord, part: Part) -> Predictions:
 
 
 @dataclass(slots=True)
-class _Comparison:
+class _WayRun:
     plan: ComparePlan
     kept: KeptAnswers
     models: ModelSession
@@ -181,7 +181,7 @@ class _Comparison:
         self.save()
 
     def curve(self) -> None:
-        """Measure the ways that need no network with fewer examples."""
+        """Measure what fewer examples would have given."""
         if self.plan.settings.curve:
             plan = self.plan
             self.curve_rows = learning_rows(
