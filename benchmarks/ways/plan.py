@@ -42,7 +42,7 @@ class CompareSettings(Record):
     base: Annotated[str | None, Flag(metavar="NAME", shown="the fine-tune's base")] = Field(
         default=None, description="The base model, asked with and without examples."
     )
-    ways: Annotated[tuple[str, ...], Flag(metavar="WAY,…", shown="all")] = Field(
+    ways: Annotated[tuple[str, ...], Flag(metavar="WAYS", shown="all")] = Field(
         default=(), description=f"Some of {', '.join(WAYS)}."
     )
     shots: int = Field(default=8, ge=1, le=64, description="Examples in a few-shot or retrieved prompt.")

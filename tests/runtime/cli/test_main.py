@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from models.common.record import Record
 from models.common.options import flag
 from runtime.cli import main as cli
 from runtime.cli.main import EXIT_CODES, VERBS, Verb, exit_code, load_verb, main
