@@ -20,7 +20,7 @@ from runtime.requests import (
 )
 
 from .answer_types import ChatLogprobs, ChatToken, CompletionLogprobs, TextUsage, TopToken, to_usage
-from .confidence import LabelConfidence, PromisedLabels
+from .confidence import LabelConfidence, PromisedLabels, beside
 from .tool_calls import CallDelta, ToolCallReader, ToolDelta, ToolFormat
 from .wire import Endpoint
 
@@ -144,7 +144,7 @@ class AnswerChoice:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     begun: bool = False
-    sure: LabelConfidence | None = None
+    beside: Mapping[str, LabelConfidence] = field(default_factory=dict)
 
 
 class TextAnswer(WireAnswer):
@@ -197,12 +197,12 @@ class TextAnswer(WireAnswer):
     def _feed(self, choice: AnswerChoice, event: Event) -> Iterable[AnswerChunk]:
         if isinstance(event, Finished):
             choice.finish_reason, choice.usage = event.reason, event.usage
-            choice.sure = self._sure(choice, event.label_logprobs)
+            choice.beside = beside(self.call.promise, "".join(choice.text), event.label_logprobs)
             reader = self._readers[choice.index]
             told = ToolDelta(reader.finish()) if reader else ToolDelta()
             reason = finish_reason(event.reason, reader)
             last = self._chunk(choice.index, told.content or None, finish_reason=reason)
-            last["choices"][0] |= _beside(choice)
+            last["choices"][0] |= choice.beside
             return (last,)
         if isinstance(event, Failed):
             raise event.error
@@ -226,13 +226,6 @@ class TextAnswer(WireAnswer):
         if not told.content and not told.calls and not event.logprobs:
             return ()
         return (self._chunk(choice.index, told.content or None, logprobs, calls=told.calls),)
-
-    def _sure(self, choice: AnswerChoice, logprobs: Sequence[float]) -> LabelConfidence | None:
-        """The confidence in the label that the choice is; None if it is none."""
-        promise = self.call.promise
-        if promise is None or not logprobs:
-            return None
-        return promise.confidence("".join(choice.text), promise.labels, logprobs)
 
     def end(self) -> Iterator[AnswerChunk]:
         """Give the token counts, if the client asked for them, and DONE."""
@@ -321,12 +314,7 @@ def to_choice(call: TextCall, choice: AnswerChoice) -> dict[str, Any]:
     said = {"text": text} if call.endpoint == "completion" else {"message": _message(text, reader)}
     logprobs = to_logprobs(call, choice.logprobs, TextOffsets(), call.echoed(choice.index))
     reason = choice.finish_reason and finish_reason(choice.finish_reason, reader)
-    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason} | _beside(choice)
-
-
-def _beside(choice: AnswerChoice) -> dict[str, Any]:
-    """The fields of a choice beside OpenAI's."""
-    return {} if choice.sure is None else {"deskside": choice.sure}
+    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason} | choice.beside
 
 
 def call_reader(call: TextCall, index: int) -> ToolCallReader | None:
