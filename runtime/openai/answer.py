@@ -144,7 +144,7 @@ class AnswerChoice:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     begun: bool = False
-    beside: Mapping[str, LabelConfidence] = field(default_factory=dict)
+    beside: dict[str, LabelConfidence] = field(default_factory=dict)
 
 
 class TextAnswer(WireAnswer):
