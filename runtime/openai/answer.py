@@ -20,7 +20,7 @@ from runtime.requests import (
 )
 
 from .answer_types import ChatLogprobs, ChatToken, CompletionLogprobs, TextUsage, TopToken, to_usage
-from .confidence import LabelConfidence, PromisedLabels
+from .confidence import LabelConfidence, PromisedLabels, beside
 from .tool_calls import CallDelta, ToolCallReader, ToolDelta, ToolFormat
 from .wire import Endpoint
 
@@ -144,7 +144,7 @@ class AnswerChoice:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     begun: bool = False
-    sure: LabelConfidence | None = None
+    beside: dict[str, LabelConfidence] = field(default_factory=dict)
 
 
 class TextAnswer(WireAnswer):
@@ -197,14 +197,13 @@ class TextAnswer(WireAnswer):
     def _feed(self, choice: AnswerChoice, event: Event) -> Iterable[AnswerChunk]:
         if isinstance(event, Finished):
             choice.finish_reason, choice.usage = event.reason, event.usage
-            if self.call.promise is not None and event.label_logprobs:
-                choice.sure = self.call.promise.of_text("".join(choice.text), event.label_logprobs)
+            if self.call.promise is not None:
+                choice.beside = beside(self.call.promise, "".join(choice.text), event.label_logprobs)
             reader = self._readers[choice.index]
             told = ToolDelta(reader.finish()) if reader else ToolDelta()
             reason = finish_reason(event.reason, reader)
             last = self._chunk(choice.index, told.content or None, finish_reason=reason)
-            if choice.sure is not None:
-                last["choices"][0]["deskside"] = choice.sure
+            last["choices"][0] |= choice.beside
             return (last,)
         if isinstance(event, Failed):
             raise event.error
@@ -316,8 +315,7 @@ def to_choice(call: TextCall, choice: AnswerChoice) -> dict[str, Any]:
     said = {"text": text} if call.endpoint == "completion" else {"message": _message(text, reader)}
     logprobs = to_logprobs(call, choice.logprobs, TextOffsets(), call.echoed(choice.index))
     reason = choice.finish_reason and finish_reason(choice.finish_reason, reader)
-    beside = {} if choice.sure is None else {"deskside": choice.sure}
-    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason} | beside
+    return {"index": choice.index} | said | {"logprobs": logprobs, "finish_reason": reason} | choice.beside
 
 
 def call_reader(call: TextCall, index: int) -> ToolCallReader | None:

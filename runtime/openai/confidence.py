@@ -48,6 +48,12 @@ class PromisedLabels:
         return {"confidence": sure, "automatic": automatic, "target": self.target}
 
 
+def beside(promise: PromisedLabels | None, text: str, logprobs: Sequence[float]) -> dict[str, LabelConfidence]:
+    """The fields of an answer beside OpenAI's: none unless `text` is a label. `logprobs` are in the model's order."""
+    sure = promise.confidence(text, promise.labels, logprobs) if promise is not None and logprobs else None
+    return {} if sure is None else {"deskside": sure}
+
+
 def shares(logprobs: Sequence[float]) -> list[float]:
     """Log-probabilities as probabilities that sum to 1. Raises EngineError if none is above zero."""
     highest = max(logprobs)

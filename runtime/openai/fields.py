@@ -298,13 +298,14 @@ Answers have OpenAI's fields. One is added, where a model of labels is calibrate
 | `automatic` | true if that reaches the threshold of the target: of such answers at least that share is right |
 | `target` | the target that applies: `--target` of serve and batch, else the model's own |
 
-It is in `choices[]` of a chat (streamed: in the choice's last chunk) and in `answers[]` of a decision, beside the
-choice's own fields; OpenAI's clients keep it (Python: `choice.model_extra["deskside"]`). It is absent if the answer is
-none of the labels, if a decision or `choice` is not among all of them, and if the model is asked otherwise than it
-was calibrated: one text of the user's, with the prompt that it was trained with, and no other turns. The field
-`confidence` of a decision is OpenAI's: the share among the choices, not calibrated. A chat reads its label's
-probability from the rows that it is written from, and computes the other labels that those leave open, which took 55
-short steps beside 172 for 60 mails of email-triage; a decision computes nothing more.""".splitlines()
+It is in `answers[]` of a decision and, where serve or batch was given a `--target`, in `choices[]` of a chat (streamed:
+in the choice's last chunk), beside the choice's own fields; OpenAI's clients keep it (Python:
+`choice.model_extra["deskside"]`). It is absent if the answer is
+none of the labels, if a decision or `choice` is not among all of them, and if the model is asked otherwise than it was
+calibrated: one text of the user's, with the prompt that it was trained with, and no other turns. The field
+`confidence` of a decision is OpenAI's: the share among the choices, not calibrated. A chat reads its label's share
+from the rows that it is written from, and computes the other labels that those leave open, which took 55 short steps
+beside 172 for 60 mails of email-triage; a decision computes nothing more.""".splitlines()
 
 
 def fields_page() -> str:

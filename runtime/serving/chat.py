@@ -133,9 +133,12 @@ def _chat(body: ChatBody, model: ServedModel) -> TextCall:
 
 
 def _answers_with_labels(body: ChatBody, model: ServedModel) -> bool:
-    """True for a calibrated model that is asked as it was trained, and may answer with each of its labels."""
+    """True for a calibrated model that is asked as it was trained, and may answer with each of its labels.
+
+    Other labels' probabilities may take steps of their own, so a chat has them only where a target was given.
+    """
     manifest = model.manifest
-    if model.promise is None or manifest is None or body.callable_tools:
+    if model.target is None or model.promise is None or manifest is None or body.callable_tools:
         return False
     grammar = grammar_of(body)
     if grammar is not None and (grammar.kind != "choice" or set(json.loads(grammar.source)) != set(manifest.labels)):

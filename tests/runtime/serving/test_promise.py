@@ -8,6 +8,7 @@ import pytest
 
 from models.calibration.record import Calibration, Promise
 from models.manifest import Manifest, Prompt
+from runtime.config import RuntimeConfig
 from runtime.errors import LoadFailed
 from runtime.openai.confidence import PromisedLabels
 from runtime.serving.promise import is_as_trained, promised_labels, require_target
@@ -35,13 +36,14 @@ MANIFEST = Manifest(
     prompt=Prompt(template="Mail: {text}"),
     calibration=CALIBRATION,
 )
+KEEPING = RuntimeConfig(slots=4, target=0.95)
 ASKED: Any = [{"role": "user", "content": "Mail: a mail"}]
 QUESTION: Any = {"type": "choice", "instructions": "Which?", "choices": [{"value": label} for label in LABELS[::-1]]}
 
 
 @pytest.fixture(scope="module")
 def toy() -> Iterator[Running]:
-    with serving(FakeLlama(n_ctx=1024, script="spam"), manifest=MANIFEST) as running:
+    with serving(FakeLlama(n_ctx=1024, script="spam"), config=KEEPING, manifest=MANIFEST) as running:
         yield running
 
 
@@ -67,6 +69,12 @@ def test_chat_and_decision_say_how_sure_the_label_is_beside_their_own_fields(toy
     assert answer.choice == "spam"
     assert answer.model_extra["deskside"] == pytest.approx(sure, abs=1e-4)
     assert answer.confidence >= sure["confidence"], "OpenAI's own field is the model's probability, not calibrated"
+
+
+def test_without_a_target_a_chat_computes_nothing_for_it_and_a_decision_tells_it() -> None:
+    with serving(FakeLlama(n_ctx=1024, script="spam"), manifest=MANIFEST) as toy:
+        assert told(toy) is None
+        assert decided(toy).model_extra["deskside"]["target"] == CALIBRATION.target
 
 
 def test_the_last_chunk_of_a_stream_says_the_same(toy: Running) -> None:
@@ -103,10 +111,10 @@ def test_each_of_several_choices_has_its_own_confidence(toy: Running) -> None:
 
 
 def test_what_is_no_label_or_of_no_calibrated_model_promises_nothing() -> None:
-    with serving(FakeLlama(n_ctx=1024, script="hello"), manifest=MANIFEST) as toy:
+    with serving(FakeLlama(n_ctx=1024, script="hello"), config=KEEPING, manifest=MANIFEST) as toy:
         assert told(toy) is None
     bare = MANIFEST.model_copy(update={"calibration": None})
-    with serving(FakeLlama(n_ctx=1024, script="spam"), manifest=bare) as toy:
+    with serving(FakeLlama(n_ctx=1024, script="spam"), config=KEEPING, manifest=bare) as toy:
         assert told(toy) is None
         assert not decided(toy).model_extra
 
@@ -115,7 +123,7 @@ def test_a_plain_label_takes_no_more_steps_than_without_calibration() -> None:
     steps = []
     for manifest in (MANIFEST, MANIFEST.model_copy(update={"calibration": None})):
         llama = FakeLlama(n_ctx=1024, script="spam")
-        with serving(llama, manifest=manifest) as toy:
+        with serving(llama, config=KEEPING, manifest=manifest) as toy:
             toy.client().chat.completions.create(model="toy", messages=ASKED, temperature=0)
         steps.append(len(llama.batches))
     assert steps[0] == steps[1]

@@ -133,6 +133,7 @@ class Toys:
             tokenizer=llama.tokenizer,
             grammars=grammars,
             info=llama.info,
+            target=self.config.target,
         )
 
 
