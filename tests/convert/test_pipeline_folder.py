@@ -193,7 +193,7 @@ def test_the_examples_choose_and_the_card_says_how(measured: Store, checkpoint: 
     assert "noise floor" in card
     by_imatrix = next(one.imatrix for one in quality.candidates if one.name == quality.chosen)
     names = {path.name for path in stored.folder.iterdir()} - ({IMATRIX_FILE} if by_imatrix else set())
-    assert names == {"README.md", "model.toml", "quality.json", "quality.svg", stored.gguf.name}
+    assert names == {"README.md", "model.toml", "quality.json", "quality.svg", "calibration.svg", stored.gguf.name}
 
 
 def test_what_a_file_was_rounded_by_is_kept_with_it(measured: Store, checkpoint: Path, examples: Path) -> None:
