@@ -35,10 +35,6 @@ class PromisedLabels:
     target: float
     threshold: float | None
 
-    def of_text(self, text: str, logprobs: Sequence[float]) -> LabelConfidence | None:
-        """The confidence in an answer by the log-probabilities of the model's labels; None if it is none of them."""
-        return self.confidence(text, self.labels, logprobs)
-
     def confidence(self, label: str, labels: Sequence[str], logprobs: Sequence[float]) -> LabelConfidence | None:
         """The confidence in `label` by the log-probabilities of `labels`; None unless those are the model's, all."""
         if label not in self.labels or len(labels) != len(self.labels) or set(labels) != set(self.labels):
