@@ -80,7 +80,7 @@ class BatchConfig(EngineConfig):
         default=None,
         ge=0.5,
         lt=1,
-        description="Share of automatic answers that must be right; the model must have a threshold for it.",
+        description="Share of automatic answers that must be right, one that the model has; told in chats, too.",
     )
 
 

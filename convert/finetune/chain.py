@@ -92,7 +92,7 @@ def finetune_task(request: FinetuneRequest, settings: FinetuneSettings, store: S
     if settings.tokens is not None and asked.prompt != task.spec.manifest_prompt():
         keep_length(task, asked.prompt.max_text_tokens, report)
     source = _source(trained.base, request, origin)
-    known = {"prompt": asked.prompt, "training": training_told(task, asked, trained)}
+    known = {"prompt": asked.prompt, "training": _training(task, asked, trained)}
     manifest = _manifest(task, name, origin).model_copy(update=known)
     conversion = _conversion(request, task, manifest, result, source)
     admit = partial(tested.admit, conversion) if tested is not None else None
@@ -126,7 +126,7 @@ def _best_of_seeds(
     return best_result
 
 
-def training_told(task: Task, asked: AskedExamples, trained: TrainedDepth) -> Training:
+def _training(task: Task, asked: AskedExamples, trained: TrainedDepth) -> Training:
     """The training as manifest and card tell it."""
     result, settings = trained.result, asked.settings
     return Training(

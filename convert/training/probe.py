@@ -23,7 +23,7 @@ from .settings import FinetuneSettings
 if TYPE_CHECKING:
     from .steps import DecoderSteps
 
-# Two cores compute some 700 tokens a second of a base of 270 million parameters: two minutes.
+# By measured steps of 8 x 104 tokens, 0.6 s for 9 layers of Gemma 3 270M on two AVX2 cores, this is two minutes.
 PROBE_TOKENS = 80_000
 _STRENGTH = 10.0
 
